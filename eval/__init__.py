@@ -1,0 +1,4 @@
+"""diffaccel.eval"""
+
+if "." not in __name__:
+    raise ImportError("'eval' is a folder of diffaccel: import diffaccel.eval instead")
