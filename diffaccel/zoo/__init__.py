@@ -1,1 +1,57 @@
-"""diffaccel.zoo"""
+"""Embedded models: small, really trained, offline.
+
+>>> import diffaccel.zoo
+>>> from diffusers import FluxPipeline
+>>> pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path("emoji-flux"))
+
+``emoji-flux`` is a complete text-to-image ``FluxPipeline``. ``emoji-clip-reward`` and ``emoji-clip-judge`` are two
+CLIPs in open_clip layout: ``open_clip.create_model_and_transforms(f"local-dir:{path(...)}")``. The first may be a
+reward in search and tuning; the second only judges, and is used in neither.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffaccel.errors import DiffAccelError, unknown
+
+__all__ = ["DEFAULT", "card", "names", "path"]
+
+DEFAULT = "emoji-flux"
+_ROOT = Path(__file__).parent
+CARD = "card.json"
+
+
+def names() -> list[str]:
+    """Names of the models that ship with this installation."""
+    return sorted(p.parent.name for p in _ROOT.glob("*/manifest.json"))
+
+
+def card(name: str) -> dict[str, Any]:
+    """What is known about a model: licence, attribution, recipe, data, measured quality, state, sizes, defaults."""
+    file = _packed(name) / CARD
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DiffAccelError(f"The card '{file}' cannot be read ({error}); reinstall diffaccel.") from error
+
+
+def path(name: str = DEFAULT, *, verify: bool = False) -> Path:
+    """The folder of a model, as stock ``from_pretrained`` (or open_clip's ``local-dir:``) loads it.
+
+    The packed weights are written once to the user's cache folder (``DIFFACCEL_CACHE`` names another one) as plain
+    bf16 files. No network is used. ``verify=True`` compares every cached file with its sha256 and makes a damaged
+    folder again.
+    """
+    from diffaccel.zoo.store import materialise
+
+    return materialise(_packed(name), name, verify=verify)
+
+
+def _packed(name: str) -> Path:
+    known = names()
+    if name not in known:
+        raise unknown("zoo model", name, known)
+    return _ROOT / name

@@ -1,0 +1,255 @@
+"""Packed model folders: int8 rows with scales, a sha256 manifest, and the way back to plain weight files.
+
+A packed folder is flat and holds
+
+- ``weights-00001-of-0000N.safetensors``: every tensor of the model, cut into shards,
+- ``files.zip``: configurations, tokenizers and other small files, as they are,
+- ``manifest.json``: format version, sizes and sha256 of both, and the dtype every tensor goes back to.
+
+A matrix W is stored as ``q = round(W / s)`` in int8 with one scale ``s = max|row| / 127`` per output row; convolutions
+are flattened to (out, in * kernel). Tensors of fewer than two dimensions stay fp32: they are small and sensitive.
+The row maximum is rounded to the tensor's own dtype before it becomes a scale, so packing an unpacked bf16 folder
+gives the same codes and the same scales again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from diffaccel.errors import DiffAccelError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "diffaccel-packed"
+VERSION = 1
+MANIFEST = "manifest.json"
+FILES = "files.zip"
+SHARD_BYTES = 15 * 2**20
+_HEADER_ENTRY = 96  # bytes of a shard's JSON header that one tensor takes at most, beside its name
+_SKIPPED = (".gitattributes", ".DS_Store")
+
+
+def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard_bytes: int = SHARD_BYTES) -> Path:
+    """Pack a plain model folder (safetensors and text files) into ``out`` and return ``out``.
+
+    ``keep``: patterns such as ``"vae/*"``; safetensors files that match are stored in their own dtype, not int8.
+    ``shard_bytes``: no packed file of weights is larger than this.
+    """
+    folder, out = Path(folder), Path(out)
+    sources = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _SKIPPED)
+    if not sources:
+        raise DiffAccelError(f"There is nothing to pack: '{folder}' holds no files; give a saved model folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    for old in [*out.glob("weights-*.safetensors"), out / FILES, out / MANIFEST]:
+        old.unlink(missing_ok=True)
+
+    tensors: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    plain = [p for p in sources if p.suffix != ".safetensors"]
+    for source in sources:
+        if source.suffix == ".safetensors":
+            relative = source.relative_to(folder).as_posix()
+            exact = any(fnmatch.fnmatch(relative, pattern) for pattern in keep)
+            weights[relative] = _encode_file(source, relative, exact, tensors)
+    _write_zip(out / FILES, folder, plain)
+    packed = [FILES, *_write_shards(out, tensors, shard_bytes)]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "packed": {name: _fingerprint(out / name) for name in packed},
+        "files": [p.relative_to(folder).as_posix() for p in plain],
+        "weights": weights,
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return out
+
+
+def unpack(packed: str | Path, out: str | Path) -> Path:
+    """Write the plain model folder that ``packed`` stands for to ``out``; the packed files are verified first."""
+    from safetensors.torch import save_file
+
+    packed, out = Path(packed), Path(out)
+    manifest = read_manifest(packed)
+    verify(packed, manifest["packed"], "Packed model file", "reinstall diffaccel or restore the file")
+    out.mkdir(parents=True, exist_ok=True)
+    _read_zip(packed / FILES, out, manifest["files"])
+    tensors = _read_shards(packed, manifest["packed"])
+    for relative, entry in manifest["weights"].items():
+        decoded = {name: _decode(tensors, relative, name, dtype) for name, dtype in entry["dtypes"].items()}
+        target = _inside(out, relative)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_file(decoded, target, metadata=entry["metadata"] or None)
+    return out
+
+
+def read_manifest(packed: str | Path) -> dict[str, Any]:
+    """The manifest of a packed folder, checked for format and version."""
+    path = Path(packed) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DiffAccelError(f"'{packed}' is not a packed model: it has no {MANIFEST}.") from None
+    except (OSError, ValueError) as error:
+        raise DiffAccelError(f"'{path}' cannot be read ({error}); reinstall diffaccel or restore the file.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DiffAccelError(f"'{path}' is not a {FORMAT} manifest; reinstall diffaccel or restore the file.")
+    if manifest.get("version") != VERSION:
+        raise DiffAccelError(
+            f"'{path}' has format version {manifest.get('version')}; this diffaccel reads version {VERSION}: "
+            "install the diffaccel that wrote it, or a newer one."
+        )
+    return manifest
+
+
+def fingerprints(folder: str | Path, files: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of files below ``folder`` (all of them by default), by relative name."""
+    folder = Path(folder)
+    names = files if files is not None else (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return {name: _fingerprint(folder / name) for name in sorted(names)}
+
+
+def verify(folder: str | Path, expected: dict[str, dict[str, Any]], what: str, fix: str) -> None:
+    """Compare files with their recorded size and sha256; the first difference is an error that names the file."""
+    for name, entry in expected.items():
+        path = _inside(Path(folder), name)
+        if not path.is_file():
+            raise DiffAccelError(f"{what} '{path}' is missing; {fix}.")
+        size = path.stat().st_size
+        if size != entry["size"]:
+            raise DiffAccelError(f"{what} '{path}' has {size} bytes, expected {entry['size']}; {fix}.")
+        digest = _sha256(path)
+        if digest != entry["sha256"]:
+            raise DiffAccelError(f"{what} '{path}' has sha256 {digest[:12]}, expected {entry['sha256'][:12]}; {fix}.")
+
+
+def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of ``weight``'s shape and fp32 scales of shape (rows,), such that weight ~= codes * scale."""
+    import torch
+
+    rows = weight.detach().float().flatten(1)
+    # The maximum is kept representable in the weight's dtype: 127 * s then decodes to it exactly, and packing the
+    # decoded matrix again finds the same scale.
+    scale = rows.abs().amax(1).to(weight.dtype).float() / 127
+    codes = torch.round(rows / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).clamp_(-127, 127)
+    return codes.to(torch.int8).view(weight.shape), scale
+
+
+def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The fp32 matrix of int8 codes and row scales."""
+    return codes.float() * scale.view(-1, *[1] * (codes.dim() - 1))
+
+
+def _encode_file(source: Path, relative: str, exact: bool, tensors: dict[str, Any]) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    dtypes: dict[str, str] = {}
+    with safe_open(source, framework="pt") as file:
+        metadata = file.metadata() or {}
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            dtypes[name] = str(tensor.dtype).removeprefix("torch.")
+            key = _key(relative, name)
+            if exact or not tensor.is_floating_point() or tensor.numel() == 0:
+                tensors[key] = tensor.contiguous()
+            elif tensor.dim() < 2:
+                tensors[key] = tensor.float()
+            else:
+                if not tensor.isfinite().all():
+                    raise DiffAccelError(f"Tensor '{name}' in '{source}' is not finite; train or export it again.")
+                tensors[key], tensors[_scale_key(key)] = quantize_rows(tensor)
+    return {"dtypes": dtypes, "metadata": metadata}
+
+
+def _decode(tensors: dict[str, torch.Tensor], relative: str, name: str, dtype: str) -> torch.Tensor:
+    import torch
+
+    key = _key(relative, name)
+    if key not in tensors:
+        raise DiffAccelError(f"The packed weights lack tensor '{name}' of '{relative}'; restore the packed folder.")
+    tensor, scale = tensors[key], tensors.get(_scale_key(key))
+    if scale is not None:
+        tensor = dequantize_rows(tensor, scale)
+    return tensor.to(getattr(torch, dtype)).contiguous()
+
+
+def _key(relative: str, name: str) -> str:
+    return f"{relative}|{name}"
+
+
+def _scale_key(key: str) -> str:
+    return f"{key}|scale"
+
+
+def _write_shards(out: Path, tensors: dict[str, torch.Tensor], limit: int) -> list[str]:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, torch.Tensor]] = []
+    room = 0
+    for key in sorted(tensors):
+        size = tensors[key].numel() * tensors[key].element_size() + len(key) + _HEADER_ENTRY
+        if size > limit - _HEADER_ENTRY:
+            raise DiffAccelError(f"Tensor '{key}' needs {size} bytes, a shard has {limit}; raise shard_bytes.")
+        if not shards or size > room:
+            shards.append({})
+            room = limit - _HEADER_ENTRY
+        shards[-1][key] = tensors[key]
+        room -= size
+    names = [f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, out / name)
+    return names
+
+
+def _read_shards(packed: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            tensors.update(load_file(packed / name))
+    return tensors
+
+
+def _write_zip(path: Path, folder: Path, sources: Iterable[Path]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for source in sources:
+            # A fixed date keeps the archive's bytes the same whenever the same files are packed.
+            info = zipfile.ZipInfo(source.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, source.read_bytes())
+
+
+def _read_zip(path: Path, out: Path, names: Sequence[str]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if sorted(archive.namelist()) != sorted(names):
+            raise DiffAccelError(f"'{path}' does not hold the files its manifest names; restore the packed folder.")
+        for name in names:
+            target = _inside(out, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(archive.read(name))
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    """``folder / relative``, refusing names that would leave the folder."""
+    parts = PurePosixPath(relative)
+    if parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative:
+        raise DiffAccelError(f"A manifest names '{relative}', which is outside its folder; restore the packed folder.")
+    return folder / relative
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "size": os.path.getsize(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,99 @@
+"""From a packed model to a plain folder in the user's cache: once, atomically, safe with several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.zoo import packing
+
+CACHE_VARIABLE = "DIFFACCEL_CACHE"
+RECORD = "materialised.json"
+_STALE_SECONDS = 24 * 3600
+
+
+def cache_dir() -> Path:
+    """The folder that holds materialised models: ``$DIFFACCEL_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser() / "zoo"
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("diffaccel", appauthor=False)) / "zoo"
+
+
+def materialise(packed: str | Path, name: str, *, verify: bool = False) -> Path:
+    """The plain folder of a packed model, made on the first call and found on later ones.
+
+    Every call compares the folder's file sizes with what was recorded when it was made; ``verify=True`` compares
+    sha256 as well. A folder that differs is made again. Two processes may come here at once: each builds its own
+    copy beside the target and the first rename wins.
+    """
+    packed = Path(packed)
+    manifest = packing.read_manifest(packed)
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:12]
+    root = cache_dir()
+    target = root / f"{name}-{digest}"
+    if _intact(target, verify):
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        fresh = root / f".{target.name}.{uuid.uuid4().hex}.tmp"
+        try:
+            packing.unpack(packed, fresh)
+            record = {"model": name, "files": packing.fingerprints(fresh)}
+            (fresh / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True))
+            _publish(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    except OSError as error:
+        raise DiffAccelError(
+            f"Model '{name}' cannot be written to the cache folder '{root}' ({error.strerror or error}); "
+            f"free some space, or set {CACHE_VARIABLE} to a folder that can be written."
+        ) from error
+    return target
+
+
+def _publish(fresh: Path, target: Path) -> None:
+    """Rename ``fresh`` to ``target``; a damaged target steps aside, an intact one made meanwhile stays."""
+    for _ in range(8):
+        try:
+            os.rename(fresh, target)
+            return
+        except OSError:
+            if _intact(target, verify=True):
+                return
+            damaged = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(target, damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+    raise DiffAccelError(f"'{target}' keeps changing while it is replaced; remove that folder and try again.")
+
+
+def _intact(target: Path, verify: bool) -> bool:
+    try:
+        record: dict[str, Any] = json.loads((target / RECORD).read_text())
+        if any((target / name).stat().st_size != entry["size"] for name, entry in record["files"].items()):
+            return False
+        if verify:
+            packing.verify(target, record["files"], "Cached model file", "it is made again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # DiffAccelError is a ValueError
+        return False
+    return True
+
+
+def _sweep(root: Path) -> None:
+    """Remove half-made folders that a killed process left a day or more ago."""
+    for path in root.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

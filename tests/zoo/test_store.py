@@ -1,0 +1,144 @@
+"""Materialising: once, atomically, by several processes at once, and again after damage."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import diffaccel.zoo
+from diffaccel.errors import DiffAccelError
+from diffaccel.zoo import packing, store
+
+
+@pytest.fixture
+def packed(tmp_path):
+    plain = tmp_path / "plain"
+    (plain / "part").mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = {"weight": torch.randn(256, 256).bfloat16(), "bias": torch.randn(256).bfloat16()}
+    save_file(weights, plain / "part" / "model.safetensors", metadata={"format": "pt"})
+    (plain / "part" / "config.json").write_text('{"a": 1}')
+    return packing.pack(plain, tmp_path / "zoo" / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "zoo"
+
+
+def test_made_once_then_found(packed, cache):
+    folder = store.materialise(packed, "tiny")
+    assert folder.parent == cache and folder.name.startswith("tiny-")
+    made = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    assert store.materialise(packed, "tiny", verify=True) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == made
+    assert os.listdir(cache) == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "record"])
+def test_damage_is_repaired(packed, damage):
+    folder = store.materialise(packed, "tiny")
+    weights = folder / "part" / "model.safetensors"
+    good = weights.read_bytes()
+    if damage == "truncate":
+        weights.write_bytes(good[:100])
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        (folder / store.RECORD).write_text("{")
+    assert store.materialise(packed, "tiny") == folder
+    assert weights.read_bytes() == good
+
+
+def test_altered_bytes_are_found_when_asked(packed):
+    folder = store.materialise(packed, "tiny")
+    weights = folder / "part" / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    store.materialise(packed, "tiny")
+    assert weights.read_bytes() != good  # sizes only, without verify
+    store.materialise(packed, "tiny", verify=True)
+    assert weights.read_bytes() == good
+
+
+def test_another_packed_model_gets_another_folder(packed, tmp_path):
+    first = store.materialise(packed, "tiny")
+    plain = tmp_path / "plain"
+    save_file({"weight": torch.zeros(4, 4)}, plain / "part" / "model.safetensors")
+    packing.pack(plain, packed)
+    second = store.materialise(packed, "tiny")
+    assert second != first and first.is_dir()
+    assert torch.equal(load_file(second / "part" / "model.safetensors")["weight"], torch.zeros(4, 4))
+
+
+def test_a_damaged_packed_file_is_an_error_and_leaves_nothing(packed, cache):
+    shard = next(packed.glob("weights-*"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(DiffAccelError, match=rf"{shard.name}.*expected.*reinstall diffaccel"):
+        store.materialise(packed, "tiny")
+    assert os.listdir(cache) == []
+
+
+def test_old_leftovers_are_swept_and_fresh_ones_kept(packed, cache):
+    old, fresh = cache / ".tiny-0.a.tmp", cache / ".tiny-0.b.tmp"
+    old.mkdir(parents=True)
+    fresh.mkdir()
+    long_ago = time.time() - 10 * 24 * 3600
+    os.utime(old, (long_ago, long_ago))
+    store.materialise(packed, "tiny")
+    assert not old.exists() and fresh.exists()
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(packed, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(DiffAccelError, match="DIFFACCEL_CACHE"):
+        store.materialise(packed, "tiny")
+
+
+def test_without_the_variable_the_users_cache_folder_is_used(monkeypatch):
+    monkeypatch.delenv(store.CACHE_VARIABLE)
+    assert store.cache_dir().name == "zoo" and "diffaccel" in str(store.cache_dir())
+
+
+WORKER = """
+import sys
+from diffaccel.zoo import store
+print(store.materialise(sys.argv[1], "tiny", verify=True))
+"""
+
+
+def test_several_processes_at_once_agree(packed, cache):
+    damaged = store.materialise(packed, "tiny")
+    (damaged / "part" / "config.json").unlink()  # all of them find a folder that must be replaced
+    command = [sys.executable, "-c", WORKER, str(packed)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    results = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4, results
+    assert {out.strip() for out, _ in results} == {str(damaged)}
+    assert os.listdir(cache) == [damaged.name]
+    record = json.loads((damaged / store.RECORD).read_text())["files"]
+    packing.verify(damaged, record, "file", "fix")
+
+
+def test_names_card_and_unknown_names(packed, monkeypatch):
+    monkeypatch.setattr(diffaccel.zoo, "_ROOT", packed.parent)
+    assert diffaccel.zoo.names() == ["tiny"]
+    assert (diffaccel.zoo.path("tiny") / "part" / "config.json").is_file()
+    with pytest.raises(DiffAccelError, match=r"Did you mean 'tiny'\?"):
+        diffaccel.zoo.path("tinny")
+    with pytest.raises(DiffAccelError, match="card"):
+        diffaccel.zoo.card("tiny")
+    (packed / diffaccel.zoo.CARD).write_text('{"licence": "Apache-2.0"}')
+    assert diffaccel.zoo.card("tiny") == {"licence": "Apache-2.0"}
+
+
+def test_importing_the_zoo_does_not_import_torch():
+    code = "import sys, diffaccel.zoo as z; z.names(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
