@@ -1,0 +1,47 @@
+# make test     set up, then run the test suite       make demo    set up, then the main job, with its report
+# make test-all also the slow tests, and the GPU tests where there is a GPU
+# make lint     ruff and mypy                         make clean   remove the environment and build outputs
+#
+# PYTHON=...       the interpreter to use (3.11 or 3.12; the first usable one on PATH is taken)
+# CONSTRAINTS=...  another set of versions (CONSTRAINTS=/dev/null: the newest that pyproject.toml allows)
+# PYTEST_ARGS=...  passed on to pytest
+
+.DEFAULT_GOAL := test
+.PHONY: setup test test-all demo lint clean
+
+CONSTRAINTS ?= constraints.txt
+PYTEST_ARGS ?=
+
+# A name on PATH can be a stub that does not start, or a Python without venv; so each is tried.
+usable := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	"$$p" -c '$(usable)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+
+venv := .venv
+python := $(venv)/bin/python
+
+setup: $(venv)/.ready
+
+$(venv)/.ready: pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 with venv on PATH; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(python) || "$(PYTHON)" -m venv $(venv)
+	@echo "Installing diffaccel and its tests' tools into $(venv) (a few minutes the first time)"
+	$(python) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[test]"
+	@touch $@
+
+test: setup
+	$(python) -m pytest $(PYTEST_ARGS)
+
+test-all: setup
+	$(python) -m pytest -m "" $(PYTEST_ARGS)
+
+demo: setup
+	$(python) -m scripts.demo --out out/demo
+
+lint: setup
+	$(python) -m ruff check .
+	$(python) -m mypy
+
+clean:
+	rm -rf $(venv) build dist out *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
