@@ -1,1 +1,38 @@
-"""diffaccel"""
+"""diffaccel: diffusion and flow pipelines, faster, smaller and better, in one line and with proof.
+
+``accelerate(pipe, ...)`` applies methods to a diffusers pipeline, ``remove(pipe)`` takes them off again to the bit,
+``summary(pipe)`` says what is active, ``load(name)`` opens a model of the zoo, a folder or a hub id.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffaccel.compose import accelerate, load, remove, summary
+    from diffaccel.errors import DiffAccelError
+    from diffaccel.probe import open_session
+
+__version__ = "0.1.0"
+__all__ = ["DiffAccelError", "__version__", "accelerate", "load", "open_session", "remove", "summary"]
+
+_LAZY = {
+    "accelerate": "diffaccel.compose",
+    "remove": "diffaccel.compose",
+    "summary": "diffaccel.compose",
+    "load": "diffaccel.compose",
+    "open_session": "diffaccel.probe",
+    "DiffAccelError": "diffaccel.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'diffaccel' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,1 +1,26 @@
-"""diffaccel.families"""
+"""Pipeline families, found by the pipeline's class or one of its bases."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffaccel.families.base import Family
+
+# diffusers class name -> module and class here
+FAMILIES = {
+    "FluxPipeline": "flux:Flux",
+    "StableDiffusion3Pipeline": "sd3:SD3",
+    "StableDiffusionXLPipeline": "sdxl:SDXL",
+    "StableDiffusionPipeline": "sd:SD",
+}
+
+
+def find(pipe: Any) -> Family | None:
+    """The family of a pipeline, or None. A subclass belongs to the family of its nearest listed base."""
+    for cls in type(pipe).__mro__:
+        if cls.__name__ in FAMILIES:
+            module, _, name = FAMILIES[cls.__name__].partition(":")
+            return getattr(import_module(f"diffaccel.families.{module}"), name)()
+    return None

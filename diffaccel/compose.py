@@ -1,0 +1,227 @@
+"""``accelerate``, ``remove``, ``summary``, ``load``: methods on a pipeline, and off it again.
+
+A loop method changes only the class of the pipeline instance, to a subclass of the same name whose ``__call__`` runs
+the stock call around the method's own loop. Weight and block methods change the network and return a handle.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffaccel import registry
+from diffaccel.config import ORDER, Handle, SamplerConfig
+from diffaccel.errors import DiffAccelError
+
+_KEY = "_diffaccel"
+
+
+@dataclass
+class Active:
+    """What is active on one pipeline: the methods in the order they were applied, and the last run's cost."""
+
+    original_class: type
+    configs: list[Any] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)
+    stats: Any = None
+
+    @property
+    def loop(self) -> SamplerConfig | None:
+        """The method that owns the sampling loop."""
+        return next((c for c in self.configs if c.touches == "loop"), None)
+
+
+def active(pipe: Any) -> Active | None:
+    """What is active on ``pipe``, or None."""
+    return pipe.__dict__.get(_KEY)
+
+
+def accelerate(pipe: Any, *configs: Any) -> Any:
+    """Apply methods to a diffusers pipeline, in place, and return the same object.
+
+    Methods are applied weights first, then blocks, then the loop, whatever their order here; the pipeline's call keeps
+    its signature. More methods can be added later by another call.
+
+    Args:
+        pipe: a diffusers pipeline, or a list of them for a method that composes several (the first is returned).
+        configs: config objects, or names of methods with their default config.
+
+    Raises:
+        DiffAccelError: for an unknown name, two methods that exclude each other, or a pipeline that cannot be followed.
+    """
+    if isinstance(pipe, list | tuple):
+        raise DiffAccelError(
+            f"Got a list of {len(pipe)} pipelines, and none of the methods composes several. Pass one pipeline."
+        )
+    _check_pipeline(pipe)
+    if not configs:
+        raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
+    new = [_config(c) for c in configs]
+    state = active(pipe)
+    _check_clashes([*(state.configs if state else []), *new])
+    state = state or Active(type(pipe))
+    before = (list(state.configs), list(state.handles))
+    object.__setattr__(pipe, _KEY, state)
+    try:
+        for config in sorted(new, key=lambda c: ORDER.index(c.touches)):
+            if config.touches == "loop":
+                _wrap_call(pipe, state)
+            else:
+                state.handles.append(config.apply(pipe))
+            state.configs.append(config)
+    except Exception:
+        for handle in reversed(state.handles[len(before[1]) :]):
+            handle.remove()
+        state.configs, state.handles = before
+        if not state.configs:
+            _restore(pipe, state)
+        raise
+    state.configs.sort(key=lambda c: ORDER.index(c.touches))
+    return pipe
+
+
+def remove(pipe: Any) -> Any:
+    """Take every method off a pipeline again; it then computes what it computed before, to the bit.
+
+    A pipeline without methods is returned unchanged.
+    """
+    state = active(pipe)
+    if state is not None:
+        for handle in reversed(state.handles):
+            handle.remove()
+        _restore(pipe, state)
+    return pipe
+
+
+@dataclass
+class Summary:
+    """What is active on a pipeline and what its last run cost; prints as a table."""
+
+    pipeline: str
+    methods: list[dict[str, Any]]
+    last_run: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For records."""
+        return {"pipeline": self.pipeline, "methods": self.methods, "last_run": self.last_run}
+
+    def __str__(self) -> str:
+        lines = [self.pipeline]
+        for method in self.methods:
+            options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in ("name", "touches"))
+            lines.append(f"  {method['name']:<12}{method['touches']:<9}{options}")
+        if not self.methods:
+            lines.append("  no methods active")
+        if self.last_run:
+            run = self.last_run
+            cost = f"  last run    {run['steps']} steps, {run['nfe']} NFE, {run['forwards']} forward rows, "
+            cost += f"{run['seconds']:.2f} s"
+            if run["peak_memory"]:
+                cost += f", peak {run['peak_memory'] / 2**30:.2f} GiB"
+            lines.append(cost)
+        return "\n".join(lines)
+
+
+def summary(pipe: Any) -> Summary:
+    """What is active on ``pipe``, with the cost of its last run."""
+    _check_pipeline(pipe)
+    state = active(pipe)
+    cls = state.original_class if state else type(pipe)
+    methods = [{**c.to_dict(), "touches": c.touches} for c in state.configs] if state else []
+    last = state.stats.to_dict() if state and state.stats else None
+    return Summary(cls.__name__, methods, last)
+
+
+def load(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """A pipeline from a zoo name, a local folder or a hub id.
+
+    Args:
+        name_or_path: as ``diffaccel list`` shows, a folder made by ``save_pretrained``, or ``owner/name`` on the hub.
+        kwargs: passed to ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        DiffAccelError: when there is no such model, with the nearest zoo name.
+    """
+    from diffusers import DiffusionPipeline
+
+    from diffaccel import zoo
+    from diffaccel.errors import unknown
+
+    name = str(name_or_path)
+    if name in zoo.names():
+        return DiffusionPipeline.from_pretrained(zoo.path(name), **kwargs)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise DiffAccelError(f"'{name}' is a folder without model_index.json. Give one made by save_pretrained.")
+        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown("model", name, zoo.names())
+    try:
+        return DiffusionPipeline.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise DiffAccelError(
+            f"The model '{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
+        ) from error
+
+
+def _config(config: Any) -> Any:
+    if isinstance(config, str):
+        return registry.config_class(config)()
+    if isinstance(config, type):
+        raise DiffAccelError(f"Got the class {config.__name__}; pass an instance: {config.__name__}().")
+    if getattr(config, "touches", None) not in ORDER:
+        raise DiffAccelError(
+            f"Got {type(config).__name__}, which is no config of a method. Pass a config, or one of the names: "
+            f"{', '.join(sorted(registry.names()))}."
+        )
+    return config
+
+
+def _check_pipeline(pipe: Any) -> None:
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise DiffAccelError(f"Got {type(pipe).__name__}; pass a diffusers pipeline, such as FluxPipeline.")
+
+
+def _check_clashes(configs: list[Any]) -> None:
+    for i, one in enumerate(configs):
+        for other in configs[i + 1 :]:
+            if one.name == other.name:
+                raise DiffAccelError(
+                    f"'{one.name}' is already active. diffaccel.remove(pipe) first to change its options."
+                )
+            if other.name in one.conflicts or one.name in other.conflicts:
+                raise DiffAccelError(f"'{one.name}' and '{other.name}' cannot be active together. Use one of them.")
+            if one.touches == other.touches == "loop":
+                raise DiffAccelError(
+                    f"'{one.name}' and '{other.name}' both replace the sampling loop. Use one of them, "
+                    "or diffaccel.remove(pipe) in between."
+                )
+
+
+def _wrap_call(pipe: Any, state: Active) -> None:
+    original = state.original_class
+    stock = original.__call__
+
+    @functools.wraps(stock)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from diffaccel.runner import generate
+
+        current = active(self)
+        if current is None or current.loop is None:
+            return stock(self, *args, **kwargs)
+        result, current.stats = generate(self, current.loop, stock, args, kwargs)
+        return result
+
+    __call__.stock_call = stock  # type: ignore[attr-defined]
+    members = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    object.__setattr__(pipe, "__class__", type(original.__name__, (original,), members))
+
+
+def _restore(pipe: Any, state: Active) -> None:
+    object.__setattr__(pipe, "__class__", state.original_class)
+    pipe.__dict__.pop(_KEY, None)

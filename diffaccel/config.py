@@ -1,0 +1,147 @@
+"""Configs: frozen keyword-only dataclasses that validate themselves and round-trip through plain dicts."""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+from diffaccel.errors import DiffAccelError, unknown
+
+if TYPE_CHECKING:
+    from diffaccel.session import Sampling, Session
+
+Touches = Literal["weights", "blocks", "loop"]
+ORDER: tuple[Touches, ...] = ("weights", "blocks", "loop")
+
+
+@runtime_checkable
+class Handle(Protocol):
+    """What a weight or block method returns when applied to a network."""
+
+    def remove(self) -> None:
+        """Restore the network to the bit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every method's config.
+
+    Class attributes:
+        name: the registry name, also the prefix of command line options.
+        touches: what the method acts on; ``accelerate`` applies weights, then blocks, then the loop.
+        conflicts: names of methods that cannot be active at the same time.
+        paper: title and arXiv id.
+    """
+
+    name: ClassVar[str]
+    touches: ClassVar[Touches]
+    conflicts: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, hints[field.name]):
+                raise DiffAccelError(
+                    f"{type(self).__name__}.{field.name} is {value!r}; it must be {_describe(hints[field.name])}."
+                )
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise :class:`DiffAccelError` for values that do not fit together; types were checked already."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., field: value}``, JSON-ready."""
+        return {"name": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_dict`; an unknown key raises with the nearest match."""
+        given = {k: v for k, v in values.items() if k != "name"}
+        hints = typing.get_type_hints(cls)
+        names = [f.name for f in fields(cls)]
+        for key, value in given.items():
+            if key not in names:
+                raise unknown(f"option of {cls.__name__}", key, names)
+            if isinstance(value, list) and typing.get_origin(hints[key]) is tuple:
+                given[key] = tuple(value)
+        required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in required if name not in given]
+        if missing:
+            raise DiffAccelError(f"{cls.__name__} needs {', '.join(missing)}; got {', '.join(given) or 'nothing'}.")
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig(Config):
+    """Base of sampler configs.
+
+    Args:
+        state: keep latents in fp32 between steps ("float32"), or round them to the pipeline's dtype after every step
+            as the stock loop does ("stock").
+        max_batch: most rows in one network call; 0 for no limit.
+    """
+
+    touches: ClassVar[Touches] = "loop"
+    evals_per_step: ClassVar[int] = 1
+
+    state: Literal["float32", "stock"] = "float32"
+    max_batch: int = 0
+
+    def sample(self, session: Session) -> Sampling:
+        """The sampler's generator for one session."""
+        raise NotImplementedError
+
+    def validate(self) -> None:
+        if self.max_batch < 0:
+            raise DiffAccelError(
+                f"{type(self).__name__}.max_batch is {self.max_batch}; it must be 0 (no limit) or more."
+            )
+
+
+class ModuleConfig(Protocol):
+    """What ``accelerate`` needs of a config that acts on the network itself."""
+
+    name: str
+    touches: Touches
+    conflicts: tuple[str, ...]
+
+    def apply(self, pipe: Any) -> Handle:
+        """Change the pipeline's network and return the handle that undoes it."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in args
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        return (
+            len(args) == 2
+            and args[1] is Ellipsis
+            and all(_fits(v, args[0]) for v in value)
+            or (len(args) == len(value) and all(_fits(v, a) for v, a in zip(value, args, strict=True)))
+        )
+    if origin is not None:
+        return isinstance(value, origin) if isinstance(origin, type) else True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is None or hint is type(None):
+        return value is None
+    return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", None) if not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,336 @@
+"""Drivers run a sampler's generator: the native loop against the real network, and a fallback inside the stock loop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.session import Decode, Eval, Pred, Sampling, Session, Step, bcast
+
+State = Literal["float32", "stock"]
+
+
+@dataclass
+class Stats:
+    """What a run cost.
+
+    Attributes:
+        nfe: predictions, one per row and noise level; a guided one counts once.
+        forwards: rows that went through the network; a guided prediction counts twice.
+        calls: network calls.
+        seconds: wall time of the loop.
+        peak_memory: bytes of device memory at the highest, 0 on a CPU.
+    """
+
+    nfe: int = 0
+    forwards: int = 0
+    calls: int = 0
+    steps: int = 0
+    decodes: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    nfe_by_resolution: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For records."""
+        return asdict(self)
+
+
+@dataclass
+class Callback:
+    """A user's ``callback_on_step_end`` and the tensors it asked for."""
+
+    function: Any
+    inputs: Sequence[str]
+
+
+class Native:
+    """The native loop: it owns the step counter, guidance, cache contexts, callbacks and the account.
+
+    Args:
+        session: the prepared call.
+        state: keep latents in fp32 between steps, or round them to the pipeline's own dtype as the stock loop does
+            (equal to it to the bit for Euler).
+        max_batch: most rows in one network call; None for no limit.
+        callback: called after every step with the pipeline's own contract.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        state: State = "float32",
+        max_batch: int | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        self.session = session
+        self.state = state
+        self.max_batch = max_batch
+        self.callback = callback
+        self.stats = Stats()
+        self.sigma = session.sigmas[0]
+        self._cache_key: object = None
+
+    def run(self, sampling: Sampling) -> Tensor:
+        """Drive a sampler to its end and return its latents in the session's coordinates."""
+        session = self.session
+        cuda = session.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(session.device)
+            torch.cuda.synchronize(session.device)
+        start = time.perf_counter()
+        reply: Any = None
+        total = len(session.sigmas) - 1
+        with session.pipe.progress_bar(total=total) as bar:
+            try:
+                while True:
+                    event = sampling.send(reply)
+                    if isinstance(event, Step):
+                        reply = self._step(event)
+                        if self.stats.steps <= total:
+                            bar.update()
+                        if getattr(session.pipe, "_interrupt", False):
+                            sampling.close()
+                            result = reply
+                            break
+                    elif isinstance(event, Decode):
+                        reply = self._decode(event)
+                    elif isinstance(event, Eval):
+                        reply = self.predict([event])[0]
+                    else:
+                        reply = self.predict(event)
+            except StopIteration as stop:
+                result = stop.value
+        if cuda:
+            torch.cuda.synchronize(session.device)
+            self.stats.peak_memory = torch.cuda.max_memory_allocated(session.device)
+        self.stats.seconds = time.perf_counter() - start
+        return result
+
+    # -- predictions -----------------------------------------------------------------------------------------------
+
+    def predict(self, evals: list[Eval]) -> list[Pred]:
+        """Answer a list of requests in order; those that fit together share network calls."""
+        first = evals[0].at or self.session
+        together = all((e.at or self.session) is first and e.branch == evals[0].branch for e in evals)
+        if len(evals) > 1 and not (together and all(e.x.shape[1:] == evals[0].x.shape[1:] for e in evals)):
+            return [self.predict([e])[0] for e in evals]
+        session, branch = first, evals[0].branch
+        rows = [_rows(session, e) for e in evals]
+        x = torch.cat([e.x for e in evals]) if len(evals) > 1 else evals[0].x
+        sigma = evals[0].sigma
+        if len(evals) > 1 and not (sigma.ndim == 0 and all(e.sigma.ndim == 0 and e.sigma == sigma for e in evals)):
+            sigma = torch.cat([e.sigma.expand(len(e.x)) for e in evals])
+        self._reset_caches((id(session), len(x), branch, tuple((e.cond, r) for e, r in zip(evals, rows, strict=True))))
+        size = self.max_batch or len(x)
+        parts = []
+        for chunk, begin in enumerate(range(0, len(x), size)):
+            pick = slice(begin, begin + size)
+            part_sigma = sigma if sigma.ndim == 0 else sigma[pick]
+            picked = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
+            name = "" if len(x) <= size and evals[0].cond == 0 else f"/{evals[0].cond}.{chunk}"
+            parts.append(
+                self._guided(session, x[pick], part_sigma, branch, _Picked(session, picked, pick, len(x)), name)
+            )
+        v = torch.cat(parts) if len(parts) > 1 else parts[0]
+        key = f"{session.height}x{session.width}"
+        self.stats.nfe += len(x)
+        self.stats.nfe_by_resolution[key] = self.stats.nfe_by_resolution.get(key, 0) + len(x)
+        lengths = [len(e.x) for e in evals]
+        preds = []
+        for e, part in zip(evals, v.split(lengths), strict=True):
+            preds.append(Pred(session.path, e.x, bcast(e.sigma, e.x), part))
+        return preds
+
+    def _guided(self, session: Session, x: Tensor, sigma: Tensor, branch: str, picked: _Picked, name: str) -> Tensor:
+        """The velocity of one batch of rows, guided or of one branch."""
+        family, pipe, schedule = session.family, session.pipe, session.schedule
+        bsigma = bcast(sigma, x)
+        network_x = schedule.network_input(x, bsigma).to(session.dtype)
+        scale = family.guidance_scale(pipe, session.conds[picked.first].arguments) if branch == "guided" else None
+        if branch == "negative" and session.conds[picked.first].negative is None:
+            raise DiffAccelError(
+                "The negative branch was asked of a call without guidance. "
+                "Call the pipeline with a guidance scale above 1 (and a negative prompt where the family needs one)."
+            )
+        if scale is None:
+            which = "negative" if branch == "negative" else "positive"
+            kwargs = picked.kwargs(which)
+            label = ("uncond" if branch == "negative" else "cond") + name
+            out = self._upcast(self._network(session, network_x, sigma, kwargs, label))
+        elif family.joint_branches:
+            both = torch.cat([network_x] * 2)
+            sigmas = sigma if sigma.ndim == 0 else torch.cat([sigma] * 2)
+            out = self._upcast(self._network(session, both, sigmas, picked.kwargs("joint"), "cond_uncond" + name))
+            negative, positive = out.chunk(2)
+            out = family.combine(pipe, negative, positive, scale)
+        else:
+            positive = self._upcast(self._network(session, network_x, sigma, picked.kwargs("positive"), "cond" + name))
+            negative = self._upcast(
+                self._network(session, network_x, sigma, picked.kwargs("negative"), "uncond" + name)
+            )
+            out = family.combine(pipe, negative, positive, scale)
+        return schedule.velocity(out, x, bsigma)
+
+    def _network(self, session: Session, x: Tensor, sigma: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
+        family, denoiser = session.family, session.denoiser
+        timestep = session.schedule.timestep(sigma)
+        time_arg = family.time(timestep, len(x), session.dtype)
+        context: Any = contextlib.nullcontext()
+        if hasattr(denoiser, "cache_context"):
+            context = denoiser.cache_context(
+                name,
+                step_index=self.stats.steps,
+                num_inference_steps=len(session.sigmas) - 1,
+                sigma=sigma,
+                timestep=timestep,
+            )
+        with context:
+            given = {family.latent_arg: family.to_network(x), family.time_arg: time_arg, **kwargs, "return_dict": False}
+            out = denoiser(**given)[0]
+        self.stats.calls += 1
+        self.stats.forwards += len(x)
+        return family.from_network(out, x)
+
+    def _upcast(self, out: Tensor) -> Tensor:
+        return out if self.state == "stock" else out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def _reset_caches(self, key: object) -> None:
+        """Stateful caches hold one trajectory at one shape: forget it when another begins."""
+        denoiser = self.session.denoiser
+        if key != self._cache_key and self._cache_key is not None and hasattr(denoiser, "_reset_stateful_cache"):
+            denoiser._reset_stateful_cache()
+        self._cache_key = key
+
+    # -- the other events ------------------------------------------------------------------------------------------
+
+    def _decode(self, event: Decode) -> Tensor:
+        session = event.at or self.session
+        self.stats.decodes += len(event.x0)
+        return session.family.decode(session.pipe, event.x0)
+
+    def _step(self, event: Step) -> Tensor:
+        session, pipe = self.session, self.session.pipe
+        x = event.x
+        if self.state == "stock":
+            x = x.to(session.dtype).to(x.dtype)
+        index = min(self.stats.steps, len(session.schedule.timesteps) - 1)
+        timestep = session.schedule.timesteps[index]
+        self.stats.steps += 1
+        self.sigma = event.sigma
+        if hasattr(pipe, "_current_timestep"):
+            object.__setattr__(pipe, "_current_timestep", timestep)
+        if self.callback is not None:
+            x = self._call_back(self.callback, index, timestep, x, event.sigma)
+        return x
+
+    def native_latents(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The sampler's latents as the pipeline's own loop would hold them."""
+        session = self.session
+        latents = session.schedule.to_pipeline(x, sigma).to(session.dtype)
+        return session.family.to_network(latents)
+
+    def _call_back(self, callback: Callback, index: int, timestep: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        session, family = self.session, self.session.family
+        cond = session.conds[0]
+        kept = cond.joint if cond.joint is not None else cond.positive
+        offered: dict[str, Any] = {}
+        for name in callback.inputs:
+            if name == "latents":
+                offered[name] = self.native_latents(x, sigma)
+            elif name in family.callback_args:
+                offered[name] = _get(kept, family.callback_args[name])
+            else:
+                raise DiffAccelError(
+                    f"callback_on_step_end asked for '{name}', which has no meaning under a sampler of diffaccel. "
+                    f"It may ask for: latents, {', '.join(family.callback_args)}."
+                )
+        given = dict(offered)
+        returned = callback.function(session.pipe, index, timestep, offered) or {}
+        for name, value in returned.items():
+            if value is given.get(name):
+                continue
+            if name == "latents":
+                edited = family.spatial(value, session.height, session.width).to(x)
+                x = edited * session.schedule._state_scale(sigma)
+            elif name in family.callback_args:
+                _replace(cond, family.callback_args[name], value)
+        return x
+
+
+@dataclass
+class _Picked:
+    """Rows of one or several conditionings, gathered as network arguments and kept while they stay the same."""
+
+    session: Session
+    conds: list[tuple[int, tuple[int, ...] | None]]
+    pick: slice
+    rows: int
+
+    @property
+    def first(self) -> int:
+        return self.conds[0][0]
+
+    def kwargs(self, which: str) -> dict[str, Any]:
+        if which == "joint":
+            cond = self.session.conds[self.first]
+            whole = len(self.conds) == 1 and self.conds[0][1] is None and self.pick.stop >= self.rows
+            if whole and cond.joint is not None:
+                return cond.joint
+            return self.session.family.join_rows([self.kwargs("negative"), self.kwargs("positive")])
+        family = self.session.family
+        parts = []
+        for handle, rows in self.conds:
+            kwargs = getattr(self.session.conds[handle], which)
+            if rows is not None:
+                kwargs = family.map_rows(kwargs, lambda t, rows=rows: t[list(rows)])
+            parts.append(kwargs)
+        joined = family.join_rows(parts) if len(parts) > 1 else parts[0]
+        if self.pick.start == 0 and self.pick.stop >= self.rows:
+            return joined
+        return family.map_rows(joined, lambda t: t[self.pick])
+
+
+def _rows(session: Session, e: Eval) -> tuple[int, ...] | None:
+    """The call's row of every row of an Eval; None when they are the same, in order."""
+    batch = len(session.x)
+    if e.rows is None:
+        if len(e.x) != batch:
+            raise DiffAccelError(
+                f"An Eval has {len(e.x)} rows, the call {batch}. Say with `rows` which row of the call each belongs to."
+            )
+        return None
+    rows = tuple(int(r) for r in e.rows)
+    if len(rows) != len(e.x) or not all(0 <= r < batch for r in rows):
+        raise DiffAccelError(
+            f"Eval.rows must name a row below {batch} for each of the {len(e.x)} rows of x, got {rows}."
+        )
+    return None if rows == tuple(range(batch)) else rows
+
+
+def _get(kwargs: dict[str, Any], dotted: str) -> Any:
+    name, _, inner = dotted.partition(".")
+    return kwargs[name][inner] if inner else kwargs[name]
+
+
+def _replace(cond: Any, dotted: str, value: Tensor) -> None:
+    """A callback's new tensor, for both branches when it has their rows, else for the positive one."""
+    name, _, inner = dotted.partition(".")
+
+    def put(kwargs: dict[str, Any], new: Tensor) -> None:
+        kwargs[name] = {**kwargs[name], inner: new} if inner else new
+
+    if cond.joint is not None and len(value) == len(_get(cond.joint, dotted)):
+        put(cond.joint, value)
+        negative, positive = value.chunk(2)
+        put(cond.negative, negative)
+        put(cond.positive, positive)
+    else:
+        put(cond.positive, value)

@@ -1,0 +1,179 @@
+"""What a method must know of a pipeline family, and nothing more: names, layout, time convention, guidance rule.
+
+A family is stateless. Everything else, prompts, time ids, rope, latents, IP adapters, is prepared by the pipeline
+itself while it is probed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.session import Conditioning
+
+
+class Family:
+    """Facts and small rules of one family of diffusers pipelines.
+
+    Class attributes:
+        name: short name used in messages and records.
+        pipelines: diffusers class names whose instances (and subclasses) belong here.
+        denoiser: attribute of the pipeline that holds the network.
+        latent_arg, time_arg: the network's argument names for its input and its time.
+        row_args: network arguments with one row per sample, dotted into dicts; lists of tensors count by tensor.
+        shared_args: further arguments that are understood and the same for every row.
+        joint_branches: whether negative and positive rows go through one network call, negative first.
+        callback_args: names a step callback may ask for, and the network argument each one is.
+        size_multiple: picture sides must be multiples of this.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    denoiser: ClassVar[str] = "transformer"
+    latent_arg: ClassVar[str] = "hidden_states"
+    time_arg: ClassVar[str] = "timestep"
+    row_args: ClassVar[tuple[str, ...]] = ()
+    shared_args: ClassVar[tuple[str, ...]] = ()
+    joint_branches: ClassVar[bool] = True
+    callback_args: ClassVar[dict[str, str]] = {}
+    size_multiple: ClassVar[int] = 16
+
+    # -- guidance ------------------------------------------------------------------------------------------------
+
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any]) -> float | None:
+        """The scale that joins the branches now, or None when only the positive branch is evaluated.
+
+        Read from the pipeline at every call, since callbacks may switch guidance off half-way.
+        """
+        return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
+
+    def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance, ``negative + scale (positive - negative)`` (arXiv 2207.12598)."""
+        return negative + scale * (positive - negative)
+
+    def is_linear(self, pipe: Any) -> bool:
+        """Whether the guided output is the linear combination above, which the probe then checks."""
+        return True
+
+    def refuse(self, arguments: dict[str, Any]) -> None:
+        """Raise for call arguments whose rule depends on the step index, which a sampler's own steps do not share."""
+
+    # -- layout --------------------------------------------------------------------------------------------------
+
+    def to_network(self, x: Tensor) -> Tensor:
+        """Spatial latents ``(R, C, H, W)`` in the network's layout."""
+        return x
+
+    def from_network(self, out: Tensor, like: Tensor) -> Tensor:
+        """The network's output as spatial latents of the shape of ``like``."""
+        return out
+
+    def spatial(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The pipeline's latents as spatial ones."""
+        return latents
+
+    def time(self, timestep: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """The network's time argument from the schedule's timestep, one per row."""
+        return timestep.expand(rows)
+
+    # -- size ----------------------------------------------------------------------------------------------------
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        """Height and width in pixels of a call, with the pipeline's own default."""
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        return int(arguments.get("height") or default), int(arguments.get("width") or default)
+
+    def check_size(self, pipe: Any, height: int, width: int) -> None:
+        """Raise with the nearest valid size when a side does not fit the model."""
+        step = self.size_multiple
+        if height % step or width % step or min(height, width) <= 0:
+            near = [max(step, round(side / step) * step) for side in (height, width)]
+            raise DiffAccelError(
+                f"The size {height}x{width} does not fit {type(pipe).__name__}: both sides must be multiples of {step}. "
+                f"The nearest valid size is {near[0]}x{near[1]}."
+            )
+
+    def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        """Changes to a call's arguments that make the same picture at another resolution."""
+        return {"height": height, "width": width}
+
+    # -- decode --------------------------------------------------------------------------------------------------
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` in [-1, 1] of clean latents, as the pipeline decodes them."""
+        raise NotImplementedError
+
+    # -- conditioning --------------------------------------------------------------------------------------------
+
+    def conditioning(self, pipe: Any, calls: list[dict[str, Any]], arguments: dict[str, Any]) -> Conditioning:
+        """Sort what the pipeline passed to its network in one step into branches."""
+        for call in calls:
+            known = {self.latent_arg, self.time_arg, "return_dict", *self.shared_args}
+            known |= {name.split(".")[0] for name in self.row_args}
+            strange = [name for name, value in call.items() if value is not None and name not in known]
+            if strange:
+                raise DiffAccelError(
+                    f"{type(pipe).__name__} passed {', '.join(strange)} to its network, which the {self.name} family does "
+                    "not know how to follow. Call the pipeline without the option that causes it, or diffaccel.remove(pipe)."
+                )
+        kept = [{k: v for k, v in call.items() if k not in (self.latent_arg, self.time_arg)} for call in calls]
+        guided = self.guidance_scale(pipe, arguments) is not None
+        if not guided:
+            return Conditioning(kept[0], None, None, arguments)
+        if self.joint_branches:
+            half = [self.map_rows(kept[0], lambda rows, i=i: rows.chunk(2)[i]) for i in (0, 1)]
+            return Conditioning(half[1], half[0], kept[0], arguments)
+        return Conditioning(kept[0], kept[1], None, arguments)
+
+    def map_rows(self, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """``kwargs`` with ``change`` applied to every tensor that has one row per sample."""
+        changed = dict(kwargs)
+        for dotted in self.row_args:
+            name, _, inner = dotted.partition(".")
+            value = changed.get(name)
+            if value is None:
+                continue
+            if not inner:
+                changed[name] = _map_tensors(value, change)
+            elif value.get(inner) is not None:
+                changed[name] = {**value, inner: _map_tensors(value[inner], change)}
+        return changed
+
+    def join_rows(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
+        """Several sets of network arguments as one, rows concatenated in order."""
+        joined = dict(parts[0])
+        for dotted in self.row_args:
+            name, _, inner = dotted.partition(".")
+            if joined.get(name) is None:
+                continue
+            if not inner:
+                joined[name] = _cat([part[name] for part in parts])
+            elif joined[name].get(inner) is not None:
+                joined[name] = {**joined[name], inner: _cat([part[name][inner] for part in parts])}
+        return joined
+
+
+def signature_of(module: Any) -> inspect.Signature:
+    """The signature of a network's forward, seen through ``torch.compile``."""
+    return inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def _cat(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], list | tuple):
+        return type(values[0])(_cat(list(items)) for items in zip(*values, strict=True))
+    return values[0]

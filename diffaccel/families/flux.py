@@ -1,0 +1,52 @@
+"""FLUX.1 (text to image): packed latents, velocity, embedded guidance or two-call classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.families.base import Family
+
+
+class Flux(Family):
+    """A packed token holds a 2x2 patch of latents with channel order (c, dy, dx); the network's time is sigma itself."""
+
+    name = "flux"
+    pipelines = ("FluxPipeline",)
+    row_args = (
+        "encoder_hidden_states", "pooled_projections", "guidance", "joint_attention_kwargs.ip_adapter_image_embeds",
+    )  # fmt: skip
+    shared_args = ("txt_ids", "img_ids", "joint_attention_kwargs", "controlnet_blocks_repeat")
+    joint_branches = False  # positive first, then negative
+    callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any]) -> float | None:
+        negative = arguments.get("negative_prompt") is not None or (
+            arguments.get("negative_prompt_embeds") is not None
+            and arguments.get("negative_pooled_prompt_embeds") is not None
+        )
+        scale = float(arguments["true_cfg_scale"])
+        return scale if scale > 1 and negative else None
+
+    def to_network(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        x = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(b, (h // 2) * (w // 2), c * 4)
+
+    def from_network(self, out: Tensor, like: Tensor) -> Tensor:
+        b, _, h, w = like.shape
+        out = out.view(b, h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return out.reshape(b, -1, h, w)
+
+    def spatial(self, latents: Tensor, height: int, width: int) -> Tensor:
+        h, w = 2 * (height // 16), 2 * (width // 16)
+        return self.from_network(latents, latents.new_empty(len(latents), 1, h, w))
+
+    def time(self, timestep: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        return timestep.expand(rows).to(dtype) / 1000
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return pipe.vae.decode(x0, return_dict=False)[0]

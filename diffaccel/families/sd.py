@@ -1,0 +1,44 @@
+"""Stable Diffusion 1.x and 2.x: a UNet on spatial latents, epsilon or v, both branches in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel.families.base import Family
+
+
+class SD(Family):
+    """The UNet's time is the scheduler's train step; guidance may be rescaled (arXiv 2305.08891, section 3.4)."""
+
+    name = "sd"
+    pipelines = ("StableDiffusionPipeline",)
+    denoiser = "unet"
+    latent_arg = "sample"
+    row_args = ("encoder_hidden_states", "timestep_cond", "added_cond_kwargs.image_embeds")
+    shared_args = ("cross_attention_kwargs", "added_cond_kwargs")
+    callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    size_multiple = 8
+
+    def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
+        guided = super().combine(pipe, negative, positive, scale)
+        if pipe.guidance_rescale > 0.0:
+            from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+            return rescale_noise_cfg(guided, positive, guidance_rescale=pipe.guidance_rescale)
+        return guided
+
+    def is_linear(self, pipe: Any) -> bool:
+        return pipe.guidance_rescale == 0.0
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        sample = pipe.unet.config.sample_size
+        sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        if not arguments.get("height") or not arguments.get("width"):
+            return sides[0] * pipe.vae_scale_factor, sides[1] * pipe.vae_scale_factor
+        return int(arguments["height"]), int(arguments["width"])
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        return pipe.vae.decode(x0, return_dict=False)[0]

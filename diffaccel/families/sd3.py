@@ -1,0 +1,33 @@
+"""Stable Diffusion 3 and 3.5: spatial latents, velocity, both branches in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.families.base import Family
+
+
+class SD3(Family):
+    """The network's time is ``1000 sigma``; skip-layer guidance depends on the step index and is refused."""
+
+    name = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    row_args = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds")
+    shared_args = ("joint_attention_kwargs",)
+    callback_args = {  # noqa: RUF012
+        "prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections",
+    }  # fmt: skip
+
+    def refuse(self, arguments: dict[str, Any]) -> None:
+        if arguments.get("skip_guidance_layers") is not None:
+            raise DiffAccelError(
+                "skip_guidance_layers follows the pipeline's own step index, which a sampler does not share. "
+                "Leave it out, or diffaccel.remove(pipe)."
+            )
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+        return pipe.vae.decode(x0, return_dict=False)[0]

@@ -1,0 +1,65 @@
+"""Stable Diffusion XL: as Stable Diffusion, with pooled text and size conditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.families.sd import SD
+
+
+class SDXL(SD):
+    """Another resolution keeps ``original_size`` and ``target_size`` of the final picture, since a smaller stage of it is
+    not a thumbnail."""
+
+    name = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    row_args = (
+        "encoder_hidden_states", "timestep_cond", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids",
+        "added_cond_kwargs.image_embeds",
+    )  # fmt: skip
+    callback_args = {  # noqa: RUF012
+        "prompt_embeds": "encoder_hidden_states",
+        "add_text_embeds": "added_cond_kwargs.text_embeds",
+        "add_time_ids": "added_cond_kwargs.time_ids",
+    }
+
+    def refuse(self, arguments: dict[str, Any]) -> None:
+        if arguments.get("denoising_end") is not None:
+            raise DiffAccelError(
+                "denoising_end cuts the pipeline's own list of steps, which a sampler replaces. "
+                "Leave it out, or diffaccel.remove(pipe)."
+            )
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        default = pipe.default_sample_size * pipe.vae_scale_factor
+        return int(arguments.get("height") or default), int(arguments.get("width") or default)
+
+    def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        final = (arguments["height"], arguments["width"])
+        return {
+            "height": height,
+            "width": width,
+            "original_size": arguments.get("original_size") or final,
+            "target_size": arguments.get("target_size") or final,
+        }
+
+    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+        vae = pipe.vae
+        upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # the XL decoder overflows in fp16
+        if upcast:
+            pipe.upcast_vae()
+        mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+        x0 = x0.to(next(iter(vae.post_quant_conv.parameters())).dtype)
+        if mean is not None and std is not None:
+            mean, std = (torch.tensor(stat).view(1, -1, 1, 1).to(x0) for stat in (mean, std))
+            x0 = x0 * std / vae.config.scaling_factor + mean
+        else:
+            x0 = x0 / vae.config.scaling_factor
+        pixels = vae.decode(x0, return_dict=False)[0]
+        if upcast:
+            vae.to(dtype=torch.float16)
+        return pixels

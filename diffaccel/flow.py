@@ -1,0 +1,280 @@
+"""Noise paths and prediction types: the one language that samplers speak.
+
+A noise path mixes a clean sample with noise, ``x_t = alpha(t) x0 + sigma(t) eps``, with ``t`` growing towards noise.
+Its velocity is ``v = dx_t/dt = alpha'(t) x0 + sigma'(t) eps`` and its score ``-eps / sigma(t)``. Given ``x_t`` and any
+one of eps, x0, v, the variance-preserving v-prediction or the score, all others follow; two paths at equal
+signal-to-noise ratio differ by a scale only (Karras et al., arXiv 2206.00364; Lipman et al., arXiv 2210.02747).
+
+All functions take floats or tensors that broadcast against ``x`` and keep the dtype that they are given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+Prediction = Literal["epsilon", "sample", "v_prediction", "velocity", "score"]
+
+
+def _tensor(t: Scalar) -> Tensor:
+    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+
+
+class Path:
+    """``x_t = alpha(t) x0 + sigma(t) eps``; subclasses give the two coefficients and their derivatives."""
+
+    def alpha(self, t: Scalar) -> Scalar:
+        """Weight of the clean sample at ``t``."""
+        raise NotImplementedError
+
+    def sigma(self, t: Scalar) -> Scalar:
+        """Standard deviation of the noise at ``t``."""
+        raise NotImplementedError
+
+    def d_alpha(self, t: Scalar) -> Scalar:
+        """``d alpha / dt``."""
+        raise NotImplementedError
+
+    def d_sigma(self, t: Scalar) -> Scalar:
+        """``d sigma / dt``."""
+        raise NotImplementedError
+
+    def at(self, rho: Scalar) -> Scalar:
+        """The time ``t`` at which ``log(alpha/sigma) = rho``: the inverse of :meth:`rho`."""
+        raise NotImplementedError
+
+    def rho(self, t: Scalar) -> Tensor:
+        """``log(alpha(t)/sigma(t))``, half the log signal-to-noise ratio."""
+        return torch.log(_tensor(self.alpha(t))) - torch.log(_tensor(self.sigma(t)))
+
+    def mix(self, x0: Tensor, eps: Tensor, t: Scalar) -> Tensor:
+        """``alpha(t) x0 + sigma(t) eps``."""
+        return self.alpha(t) * x0 + self.sigma(t) * eps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Scalar) -> Tensor:
+        """``alpha'(t) x0 + sigma'(t) eps``."""
+        return self.d_alpha(t) * x0 + self.d_sigma(t) * eps
+
+    def x0(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        """The clean sample from the velocity: ``(sigma v - sigma' x) / (alpha' sigma - alpha sigma')``."""
+        a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
+        return (s * v - ds * x) / (da * s - a * ds)
+
+    def eps(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        """The noise from the velocity: ``(alpha v - alpha' x) / (alpha sigma' - alpha' sigma)``."""
+        a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
+        return (a * v - da * x) / (a * ds - da * s)
+
+
+@dataclass(frozen=True)
+class Linear(Path):
+    """Rectified flow: ``alpha = 1 - t``, ``sigma = t``, so ``v = eps - x0`` (arXiv 2209.03003)."""
+
+    def alpha(self, t: Scalar) -> Scalar:
+        return 1 - t
+
+    def sigma(self, t: Scalar) -> Scalar:
+        return t
+
+    def d_alpha(self, t: Scalar) -> Scalar:
+        return -1.0
+
+    def d_sigma(self, t: Scalar) -> Scalar:
+        return 1.0
+
+    def at(self, rho: Scalar) -> Tensor:
+        return torch.sigmoid(-_tensor(rho))
+
+    def x0(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        return x - t * v
+
+    def eps(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        return x + (1 - t) * v
+
+
+@dataclass(frozen=True)
+class VE(Path):
+    """Variance exploding, the coordinates of EDM and of Euler-type schedulers: ``alpha = 1``, ``sigma = t``, ``v = eps``
+    (arXiv 2206.00364)."""
+
+    def alpha(self, t: Scalar) -> Scalar:
+        return 1.0 if isinstance(t, float) else torch.ones_like(_tensor(t))
+
+    def sigma(self, t: Scalar) -> Scalar:
+        return t
+
+    def d_alpha(self, t: Scalar) -> Scalar:
+        return 0.0
+
+    def d_sigma(self, t: Scalar) -> Scalar:
+        return 1.0
+
+    def at(self, rho: Scalar) -> Tensor:
+        return torch.exp(-_tensor(rho))
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Scalar) -> Tensor:
+        return eps
+
+    def x0(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        return x - t * v
+
+    def eps(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
+        return v
+
+
+@dataclass(frozen=True)
+class VP(Path):
+    """Variance preserving with a linear rate ``beta(t)`` on ``t in [0, 1]`` (arXiv 2011.13456).
+
+    ``T(t) = beta_min t + (beta_max - beta_min) t^2 / 2``, ``alpha = exp(-T/2)``, ``sigma = sqrt(1 - exp(-T))``.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def _integral(self, t: Scalar) -> Tensor:
+        t = _tensor(t)
+        return self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t * t
+
+    def _rate(self, t: Scalar) -> Scalar:
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def alpha(self, t: Scalar) -> Tensor:
+        return torch.exp(-0.5 * self._integral(t))
+
+    def sigma(self, t: Scalar) -> Tensor:
+        return torch.sqrt(-torch.expm1(-self._integral(t)))
+
+    def d_alpha(self, t: Scalar) -> Tensor:
+        return -0.5 * self._rate(t) * self.alpha(t)
+
+    def d_sigma(self, t: Scalar) -> Tensor:
+        return 0.5 * self._rate(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def at(self, rho: Scalar) -> Tensor:
+        # sigma^2/alpha^2 = exp(T) - 1, so T = log1p(exp(-2 rho)): solve the quadratic for t
+        integral = torch.nn.functional.softplus(-2 * _tensor(rho))
+        slope = self.beta_max - self.beta_min
+        if slope == 0:
+            return integral / self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+
+class Tabulated(Path):
+    """The path of a scheduler with a table of cumulative alphas: ``alpha^2 = alphas_cumprod[t]``, ``t`` in train steps.
+
+    Between two integer times ``log(alpha/sigma)`` is linear in ``t``. A zero terminal ratio (arXiv 2305.08891) gives
+    ``rho = -inf`` at the last entry, which is exact there and is never interpolated across.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+        self._rho = 0.5 * (torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod))
+
+    def rho(self, t: Scalar) -> Tensor:
+        t = _tensor(t).to("cpu", torch.float64)
+        last = len(self._rho) - 1
+        low = t.floor().clamp(0, last).long()
+        high = (low + 1).clamp(max=last)
+        part = t - low
+        return torch.where(part == 0, self._rho[low], torch.lerp(self._rho[low], self._rho[high], part))
+
+    def alpha(self, t: Scalar) -> Tensor:
+        return torch.sqrt(torch.sigmoid(2 * self.rho(t)))
+
+    def sigma(self, t: Scalar) -> Tensor:
+        return torch.sqrt(torch.sigmoid(-2 * self.rho(t)))
+
+    def _slope(self, t: Scalar) -> Tensor:
+        low = _tensor(t).to("cpu", torch.float64).floor().clamp(0, len(self._rho) - 2).long()
+        return self._rho[low + 1] - self._rho[low]
+
+    def d_alpha(self, t: Scalar) -> Tensor:
+        return self._slope(t) * self.alpha(t) * self.sigma(t) ** 2
+
+    def d_sigma(self, t: Scalar) -> Tensor:
+        return -self._slope(t) * self.sigma(t) * self.alpha(t) ** 2
+
+    def at(self, rho: Scalar) -> Tensor:
+        rho = _tensor(rho).to("cpu", torch.float64)
+        # rho falls with t; searchsorted wants it rising
+        rising = self._rho.flip(0).contiguous()
+        last = len(rising) - 1
+        high = torch.searchsorted(rising, rho.contiguous()).clamp(1, last)
+        lo, hi = rising[high - 1], rising[high]
+        part = ((rho - lo) / (hi - lo)).nan_to_num(nan=0.0, posinf=1.0).clamp(0, 1)
+        part = torch.where(torch.isinf(lo) & (rho > lo), torch.ones_like(part), part)
+        return last - (high - 1 + part)
+
+
+LINEAR = Linear()
+VE_PATH = VE()
+
+
+def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar) -> tuple[Tensor, Tensor]:
+    """``(x0, eps)`` from a network output of type ``kind`` at ``x = alpha x0 + sigma eps``.
+
+    epsilon: ``eps = out``; sample: ``x0 = out``; score: ``eps = -sigma out``; velocity of the linear path:
+    ``out = eps - x0``; v_prediction (arXiv 2202.00512), for ``alpha^2 + sigma^2 = 1``: ``out = alpha eps - sigma x0``.
+    """
+    if kind == "epsilon":
+        return (x - sigma * out) / alpha, out
+    if kind == "sample":
+        return out, (x - alpha * out) / sigma
+    if kind == "score":
+        eps = -sigma * out
+        return (x - sigma * eps) / alpha, eps
+    if kind == "velocity":
+        total = alpha + sigma
+        return (x - sigma * out) / total, (x + alpha * out) / total
+    if kind == "v_prediction":
+        return alpha * x - sigma * out, sigma * x + alpha * out
+    raise _unknown(kind)
+
+
+def output(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
+    """What a network of type ``kind`` has to return for ``(x0, eps)``: the inverse of :func:`x0_eps`."""
+    if kind == "epsilon":
+        return eps
+    if kind == "sample":
+        return x0
+    if kind == "score":
+        return -eps / sigma
+    if kind == "velocity":
+        return eps - x0
+    if kind == "v_prediction":
+        return alpha * eps - sigma * x0
+    raise _unknown(kind)
+
+
+def convert(out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, *, source: Prediction, target: Prediction) -> Tensor:
+    """A network output of type ``source`` as one of type ``target``, at ``x = alpha x0 + sigma eps``."""
+    return output(target, *x0_eps(source, out, x, alpha, sigma), alpha, sigma)
+
+
+def transport(x: Tensor, t: Scalar, source: Path, target: Path) -> tuple[Tensor, Scalar]:
+    """``(x', t')`` on ``target`` with the same clean sample, noise and signal-to-noise ratio as ``(x, t)`` on ``source``.
+
+    ``rho'(t') = rho(t)`` and ``x' = x sigma'(t') / sigma(t)`` (rbf: arXiv 2503.19385, interpolant conversion).
+    """
+    t_new = target.at(source.rho(t))
+    scale = _tensor(target.sigma(t_new)) / _tensor(source.sigma(t))
+    return (x * scale.to(x.dtype) if scale.ndim == 0 else x * scale), t_new
+
+
+def karras_preconditioning(sigma: Scalar, sigma_data: float) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """``(c_skip, c_out, c_in, c_noise)`` of EDM: ``x0 = c_skip x + c_out F(c_in x; c_noise)`` (arXiv 2206.00364, table 1)."""
+    total = sigma * sigma + sigma_data * sigma_data
+    root = total**0.5
+    c_noise = torch.log(sigma) / 4 if isinstance(sigma, Tensor) else math.log(sigma) / 4
+    return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, c_noise
+
+
+def _unknown(kind: str) -> ValueError:
+    allowed = "epsilon, sample, v_prediction, velocity, score"
+    return ValueError(f"Unknown prediction type '{kind}'. Known: {allowed}.")

@@ -1,0 +1,310 @@
+"""Stop a pipeline's own ``__call__`` at its first ``scheduler.step`` and see what it prepared.
+
+The pipeline encodes prompts, draws latents, computes time ids and timesteps as it always does; its network is replaced
+by a recorder that costs nothing. What the recorder saw is all that a family does before its loop, so nothing of it is
+written again here. Because the recorder answers with known random tensors, the guidance rule that the pipeline applied
+to them can be checked against the one that the family declares.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel import schedules
+from diffaccel.errors import DiffAccelError
+from diffaccel.families.base import Family, signature_of
+from diffaccel.session import Session
+
+GUIDANCE_TOLERANCE = 1e-4
+
+
+@dataclass(eq=False)
+class Record:
+    """What one probe saw: the network's arguments call by call, its answers, and the first ``scheduler.step``."""
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    guided: Tensor | None = None
+    latents: Tensor | None = None
+
+
+class _Recorder:
+    """Stands in for the network. Not a Module, so that hooks, ``compile`` and offloading never see it."""
+
+    def __init__(self, module: Any, record: Record, latent_arg: str) -> None:
+        self._module, self._record, self._latent_arg = module, record, latent_arg
+        self._signature = signature_of(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(self._module, *args, **kwargs).arguments
+        bound.pop("self")
+        # pipelines reuse and mutate their argument dicts between calls: keep copies
+        self._record.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
+        like = bound[self._latent_arg]
+        draw = torch.Generator().manual_seed(len(self._record.calls))
+        out = torch.randn(like.shape, generator=draw).to(like.device)  # fp32, so that the guidance fit is sharp
+        self._record.outputs.append(out)
+        return SimpleNamespace(sample=out) if bound.get("return_dict", True) else (out,)
+
+
+class _Stop(Exception):
+    """Unwinds a probed call."""
+
+
+class TextMemo:
+    """Results of ``encode_prompt`` by the ordinal of the call: pipelines call it once per branch."""
+
+    def __init__(self) -> None:
+        self.results: list[Any] = []
+
+    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        ordinal = 0
+
+        @functools.wraps(encode)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            nonlocal ordinal
+            if ordinal == len(self.results):
+                self.results.append(encode(*args, **kwargs))
+            ordinal += 1
+            return self.results[ordinal - 1]
+
+        return encode_prompt
+
+
+@contextlib.contextmanager
+def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable[[Record], Any]) -> Iterator[None]:
+    """While open, the pipeline's network records, and its first ``scheduler.step`` is ``on_first_step(record)``.
+
+    Everything is put back before ``on_first_step`` runs, and in any case at the end.
+    """
+    record = Record()
+    network, scheduler = getattr(pipe, family.denoiser), pipe.scheduler
+    if hasattr(getattr(network, "_orig_mod", network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
+        raise DiffAccelError(
+            f"The {family.denoiser} of {type(pipe).__name__} is split over devices by context parallelism, "
+            "which cannot be probed yet. Load it without parallel_config."
+        )
+    own = {name: name in pipe.__dict__ for name in ("encode_prompt", "progress_bar")}
+    open_now = True
+
+    def close() -> None:
+        nonlocal open_now
+        if not open_now:
+            return
+        open_now = False
+        # past DiffusionPipeline.__setattr__, which would rewrite pipe.config
+        object.__setattr__(pipe, family.denoiser, network)
+        del scheduler.step
+        for name, was_there in own.items():
+            if not was_there:
+                pipe.__dict__.pop(name, None)
+
+    original_step = scheduler.step
+    step_signature = inspect.signature(original_step)
+
+    @functools.wraps(original_step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        bound = step_signature.bind(*args, **kwargs).arguments
+        record.guided, record.latents = bound["model_output"], bound["sample"]
+        close()
+        latents = on_first_step(record)
+        return SimpleNamespace(prev_sample=latents) if kwargs.get("return_dict", True) else (latents,)
+
+    object.__setattr__(pipe, family.denoiser, _Recorder(network, record, family.latent_arg))
+    scheduler.step = step
+    if not own["encode_prompt"]:
+        object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
+    if not own["progress_bar"]:
+        # the loop that follows brings its own bar
+        bar = functools.partial(_no_bar, pipe.progress_bar)
+        object.__setattr__(pipe, "progress_bar", bar)
+    try:
+        yield
+    finally:
+        close()
+
+
+def _no_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(iterable, total=total, disable=True)
+
+
+def check_guidance(family: Family, pipe: Any, record: Record, arguments: dict[str, Any]) -> None:
+    """Compare the rule that the pipeline applied to the recorder's answers with the one the family declares.
+
+    Solves ``guided = w_neg negative + w_pos positive`` by least squares; ``(1 - s, s)`` is classifier-free guidance.
+    """
+    scale = family.guidance_scale(pipe, arguments)
+    if not family.is_linear(pipe):
+        return
+    if scale is None:
+        columns, expected = [record.outputs[0]], [1.0]
+    elif family.joint_branches:
+        columns, expected = list(record.outputs[0].chunk(2)), [1 - scale, scale]
+    else:
+        columns, expected = [record.outputs[1], record.outputs[0]], [1 - scale, scale]
+    guided = record.guided
+    if guided is None or columns[0].numel() != guided.numel():
+        raise DiffAccelError(f"{type(pipe).__name__} steps with something other than its network's guided output.")
+    basis = torch.stack([c.double().flatten() for c in columns], dim=1)
+    target = guided.double().flatten()
+    fit = torch.linalg.lstsq(basis.cpu(), target.cpu().unsqueeze(1)).solution.flatten()
+    residual = (basis.cpu() @ fit - target.cpu()).norm() / target.norm().cpu()
+    wrong = max(abs(float(w) - e) for w, e in zip(fit, expected, strict=True))
+    if residual > GUIDANCE_TOLERANCE or wrong > GUIDANCE_TOLERANCE * max(1.0, abs(scale or 1.0)):
+        raise DiffAccelError(
+            f"{type(pipe).__name__} does not combine its predictions by classifier-free guidance of scale {scale} "
+            f"(fitted weights {[round(float(w), 4) for w in fit]}, residual {float(residual):.1e}). Non-linear rules cannot "
+            "be followed by a sampler: call without them, or diffaccel.remove(pipe)."
+        )
+
+
+def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline call's arguments by name, defaults filled in; wrong ones raise as the call itself would."""
+    bound = inspect.signature(call).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    arguments.pop("self")
+    arguments.update(arguments.pop("kwargs", None) or {})
+    return arguments
+
+
+def clone(generator: Any) -> Any:
+    """A generator, or a list of them, with the same state and nothing shared."""
+    if isinstance(generator, list):
+        return [clone(g) for g in generator]
+    if generator is None:
+        return None
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
+def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
+    """Open a session by running ``call`` up to its first step, and leave no trace of it in the pipeline."""
+    private = {k: v for k, v in pipe.__dict__.items() if k.startswith("_") and k != "_internal_dict"}
+    scheduler_state = dict(pipe.scheduler.__dict__)
+    generator = clone(arguments.get("generator"))
+    opened: list[Session] = []
+    quiet = {"callback_on_step_end": None, "output_type": "latent", "return_dict": False, "generator": clone(generator)}
+
+    def on_first_step(record: Record) -> Any:
+        after = given["generator"]
+        opened.append(make_session(pipe, family, call, record, {**arguments, "generator": generator}, memo, after))
+        raise _Stop
+
+    given = {**arguments, **{k: v for k, v in quiet.items() if k in arguments}}
+    global_rng = torch.random.get_rng_state() if generator is None else None
+    try:
+        with intercept(pipe, family, memo, on_first_step):
+            call(pipe, **given)
+    except _Stop:
+        pass
+    finally:
+        if global_rng is not None:
+            torch.random.set_rng_state(global_rng)
+        for name in [k for k in pipe.__dict__ if k.startswith("_") and k not in private and k != "_internal_dict"]:
+            del pipe.__dict__[name]
+        pipe.__dict__.update(private)
+        pipe.scheduler.__dict__.clear()
+        pipe.scheduler.__dict__.update(scheduler_state)
+    if not opened:
+        raise DiffAccelError(
+            f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
+        )
+    return opened[0]
+
+
+def make_session(
+    pipe: Any,
+    family: Family,
+    call: Callable[..., Any],
+    record: Record,
+    arguments: dict[str, Any],
+    memo: TextMemo,
+    generator: Any,
+) -> Session:
+    """The session of a recorded first step. ``generator`` is in the state the pipeline left it in."""
+    latents = record.latents
+    if latents is None:
+        raise DiffAccelError(f"{type(pipe).__name__} passed no sample to its scheduler.")
+    check_guidance(family, pipe, record, arguments)
+    height, width = family.size(pipe, arguments)
+    schedule = schedules.read(pipe.scheduler)
+    start = arguments.get("generator")
+
+    def reopen(fresh_text: bool = False, **changes: Any) -> Session:
+        changed = {**arguments, "generator": clone(start), **changes}
+        return probe(pipe, family, call, changed, TextMemo() if fresh_text else memo)
+
+    state = family.spatial(latents, height, width).to(torch.promote_types(latents.dtype, torch.float32))
+    return Session(
+        pipe=pipe,
+        family=family,
+        denoiser=getattr(pipe, family.denoiser),
+        schedule=schedule,
+        conds=[family.conditioning(pipe, record.calls, arguments)],
+        x=schedule.from_pipeline(state),
+        dtype=latents.dtype,
+        height=height,
+        width=width,
+        generator=generator,
+        reopen=reopen,
+    )
+
+
+@contextlib.contextmanager
+def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
+    """A session of a pipeline call, for looking at or driving by hand; the pipeline is left as it was.
+
+    ``arguments`` are those of ``pipe(...)``. The caller's generators are not advanced.
+
+    Raises:
+        DiffAccelError: for a pipeline of no known family, or options that a sampler cannot follow.
+    """
+    from diffaccel.families import FAMILIES, find
+
+    family = find(pipe)
+    if family is None:
+        raise DiffAccelError(
+            f"No family for {type(pipe).__name__}. Supported pipelines: {', '.join(sorted(FAMILIES))}."
+        )
+    call = stock_call(type(pipe))
+    full = arguments_of(call, pipe, (), arguments)
+    check_call(family, pipe, full)
+    try:
+        yield probe(pipe, family, call, full, TextMemo())
+    finally:
+        pipe.maybe_free_model_hooks()
+
+
+def check_call(family: Family, pipe: Any, arguments: dict[str, Any]) -> None:
+    """Refuse what no sampler can follow, before anything is computed."""
+    family.refuse(arguments)
+    family.check_size(pipe, *family.size(pipe, arguments))
+    if arguments.get("callback") is not None:
+        raise DiffAccelError("The old `callback` argument is not called by samplers; pass `callback_on_step_end`.")
+    if arguments.get("output_type") not in ("pil", "np", "pt", "latent", None):
+        raise DiffAccelError(
+            f"output_type '{arguments['output_type']}' is unknown. Use one of 'pil', 'np', 'pt', 'latent'."
+        )
+    steps = arguments.get("num_inference_steps")
+    if isinstance(steps, int) and steps < 1:
+        raise DiffAccelError(f"num_inference_steps is {steps}; it must be at least 1.")
+
+
+def stock_call(cls: type) -> Callable[..., Any]:
+    """The ``__call__`` that diffusers wrote, below any wrapper of ours."""
+    call = cls.__call__
+    return getattr(call, "stock_call", call)

@@ -1,0 +1,48 @@
+"""Names to methods: one plain dict of lazy references, and the entry-point group ``diffaccel.plugins``.
+
+A plugin package adds methods by entry points of that group, ``name = "package.module:ConfigClass"``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from diffaccel.errors import DiffAccelError, unknown
+
+METHODS = {
+    "euler": "diffaccel.samplers.euler:Euler",
+    "heun": "diffaccel.samplers.heun:Heun",
+    "dpmpp2m": "diffaccel.samplers.dpmpp2m:DPMpp2M",
+    "ancestral": "diffaccel.samplers.ancestral:Ancestral",
+}
+PLUGINS = "diffaccel.plugins"
+
+
+def names() -> dict[str, str]:
+    """Every known method and where its config class lives; nothing is imported."""
+    found = dict(METHODS)
+    for point in entry_points(group=PLUGINS):
+        if point.name in METHODS:
+            raise DiffAccelError(
+                f"The plugin {point.value} names its method '{point.name}', which diffaccel has already. Rename it."
+            )
+        found[point.name] = point.value
+    return found
+
+
+def config_class(name: str) -> type[Any]:
+    """The config class of a method.
+
+    Raises:
+        DiffAccelError: for an unknown name, with the nearest match; for a plugin that cannot be imported.
+    """
+    known = names()
+    if name not in known:
+        raise unknown("method", name, known)
+    module, _, attribute = known[name].partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DiffAccelError(f"The method '{name}' ({known[name]}) cannot be imported: {error}.") from error

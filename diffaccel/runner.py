@@ -1,0 +1,74 @@
+"""One accelerated call: the pipeline's own ``__call__`` with its loop replaced by a sampler's.
+
+The stock call prepares everything, and after our loop decodes, checks and packs the result, so that safety checkers,
+watermarks, output types and offloading are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffaccel.config import SamplerConfig
+from diffaccel.drivers import Callback, Native, Stats
+from diffaccel.errors import DiffAccelError
+from diffaccel.families import find
+from diffaccel.probe import Record, TextMemo, arguments_of, check_call, clone, intercept, make_session
+
+
+def generate(
+    pipe: Any, config: SamplerConfig, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Stats]:
+    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost."""
+    family = find(pipe)
+    arguments = arguments_of(call, pipe, args, kwargs)
+    if family is None:
+        from diffaccel.stock import generate_stock
+
+        return generate_stock(pipe, config, call, arguments)
+    check_call(family, pipe, arguments)
+    memo = TextMemo()
+    start = clone(arguments.get("generator"))
+    callback = _callback(arguments)
+    finished: list[Stats] = []
+
+    def on_first_step(record: Record) -> torch.Tensor:
+        prepared = {**arguments, "generator": start}
+        session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
+        driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
+        latents = driver.run(config.sample(session))
+        finished.append(driver.stats)
+        nonlocal interrupted
+        interrupted = bool(getattr(pipe, "_interrupt", False))
+        # the stock loop's remaining iterations are skipped, then it decodes
+        pipe._interrupt = True
+        return driver.native_latents(latents, driver.sigma)
+
+    given = {**arguments, "callback_on_step_end": None}
+    given = {k: v for k, v in given.items() if k in arguments}
+    interrupted = False
+    try:
+        with intercept(pipe, family, memo, on_first_step):
+            result = call(pipe, **given)
+    except torch.OutOfMemoryError as error:
+        raise DiffAccelError(
+            f"{error} Out of memory: try a smaller batch or size, {type(config).__name__}(max_batch=1), "
+            "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
+        ) from error
+    finally:
+        pipe._interrupt = interrupted
+    if not finished:
+        raise DiffAccelError(
+            f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
+        )
+    return result, finished[0]
+
+
+def _callback(arguments: dict[str, Any]) -> Callback | None:
+    function = arguments.get("callback_on_step_end")
+    if function is None:
+        return None
+    inputs = getattr(function, "tensor_inputs", None) or arguments["callback_on_step_end_tensor_inputs"]
+    return Callback(function, inputs)

@@ -1,0 +1,204 @@
+"""What a sampler sees: a session (one prepared pipeline call) and the events that it may yield.
+
+A sampler is a generator. It yields :class:`Eval` and receives a :class:`Pred`, yields :class:`Decode` and receives
+pixels, yields :class:`Step` once per step and receives the latents to go on with, and returns the final latents::
+
+    def euler(session):
+        x = session.x
+        for sigma, sigma_next in pairwise(session.sigmas):
+            pred = yield Eval(x, sigma)
+            x = yield Step(x + (sigma_next - sigma) * pred.v, sigma_next)
+        return x
+
+It never sees a pipeline, a network or a scheduler. All latents are spatial, ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.flow import Path
+from diffaccel.schedules import Schedule
+
+if TYPE_CHECKING:
+    from diffaccel.families.base import Family
+
+Branch = Literal["guided", "positive", "negative"]
+
+
+@dataclass(frozen=True, eq=False)
+class Eval:
+    """Ask for a prediction at ``x``.
+
+    Attributes:
+        x: ``(R, C, H, W)`` latents in the session's coordinates.
+        sigma: noise level, scalar or one per row ``(R,)``, on the CPU.
+        cond: a handle from :meth:`Session.add_cond`; 0 is the call's own prompt.
+        branch: the guided prediction, or one conditioning alone, as superposition needs it.
+        rows: for each row of ``x`` the row of the call (prompt) that it belongs to; None when they are the call's own.
+        at: the session of another resolution, from :meth:`Session.at`.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    cond: int = 0
+    branch: Branch = "guided"
+    rows: Sequence[int] | None = None
+    at: Session | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Decode:
+    """Ask for pixels ``(R, 3, H, W)`` in [-1, 1] of clean latents ``x0``."""
+
+    x0: Tensor
+    at: Session | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A step is done: the state is now ``x`` at ``sigma``. Progress, callbacks and interruption happen here."""
+
+    x: Tensor
+    sigma: Tensor
+
+
+@dataclass(eq=False)
+class Pred:
+    """A prediction at ``(x, sigma)``: velocity ``v = dx/dsigma``, clean sample ``x0`` and noise ``eps``."""
+
+    path: Path
+    x: Tensor
+    sigma: Tensor
+    v: Tensor
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The posterior mean ``E[x0 | x]``: ``x - sigma v`` on both the linear and the VE path."""
+        return self.path.x0(self.x, self.v, self.sigma)
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The noise that explains ``x`` given ``x0``: ``x = alpha x0 + sigma eps``."""
+        return self.path.eps(self.x, self.v, self.sigma)
+
+
+Event = Eval | list[Eval] | Decode | Step
+Sampling = Generator[Event, Any, Tensor]
+
+
+@dataclass(eq=False)
+class Conditioning:
+    """The network's arguments for one prompt batch, one row per sample, and the guidance that joins its branches.
+
+    ``negative`` is None where the call is not guided by a second branch. ``joint`` keeps the pipeline's own batched
+    arguments (negative rows first) for families that evaluate both branches in one call.
+    """
+
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+    joint: dict[str, Any] | None
+    arguments: dict[str, Any]
+
+
+@dataclass(eq=False)
+class Session:
+    """One prepared call of one pipeline at one resolution: where a sampler starts and what it may ask about.
+
+    Attributes:
+        x: ``(B, C, H, W)`` initial latents in the coordinates of ``schedule.path``, fp32.
+        schedule: noise levels, timesteps and prediction type of the call.
+        generator: the caller's generator or list of generators, or None for torch's global one.
+        dtype: the dtype in which the pipeline itself keeps its latents.
+        height, width: of the picture, in pixels.
+    """
+
+    pipe: Any
+    family: Family
+    denoiser: Any
+    schedule: Schedule
+    conds: list[Conditioning]
+    x: Tensor
+    dtype: torch.dtype
+    height: int
+    width: int
+    generator: torch.Generator | list[torch.Generator] | None
+    reopen: Callable[..., Session]
+    _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """``(n + 1,)`` noise levels of the call, fp32 on the CPU."""
+        return self.schedule.sigmas
+
+    @property
+    def path(self) -> Path:
+        """The noise path whose coordinates ``x`` has."""
+        return self.schedule.path
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise of the shape of ``x``, from the caller's generator: row i from its own where a list was
+        given, drawn on the generator's device as diffusers does."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        generator = self.generator
+        if isinstance(generator, list) and len(generator) != len(x):
+            raise DiffAccelError(
+                f"Noise for {len(x)} rows was asked of {len(generator)} generators. Pass one generator, or one per row."
+            )
+        return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
+
+    def at(self, height: int, width: int) -> Session:
+        """The same call at another resolution (pixels). Text encodings, network and generator are shared; sessions are
+        kept for the life of the run.
+
+        Raises:
+            DiffAccelError: when the call fixed its latents, or the size does not fit the model.
+        """
+        if (height, width) == (self.height, self.width):
+            return self
+        if (height, width) not in self._siblings:
+            if self.conds[0].arguments.get("latents") is not None:
+                raise DiffAccelError(
+                    f"`latents` were passed for {self.height}x{self.width}, but the sampler also works at {height}x{width}. "
+                    "Leave `latents` out and pass a `generator`."
+                )
+            self.family.check_size(self.pipe, height, width)
+            sibling = self.reopen(**self.family.resized(self.conds[0].arguments, height, width))
+            sibling._siblings = self._siblings
+            self._siblings[self.height, self.width] = self
+            self._siblings[height, width] = sibling
+        return self._siblings[height, width]
+
+    def add_cond(self, **arguments: Any) -> int:
+        """Another conditioning for the same latents: the call's arguments with ``arguments`` (say ``prompt=``) replaced.
+
+        Returns:
+            The handle to pass as ``Eval.cond``.
+        """
+        other = self.reopen(fresh_text=True, **arguments)
+        if other.x.shape != self.x.shape:
+            raise DiffAccelError(
+                f"The added conditioning prepares latents of shape {tuple(other.x.shape)}, the call {tuple(self.x.shape)}. "
+                "Give both the same batch size and resolution."
+            )
+        self.conds.append(other.conds[0])
+        return len(self.conds) - 1
+
+
+def bcast(sigma: Tensor, x: Tensor) -> Tensor:
+    """``sigma`` shaped to multiply ``x``: a scalar stays on the CPU (no device sync), ``(R,)`` becomes ``(R, 1, ...)``."""
+    if sigma.ndim == 0:
+        return sigma
+    return sigma.to(x.device).reshape(-1, *[1] * (x.ndim - 1))
