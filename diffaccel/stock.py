@@ -1,0 +1,186 @@
+"""The fallback driver: a sampler inside a stock loop, for a pipeline that no family describes.
+
+The stock loop calls its network once per entry of ``scheduler.timesteps`` and then ``scheduler.step``. Here the entries
+are the noise levels at which the sampler will ask, found by rehearsing it on one number, and ``step`` hands the guided
+output to the sampler and returns where it wants to look next. One guided prediction at a time, at the call's own batch
+and resolution: anything else raises :class:`UnsupportedBySampler`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel import schedules
+from diffaccel.config import SamplerConfig
+from diffaccel.drivers import Stats
+from diffaccel.errors import DiffAccelError, UnsupportedBySampler
+from diffaccel.families import FAMILIES
+from diffaccel.schedules import Schedule
+from diffaccel.session import Eval, Pred, Sampling, Step, bcast
+
+
+class StockSession:
+    """The part of a session that a stock loop can give: where to start, the noise levels, and noise."""
+
+    def __init__(self, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
+        self.schedule, self.x, self.generator = schedule, x, generator
+        self._pipeline = type(pipe).__name__
+
+    @property
+    def sigmas(self) -> Tensor:
+        return self.schedule.sigmas
+
+    @property
+    def path(self) -> Any:
+        return self.schedule.path
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Noise from the caller's generator, as a full session draws it."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(tuple(x.shape), generator=self.generator, device=x.device, dtype=x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedBySampler(
+            f"The sampler needs the session's '{name}', which only pipelines with a family have; {self._pipeline} has none. "
+            f"Supported: {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
+    """The noise levels at which a sampler will ask for predictions, in order."""
+    x = torch.zeros(1, 1, 1, 1)
+    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator()))  # type: ignore[arg-type]
+    asked: list[Tensor] = []
+    reply: Any = None
+    while True:
+        try:
+            event = sampling.send(reply)
+        except StopIteration:
+            return asked
+        if isinstance(event, Step):
+            reply = event.x
+        else:
+            _check_single(event, config, pipe)
+            asked.append(event.sigma)  # type: ignore[union-attr]
+            reply = Pred(schedule.path, event.x, event.sigma, torch.zeros_like(x))  # type: ignore[union-attr]
+
+
+class _Loop:
+    """``scheduler.step`` of one call: feeds the sampler and remembers what the network will see next."""
+
+    def __init__(self, pipe: Any, config: SamplerConfig, generator: Any) -> None:
+        self.pipe, self.config, self.generator = pipe, config, generator
+        self.stats = Stats()
+        self.schedule: Schedule | None = None
+        self.asked: list[Tensor] = []
+        self.sampling: Sampling | None = None
+        self.event: Any = None
+        self.returned: Tensor | None = None
+
+    def begin(self, scheduler: Any) -> None:
+        """After the pipeline set its timesteps: replace them by the sampler's."""
+        self.schedule = schedules.read(scheduler)
+        self.asked = rehearse(self.config, self.pipe, self.schedule)
+        scheduler.timesteps = torch.stack([self.schedule.timestep(s) for s in self.asked])
+        self.pipe._num_timesteps = len(self.asked)
+
+    def input_at(self, sample: Tensor) -> Tensor:
+        """``scale_model_input``: the network's input from the pipeline's latents at the current noise level."""
+        schedule = self.schedule
+        if schedule is None or schedule.path is not schedules.VE_PATH:
+            return sample  # pipeline latents are the network's input already
+        return schedule.network_input(sample, self.asked[min(self.stats.calls, len(self.asked) - 1)])
+
+    def step(self, output: Tensor, sample: Tensor) -> Tensor:
+        """One prediction in, the next latents out."""
+        schedule = self.schedule
+        if schedule is None:
+            raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
+        sigma = self.asked[self.stats.calls]
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        if self.sampling is None:
+            x = schedule.from_pipeline(sample.to(wide))
+            session = StockSession(self.pipe, schedule, x, self.generator)
+            self.sampling = self.config.sample(session)  # type: ignore[arg-type]
+            event: Any = next(self.sampling)
+        elif isinstance(self.event, Step):
+            x = self.event.x if sample is self.returned else sample.to(wide) * schedule._state_scale(sigma)
+            event = self.sampling.send(x)
+        else:
+            x, event = self.event.x, self.event
+        _check_single(event, self.config, self.pipe)
+        if event.sigma != sigma or not (event.x is x or torch.equal(event.x, x)):
+            raise UnsupportedBySampler(
+                f"'{self.config.name}' asks where the loop of {type(self.pipe).__name__} does not stand. It needs a "
+                f"pipeline with a family: {', '.join(sorted(FAMILIES))}."
+            )
+        output = output if self.config.state == "stock" else output.to(wide)
+        v = schedule.velocity(output, x, bcast(sigma, x))
+        self.stats.calls += 1
+        self.stats.nfe += len(x)
+        try:
+            self.event = self.sampling.send(Pred(schedule.path, x, sigma, v))
+        except StopIteration as stop:
+            self.event = Step(stop.value, schedule.sigmas[-1])
+        self.stats.steps += isinstance(self.event, Step)
+        self.returned = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
+        return self.returned
+
+
+def generate_stock(
+    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any]
+) -> tuple[Any, Stats]:
+    """Run a pipeline's own loop with a sampler in the place of its solver; returns its result and the cost."""
+    loop = _Loop(pipe, config, arguments.get("generator"))
+    start = time.perf_counter()
+    with _patched(pipe.scheduler, loop):
+        result = call(pipe, **arguments)
+    loop.stats.seconds = time.perf_counter() - start
+    return result, loop.stats
+
+
+@contextmanager
+def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
+    """The scheduler's three methods redirected; signatures stay, since pipelines inspect them."""
+    before = dict(scheduler.__dict__)
+    set_timesteps, step, scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
+    signature = inspect.signature(step)
+
+    @functools.wraps(set_timesteps)
+    def begin(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        loop.begin(scheduler)
+
+    @functools.wraps(step)
+    def take(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        latents = loop.step(bound["model_output"], bound["sample"])
+        return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents,)
+
+    scheduler.set_timesteps, scheduler.step = begin, take
+    if scale is not None:
+        scheduler.scale_model_input = functools.wraps(scale)(lambda sample, *a, **k: loop.input_at(sample))
+    try:
+        yield
+    finally:
+        scheduler.__dict__.clear()
+        scheduler.__dict__.update(before)
+
+
+def _check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
+    plain = isinstance(event, Eval) and event.cond == 0 and event.branch == "guided" and event.sigma.ndim == 0
+    if not plain or event.rows is not None or event.at is not None:
+        raise UnsupportedBySampler(
+            f"'{config.name}' asks for more than one guided prediction at a time, which needs a pipeline with a family; "
+            f"{type(pipe).__name__} has none. Supported: {', '.join(sorted(FAMILIES))}."
+        )
