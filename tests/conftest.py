@@ -1,0 +1,49 @@
+"""What holds for the whole suite: GPU tests need a GPU, and no file of the project may be loaded under two names."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("diffaccel", "samplers", "quant", "distill", "kernels", "eval", "scripts", "tests")
+TWICE = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def loaded_twice() -> list[str]:
+    """Files of the project that stand in ``sys.modules`` as more than one module object."""
+    names: dict[str, dict[int, str]] = defaultdict(dict)
+    folders = tuple(f"{ROOT / name}{os.sep}" for name in OURS)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and (real := os.path.realpath(file)).startswith(folders):
+            names[real][id(module)] = name
+    return sorted(f"{file}: {', '.join(sorted(found.values()))}" for file, found in names.items() if len(found) > 1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Two copies of one module mean two registries, two sets of classes and isinstance checks that fail."""
+    if (twice := loaded_twice()) and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    session.config.stash[TWICE] = twice
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(TWICE, []):
+        terminalreporter.write_line(f"ERROR: one file loaded under two names: {line}", red=True)

@@ -1,0 +1,124 @@
+"""Who may import whom, and what an import costs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.layout import rules, tree
+
+PLANTED = {
+    "flow.py": ("diffaccel/flow.py", "from diffaccel.session import Session"),
+    "errors.py": ("diffaccel/errors.py", "import diffaccel.flow"),
+    "kernel to core": ("kernels/planted.py", "from diffaccel import errors"),
+    "sampler to quantizer": ("samplers/planted.py", "from diffaccel.quant import MixDQ"),
+    "quantizer to sampler": ("quant/planted.py", "def f():\n    from diffaccel.samplers import euler"),
+    "sampler to sampler": ("samplers/euler.py", "from diffaccel.samplers.heun import heun"),
+    "sampler to driver": ("samplers/planted.py", "from diffaccel.drivers import Native"),
+    "evaluator in distillation": ("distill/planted.py", "import diffaccel.eval"),
+    "core to method": ("diffaccel/compose.py", "def f():\n    import diffaccel.samplers.euler"),
+    "core to method by name": ("diffaccel/compose.py", "importlib.import_module('diffaccel.quant')"),
+    "evaluation past the public API": ("eval/planted.py", "from diffaccel.session import Session"),
+    "evaluation past the public names": ("eval/planted.py", "from diffaccel.samplers.euler import euler"),
+    "command line at start": ("diffaccel/cli.py", "from diffaccel import eval"),
+    "types only": ("samplers/planted.py", "if TYPE_CHECKING:\n    from diffaccel.runner import generate"),
+    "relative": ("samplers/planted.py", "from . import euler"),
+    "folder by its own name": ("samplers/planted.py", "from samplers import euler"),
+    "tests": ("diffaccel/planted.py", "import tests.tiny"),
+}
+PERMITTED = {
+    "leaf": ("diffaccel/flow.py", "import torch"),
+    "own package": ("kernels/planted.py", "from diffaccel.kernels import other"),
+    "shared module": ("samplers/planted.py", "from diffaccel.session import Eval\nfrom diffaccel.kernels import op"),
+    "command line when it runs": ("diffaccel/cli.py", "def f():\n    from diffaccel.eval import compare"),
+    "public names": ("eval/planted.py", "import diffaccel\nfrom diffaccel.samplers import Euler"),
+}
+
+
+def test_the_tree_keeps_the_rules():
+    assert rules.violations() == []
+
+
+@pytest.fixture(scope="module")
+def plain_tree(tmp_path_factory):
+    """The tree's modules without their contents, apart from the registry."""
+    root = tmp_path_factory.mktemp("tree")
+    for folder in tree.FOLDERS:
+        (root / folder).mkdir()
+        (root / folder / "__init__.py").touch()
+    (root / "diffaccel").mkdir()
+    for folder in tree.FOLDERS:
+        (root / "diffaccel" / folder).symlink_to(f"../{folder}")
+    for name in ("__init__", "errors", "flow", "session", "drivers", "runner", "compose", "cli"):
+        (root / "diffaccel" / f"{name}.py").touch()
+    shutil.copy(tree.ROOT / "diffaccel" / "registry.py", root / "diffaccel")
+    for name in ("euler", "heun"):
+        (root / "samplers" / f"{name}.py").touch()
+    return root
+
+
+def with_file(root: Path, name: str, text: str) -> list[str]:
+    file = root / name
+    before = file.read_text() if file.exists() else None
+    file.write_text(text)
+    try:
+        return rules.violations(root)
+    finally:
+        file.unlink() if before is None else file.write_text(before)
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_violation_is_found(plain_tree, case):
+    name, text = PLANTED[case]
+    found = with_file(plain_tree, name, text)
+    assert len(found) == 1 and Path(name).stem in found[0]
+
+
+@pytest.mark.parametrize("case", PERMITTED)
+def test_a_permitted_import_is_left_alone(plain_tree, case):
+    assert with_file(plain_tree, *PERMITTED[case]) == []
+
+
+def test_third_party_imports_are_declared():
+    """What loads with a module is a dependency; what loads inside a function may be one of an extra."""
+
+    def normal(requirement: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+    project = tree.project()["project"]
+    required = {normal(r) for r in project["dependencies"]}
+    optional = required | {normal(r) for extra in project["optional-dependencies"].values() for r in extra}
+    required |= {"numpy", "triton", "huggingface-hub"}  # torch and diffusers bring these
+    owners = importlib.metadata.packages_distributions()
+    missing = []
+    known = tree.modules()
+    for module, file in known.items():
+        for found in rules.imports(file, set(known)):
+            top = found.name.partition(".")[0]
+            if top in ("diffaccel", "__future__") or top in sys.stdlib_module_names:
+                continue
+            names = {normal(owner) for owner in owners.get(top, [top])}
+            if not names & (required if found.at_start else required | optional):
+                missing.append(f"{module}:{found.line} imports {found.name}")
+    assert missing == []
+
+
+def test_import_is_light(tmp_path):
+    """Importing the package loads neither torch nor anything that does."""
+    out = tree.python("-c", "import sys, diffaccel; print(*sys.modules)", cwd=tmp_path)
+    heavy = {"torch", "numpy", "diffusers", "transformers", "triton", "open_clip", "matplotlib", "rich"}
+    assert heavy.isdisjoint(out.stdout.split())
+
+
+@pytest.mark.skipif("diffaccel.cli" not in tree.modules(), reason="the command line is not there yet")
+def test_help_is_light(tmp_path):
+    """Naming the commands needs no torch."""
+    done = tree.python("-X", "importtime", "-m", "diffaccel", "--help", cwd=tmp_path)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "diffaccel.cli" in loaded
+    assert {"torch", "diffusers", "transformers", "numpy"}.isdisjoint(loaded)

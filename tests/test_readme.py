@@ -1,0 +1,183 @@
+"""Every code block of README.md and docs/ runs, in the order of the page, in an empty folder.
+
+Python blocks of one page share a namespace; shell blocks run under ``set -euo pipefail`` with this environment's
+commands first on the path. A block that cannot run here says why in the line above it, ``<!-- no-run: needs a GPU -->``
+(or ``the hub``, or ``the network``); it must still compile, and what it imports from diffaccel must exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}
+FENCE = re.compile(r"^\s*(`{3,}|~{3,})\s*([\w+-]*)")
+NO_RUN = re.compile(r"^\s*<!--\s*no-run:\s*(.*?)\s*-->\s*$")
+REASONS = re.compile(r"needs (a GPU|the hub|the network)\b")
+SECONDS = 600
+DRIVER = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+page, blocks = json.loads(sys.stdin.read())
+for block in blocks:
+    print(f"--- {page}:{block['line']}", flush=True)
+    if block["language"] == "python":
+        padding = chr(10) * (block["line"] - 1)  # so that a traceback shows the page's own lines
+        exec(compile(padding + block["code"], page, "exec"), namespace)
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", block["code"]]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int  # of the block's first line of code, counted from 1
+    no_run: str | None = None  # why it cannot run here
+
+
+def blocks(text: str) -> list[Block]:
+    """The python and shell blocks of a Markdown page."""
+    found, lines = [], text.splitlines()
+    said, i = None, 0
+    while i < len(lines):
+        opening = FENCE.match(lines[i])
+        if opening is None:
+            marker = NO_RUN.match(lines[i])
+            said = marker[1] if marker else said if not lines[i].strip() else None
+            i += 1
+            continue
+        start = i = i + 1
+        while i < len(lines) and not lines[i].strip().startswith(opening[1]):
+            i += 1
+        if language := LANGUAGES.get(opening[2].lower()):
+            code = textwrap.dedent("\n".join(lines[start:i])) + "\n"
+            found.append(Block(language, code, start + 1, said))
+        said = None
+        i += 1
+    return found
+
+
+def compile_only(block: Block) -> None:
+    """What can be checked of a block that is not run."""
+    if block.language == "shell":
+        subprocess.run(["bash", "-n", "-c", block.code], check=True, capture_output=True)
+        return
+    module = ast.parse(block.code)
+    compile(module, "block", "exec")
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "diffaccel":
+            source = importlib.import_module(node.module)
+            missing = [alias.name for alias in node.names if not hasattr(source, alias.name)]
+            assert not missing, f"{node.module} has no {', '.join(missing)}"
+
+
+def run_page(page: str, found: list[Block], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a page's blocks one after another in one new process."""
+    env = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),  # for `python -m scripts.name`
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "MPLBACKEND": "agg",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        input=json.dumps([page, [asdict(block) for block in found if block.no_run is None]]),
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(page, tmp_path):
+    found = blocks(page.read_text(encoding="utf-8"))
+    for block in found:
+        if block.no_run is not None:
+            assert REASONS.match(block.no_run), f"{page.name}:{block.line}: '{block.no_run}' is no reason not to run"
+            compile_only(block)
+    if all(block.no_run is not None for block in found):
+        return
+    done = run_page(str(page), found, tmp_path)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+PAGE = """
+Text with `inline` code.
+```python
+x = 1
+```
+```
+not code
+```
+1. In a list:
+   ```bash
+   echo "$((1 + 1))" > two.txt
+   ```
+
+<!-- no-run: needs the hub -->
+
+```python
+from diffaccel.errors import DiffAccelError
+```
+~~~py
+assert x == 1 and open("two.txt").read() == "2\\n"
+~~~
+"""
+
+
+def test_blocks_are_found_and_run_in_order(tmp_path):
+    found = blocks(PAGE)
+    assert [(b.language, b.line, b.no_run) for b in found] == [
+        ("python", 4, None),
+        ("shell", 11, None),
+        ("python", 18, "needs the hub"),
+        ("python", 21, None),
+    ]
+    compile_only(found[2])
+    done = run_page("page.md", found, tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "text", ["```python\nx = 1\n1 / 0\n```", "```sh\nfalse\ntrue\n```", "```bash\nfalse | true\n```", "```py\nimport (\n```"]
+)
+def test_a_failing_block_fails(tmp_path, text):
+    done = run_page("page.md", blocks(text), tmp_path)
+    assert done.returncode != 0 and "--- page.md:2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("```python\nimport (\n```", SyntaxError),
+        ("```python\nfrom diffaccel.errors import Nothing\n```", AssertionError),
+        ("```bash\nif true\n```", subprocess.CalledProcessError),
+    ],
+)
+def test_a_block_that_is_not_run_is_still_read(code, error):
+    with pytest.raises(error):
+        compile_only(blocks(code)[0])
+
+
+@pytest.mark.parametrize("reason", ["slow", "", "needs time"])
+def test_only_missing_means_excuse_a_block(reason):
+    assert not REASONS.match(reason)
