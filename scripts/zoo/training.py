@@ -247,7 +247,8 @@ class Run:
 
     def save(self, path: Path | None = None, *, moments: bool = True) -> None:
         """Write weights, EMA and, unless they shall travel light, the optimiser's moments."""
-        tensors = {f"live.{name}": tensor for name, tensor in self.module.state_dict().items()}
+        # Parameters rather than state_dict(): each once, however many names it has (T5 ties its embedding).
+        tensors = {f"live.{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
         if moments:
             for index, parameter in enumerate(self.parameters):
@@ -271,11 +272,11 @@ class Run:
             if state.get("version") != STATE_VERSION:
                 raise DiffAccelError(f"'{path}' is no checkpoint of version {STATE_VERSION}; remove it or start anew.")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        live = {key.removeprefix("live."): value for key, value in tensors.items() if key.startswith("live.")}
-        try:
-            self.module.load_state_dict(live)
-        except RuntimeError as error:
-            raise DiffAccelError(f"'{path}' belongs to a model of another shape ({error}); remove it.") from error
+        for name, parameter in self.module.named_parameters():
+            value = tensors.get(f"live.{name}")
+            if value is None or value.shape != parameter.shape:
+                raise DiffAccelError(f"'{path}' belongs to a model of another shape (see '{name}'); remove it.")
+            parameter.copy_(value)
         for name, shadow in zip(self.ema.names, self.ema.shadow, strict=True):
             shadow.copy_(tensors[f"ema.{name}"])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]

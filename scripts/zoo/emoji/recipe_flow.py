@@ -1,0 +1,137 @@
+"""Sizes and schedules of the autoencoder and the flow model: ``full`` for a GPU, ``cpu`` for two cores in an hour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diffaccel.errors import unknown
+from scripts.zoo.training import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAERecipe:
+    """The autoencoder: 8x smaller latents of 16 channels, as FLUX has them.
+
+    ``cycle`` is the order of step kinds (see ``vae.STEPS``), ``batch`` how many images one step of a kind takes.
+    """
+
+    channels: tuple[int, int, int, int]
+    groups: int
+    layers: int = 1
+    latent_channels: int = 16
+    cycle: tuple[str, ...] = ("full", "half", "pooled", "crop", "up")
+    batch: dict[str, int] = field(default_factory=dict)
+    kl: float = 1e-4
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowRecipe:
+    """The transformer, its T5 and their training.
+
+    One step takes ``tokens`` tokens in all: a batch of ``tokens // (image tokens + text length)`` pictures, rounded
+    down to a multiple of 8. Sizes follow ``cycle``; text lengths are drawn with the probabilities of ``lengths``.
+    The long ones are rare, and there so that stock FLUX's default of 512 text tokens works.
+    """
+
+    heads: int
+    head_dim: int = 64
+    rope: tuple[int, int, int] = (16, 24, 24)
+    double_blocks: int
+    single_blocks: int
+    text_dim: int
+    text_layers: int
+    text_heads: int
+    text_ff: int
+    cycle: tuple[int, ...]
+    lengths: dict[int, float]
+    tokens: int
+    compiled: tuple[tuple[int, int], ...] = ()  # (size, text length) pairs that run as compiled blocks
+    empty: float = 0.1  # share of empty prompts, for classifier-free guidance
+    shift: float = 1.5
+    t_mean: dict[int, float] = field(default_factory=lambda: {64: 0.0, 128: 0.2})  # t = sigmoid(N(mean, 1))
+    shares: dict[str, float] = field(default_factory=dict)  # sampling share of a scene kind; others share the rest
+    plan: Plan
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that this file decides, under one name."""
+
+    name: str
+    vae: VAERecipe
+    flow: FlowRecipe
+    scenes: int | None  # scenes used for the flow model; None: all
+    default_size: int
+    default_steps: int = 8
+    default_guidance: float = 3.0
+    # Pictures' text is short: 32 tokens hold every caption, and 480 more would only cost time.
+    default_text_length: int = 32
+
+
+FULL = Recipe(
+    name="full",
+    scenes=None,
+    default_size=128,
+    vae=VAERecipe(
+        channels=(32, 64, 128, 128),
+        groups=16,
+        batch={"full": 64, "pooled": 64, "up": 64, "half": 192, "crop": 192},
+        plan=Plan(lr=8e-4, seconds=170, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, flat=0.3, ema=0.999),
+    ),
+    flow=FlowRecipe(
+        heads=6,
+        double_blocks=2,
+        single_blocks=4,
+        text_dim=192,
+        text_layers=4,
+        text_heads=4,
+        text_ff=512,
+        cycle=(128, 128, 64),
+        lengths={32: 0.94, 24: 0.01, 64: 0.01, 128: 0.02, 256: 0.01, 512: 0.01},
+        tokens=768 * 96,
+        compiled=((128, 32), (64, 32)),
+        plan=Plan(lr=1e-3, samples=60e6, seconds=1080, warmup=300, flat=0.5, ema=0.9995),
+    ),
+)
+
+CPU = Recipe(
+    name="cpu",
+    scenes=24_000,
+    default_size=64,
+    vae=VAERecipe(
+        channels=(16, 32, 64, 96),
+        groups=8,
+        cycle=("half", "crop", "half", "full", "half", "crop", "half", "pooled", "half", "up"),
+        batch={"full": 8, "pooled": 8, "up": 8, "half": 32, "crop": 32},
+        plan=Plan(lr=2e-3, seconds=720, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, flat=0.3, ema=0.995),
+    ),
+    flow=FlowRecipe(
+        heads=4,
+        head_dim=48,
+        rope=(16, 16, 16),
+        double_blocks=2,
+        single_blocks=2,
+        text_dim=128,
+        text_layers=2,
+        text_heads=2,
+        text_ff=256,
+        cycle=(64,) * 7 + (128,),
+        lengths={16: 0.55, 32: 0.4, 128: 0.03, 512: 0.02},
+        tokens=64 * 40,
+        plan=Plan(lr=2e-3, seconds=2400, warmup=100, flat=0.4, ema=0.998),
+    ),
+)
+
+RECIPES = {recipe.name: recipe for recipe in (FULL, CPU)}
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]
