@@ -157,7 +157,7 @@ def test_blocks_are_found_and_run_in_order(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("block", ["python\nx = 1\n1 / 0\n", "sh\nfalse\ntrue\n", "bash\nfalse | true\n", "py\nimport (\n"])
+@pytest.mark.parametrize("block", ["python\n1 / 0\n", "sh\nfalse\ntrue\n", "bash\nfalse | true\n", "py\nimport (\n"])
 def test_a_failing_block_fails(tmp_path, block):
     done = run_page("page.md", blocks(f"```{block}```"), tmp_path)
     assert done.returncode != 0 and "--- page.md:2" in done.stdout
