@@ -29,6 +29,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+# tiny tensors gain nothing from more threads, and lose a lot on a busy machine
+torch.set_num_threads(1)
+
 FLOW = ("flux", "sd3")
 UNET = ("sdxl", "sd")
 FAMILIES = FLOW + UNET
