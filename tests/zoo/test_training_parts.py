@@ -166,7 +166,8 @@ def test_flow_starts_at_zero_trains_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "vocabulary_of", lambda work: 12)
 
     def train(work, seconds=100.0):
-        return flow.train(_table(), list("abcd"), work, FLOW_RECIPE, deadline=Deadline(seconds), device="cpu")
+        recipe = recipe_flow.Recipe(name="toy", vae=VAE_RECIPE, flow=FLOW_RECIPE, scenes=None, default_size=64)
+        return flow.train(_table(), list("abcd"), work, recipe, deadline=Deadline(seconds), device="cpu")
 
     fresh = train(tmp_path / "none", -1)
     x0, _, t, pooled, tokens = flow.draw(_table(), FLOW_RECIPE, torch.ones(40), 64, 8, torch.Generator().manual_seed(0))
@@ -176,3 +177,7 @@ def test_flow_starts_at_zero_trains_and_resumes(tmp_path, monkeypatch):
     long = F.pad(tokens, (0, 512 - 8), value=11)
     for text in (tokens, long):
         assert flow.predict(run.module, x0, t, pooled, text).shape == x0.shape
+    loaded = flow.load(tmp_path / "one", FLOW_RECIPE)
+    with run.ema:
+        averaged = flow.predict(run.module, x0, t, pooled, tokens)
+    assert torch.equal(flow.predict(loaded, x0, t, pooled, tokens), averaged)

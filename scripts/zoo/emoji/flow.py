@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from scripts.zoo.emoji.recipe_flow import FlowRecipe, get
+from scripts.zoo.emoji.recipe_flow import FlowRecipe, Recipe, get
 from scripts.zoo.emoji.vae import Images, encode
 from scripts.zoo.training import Deadline, Run
 
@@ -147,7 +148,7 @@ def train(
     table: Table,
     names: Sequence[str],
     work: Path,
-    recipe: FlowRecipe,
+    recipe: Recipe,
     *,
     deadline: Deadline,
     device: str,
@@ -155,33 +156,49 @@ def train(
 ) -> Run:
     """Train (or continue) ``work/flow.safetensors``; a run that is killed or out of time continues in the next job."""
     torch.manual_seed(seed)
-    modules = build(recipe, table.pooled.shape[1], vocabulary_of(work))
+    flow = recipe.flow
+    modules = build(flow, table.pooled.shape[1], vocabulary_of(work))
     run = Run(
         work,
         "flow",
         {name: module.to(device) for name, module in modules.items()},
-        recipe.plan,
+        flow.plan,
         seed=seed + 1,
         deadline=deadline,
         device=device,
     )
-    weights = scene_weights(table.kind, names, recipe.shares)
-    compiled = compile_blocks(run.module, work, recipe) if run.device.type == "cuda" and recipe.compiled else False
-    # The host decides shapes, and asking the device for them would empty its queue every step.
+    weights = scene_weights(table.kind, names, flow.shares)
+    compiled = run.device.type == "cuda" and bool(flow.compiled) and compile_blocks(run.module, work, recipe.name)
+    # The host decides shapes: asking the device for them would empty its queue in every step.
     host = torch.Generator()
     for step in run:
         host.manual_seed(seed + step)
-        size = recipe.cycle[step % len(recipe.cycle)]
-        length = draw_length(recipe, host)
-        x0, eps, t, pooled, tokens = draw(table, recipe, weights, size, length, run.generator)
+        size = flow.cycle[step % len(flow.cycle)]
+        length = draw_length(flow, host)
+        x0, eps, t, pooled, tokens = draw(table, flow, weights, size, length, run.generator)
         x, v = noisy(x0, eps, t)
-        eager = compiled and (size, length) not in recipe.compiled
+        eager = compiled and (size, length) not in flow.compiled
         stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
         with stance, torch.autocast(run.device.type, torch.bfloat16):
             prediction = predict(run.module, x, t, pooled, tokens)
         loss = F.mse_loss(prediction.float(), v)
         run.update(loss, len(x0), **{f"loss{size}": loss.detach()})
     return run
+
+
+def load(work: Path, recipe: FlowRecipe) -> dict[str, nn.Module]:
+    """Transformer and T5 with the averaged weights of ``work/flow.safetensors``, on the CPU in fp32."""
+    averaged = {
+        name.removeprefix("ema."): tensor
+        for name, tensor in load_file(work / "flow.safetensors").items()
+        if name.startswith("ema.")
+    }
+    pooled = averaged["transformer.time_text_embed.text_embedder.linear_1.weight"].shape[1]
+    modules = nn.ModuleDict(build(recipe, pooled, vocabulary_of(work)))
+    with torch.no_grad():
+        for name, parameter in modules.named_parameters():
+            parameter.copy_(averaged[name])
+    return {name: module.eval() for name, module in modules.items()}
 
 
 def vocabulary_of(work: Path) -> int:
@@ -238,21 +255,15 @@ def tabulate(
     )
 
 
-def compile_blocks(modules: nn.ModuleDict, work: Path, recipe: FlowRecipe) -> bool:
+def compile_blocks(modules: nn.ModuleDict, work: Path, name: str) -> bool:
     """Compile the transformer's blocks if a child process can train with them; say so and stay eager otherwise.
 
     A fault in a compiled kernel poisons the whole CUDA context, so a child tries first. It also fills the compiler's
     cache on disk. Attention through cuDNN is off: with it, compiled backward passes read out of bounds (torch 2.11).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.zoo.emoji.flow",
-        "full",
-        str(vocabulary_of(work)),
-        str(width),
-    ]
+    sizes = [str(vocabulary_of(work)), str(modules["transformer"].config.pooled_projection_dim)]
+    command = [sys.executable, "-m", "scripts.zoo.emoji.flow", name, *sizes]
     try:
         child = subprocess.run(command, timeout=COMPILE_PROBE_SECONDS, capture_output=True, text=True, check=False)
         good, said = child.returncode == 0, child.stderr[-500:]
