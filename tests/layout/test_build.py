@@ -60,8 +60,11 @@ def environment(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy with what must not be shipped lying about in it."""
+    """A copy with data files of every place they may stand in, and with what must not be shipped lying about."""
     root = copy_tree(tmp_path_factory.mktemp("build") / "checkout")
+    for data in ("diffaccel/zoo/planted/card.md", "diffaccel/zoo/planted/tokenizer/t.json", "eval/templates/page.html"):
+        (root / data).parent.mkdir(parents=True, exist_ok=True)
+        (root / data).touch()
     for folder in ("diffaccel/zoo/__pycache__", "eval/__pycache__"):
         (root / folder).mkdir(exist_ok=True)
         (root / folder / "stale.cpython-311.pyc").touch()
