@@ -193,7 +193,14 @@ def clone(generator: Any) -> Any:
 
 def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
     """Open a session by running ``call`` up to its first step, and leave no trace of it in the pipeline."""
-    private = {k: v for k, v in pipe.__dict__.items() if k.startswith("_") and k != "_internal_dict"}
+    with _private_state_kept(pipe):
+        return _probe(pipe, family, call, arguments, memo)
+
+
+def _probe(
+    pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo
+) -> Session:
+    """As :func:`probe`, but the pipeline keeps what its call noted in private attributes, such as its guidance scale."""
     scheduler_state = dict(pipe.scheduler.__dict__)
     generator = clone(arguments.get("generator"))
     opened: list[Session] = []
@@ -214,9 +221,6 @@ def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[s
     finally:
         if global_rng is not None:
             torch.random.set_rng_state(global_rng)
-        for name in [k for k in pipe.__dict__ if k.startswith("_") and k not in private and k != "_internal_dict"]:
-            del pipe.__dict__[name]
-        pipe.__dict__.update(private)
         pipe.scheduler.__dict__.clear()
         pipe.scheduler.__dict__.update(scheduler_state)
     if not opened:
@@ -224,6 +228,18 @@ def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[s
             f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
         )
     return opened[0]
+
+
+@contextlib.contextmanager
+def _private_state_kept(pipe: Any) -> Iterator[None]:
+    """Restore the pipeline's private attributes, where a call notes guidance scale, step count and the like."""
+    private = {k: v for k, v in pipe.__dict__.items() if k.startswith("_") and k != "_internal_dict"}
+    try:
+        yield
+    finally:
+        for name in [k for k in pipe.__dict__ if k.startswith("_") and k not in private and k != "_internal_dict"]:
+            del pipe.__dict__[name]
+        pipe.__dict__.update(private)
 
 
 def make_session(
@@ -266,7 +282,7 @@ def make_session(
 
 @contextlib.contextmanager
 def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
-    """A session of a pipeline call, for looking at or driving by hand; the pipeline is left as it was.
+    """A session of a pipeline call, for looking at or driving by hand; afterwards the pipeline is as it was.
 
     ``arguments`` are those of ``pipe(...)``. The caller's generators are not advanced.
 
@@ -283,10 +299,11 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     call = stock_call(type(pipe))
     full = arguments_of(call, pipe, (), arguments)
     check_call(family, pipe, full)
-    try:
-        yield probe(pipe, family, call, full, TextMemo())
-    finally:
-        pipe.maybe_free_model_hooks()
+    with _private_state_kept(pipe):
+        try:
+            yield _probe(pipe, family, call, full, TextMemo())
+        finally:
+            pipe.maybe_free_model_hooks()
 
 
 def check_call(family: Family, pipe: Any, arguments: dict[str, Any]) -> None:
