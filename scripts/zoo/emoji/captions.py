@@ -1,0 +1,198 @@
+"""What a scene is called: phrases, relations, counts, and the templates around them.
+
+All text is lower case. A caption depends on the scene's facts and the ``random.Random`` given, on nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from scripts.zoo.emoji.world import COLOURS, bucket
+
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# Template, its share. {x} is the scene's phrase, {s} the style.
+TEMPLATES = (("{x}, {s}", 0.35), ("{s} {x}", 0.20), ("a {s} emoji of {x}", 0.20), ("{x} in {s} style", 0.13), ("{x}", 0.08))
+TAGS_ONLY = 0.04  # singles: tags without the label; other scenes have no tags and are called by their phrase
+
+_IRREGULAR = {
+    "bison": "bison",
+    "deer": "deer",
+    "die": "dice",
+    "goose": "geese",
+    "knife": "knives",
+    "leaf": "leaves",
+    "mango": "mangoes",
+    "moose": "moose",
+    "mosquito": "mosquitoes",
+    "mouse": "mice",
+    "ox": "oxen",
+    "potato": "potatoes",
+    "scarf": "scarves",
+    "sheaf": "sheaves",
+    "snowman": "snowmen",
+    "tomato": "tomatoes",
+    "volcano": "volcanoes",
+    "wolf": "wolves",
+}
+# Adjectives, substances, games and the like: "two lockeds" is no English.
+_UNCOUNTABLE = frozenset(
+    "airplane departure|badminton|biohazard|bow and arrow|bowling|bridge at night|broccoli|building construction"
+    "|construction|cooked rice|cooking|couch and lamp|curry rice|dango|divide|dizzy|dna|field hockey|fondue"
+    "|fork and knife with plate|garlic|high voltage|ice|ice hockey|infinity|lacrosse|locked|locked with key|luggage"
+    "|maracas|mate|milky way|minus|moai|multiply|no entry|nut and bolt|oden|performing arts|ping pong|plus|popcorn"
+    "|pouring liquid|prohibited|radioactive|rolling on the floor laughing|sake|salt|shaved ice|skull and crossbones"
+    "|spaghetti|speaker high volume|star-struck|sushi|tennis".split("|")
+)
+_AFTER_HEAD = re.compile(
+    r" (?:of|with|without|on|in|behind|over|from|not|savoring|blowing|holding|screaming|exhaling|fluttering|showing"
+    r"|pointed|tilted|facing|curving|increasing|decreasing|vomiting)\b"
+)
+_SINGULAR_S = ("ss", "us", "as", "os", "tennis")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is in a scene. One label for a single or a count, two for a pair; colours are indices or None."""
+
+    labels: tuple[str, ...]
+    colours: tuple[int | None, ...]
+    style: str
+    count: int = 1
+    stacked: bool = False  # pairs: the first is above the second instead of left of it
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.labels) == 2
+
+
+def _split_head(label: str) -> tuple[str, str]:
+    """'glasses' and ' of milk': the part that takes the plural, and the rest."""
+    found = _AFTER_HEAD.search(label)
+    cut = found.start() if found else len(label)
+    return label[:cut], label[cut:]
+
+
+def plural(label: str) -> str:
+    """More than one of it: 'cats', 'glasses of milk', 'maple leaves', 'jeans'."""
+    head, rest = _split_head(label)
+    before, _, word = head.rpartition(" ")
+    return f"{before} {_plural_word(word)}".strip() + rest
+
+
+def _plural_word(word: str) -> str:
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word.endswith("fish") or _is_plural_word(word):
+        return word
+    if word.endswith(("s", "x", "z", "ch", "sh")):
+        return f"{word}es"
+    if word.endswith("y") and word[-2:-1] not in tuple("aeiou"):
+        return f"{word[:-1]}ies"
+    return f"{word}s"
+
+
+def _is_plural_word(word: str) -> bool:
+    return word.endswith("s") and not word.endswith(_SINGULAR_S)
+
+
+def can_be_counted(label: str) -> bool:
+    """False for labels that are plural already ('cherries', 'jeans') or that English does not count."""
+    return label not in _UNCOUNTABLE and not _is_plural_word(_split_head(label)[0].split(" ")[-1])
+
+
+def phrase(label: str, colour: int | None) -> str:
+    return label if colour is None else f"{COLOURS[colour]} {label}"
+
+
+def relation(facts: Facts) -> str:
+    """How the first of a pair stands to the second."""
+    return "above" if facts.stacked else "left of"
+
+
+def core(facts: Facts, rng: random.Random, *, related: bool | None = None) -> str:
+    """The scene's phrase without style and tags.
+
+    A pair is told as "A and B" in either order (which claims no order), or with a relation from either side.
+    ``related`` asks for the one or the other; by default two of three captions of a pair have a relation.
+    """
+    if facts.count > 1:
+        return f"{NUMBERS[facts.count]} {phrase(plural(facts.labels[0]), facts.colours[0])}"
+    names = [phrase(label, colour) for label, colour in zip(facts.labels, facts.colours, strict=True)]
+    if not facts.is_pair:
+        return names[0]
+    if related is None:
+        related = rng.random() < 2 / 3
+    turned = rng.random() < 0.5
+    if turned:
+        names.reverse()
+    if not related:
+        return f"{names[0]} and {names[1]}"
+    word = relation(facts)
+    return f"{names[0]} {OPPOSITE[word] if turned else word} {names[1]}"
+
+
+def tags_of_parity(tags: Sequence[str], parity: int) -> list[str]:
+    """Tags whose hash is even (0) or odd (1): the two captions of a scene share none."""
+    return [tag for tag in tags if bucket(f"tag:{tag}", 2) == parity]
+
+
+def caption(
+    facts: Facts, rng: random.Random, *, tags: Sequence[str] = (), related: bool | None = None, plain: bool = False
+) -> str:
+    """A random caption; the same generator state gives the same words.
+
+    ``tags`` are words that may be appended to a single's caption. ``plain`` fixes template and tags: "{x}, {s}".
+    """
+    x = core(facts, rng, related=related)
+    if plain:
+        return TEMPLATES[0][0].format(x=x, s=facts.style)
+    choice = rng.random()
+    for template, share in TEMPLATES:
+        choice -= share
+        if choice < 0:
+            text = template.format(x=x, s=facts.style)
+            extra = rng.sample(list(tags), min(rng.randrange(4), len(tags)))
+            return ", ".join([text, *extra])
+    chosen = rng.sample(list(tags), min(3, len(tags)))
+    return ", ".join(chosen) if chosen else x
+
+
+def contradiction(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str]) -> str:
+    """A caption of the same shape that is wrong in one thing: the hardest negative a text encoder can get.
+
+    Pairs: the objects (or their colours) change places, or one is another object. Counts: another number or colour.
+    Coloured singles: another colour. Singles: another style, or another label out of ``others`` (its group).
+    """
+    if facts.is_pair:
+        return _pair_contradiction(facts, rng, others)
+    if facts.count > 1 and (facts.colours[0] is None or rng.random() < 0.5):
+        number = rng.choice([n for n in NUMBERS if n != facts.count])
+        return caption(replace(facts, count=number), rng)
+    if facts.colours[0] is not None:
+        colour = rng.choice([c for c in range(len(COLOURS)) if c != facts.colours[0]])
+        return caption(replace(facts, colours=(colour,)), rng)
+    if others and rng.random() < 0.7:
+        return caption(replace(facts, labels=(rng.choice(others),)), rng)
+    style = rng.choice([s for s in styles if s != facts.style])
+    wrong = replace(facts, style=style)
+    return rng.choice([t for t, _ in TEMPLATES[:-1]]).format(x=core(wrong, rng), s=style)
+
+
+def _pair_contradiction(facts: Facts, rng: random.Random, others: Sequence[str]) -> str:
+    choice = rng.random()
+    distinct = facts.colours[0] != facts.colours[1]
+    if choice < 0.6 or not (distinct or others):
+        swapped = replace(facts, labels=facts.labels[::-1], colours=facts.colours[::-1])
+        return caption(swapped, rng, related=True)
+    if choice < 0.85 and distinct:
+        return caption(replace(facts, colours=facts.colours[::-1]), rng)
+    if not others:
+        return caption(replace(facts, stacked=not facts.stacked), rng, related=True)
+    wrong = (rng.choice(others), facts.labels[1])
+    return caption(replace(facts, labels=wrong), rng)

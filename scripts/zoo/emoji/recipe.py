@@ -1,0 +1,135 @@
+"""Sizes, batches and seconds of the data and CLIP stages: "full" for one GPU, "cpu" for debugging on two cores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diffaccel.errors import unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneCounts:
+    """How many scenes of each kind are made. ``variants`` is a number for every training icon."""
+
+    variants: int
+    exact: int  # of the variants: the icon fills the canvas
+    colour: int
+    pair: int
+    colour_pair: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecipe:
+    """One CLIP: open_clip's vision and text configuration, and how it is trained."""
+
+    vision: dict
+    text_width: int
+    text_layers: int
+    text_heads: int
+    embed_dim: int
+    batch: int
+    lr: float
+    seconds: float
+    caption: int  # which of a scene's two captions it reads
+    weight_decay: float = 0.1
+    warmup: int = 100
+    ema: float = 0.998
+    shuffled: float = 0.25  # share of a batch that comes once more as a patch-shuffled negative
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that the data and CLIP stages of one recipe need."""
+
+    name: str
+    size: int  # pixels that the CLIPs see
+    scenes: SceneCounts
+    # How often training draws from each kind.
+    shares: dict[str, float] = field(
+        default_factory=lambda: {"single": 0.46, "colour": 0.14, "pair": 0.18, "colour_pair": 0.12, "count": 0.10}
+    )
+    clip_a: ClipRecipe
+    clip_b: ClipRecipe
+    context: int = 32
+    vocabulary: int = 4096
+
+
+FULL = Recipe(
+    name="full",
+    size=128,
+    scenes=SceneCounts(variants=8, exact=2, colour=24_000, pair=32_000, colour_pair=20_000, count=20_000),
+    clip_a=ClipRecipe(
+        vision={"image_size": 128, "layers": 6, "width": 192, "head_width": 64, "patch_size": 16},
+        text_width=192,
+        text_layers=4,
+        text_heads=3,
+        embed_dim=192,
+        batch=1024,
+        lr=1e-3,
+        seconds=120,
+        caption=0,
+    ),
+    clip_b=ClipRecipe(
+        vision={
+            "timm_model_name": "convnext_atto",
+            "timm_model_pretrained": False,
+            "timm_pool": "abs_attn",
+            "timm_proj": "linear",
+            "image_size": 128,
+        },
+        text_width=192,
+        text_layers=3,
+        text_heads=4,
+        embed_dim=192,
+        batch=1024,
+        lr=1e-3,
+        seconds=120,
+        caption=1,
+    ),
+)
+
+# Half the side, a quarter of the pixels; narrow towers. It debugs the code and trains an interim model.
+CPU = Recipe(
+    name="cpu",
+    size=64,
+    scenes=SceneCounts(variants=3, exact=1, colour=6_000, pair=8_000, colour_pair=5_000, count=4_000),
+    clip_a=ClipRecipe(
+        vision={"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
+        text_width=128,
+        text_layers=2,
+        text_heads=4,
+        embed_dim=128,
+        batch=256,
+        lr=1e-3,
+        seconds=660,
+        caption=0,
+        ema=0.99,
+    ),
+    clip_b=ClipRecipe(
+        vision={
+            "timm_model_name": "test_convnext",
+            "timm_model_pretrained": False,
+            "timm_pool": "abs_attn",
+            "timm_proj": "linear",
+            "image_size": 64,
+        },
+        text_width=128,
+        text_layers=2,
+        text_heads=4,
+        embed_dim=128,
+        batch=256,
+        lr=1e-3,
+        seconds=660,
+        caption=1,
+        ema=0.99,
+    ),
+)
+
+RECIPES = {recipe.name: recipe for recipe in (FULL, CPU)}
+
+
+def get(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]
