@@ -111,7 +111,6 @@ def _table(pictures=40):
     g = torch.Generator().manual_seed(0)
     return flow.Table(
         latents={size: torch.randn(pictures, 64, size // 16, size // 16, generator=g).half() for size in (64, 128)},
-        kind=torch.arange(pictures) % 4,
         prompt=torch.randint(1, 9, (pictures, 2), generator=g),
         pooled=torch.arange(9.0).view(9, 1).expand(9, 8).half(),
         tokens=torch.arange(9).view(9, 1).expand(9, flow.TABLE_LENGTH).contiguous(),
@@ -136,20 +135,13 @@ def test_empty_prompts_have_their_share():
     assert n == 4000 and abs(share - 0.25) < 4 * math.sqrt(0.25 * 0.75 / n)
 
 
-def test_scene_weights_give_every_kind_its_share():
-    kind = torch.tensor([0] * 10 + [1] * 30 + [2] * 5 + [3] * 15)
-    weights = flow.scene_weights(kind, ["a", "b", "c", "d"], {"a": 0.5, "b": 0.2})
-    totals = [weights[kind == i].sum().item() for i in range(4)]
-    assert totals == pytest.approx([0.5, 0.2, 0.3 * 5 / 20, 0.3 * 15 / 20])
-    assert flow.scene_weights(kind, ["a", "b", "c", "d"], {}).sum().item() == pytest.approx(1)
-
-
 @pytest.mark.parametrize("recipe", recipe_flow.RECIPES.values(), ids=recipe_flow.RECIPES)
 def test_shipped_recipes_are_consistent(recipe):
     f = recipe.flow
     assert sum(f.rope) == f.head_dim and sum(f.lengths.values()) == pytest.approx(1)
     assert 512 in f.lengths  # stock FluxPipeline's default
     assert {length for _, length in f.compiled} <= set(f.lengths) and {size for size, _ in f.compiled} <= set(f.cycle)
+    assert sum(f.shares.values()) == pytest.approx(1)
     assert set(recipe.vae.cycle) == set(vae.STEPS) == set(recipe.vae.batch)
     for size in set(f.cycle):
         for length in f.lengths:
@@ -166,8 +158,8 @@ def test_flow_starts_at_zero_trains_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "vocabulary_of", lambda work: 12)
 
     def train(work, seconds=100.0):
-        recipe = recipe_flow.Recipe(name="toy", vae=VAE_RECIPE, flow=FLOW_RECIPE, scenes=None, default_size=64)
-        return flow.train(_table(), list("abcd"), work, recipe, deadline=Deadline(seconds), device="cpu")
+        recipe = recipe_flow.Recipe(name="toy", vae=VAE_RECIPE, flow=FLOW_RECIPE, default_size=64)
+        return flow.train(_table(), torch.ones(40), work, recipe, deadline=Deadline(seconds), device="cpu")
 
     fresh = train(tmp_path / "none", -1)
     x0, _, t, pooled, tokens = flow.draw(_table(), FLOW_RECIPE, torch.ones(40), 64, 8, torch.Generator().manual_seed(0))

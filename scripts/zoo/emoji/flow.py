@@ -35,7 +35,6 @@ class Table:
     """Everything the flow model is trained on, on one device."""
 
     latents: dict[int, Tensor]  # size -> (N, 64, size/16, size/16) packed channels first, fp16
-    kind: Tensor  # (N,) scene kind
     prompt: Tensor  # (N, 2) rows of the two captions in the tables below
     pooled: Tensor  # (P, W) CLIP vectors, fp16; row 0 is the empty prompt
     tokens: Tensor  # (P, 32) T5 tokens, padded; row 0 is the empty prompt
@@ -115,19 +114,6 @@ def draw_length(recipe: FlowRecipe, generator: torch.Generator) -> int:
     return lengths[int(torch.multinomial(weights, 1, generator=generator))]
 
 
-def scene_weights(kind: Tensor, names: Sequence[str], shares: dict[str, float]) -> Tensor:
-    """Sampling weights (N,): a kind with a share gets it in total, all other scenes divide what is left evenly."""
-    given = {i: shares[name] for i, name in enumerate(names) if name in shares}
-    weights = torch.zeros(len(kind), device=kind.device)
-    rest = torch.ones_like(kind, dtype=torch.bool)
-    for i, share in given.items():
-        mine = kind == i
-        rest &= ~mine
-        weights[mine] = share / max(int(mine.sum()), 1)
-    weights[rest] = max(0.0, 1 - sum(given.values())) / max(int(rest.sum()), 1)
-    return weights
-
-
 def draw(table: Table, recipe: FlowRecipe, weights: Tensor, size: int, length: int, generator) -> tuple[Tensor, ...]:
     """One batch: x0 (B, S, 64), eps, t, pooled, tokens."""
     count = batch_size(recipe, size, length)
@@ -146,7 +132,7 @@ def draw(table: Table, recipe: FlowRecipe, weights: Tensor, size: int, length: i
 
 def train(
     table: Table,
-    names: Sequence[str],
+    weights: Tensor,
     work: Path,
     recipe: Recipe,
     *,
@@ -154,7 +140,7 @@ def train(
     device: str,
     seed: int = 0,
 ) -> Run:
-    """Train (or continue) ``work/flow.safetensors``; a run that is killed or out of time continues in the next job."""
+    """Train (or continue) ``work/flow.safetensors``, drawing scenes with ``weights`` (N,)."""
     torch.manual_seed(seed)
     flow = recipe.flow
     modules = build(flow, table.pooled.shape[1], vocabulary_of(work))
@@ -167,7 +153,6 @@ def train(
         deadline=deadline,
         device=device,
     )
-    weights = scene_weights(table.kind, names, flow.shares)
     compiled = run.device.type == "cuda" and bool(flow.compiled) and compile_blocks(run.module, work, recipe.name)
     # The host decides shapes: asking the device for them would empty its queue in every step.
     host = torch.Generator()
@@ -209,16 +194,14 @@ def vocabulary_of(work: Path) -> int:
 
 
 @torch.no_grad()
-def tabulate(
-    images: Images, captions: Sequence[Sequence[str]], kind: Tensor, vae: AutoencoderKL, work: Path, device: str
-) -> Table:
+def tabulate(images: Images, captions: Sequence[Sequence[str]], vae: AutoencoderKL, work: Path, device: str) -> Table:
     """Encode all scenes (64 and 128 px) and all captions."""
     from transformers import AutoTokenizer, CLIPTextModel
 
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     latents: dict[int, list[Tensor]] = {64: [], 128: []}
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        for part in torch.arange(len(kind), device=device).split(256):
+        for part in torch.arange(len(captions[0]), device=device).split(256):
             for size, done in latents.items():
                 z = (encode(vae, images(part, size))[0] - shift) * scale
                 done.append(F.pixel_unshuffle(z, 2).half())  # channels (c, dy, dx), as FLUX packs tokens
@@ -247,7 +230,6 @@ def tabulate(
     ).input_ids
     return Table(
         latents={size: torch.cat(done) for size, done in latents.items()},
-        kind=kind.to(device),
         prompt=prompt.to(device),
         pooled=torch.cat(pooled),
         tokens=tokens.to(device),
