@@ -99,8 +99,10 @@ class Linear(Path):
 
 @dataclass(frozen=True)
 class VE(Path):
-    """Variance exploding, the coordinates of EDM and of Euler-type schedulers: ``alpha = 1``, ``sigma = t``, ``v = eps``
-    (arXiv 2206.00364)."""
+    """Variance exploding, the coordinates of EDM and of Euler-type schedulers (arXiv 2206.00364).
+
+    ``alpha = 1``, ``sigma = t``, ``v = eps``.
+    """
 
     def alpha(self, t: Scalar) -> Scalar:
         return 1.0 if isinstance(t, float) else torch.ones_like(_tensor(t))
@@ -220,7 +222,7 @@ def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scala
     """``(x0, eps)`` from a network output of type ``kind`` at ``x = alpha x0 + sigma eps``.
 
     epsilon: ``eps = out``; sample: ``x0 = out``; score: ``eps = -sigma out``; velocity of the linear path:
-    ``out = eps - x0``; v_prediction (arXiv 2202.00512), for ``alpha^2 + sigma^2 = 1``: ``out = alpha eps - sigma x0``.
+    ``out = eps - x0``; v_prediction: ``out = alpha eps - sigma x0`` (arXiv 2202.00512, where alpha^2 + sigma^2 = 1).
     """
     if kind == "epsilon":
         return (x - sigma * out) / alpha, out
@@ -233,7 +235,8 @@ def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scala
         total = alpha + sigma
         return (x - sigma * out) / total, (x + alpha * out) / total
     if kind == "v_prediction":
-        return alpha * x - sigma * out, sigma * x + alpha * out
+        power = alpha * alpha + sigma * sigma
+        return (alpha * x - sigma * out) / power, (sigma * x + alpha * out) / power
     raise _unknown(kind)
 
 
@@ -258,17 +261,25 @@ def convert(out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, *, source: Pre
 
 
 def transport(x: Tensor, t: Scalar, source: Path, target: Path) -> tuple[Tensor, Scalar]:
-    """``(x', t')`` on ``target`` with the same clean sample, noise and signal-to-noise ratio as ``(x, t)`` on ``source``.
+    """``(x', t')`` on ``target`` with the clean sample, noise and signal-to-noise ratio of ``(x, t)`` on ``source``.
 
-    ``rho'(t') = rho(t)`` and ``x' = x sigma'(t') / sigma(t)`` (rbf: arXiv 2503.19385, interpolant conversion).
+    ``rho'(t') = rho(t)`` and ``x' = c x`` with ``c = sigma'(t') / sigma(t) = alpha'(t') / alpha(t)``, taken as the
+    ratio of their norms, which is finite at pure noise and at zero noise too (arXiv 2503.19385).
     """
     t_new = target.at(source.rho(t))
-    scale = _tensor(target.sigma(t_new)) / _tensor(source.sigma(t))
-    return (x * scale.to(x.dtype) if scale.ndim == 0 else x * scale), t_new
+    scale = _norm(target, t_new) / _norm(source, t)
+    return (x * scale.to(x.dtype) if scale.ndim == 0 else x * scale.to(x)), t_new
+
+
+def _norm(path: Path, t: Scalar) -> Tensor:
+    return torch.hypot(_tensor(path.alpha(t)), _tensor(path.sigma(t)))
 
 
 def karras_preconditioning(sigma: Scalar, sigma_data: float) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """``(c_skip, c_out, c_in, c_noise)`` of EDM: ``x0 = c_skip x + c_out F(c_in x; c_noise)`` (arXiv 2206.00364, table 1)."""
+    """``(c_skip, c_out, c_in, c_noise)`` of EDM: ``x0 = c_skip x + c_out F(c_in x; c_noise)`` on the VE path.
+
+    ``sigma_data`` is the standard deviation of the data (arXiv 2206.00364, table 1).
+    """
     total = sigma * sigma + sigma_data * sigma_data
     root = total**0.5
     c_noise = torch.log(sigma) / 4 if isinstance(sigma, Tensor) else math.log(sigma) / 4
