@@ -17,7 +17,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Template, its share. {x} is the scene's phrase, {s} the style.
-TEMPLATES = (("{x}, {s}", 0.35), ("{s} {x}", 0.20), ("a {s} emoji of {x}", 0.20), ("{x} in {s} style", 0.13), ("{x}", 0.08))
+TEMPLATES = (
+    ("{x}, {s}", 0.35),
+    ("{s} {x}", 0.20),
+    ("a {s} emoji of {x}", 0.20),
+    ("{x} in {s} style", 0.13),
+    ("{x}", 0.08),
+)
 TAGS_ONLY = 0.04  # singles: tags without the label; other scenes have no tags and are called by their phrase
 
 _IRREGULAR = {

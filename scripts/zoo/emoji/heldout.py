@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from scripts.zoo.emoji import checks
 from scripts.zoo.emoji.scenes import FILLED, Row, Scenes, boxes, countable
 from scripts.zoo.emoji.world import (
     COLOURS,
@@ -38,7 +39,16 @@ def build(world: World, seed: int = 0, device: str | torch.device = "cpu", *, si
         "pair": _pair(world, rng, size, coloured=False),
         "colour_pair": _pair(world, rng, size, coloured=True),
     }
-    return {name: Scenes(world, found[:size], seed=seed, device=device) for name, found in rows.items()}
+    sets = {name: Scenes(world, found[:size], seed=seed, device=device) for name, found in rows.items() if found}
+    return sets | {"count": _measurable(sets["count"])}
+
+
+def _measurable(counts: Scenes) -> Scenes:
+    """Only scenes whose real picture passes the count check, so that a failure is the model's."""
+    everything = torch.arange(len(counts), device=counts.device)
+    seen = checks.count(counts.images(everything)).tolist()
+    kept = [row for row, number in zip(counts.rows, seen, strict=True) if number == len(row.icons)]
+    return Scenes(counts.world, kept, seed=counts.seed, device=counts.device)
 
 
 def _by_hash(world: World, icons: list[int], salt: str) -> list[int]:

@@ -86,7 +86,7 @@ class Scenes:
 
     @cached_property
     def captions(self) -> tuple[list[str], list[str]]:
-        """Two captions a scene: [0] uses tags of even hash, [1] of odd, so that what reads one has not read the other."""
+        """Two captions a scene: [0] has tags of even hash, [1] of odd; what reads one has not read the other."""
         return self._captions(0), self._captions(1)
 
     def _captions(self, k: int) -> list[str]:

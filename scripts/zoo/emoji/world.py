@@ -105,7 +105,9 @@ def load(root: str | Path) -> World:
     root = Path(root)
     data = read_json(root / WORLD)
     if data.get("format") != FORMAT:
-        raise DiffAccelError(f"'{root / WORLD}' has format {data.get('format')}, this code reads {FORMAT}; fetch again.")
+        raise DiffAccelError(
+            f"'{root / WORLD}' has format {data.get('format')}, this code reads {FORMAT}; fetch again."
+        )
     emoji = data["emoji"]
     icons = render.read(root, [f"{style}/{entry['key']}.webp" for style in STYLES for entry in emoji])
     count = len(emoji)
