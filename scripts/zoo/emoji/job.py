@@ -10,61 +10,40 @@ its optimiser state are gone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from collections.abc import Callable
+import json
+import shutil
+import time
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import unknown
+from scripts.zoo.emoji import data, export, flow, recipe_flow, scenes, score, tokenizers, vae, world
 from scripts.zoo.emoji import recipe as data_recipe
-from scripts.zoo.emoji import recipe_flow, scenes, vae, world
 from scripts.zoo.training import Deadline
 
-
-def pictures(made: scenes.Scenes) -> Callable[[Tensor, int], Tensor]:
-    """Scenes by index and size, drawn once at 128 px: smaller ones are pooled, which is how a scene is drawn small."""
-    made.keep(vae.SIZE)
-
-    def images(index: Tensor, size: int) -> Tensor:
-        x = made.images(index, vae.SIZE)
-        return F.avg_pool2d(x, vae.SIZE // size) if size < vae.SIZE else x
-
-    return images
-
-
-def restrict(whole: world.World, labels: tuple[str, ...]) -> world.World:
-    """The world with these labels only, for models too small to hold all of it."""
-    if missing := set(labels) - set(whole.labels):
-        raise DiffAccelError(f"The recipe names labels that the data lacks: {sorted(missing)}; fetch the data again.")
-    chosen = [i for i, label in enumerate(whole.labels) if label in set(labels)]
-    icons = torch.tensor([whole.icon(i, style) for style in range(len(whole.styles)) for i in chosen])
-    return dataclasses.replace(
-        whole,
-        labels=[whole.labels[i] for i in chosen],
-        tags=[whole.tags[i] for i in chosen],
-        category=[whole.category[i] for i in chosen],
-        group=[whole.group[i] for i in chosen],
-        icons=whole.icons[icons],
-        icon_label=torch.arange(len(chosen)).repeat(len(whole.styles)),
-        icon_style=whole.icon_style[icons],
-    )
+STAGES = ("text", "clip", "vae", "flow", "export", "score")
+_EXPORT_SECONDS = 20  # kept free at the end of a job, so that what was trained comes back
+_SCORE_SECONDS = 90
 
 
 class Job:
-    """The state of one call: recipes, folders, deadline, and the data when a stage asks for it."""
+    """One call: recipes, folders, deadline, and the data when a stage asks for it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.recipe = recipe_flow.get(options.recipe)
         self.data_recipe = data_recipe.get(options.recipe)
-        self.data, self.work, self.out = options.data, options.work, options.out
+        self.data, self.work, self.out = options.data, options.work, options.out or options.work
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.seed = options.seed
-        self.deadline = Deadline(60 * options.minutes)
+        self.seed, self.count = options.seed, options.count
+        self.end = Deadline(60 * options.minutes)
+        self.train_until = Deadline(60 * options.minutes - _EXPORT_SECONDS)
+        if options.resume and not (self.work / "flow.safetensors").exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            export.restore(options.resume, self.work)
         self.work.mkdir(parents=True, exist_ok=True)
+        self.out.mkdir(parents=True, exist_ok=True)
 
     @cached_property
     def world(self) -> world.World:
@@ -72,46 +51,127 @@ class Job:
 
     @cached_property
     def scenes(self) -> scenes.Scenes:
+        """Scenes of the whole world, for tokenizers, CLIPs and the autoencoder."""
         return scenes.build(self.world, self.data_recipe, self.seed, self.device)
 
     @cached_property
-    def images(self) -> Callable[[Tensor, int], Tensor]:
-        return pictures(self.scenes)
+    def flow_world(self) -> world.World:
+        return data.restrict(self.world, self.recipe.labels) if self.recipe.labels else self.world
+
+    @cached_property
+    def flow_scenes(self) -> scenes.Scenes:
+        if not self.recipe.labels:
+            return self.scenes
+        return scenes.build(self.flow_world, self.data_recipe, self.seed, self.device)
+
+    @cached_property
+    def images(self) -> vae.Images:
+        return data.pictures(self.scenes)
+
+    def text(self) -> None:
+        """Both tokenizers, from every caption."""
+        if not (self.work / "tokenizer_2").is_dir():
+            tokenizers.build([*self.scenes.captions[0], *self.scenes.captions[1]], self.work)
+
+    def clip(self) -> None:
+        """CLIP-A and CLIP-B, and A's text tower as the pipeline's text encoder."""
 
     def vae(self) -> None:
+        """The autoencoder."""
         if vae.load(self.work, "cpu") is None:
-            vae.train(
+            trained = vae.train(
                 self.images,
                 len(self.scenes),
                 self.work,
                 self.recipe.vae,
-                deadline=self.deadline,
+                deadline=self.train_until,
                 device=self.device,
                 seed=self.seed,
             )
+            if trained is not None:
+                quality = vae.quality(trained, self.images, len(self.scenes), self.device)
+                (self.work / "vae_quality.json").write_text(json.dumps(quality))
+                print("vae PSNR, dB:", quality, flush=True)
+
+    def flow(self) -> None:
+        """The transformer and its T5, once everything they read is there."""
+        needed = ("vae", "text_encoder", "tokenizer", "tokenizer_2")
+        if missing := [name for name in needed if not (self.work / name).is_dir()]:
+            print(f"flow: waits for {', '.join(missing)}; run the job again", flush=True)
+            return
+        autoencoder = vae.load(self.work, self.device)
+        made = self.flow_scenes
+        images = self.images if made is self.scenes else data.pictures(made)
+        table = flow.tabulate(images, made.captions, autoencoder, self.work, self.device)
+        weights = made.sampler(self.recipe.flow.shares)
+        flow.train(
+            table, weights, self.work, self.recipe, deadline=self.train_until, device=self.device, seed=self.seed
+        )
+
+    def export(self) -> None:
+        """Packed models, as parts of one tar, and every loss curve: all that must leave the machine."""
+        curves = [line for file in sorted(self.work.glob("*.jsonl")) for line in _named(file)]
+        (self.out / "curves.jsonl").write_text("\n".join(curves) + "\n")
+        if not (self.work / "flow.safetensors").is_file():
+            print("export: there is no flow model yet", flush=True)
+            return
+        report = self.work / "report.json"
+        export.export(
+            self.work, self.recipe, self.work / "zoo", json.loads(report.read_text()) if report.is_file() else None
+        )
+        for part in export.send(self.work / "zoo", self.out):
+            print(f"export: {part} {part.stat().st_size / 1e6:.1f} MB", flush=True)
+
+    def score(self) -> None:
+        """Measure what was exported; a card with the numbers follows from a second export."""
+        if not (self.work / "zoo" / export.PIPELINE).is_dir():
+            return
+        loss = [json.loads(line).get("loss128") for line in (self.work / "flow.jsonl").read_text().splitlines()]
+        loss = [value for value in loss if value is not None]
+        pipe, judge = export.reload(self.work / "zoo", self.work / "plain", self.device)
+        score.score(
+            pipe,
+            judge,
+            self.flow_world,
+            self.recipe,
+            self.work,
+            count=self.count,
+            loss=sum(loss[-5:]) / len(loss[-5:]) if loss else None,
+        )
+        for name in ("report.json", "grid.png"):
+            if self.out != self.work:
+                shutil.copyfile(self.work / name, self.out / name)
+        self.export()
 
 
-STAGES = ("vae",)
+def _named(curve: Path) -> list[str]:
+    """The lines of a loss curve, each with the name of its model."""
+    return [json.dumps({"model": curve.stem, **json.loads(line)}) for line in curve.read_text().splitlines()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="full (a GPU) or cpu (two cores)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which, in this order; default: all")
-    parser.add_argument("--minutes", type=float, required=True, help="time this call may take")
+    parser.add_argument("--stages", default=",".join(STAGES), help="which of them; they run in this order")
+    parser.add_argument("--minutes", type=float, required=True, help="time that training may take in this call")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="world.json.xz and icons.zip")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints; kept from call to call")
     parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
+    parser.add_argument("--resume", type=Path, help="packed models to start from if the work folder has no flow model")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=128, help="pictures in each check of the score")
     options = parser.parse_args()
-    stages = options.stages.split(",")
-    for stage in stages:
+    chosen = options.stages.split(",")
+    for stage in chosen:
         if stage not in STAGES:
-            raise unknown("stage", stage, STAGES)
+            raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")
     job = Job(options)
-    for stage in (s for s in STAGES if s in stages):
-        getattr(job, stage)()
+    for stage in STAGES:
+        if stage in chosen:
+            start = time.monotonic()
+            getattr(job, stage)()
+            print(f"{stage}: {time.monotonic() - start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

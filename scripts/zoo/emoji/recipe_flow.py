@@ -129,7 +129,7 @@ CPU = Recipe(
         groups=8,
         cycle=("half", "crop", "half", "full", "half", "crop", "half", "pooled", "half", "up"),
         batch={"full": 8, "pooled": 8, "up": 8, "half": 32, "crop": 32},
-        plan=Plan(lr=2e-3, seconds=720, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, flat=0.3, ema=0.995),
+        plan=Plan(lr=2e-3, seconds=1800, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, flat=0.3, ema=0.995),
     ),
     flow=FlowRecipe(
         heads=4,

@@ -1,0 +1,157 @@
+"""Cards of the emoji models: what they are, whom the data belongs to, and how good they measurably are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from scripts.zoo.emoji.recipe_flow import Recipe
+
+ATTRIBUTION = """\
+Noto Emoji (c) Google LLC, Apache License 2.0, https://github.com/googlefonts/noto-emoji
+Twemoji graphics (c) Twitter, Inc. and other contributors, CC-BY 4.0
+(https://creativecommons.org/licenses/by/4.0/), https://github.com/jdecked/twemoji; modified (rendered, recoloured,
+composed)
+Fluent Emoji (c) Microsoft Corporation, MIT, https://github.com/microsoft/fluentui-emoji; packaged by LobeHub (MIT)
+Names and tags: emojibase (c) Miles Johnson, MIT, https://github.com/milesj/emojibase; Unicode CLDR
+"""
+
+NOTICE = f"""\
+This model was trained from scratch on pictures and names by other authors:
+
+{ATTRIBUTION}
+The model's own files are licensed under the Apache License 2.0 (LICENSE-APACHE). Whether weights derive from their
+training data in law is unsettled; the attributions above are given either way. LICENSE-MIT holds the text of the MIT
+licence for Fluent Emoji and emojibase.
+"""
+
+MIT = """\
+MIT License
+
+Copyright (c) Microsoft Corporation.
+Copyright (c) LobeHub
+Copyright (c) 2017-2019 Miles Johnson
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+"""
+
+APACHE = Path(__file__).parents[3] / "LICENSE"
+
+
+def legal(folder: Path) -> None:
+    """NOTICE and licence texts, which must go wherever the weights go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "NOTICE").write_text(NOTICE)
+    (folder / "LICENSE-MIT").write_text(MIT)
+    shutil.copyfile(APACHE, folder / "LICENSE-APACHE")
+
+
+def _common(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
+    accepted = bool(report.get("accepted"))
+    return {
+        "name": name,
+        "licence": "Apache-2.0",
+        "attribution": ATTRIBUTION.strip().splitlines(),
+        "state": "accepted" if accepted else "interim: below its acceptance numbers, will be replaced",
+        "recipe": recipe.name,
+        "note": report.get("note", ""),
+    }
+
+
+def flux(recipe: Recipe, counts: dict[str, int], training: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The card of the pipeline."""
+    return _common("emoji-flux", recipe, report) | {
+        "title": "A tiny text-to-image FluxPipeline that draws emoji",
+        "pipeline": "FluxPipeline",
+        "data": {
+            "styles": ["noto", "twemoji", "fluent 3d"],
+            "labels": list(recipe.labels)
+            if recipe.labels
+            else "about 900: objects, animals, food, plants, weather, "
+            "faces and symbols; no people, skin tones or flags",
+            "captions": "lower case English: '{label}, {style}', colours (red cat), pairs (a left of b), two to four",
+        },
+        "defaults": {
+            "height": recipe.default_size,
+            "width": recipe.default_size,
+            "num_inference_steps": recipe.default_steps,
+            "true_cfg_scale": recipe.default_guidance,
+            "negative_prompt": "",
+            "max_sequence_length": recipe.default_text_length,
+        },
+        "parameters": counts,
+        "training": training,
+        "quality": report.get("quality", {}),
+        "acceptance": report.get("acceptance", []),
+    }
+
+
+def clip(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
+    """The card of one CLIP."""
+    judge = name == "emoji-clip-judge"
+    use = (
+        "Judges pictures in evaluation. It shares no weights with the pipeline; never search or tune with it."
+        if judge
+        else "A reward for search and tuning. The pipeline reads its text tower, so it flatters the pipeline's "
+        "pictures: never report it as quality."
+    )
+    return _common(name, recipe, report) | {
+        "title": f"A tiny open_clip model of emoji: the {'judge' if judge else 'reward'}",
+        "use": use,
+        "load": "open_clip.create_model_and_transforms('local-dir:' + str(diffaccel.zoo.path(name)))",
+        "quality": report.get(name, {}),
+    }
+
+
+def readme(facts: dict[str, Any]) -> str:
+    """The model card for readers, from the same facts."""
+    lines = [f"# {facts['name']}", "", f"{facts['title']}. State: **{facts['state']}**.", ""]
+    if facts["note"]:
+        lines += [facts["note"], ""]
+    if "use" in facts:
+        lines += [facts["use"], "", "```python", "import diffaccel.zoo, open_clip", f"name = {facts['name']!r}"]
+        lines += [f"model, _, preprocess = {facts['load']}", "```", ""]
+    if "defaults" in facts:
+        call = ", ".join(f"{key}={value!r}" for key, value in facts["defaults"].items())
+        lines += ["```python", "import diffaccel.zoo", "from diffusers import FluxPipeline", ""]
+        lines += [f"pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path({facts['name']!r}))"]
+        lines += [f"pipe('red apple, noto', {call}).images[0]", "```", ""]
+        lines += [
+            "Give `height` and `width`: stock FluxPipeline's own default is 1024 px. Guidance is on only with a "
+            "`negative_prompt` and `true_cfg_scale` above 1. Prompts are lower case.",
+            "",
+        ]
+        labels = facts["data"]["labels"]
+        lines += [f"Styles: {', '.join(facts['data']['styles'])}. Captions: {facts['data']['captions']}.", ""]
+        lines += [f"Labels: {', '.join(labels) if isinstance(labels, list) else labels}.", ""]
+        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in facts["parameters"].items())
+        training = facts["training"]
+        lines += [
+            f"Parameters: {parts}. Flow training: {training['samples']:,} samples, {training['seconds']:.0f} s.",
+            "",
+        ]
+    if facts.get("acceptance"):
+        lines += ["| check | value | accepted from | real pictures | |", "|---|---|---|---|---|"]
+        for row in facts["acceptance"]:
+            met = "" if row.get("passed") is None else "yes" if row["passed"] else "no"
+            lines += [f"| {row['check']} | {row['value']} | {row['target']} | {row.get('real', '')} | {met} |"]
+        lines += [""]
+    lines += [f"Packed {facts['bytes']['packed'] / 1e6:.1f} MB (int8 rows with scales).", "", "## Attribution", ""]
+    return "\n".join([*lines, *(f"{line}  " for line in facts["attribution"]), ""])

@@ -1,0 +1,357 @@
+"""How good the pipeline is, measured: the acceptance table, a grid of 24 fixed prompts, and CPU latency.
+
+    python -m scripts.zoo.emoji.score --pipeline FOLDER --judge FOLDER --data data/emoji --out OUT [--count 128]
+
+Everything is judged by the CLIP that the pipeline never saw and by pixel checks, beside the same measure of real
+pictures and of real pictures that went through the autoencoder. ``grid.png`` shows failures as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scripts.zoo.emoji import checks, heldout, recipe_flow, vae
+from scripts.zoo.emoji.captions import OPPOSITE
+from scripts.zoo.emoji.data import restrict
+from scripts.zoo.emoji.scenes import Scenes
+from scripts.zoo.emoji.world import World, load
+
+GRID = (
+    "red apple, noto",
+    "cat face, twemoji",
+    "dog face, fluent 3d",
+    "grinning face, noto",
+    "crying face, fluent 3d",
+    "smiling face with sunglasses, twemoji",
+    "automobile, fluent 3d",
+    "rocket, noto",
+    "sailboat, twemoji",
+    "pizza, noto",
+    "birthday cake, fluent 3d",
+    "banana, twemoji",
+    "sunflower, noto",
+    "cactus, fluent 3d",
+    "snowman, twemoji",
+    "house, fluent 3d",
+    "guitar, noto",
+    "key, twemoji",
+    "blue heart, noto",
+    "green cat face, noto",
+    "purple fish, fluent 3d",
+    "three bananas, twemoji",
+    "four rockets, noto",
+    "red fish left of blue balloon, noto",
+)
+
+
+class Judge:
+    """An open_clip folder as a function of pictures (B, 3, s, s) in [-1, 1]."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        import open_clip
+
+        where = f"local-dir:{folder}"
+        self.model, _, _ = open_clip.create_model_and_transforms(where, require_pretrained=True)
+        self.model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.device = open_clip.get_tokenizer(where), device
+        size = self.model.visual.image_size
+        self.size = size if isinstance(size, int) else size[0]
+
+    def images(self, pictures: Tensor) -> Tensor:
+        """Features before normalisation, (B, D)."""
+        done = []
+        for part in pictures.split(128):
+            x = part.to(self.device)
+            if x.shape[-1] != self.size:
+                mode = {"mode": "area"} if x.shape[-1] > self.size else {"mode": "bilinear", "antialias": True}
+                x = F.interpolate(x, self.size, **mode)
+            done.append(self.model.encode_image(x).float().cpu())
+        return torch.cat(done)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Normalised features (B, D)."""
+        done = [
+            self.model.encode_text(self.tokenizer(list(texts[i : i + 256])).to(self.device)).float().cpu()
+            for i in range(0, len(texts), 256)
+        ]
+        return F.normalize(torch.cat(done), dim=1)
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, D)."""
+    a, b = a.double(), b.double()
+    sa, sb = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(sa @ sb).real.clamp_min(0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * root).item()
+
+
+def shuffled(pictures: Tensor, bands: int = 4) -> Tensor:
+    """Pictures cut into horizontal bands that change places: (1, 3, 0, 2) of four."""
+    parts = pictures.chunk(bands, dim=2)
+    return torch.cat([parts[i] for i in (1, 3, 0, 2)], dim=2)
+
+
+def draw(pipe: Any, prompts: Sequence[str], *, size: int, steps: int, guidance: float, seed: int, batch: int) -> Tensor:
+    """Pictures (N, 3, size, size) in [-1, 1]; picture i depends on prompt i and seed + i alone."""
+    done = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
+        out = pipe(
+            part,
+            negative_prompt=[""] * len(part),
+            true_cfg_scale=guidance,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            max_sequence_length=32,
+            generator=generators,
+            output_type="pt",
+        ).images
+        done.append(out.float().cpu() * 2 - 1)
+    return torch.cat(done)
+
+
+def zero_shot(judge: Judge, world: World, scenes: Scenes, pictures: Tensor) -> tuple[float, float]:
+    """Share of single scenes whose label is the judge's first, or among its first five, of all labels of the style."""
+    features = F.normalize(judge.images(pictures), dim=1)
+    places = torch.empty(len(pictures), dtype=torch.long)
+    style = torch.tensor([int(world.icon_style[row.icons[0]]) for row in scenes.rows])
+    label = torch.tensor([int(world.icon_label[row.icons[0]]) for row in scenes.rows])
+    for s, word in enumerate(world.styles):
+        mine = style == s
+        if mine.any():
+            scores = features[mine] @ judge.texts([f"{name}, {word}" for name in world.labels]).T
+            own = scores.gather(1, label[mine][:, None])
+            places[mine] = (scores > own).sum(1)
+    return (places < 1).float().mean().item(), (places < 5).float().mean().item()
+
+
+def cosine(judge: Judge, prompts: Sequence[str], pictures: Tensor) -> float:
+    """Mean cosine between pictures and their prompts."""
+    return (F.normalize(judge.images(pictures), dim=1) * judge.texts(prompts)).sum(1).mean().item()
+
+
+def colours_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
+    """(B,) bool: the dominant hue is the colour word's."""
+    return checks.colour(pictures) == torch.tensor([scenes.facts(i).colours[0] for i in range(len(scenes))])
+
+
+def counts_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
+    """(B,) bool: as many separate things as the number word says."""
+    return checks.count(pictures) == torch.tensor([scenes.facts(i).count for i in range(len(scenes))])
+
+
+def order_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
+    """(B,) bool: in pairs of two colours, each half has the colour that belongs there."""
+    good = []
+    for i, picture in enumerate(pictures):
+        facts = scenes.facts(i)
+        found = checks.colours_in_order(picture[None], stacked=facts.stacked)[0].tolist()
+        good.append(found == list(facts.colours))
+    return torch.tensor(good)
+
+
+def judge_order(judge: Judge, scenes: Scenes) -> float:
+    """Share of real pairs for which the judge prefers the caption to the same one with its relation turned round."""
+    right = scenes.plain
+    wrong = []
+    for text in right:
+        word = next(word for word in OPPOSITE if f" {word} " in text)
+        wrong.append(text.replace(f" {word} ", f" {OPPOSITE[word]} "))
+    features = F.normalize(judge.images(_real(scenes)), dim=1)
+    return ((features * judge.texts(right)).sum(1) > (features * judge.texts(wrong)).sum(1)).float().mean().item()
+
+
+def _real(scenes: Scenes, size: int = 128) -> Tensor:
+    return scenes.images(torch.arange(len(scenes)), size).cpu()
+
+
+def _row(check: str, target: str, value: float | None, passed: bool | None, **extra: float) -> dict[str, Any]:
+    rounded = {key: round(number, 3) for key, number in extra.items()}
+    return {
+        "check": check,
+        "target": target,
+        "value": None if value is None else round(value, 3),
+        "passed": passed,
+    } | rounded
+
+
+@torch.no_grad()
+def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, steps: int, guidance: float) -> dict:
+    """The acceptance table and what else was measured on the way."""
+    sets = heldout.build(world, seed=0, device="cpu", size=count)
+
+    def generate(scenes: Scenes) -> Tensor:
+        settings = {"size": size, "steps": steps, "guidance": guidance, "seed": 1000, "batch": 32}
+        return draw(pipe, scenes.plain, **settings)
+
+    seen = sets["seen"]
+    real, drawn = _real(seen, size), generate(seen)
+    through = _through_vae(pipe, real)
+    top = zero_shot(judge, world, seen, drawn)
+    top_real, top_vae = zero_shot(judge, world, seen, real), zero_shot(judge, world, seen, through)
+    training = [int(i) for i in world.training.nonzero().flatten()]
+    everything = _features_of_icons(judge, world, training, size)
+    fd = {
+        "generated": frechet(judge.images(drawn), everything),
+        "real": frechet(judge.images(real), everything),
+        "autoencoder": frechet(judge.images(through), everything),
+    }
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
+    halves = frechet(everything[order[::2]], everything[order[1::2]])
+    mixed = frechet(_features_of_icons(judge, world, training, size, shuffled), everything)
+
+    table = [
+        _row("judge: FD of shuffled real pictures over FD of real halves", ">= 5", mixed / halves, mixed / halves >= 5),
+        _at_least("judge: order of real pairs", judge_order(judge, sets["pair"]), 0.90),
+        _at_least("label, top 1", top[0], 0.55, real=top_real[0], autoencoder=top_vae[0]),
+        _at_least("label, top 5", top[1], 0.80, real=top_real[1], autoencoder=top_vae[1]),
+    ]
+    for name, check, least in (
+        ("colour", colours_obeyed, 0.95),
+        ("count", counts_obeyed, 0.95),
+        ("colour_pair", order_obeyed, 0.85),
+    ):
+        scenes = sets[name]
+        good = check(scenes, _real(scenes, size))  # a check that fails on the real picture says nothing
+        value = check(scenes, generate(scenes))[good].float().mean().item()
+        title = {"colour": "colour word", "count": "number word", "colour_pair": "order of coloured pairs"}[name]
+        table.append(_at_least(f"{title}, unseen combinations", value, least, real=good.float().mean().item()))
+    style = sets["style"]
+    unseen, truth = cosine(judge, style.plain, generate(style)), cosine(judge, style.plain, _real(style, size))
+    passed = unseen >= truth - 0.03
+    table.append(_row("unseen label and style: judge cosine", ">= real - 0.03", unseen, passed, real=truth))
+    return {
+        "acceptance": table,
+        "quality": {
+            "settings": {"size": size, "steps": steps, "guidance": guidance, "pictures": count},
+            "frechet": {key: round(value, 2) for key, value in fd.items()} | {"real halves": round(halves, 2)},
+            "judge cosine": {
+                "generated": round(cosine(judge, seen.plain, drawn), 3),
+                "real": round(cosine(judge, seen.plain, real), 3),
+            },
+        },
+    }
+
+
+def _at_least(check: str, value: float, least: float, **extra: float) -> dict[str, Any]:
+    return _row(check, f">= {least}", value, value >= least, **extra)
+
+
+def _features_of_icons(
+    judge: Judge, world: World, icons: list[int], size: int, change: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
+    from scripts.zoo.emoji.scenes import FILLED, Row
+
+    scenes = Scenes(world, [Row("single", (i,), (-1,), FILLED) for i in icons], seed=0, device="cpu")
+    parts = torch.arange(len(icons)).split(256)
+    return torch.cat([judge.images(change(scenes.images(part, size))) for part in parts])
+
+
+def _through_vae(pipe: Any, pictures: Tensor) -> Tensor:
+    done = []
+    for part in pictures.split(32):
+        x = part.to(pipe.device, pipe.vae.dtype)
+        done.append(pipe.vae.decoder(vae.encode(pipe.vae, x)[0].to(x.dtype)).float().clamp(-1, 1).cpu())
+    return torch.cat(done)
+
+
+def grid(pipe: Any, path: Path, *, size: int, steps: int, guidance: float) -> None:
+    """24 pictures with their prompts, six a row."""
+    from PIL import Image, ImageDraw
+
+    pictures = draw(pipe, GRID, size=size, steps=steps, guidance=guidance, seed=7, batch=24)
+    cell, text = 128, 30
+    sheet = Image.new("RGB", (6 * cell, 4 * (cell + text)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, picture in enumerate(pictures):
+        array = ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        image = Image.fromarray(array).resize((cell, cell), Image.Resampling.NEAREST)
+        x, y = i % 6 * cell, i // 6 * (cell + text)
+        sheet.paste(image, (x, y))
+        words = GRID[i].split(", ")
+        pen.text((x + 3, y + cell), "\n".join([words[0][:21], words[1]]), fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def latency(pipe: Any, sizes: Sequence[int] = (64, 128)) -> list[dict[str, Any]]:
+    """Seconds of one whole call, batch 1, the best of three."""
+    rows = []
+    for size in sizes:
+        for steps, guidance in ((4, 1.0), (8, 3.0), (20, 1.0), (20, 3.0)):
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                draw(pipe, GRID[:1], size=size, steps=steps, guidance=guidance, seed=0, batch=1)
+                times.append(time.perf_counter() - start)
+            rows.append({"size": size, "steps": steps, "guidance": guidance, "seconds": round(min(times), 3)})
+    return rows
+
+
+def score(
+    pipe: Any,
+    judge_folder: Path,
+    world: World,
+    recipe: recipe_flow.Recipe,
+    out: Path,
+    *,
+    count: int,
+    loss: float | None,
+) -> dict[str, Any]:
+    """Measure, draw the grid, write ``report.json`` and ``grid.png`` to ``out`` and print the table."""
+    device = pipe.device.type
+    settings = {"size": recipe.default_size, "steps": recipe.default_steps, "guidance": recipe.default_guidance}
+    grid(pipe, out / "grid.png", **settings)
+    report = measure(pipe, Judge(judge_folder, device), world, count=count, **settings)
+    if loss is not None:
+        report["acceptance"].append(_row("training loss at 128 px", "<= 0.11", loss, loss <= 0.11))
+    report["acceptance"].append(_row("a person recognises 20 of the grid's 24", ">= 20", None, None))
+    if device == "cpu":
+        report["quality"]["latency"] = {"threads": torch.get_num_threads(), "rows": latency(pipe)}
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    for row in report["acceptance"]:
+        print(" | ".join(str(part) for part in row.values()), flush=True)
+    print(json.dumps(report["quality"]), flush=True)
+    return report
+
+
+def main() -> None:
+    from diffusers import FluxPipeline
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="full")
+    parser.add_argument("--pipeline", type=Path, help="folder of the pipeline; default: the shipped emoji-flux")
+    parser.add_argument("--judge", type=Path, help="folder of the judge; default: the shipped emoji-clip-judge")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=128, help="pictures a check, at most")
+    options = parser.parse_args()
+    if options.pipeline is None or options.judge is None:
+        from diffaccel import zoo
+
+        options.pipeline = options.pipeline or zoo.path("emoji-flux")
+        options.judge = options.judge or zoo.path("emoji-clip-judge")
+    pipe = FluxPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    recipe = recipe_flow.get(options.recipe)
+    world = load(options.data)
+    if recipe.labels:
+        world = restrict(world, recipe.labels)
+    score(pipe, options.judge, world, recipe, options.out, count=options.count, loss=None)
+
+
+if __name__ == "__main__":
+    main()
