@@ -163,7 +163,7 @@ def load(name_or_path: str | Path, **kwargs: Any) -> Any:
         return DiffusionPipeline.from_pretrained(name, **kwargs)
     except OSError as error:
         raise DiffAccelError(
-            f"The model '{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
+            f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
         ) from error
 
 
@@ -195,7 +195,7 @@ def _check_clashes(configs: list[Any]) -> None:
                     f"'{one.name}' is already active. diffaccel.remove(pipe) first to change its options."
                 )
             if other.name in one.conflicts or one.name in other.conflicts:
-                raise DiffAccelError(f"'{one.name}' and '{other.name}' cannot be active together. Use one of them.")
+                raise DiffAccelError(f"'{one.name}' and '{other.name}' cannot be active together. Use one.")
             if one.touches == other.touches == "loop":
                 raise DiffAccelError(
                     f"'{one.name}' and '{other.name}' both replace the sampling loop. Use one of them, "

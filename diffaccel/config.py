@@ -124,12 +124,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
-        return (
-            len(args) == 2
-            and args[1] is Ellipsis
-            and all(_fits(v, args[0]) for v in value)
-            or (len(args) == len(value) and all(_fits(v, a) for v, a in zip(value, args, strict=True)))
-        )
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(_fits(v, args[0]) for v in value)
+        return len(args) == len(value) and all(_fits(v, a) for v, a in zip(value, args, strict=True))
     if origin is not None:
         return isinstance(value, origin) if isinstance(origin, type) else True
     if hint is float:
@@ -144,4 +141,4 @@ def _fits(value: Any, hint: Any) -> bool:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", None) if not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return str(hint).replace("typing.", "") if typing.get_args(hint) else str(getattr(hint, "__name__", hint))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -290,7 +291,7 @@ class _Picked:
         for handle, rows in self.conds:
             kwargs = getattr(self.session.conds[handle], which)
             if rows is not None:
-                kwargs = family.map_rows(kwargs, lambda t, rows=rows: t[list(rows)])
+                kwargs = family.map_rows(kwargs, functools.partial(_take, list(rows)))
             parts.append(kwargs)
         joined = family.join_rows(parts) if len(parts) > 1 else parts[0]
         if self.pick.start == 0 and self.pick.stop >= self.rows:
@@ -313,6 +314,10 @@ def _rows(session: Session, e: Eval) -> tuple[int, ...] | None:
             f"Eval.rows must name a row below {batch} for each of the {len(e.x)} rows of x, got {rows}."
         )
     return None if rows == tuple(range(batch)) else rows
+
+
+def _take(rows: list[int], tensor: Tensor) -> Tensor:
+    return tensor[rows]
 
 
 def _get(kwargs: dict[str, Any], dotted: str) -> Any:

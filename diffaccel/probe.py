@@ -161,14 +161,16 @@ def check_guidance(family: Family, pipe: Any, record: Record, arguments: dict[st
         raise DiffAccelError(f"{type(pipe).__name__} steps with something other than its network's guided output.")
     basis = torch.stack([c.double().flatten() for c in columns], dim=1)
     target = guided.double().flatten()
-    fit = torch.linalg.lstsq(basis.cpu(), target.cpu().unsqueeze(1)).solution.flatten()
-    residual = (basis.cpu() @ fit - target.cpu()).norm() / target.norm().cpu()
+    # normal equations: two columns of independent noise are as good as orthogonal, and only 2x2 leaves the device
+    gram, moment = (basis.T @ basis).cpu(), (basis.T @ target).cpu()
+    fit = torch.linalg.solve(gram, moment)
+    residual = (basis @ fit.to(basis.device) - target).norm().cpu() / target.norm().cpu()
     wrong = max(abs(float(w) - e) for w, e in zip(fit, expected, strict=True))
     if residual > GUIDANCE_TOLERANCE or wrong > GUIDANCE_TOLERANCE * max(1.0, abs(scale or 1.0)):
         raise DiffAccelError(
             f"{type(pipe).__name__} does not combine its predictions by classifier-free guidance of scale {scale} "
-            f"(fitted weights {[round(float(w), 4) for w in fit]}, residual {float(residual):.1e}). Non-linear rules cannot "
-            "be followed by a sampler: call without them, or diffaccel.remove(pipe)."
+            f"(fitted weights {[round(float(w), 4) for w in fit]}, residual {float(residual):.1e}). Non-linear rules "
+            "cannot be followed by a sampler: call without them, or diffaccel.remove(pipe)."
         )
 
 
@@ -197,10 +199,8 @@ def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[s
         return _probe(pipe, family, call, arguments, memo)
 
 
-def _probe(
-    pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo
-) -> Session:
-    """As :func:`probe`, but the pipeline keeps what its call noted in private attributes, such as its guidance scale."""
+def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
+    """As :func:`probe`, but the pipeline keeps what its call noted in private attributes, such as the guidance."""
     scheduler_state = dict(pipe.scheduler.__dict__)
     generator = clone(arguments.get("generator"))
     opened: list[Session] = []

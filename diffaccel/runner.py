@@ -33,14 +33,15 @@ def generate(
     start = clone(arguments.get("generator"))
     callback = _callback(arguments)
     finished: list[Stats] = []
+    interrupted = False
 
     def on_first_step(record: Record) -> torch.Tensor:
         prepared = {**arguments, "generator": start}
         session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
         driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
         latents = driver.run(config.sample(session))
-        finished.append(driver.stats)
         nonlocal interrupted
+        finished.append(driver.stats)
         interrupted = bool(getattr(pipe, "_interrupt", False))
         # the stock loop's remaining iterations are skipped, then it decodes
         pipe._interrupt = True
@@ -48,7 +49,6 @@ def generate(
 
     given = {**arguments, "callback_on_step_end": None}
     given = {k: v for k, v in given.items() if k in arguments}
-    interrupted = False
     try:
         with intercept(pipe, family, memo, on_first_step):
             result = call(pipe, **given)

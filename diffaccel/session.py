@@ -155,7 +155,7 @@ class Session:
         generator = self.generator
         if isinstance(generator, list) and len(generator) != len(x):
             raise DiffAccelError(
-                f"Noise for {len(x)} rows was asked of {len(generator)} generators. Pass one generator, or one per row."
+                f"Noise for {len(x)} rows was asked of {len(generator)} generators. Pass one, or one per row."
             )
         return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
 
@@ -171,7 +171,7 @@ class Session:
         if (height, width) not in self._siblings:
             if self.conds[0].arguments.get("latents") is not None:
                 raise DiffAccelError(
-                    f"`latents` were passed for {self.height}x{self.width}, but the sampler also works at {height}x{width}. "
+                    f"`latents` were passed for {self.height}x{self.width}; it also works at {height}x{width}. "
                     "Leave `latents` out and pass a `generator`."
                 )
             self.family.check_size(self.pipe, height, width)
@@ -182,7 +182,7 @@ class Session:
         return self._siblings[height, width]
 
     def add_cond(self, **arguments: Any) -> int:
-        """Another conditioning for the same latents: the call's arguments with ``arguments`` (say ``prompt=``) replaced.
+        """Another conditioning for the same latents: the call's arguments, ``arguments`` (say ``prompt=``) replaced.
 
         Returns:
             The handle to pass as ``Eval.cond``.
@@ -190,7 +190,7 @@ class Session:
         other = self.reopen(fresh_text=True, **arguments)
         if other.x.shape != self.x.shape:
             raise DiffAccelError(
-                f"The added conditioning prepares latents of shape {tuple(other.x.shape)}, the call {tuple(self.x.shape)}. "
+                f"The added conditioning has latents of shape {tuple(other.x.shape)}, the call {tuple(self.x.shape)}. "
                 "Give both the same batch size and resolution."
             )
         self.conds.append(other.conds[0])
@@ -198,7 +198,7 @@ class Session:
 
 
 def bcast(sigma: Tensor, x: Tensor) -> Tensor:
-    """``sigma`` shaped to multiply ``x``: a scalar stays on the CPU (no device sync), ``(R,)`` becomes ``(R, 1, ...)``."""
+    """``sigma`` shaped to multiply ``x``: a scalar stays on the CPU (no device sync), ``(R,)`` is ``(R, 1, ...)``."""
     if sigma.ndim == 0:
         return sigma
     return sigma.to(x.device).reshape(-1, *[1] * (x.ndim - 1))

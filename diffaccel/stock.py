@@ -24,6 +24,7 @@ from diffaccel.config import SamplerConfig
 from diffaccel.drivers import Stats
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
+from diffaccel.flow import VE_PATH
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Sampling, Step, bcast
 
@@ -51,7 +52,7 @@ class StockSession:
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedBySampler(
-            f"The sampler needs the session's '{name}', which only pipelines with a family have; {self._pipeline} has none. "
+            f"The sampler needs the session's '{name}', which needs a pipeline family; {self._pipeline} has none. "
             f"Supported: {', '.join(sorted(FAMILIES))}."
         )
 
@@ -97,7 +98,7 @@ class _Loop:
     def input_at(self, sample: Tensor) -> Tensor:
         """``scale_model_input``: the network's input from the pipeline's latents at the current noise level."""
         schedule = self.schedule
-        if schedule is None or schedule.path is not schedules.VE_PATH:
+        if schedule is None or schedule.path is not VE_PATH:
             return sample  # pipeline latents are the network's input already
         return schedule.network_input(sample, self.asked[min(self.stats.calls, len(self.asked) - 1)])
 
@@ -181,6 +182,6 @@ def _check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
     plain = isinstance(event, Eval) and event.cond == 0 and event.branch == "guided" and event.sigma.ndim == 0
     if not plain or event.rows is not None or event.at is not None:
         raise UnsupportedBySampler(
-            f"'{config.name}' asks for more than one guided prediction at a time, which needs a pipeline with a family; "
+            f"'{config.name}' asks for more than one guided prediction at a time, which needs a pipeline family; "
             f"{type(pipe).__name__} has none. Supported: {', '.join(sorted(FAMILIES))}."
         )

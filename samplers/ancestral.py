@@ -54,7 +54,7 @@ def ancestral(session: Session, eta: float) -> Sampling:
 
 
 def ancestral_std(path: Path, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """``sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``, the fresh noise of DDPM's posterior (arXiv 2010.02502)."""
+    """``sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``: fresh noise of DDPM's posterior (arXiv 2010.02502)."""
     kept = (path.alpha(sigma) * sigma_next) / (path.alpha(sigma_next) * sigma)
     return sigma_next * torch.sqrt((1 - kept**2).clamp(min=0))
 

@@ -74,12 +74,14 @@ def test_branches_combine_to_the_guided_prediction(session, family: str) -> None
 def test_several_requests_share_a_call_and_keep_their_order(session) -> None:
     a, b = session.sigmas[0], session.sigmas[1]
     driver = Native(session)
-    one, two, three = driver.predict(
-        [Eval(session.x, a), Eval(session.x, b), Eval(session.x[:1], b, rows=[1])]
-    )
+    one, two, three = driver.predict([Eval(session.x, a), Eval(session.x, b), Eval(session.x[:1], b, rows=[1])])
     merged_calls = driver.stats.calls
     assert driver.stats.nfe == 5
-    for pred, request in ((one, Eval(session.x, a)), (two, Eval(session.x, b)), (three, Eval(session.x[:1], b, rows=[1]))):
+    for pred, request in (
+        (one, Eval(session.x, a)),
+        (two, Eval(session.x, b)),
+        (three, Eval(session.x[:1], b, rows=[1])),
+    ):
         torch.testing.assert_close(pred.v, ask(session, request)[0].v, **CLOSE)
     driver.predict([Eval(session.x, a)])
     assert driver.stats.calls == 2 * merged_calls  # three requests cost the calls of one
@@ -132,7 +134,10 @@ def test_fixed_latents_cannot_change_resolution(family: str) -> None:
     with diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as session:
         fixed = session.family.to_network(session.x) if family == "flux" else session.x
     kwargs = {**tiny.call_kwargs(family), "latents": fixed}
-    with diffaccel.open_session(pipe, **kwargs) as session, pytest.raises(DiffAccelError, match="`latents` were passed"):
+    with (
+        diffaccel.open_session(pipe, **kwargs) as session,
+        pytest.raises(DiffAccelError, match="`latents` were passed"),
+    ):
         session.at(64, 64)
 
 

@@ -158,7 +158,8 @@ def sdxl(scheduler: Any = None) -> StableDiffusionXLPipeline:
     torch.manual_seed(0)
     unet = _unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=64,
-        transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=32 + 6 * 8, use_linear_projection=True,
+        transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=32 + 6 * 8,
+        use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=_stir(_vae(4)),

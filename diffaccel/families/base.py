@@ -6,6 +6,7 @@ itself while it is probed.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -94,7 +95,7 @@ class Family:
         if height % step or width % step or min(height, width) <= 0:
             near = [max(step, round(side / step) * step) for side in (height, width)]
             raise DiffAccelError(
-                f"The size {height}x{width} does not fit {type(pipe).__name__}: both sides must be multiples of {step}. "
+                f"The size {height}x{width} does not fit {type(pipe).__name__}: sides must be multiples of {step}. "
                 f"The nearest valid size is {near[0]}x{near[1]}."
             )
 
@@ -118,15 +119,15 @@ class Family:
             strange = [name for name, value in call.items() if value is not None and name not in known]
             if strange:
                 raise DiffAccelError(
-                    f"{type(pipe).__name__} passed {', '.join(strange)} to its network, which the {self.name} family does "
-                    "not know how to follow. Call the pipeline without the option that causes it, or diffaccel.remove(pipe)."
+                    f"{type(pipe).__name__} passed {', '.join(strange)} to its network, which the {self.name} family "
+                    "cannot follow. Call without the option that causes it, or diffaccel.remove(pipe)."
                 )
         kept = [{k: v for k, v in call.items() if k not in (self.latent_arg, self.time_arg)} for call in calls]
         guided = self.guidance_scale(pipe, arguments) is not None
         if not guided:
             return Conditioning(kept[0], None, None, arguments)
         if self.joint_branches:
-            half = [self.map_rows(kept[0], lambda rows, i=i: rows.chunk(2)[i]) for i in (0, 1)]
+            half = [self.map_rows(kept[0], functools.partial(_half, i)) for i in (0, 1)]
             return Conditioning(half[1], half[0], kept[0], arguments)
         return Conditioning(kept[0], kept[1], None, arguments)
 
@@ -161,6 +162,10 @@ class Family:
 def signature_of(module: Any) -> inspect.Signature:
     """The signature of a network's forward, seen through ``torch.compile``."""
     return inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
+
+
+def _half(which: int, rows: Tensor) -> Tensor:
+    return rows.chunk(2)[which]
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -11,7 +11,7 @@ from diffaccel.families.base import Family
 
 
 class Flux(Family):
-    """A packed token holds a 2x2 patch of latents with channel order (c, dy, dx); the network's time is sigma itself."""
+    """A packed token holds a 2x2 patch of latents, channel order (c, dy, dx); the network's time is sigma itself."""
 
     name = "flux"
     pipelines = ("FluxPipeline",)

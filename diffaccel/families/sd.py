@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ class SD(Family):
     pipelines = ("StableDiffusionPipeline",)
     denoiser = "unet"
     latent_arg = "sample"
-    row_args = ("encoder_hidden_states", "timestep_cond", "added_cond_kwargs.image_embeds")
+    row_args: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "timestep_cond", "added_cond_kwargs.image_embeds")
     shared_args = ("cross_attention_kwargs", "added_cond_kwargs")
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     size_multiple = 8

@@ -12,8 +12,8 @@ from diffaccel.families.sd import SD
 
 
 class SDXL(SD):
-    """Another resolution keeps ``original_size`` and ``target_size`` of the final picture, since a smaller stage of it is
-    not a thumbnail."""
+    """Another resolution keeps ``original_size`` and ``target_size`` of the final picture, since a smaller stage of it
+    is not a thumbnail."""
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)

@@ -1,0 +1,129 @@
+"""What the native driver costs beside the stock loop: the same call, stock and wrapped in turn, in one run.
+
+    python -m scripts.bench_driver --model flux --out docs/results
+
+A FLUX.1-dev-size transformer (random weights, bf16, 1024x1024, 512 text tokens) or a small one for a CPU. The two calls
+alternate, and the ratio is taken pair by pair; its interval is a bootstrap over pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+import diffaccel
+from diffaccel.samplers import Euler
+
+SIZES = {
+    # pixels, steps, transformer config
+    "flux": (1024, 8, {"guidance_embeds": True}),
+    "small": (256, 8, {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64,
+                       "joint_attention_dim": 256, "pooled_projection_dim": 64, "axes_dims_rope": (16, 24, 24)}),
+}  # fmt: skip
+
+
+def pipeline(model: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """A pipeline without encoders and autoencoder, and the arguments of its call."""
+    size, steps, config = SIZES[model]
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        transformer = FluxTransformer2DModel(**config).eval().requires_grad_(False)
+        torch.set_default_dtype(before)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, None, None, None, None, None, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.randn(1, 512, transformer.config.joint_attention_dim, device=device, dtype=dtype)
+    pooled = torch.randn(1, transformer.config.pooled_projection_dim, device=device, dtype=dtype)
+    call = dict(prompt_embeds=text, pooled_prompt_embeds=pooled, height=size, width=size, num_inference_steps=steps,
+                output_type="latent", guidance_scale=3.5)  # fmt: skip
+    return pipe, call
+
+
+def timed(pipe: Any, call: dict[str, Any], device: str) -> tuple[float, torch.Tensor]:
+    """Seconds of one whole call, and its latents."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    images = pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).images
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, images
+
+
+def measure(model: str, device: str, pairs: int) -> dict[str, Any]:
+    """Alternate stock and wrapped calls."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipe, call = pipeline(model, device, dtype)
+    steps = call["num_inference_steps"]
+    rows: dict[str, list[float]] = {"stock": [], "wrapped": []}
+    images = {}
+    for pair in range(pairs + 1):
+        for name in ("stock", "wrapped") if pair % 2 else ("wrapped", "stock"):
+            if name == "wrapped":
+                diffaccel.accelerate(pipe, Euler(state="stock"))
+            seconds, images[name] = timed(pipe, call, device)
+            diffaccel.remove(pipe)
+            if pair:  # the first pair warms up
+                rows[name].append(seconds / steps)
+    stock, wrapped = (torch.tensor(rows[name], dtype=torch.float64) for name in ("stock", "wrapped"))
+    ratios = wrapped / stock
+    draws = torch.randint(0, pairs, (10_000, pairs), generator=torch.Generator().manual_seed(0))
+    spread = ratios[draws].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {
+        "model": model,
+        "steps": steps,
+        "pairs": pairs,
+        "stock_ms_per_step": 1000 * float(stock.median()),
+        "wrapped_ms_per_step": 1000 * float(wrapped.median()),
+        "ratio": float(ratios.median()),
+        "ratio_interval": [float(s) for s in spread],
+        "same_latents": bool(torch.equal(images["stock"], images["wrapped"])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(SIZES), default="flux")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--kind", default=None, help="name of the machine, for the record")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
+    args = parser.parse_args()
+    result = measure(args.model, args.device, args.pairs)
+    import diffusers
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    record = {
+        "command": f"python -m scripts.bench_driver --model {args.model} --device {args.device} --pairs {args.pairs}",
+        "device": name,
+        "kind": args.kind,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        **result,
+    }
+    low, high = result["ratio_interval"]
+    print(f"| {args.model}, {name} | stock | wrapped | wrapped / stock (95 % interval) | latents |")
+    print("|---|---|---|---|---|")
+    print(
+        f"| ms per step | {result['stock_ms_per_step']:.3f} | {result['wrapped_ms_per_step']:.3f} | "
+        f"{result['ratio']:.4f} ({low:.4f} to {high:.4f}) | {'equal' if result['same_latents'] else 'differ'} |"
+    )
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"bench_driver_{args.model}_{args.kind or args.device}.json"
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()
