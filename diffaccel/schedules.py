@@ -14,7 +14,7 @@ terminal signal-to-noise ratio is zero), the second in its own coordinates, wher
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ VP_STATE = {
 FLOW_STATE = {
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
 }  # fmt: skip
+ENDS_AT_FINAL = {"DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"}  # at final_alpha_cumprod, often not 1
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction", "flow_prediction": "velocity",
 }  # fmt: skip
@@ -50,6 +51,8 @@ class Schedule:
         timesteps: ``(n,)`` what the pipeline tells its network at ``sigmas[:-1]``, on the pipeline's device.
         prediction: what the network returns.
         vp: whether the network's input is variance preserving, ``x0 + sigma eps`` over ``sqrt(1 + sigma^2)``.
+        table: the trained noise levels, for times between those of the grid; None for flow models.
+        continuous: whether the network's time is ``log(sigma) / 4`` (EDM, arXiv 2206.00364) and not a train step.
     """
 
     path: Path
@@ -59,6 +62,7 @@ class Schedule:
     vp: bool
     num_train_timesteps: int
     table: Tabulated | None = None
+    continuous: bool = False
     _index: dict[float, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -67,20 +71,23 @@ class Schedule:
     def timestep(self, sigma: Tensor) -> Tensor:
         """The network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid, interpolated off it.
 
-        Off the grid the linear path of a flow model gives ``sigma * num_train_timesteps``; a tabulated model is asked
-        at the time of equal log signal-to-noise ratio.
+        Off the grid the linear path of a flow model gives ``sigma * num_train_timesteps``, a continuous model
+        ``log(sigma) / 4``; a tabulated model is asked at the time of equal log signal-to-noise ratio.
         """
-        if sigma.ndim == 0:
-            on_grid = self._index.get(float(sigma))
-            if on_grid is not None:
-                return self.timesteps[on_grid]
-        elif all(float(s) in self._index for s in sigma):
-            return self.timesteps[[self._index[float(s)] for s in sigma]]
-        if self.table is None:
+        index = [self._index.get(level, -1) for level in sigma.reshape(-1).tolist()]
+        if -1 not in index:
+            return self.timesteps[index if sigma.ndim else index[0]]
+        if self.continuous:
+            time = torch.log(sigma) / 4
+        elif self.table is None:
             time = sigma * self.num_train_timesteps
         else:
             time = self.table.at(self.path.rho(sigma.double())).to(torch.float32)
-        return time.to(self.timesteps.device)
+        time = time.to(self.timesteps.device)
+        known = [row for row, i in enumerate(index) if i >= 0]  # a row's time must not depend on the other rows
+        if known:
+            time[known] = self.timesteps[[index[row] for row in known]].to(time.dtype)
+        return time
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` as the network wants it: unchanged for flow models, over ``sqrt(alpha^2 + sigma^2)`` for VP models."""
@@ -132,48 +139,65 @@ def read(scheduler: Any) -> Schedule:
     name = type(scheduler).__name__
     config = scheduler.config
     train = int(config.num_train_timesteps)
-    timesteps = torch.unique_consecutive(scheduler.timesteps)  # Heun, KDPM2 and PNDM visit some times twice
-    if name in FLOW_STATE or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
-        if config.get("invert_sigmas"):
-            raise DiffAccelError(
-                f"{name} with invert_sigmas=True runs its noise level backwards, which no sampler here can follow; "
-                "use a pipeline whose scheduler config has invert_sigmas=False."
-            )
-        return Schedule(LINEAR, _levels(scheduler.sigmas), timesteps, "velocity", False, train)
-    if name not in VE_STATE | VP_STATE:
+    kind, flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
+    flow = name in FLOW_STATE or flow_sigmas or kind == "flow_prediction"
+    if not flow and name not in VE_STATE | VP_STATE:
         known = ", ".join(sorted(FLOW_STATE | VE_STATE | VP_STATE))
         raise DiffAccelError(f"The scheduler {name} is not supported. Set pipe.scheduler to one of: {known}.")
-    prediction = PREDICTIONS.get(config.prediction_type)
-    if prediction is None:
-        raise DiffAccelError(
-            f"{name} has prediction_type '{config.prediction_type}'; supported are {', '.join(PREDICTIONS)}."
-        )
     for flag in ("clip_sample", "thresholding"):
         if config.get(flag):
             raise DiffAccelError(
                 f"{name} has {flag}=True, a rule of its own solver that other samplers do not follow. "
                 f"Set pipe.scheduler = {name}.from_config(pipe.scheduler.config, {flag}=False)."
             )
+    if flow:
+        if config.get("invert_sigmas"):
+            raise DiffAccelError(
+                f"{name} with invert_sigmas=True runs its noise level backwards, which no sampler here can follow; "
+                "use a pipeline whose scheduler config has invert_sigmas=False."
+            )
+        if name not in FLOW_STATE and not (flow_sigmas and kind == "flow_prediction"):
+            raise DiffAccelError(
+                f"{name} has prediction_type '{kind}' with use_flow_sigmas={flow_sigmas}: a flow model needs both. Set "
+                f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, prediction_type='flow_prediction', "
+                "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
+            )
+        sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
+        return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train)
+    prediction = PREDICTIONS.get(config.prediction_type)
+    if prediction is None:
+        raise DiffAccelError(
+            f"{name} has prediction_type '{config.prediction_type}'; supported are {', '.join(PREDICTIONS)}."
+        )
     table = Tabulated(scheduler.alphas_cumprod)
     if name in VE_STATE:
-        sigmas = _levels(scheduler.sigmas)
-        if len(timesteps) != len(sigmas) - 1:  # KDPM2 puts midpoints of its own solver between the times
-            timesteps = table.at(VE_PATH.rho(sigmas[:-1].double())).to(timesteps.device, torch.float32)
-        return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table)
-    if len(getattr(scheduler, "sigmas", ())) == len(scheduler.timesteps) + 1:
-        ve = _levels(scheduler.sigmas).double()
+        sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
+        continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
+        return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous)
+    timesteps = scheduler.timesteps
+    if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
+        ve = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
         sigmas = ve / (1 + ve)
     else:
-        rho = table.rho(timesteps)
-        sigmas = torch.cat([cast(Tensor, LINEAR.at(rho)), torch.zeros(1, dtype=torch.float64)])
+        midpoints = len(getattr(scheduler, "prk_timesteps", ()))  # PNDM's Runge-Kutta steps make four calls each
+        timesteps = torch.cat([timesteps[:midpoints:4], timesteps[midpoints:]])
+        last = Tabulated(torch.as_tensor(scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0)[None])
+        sigmas = LINEAR.at(torch.cat([table.rho(timesteps), last.rho(0.0)[None]]))
+    sigmas, timesteps = _once(sigmas, timesteps)
     if prediction == "epsilon" and bool(sigmas[0] == 1):
         raise DiffAccelError(
             f"{name} has a zero terminal signal-to-noise ratio, where an epsilon prediction says nothing about the "
             "sample. Use a v_prediction model, or a schedule without rescale_betas_zero_snr."
         )
-    return Schedule(LINEAR, sigmas.float(), timesteps, prediction, True, train, table)
+    return Schedule(LINEAR, sigmas, timesteps, prediction, True, train, table)
 
 
-def _levels(sigmas: Tensor) -> Tensor:
-    """The scheduler's noise levels, each once."""
-    return torch.unique_consecutive(torch.as_tensor(sigmas).detach().to("cpu", torch.float32))
+def _once(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """The noise levels, each once, and the network's times at all but the last of them.
+
+    Heun, KDPM2 and PNDM stand on a level twice, the second time at its own time; a last step that changes no level is
+    none. Times rounded to integers may repeat although their levels differ.
+    """
+    levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float32)[: len(timesteps) + 1]
+    leaves = torch.cat([levels[1:] != levels[:-1], torch.ones(1, dtype=torch.bool)]).nonzero()[:, 0]
+    return levels[leaves], timesteps[leaves[:-1].to(timesteps.device)]
