@@ -56,10 +56,14 @@ def ink(images: torch.Tensor) -> torch.Tensor:
 
 def count(images: torch.Tensor) -> torch.Tensor:
     """How many separate things there are (B,): 4-connected parts of at least 8 cells."""
-    mask = ink(images)
-    name = torch.arange(1, _CELLS * _CELLS + 1, device=images.device, dtype=torch.float32).view(1, _CELLS, _CELLS)
-    name = name * mask
-    while True:  # the largest name floods its part; a part has at most as many rounds as cells
+    return parts(ink(images), _SMALLEST)
+
+
+def parts(mask: torch.Tensor, smallest: int) -> torch.Tensor:
+    """The number of 4-connected parts of at least ``smallest`` cells in (B, h, w) bool masks: (B,) int64."""
+    cells = mask[0].numel()
+    name = torch.arange(1, cells + 1, device=mask.device, dtype=torch.float32).view(1, *mask.shape[1:]) * mask
+    while True:  # the largest name floods its part; that takes at most as many rounds as the part has cells
         grown = torch.maximum(
             F.max_pool2d(name[:, None], (3, 1), 1, (1, 0)), F.max_pool2d(name[:, None], (1, 3), 1, (0, 1))
         )
@@ -67,9 +71,9 @@ def count(images: torch.Tensor) -> torch.Tensor:
         if torch.equal(grown, name):
             break
         name = grown
-    cells = torch.zeros(len(mask), _CELLS * _CELLS + 1, device=images.device)
-    cells.scatter_add_(1, name.flatten(1).long(), torch.ones_like(name).flatten(1))
-    return (cells[:, 1:] >= _SMALLEST).sum(1)
+    sizes = torch.zeros(len(mask), cells + 1, device=mask.device)
+    sizes.scatter_add_(1, name.flatten(1).long(), torch.ones_like(name).flatten(1))
+    return (sizes[:, 1:] >= smallest).sum(1)
 
 
 def halves(images: torch.Tensor, *, stacked: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

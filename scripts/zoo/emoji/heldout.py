@@ -30,14 +30,14 @@ SETS = ("seen", "style", "colour", "count", "pair", "colour_pair")
 
 def build(world: World, seed: int = 0, device: str | torch.device = "cpu", *, size: int = 128) -> dict[str, Scenes]:
     """The evaluation sets, each with at most ``size`` scenes."""
-    rng = np.random.default_rng([seed, 1])
+    rng = {name: np.random.default_rng([seed, number]) for number, name in enumerate(SETS)}
     rows = {
         "seen": _seen(world),
         "style": _style(world),
         "colour": _colour(world),
-        "count": _count(world, rng, countable(world, device)),
-        "pair": _pair(world, rng, size, coloured=False),
-        "colour_pair": _pair(world, rng, size, coloured=True),
+        "count": _count(world, rng["count"], countable(world)),
+        "pair": _pair(world, rng["pair"], size, coloured=False),
+        "colour_pair": _pair(world, rng["colour_pair"], size, coloured=True),
     }
     sets = {name: Scenes(world, found[:size], seed=seed, device=device) for name, found in rows.items() if found}
     return sets | {"count": _measurable(sets["count"])}

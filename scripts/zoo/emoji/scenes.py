@@ -172,19 +172,24 @@ def boxes(kind: str, number: int, rng: np.random.Generator, *, stacked: bool = F
 FILLED = ((CANVAS / 2, CANVAS / 2, float(CANVAS)),)  # the icon fills the canvas: its pixels are the icon's own
 
 
-def countable(world: World, device: str | torch.device = "cpu") -> torch.Tensor:
-    """(N,) bool: icons that are one connected part when small, of labels that have a plural."""
-    rows = [Row("single", (i,), (-1,), ((CANVAS / 2, CANVAS / 2, 54.0),)) for i in range(len(world.icons))]
-    alone = Scenes(world, rows, seed=0, device=device)
-    parts = torch.cat([checks.count(alone.images(chunk)) for chunk in torch.arange(len(rows)).split(alone.chunk)]).cpu()
+def countable(world: World) -> torch.Tensor:
+    """(N,) bool: icons that are one connected part when they are small, of labels that have a plural.
+
+    Sums of whole numbers only, so that every machine makes the same scenes.
+    """
+    found = []
+    for icons in world.icons.split(256):
+        alpha, darkness = icons[..., 3].float(), 255 - icons[..., :3].amin(-1).float()
+        cells = F.avg_pool2d((alpha * darkness)[:, None], 8, divisor_override=1)[:, 0]  # 16 x 16 sums below 2^24
+        found.append(checks.parts(cells > 64 * 6502, 4))
     plural = torch.tensor([words.can_be_counted(label) for label in world.labels])
-    return (parts == 1) & plural[world.icon_label]
+    return (torch.cat(found) == 1) & plural[world.icon_label]
 
 
 class _Maker:
     """Draws rows that training may show."""
 
-    def __init__(self, world: World, seed: int, device: str | torch.device) -> None:
+    def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, np.random.default_rng(seed)
         self.icons = world.training.nonzero().flatten().tolist()
         self.label_of = world.icon_label.tolist()
@@ -193,7 +198,7 @@ class _Maker:
         allowed = world.colour_training.tolist()
         self.colours_of = [[c for c in range(len(COLOURS)) if row[c]] for row in allowed]
         self.turnable = [i for i in self.icons if self.colours_of[self.label_of[i]]]
-        ok = countable(world, device).tolist()
+        ok = countable(world).tolist()
         self.counted = [i for i in self.icons if ok[i]]
 
     def pick(self, pool: list[int]) -> int:
@@ -230,7 +235,7 @@ class _Maker:
 
 def build(world: World, recipe: Recipe, seed: int, device: str | torch.device) -> Scenes:
     """The training scenes of a recipe: nothing withheld is in them."""
-    make, counts = _Maker(world, seed, device), recipe.scenes
+    make, counts = _Maker(world, seed), recipe.scenes
     rows = []
     for icon in make.icons:
         rows += [Row("single", (icon,), (-1,), FILLED)] * counts.exact
