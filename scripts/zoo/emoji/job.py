@@ -71,7 +71,8 @@ class Job:
     def text(self) -> None:
         """Both tokenizers, from every caption."""
         if not (self.work / "tokenizer_2").is_dir():
-            tokenizers.build([*self.scenes.captions[0], *self.scenes.captions[1]], self.work)
+            texts = [*self.scenes.captions[0], *self.scenes.captions[1]]
+            tokenizers.build(texts, self.work, size=self.data_recipe.vocabulary)
 
     def clip(self) -> None:
         """CLIP-A and CLIP-B, and A's text tower as the pipeline's text encoder."""
