@@ -58,7 +58,7 @@ def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, 
         counts = {
             name: _count(getattr(pipe, name)) for name in ("transformer", "vae", "text_encoder", "text_encoder_2")
         }
-        training = _state(work / "flow.safetensors")
+        training = training_state(work / "flow.safetensors")
         _pack(plain, zoo / PIPELINE, card.flux(recipe, counts, training, report or {}))
         for name, source in CLIPS.items():
             plain = shutil.copytree(work / source, Path(scratch) / name)
@@ -79,9 +79,12 @@ def _count(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _state(checkpoint: Path) -> dict[str, Any]:
+def training_state(checkpoint: Path) -> dict[str, Any]:
+    """Steps, samples and seconds of a checkpoint; zeros where there is none yet."""
     from safetensors import safe_open
 
+    if not checkpoint.is_file():
+        return {"step": 0, "samples": 0, "seconds": 0.0}
     with safe_open(checkpoint, framework="pt") as file:
         state = json.loads(file.metadata()["state"])
     return {key: state[key] for key in ("step", "samples", "seconds")}

@@ -244,16 +244,19 @@ def compile_blocks(modules: nn.ModuleDict, work: Path, name: str) -> bool:
     cache on disk. Attention through cuDNN is off: with it, compiled backward passes read out of bounds (torch 2.11).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    probed = work / "compiled_training_works"  # said once for a machine: the work folder stays on it
     sizes = [str(vocabulary_of(work)), str(modules["transformer"].config.pooled_projection_dim)]
     command = [sys.executable, "-m", "scripts.zoo.emoji.flow", name, *sizes]
-    try:
-        child = subprocess.run(command, timeout=COMPILE_PROBE_SECONDS, capture_output=True, text=True, check=False)
-        good, said = child.returncode == 0, child.stderr[-500:]
-    except subprocess.TimeoutExpired:
-        good, said = False, f"no answer in {COMPILE_PROBE_SECONDS} s"
-    if not good:
-        print("flow: compiled training failed in a child process; training eagerly:", said, flush=True)
-        return False
+    if not probed.exists():
+        try:
+            child = subprocess.run(command, timeout=COMPILE_PROBE_SECONDS, capture_output=True, text=True, check=False)
+            good, said = child.returncode == 0, child.stderr[-500:]
+        except subprocess.TimeoutExpired:
+            good, said = False, f"no answer in {COMPILE_PROBE_SECONDS} s"
+        if not good:
+            print("flow: compiled training failed in a child process; training eagerly:", said, flush=True)
+            return False
+        probed.touch()
     modules["transformer"].compile_repeated_blocks(dynamic=False)
     return True
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from scripts.zoo.training import Deadline
 
 STAGES = ("text", "clip", "vae", "flow", "export", "score")
 _EXPORT_SECONDS = 20  # kept free at the end of a job, so that what was trained comes back
-_SCORE_SECONDS = 90
+_SCORE_SECONDS = 75
 
 
 class Job:
@@ -37,8 +39,9 @@ class Job:
         self.data, self.work, self.out = options.data, options.work, options.out or options.work
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.seed, self.count = options.seed, options.count
-        self.end = Deadline(60 * options.minutes)
-        self.train_until = Deadline(60 * options.minutes - _EXPORT_SECONDS)
+        kept = _EXPORT_SECONDS + (_SCORE_SECONDS if "score" in options.stages else 0)
+        self.train_until = Deadline(60 * options.minutes - kept)
+        self.last = options.last
         if options.resume and not (self.work / "flow.safetensors").exists():
             self.work.mkdir(parents=True, exist_ok=True)
             export.restore(options.resume, self.work)
@@ -105,9 +108,13 @@ class Job:
         images = self.images if made is self.scenes else data.pictures(made)
         table = flow.tabulate(images, made.captions, autoencoder, self.work, self.device)
         weights = made.sampler(self.recipe.flow.shares)
-        flow.train(
-            table, weights, self.work, self.recipe, deadline=self.train_until, device=self.device, seed=self.seed
-        )
+        recipe = self.recipe
+        if self.last:
+            # The learning rate must have fallen when the time is over, however long the earlier calls took.
+            done = export.training_state(self.work / "flow.safetensors")["seconds"]
+            plan = replace(recipe.flow.plan, seconds=done + max(self.train_until.left(), 1.0), samples=math.inf)
+            recipe = replace(recipe, flow=replace(recipe.flow, plan=plan))
+        flow.train(table, weights, self.work, recipe, deadline=self.train_until, device=self.device, seed=self.seed)
 
     def export(self) -> None:
         """Packed models, as parts of one tar, and every loss curve: all that must leave the machine."""
@@ -158,12 +165,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="world.json.xz and icons.zip")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints; kept from call to call")
     parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
+    parser.add_argument("--last", action="store_true", help="end the flow model's training with this call")
     parser.add_argument("--resume", type=Path, help="packed models to start from if the work folder has no flow model")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=128, help="pictures in each check of the score")
     options = parser.parse_args()
-    chosen = options.stages.split(",")
+    chosen = options.stages = options.stages.split(",")
     for stage in chosen:
         if stage not in STAGES:
             raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")

@@ -113,7 +113,7 @@ FULL = Recipe(
         text_heads=4,
         text_ff=512,
         cycle=(128, 128, 64),
-        lengths={32: 0.94, 24: 0.01, 64: 0.01, 128: 0.02, 256: 0.01, 512: 0.01},
+        lengths={32: 0.965, 64: 0.01, 128: 0.01, 512: 0.015},
         tokens=768 * 96,
         compiled=((128, 32), (64, 32)),
         plan=Plan(lr=1e-3, samples=60e6, seconds=1080, warmup=300, flat=0.5, ema=0.9995),

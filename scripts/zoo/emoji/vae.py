@@ -78,7 +78,7 @@ def _resizer(kind: str, generator: torch.Generator) -> Callable[[Tensor], Tensor
     if kind == "pooled":
         return _halve
     if kind == "up":
-        smooth = bool(torch.rand((), generator=generator, device=generator.device) < 0.5)
+        smooth = bool(torch.rand((), generator=generator) < 0.5)
         mode = {"mode": "bilinear", "align_corners": False} if smooth else {"mode": "nearest"}
         return lambda y: F.interpolate(y, scale_factor=2, **mode)
     return lambda y: y
@@ -93,7 +93,7 @@ def step_pair(
     else:
         x = images(index, SIZE)
     if kind == "crop":
-        top, left = torch.randint(0, SIZE // 2 + 1, (2,), generator=generator, device=generator.device).tolist()
+        top, left = torch.randint(0, SIZE // 2 + 1, (2,), generator=generator).tolist()
         x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
     if kind == "up":
         x = _halve(x)
@@ -104,13 +104,21 @@ def step_pair(
     return vae.decoder(resize(z)), target, mean, logvar
 
 
-def loss(vae: AutoencoderKL, recipe: VAERecipe, kind: str, images: Images, index: Tensor, generator) -> Tensor:
-    """The training loss of one step."""
+def loss(
+    vae: AutoencoderKL,
+    recipe: VAERecipe,
+    kind: str,
+    images: Images,
+    index: Tensor,
+    generator: torch.Generator,
+    host: torch.Generator,
+) -> Tensor:
+    """The training loss of one step; ``generator`` makes noise on the device, ``host`` decides shapes."""
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)
 
-    decoded, target, mean, logvar = step_pair(kind, images, index, noise, vae, generator)
+    decoded, target, mean, logvar = step_pair(kind, images, index, noise, vae, host)
     return reconstruction(decoded, target) + recipe.kl * divergence(mean, logvar)
 
 
@@ -121,12 +129,15 @@ def train(
     torch.manual_seed(seed)
     vae = build(recipe).to(device)
     run = Run(work, "vae", {"vae": vae}, recipe.plan, seed=seed, deadline=deadline, device=device)
+    # Asking the device for a crop's place would empty its queue in every step.
+    host = torch.Generator()
     for step in run:
+        host.manual_seed(seed + step)
         kind = recipe.cycle[step % len(recipe.cycle)]
         index = torch.randint(0, count, (recipe.batch[kind],), generator=run.generator, device=run.device)
         index = torch.where(index % HELD_OUT == 0, (index + 1) % count, index)
         with torch.autocast(run.device.type, torch.bfloat16):
-            value = loss(vae, recipe, kind, images, index, run.generator)
+            value = loss(vae, recipe, kind, images, index, run.generator, host)
         run.update(value, len(index), **{kind: value.detach()})
     if not run.finished:
         return None
@@ -158,7 +169,7 @@ def set_latent_scale(vae: AutoencoderKL, images: Images, count: int, device: str
 def quality(vae: AutoencoderKL, images: Images, count: int, device: str, limit: int = 128) -> dict[str, float]:
     """PSNR in dB on held-out scenes, for each kind of step that is not a crop; peak-to-peak range 2."""
     index = torch.arange(0, count, HELD_OUT, device=device)[:limit]
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     result = {}
     for kind in ("full", "half", "pooled", "up"):
         errors = []
