@@ -1,0 +1,221 @@
+"""What to generate: a request, checked before anything is loaded, and what it means for one pipeline.
+
+Image ``id`` of a request belongs to prompt ``id // num`` and is drawn from a CPU generator seeded with ``seed + id``:
+it depends on its own seed alone. Families differ in how guidance is asked for; the rule is read from the
+pipeline's signature and its network's config, in :func:`guidance_arguments`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import record, zoo
+from diffaccel.errors import DiffAccelError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
+_ZOO_DEFAULTS = ("steps", "size", "guidance", "negative")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its number, its prompt, and the seed of its generator."""
+
+    id: int
+    prompt: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the output folder."""
+        return f"{self.id:05d}.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides the pixels of a run.
+
+    Args:
+        prompts: what to draw; ``num`` images of each.
+        model: a name of the zoo, a local folder, or ``owner/name`` on the hub.
+        seed: image ``id`` uses ``seed + id``.
+        methods: configs to accelerate the pipeline with; none is the plain pipeline.
+        steps, size, guidance, negative: None leaves the model's own default; ``size`` is (height, width) in pixels.
+        batch: images in one pipeline call. It belongs to the result, since kernels round by shape.
+        dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        threads: of a CPU run; 0 leaves torch's own number. They change how sums are split, and so the last bits.
+    """
+
+    prompts: tuple[str, ...]
+    model: str = zoo.DEFAULT
+    num: int = 1
+    seed: int = 0
+    methods: tuple[Any, ...] = ()
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    batch: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
+        for number, prompt in enumerate(self.prompts, 1):
+            if not prompt.strip():
+                raise DiffAccelError(f"Prompt {number} is empty. Say what to draw, or leave it out.")
+        for name, least in (("num", 1), ("batch", 1), ("seed", 0), ("threads", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DiffAccelError(f"{name} is {value}; it must be at least {least}.")
+        if self.seed + len(self) > 2**63:
+            raise DiffAccelError(f"seed is {self.seed}; it must be below 2**63 for every image.")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise DiffAccelError(f"guidance is {self.guidance}; it must be 0 or more, and 1 switches it off.")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.num
+
+    def items(self) -> list[Item]:
+        """The images in the order of their ids: all of the first prompt, then all of the second."""
+        return [Item(i, self.prompts[i // self.num], self.seed + i) for i in range(len(self))]
+
+    def chunks(self) -> list[list[Item]]:
+        """Consecutive images that share a pipeline call; they are the same however many processes share the run."""
+        items = self.items()
+        return [items[i : i + self.batch] for i in range(0, len(items), self.batch)]
+
+    def with_model_defaults(self) -> Request:
+        """The request with what a zoo model's card recommends where nothing was asked for."""
+        if self.model not in zoo.names():
+            return self
+        defaults = zoo.card(self.model).get("defaults", {})
+        wanted = {k: defaults[k] for k in _ZOO_DEFAULTS if defaults.get(k) is not None and getattr(self, k) is None}
+        if isinstance(wanted.get("size"), int):
+            wanted["size"] = (wanted["size"], wanted["size"])
+        elif "size" in wanted:
+            wanted["size"] = tuple(wanted["size"])
+        return replace(self, **wanted)
+
+    def settings(self, digest: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The request as JSON, with the model's content and the versions that decide bits as well."""
+        import torch
+
+        versions = {name: version for name, version in record.versions().items() if name in _DECIDES}
+        model = Path(self.model).name if Path(self.model).is_dir() and self.model not in zoo.names() else self.model
+        settings: dict[str, Any] = {
+            "model": model,
+            "model_digest": digest,
+            "prompts": list(self.prompts),
+            "num": self.num,
+            "seed": self.seed,
+            "methods": [config.to_dict() for config in self.methods],
+            "steps": self.steps,
+            "size": list(self.size) if self.size else None,
+            "guidance": self.guidance,
+            "negative": self.negative,
+            "batch": self.batch,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "versions": versions,
+        }
+        if device.type == "cpu":
+            settings["threads"] = self.threads or torch.get_num_threads()
+        return json.loads(json.dumps(settings))  # as it will be read back: tuples become lists
+
+
+def call_parameters(pipe: Any) -> dict[str, Any]:
+    """Names of a pipeline's call arguments and their defaults."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def network(pipe: Any) -> Any:
+    """The network that a pipeline evaluates at every step."""
+    from diffaccel.families import find
+
+    family = find(pipe)
+    names = (family.denoiser,) if family else ("transformer", "unet")
+    return next((found for name in names if (found := getattr(pipe, name, None)) is not None), None)
+
+
+def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
+    """The arguments of every pipeline call of a request, apart from prompts and generators.
+
+    Raises:
+        DiffAccelError: for a size that does not fit (with the nearest that does), or guidance that the pipeline lacks.
+    """
+    accepted = call_parameters(pipe)
+    chosen: dict[str, Any] = {"num_inference_steps": request.steps or accepted["num_inference_steps"]}
+    if request.size is not None:
+        chosen["height"], chosen["width"] = request.size
+    check_size(pipe, {**accepted, **chosen})
+    if "max_sequence_length" in accepted and request.model in zoo.names():
+        longest = zoo.card(request.model).get("defaults", {}).get("max_sequence_length")
+        chosen |= {"max_sequence_length": longest} if longest else {}
+    return chosen | guidance_arguments(pipe, request.guidance, request.negative)
+
+
+def check_size(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Refuse a picture size that the stock pipeline would round in silence."""
+    from diffaccel.families import find
+
+    family = find(pipe)
+    if family is None:
+        return
+    height, width = family.size(pipe, arguments)
+    step = family.size_multiple
+    if height % step or width % step or min(height, width) <= 0:
+        near = [max(step, round(side / step) * step) for side in (width, height)]
+        raise DiffAccelError(
+            f"The size {width}x{height} (width x height) does not fit {type(pipe).__name__}: both sides must be "
+            f"multiples of {step}. The nearest valid size is {near[0]}x{near[1]}."
+        )
+    family.check_size(pipe, height, width)
+
+
+def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) -> dict[str, Any]:
+    """How this pipeline is asked for guidance.
+
+    A network with an embedded scale (FLUX.1-dev) takes ``guidance_scale`` and no negative prompt. One of the same kind
+    without it takes ``true_cfg_scale``, which acts only when a negative prompt is given, so an empty one is. All others
+    take ``guidance_scale`` and ``negative_prompt``.
+    """
+    accepted, name = call_parameters(pipe), type(pipe).__name__
+    if getattr(getattr(network(pipe), "config", None), "guidance_embeds", False):
+        if negative is not None:
+            raise DiffAccelError(f"This {name} has its guidance embedded and takes no negative prompt. Leave it out.")
+        return {} if guidance is None else {"guidance_scale": guidance}
+    key = next((k for k in ("true_cfg_scale", "guidance_scale") if k in accepted), None)
+    if key is None or (negative is not None and "negative_prompt" not in accepted):
+        if guidance is None and negative is None:
+            return {}
+        raise DiffAccelError(f"{name} takes no {'guidance' if key is None else 'negative prompt'}. Leave it out.")
+    scale = accepted[key] if guidance is None else guidance
+    if negative is not None and not scale > 1:
+        raise DiffAccelError(f"A negative prompt has no effect at guidance {scale:g}. Ask for guidance above 1.")
+    chosen: dict[str, Any] = {} if guidance is None else {key: guidance}
+    if negative is not None:
+        chosen["negative_prompt"] = negative
+    elif key == "true_cfg_scale" and scale > 1:
+        chosen["negative_prompt"] = ""
+    return chosen
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """An error's message on one line of readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

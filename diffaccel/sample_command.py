@@ -1,0 +1,185 @@
+"""``diffaccel sample``: options to a request, and a finished run to a few lines."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffaccel import console, registry, zoo
+from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.requests import DTYPES, Request
+
+_METHOD_OPTION = re.compile(r"--([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)(?:=(.*))?", re.DOTALL)
+_EXAMPLES = """examples:
+  diffaccel sample "a red apple, fluent 3d" --num 4 --seed 0
+  diffaccel sample "a red apple" "two cats" --sampler dpmpp2m --steps 10 --out out/cats
+  accelerate launch --num_processes 2 -m diffaccel sample "a red apple" --num 64    (one process a GPU)
+
+A run that was stopped goes on when its command is repeated. Images carry what made them as PNG text; run.json in the
+output folder holds all of it, with times, cost and sha256."""
+
+
+def make_parser() -> console.Parser:
+    """The options that every method shares."""
+    parser = console.Parser(prog="diffaccel sample", description="Generate images from prompts.", epilog=_EXAMPLES)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make --num images each")
+    add("--num", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
+    add("--seed", type=int, default=0, metavar="S", help="image i of the run uses seed S + i (default 0)")
+    add("--model", default=zoo.DEFAULT, help=f"zoo name, folder, or owner/name on the hub (default {zoo.DEFAULT})")
+    add("--sampler", metavar="NAME", help="the sampler; without it the pipeline's own loop runs. See diffaccel list")
+    add("--steps", type=int, metavar="N", help="inference steps (default: the model's own)")
+    add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
+    add("--guidance", type=float, metavar="G", help="classifier-free or embedded guidance (default: the model's own)")
+    add("--negative", metavar="PROMPT", help="negative prompt")
+    add("--batch", type=int, default=1, metavar="B", help="images in one pipeline call (default 1); changes last bits")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process; changes last bits")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: one in ./out named after the run)")
+    add("--overwrite", action="store_true", help="throw away the run that is in the output folder")
+    add("--json", action="store_true", help="print the record as one JSON object, and no progress")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """The command; returns its exit status."""
+    rest, given = split_method_options(argv)
+    parser = make_parser()
+    if {"-h", "--help"} & set(rest):
+        parser.epilog = f"{_method_help()}\n\n{_EXAMPLES}"
+    options = parser.parse(rest, [f"--{name}.FIELD" for name in registry.names()])
+    if options.dtype not in DTYPES:
+        raise unknown("dtype", options.dtype, DTYPES)
+    request = Request(
+        prompts=tuple(options.prompts), model=options.model, num=options.num, seed=options.seed,
+        methods=methods(options.sampler, given), steps=options.steps, size=parse_size(options.size),
+        guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
+        device=options.device, threads=options.threads,
+    )  # fmt: skip
+    _quiet_libraries(options.json or options.model in zoo.names())
+
+    from diffaccel.sampling import generate_run
+
+    command = ["diffaccel", "sample", *argv]
+    record = generate_run(request, options.out, overwrite=options.overwrite, progress=not options.json, command=command)
+    if record["rank"] == 0:
+        console.write_json(record) if options.json else console.write(describe(record))
+    return 0
+
+
+def split_method_options(argv: list[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """``--NAME.FIELD VALUE`` apart from all other words, as ``{name: {field: value}}``."""
+    rest, given = [], {}  # type: ignore[var-annotated]
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+            break
+        match = _METHOD_OPTION.fullmatch(word)
+        if match is None:
+            rest.append(word)
+            continue
+        name, field, value = match.groups()
+        if value is None:
+            value = next(words, None)
+        if value is None or value.startswith("--"):
+            raise DiffAccelError(f"The option --{name}.{field} needs a value.")
+        given.setdefault(name, {})[field.replace("-", "_")] = value
+    return rest, given
+
+
+def methods(sampler: str | None, given: dict[str, dict[str, str]]) -> tuple[Any, ...]:
+    """The chosen sampler's config from its options.
+
+    Raises:
+        DiffAccelError: for an unknown sampler or option (with the nearest match), and options of another method.
+    """
+    known = registry.names()
+    for name in given:
+        if name not in known:
+            raise unknown("method", name, known)
+        if name != sampler:
+            chosen = f"the sampler is '{sampler}'" if sampler else "no sampler was chosen"
+            raise DiffAccelError(
+                f"--{name}.{next(iter(given[name]))} is an option of '{name}', but {chosen}. "
+                f"Pass --sampler {name}, or leave the option out."
+            )
+    if sampler is None:
+        return ()
+    if sampler not in known:
+        raise unknown("sampler", sampler, known)
+    config_class = registry.config_class(sampler)
+    if config_class.touches != "loop":
+        raise DiffAccelError(f"'{sampler}' is no sampler: it works on the {config_class.touches}.")
+    return (config_class.from_dict(parse_fields(config_class, given.get(sampler, {}))),)
+
+
+def parse_fields(config_class: type[Any], texts: dict[str, str]) -> dict[str, Any]:
+    """Option texts as values of a config's fields; what does not fit stays text, and the config itself says so."""
+    import typing
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    hints = typing.get_type_hints(config_class)
+    values: dict[str, Any] = {}
+    for field, text in texts.items():
+        values[field] = text
+        if field in hints:
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_argument("--value", type=hints[field])
+            try:
+                values[field] = parser.parse_args([f"--value={text}"]).value
+            except ArgumentError:
+                continue
+    return values
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) of ``128`` or ``WIDTHxHEIGHT``."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None:
+        raise DiffAccelError(f"size is '{text}'; it must be a number of pixels such as 128, or WIDTHxHEIGHT as 128x96.")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def describe(record: dict[str, Any]) -> str:
+    """What a run made, in three lines."""
+    settings, cost, images = record["settings"], record["cost"], record["images"]
+    how = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
+    files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
+    steps = record["call"]["num_inference_steps"]
+    seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s an image"
+    return (
+        f"{len(images)} image{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
+        f"{settings['model']} by {how}: {steps} steps, {cost['nfe']} NFE, {cost['forwards']} rows through the network\n"
+        f"{seconds} on {record['device']['name']} ({settings['dtype']})"
+    )
+
+
+def _method_help() -> str:
+    """The options of every sampler, from its config dataclass."""
+    from diffaccel.catalogue import options_of
+
+    blocks = []
+    for name in registry.names():
+        config_class = registry.config_class(name)
+        if config_class.touches == "loop":
+            rows = [f"  --{name}.{o['name']} ({o['type']}, default {o['default']})" for o in options_of(config_class)]
+            blocks.append("\n".join([f"options of --sampler {name} (diffaccel explain {name}):", *rows]))
+    return "\n\n".join(blocks)
+
+
+def _quiet_libraries(quiet: bool) -> None:
+    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if quiet or not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

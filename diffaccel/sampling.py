@@ -1,0 +1,263 @@
+"""Run a request into a folder, resumable, by any number of processes.
+
+Work is cut into chunks of consecutive images, one pipeline call each. A run that was stopped makes its unfinished
+chunks anew and nothing else, and processes take whole chunks, so the files come out the same however often a run was
+stopped and however many processes shared it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import opening, record, requests
+from diffaccel.errors import DiffAccelError
+from diffaccel.outputs import RunFailed, RunFolder, check_writable
+from diffaccel.requests import Item, Request, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+KIND = "sample"
+OUT = "out"
+_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that share a run; one, unless started by ``accelerate launch`` or ``torchrun``."""
+
+    rank: int = 0
+    size: int = 1
+    state: Any = None
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
+def join_world(device: str = "auto") -> tuple[World, torch.device]:
+    """This process's place among those that share the run, and its device."""
+    from accelerate import PartialState
+    from accelerate.utils.environment import get_int_from_env
+
+    chosen = opening.pick_device(device)
+    sizes = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+    if get_int_from_env(sizes, 1) < 2:
+        return World(), chosen
+
+    # a launcher ends the others when one dies, so waiting long for a slow one is safe
+    state = PartialState(cpu=chosen.type == "cpu", timeout=timedelta(days=30))
+    return World(state.process_index, state.num_processes, state), state.device
+
+
+def generate_run(
+    request: Request,
+    out: Path | None = None,
+    *,
+    pipe: Any = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    command: list[str] | None = None,
+) -> dict[str, Any]:
+    """Generate a request's images into a folder and return the record that is also in its ``run.json``, with the
+    folder itself as ``"out"``, and how many processes shared the work and which one this is.
+
+    A folder with part of the same run is continued; only its missing or damaged chunks are made.
+
+    Args:
+        request: what to generate.
+        out: the folder; images are named by their id. None names one in ``./out`` after the request.
+        pipe: an open pipeline to use as it is, its methods included, under the name ``request.model``. None opens one.
+        overwrite: throw away what another run left in ``out``.
+        progress: show a bar on stderr.
+        command: the command line, for the record.
+
+    Raises:
+        DiffAccelError: for a folder that holds another run (naming what differs) or cannot be written, and for
+            whatever in the request the model cannot do. Nothing is written then.
+        RunFailed: when generation cannot go on, say for want of memory. Finished images stay.
+    """
+    request = request.with_model_defaults()
+    check_writable(out or Path(OUT))
+    source, digest = Path(), ""
+    if pipe is None:
+        world, device = join_world(request.device)
+        dtype = opening.pick_dtype(request.dtype, device)
+        source, digest = opening.locate(request.model)
+    else:
+        from diffaccel.compose import active
+
+        world, device, dtype, state = World(), pipe.device, pipe.dtype, active(pipe)
+        request = replace(request, methods=tuple(state.configs) if state else ())
+    with _threads(request.threads):
+        settings, about = request.settings(digest, device, dtype), record.describe_device(device)
+        new = record.Record(kind=KIND, settings=settings, command=list(command or ()), device=about)
+        folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
+        folder.check(overwrite)
+        done = {} if overwrite else folder.finished()
+        pending = [number for number in range(len(folder.chunks)) if number not in done]
+        if not pending and (folder.old() or {}).get("state") == "finished":
+            return _result(folder, world)
+        with _failures(request, folder):
+            if pipe is None:
+                pipe = opening.open_pipeline(request, source, device, dtype)
+                steps = progress and sys.stderr.isatty()
+                pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
+            call = requests.call_arguments(pipe, request)
+        world.wait()
+        if world.rank == 0:
+            folder.prepare(overwrite)
+        world.wait()
+        abandon = folder.abandon if world.size == 1 else None
+        with _failures(request, folder, abandon), _bar(folder, pending, world, progress) as bar:
+            for number in pending[world.rank :: world.size]:
+                images, cost = generate_chunk(pipe, folder.chunks[number], call)
+                folder.add(number, images, call, cost)
+                bar.update(len(images))
+        world.wait()
+        if world.rank == 0:
+            folder.close(call)
+        world.wait()
+    return _result(folder, world)
+
+
+def _result(folder: RunFolder, world: World) -> dict[str, Any]:
+    return {"out": str(folder.path), "rank": world.rank, "processes": world.size, **(folder.old() or {})}
+
+
+def _name(request: Request, new: record.Record) -> str:
+    """A folder name that tells runs apart: the same request finds its folder again."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompts[0].lower()).strip("-")[:40].strip("-")
+    return f"{words or 'images'}-{new.fingerprint[:8]}"
+
+
+def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The pictures of one chunk by one pipeline call, and what it cost.
+
+    Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
+    device.
+    """
+    import torch
+
+    rows = dict(call)
+    if "negative_prompt" in rows:
+        rows["negative_prompt"] = [rows["negative_prompt"]] * len(chunk)
+    generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
+    if pipe.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    start = time.perf_counter()
+    with _count_forwards(pipe) as counted:
+        images = pipe(prompt=[item.prompt for item in chunk], generator=generators, **rows).images
+    seconds = round(time.perf_counter() - start, 4)
+    return images, {"seconds": seconds, **_cost(pipe, rows, counted)}
+
+
+# -- what it cost -----------------------------------------------------------------------------------------------------
+
+
+def _cost(pipe: Any, call: dict[str, Any], counted: dict[str, int]) -> dict[str, Any]:
+    """NFE (a guided prediction counts once), rows through the network, network calls, peak memory in bytes."""
+    import diffaccel
+
+    run = diffaccel.summary(pipe).last_run
+    peak = record.peak_memory(pipe.device)
+    if run is None:
+        return {"nfe": counted["forwards"] // _branches(pipe, call), **counted, "peak_memory": peak}
+    return {"nfe": run["nfe"], **counted, "peak_memory": max(peak or 0, run["peak_memory"]) or None}
+
+
+def _branches(pipe: Any, call: dict[str, Any]) -> int:
+    """How many rows a stock loop sends through its network for one guided prediction."""
+    from diffaccel.families import find
+
+    family = find(pipe)
+    if family is not None:
+        return 2 if family.guidance_scale(pipe, {**requests.call_parameters(pipe), **call}) is not None else 1
+    return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
+
+
+@contextlib.contextmanager
+def _count_forwards(pipe: Any) -> Iterator[dict[str, int]]:
+    """Count network calls and the rows in them while the block runs."""
+    import torch
+
+    counted = {"forwards": 0, "calls": 0}
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+        counted["calls"] += 1
+        counted["forwards"] += 1 if first is None else len(first)
+
+    network = requests.network(pipe)
+    hook = network.register_forward_pre_hook(count, with_kwargs=True) if network is not None else None
+    try:
+        yield counted
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+# -- how it can end ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] | None = None) -> Iterator[None]:
+    """Say in one sentence why a run stopped; one without a finished chunk leaves nothing behind."""
+    kept = f"Finished images stay in '{folder.path}', and the same command continues."
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Stopped. {kept}") from None
+    except Exception as error:
+        if abandon is not None:
+            abandon()
+        if _out_of_memory(error):
+            raise RunFailed(
+                f"Out of memory with {request.batch} images a call on {folder.new.device['type']} "
+                f"({first_line(error, 90)}). Try a smaller --batch or --size, or --dtype bfloat16. {kept}"
+            ) from error
+        if isinstance(error, DiffAccelError):
+            raise
+        raise RunFailed(f"{type(error).__name__} while generating: {first_line(error)}. {kept}") from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    if isinstance(error, kinds) or isinstance(error.__cause__, kinds):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Torch's CPU threads inside the block; 0 leaves them."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
+
+
+def _bar(folder: RunFolder, pending: list[int], world: World, shown: bool) -> Any:
+    """Images of this process's share, on rank 0; appears when they take longer than a second."""
+    from tqdm import tqdm
+
+    total = sum(len(folder.chunks[number]) for number in pending[:: world.size])
+    label = None if world.size == 1 else f"1 of {world.size} processes"
+    return tqdm(total=total, desc=label, unit="image", disable=not shown or world.rank > 0, delay=1)
