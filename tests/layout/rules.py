@@ -68,7 +68,7 @@ def imports(file: Path, known: set[str]) -> Iterator[Import]:
     yield from visit(tree.parse(file), True)
 
 
-def allowed(importer: str, imported: Import, methods: set[str]) -> bool:
+def allowed(importer: str, imported: Import, methods: set[str], commands: set[str]) -> bool:
     name = imported.name
     if name.startswith(".") or name.partition(".")[0] in OUTSIDE:
         return False
@@ -81,6 +81,8 @@ def allowed(importer: str, imported: Import, methods: set[str]) -> bool:
         return public or within(name, "diffaccel.eval")
     if importer in COMMAND_LINE:
         return name in ("diffaccel", *LIGHT) or not imported.at_start
+    if importer in commands:
+        return name not in COMMAND_LINE
     owner = max((rule for rule in MAY_SEE if within(importer, rule)), key=len, default=None)
     if owner is not None:
         return within(name, owner) or any(within(name, package) for package in MAY_SEE[owner])
@@ -90,10 +92,10 @@ def allowed(importer: str, imported: Import, methods: set[str]) -> bool:
 def violations(root: Path = tree.ROOT) -> list[str]:
     """Every import that breaks a rule, as ``importer:line imports what``."""
     found = tree.modules(root)
-    methods = tree.method_modules(root)
+    methods, commands = tree.method_modules(root), tree.command_modules(root)
     return [
         f"{importer}:{imported.line} imports {imported.name}"
         for importer, file in found.items()
         for imported in imports(file, set(found))
-        if not allowed(importer, imported, methods)
+        if not allowed(importer, imported, methods, commands)
     ]

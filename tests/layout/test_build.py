@@ -185,7 +185,6 @@ def test_tests_run_without_installing(pythons, checkout, safe_path):
     assert "1 passed" in tree.run(pythons["bare-env"], *command, cwd=checkout, PYTHONSAFEPATH=safe_path).stdout
 
 
-@pytest.mark.skipif("diffaccel.cli" not in tree.modules(), reason="the command line is not there yet")
 def test_command_line_runs_without_installing(pythons, checkout, tmp_path):
     assert "usage" in tree.run(pythons["bare-env"], "-m", "diffaccel", "--help", cwd=checkout).stdout.lower()
     script = pythons["wheel-env"].with_name("diffaccel")

@@ -43,7 +43,17 @@ def parse(file: Path) -> ast.Module:
 
 def method_modules(root: Path = ROOT) -> set[str]:
     """The modules that the registry names: one method each."""
-    nodes = ast.walk(parse(root / "diffaccel" / "registry.py"))
+    return named_in(root / "diffaccel" / "registry.py")
+
+
+def command_modules(root: Path = ROOT) -> set[str]:
+    """The modules that the command line names: loaded when a command runs."""
+    return named_in(root / "diffaccel" / "cli.py")
+
+
+def named_in(file: Path) -> set[str]:
+    """The modules of lazy references, ``"diffaccel.module:name"``, in a file."""
+    nodes = ast.walk(parse(file))
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return {text.partition(":")[0] for text in texts if text.startswith("diffaccel.") and ":" in text}
 
