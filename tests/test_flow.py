@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ ON_PATHS = [pytest.param(path, t, id=f"{name} {t}") for name, (path, times) in P
 KINDS: tuple[Prediction, ...] = ("epsilon", "sample", "v_prediction", "velocity", "score")
 # float64 has 1e-16; conversions divide by alpha or sigma, which are 0.005 or more here
 EXACT = {"rtol": 0.0, "atol": 1e-12}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a dozen numbers: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _draw(seed: int = 0) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -53,6 +54,15 @@ FLOW_VARIANTS: list[dict[str, Any]] = [
     {"use_exponential_sigmas": True},
     {"stochastic_sampling": True},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of a dozen numbers: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _class(name: str) -> Any:
