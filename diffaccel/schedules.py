@@ -173,7 +173,7 @@ def read(scheduler: Any) -> Schedule:
     if name in VE_STATE:
         sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
         continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-        return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous)
+        return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous=continuous)
     timesteps = scheduler.timesteps
     if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
         ve = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
