@@ -35,7 +35,10 @@ class ClipRecipe:
     weight_decay: float = 0.1
     warmup: int = 100
     ema: float = 0.998
-    shuffled: float = 0.25  # share of a batch that comes once more as a patch-shuffled negative
+    contradicted: float = 1.0  # share of a batch that brings a false caption
+    shuffled: float = 0.25  # share of a batch that comes once more with its patches shuffled
+    hard_weight: float = 0.5  # of the losses of each scene against its own false caption and shuffled picture
+    shift: int = 4  # pixels of random translation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +98,23 @@ CPU = Recipe(
     size=64,
     scenes=SceneCounts(variants=3, exact=1, colour=6_000, pair=8_000, colour_pair=5_000, count=4_000),
     clip_a=ClipRecipe(
-        vision={"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
+        vision={"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 16},
         text_width=128,
         text_layers=2,
         text_heads=4,
         embed_dim=128,
-        batch=256,
+        batch=128,
         lr=1e-3,
-        seconds=660,
+        seconds=700,
         caption=0,
         ema=0.99,
+        shift=2,
+        warmup=50,
+        contradicted=0.5,
     ),
     clip_b=ClipRecipe(
         vision={
-            "timm_model_name": "test_convnext",
+            "timm_model_name": "test_convnext2",
             "timm_model_pretrained": False,
             "timm_pool": "abs_attn",
             "timm_proj": "linear",
@@ -118,11 +124,14 @@ CPU = Recipe(
         text_layers=2,
         text_heads=4,
         embed_dim=128,
-        batch=256,
+        batch=128,
         lr=1e-3,
-        seconds=660,
+        seconds=700,
         caption=1,
         ema=0.99,
+        shift=2,
+        warmup=50,
+        contradicted=0.5,
     ),
 )
 

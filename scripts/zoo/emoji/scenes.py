@@ -126,13 +126,16 @@ class Scenes:
             raise DiffAccelError(f"size is {size}; scenes are drawn at {CANVAS} pixels or a divisor of that.")
         parts = []
         for chunk in index.split(self.chunk):
-            picture = compose(self._icons, self.placed[chunk])
+            if CANVAS in self._kept:
+                picture = self._kept[CANVAS][chunk].float() / 255
+            else:
+                picture = compose(self._icons, self.placed[chunk])
             parts.append(F.avg_pool2d(picture, CANVAS // size) if size < CANVAS else picture)
         return torch.cat(parts) * 2 - 1
 
     def keep(self, size: int) -> Scenes:
-        """Draw every scene once and keep 8-bit pictures, so that ``images`` only looks them up."""
-        if size not in self._kept:
+        """Draw every scene once and keep 8-bit pictures, which ``images`` then looks up (or pools, if kept at 128)."""
+        if size not in self._kept and CANVAS not in self._kept:
             kept = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
             for chunk in torch.arange(len(self), device=self.device).split(self.chunk):
                 kept[chunk] = ((self.images(chunk, size) + 1) * 127.5).round().to(torch.uint8)

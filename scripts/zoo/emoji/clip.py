@@ -1,0 +1,270 @@
+"""Train the two CLIPs: A (reward; its text tower is the pipeline's text encoder) and B (judge; another image tower).
+
+    python -m scripts.zoo.emoji.clip --recipe full --seconds 240 --data data/emoji --out work
+
+leaves ``work/clip_a`` and ``work/clip_b`` (open_clip folders), ``work/text_encoder`` and ``work/clip_a.json``,
+``work/clip_b.json`` (metrics). ``--seconds`` is shared by both; the same command continues a run that was stopped.
+The judge's image tower needs timm beside open_clip.
+
+Contrastive training alone gives bags of coloured parts: "A left of B" and "B left of A" come out equal, and so does a
+picture cut into pieces. So every scene brings a false caption (objects, colours, style, number or label changed; see
+captions.contradiction) among the texts, and some bring their picture with shuffled patches among the images; both also
+enter on their own, each scene against its own false twin. A and B differ in tower, captions and in the scenes they see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffaccel.errors import DiffAccelError
+from scripts.zoo.emoji import clip_eval, clip_export, heldout, recipe, tokenizers, world
+from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
+from scripts.zoo.emoji.scenes import KINDS, Scenes, build
+from scripts.zoo.training import Deadline, Plan, Run
+
+NAMES = ("clip_a", "clip_b")
+_MAX_SCALE = math.log(100)
+_PARTS = 5  # A never sees scenes whose number is 0 modulo 5, B those with 1
+
+
+def model_config(clip: ClipRecipe, shared: Recipe, entries: int) -> dict[str, Any]:
+    """open_clip's ``model_cfg``."""
+    return {
+        "embed_dim": clip.embed_dim,
+        "vision_cfg": dict(clip.vision),
+        "text_cfg": {
+            "context_length": shared.context,
+            "vocab_size": entries,
+            "hf_tokenizer_name": "tokenizer",
+            "width": clip.text_width,
+            "heads": clip.text_heads,
+            "layers": clip.text_layers,
+        },
+    }
+
+
+def make(config: dict[str, Any]) -> nn.Module:
+    from open_clip.model import CLIP
+
+    return CLIP(**config)
+
+
+def tokenize(tokenizer, texts: Sequence[str], length: int) -> torch.Tensor:
+    """Token ids (n, length) int32, padded with EOS as open_clip's tokenizer does."""
+    encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
+    return torch.from_numpy(encoded["input_ids"]).to(torch.int32)
+
+
+def shuffle_patches(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures cut into bands, 2 x 2 or 4 x 4 blocks that change places: (B, 3, s, s)."""
+    grids = ((4, 1), (1, 4), (2, 2), (4, 4))
+    which = torch.randint(len(grids), (1,), generator=generator, device=generator.device).item()
+    rows, columns = grids[which]
+    b, c, height, width = images.shape
+    blocks = images.reshape(b, c, rows, height // rows, columns, width // columns).permute(0, 2, 4, 1, 3, 5)
+    blocks = blocks.reshape(b, rows * columns, c, height // rows, width // columns)
+    order = torch.rand(b, rows * columns, generator=generator, device=generator.device).argsort(1)
+    # One order of 24 (and one of many more) changes nothing; those are turned by one place.
+    still = (order == torch.arange(rows * columns, device=order.device)).all(1, keepdim=True)
+    order = torch.where(still, order.roll(1, 1), order).to(images.device)
+    blocks = blocks.gather(1, order[:, :, None, None, None].expand_as(blocks))
+    blocks = blocks.reshape(b, rows, columns, c, height // rows, width // columns).permute(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(b, c, height, width)
+
+
+def augment(images: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:
+    """A common translation on white in half of the steps, and a little noise."""
+    draw = torch.randint(0, 2 * shift + 1, (3,), generator=generator, device=generator.device).tolist()
+    if shift and draw[0] % 2:
+        size = images.shape[-1]
+        images = F.pad(images, (shift,) * 4, value=1.0)[:, :, draw[1] : draw[1] + size, draw[2] : draw[2] + size]
+    noise = torch.randn(images.shape, generator=generator, device=generator.device)
+    return images + 0.02 * noise.to(images.device)
+
+
+class Data:
+    """What one CLIP trains on: pictures, its captions, false captions, and which scenes say the same."""
+
+    def __init__(self, scenes: Scenes, clip: ClipRecipe, shared: Recipe, tokenizer) -> None:
+        device = scenes.device
+        self.scenes, self.size = scenes, shared.size
+        self.tokens = tokenize(tokenizer, scenes.captions[clip.caption], shared.context).to(device)
+        self.false = tokenize(tokenizer, scenes.contradictions, shared.context).to(device)
+        self.weights = scenes.sampler(shared.shares)
+        self.weights[torch.arange(len(scenes), device=device) % _PARTS == clip.caption] = 0
+        # Equal pictures up to place: not negatives of each other.
+        keys: dict[tuple, int] = {}
+        same = [keys.setdefault((row.icons, row.colours, row.stacked), len(keys)) for row in scenes.rows]
+        self.same = torch.tensor(same, device=device)
+        # A shuffled pair or group may be another true picture of its caption; a shuffled single is not.
+        single = torch.tensor([kind in ("single", "colour") for kind in KINDS], device=device)
+        self.may_shuffle = single[scenes.kind]
+
+    def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices of scenes, those that may be shuffled first."""
+        index = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        return index[self.may_shuffle[index].int().argsort(descending=True, stable=True)]
+
+
+def crop(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens without the columns that are padding in every row: what comes after EOS changes nothing before it."""
+    longest = int((tokens != tokens.amax()).sum(1).max()) + 1
+    return tokens[:, : min(-(-longest // 8) * 8, tokens.shape[1])]
+
+
+def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Contrastive loss with hard negatives in both directions, and the losses against each scene's own twins."""
+    index = data.batch(clip.batch, generator)
+    images = augment(data.scenes.images(index, data.size), clip.shift, generator)
+    shuffled = min(round(clip.shuffled * len(index)), int(data.may_shuffle[index].sum()))
+    twins = torch.randperm(len(index), generator=generator, device=generator.device)
+    twins = twins[: round(clip.contradicted * len(index))].to(index.device)
+    texts = crop(torch.cat([data.tokens[index], data.false[index[twins]]]).long())
+    pictures = torch.cat([images, shuffle_patches(images[:shuffled], generator)])
+    with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
+        seen = model.encode_image(pictures)
+        read = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
+    seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
+    count, scale = len(index), model.logit_scale.exp()
+    same = data.same[index]
+    mask = (same[:, None] == same[None]) & ~torch.eye(count, dtype=torch.bool, device=index.device)
+    target = torch.arange(count, device=index.device)
+
+    def direction(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        logits = scale * queries @ keys.T
+        return F.cross_entropy(logits.masked_fill(F.pad(mask, (0, len(keys) - count)), -math.inf), target)
+
+    match = (seen[:count] * read[:count]).sum(1)
+    text_gap = scale * (match[twins] - (seen[twins] * read[count:]).sum(1))
+    image_gap = scale * (match[:shuffled] - (seen[count:] * read[:shuffled]).sum(1))
+    contrast = 0.5 * (direction(seen[:count], read) + direction(read[:count], seen))
+    hard = F.softplus(-text_gap).mean() + (F.softplus(-image_gap).mean() if shuffled else 0.0)
+    return {
+        "loss": contrast + clip.hard_weight * hard,
+        "contrast": contrast.detach(),
+        "false_text": (text_gap > 0).float().mean().detach(),
+        "shuffled": (image_gap > 0).float().mean().detach(),
+    }
+
+
+def train_one(
+    name: str,
+    data: Data,
+    clip: ClipRecipe,
+    config: dict[str, Any],
+    work: Path,
+    *,
+    deadline: Deadline,
+    seed: int,
+) -> Run:
+    """Train one CLIP until its time or the job's is over; the run's checkpoint is in ``work``."""
+    device = data.scenes.device
+    torch.manual_seed(seed + NAMES.index(name))
+    model = make(config).to(device)
+    if "timm_model_name" in clip.vision:
+        model.visual.to(memory_format=torch.channels_last)
+    plan = Plan(
+        lr=clip.lr,
+        seconds=clip.seconds,
+        betas=(0.9, 0.98),
+        weight_decay=clip.weight_decay,
+        warmup=clip.warmup,
+        flat=0.0,
+        ema=clip.ema,
+        log_seconds=min(10.0, clip.seconds / 10),
+    )
+    run = Run(work, name, {"model": model}, plan, seed=seed + NAMES.index(name), deadline=deadline, device=device)
+    for _ in run:
+        found = loss_of(model, data, clip, run.generator)
+        run.update(found.pop("loss"), samples=clip.batch, **found)
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=_MAX_SCALE)
+    return run
+
+
+def train(
+    scenes: Scenes,
+    shared: Recipe,
+    work: str | Path,
+    *,
+    deadline: Deadline | None = None,
+    seed: int = 0,
+    names: Sequence[str] = NAMES,
+) -> bool:
+    """Make tokenizers (unless they are there), both CLIPs and the text encoder in ``work``; True when all is done.
+
+    What is finished is not made again, so a job that ran out of time is continued by the same call.
+    """
+    from transformers import CLIPTokenizer
+
+    work, deadline = Path(work), deadline or Deadline(math.inf)
+    if not (work / tokenizers.T5_FOLDER).is_dir():
+        tokenizers.build([*scenes.captions[0], *scenes.captions[1]], work, size=shared.vocabulary)
+    tokenizer = CLIPTokenizer.from_pretrained(work / tokenizers.CLIP_FOLDER)
+    sets = None
+    for name in names:
+        if (work / name).is_dir():
+            continue
+        if deadline.over():
+            return False
+        clip = shared.clip_a if name == "clip_a" else shared.clip_b
+        config = model_config(clip, shared, len(tokenizer))
+        scenes.keep(shared.size)
+        data = Data(scenes, clip, shared, tokenizer)
+        run = train_one(name, data, clip, config, work, deadline=deadline, seed=seed)
+        if not run.finished:
+            return False
+        sets = sets or heldout.build(scenes.world, seed, scenes.device)
+        with run.ema, torch.no_grad():
+            model = run.module["model"].eval()
+            metrics = clip_eval.evaluate(model, tokenizer, sets, shared)
+            metrics |= {"name": name, "steps": run.step, "samples": run.samples, "seconds": round(run.seconds, 1)}
+            clip_export.write_json(work / f"{name}.json", metrics)
+            print(name, json.dumps(metrics), flush=True)
+            if name == "clip_a":
+                clip_export.text_encoder(model, config, work / "text_encoder")
+            clip_export.folder(model, config, work / tokenizers.CLIP_FOLDER, work / name, shared.size)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", required=True, choices=sorted(recipe.RECIPES))
+    parser.add_argument("--seconds", type=float, help="training time for both together; default: the recipe's")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="folder with world.json.xz and icons.zip")
+    parser.add_argument("--out", type=Path, required=True, help="work folder: checkpoints and results")
+    parser.add_argument("--only", choices=NAMES, help="train one of the two (its share of --seconds stays a half)")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="this call ends after so long, set-up included")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    shared = recipe.get(options.recipe)
+    if options.seconds is not None:
+        half = options.seconds / 2
+        shared = replace(
+            shared, clip_a=replace(shared.clip_a, seconds=half), clip_b=replace(shared.clip_b, seconds=half)
+        )
+    deadline = Deadline(60 * options.minutes)
+    names = (options.only,) if options.only else NAMES
+    try:
+        table = build(world.load(options.data), shared, options.seed, device)
+        print(f"{len(table)} scenes", flush=True)
+        done = train(table, shared, options.out, deadline=deadline, seed=options.seed, names=names)
+    except DiffAccelError as error:
+        raise SystemExit(f"error: {error}") from error
+    print("finished" if done else "time is up; say the same again to continue", flush=True)
+
+
+if __name__ == "__main__":
+    main()
