@@ -38,11 +38,16 @@ class Record:
 
 
 class _Recorder:
-    """Stands in for the network. Not a Module, so that hooks, ``compile`` and offloading never see it."""
+    """Stands in for the network. No Module, so that hooks and ``compile`` do not see it; it answers ``isinstance`` and
+    every attribute as the network does, since pipelines find their device by looking at their modules."""
 
     def __init__(self, module: Any, record: Record, latent_arg: str) -> None:
         self._module, self._record, self._latent_arg = module, record, latent_arg
         self._signature = signature_of(module)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -38,6 +38,7 @@ def generate(
     def on_first_step(record: Record) -> torch.Tensor:
         prepared = {**arguments, "generator": start}
         session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
+        session.stock_levels = config.state == "stock"
         driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
         latents = driver.run(config.sample(session))
         nonlocal interrupted

@@ -51,6 +51,8 @@ class Schedule:
         timesteps: ``(n,)`` what the pipeline tells its network at ``sigmas[:-1]``, on the pipeline's device.
         prediction: what the network returns.
         vp: whether the network's input is variance preserving, ``x0 + sigma eps`` over ``sqrt(1 + sigma^2)``.
+        device: where the scheduler itself keeps its noise levels. It matters to the bit: a level on a GPU is rounded to
+            the dtype of what it multiplies, one on the CPU is not.
         table: the trained noise levels, for times between those of the grid; None for flow models.
         continuous: whether the network's time is ``log(sigma) / 4`` (EDM, arXiv 2206.00364) and not a train step.
     """
@@ -62,6 +64,7 @@ class Schedule:
     vp: bool
     num_train_timesteps: int
     table: Tabulated | None = None
+    device: torch.device | str = "cpu"
     continuous: bool = False
     _index: dict[float, int] = field(default_factory=dict, repr=False)
 

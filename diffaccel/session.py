@@ -118,6 +118,7 @@ class Session:
         generator: the caller's generator or list of generators, or None for torch's global one.
         dtype: the dtype in which the pipeline itself keeps its latents.
         height, width: of the picture, in pixels.
+        stock_levels: whether noise levels lie where the scheduler keeps them, for equality to the bit.
     """
 
     pipe: Any
@@ -131,12 +132,13 @@ class Session:
     width: int
     generator: torch.Generator | list[torch.Generator] | None
     reopen: Callable[..., Session]
+    stock_levels: bool = False
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def sigmas(self) -> Tensor:
-        """``(n + 1,)`` noise levels of the call, fp32 on the CPU."""
-        return self.schedule.sigmas
+        """``(n + 1,)`` noise levels of the call, fp32 on the CPU; in stock state where the scheduler keeps them."""
+        return self.schedule.sigmas.to(self.schedule.device) if self.stock_levels else self.schedule.sigmas
 
     @property
     def path(self) -> Path:
@@ -176,7 +178,7 @@ class Session:
                 )
             self.family.check_size(self.pipe, height, width)
             sibling = self.reopen(**self.family.resized(self.conds[0].arguments, height, width))
-            sibling._siblings = self._siblings
+            sibling._siblings, sibling.stock_levels = self._siblings, self.stock_levels
             self._siblings[self.height, self.width] = self
             self._siblings[height, width] = sibling
         return self._siblings[height, width]

@@ -3,7 +3,7 @@
     python -m scripts.bench_driver --model flux --out docs/results
 
 A FLUX.1-dev-size transformer (random weights, bf16, 1024x1024, 512 text tokens) or a small one for a CPU. The two calls
-alternate, and the ratio is taken pair by pair; its interval is a bootstrap over pairs.
+alternate, and the ratio is taken turn by turn; its interval is a bootstrap over turns.
 """
 
 from __future__ import annotations
@@ -58,34 +58,40 @@ def timed(pipe: Any, call: dict[str, Any], device: str) -> tuple[float, torch.Te
     return time.perf_counter() - start, images
 
 
-def measure(model: str, device: str, pairs: int) -> dict[str, Any]:
+def measure(model: str, device: str, turns: int) -> dict[str, Any]:
     """Alternate stock and wrapped calls."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe, call = pipeline(model, device, dtype)
     steps = call["num_inference_steps"]
-    rows: dict[str, list[float]] = {"stock": [], "wrapped": []}
+    ways = {"stock": None, "fp32 state": Euler(), "stock state": Euler(state="stock")}
+    rows: dict[str, list[float]] = {name: [] for name in ways}
     images = {}
-    for pair in range(pairs + 1):
-        for name in ("stock", "wrapped") if pair % 2 else ("wrapped", "stock"):
-            if name == "wrapped":
-                diffaccel.accelerate(pipe, Euler(state="stock"))
+    for turn in range(turns + 1):
+        for name in list(ways) if turn % 2 else reversed(ways):
+            if ways[name] is not None:
+                diffaccel.accelerate(pipe, ways[name])
             seconds, images[name] = timed(pipe, call, device)
             diffaccel.remove(pipe)
-            if pair:  # the first pair warms up
+            if turn:  # the first turn warms up
                 rows[name].append(seconds / steps)
-    stock, wrapped = (torch.tensor(rows[name], dtype=torch.float64) for name in ("stock", "wrapped"))
-    ratios = wrapped / stock
-    draws = torch.randint(0, pairs, (10_000, pairs), generator=torch.Generator().manual_seed(0))
-    spread = ratios[draws].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return {
         "model": model,
         "steps": steps,
-        "pairs": pairs,
-        "stock_ms_per_step": 1000 * float(stock.median()),
-        "wrapped_ms_per_step": 1000 * float(wrapped.median()),
+        "turns": turns,
+        "ways": {name: compare(rows[name], rows["stock"], images[name], images["stock"]) for name in ways},
+    }
+
+
+def compare(seconds: list[float], stock: list[float], images: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """Median time and the median of the ratios turn by turn, with its bootstrap interval."""
+    ratios = torch.tensor(seconds, dtype=torch.float64) / torch.tensor(stock, dtype=torch.float64)
+    draws = torch.randint(0, len(ratios), (10_000, len(ratios)), generator=torch.Generator().manual_seed(0))
+    spread = ratios[draws].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {
+        "ms_per_step": 1000 * float(torch.tensor(seconds, dtype=torch.float64).median()),
         "ratio": float(ratios.median()),
         "ratio_interval": [float(s) for s in spread],
-        "same_latents": bool(torch.equal(images["stock"], images["wrapped"])),
+        "same_latents": bool(torch.equal(images, reference)),
     }
 
 
@@ -93,16 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(SIZES), default="flux")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()
-    result = measure(args.model, args.device, args.pairs)
+    result = measure(args.model, args.device, args.turns)
     import diffusers
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
     record = {
-        "command": f"python -m scripts.bench_driver --model {args.model} --device {args.device} --pairs {args.pairs}",
+        "command": f"python -m scripts.bench_driver --model {args.model} --device {args.device} --turns {args.turns}",
         "device": name,
         "kind": args.kind,
         "date": time.strftime("%Y-%m-%d"),
@@ -110,13 +116,12 @@ def main() -> None:
         "diffusers": diffusers.__version__,
         **result,
     }
-    low, high = result["ratio_interval"]
-    print(f"| {args.model}, {name} | stock | wrapped | wrapped / stock (95 % interval) | latents |")
-    print("|---|---|---|---|---|")
-    print(
-        f"| ms per step | {result['stock_ms_per_step']:.3f} | {result['wrapped_ms_per_step']:.3f} | "
-        f"{result['ratio']:.4f} ({low:.4f} to {high:.4f}) | {'equal' if result['same_latents'] else 'differ'} |"
-    )
+    print(f"| {args.model}, {name} | ratio to stock (95 % interval) | ms per step | latents |")
+    print("|---|---|---|---|")
+    for way, row in result["ways"].items():
+        low, high = row["ratio_interval"]
+        same = "equal" if row["same_latents"] else "differ"
+        print(f"| {way} | {row['ratio']:.4f} ({low:.4f} to {high:.4f}) | {row['ms_per_step']:.3f} | {same} |")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_driver_{args.model}_{args.kind or args.device}.json"
