@@ -59,15 +59,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`; an unknown key raises with the nearest match."""
+        """The inverse of :meth:`to_dict`, also after JSON; an unknown key raises with the nearest match."""
+        if values.get("name", cls.name) != cls.name:
+            raise DiffAccelError(f"These are options of '{values['name']}', not of '{cls.name}' ({cls.__name__}).")
         given = {k: v for k, v in values.items() if k != "name"}
         hints = typing.get_type_hints(cls)
         names = [f.name for f in fields(cls)]
         for key, value in given.items():
             if key not in names:
                 raise unknown(f"option of {cls.__name__}", key, names)
-            if isinstance(value, list) and typing.get_origin(hints[key]) is tuple:
-                given[key] = tuple(value)
+            if isinstance(value, list) and not _fits(value, hints[key]) and _fits(tuple(value), hints[key]):
+                given[key] = tuple(value)  # JSON has no tuples
         required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
         missing = [name for name in required if name not in given]
         if missing:

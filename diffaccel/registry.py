@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError, unknown
 
 METHODS = {
@@ -28,6 +29,10 @@ def names() -> dict[str, str]:
             raise DiffAccelError(
                 f"The plugin {point.value} names its method '{point.name}', which diffaccel has already. Rename it."
             )
+        if found.get(point.name, point.value) != point.value:
+            raise DiffAccelError(
+                f"Two plugins name their method '{point.name}': {found[point.name]} and {point.value}. Uninstall one."
+            )
         found[point.name] = point.value
     return found
 
@@ -36,13 +41,20 @@ def config_class(name: str) -> type[Any]:
     """The config class of a method.
 
     Raises:
-        DiffAccelError: for an unknown name, with the nearest match; for a plugin that cannot be imported.
+        DiffAccelError: for an unknown name, with the nearest match; for a plugin that cannot be imported, or whose
+            class is no config of that name.
     """
     known = names()
     if name not in known:
         raise unknown("method", name, known)
     module, _, attribute = known[name].partition(":")
     try:
-        return getattr(import_module(module), attribute)
+        found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise DiffAccelError(f"The method '{name}' ({known[name]}) cannot be imported: {error}.") from error
+    if getattr(found, "name", None) != name or getattr(found, "touches", None) not in ORDER:
+        raise DiffAccelError(
+            f"The method '{name}' ({known[name]}) is no config class of that name. It needs name = '{name}', and "
+            f"touches one of {', '.join(ORDER)}, as subclasses of diffaccel.config.Config have."
+        )
+    return found
