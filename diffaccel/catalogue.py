@@ -192,13 +192,12 @@ def _write_method(about: dict[str, Any]) -> None:
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Name, packed size, state and first sentence of every embedded model."""
+    """Name, packed size, state and title of every embedded model."""
     found = []
     for name in zoo.names():
         card = zoo.card(name)
-        summary = str(card.get("summary") or card.get("description") or "")
-        state = str(card.get("state", "released"))
-        found.append({"name": name, "bytes": _bytes(name), "state": state, "summary": first_sentence(summary)})
+        state, title = str(card.get("state", "unknown")), str(card.get("title", ""))
+        found.append({"name": name, "bytes": _bytes(name), "state": state, "summary": title})
     return found
 
 
@@ -210,7 +209,8 @@ def _bytes(name: str) -> int:
 def _write_model(about: dict[str, Any]) -> None:
     console.write(f"{about['name']} (embedded model, {about['bytes'] / 1e6:.1f} MB)\n")
     console.write("\n".join(_lines(about["card"])))
-    console.write(f'\nExample\n  diffaccel sample "a red apple" --model {about["name"]}')
+    if "pipeline" in about["card"]:
+        console.write(f'\nExample\n  diffaccel sample "a red apple" --model {about["name"]}')
 
 
 def _lines(values: Any, indent: str = "") -> list[str]:

@@ -21,6 +21,10 @@ def locate(model: str) -> tuple[Path, str]:
     """
     if model in zoo.names():
         folder = zoo.path(model)
+        if not (folder / "model_index.json").is_file():
+            raise DiffAccelError(
+                f"The embedded model '{model}' is no pipeline. Use one that makes images: {zoo.DEFAULT}."
+            )
         return folder, folder.name.rpartition("-")[2]
     folder = Path(model).expanduser()
     if folder.is_dir():

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
-_ZOO_DEFAULTS = ("steps", "size", "guidance", "negative")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class Request:
     threads: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            raise DiffAccelError("prompts is one text; it must be a tuple of texts. Write (prompt,).")
         if not self.prompts:
             raise DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
         for number, prompt in enumerate(self.prompts, 1):
@@ -102,12 +103,11 @@ class Request:
         """The request with what a zoo model's card recommends where nothing was asked for."""
         if self.model not in zoo.names():
             return self
-        defaults = zoo.card(self.model).get("defaults", {})
-        wanted = {k: defaults[k] for k in _ZOO_DEFAULTS if defaults.get(k) is not None and getattr(self, k) is None}
-        if isinstance(wanted.get("size"), int):
-            wanted["size"] = (wanted["size"], wanted["size"])
-        elif "size" in wanted:
-            wanted["size"] = tuple(wanted["size"])
+        defaults = card_defaults(self.model)
+        wanted: dict[str, Any] = {"steps": defaults.get("num_inference_steps")}
+        wanted["guidance"] = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
+        wanted["size"] = (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None
+        wanted = {key: value for key, value in wanted.items() if getattr(self, key) is None}
         return replace(self, **wanted)
 
     def settings(self, digest: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -137,6 +137,11 @@ class Request:
         return json.loads(json.dumps(settings))  # as it will be read back: tuples become lists
 
 
+def card_defaults(model: str) -> dict[str, Any]:
+    """The call arguments that a zoo model's card recommends; none for other models."""
+    return zoo.card(model).get("defaults", {}) if model in zoo.names() else {}
+
+
 def call_parameters(pipe: Any) -> dict[str, Any]:
     """Names of a pipeline's call arguments and their defaults."""
     parameters = inspect.signature(type(pipe).__call__).parameters
@@ -163,9 +168,9 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     if request.size is not None:
         chosen["height"], chosen["width"] = request.size
     check_size(pipe, {**accepted, **chosen})
-    if "max_sequence_length" in accepted and request.model in zoo.names():
-        longest = zoo.card(request.model).get("defaults", {}).get("max_sequence_length")
-        chosen |= {"max_sequence_length": longest} if longest else {}
+    longest = card_defaults(request.model).get("max_sequence_length")
+    if longest is not None:
+        chosen["max_sequence_length"] = longest
     return chosen | guidance_arguments(pipe, request.guidance, request.negative)
 
 
@@ -205,7 +210,7 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) 
             return {}
         raise DiffAccelError(f"{name} takes no {'guidance' if key is None else 'negative prompt'}. Leave it out.")
     scale = accepted[key] if guidance is None else guidance
-    if negative is not None and not scale > 1:
+    if negative and not scale > 1:
         raise DiffAccelError(f"A negative prompt has no effect at guidance {scale:g}. Ask for guidance above 1.")
     chosen: dict[str, Any] = {} if guidance is None else {key: guidance}
     if negative is not None:

@@ -220,6 +220,7 @@ def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] |
     except Exception as error:
         if abandon is not None:
             abandon()
+        kept = kept if folder.path.is_dir() else ""
         if _out_of_memory(error):
             raise RunFailed(
                 f"Out of memory with {request.batch} images a call on {folder.new.device['type']} "
@@ -227,7 +228,8 @@ def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] |
             ) from error
         if isinstance(error, DiffAccelError):
             raise
-        raise RunFailed(f"{type(error).__name__} while generating: {first_line(error)}. {kept}") from error
+        what = f"{type(error).__name__} while generating: {first_line(error)}"
+        raise RunFailed(f"{what} (DIFFACCEL_DEBUG=1 shows where). {kept}") from error
 
 
 def _out_of_memory(error: BaseException) -> bool:
