@@ -60,23 +60,6 @@ class Oracle:
         return F.normalize(self.images(_scenes(self.world, rows).images(torch.arange(len(rows)))), dim=1)
 
 
-def test_frechet_distance_of_gaussians():
-    g = torch.Generator().manual_seed(0)
-    a = torch.randn(500, 4, generator=g)
-    assert score.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert score.frechet(a, a + 2) == pytest.approx(4 * 2**2, rel=1e-4)
-    # Scaled by k, the covariances commute: tr((1 - k)^2 S) plus the shift of the mean.
-    mean, cov = a.double().mean(0), torch.cov(a.double().T)
-    assert score.frechet(a, 3 * a) == pytest.approx((4 * cov.trace() + (2 * mean).square().sum()).item(), rel=1e-4)
-
-
-def test_shuffling_keeps_the_pixels_and_moves_every_band():
-    x = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 3, 8, 8)
-    y = score.shuffled(x)
-    assert sorted(y.flatten().tolist()) == sorted(x.flatten().tolist())
-    assert y[0, 0, :, 0].tolist() == [2, 3, 6, 7, 0, 1, 4, 5]
-
-
 def test_a_judge_that_knows_scores_one_and_wrong_pictures_score_zero(world):
     scenes = _scenes(world, [Row("single", (i,), (-1,), FILLED) for i in range(6)])
     pictures = scenes.images(torch.arange(6))

@@ -103,7 +103,7 @@ def flux(recipe: Recipe, counts: dict[str, int], training: dict[str, Any], repor
     }
 
 
-def clip(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
+def clip(name: str, recipe: Recipe, report: dict[str, Any], quality: dict[str, Any]) -> dict[str, Any]:
     """The card of one CLIP."""
     judge = name == "emoji-clip-judge"
     use = (
@@ -116,7 +116,7 @@ def clip(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
         "title": f"A tiny open_clip model of emoji: the {'judge' if judge else 'reward'}",
         "use": use,
         "load": "open_clip.create_model_and_transforms('local-dir:' + str(diffaccel.zoo.path(name)))",
-        "quality": report.get(name, {}),
+        "quality": quality,
     }
 
 

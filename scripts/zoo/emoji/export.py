@@ -62,7 +62,9 @@ def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, 
         _pack(plain, zoo / PIPELINE, card.flux(recipe, counts, training, report or {}))
         for name, source in CLIPS.items():
             plain = shutil.copytree(work / source, Path(scratch) / name)
-            _pack(plain, zoo / name, card.clip(name, recipe, report or {}))
+            measured = work / f"{source}.json"
+            quality = json.loads(measured.read_text()) if measured.is_file() else {}
+            _pack(plain, zoo / name, card.clip(name, recipe, report or {}, quality))
 
 
 def _pack(plain: Path, out: Path, facts: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from diffaccel.errors import unknown
-from scripts.zoo.emoji import data, export, flow, recipe_flow, scenes, score, tokenizers, vae, world
+from scripts.zoo.emoji import clip, data, export, flow, recipe_flow, scenes, score, vae, world
 from scripts.zoo.emoji import recipe as data_recipe
 from scripts.zoo.training import Deadline
 
-STAGES = ("text", "clip", "vae", "flow", "export", "score")
+STAGES = ("clip", "vae", "flow", "export", "score")
 _EXPORT_SECONDS = 20  # kept free at the end of a job, so that what was trained comes back
 _SCORE_SECONDS = 75
 
@@ -54,7 +54,7 @@ class Job:
 
     @cached_property
     def scenes(self) -> scenes.Scenes:
-        """Scenes of the whole world, for tokenizers, CLIPs and the autoencoder."""
+        """Scenes of the whole world, for the CLIPs and the autoencoder."""
         return scenes.build(self.world, self.data_recipe, self.seed, self.device)
 
     @cached_property
@@ -71,14 +71,9 @@ class Job:
     def images(self) -> vae.Images:
         return data.pictures(self.scenes)
 
-    def text(self) -> None:
-        """Both tokenizers, from every caption."""
-        if not (self.work / "tokenizer_2").is_dir():
-            texts = [*self.scenes.captions[0], *self.scenes.captions[1]]
-            tokenizers.build(texts, self.work, size=self.data_recipe.vocabulary)
-
     def clip(self) -> None:
-        """CLIP-A and CLIP-B, and A's text tower as the pipeline's text encoder."""
+        """Both tokenizers, CLIP-A and CLIP-B, and A's text tower as the pipeline's text encoder."""
+        clip.train(self.scenes, self.data_recipe, self.work, deadline=self.train_until, seed=self.seed)
 
     def vae(self) -> None:
         """The autoencoder."""
@@ -143,6 +138,7 @@ class Job:
             self.flow_world,
             self.recipe,
             self.work,
+            judged=json.loads((self.work / "clip_b.json").read_text()),
             count=self.count,
             loss=sum(loss[-5:]) / len(loss[-5:]) if loss else None,
         )

@@ -1,6 +1,6 @@
 """How good the pipeline is, measured: the acceptance table, a grid of 24 fixed prompts, and CPU latency.
 
-    python -m scripts.zoo.emoji.score --pipeline FOLDER --judge FOLDER --data data/emoji --out OUT [--count 128]
+    python -m scripts.zoo.emoji.score --data data/emoji --out OUT [--count 128]    # of the shipped models
 
 Everything is judged by the CLIP that the pipeline never saw and by pixel checks, beside the same measure of real
 pictures and of real pictures that went through the autoencoder. ``grid.png`` shows failures as they are.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.zoo.emoji import checks, heldout, recipe_flow, vae
-from scripts.zoo.emoji.captions import OPPOSITE
+from scripts.zoo.emoji.clip_eval import frechet
 from scripts.zoo.emoji.data import restrict
-from scripts.zoo.emoji.scenes import Scenes
+from scripts.zoo.emoji.scenes import FILLED, Row, Scenes
 from scripts.zoo.emoji.world import World, load
 
 GRID = (
@@ -86,20 +86,6 @@ class Judge:
         return F.normalize(torch.cat(done), dim=1)
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two feature sets (N, D)."""
-    a, b = a.double(), b.double()
-    sa, sb = torch.cov(a.T), torch.cov(b.T)
-    root = torch.linalg.eigvals(sa @ sb).real.clamp_min(0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + sa.trace() + sb.trace() - 2 * root).item()
-
-
-def shuffled(pictures: Tensor, bands: int = 4) -> Tensor:
-    """Pictures cut into horizontal bands that change places: (1, 3, 0, 2) of four."""
-    parts = pictures.chunk(bands, dim=2)
-    return torch.cat([parts[i] for i in (1, 3, 0, 2)], dim=2)
-
-
 def draw(pipe: Any, prompts: Sequence[str], *, size: int, steps: int, guidance: float, seed: int, batch: int) -> Tensor:
     """Pictures (N, 3, size, size) in [-1, 1]; picture i depends on prompt i and seed + i alone."""
     done = []
@@ -161,17 +147,6 @@ def order_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
     return torch.tensor(good)
 
 
-def judge_order(judge: Judge, scenes: Scenes) -> float:
-    """Share of real pairs for which the judge prefers the caption to the same one with its relation turned round."""
-    right = scenes.plain
-    wrong = []
-    for text in right:
-        word = next(word for word in OPPOSITE if f" {word} " in text)
-        wrong.append(text.replace(f" {word} ", f" {OPPOSITE[word]} "))
-    features = F.normalize(judge.images(_real(scenes)), dim=1)
-    return ((features * judge.texts(right)).sum(1) > (features * judge.texts(wrong)).sum(1)).float().mean().item()
-
-
 def _real(scenes: Scenes, size: int = 128) -> Tensor:
     return scenes.images(torch.arange(len(scenes)), size).cpu()
 
@@ -184,6 +159,16 @@ def _row(check: str, target: str, value: float | None, passed: bool | None, **ex
         "value": None if value is None else round(value, 3),
         "passed": passed,
     } | rounded
+
+
+def _judge_rows(judged: dict[str, float]) -> list[dict[str, Any]]:
+    """What the judge is worth, from its own training's report (clip_eval)."""
+    ratio = judged["fd_shuffled"] / judged["fd_identity"]
+    return [
+        _at_least("judge: FD of shuffled over FD of other real pictures", ratio, 5.0),
+        _at_least("judge: order of unseen pairs", judged["pair_order"], 0.90),
+        _at_least("judge: retrieval among unseen scenes, top 1", judged["retrieval_top1"], 0.85),
+    ]
 
 
 @torch.no_grad()
@@ -200,32 +185,27 @@ def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, ste
     through = _through_vae(pipe, real)
     top = zero_shot(judge, world, seen, drawn)
     top_real, top_vae = zero_shot(judge, world, seen, real), zero_shot(judge, world, seen, through)
-    training = [int(i) for i in world.training.nonzero().flatten()]
-    everything = _features_of_icons(judge, world, training, size)
-    fd = {
-        "generated": frechet(judge.images(drawn), everything),
-        "real": frechet(judge.images(real), everything),
-        "autoencoder": frechet(judge.images(through), everything),
+    icons = _icon_features(judge, world, size)
+    half, rest = icons[torch.randperm(len(icons), generator=torch.Generator().manual_seed(0))].chunk(2)
+    distances = {
+        "generated": frechet(judge.images(drawn), icons),
+        "real": frechet(judge.images(real), icons),
+        "autoencoder": frechet(judge.images(through), icons),
+        "real halves": frechet(half, rest),
     }
-    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(0))
-    halves = frechet(everything[order[::2]], everything[order[1::2]])
-    mixed = frechet(_features_of_icons(judge, world, training, size, shuffled), everything)
 
     table = [
-        _row("judge: FD of shuffled real pictures over FD of real halves", ">= 5", mixed / halves, mixed / halves >= 5),
-        _at_least("judge: order of real pairs", judge_order(judge, sets["pair"]), 0.90),
         _at_least("label, top 1", top[0], 0.55, real=top_real[0], autoencoder=top_vae[0]),
         _at_least("label, top 5", top[1], 0.80, real=top_real[1], autoencoder=top_vae[1]),
     ]
-    for name, check, least in (
-        ("colour", colours_obeyed, 0.95),
-        ("count", counts_obeyed, 0.95),
-        ("colour_pair", order_obeyed, 0.85),
+    for name, title, check, least in (
+        ("colour", "colour word", colours_obeyed, 0.95),
+        ("count", "number word", counts_obeyed, 0.95),
+        ("colour_pair", "order of coloured pairs", order_obeyed, 0.85),
     ):
         scenes = sets[name]
         good = check(scenes, _real(scenes, size))  # a check that fails on the real picture says nothing
         value = check(scenes, generate(scenes))[good].float().mean().item()
-        title = {"colour": "colour word", "count": "number word", "colour_pair": "order of coloured pairs"}[name]
         table.append(_at_least(f"{title}, unseen combinations", value, least, real=good.float().mean().item()))
     style = sets["style"]
     unseen, truth = cosine(judge, style.plain, generate(style)), cosine(judge, style.plain, _real(style, size))
@@ -235,7 +215,7 @@ def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, ste
         "acceptance": table,
         "quality": {
             "settings": {"size": size, "steps": steps, "guidance": guidance, "pictures": count},
-            "frechet": {key: round(value, 2) for key, value in fd.items()} | {"real halves": round(halves, 2)},
+            "frechet distance to the training icons": {key: round(value, 2) for key, value in distances.items()},
             "judge cosine": {
                 "generated": round(cosine(judge, seen.plain, drawn), 3),
                 "real": round(cosine(judge, seen.plain, real), 3),
@@ -248,14 +228,11 @@ def _at_least(check: str, value: float, least: float, **extra: float) -> dict[st
     return _row(check, f">= {least}", value, value >= least, **extra)
 
 
-def _features_of_icons(
-    judge: Judge, world: World, icons: list[int], size: int, change: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
-    from scripts.zoo.emoji.scenes import FILLED, Row
-
+def _icon_features(judge: Judge, world: World, size: int) -> Tensor:
+    """The judge's features of every training icon, filling a canvas of ``size`` pixels."""
+    icons = world.training.nonzero().flatten().tolist()
     scenes = Scenes(world, [Row("single", (i,), (-1,), FILLED) for i in icons], seed=0, device="cpu")
-    parts = torch.arange(len(icons)).split(256)
-    return torch.cat([judge.images(change(scenes.images(part, size))) for part in parts])
+    return torch.cat([judge.images(scenes.images(part, size)) for part in torch.arange(len(icons)).split(256)])
 
 
 def _through_vae(pipe: Any, pictures: Tensor) -> Tensor:
@@ -306,6 +283,7 @@ def score(
     recipe: recipe_flow.Recipe,
     out: Path,
     *,
+    judged: dict[str, float],
     count: int,
     loss: float | None,
 ) -> dict[str, Any]:
@@ -314,6 +292,7 @@ def score(
     settings = {"size": recipe.default_size, "steps": recipe.default_steps, "guidance": recipe.default_guidance}
     grid(pipe, out / "grid.png", **settings)
     report = measure(pipe, Judge(judge_folder, device), world, count=count, **settings)
+    report["acceptance"] = _judge_rows(judged) + report["acceptance"]
     if loss is not None:
         report["acceptance"].append(_row("training loss at 128 px", "<= 0.11", loss, loss <= 0.11))
     report["acceptance"].append(_row("a person recognises 20 of the grid's 24", ">= 20", None, None))
@@ -329,28 +308,23 @@ def score(
 def main() -> None:
     from diffusers import FluxPipeline
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipe", default="full")
-    parser.add_argument("--pipeline", type=Path, help="folder of the pipeline; default: the shipped emoji-flux")
-    parser.add_argument("--judge", type=Path, help="folder of the judge; default: the shipped emoji-clip-judge")
+    from diffaccel import zoo
+
+    parser = argparse.ArgumentParser(description="Score the shipped emoji-flux with the shipped judge.")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="report.json and grid.png are written here")
     parser.add_argument("--count", type=int, default=128, help="pictures a check, at most")
     options = parser.parse_args()
-    if options.pipeline is None or options.judge is None:
-        from diffaccel import zoo
-
-        options.pipeline = options.pipeline or zoo.path("emoji-flux")
-        options.judge = options.judge or zoo.path("emoji-clip-judge")
-    pipe = FluxPipeline.from_pretrained(options.pipeline, dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(zoo.path("emoji-flux"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipe.to("cuda")
-    recipe = recipe_flow.get(options.recipe)
+    recipe = recipe_flow.get(zoo.card("emoji-flux")["recipe"])
     world = load(options.data)
     if recipe.labels:
         world = restrict(world, recipe.labels)
-    score(pipe, options.judge, world, recipe, options.out, count=options.count, loss=None)
+    judged = zoo.card("emoji-clip-judge")["quality"]
+    score(pipe, zoo.path("emoji-clip-judge"), world, recipe, options.out, judged=judged, count=options.count, loss=None)
 
 
 if __name__ == "__main__":
