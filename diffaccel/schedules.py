@@ -166,7 +166,8 @@ def read(scheduler: Any) -> Schedule:
                 "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
             )
         sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
-        return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train)
+        # the VE and VP schedulers keep their levels on the CPU, these where the pipeline runs
+        return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=scheduler.sigmas.device)
     prediction = PREDICTIONS.get(config.prediction_type)
     if prediction is None:
         raise DiffAccelError(

@@ -70,7 +70,7 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=120,
+        seconds=115,
         caption=0,
     ),
     clip_b=ClipRecipe(
@@ -87,7 +87,7 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=120,
+        seconds=125,
         caption=1,
     ),
 )

@@ -102,7 +102,7 @@ FULL = Recipe(
         channels=(32, 64, 128, 128),
         groups=16,
         batch={"full": 64, "pooled": 64, "up": 64, "half": 192, "crop": 192},
-        plan=Plan(lr=8e-4, seconds=170, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, flat=0.3, ema=0.999),
+        plan=Plan(lr=8e-4, seconds=250, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, flat=0.3, ema=0.999),
     ),
     flow=FlowRecipe(
         heads=6,
@@ -114,9 +114,9 @@ FULL = Recipe(
         text_ff=512,
         cycle=(128, 128, 64),
         lengths={32: 0.965, 64: 0.01, 128: 0.01, 512: 0.015},
-        tokens=768 * 96,
+        tokens=1024 * 96,
         compiled=((128, 32), (64, 32)),
-        plan=Plan(lr=1e-3, samples=60e6, seconds=1080, warmup=300, flat=0.5, ema=0.9995),
+        plan=Plan(lr=1e-3, samples=60e6, seconds=700, warmup=300, flat=0.5, ema=0.9995),
     ),
 )
 
