@@ -1,0 +1,208 @@
+"""CLIP training's parts, its measures, and the folders it leaves, with tiny random towers."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from scripts.zoo.emoji import captions as words
+from scripts.zoo.emoji import clip, clip_eval, clip_export, heldout, recipe, tokenizers
+from scripts.zoo.emoji.scenes import build
+from scripts.zoo.emoji.world import bucket
+
+VIT = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+CNN = {
+    "timm_model_name": "test_convnext2",
+    "timm_model_pretrained": False,
+    "timm_pool": "abs_attn",
+    "timm_proj": "linear",
+    "image_size": 64,
+}
+
+
+def small(base, vision):
+    return dataclasses.replace(
+        base,
+        vision=vision,
+        text_width=32,
+        text_layers=2,
+        text_heads=2,
+        embed_dim=24,
+        batch=16,
+        seconds=0.5,
+        warmup=2,
+        ema=0.9,
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(counts):
+    cpu = recipe.CPU
+    return dataclasses.replace(
+        cpu, scenes=counts, vocabulary=1024, clip_a=small(cpu.clip_a, VIT), clip_b=small(cpu.clip_b, CNN)
+    )
+
+
+@pytest.fixture(scope="module")
+def scenes(world, shared):
+    return build(world, shared, 0, "cpu")
+
+
+@pytest.fixture(scope="module")
+def work(scenes, shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("work")
+    assert clip.train(scenes, shared, folder)
+    return folder
+
+
+def test_shuffling_moves_every_patch_somewhere_and_loses_none():
+    images = torch.rand(6, 3, 64, 64)
+    for seed in range(8):
+        shuffled = clip.shuffle_patches(images, torch.Generator().manual_seed(seed))
+        assert torch.equal(shuffled.flatten(2).sort().values, images.flatten(2).sort().values)
+        assert all(not torch.equal(one, other) for one, other in zip(images, shuffled, strict=True))
+
+
+def test_cropping_padding_changes_no_feature(shared):
+    model = clip.make(clip.model_config(shared.clip_a, shared, 1024)).eval()
+    tokens = torch.full((3, 32), 1023)
+    for row, length in enumerate((3, 9, 5)):
+        tokens[row, :length] = torch.randint(0, 1000, (length,))
+        tokens[row, 0] = 1022
+    cropped = clip.crop(tokens)
+    assert cropped.shape == (3, 16)
+    with torch.no_grad():
+        short = clip_export.reference(model, cropped)[1] @ model.text_projection
+        assert torch.allclose(short, model.encode_text(tokens), atol=1e-5)
+
+
+def test_crop_keeps_full_rows():
+    tokens = torch.full((2, 32), 1023)
+    tokens[1, :31] = 5
+    assert clip.crop(tokens).shape == (2, 32)
+
+
+def test_equal_pictures_are_no_negatives_and_parts_of_the_scenes_are_left_out(scenes, shared, work):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    made = [clip.Data(scenes, c, shared, tokenizer) for c in (shared.clip_a, shared.clip_b)]
+    number = torch.arange(len(scenes)) % 5
+    assert made[0].weights[number == 0].sum() == 0
+    assert made[1].weights[number == 1].sum() == 0
+    assert made[0].weights[number == 1].sum() > 0
+    rows = scenes.rows
+    assert made[0].same[0] == made[0].same[1]  # variants of one icon
+    differing = next(i for i, row in enumerate(rows) if row.icons != rows[0].icons)
+    assert made[0].same[0] != made[0].same[differing]
+    index = made[0].batch(64, torch.Generator().manual_seed(0))
+    first = made[0].may_shuffle[index].int()
+    assert torch.equal(first, first.sort(descending=True).values)
+
+
+def test_one_batch_can_be_learned_and_its_false_twins_told_apart(scenes, shared, work):
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    data = clip.Data(scenes, shared.clip_a, shared, CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    model = clip.make(clip.model_config(shared.clip_a, shared, 1024))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(80):
+        found.append(clip.loss_of(model, data, shared.clip_a, torch.Generator().manual_seed(0)))
+        optimizer.zero_grad()
+        found[-1]["loss"].backward()
+        optimizer.step()
+    assert found[-1]["loss"] < 0.3 * found[0]["loss"]
+    assert found[-1]["false_text"] == 1
+    assert found[-1]["shuffled"] == 1
+
+
+@pytest.mark.parametrize("name", clip.NAMES)
+def test_folders_load_in_open_clip_offline_and_agree(name, work, scenes):
+    import open_clip
+    from transformers import CLIPTokenizer
+
+    where = f"local-dir:{work / name}"
+    model, _, preprocess = open_clip.create_model_and_transforms(where, require_pretrained=True)
+    model.eval()
+    texts = ["red apple, noto", "A noto emoji of CAT", "dog left of bus " * 9, ""]
+    ids = open_clip.get_tokenizer(where)(texts)
+    assert torch.equal(ids, clip.tokenize(CLIPTokenizer.from_pretrained(work / "tokenizer"), texts, 32).long())
+    # open_clip's preprocessing of a 64-pixel picture is the range [-1, 1] that scenes give.
+    picture = scenes.images([5], 64)
+    from torchvision.transforms.functional import to_pil_image
+
+    assert (preprocess(to_pil_image(picture[0] / 2 + 0.5)) - picture[0]).abs().max() <= 1.1 / 127.5
+    with torch.no_grad():
+        assert model.encode_image(picture, normalize=True).norm().item() == pytest.approx(1, abs=1e-4)
+    assert (work / f"{name}.json").is_file()
+
+
+def test_the_text_encoder_is_clip_a_s(work):
+    import open_clip
+    from transformers import CLIPTextModel
+
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{work / 'clip_a'}", require_pretrained=True)
+    text = CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+    ids = open_clip.get_tokenizer(f"local-dir:{work / 'clip_a'}")(["red apple, noto", "two cats", ""])
+    with torch.no_grad():
+        found = text(input_ids=ids)
+        assert torch.allclose(found.pooler_output @ model.text_projection, model.encode_text(ids), atol=1e-5)
+        hidden, _ = clip_export.reference(model, ids)
+    assert torch.allclose(found.last_hidden_state, hidden, atol=1e-5)
+
+
+def test_finished_work_is_not_done_again(work, scenes, shared):
+    before = (work / "clip_a" / "open_clip_model.safetensors").stat().st_mtime_ns
+    assert clip.train(scenes, shared, work)
+    assert (work / "clip_a" / "open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_job_without_time_says_that_it_is_not_done(scenes, shared, tmp_path):
+    from scripts.zoo.training import Deadline
+
+    tokenizers.build([*scenes.captions[0], *scenes.captions[1]], tmp_path, size=1024)
+    assert not clip.train(scenes, shared, tmp_path, deadline=Deadline(0))
+    assert not (tmp_path / "clip_a").exists()
+
+
+def test_frechet_distance_of_known_gaussians():
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    assert clip_eval.frechet(x, x) == pytest.approx(0, abs=1e-6)
+    assert clip_eval.frechet(x, x + 2) == pytest.approx(6 * 4, rel=1e-5)
+    # Scaling about the mean by 3: the trace of C (1 - 3)^2.
+    trace = torch.cov(x.double().T).trace().item()
+    assert clip_eval.frechet(x, (x - x.mean(0)) * 3 + x.mean(0)) == pytest.approx(4 * trace, rel=1e-5)
+
+
+def test_order_is_measured_with_one_relation_word(world, sets_of_pairs):
+    """A scorer that knows the caption is perfect; one that sees a bag of words is at zero (ties lose)."""
+
+    class Letters:
+        def __init__(self, positional):
+            self.positional = positional
+
+        def texts(self, texts):
+            rows = []
+            for text in texts:
+                row = torch.zeros(4096)
+                for place, word in enumerate(text.replace(",", "").split()):
+                    row[bucket(f"{word} {place}" if self.positional else word, 4096)] += 1
+                rows.append(row)
+            return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+    truth = [
+        words.caption(sets_of_pairs.facts(i), random.Random(i), related=True, plain=True)
+        for i in range(len(sets_of_pairs))
+    ]
+    knows = Letters(positional=True)
+    assert clip_eval.order(knows, sets_of_pairs, knows.texts(truth)) == 1.0
+    bag = Letters(positional=False)
+    assert clip_eval.order(bag, sets_of_pairs, bag.texts(truth)) <= 0.1
+
+
+@pytest.fixture(scope="module")
+def sets_of_pairs(world):
+    return heldout.build(world, size=20)["pair"]
