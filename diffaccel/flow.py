@@ -171,20 +171,20 @@ class Tabulated(Path):
     """The path of a scheduler with a table of cumulative alphas: ``alpha^2 = alphas_cumprod[t]``, ``t`` in train steps.
 
     Between two integer times ``log(alpha/sigma)`` is linear in ``t``. A zero terminal ratio (arXiv 2305.08891) gives
-    ``rho = -inf`` at the last entry, which is exact there and is never interpolated across.
+    ``rho = -inf`` at the last entry, which is exact there; up to it the path stays at the last finite ratio.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         self.alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
         self._rho = 0.5 * (torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod))
+        rise = torch.diff(self._rho, append=self._rho[-1:])
+        self._rise = torch.where(torch.isfinite(rise), rise, 0.0)
 
     def rho(self, t: Scalar) -> Tensor:
         t = _tensor(t).to("cpu", torch.float64)
         last = len(self._rho) - 1
         low = t.floor().clamp(0, last).long()
-        high = (low + 1).clamp(max=last)
-        part = t - low
-        return torch.where(part == 0, self._rho[low], torch.lerp(self._rho[low], self._rho[high], part))
+        return self._rho[low] + (t - low) * self._rise[low]
 
     def alpha(self, t: Scalar) -> Tensor:
         return torch.sqrt(torch.sigmoid(2 * self.rho(t)))
@@ -193,8 +193,7 @@ class Tabulated(Path):
         return torch.sqrt(torch.sigmoid(-2 * self.rho(t)))
 
     def _slope(self, t: Scalar) -> Tensor:
-        low = _tensor(t).to("cpu", torch.float64).floor().clamp(0, len(self._rho) - 2).long()
-        return self._rho[low + 1] - self._rho[low]
+        return self._rise[_tensor(t).to("cpu", torch.float64).floor().clamp(0, max(len(self._rho) - 2, 0)).long()]
 
     def d_alpha(self, t: Scalar) -> Tensor:
         return self._slope(t) * self.alpha(t) * self.sigma(t) ** 2

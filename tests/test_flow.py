@@ -192,6 +192,9 @@ def test_zero_terminal_signal_to_noise_ratio() -> None:
     assert torch.equal(moved, x)
     # nothing is interpolated between the last finite ratio and minus infinity
     assert float(ZERO_SNR.at(ZERO_SNR.rho(998.0) - 1.0)) == 998.0
+    for t in (998.3, 998.7):
+        assert float(ZERO_SNR.rho(t)) == float(ZERO_SNR.rho(998.0))
+        assert float(ZERO_SNR.d_alpha(t)) == float(ZERO_SNR.d_sigma(t)) == 0.0
 
 
 # -- closed-form data -------------------------------------------------------------------------------------------------
