@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.zoo import packing
-from scripts.zoo.emoji import export, flow, recipe_flow, tokenizers, vae
+from scripts.zoo.emoji import export, flow, recipe_flow, score, tokenizers, vae
 from scripts.zoo.training import Deadline, Plan, Run
 
 CAPTIONS = ["red apple, noto", "blue cat left of green dog, twemoji", "three bananas in fluent 3d style"]
@@ -103,6 +103,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def zoo(work, tmp_path_factory):
     zoo = tmp_path_factory.mktemp("zoo")
+    (work / "clip_b.json").write_text('{"pair_order": 0.5}')
     report = {
         "acceptance": [{"check": "label, top 1", "target": ">= 0.55", "value": 0.1, "passed": False}],
         "note": "toy",
@@ -140,6 +141,16 @@ def test_stock_pipeline_draws_what_the_work_folder_draws(work, zoo, tmp_path):
     assert draw(stock, 512).shape == draw(stock).shape
 
 
+def test_rounding_of_packed_weights_is_measured(work, zoo, tmp_path):
+    packed, judge = export.reload(zoo, tmp_path / "plain", "cpu")
+    original = export.assemble(work, RECIPE, torch.bfloat16).to(torch.float32)
+    settings = {"size": 32, "steps": 2, "guidance": 2.0}
+    assert 40 < score.rounding(original, packed, **settings) < 120
+    assert score.rounding(packed, packed, **settings) > 120 and (judge / "open_clip_config.json").is_file()
+    score.grid(packed, tmp_path / "grid.png", **settings)
+    assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
 def test_open_clip_loads_the_unpacked_judge(zoo, tmp_path):
     import open_clip
 
@@ -175,4 +186,5 @@ def test_training_resumes_from_packed_models(work, zoo, tmp_path):
             assert (a - b).abs().max() <= 0.02 * a.abs().max()
     run = Run(tmp_path, "flow", second, RECIPE.flow.plan)
     assert run.step == run.restarted_at == 8 and run.samples == 64
+    assert json.loads((tmp_path / "clip_b.json").read_text()) == {"pair_order": 0.5}
     assert (tmp_path / "clip_b" / "open_clip_config.json").is_file() and vae.load(tmp_path, "cpu") is not None

@@ -114,6 +114,8 @@ def restore(zoo: Path, work: Path) -> None:
         for name, target in CLIPS.items():
             if (zoo / name / packing.MANIFEST).is_file():
                 packing.unpack(zoo / name, work / target)
+                measured = json.loads((zoo / name / "card.json").read_text())["quality"]
+                (work / f"{target}.json").write_text(json.dumps(measured))
         tensors = {}
         for part in ("transformer", "text_encoder_2"):
             for file in sorted((plain / part).glob("*.safetensors")):

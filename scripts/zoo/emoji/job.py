@@ -132,7 +132,7 @@ class Job:
         loss = [json.loads(line).get("loss128") for line in (self.work / "flow.jsonl").read_text().splitlines()]
         loss = [value for value in loss if value is not None]
         pipe, judge = export.reload(self.work / "zoo", self.work / "plain", self.device)
-        score.score(
+        report = score.score(
             pipe,
             judge,
             self.flow_world,
@@ -142,6 +142,12 @@ class Job:
             count=self.count,
             loss=sum(loss[-5:]) / len(loss[-5:]) if loss else None,
         )
+        # The bf16 weights are only here, so what int8 costs is measured here.
+        original = export.assemble(self.work, self.recipe, torch.bfloat16).to(self.device, torch.float32)
+        settings = {"size": self.recipe.default_size, "steps": self.recipe.default_steps}
+        loss_of_packing = score.rounding(original, pipe, guidance=self.recipe.default_guidance, **settings)
+        report["quality"]["int8 against bf16, PSNR in dB"] = round(loss_of_packing, 2)
+        (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         for name in ("report.json", "grid.png"):
             if self.out != self.work:
                 shutil.copyfile(self.work / name, self.out / name)
