@@ -58,3 +58,13 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*map(Text, row))
     Console(file=sys.stdout).print(table)
+
+
+def quiet_libraries(quiet: bool) -> None:
+    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if quiet or not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

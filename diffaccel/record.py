@@ -187,17 +187,22 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 def write_json(path: Path, values: Any) -> None:
     """``values`` as readable JSON; not-a-number and infinity, which JSON lacks, raise ``ValueError``."""
-    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` in UTF-8."""
     with atomic(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(text.encode())
 
 
-def write_png(path: Path, image: Image, values: dict[str, Any]) -> None:
-    """A lossless picture that carries ``values`` as JSON text under the key ``diffaccel``."""
+def write_png(path: Path, image: Image, values: dict[str, Any] | None = None) -> None:
+    """A lossless picture that carries ``values``, if any, as JSON text under the key ``diffaccel``."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    info.add_text(PNG_KEY, json.dumps(values, sort_keys=True, allow_nan=False))
+    if values is not None:
+        info.add_text(PNG_KEY, json.dumps(values, sort_keys=True, allow_nan=False))
     with atomic(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def run(argv: list[str]) -> int:
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip
-    _quiet_libraries(options.json or options.model in zoo.names())
+    console.quiet_libraries(options.json or options.model in zoo.names())
 
     from diffaccel.sampling import generate_run
 
@@ -173,13 +172,3 @@ def _method_help() -> str:
             rows = [f"  --{name}.{o['name']} ({o['type']}, default {o['default']})" for o in options_of(config_class)]
             blocks.append("\n".join([f"options of --sampler {name} (diffaccel explain {name}):", *rows]))
     return "\n\n".join(blocks)
-
-
-def _quiet_libraries(quiet: bool) -> None:
-    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    if quiet or not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()

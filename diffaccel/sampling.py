@@ -11,6 +11,7 @@ import contextlib
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -64,6 +65,7 @@ def generate_run(
     out: Path | None = None,
     *,
     pipe: Any = None,
+    digest: str = "",
     overwrite: bool = False,
     progress: bool = False,
     command: list[str] | None = None,
@@ -77,6 +79,7 @@ def generate_run(
         request: what to generate.
         out: the folder; images are named by their id. None names one in ``./out`` after the request.
         pipe: an open pipeline to use as it is, its methods included, under the name ``request.model``. None opens one.
+        digest: of an open pipeline's weights, so that a folder does not mix images of two; "" when there is no need.
         overwrite: throw away what another run left in ``out``.
         progress: show a bar on stderr.
         command: the command line, for the record.
@@ -88,7 +91,7 @@ def generate_run(
     """
     request = request.with_model_defaults()
     check_writable(out or Path(OUT))
-    source, digest = Path(), ""
+    source = Path()
     if pipe is None:
         world, device = join_world(request.device)
         dtype = opening.pick_dtype(request.dtype, device)
@@ -155,7 +158,9 @@ def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any]) -> tuple[
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
     start = time.perf_counter()
-    with _count_forwards(pipe) as counted:
+    with _count_forwards(pipe) as counted, warnings.catch_warnings():
+        # how diffusers tells of not-a-number in a picture, which it then draws black
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         images = pipe(prompt=[item.prompt for item in chunk], generator=generators, **rows).images
     seconds = round(time.perf_counter() - start, 4)
     return images, {"seconds": seconds, **_cost(pipe, rows, counted)}
@@ -228,6 +233,11 @@ def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] |
             ) from error
         if isinstance(error, DiffAccelError):
             raise
+        if isinstance(error, RuntimeWarning):
+            raise RunFailed(
+                f"The model gave not-a-number instead of a picture in {folder.new.settings['dtype']}. "
+                f"Try another --dtype, --size or --guidance. {kept}"
+            ) from error
         what = f"{type(error).__name__} while generating: {first_line(error)}"
         raise RunFailed(f"{what} (DIFFACCEL_DEBUG=1 shows where). {kept}") from error
 

@@ -139,6 +139,16 @@ def test_out_of_memory(sample, tmp_path, monkeypatch, sampler, error):
     assert not (tmp_path / "run").exists()
 
 
+def test_not_a_number(sample, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL
+
+    decode = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda self, z, **kwargs: decode(self, z * float("nan"), **kwargs))
+    done = sample("a cat", "--out", "run")
+    assert done.status == 3 and "not-a-number" in done.err and "another --dtype" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     write, calls = record.write_png, []
 
