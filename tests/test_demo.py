@@ -6,11 +6,11 @@ import json
 import re
 
 import pytest
+import tiny
 from PIL import Image
 
 from diffaccel import demo
 from diffaccel.demo import Variant, findings, run_demo
-from tests import tiny
 
 PROMPTS = ("a red apple", "<b>two</b> & a half cats")
 CHOSEN = (Variant(None, 3), Variant("euler", 3), Variant("heun", 3), Variant("dpmpp2m", 1))

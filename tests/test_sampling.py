@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+import tiny
 import torch
 
 import diffaccel
@@ -14,7 +15,6 @@ from diffaccel import requests, sampling, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.requests import Request, call_arguments
 from diffaccel.samplers import Ancestral, Euler, Heun
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

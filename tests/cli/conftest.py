@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiny
 
 from diffaccel.cli import main
-from tests import tiny
 
 
 @dataclass
