@@ -45,8 +45,8 @@ class _Recorder:
         self._module, self._record, self._latent_arg = module, record, latent_arg
         self._signature = signature_of(module)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
