@@ -186,7 +186,7 @@ def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, ste
     through = _through_vae(pipe, real)
     top = zero_shot(judge, world, seen, drawn)
     top_real, top_vae = zero_shot(judge, world, seen, real), zero_shot(judge, world, seen, through)
-    icons = _icon_features(judge, world, size)
+    icons = icon_features(judge, world, size)
     half, rest = icons[torch.randperm(len(icons), generator=torch.Generator().manual_seed(0))].chunk(2)
     distances = {
         "generated": frechet(judge.images(drawn), icons),
@@ -229,7 +229,7 @@ def _at_least(check: str, value: float, least: float, **extra: float) -> dict[st
     return _row(check, f">= {least}", value, value >= least, **extra)
 
 
-def _icon_features(judge: Judge, world: World, size: int) -> Tensor:
+def icon_features(judge: Judge, world: World, size: int) -> Tensor:
     """The judge's features of every training icon, filling a canvas of ``size`` pixels."""
     icons = world.training.nonzero().flatten().tolist()
     scenes = Scenes(world, [Row("single", (i,), (-1,), FILLED) for i in icons], seed=0, device="cpu")

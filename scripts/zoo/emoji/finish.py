@@ -1,0 +1,82 @@
+"""The last step before models are committed: what lets an installation check them without any data.
+
+    python -m scripts.zoo.emoji.finish --zoo diffaccel/zoo --data data/emoji
+
+adds to the judge ``fd_reference.safetensors``, mean and covariance of its features of every training icon at 128 and at
+64 px (Fréchet distances need no pictures then), and to the pipeline's card a golden picture of four steps. Both are
+taken from the packed weights, as users get them. Running it again gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from diffaccel.zoo import packing
+from scripts.zoo.emoji import export, score
+from scripts.zoo.emoji.world import World, load
+
+REFERENCE = "fd_reference.safetensors"
+SIZES = (128, 64)
+GOLDEN = {"prompt": "red apple, noto", "size": 64, "steps": 4, "guidance": 3.0, "seed": 0}
+
+
+def reference(judge: score.Judge, world: World, path: Path) -> dict[str, Any]:
+    """Write mean (D,), covariance (D, D) and count for each size; the protocol is in the file's metadata."""
+    tensors = {}
+    for size in SIZES:
+        features = score.icon_features(judge, world, size).double()
+        tensors[f"{size}.mean"] = features.mean(0).float()
+        tensors[f"{size}.cov"] = torch.cov(features.T).float()
+        tensors[f"{size}.count"] = torch.tensor(len(features))
+    protocol = {
+        "protocol": "diffaccel emoji icons, 1",
+        "features": "open_clip encode_image, not normalised; pictures in [-1, 1] on white, resized to the judge's "
+        "size by area when larger, by antialiased bilinear interpolation when smaller",
+        "pictures": "every training icon once, filling the canvas",
+    }
+    save_file(tensors, path, metadata=protocol)
+    return {"file": REFERENCE, "sizes": list(SIZES), "pictures": len(features), **protocol}
+
+
+def golden(pipe: Any) -> dict[str, Any]:
+    """A picture's 8 x 8 averages (3 channels, in [-1, 1]), fp32 on the CPU: small enough for a card."""
+    settings = {key: GOLDEN[key] for key in ("size", "steps", "guidance", "seed")}
+    picture = score.draw(pipe, [GOLDEN["prompt"]], batch=1, **settings)
+    values = F.adaptive_avg_pool2d(picture, 8).flatten()
+    return {**GOLDEN, "tolerance": 1e-3, "values": [round(value, 4) for value in values.tolist()]}
+
+
+def finish(zoo: Path, world: World) -> None:
+    """Add both to the packed models in ``zoo``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        pipe, plain = export.reload(zoo, Path(scratch), "cpu")
+        facts = reference(score.Judge(plain, "cpu"), world, plain / REFERENCE)
+        judge = zoo / "emoji-clip-judge"
+        packing.pack(plain, judge, keep=[REFERENCE])
+        sizes = [entry["size"] for entry in packing.read_manifest(judge)["packed"].values()]
+        _amend(judge / "card.json", {"fd_reference": facts, "bytes": {"packed": sum(sizes)}})
+        _amend(zoo / export.PIPELINE / "card.json", {"golden": golden(pipe)})
+
+
+def _amend(card: Path, facts: dict[str, Any]) -> None:
+    card.write_text(json.dumps(json.loads(card.read_text()) | facts, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--zoo", type=Path, default=Path("diffaccel/zoo"))
+    parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    options = parser.parse_args()
+    finish(options.zoo, load(options.data))
+
+
+if __name__ == "__main__":
+    main()
