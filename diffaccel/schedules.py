@@ -14,6 +14,7 @@ terminal signal-to-noise ratio is zero), the second in its own coordinates, wher
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,12 +72,19 @@ class Schedule:
     def __post_init__(self) -> None:
         self._index.update({float(s): i for i, s in enumerate(self.sigmas[:-1])})
 
+    @cached_property
+    def stock_sigmas(self) -> Tensor:
+        """``sigmas`` where the scheduler keeps them."""
+        return self.sigmas.to(self.device, copy=True)
+
     def timestep(self, sigma: Tensor) -> Tensor:
         """The network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid, interpolated off it.
 
         Off the grid the linear path of a flow model gives ``sigma * num_train_timesteps``, a continuous model
         ``log(sigma) / 4``; a tabulated model is asked at the time of equal log signal-to-noise ratio.
         """
+        if sigma.ndim == 0 and _same_memory(sigma, self.stock_sigmas):
+            return self.timesteps[sigma.storage_offset()]  # a view knows its place, and no device is waited for
         index = [self._index.get(level, -1) for level in sigma.reshape(-1).tolist()]
         if -1 not in index:
             return self.timesteps[index if sigma.ndim else index[0]]
@@ -194,6 +202,10 @@ def read(scheduler: Any) -> Schedule:
             "sample. Use a v_prediction model, or a schedule without rescale_betas_zero_snr."
         )
     return Schedule(LINEAR, sigmas, timesteps, prediction, True, train, table)
+
+
+def _same_memory(view: Tensor, base: Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
 def _once(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class Session:
     @cached_property
     def sigmas(self) -> Tensor:
         """``(n + 1,)`` noise levels of the call, fp32 on the CPU; in stock state where the scheduler keeps them."""
-        return self.schedule.sigmas.to(self.schedule.device) if self.stock_levels else self.schedule.sigmas
+        return self.schedule.stock_sigmas if self.stock_levels else self.schedule.sigmas
 
     @property
     def path(self) -> Path:

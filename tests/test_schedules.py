@@ -495,3 +495,16 @@ def test_the_fix_that_an_error_names_works(flag: str) -> None:
     fixed = diffusers.DDIMScheduler.from_config(scheduler.config, **{flag: False})
     fixed.set_timesteps(STEPS)
     assert isinstance(read(fixed), Schedule)
+
+
+def test_a_level_of_the_schedulers_own_device_knows_its_time() -> None:
+    """Stock state reads levels from a copy on the scheduler's device; their times are found without reading values."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(5)
+    schedule = read(scheduler)
+    own = schedule.stock_sigmas
+    assert torch.equal(own, schedule.sigmas) and own.data_ptr() != schedule.sigmas.data_ptr()
+    own_times = [schedule.timestep(level) for level in own[:-1]]
+    assert torch.equal(torch.stack(own_times), schedule.timesteps)
+    own.mul_(0)  # the values are not looked at
+    assert torch.equal(torch.stack([schedule.timestep(level) for level in own[:-1]]), schedule.timesteps)

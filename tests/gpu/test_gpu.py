@@ -93,9 +93,10 @@ def test_compiled_networks(how: str) -> None:
     assert torch.equal(run(pipe, "flux"), stock)
 
 
-def test_a_step_does_not_wait_for_the_device(family: str) -> None:
+@pytest.mark.parametrize("state", ["float32", "stock"])
+def test_a_step_does_not_wait_for_the_device(family: str, state: Any) -> None:
     """No host synchronisation inside the loop: the queue stays full."""
-    pipe = diffaccel.accelerate(tiny.make(family).to("cuda"), Euler())
+    pipe = diffaccel.accelerate(tiny.make(family).to("cuda"), Euler(state=state))
     run(pipe, family)
 
     def at_step(pipe: Any, i: int, t: Any, kwargs: Any) -> dict:
