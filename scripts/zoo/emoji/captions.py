@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from scripts.zoo.emoji.world import COLOURS, bucket
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
+RELATED = 0.75  # of the captions of pairs; the others say "and"
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Template, its share. {x} is the scene's phrase, {s} the style.
@@ -125,7 +126,7 @@ def core(facts: Facts, rng: random.Random, *, related: bool | None = None) -> st
     """The scene's phrase without style and tags.
 
     A pair is told as "A and B" in either order (which claims no order), or with a relation from either side.
-    ``related`` asks for the one or the other; by default two of three captions of a pair have a relation.
+    ``related`` asks for the one or the other; by default three of four captions of a pair have a relation.
     """
     if facts.count > 1:
         return f"{NUMBERS[facts.count]} {phrase(plural(facts.labels[0]), facts.colours[0])}"
@@ -133,7 +134,7 @@ def core(facts: Facts, rng: random.Random, *, related: bool | None = None) -> st
     if not facts.is_pair:
         return names[0]
     if related is None:
-        related = rng.random() < 2 / 3
+        related = rng.random() < RELATED
     turned = rng.random() < 0.5
     if turned:
         names.reverse()
@@ -169,36 +170,50 @@ def caption(
     return ", ".join(chosen) if chosen else x
 
 
-def contradiction(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str]) -> str:
-    """A caption of the same shape that is wrong in one thing: the hardest negative a text encoder can get.
+def contradiction(
+    facts: Facts,
+    seed: str,
+    rng: random.Random,
+    *,
+    others: Sequence[str],
+    styles: Sequence[str],
+    tags: Sequence[str] = (),
+    related: bool | None = None,
+) -> str:
+    """The caption that ``seed`` gives, wrong in one thing: the hardest negative a text encoder can get.
 
-    Pairs: the objects (or their colours) change places, or one is another object. Counts: another number or colour.
-    Coloured singles: another colour. Singles: another style, or another label out of ``others`` (its group).
+    Everything else stays: template, tags, relation word, order of naming. A false caption that could be told by its
+    form alone (always a relation where true ones often say "and") would teach the form and not the fact.
+    Pairs: the two change places, or their colours do, or one is another thing; without a relation only the latter two.
+    Counts: another number or colour. Coloured singles: another colour. Singles: another label of ``others``, or style.
     """
+    true = caption(facts, random.Random(seed), tags=tags, related=related)
+    wrong = _wrong(facts, rng, others=others, styles=styles, ordered=bool(related))
+    text = caption(wrong, random.Random(seed), tags=tags, related=related)
+    if text != true:
+        return text
+    # The template does not mention what was changed (a bare label's style, a label in a list of tags).
+    return caption(wrong, rng, plain=True, related=related)
+
+
+def _wrong(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str], ordered: bool) -> Facts:
     if facts.is_pair:
-        return _pair_contradiction(facts, rng, others)
+        choices = []
+        if ordered:
+            choices += [replace(facts, labels=facts.labels[::-1], colours=facts.colours[::-1])] * 3
+        if facts.colours[0] != facts.colours[1]:
+            choices.append(replace(facts, colours=facts.colours[::-1]))
+        if others:
+            choices.append(replace(facts, labels=(rng.choice(others), facts.labels[1])))
+        return rng.choice(choices) if choices else replace(facts, style=rng.choice(_without(styles, facts.style)))
     if facts.count > 1 and (facts.colours[0] is None or rng.random() < 0.5):
-        number = rng.choice([n for n in NUMBERS if n != facts.count])
-        return caption(replace(facts, count=number), rng)
+        return replace(facts, count=rng.choice(_without(NUMBERS, facts.count)))
     if facts.colours[0] is not None:
-        colour = rng.choice([c for c in range(len(COLOURS)) if c != facts.colours[0]])
-        return caption(replace(facts, colours=(colour,)), rng)
+        return replace(facts, colours=(rng.choice(_without(range(len(COLOURS)), facts.colours[0])),))
     if others and rng.random() < 0.7:
-        return caption(replace(facts, labels=(rng.choice(others),)), rng)
-    style = rng.choice([s for s in styles if s != facts.style])
-    wrong = replace(facts, style=style)
-    return rng.choice([t for t, _ in TEMPLATES[:-1]]).format(x=core(wrong, rng), s=style)
+        return replace(facts, labels=(rng.choice(others),))
+    return replace(facts, style=rng.choice(_without(styles, facts.style)))
 
 
-def _pair_contradiction(facts: Facts, rng: random.Random, others: Sequence[str]) -> str:
-    choice = rng.random()
-    distinct = facts.colours[0] != facts.colours[1]
-    if choice < 0.6 or not (distinct or others):
-        swapped = replace(facts, labels=facts.labels[::-1], colours=facts.colours[::-1])
-        return caption(swapped, rng, related=True)
-    if choice < 0.85 and distinct:
-        return caption(replace(facts, colours=facts.colours[::-1]), rng)
-    if not others:
-        return caption(replace(facts, stacked=not facts.stacked), rng, related=True)
-    wrong = (rng.choice(others), facts.labels[1])
-    return caption(replace(facts, labels=wrong), rng)
+def _without(values: Iterable, one) -> list:
+    return [value for value in values if value != one]

@@ -8,8 +8,9 @@ The judge's image tower needs timm beside open_clip.
 
 Contrastive training alone gives bags of coloured parts: "A left of B" and "B left of A" come out equal, and so does a
 picture cut into pieces. So every scene brings a false caption (objects, colours, style, number or label changed; see
-captions.contradiction) among the texts, and some bring their picture with shuffled patches among the images; both also
-enter on their own, each scene against its own false twin. A and B differ in tower, captions and in the scenes they see.
+captions.contradiction) among the texts, and some bring their picture with shuffled patches, or with the two things of a
+pair exchanged, among the images. Each scene is also compared with its own false twins, across and within the towers.
+A and B differ in image tower, in captions, and in the scenes they see.
 """
 
 from __future__ import annotations
@@ -82,6 +83,12 @@ def shuffle_patches(images: torch.Tensor, generator: torch.Generator) -> torch.T
     return blocks.reshape(b, c, height, width)
 
 
+def exchange_halves(images: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
+    """Pairs with the two things in each other's place, exactly: (B, 3, s, s), ``stacked`` (B,) bool."""
+    half = images.shape[-1] // 2
+    return torch.where(stacked[:, None, None, None], images.roll(half, 2), images.roll(half, 3))
+
+
 def augment(images: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:
     """A common translation on white in half of the steps, and a little noise."""
     draw = torch.randint(0, 2 * shift + 1, (3,), generator=generator, device=generator.device).tolist()
@@ -99,21 +106,29 @@ class Data:
         device = scenes.device
         self.scenes, self.size = scenes, shared.size
         self.tokens = tokenize(tokenizer, scenes.captions[clip.caption], shared.context).to(device)
-        self.false = tokenize(tokenizer, scenes.contradictions, shared.context).to(device)
+        self.false = tokenize(tokenizer, scenes.contradictions(clip.caption), shared.context).to(device)
         self.weights = scenes.sampler(shared.shares)
         self.weights[torch.arange(len(scenes), device=device) % _PARTS == clip.caption] = 0
         # Equal pictures up to place: not negatives of each other.
         keys: dict[tuple, int] = {}
         same = [keys.setdefault((row.icons, row.colours, row.stacked), len(keys)) for row in scenes.rows]
         self.same = torch.tensor(same, device=device)
-        # A shuffled pair or group may be another true picture of its caption; a shuffled single is not.
+        # Damage must make the caption false. Shuffled parts of a pair or a group may still be what it says, so only
+        # singles are shuffled; of pairs whose caption tells the order, the halves are exchanged.
+        self.related = torch.tensor(scenes.related(clip.caption), device=device)
+        self.stacked = torch.tensor([row.stacked for row in scenes.rows], device=device)
         single = torch.tensor([kind in ("single", "colour") for kind in KINDS], device=device)
-        self.may_shuffle = single[scenes.kind]
+        self.may_damage = single[scenes.kind] | self.related
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """Indices of scenes, those that may be shuffled first."""
+        """Indices of scenes, those that may be damaged first."""
         index = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        return index[self.may_shuffle[index].int().argsort(descending=True, stable=True)]
+        return index[self.may_damage[index].int().argsort(descending=True, stable=True)]
+
+    def damage(self, images: torch.Tensor, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pictures of scenes ``index`` of which their captions are no longer true."""
+        exchanged = exchange_halves(images, self.stacked[index])
+        return torch.where(self.related[index][:, None, None, None], exchanged, shuffle_patches(images, generator))
 
 
 def crop(tokens: torch.Tensor) -> torch.Tensor:
@@ -125,14 +140,14 @@ def crop(tokens: torch.Tensor) -> torch.Tensor:
 def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Contrastive loss with hard negatives in both directions, and the losses against each scene's own twins."""
     index = data.batch(clip.batch, generator)
-    images = augment(data.scenes.images(index, data.size), clip.shift, generator)
-    shuffled = min(round(clip.shuffled * len(index)), int(data.may_shuffle[index].sum()))
+    images = data.scenes.images(index, data.size)
+    damaged = min(round(clip.damaged * len(index)), int(data.may_damage[index].sum()))
+    images = torch.cat([images, data.damage(images[:damaged], index[:damaged], generator)])
     twins = torch.randperm(len(index), generator=generator, device=generator.device)
     twins = twins[: round(clip.contradicted * len(index))].to(index.device)
     texts = crop(torch.cat([data.tokens[index], data.false[index[twins]]]).long())
-    pictures = torch.cat([images, shuffle_patches(images[:shuffled], generator)])
     with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
-        seen = model.encode_image(pictures)
+        seen = model.encode_image(augment(images, clip.shift, generator))
         read = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
     seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
     count, scale = len(index), model.logit_scale.exp()
@@ -145,16 +160,27 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
         return F.cross_entropy(logits.masked_fill(F.pad(mask, (0, len(keys) - count)), -math.inf), target)
 
     match = (seen[:count] * read[:count]).sum(1)
-    text_gap = scale * (match[twins] - (seen[twins] * read[count:]).sum(1))
-    image_gap = scale * (match[:shuffled] - (seen[count:] * read[:shuffled]).sum(1))
+    false_read, false_seen = read[count:], seen[count:]
+    text_gap = scale * (match[twins] - (seen[twins] * false_read).sum(1))
+    image_gap = scale * (match[:damaged] - (false_seen * read[:damaged]).sum(1))
+    # Order is a product of what both towers say about place, and at the start neither says anything: a saddle. Asking
+    # each tower by itself to tell a true input from its false twin leads away from it.
+    text_apart = scale * (match[twins] - (read[twins] * false_read).sum(1))
+    image_apart = scale * (match[:damaged] - (seen[:damaged] * false_seen).sum(1))
     contrast = 0.5 * (direction(seen[:count], read) + direction(read[:count], seen))
-    hard = F.softplus(-text_gap).mean() + (F.softplus(-image_gap).mean() if shuffled else 0.0)
+    hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_apart, image_apart) if len(gap))
     return {
         "loss": contrast + clip.hard_weight * hard,
         "contrast": contrast.detach(),
         "false_text": (text_gap > 0).float().mean().detach(),
-        "shuffled": (image_gap > 0).float().mean().detach(),
+        "false_image": (image_gap > 0).float().mean().detach(),
+        "order": _order(text_gap, data.related[index[twins]]),
     }
+
+
+def _order(gap: torch.Tensor, related: torch.Tensor) -> torch.Tensor:
+    """The share of captions with a relation that are told from their false twin (three of four times, order)."""
+    return ((gap > 0) & related).float().sum().detach() / related.sum().clamp_min(1)
 
 
 def train_one(

@@ -36,7 +36,7 @@ class ClipRecipe:
     warmup: int = 100
     ema: float = 0.998
     contradicted: float = 1.0  # share of a batch that brings a false caption
-    shuffled: float = 0.25  # share of a batch that comes once more with its patches shuffled
+    damaged: float = 0.25  # share of a batch that comes once more as a picture that its caption is false of
     hard_weight: float = 0.5  # of the losses of each scene against its own false caption and shuffled picture
     shift: int = 4  # pixels of random translation
 

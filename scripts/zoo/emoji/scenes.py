@@ -28,6 +28,7 @@ from scripts.zoo.emoji.recipe import Recipe
 from scripts.zoo.emoji.world import COLOURS, COUNTS, World, withheld_count, withheld_pair
 
 KINDS = ("single", "colour", "pair", "colour_pair", "count")
+PAIRS = ("pair", "colour_pair")
 _CHUNK = {"cpu": 64, "cuda": 2048}  # scenes composed at a time: what a cache holds, what fills a device
 
 
@@ -89,12 +90,26 @@ class Scenes:
         """Two captions a scene: [0] has tags of even hash, [1] of odd; what reads one has not read the other."""
         return self._captions(0), self._captions(1)
 
+    def _seed(self, k: int, i: int) -> str:
+        return f"{self.seed}:{k}:{i}"
+
+    def related(self, k: int) -> list[bool]:
+        """Whether caption k of a scene tells the order of a pair."""
+        return [
+            row.kind in PAIRS and random.Random(f"{self._seed(k, i)}:related").random() < words.RELATED
+            for i, row in enumerate(self.rows)
+        ]
+
+    def _tags_of(self, k: int, row: Row) -> list[str]:
+        return self._tags[k][int(self.world.icon_label[row.icons[0]])] if row.kind == "single" else []
+
     def _captions(self, k: int) -> list[str]:
-        label_of, found = self.world.icon_label.tolist(), []
-        for i, row in enumerate(self.rows):
-            tags = self._tags[k][label_of[row.icons[0]]] if row.kind == "single" else ()
-            found.append(words.caption(self.facts(i), random.Random(f"{self.seed}:{k}:{i}"), tags=tags))
-        return found
+        return [
+            words.caption(
+                self.facts(i), random.Random(self._seed(k, i)), tags=self._tags_of(k, self.rows[i]), related=related
+            )
+            for i, related in enumerate(self.related(k))
+        ]
 
     @cached_property
     def plain(self) -> list[str]:
@@ -102,19 +117,26 @@ class Scenes:
         rng = random.Random(f"{self.seed}:plain")
         return [words.caption(self.facts(i), rng, related=True, plain=True) for i in range(len(self))]
 
-    @cached_property
-    def contradictions(self) -> list[str]:
-        """A false caption for each scene, wrong in one thing (captions.contradiction)."""
+    def contradictions(self, k: int) -> list[str]:
+        """Caption k of each scene, false in one thing (captions.contradiction)."""
         members: dict[str, list[str]] = {}
         for label, group in zip(self.world.labels, self.world.group, strict=True):
             members.setdefault(group, []).append(label)
         group_of = dict(zip(self.world.labels, self.world.group, strict=True))
         found = []
-        for i in range(len(self)):
+        for i, related in enumerate(self.related(k)):
             facts = self.facts(i)
-            others = [label for label in members[group_of[facts.labels[0]]] if label not in facts.labels]
-            rng = random.Random(f"{self.seed}:false:{i}")
-            found.append(words.contradiction(facts, rng, others=others, styles=self.world.styles))
+            found.append(
+                words.contradiction(
+                    facts,
+                    self._seed(k, i),
+                    random.Random(f"{self._seed(k, i)}:false"),
+                    others=[label for label in members[group_of[facts.labels[0]]] if label not in facts.labels],
+                    styles=self.world.styles,
+                    tags=self._tags_of(k, self.rows[i]),
+                    related=related,
+                )
+            )
         return found
 
     def images(self, index: torch.Tensor, size: int = CANVAS) -> torch.Tensor:

@@ -76,10 +76,16 @@ def bpe(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer, learner.pre_tokenizer = stock.normalizer, stock.pre_tokenizer
     letters = byte_letters()
-    # The trainer leaves out word-final forms of rare bytes; without them such letters would read as EOS.
-    alphabet = [*letters, *(f"{letter}</w>" for letter in letters)]
+    finals = [f"{letter}</w>" for letter in letters]
+    alphabet = [*letters, *finals]
+    # The trainer leaves out word-final forms of rare bytes; without them such letters would read as EOS. And it numbers
+    # the others in the order of a hash table, by which equal counts are ranked: named first, all have fixed numbers.
     trainer = trainers.BpeTrainer(
-        vocab_size=size + len(alphabet), end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+        vocab_size=size + len(alphabet),
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=finals,
+        show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]

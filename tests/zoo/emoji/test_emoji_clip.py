@@ -8,7 +8,7 @@ import torch
 
 from scripts.zoo.emoji import captions as words
 from scripts.zoo.emoji import clip, clip_eval, clip_export, heldout, recipe, tokenizers
-from scripts.zoo.emoji.scenes import build
+from scripts.zoo.emoji.scenes import Row, Scenes, build
 from scripts.zoo.emoji.world import bucket
 
 VIT = {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
@@ -64,6 +64,17 @@ def test_shuffling_moves_every_patch_somewhere_and_loses_none():
         assert all(not torch.equal(one, other) for one, other in zip(images, shuffled, strict=True))
 
 
+def test_exchanged_halves_are_the_scene_with_its_two_things_exchanged(world):
+    two = ((32.0, 64.0, 58.0), (96.0, 64.0, 58.0))
+    above = ((64.0, 32.0, 58.0), (64.0, 96.0, 58.0))
+    rows = []
+    for icons in ((0, 5), (5, 0)):
+        rows += [Row("pair", icons, (-1, -1), two), Row("pair", icons, (-1, -1), above, True)]
+    images = Scenes(world, rows, seed=0, device="cpu").images(torch.arange(4))
+    exchanged = clip.exchange_halves(images[:2], torch.tensor([False, True]))
+    assert torch.allclose(exchanged, images[2:], atol=1e-5)
+
+
 def test_cropping_padding_changes_no_feature(shared):
     model = clip.make(clip.model_config(shared.clip_a, shared, 1024)).eval()
     tokens = torch.full((3, 32), 1023)
@@ -97,7 +108,7 @@ def test_equal_pictures_are_no_negatives_and_parts_of_the_scenes_are_left_out(sc
     differing = next(i for i, row in enumerate(rows) if row.icons != rows[0].icons)
     assert made[0].same[0] != made[0].same[differing]
     index = made[0].batch(64, torch.Generator().manual_seed(0))
-    first = made[0].may_shuffle[index].int()
+    first = made[0].may_damage[index].int()
     assert torch.equal(first, first.sort(descending=True).values)
 
 
@@ -116,7 +127,7 @@ def test_one_batch_can_be_learned_and_its_false_twins_told_apart(scenes, shared,
         optimizer.step()
     assert found[-1]["loss"] < 0.3 * found[0]["loss"]
     assert found[-1]["false_text"] == 1
-    assert found[-1]["shuffled"] == 1
+    assert found[-1]["false_image"] == 1
 
 
 @pytest.mark.parametrize("name", clip.NAMES)

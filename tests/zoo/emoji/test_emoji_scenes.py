@@ -26,7 +26,7 @@ def test_the_same_seed_makes_the_same_scenes(world, counts, scenes):
     again, other = build(world, shared, 0, "cpu"), build(world, shared, 1, "cpu")
     assert again.rows == scenes.rows
     assert again.captions == scenes.captions
-    assert again.contradictions == scenes.contradictions
+    assert again.contradictions(1) == scenes.contradictions(1)
     assert other.rows != scenes.rows
 
 
@@ -78,10 +78,21 @@ def test_plain_prompts_name_the_style_and_the_order(sets):
 
 
 def test_two_captions_a_scene_and_tags_only_for_singles(scenes):
-    assert all(len(texts) == len(scenes) for texts in (*scenes.captions, scenes.contradictions, scenes.plain))
+    assert all(len(texts) == len(scenes) for texts in (*scenes.captions, scenes.contradictions(0), scenes.plain))
     for k in (0, 1):
         tagged = {KINDS[kind] for kind, text in zip(scenes.kind, scenes.captions[k], strict=True) if "tag " in text}
         assert tagged == {"single"}
+
+
+def test_captions_tell_the_order_where_the_table_says_so(scenes):
+    for k in (0, 1):
+        false = scenes.contradictions(k)
+        for i, related in enumerate(scenes.related(k)):
+            facts = scenes.facts(i)
+            assert facts.is_pair or not related
+            if facts.is_pair:
+                assert (" and " not in scenes.captions[k][i]) == related == (" and " not in false[i])
+            assert false[i] != scenes.captions[k][i]
 
 
 def test_pictures_are_in_range_and_small_ones_are_pooled(scenes):
