@@ -1,6 +1,7 @@
 """From a work folder to packed models and back: what a user loads, what travels, what training resumes from."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.zoo import packing
-from scripts.zoo.emoji import export, flow, recipe_flow, score, tokenizers, vae
+from scripts.zoo.emoji import export, finish, flow, recipe_flow, score, tokenizers, vae
 from scripts.zoo.training import Deadline, Plan, Run
 
 CAPTIONS = ["red apple, noto", "blue cat left of green dog, twemoji", "three bananas in fluent 3d style"]
@@ -118,7 +119,11 @@ def test_everything_that_must_go_with_the_weights_is_there(zoo):
         assert files >= {"manifest.json", "card.json", "README.md", "NOTICE", "LICENSE-MIT", "LICENSE-APACHE"}
         assert not any(p.is_dir() for p in (zoo / name).iterdir())  # package data is one level deep
         card = json.loads((zoo / name / "card.json").read_text())
-        assert card["state"].startswith("interim") and card["licence"] == "Apache-2.0" and card["bytes"]["packed"] > 0
+        assert (
+            card["state"] == "below acceptance in: label, top 1"
+            and card["licence"] == "Apache-2.0"
+            and card["bytes"]["packed"] > 0
+        )
         plain = json.loads((zoo / name / "manifest.json").read_text())["files"]
         assert {"NOTICE", "LICENSE-MIT", "LICENSE-APACHE"} <= set(plain)
     readme = (zoo / export.PIPELINE / "README.md").read_text()
@@ -149,6 +154,20 @@ def test_rounding_of_packed_weights_is_measured(work, zoo, tmp_path):
     assert score.rounding(packed, packed, **settings) > 120 and (judge / "open_clip_config.json").is_file()
     score.grid(packed, tmp_path / "grid.png", **settings)
     assert (tmp_path / "grid.png").stat().st_size > 1000
+
+
+def test_cards_take_a_report_and_packed_files_stay(zoo, tmp_path):
+    shutil.copytree(zoo, tmp_path / "zoo")
+    row = {"check": "label, top 1", "target": ">= 0.55", "value": 0.7, "passed": True}
+    (tmp_path / "report.json").write_text(json.dumps({"acceptance": [row], "quality": {"x": 1}, "note": "Good."}))
+    (tmp_path / "grid.png").write_bytes(b"png")
+    finish.publish(tmp_path / "zoo", tmp_path)
+    folder = tmp_path / "zoo" / export.PIPELINE
+    card = json.loads((folder / "card.json").read_text())
+    assert card["state"] == "accepted" and card["quality"] == {"x": 1} and (folder / "grid.png").is_file()
+    readme = (folder / "README.md").read_text()
+    assert "| label, top 1 | 0.7 | >= 0.55 |  | yes |" in readme and "(grid.png)" in readme and "Good." in readme
+    packing.verify(folder, packing.read_manifest(folder)["packed"], "file", "fix")
 
 
 def test_open_clip_loads_the_unpacked_judge(zoo, tmp_path):

@@ -1,5 +1,8 @@
 """The models in this installation: complete, loadable by stock libraries, and what their cards say."""
 
+import copy
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,8 +65,23 @@ def test_golden_picture(pipe):
     torch.testing.assert_close(values, torch.tensor(golden["values"]), rtol=0, atol=golden["tolerance"])
 
 
-def test_packing_cost_at_most_what_40_db_allow():
-    assert zoo.card(FLUX)["quality"]["int8 against bf16, PSNR in dB"] >= 40
+def test_errors_as_large_as_packings_leave_pictures_alone(pipe):
+    """The bf16 originals do not ship: errors of packing's law, uniform within half a step, stand in for its own."""
+    g = torch.Generator().manual_seed(0)
+    other = copy.deepcopy(pipe.components)
+    with torch.no_grad():
+        for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            for weight in other[part].parameters():
+                if weight.dim() >= 2:
+                    _, scale = packing.quantize_rows(weight)
+                    error = torch.rand(weight.shape, generator=g) - 0.5
+                    weight += error * scale.view(-1, *[1] * (weight.dim() - 1))
+    noisy = type(pipe)(**other)
+    noisy.set_progress_bar_config(disable=True)
+    prompts = ["red apple, noto", "blue cat face, twemoji", "house, fluent 3d", "two balloons, noto"]
+    error = (_draw(noisy, prompts, steps=8) - _draw(pipe, prompts, steps=8)).square().mean()
+    psnr = 10 * math.log10(4 / error.item())
+    assert psnr >= 40, psnr
 
 
 def test_rows_do_not_depend_on_their_batch(pipe):
@@ -99,24 +117,22 @@ def test_colour_words_are_obeyed(pipe):
     from scripts.zoo.emoji import checks
     from scripts.zoo.emoji.world import COLOURS
 
-    words = [colour for colour in COLOURS for _ in range(2)] + ["red", "blue"]
-    things = ["cat face", "fish", "house", "rocket", "umbrella", "bell", "teapot", "sailboat"] * 2
+    words = [*COLOURS, "red", "blue", "green"]
+    things = ["cat face", "fish", "house", "rocket", "umbrella", "bell", "teapot", "sailboat", "pizza", "key"]
     prompts = [f"{word} {thing}, noto" for word, thing in zip(words, things, strict=True)]
-    found = checks.colour(_draw(pipe, prompts, steps=8))
+    found = checks.colour(_draw(pipe, prompts))
     good = sum(COLOURS[int(i)] == word for i, word in zip(found, words, strict=True))
-    assert good >= 14, good
+    assert good >= 9, good
 
 
 def test_number_words_are_obeyed(pipe):
     from scripts.zoo.emoji import checks
 
     numbers = {"two": 2, "three": 3, "four": 4}
-    prompts = [
-        f"{n} {thing}, noto" for n in numbers for thing in ("red apples", "cat faces", "balloons", "fish", "bells")
-    ]
+    prompts = [f"{number} {thing}, noto" for number in numbers for thing in ("red apples", "cat faces", "balloons")]
     truth = torch.tensor([numbers[prompt.split()[0]] for prompt in prompts])
-    good = int((checks.count(_draw(pipe, prompts, 128, steps=8)) == truth).sum())
-    assert good >= 12, good
+    good = int((checks.count(_draw(pipe, prompts)) == truth).sum())
+    assert good >= 8, good
 
 
 def test_judge_and_its_reference():

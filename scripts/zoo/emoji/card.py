@@ -63,13 +63,21 @@ def legal(folder: Path) -> None:
     shutil.copyfile(APACHE, folder / "LICENSE-APACHE")
 
 
+def state(report: dict[str, Any]) -> str:
+    """What a report says about shipping: accepted, or which checks stand in the way."""
+    table = report.get("acceptance", [])
+    if not table:
+        return "not measured yet"
+    open_checks = [row["check"] for row in table if not row["passed"]]
+    return f"below acceptance in: {'; '.join(open_checks)}" if open_checks else "accepted"
+
+
 def _common(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
-    accepted = bool(report.get("accepted"))
     return {
         "name": name,
         "licence": "Apache-2.0",
         "attribution": ATTRIBUTION.strip().splitlines(),
-        "state": "accepted" if accepted else "interim: below its acceptance numbers, will be replaced",
+        "state": state(report),
         "recipe": recipe.name,
         "note": report.get("note", ""),
     }
@@ -123,6 +131,8 @@ def clip(name: str, recipe: Recipe, report: dict[str, Any], quality: dict[str, A
 def readme(facts: dict[str, Any]) -> str:
     """The model card for readers, from the same facts."""
     lines = [f"# {facts['name']}", "", f"{facts['title']}. State: **{facts['state']}**.", ""]
+    if facts.get("grid"):
+        lines += [f"![24 fixed prompts, failures included]({facts['grid']})", ""]
     if facts["note"]:
         lines += [facts["note"], ""]
     if "use" in facts:

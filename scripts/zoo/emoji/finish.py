@@ -1,16 +1,18 @@
 """The last step before models are committed: what lets an installation check them without any data.
 
-    python -m scripts.zoo.emoji.finish --zoo diffaccel/zoo --data data/emoji
+    python -m scripts.zoo.emoji.finish --zoo diffaccel/zoo --data data/emoji [--report OUT]
 
 adds to the judge ``fd_reference.safetensors``, mean and covariance of its features of every training icon at 128 and at
 64 px (Fréchet distances need no pictures then), and to the pipeline's card a golden picture of four steps. Both are
-taken from the packed weights, as users get them. Running it again gives the same files.
+taken from the packed weights, as users get them. With ``--report`` the folder's ``report.json`` and ``grid.png`` (see
+score.py) go into the cards. Running it again gives the same files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from diffaccel.zoo import packing
-from scripts.zoo.emoji import export, score
+from scripts.zoo.emoji import card, export, score
 from scripts.zoo.emoji.world import World, load
 
 REFERENCE = "fd_reference.safetensors"
@@ -55,27 +57,47 @@ def golden(pipe: Any) -> dict[str, Any]:
 
 
 def finish(zoo: Path, world: World) -> None:
-    """Add both to the packed models in ``zoo``."""
+    """Add golden picture and reference to the packed models in ``zoo``."""
     with tempfile.TemporaryDirectory() as scratch:
         pipe, plain = export.reload(zoo, Path(scratch), "cpu")
         facts = reference(score.Judge(plain, "cpu"), world, plain / REFERENCE)
         judge = zoo / "emoji-clip-judge"
         packing.pack(plain, judge, keep=[REFERENCE])
-        sizes = [entry["size"] for entry in packing.read_manifest(judge)["packed"].values()]
-        _amend(judge / "card.json", {"fd_reference": facts, "bytes": {"packed": sum(sizes)}})
-        _amend(zoo / export.PIPELINE / "card.json", {"golden": golden(pipe)})
+        sizes = {
+            "packed": sum(entry["size"] for entry in packing.read_manifest(judge)["packed"].values()),
+            "plain": sum(p.stat().st_size for p in plain.rglob("*") if p.is_file()),
+        }
+        amend(judge, {"fd_reference": facts, "bytes": sizes})
+        amend(zoo / export.PIPELINE, {"golden": golden(pipe)})
 
 
-def _amend(card: Path, facts: dict[str, Any]) -> None:
-    card.write_text(json.dumps(json.loads(card.read_text()) | facts, indent=1) + "\n")
+def publish(zoo: Path, folder: Path) -> None:
+    """Put a report and its grid into the cards."""
+    report = json.loads((folder / "report.json").read_text())
+    facts = {"state": card.state(report), "note": report.get("note", "")}
+    for name in export.CLIPS:
+        amend(zoo / name, facts)
+    pipeline = zoo / export.PIPELINE
+    shutil.copyfile(folder / "grid.png", pipeline / "grid.png")
+    amend(pipeline, {**facts, "grid": "grid.png", "acceptance": report["acceptance"], "quality": report["quality"]})
+
+
+def amend(model: Path, facts: dict[str, Any]) -> None:
+    """Change a card and the README made of it; neither is among the packed files."""
+    changed = json.loads((model / "card.json").read_text()) | facts
+    (model / "card.json").write_text(json.dumps(changed, indent=1) + "\n")
+    (model / "README.md").write_text(card.readme(changed))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zoo", type=Path, default=Path("diffaccel/zoo"))
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
+    parser.add_argument("--report", type=Path, help="folder with report.json and grid.png")
     options = parser.parse_args()
     finish(options.zoo, load(options.data))
+    if options.report:
+        publish(options.zoo, options.report)
 
 
 if __name__ == "__main__":

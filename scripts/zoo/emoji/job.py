@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from diffaccel.errors import unknown
+from diffaccel.errors import DiffAccelError, unknown
 from scripts.zoo.emoji import clip, data, export, flow, recipe_flow, scenes, score, vae, world
 from scripts.zoo.emoji import recipe as data_recipe
 from scripts.zoo.training import Deadline
@@ -177,12 +177,15 @@ def main() -> None:
     for stage in chosen:
         if stage not in STAGES:
             raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")
-    job = Job(options)
-    for stage in STAGES:
-        if stage in chosen:
-            start = time.monotonic()
-            getattr(job, stage)()
-            print(f"{stage}: {time.monotonic() - start:.1f} s", flush=True)
+    try:
+        job = Job(options)
+        for stage in STAGES:
+            if stage in chosen:
+                start = time.monotonic()
+                getattr(job, stage)()
+                print(f"{stage}: {time.monotonic() - start:.1f} s", flush=True)
+    except DiffAccelError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
