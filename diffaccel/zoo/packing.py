@@ -2,7 +2,7 @@
 
 A packed folder is flat and holds
 
-- ``weights-00001-of-0000N.safetensors``: every tensor of the model, cut into shards,
+- ``weights-00001-of-0000N.zip``: every tensor of the model, cut into shards, each one deflated safetensors file,
 - ``files.zip``: configurations, tokenizers and other small files, as they are,
 - ``manifest.json``: format version, sizes and sha256 of both, and the dtype every tensor goes back to.
 
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 FILES = "files.zip"
 SHARD_BYTES = 15 * 2**20
+_SHARD = "weights.safetensors"
 _HEADER_ENTRY = 96  # bytes of a shard's JSON header that one tensor takes at most, beside its name
 _SKIPPED = (".gitattributes", ".DS_Store")
 
@@ -48,7 +49,7 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
     if not sources:
         raise DiffAccelError(f"There is nothing to pack: '{folder}' holds no files; give a saved model folder.")
     out.mkdir(parents=True, exist_ok=True)
-    for old in [*out.glob("weights-*.safetensors"), out / FILES, out / MANIFEST]:
+    for old in [*out.glob("weights-*"), out / FILES, out / MANIFEST]:
         old.unlink(missing_ok=True)
 
     tensors: dict[str, Any] = {}
@@ -59,7 +60,7 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
             relative = source.relative_to(folder).as_posix()
             exact = any(fnmatch.fnmatch(relative, pattern) for pattern in keep)
             weights[relative] = _encode_file(source, relative, exact, tensors)
-    _write_zip(out / FILES, folder, plain)
+    _write_zip(out / FILES, {p.relative_to(folder).as_posix(): p.read_bytes() for p in plain})
     packed = [FILES, *_write_shards(out, tensors, shard_bytes)]
     manifest = {
         "format": FORMAT,
@@ -189,7 +190,7 @@ def _scale_key(key: str) -> str:
 
 
 def _write_shards(out: Path, tensors: dict[str, torch.Tensor], limit: int) -> list[str]:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     shards: list[dict[str, torch.Tensor]] = []
     room = 0
@@ -202,30 +203,31 @@ def _write_shards(out: Path, tensors: dict[str, torch.Tensor], limit: int) -> li
             room = limit - _HEADER_ENTRY
         shards[-1][key] = tensors[key]
         room -= size
-    names = [f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = [f"weights-{i:05d}-of-{len(shards):05d}.zip" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, out / name)
+        # int8 codes of weights use little more than seven of their eight bits
+        _write_zip(out / name, {_SHARD: save(shard)})
     return names
 
 
 def _read_shards(packed: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
-        if name.endswith(".safetensors"):
-            tensors.update(load_file(packed / name))
+        if name.startswith("weights-"):
+            with zipfile.ZipFile(packed / name) as archive:
+                tensors.update(load(archive.read(_SHARD)))
     return tensors
 
 
-def _write_zip(path: Path, folder: Path, sources: Iterable[Path]) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for source in sources:
+def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
             # A fixed date keeps the archive's bytes the same whenever the same files are packed.
-            info = zipfile.ZipInfo(source.relative_to(folder).as_posix(), date_time=(1980, 1, 1, 0, 0, 0))
-            info.compress_type = zipfile.ZIP_DEFLATED
+            info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             info.external_attr = 0o644 << 16
-            archive.writestr(info, source.read_bytes())
+            archive.writestr(info, data, zipfile.ZIP_DEFLATED, 9)
 
 
 def _read_zip(path: Path, out: Path, names: Sequence[str]) -> None:

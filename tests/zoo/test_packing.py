@@ -99,7 +99,7 @@ def test_stock_pipeline_loads_the_unpacked_folder_and_draws_the_same_picture(pac
 
 def test_shards_stay_below_their_limit(packed):
     names = sorted(p.name for p in packed.glob("weights-*"))
-    assert len(names) > 1 and names[-1].endswith(f"of-{len(names):05d}.safetensors")
+    assert len(names) > 1 and names[-1].endswith(f"of-{len(names):05d}.zip")
     assert all((packed / name).stat().st_size <= 2**17 for name in names)
 
 

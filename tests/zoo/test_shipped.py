@@ -55,7 +55,7 @@ def test_packed_files_fit_their_limits():
         sizes = [entry["size"] for entry in packing.read_manifest(zoo._ROOT / name)["packed"].values()]
         assert max(sizes) <= packing.SHARD_BYTES
         total += sum(sizes)
-    assert total < 45e6
+    assert total < 40e6
 
 
 def test_golden_picture(pipe):

@@ -46,7 +46,11 @@ def assemble(work: Path, recipe: recipe_flow.Recipe, dtype: torch.dtype = torch.
         **modules,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(dtype)
+    pipe.to(dtype)
+    # A plain from_pretrained gives diffusers' models fp32 and transformers' models the dtype of their file.
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        encoder.to(torch.float32)
+    return pipe
 
 
 def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, Any] | None = None) -> None:
