@@ -174,7 +174,7 @@ def fetch(out: Path, *, force: bool = False) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("data/emoji"), help="folder for the archives")
+    parser.add_argument("--out", "--data", type=Path, default=Path("data/emoji"), help="folder for the archives")
     parser.add_argument("--force", action="store_true", help="make the archives again even if they are up to date")
     options = parser.parse_args()
     try:
