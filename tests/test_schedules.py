@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from analytic import BIMODAL
+from installed_schedulers import ALL, FLOW, STEPS, make
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
@@ -20,40 +19,6 @@ from diffaccel.flow import LINEAR, VE_PATH, output
 from diffaccel.schedules import FLOW_STATE, VE_STATE, VP_STATE, Schedule, read
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, from inside diffusers
-
-TRAINED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-STEPS = 10
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-# Every scheduler is tried as it comes and with each of these that its constructor knows.
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"timestep_spacing": "linspace"},
-    {"timestep_spacing": "leading", "steps_offset": 1},
-    {"timestep_spacing": "trailing"},
-    {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"use_lu_lambdas": True},
-    {"interpolation_type": "log_linear"},
-    {"final_sigmas_type": "sigma_min"},
-    {"set_alpha_to_one": False},
-    {"skip_prk_steps": True},
-    {"timestep_type": "continuous", "prediction_type": "v_prediction"},
-    {**FLOW, "flow_shift": 3.0},
-    {**FLOW, "use_karras_sigmas": True},
-    {**FLOW, "use_dynamic_shifting": True, "mu": 0.8},
-    {**FLOW, "shift_terminal": 0.1},
-]
-FLOW_VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"shift": 3.0},
-    {"use_dynamic_shifting": True, "mu": 0.8},
-    {"use_dynamic_shifting": True, "time_shift_type": "linear", "mu": 0.8},
-    {"shift_terminal": 0.1},
-    {"use_karras_sigmas": True},
-    {"use_exponential_sigmas": True},
-    {"stochastic_sampling": True},
-]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,50 +28,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def _class(name: str) -> Any:
-    return getattr(diffusers, name)
-
-
-def make(name: str, steps: int = STEPS, **config: Any) -> Any:
-    """A scheduler after ``set_timesteps``; optional dependencies of diffusers that are absent skip the test."""
-    return copy.deepcopy(_made(name, steps, tuple(config.items())))
-
-
-@functools.cache
-def _made(name: str, steps: int, items: tuple[tuple[str, Any], ...]) -> Any:
-    config = dict(items)
-    mu = {"mu": config.pop("mu")} if "mu" in config else {}
-    known = inspect.signature(_class(name).__init__).parameters
-    for key, value in {**TRAINED, "clip_sample": False}.items():
-        if key in known:
-            config.setdefault(key, value)
-    try:
-        scheduler = _class(name)(**config)
-    except ImportError as error:
-        pytest.skip(" ".join(str(error).split()))
-    scheduler.set_timesteps(steps, **mu)
-    return scheduler
-
-
-def _cases(names: set[str], variants: list[dict[str, Any]]) -> list[Any]:
-    cases = []
-    for name in sorted(names):
-        known = inspect.signature(_class(name).__init__).parameters
-        for variant in variants:
-            if set(variant) - {"mu"} <= set(known):
-                label = " ".join(f"{k}={v}" for k, v in variant.items())
-                cases.append(pytest.param(name, variant, id=f"{name} {label}".strip()))
-    return cases
-
-
-TRAINED_CASES = _cases(VE_STATE | VP_STATE, [v for v in VARIANTS if "use_flow_sigmas" not in v])
-ALL = [
-    *TRAINED_CASES,
-    *_cases(VP_STATE, [v for v in VARIANTS if "use_flow_sigmas" in v]),
-    *_cases(FLOW_STATE, FLOW_VARIANTS),
-]
 
 
 def _draw(seed: int) -> Tensor:
