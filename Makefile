@@ -6,6 +6,9 @@
 # CONSTRAINTS=...  another set of versions (CONSTRAINTS=/dev/null: the newest that pyproject.toml allows)
 # PYTEST_ARGS=...  passed on to pytest
 
+# Threads that wait by spinning take the cores from those they wait for, tenfold slower on a busy machine.
+export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := test
 .PHONY: setup test test-all demo lint clean
 
