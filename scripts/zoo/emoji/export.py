@@ -124,7 +124,7 @@ def restore(zoo: Path, work: Path) -> None:
         for part in ("transformer", "text_encoder_2"):
             for file in sorted((plain / part).glob("*.safetensors")):
                 for key, value in load_file(file).items():
-                    tensors |= {f"{kind}.{part}.{key}": value.float() for kind in ("live", "ema")}
+                    tensors |= {f"{kind}.{part}.{key}": value.float().clone() for kind in ("live", "ema")}
     training = json.loads((zoo / PIPELINE / "card.json").read_text())["training"]
     state = {**training, "version": STATE_VERSION, "updates": training["step"], "restarted_at": None}
     save_atomically(tensors, work / "flow.safetensors", {"state": json.dumps(state)})

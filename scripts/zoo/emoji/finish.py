@@ -74,12 +74,13 @@ def finish(zoo: Path, world: World) -> None:
 def publish(zoo: Path, folder: Path) -> None:
     """Put a report and its grid into the cards."""
     report = json.loads((folder / "report.json").read_text())
-    facts = {"state": card.state(report), "note": report.get("note", "")}
-    for name in export.CLIPS:
-        amend(zoo / name, facts)
+    judged = [row for row in report["acceptance"] if row["check"].startswith("judge:")]
+    amend(zoo / "emoji-clip-judge", {"state": card.state({"acceptance": judged}), "acceptance": judged})
+    amend(zoo / "emoji-clip-reward", {"state": "measured (card.json), no acceptance of its own"})
     pipeline = zoo / export.PIPELINE
     shutil.copyfile(folder / "grid.png", pipeline / "grid.png")
-    amend(pipeline, {**facts, "grid": "grid.png", "acceptance": report["acceptance"], "quality": report["quality"]})
+    facts = {key: report[key] for key in ("acceptance", "quality")}
+    amend(pipeline, {**facts, "state": card.state(report), "note": report.get("note", ""), "grid": "grid.png"})
 
 
 def amend(model: Path, facts: dict[str, Any]) -> None:

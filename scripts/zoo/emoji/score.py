@@ -303,7 +303,7 @@ def score(
     report["acceptance"] = _judge_rows(judged) + report["acceptance"]
     if loss is not None:
         report["acceptance"].append(_row("training loss at 128 px", "<= 0.11", loss, loss <= 0.11))
-    report["acceptance"].append(_row("a person recognises 20 of the grid's 24", ">= 20", None, None))
+    report["acceptance"].append(_row("recognisable by eye in the grid, of 24", ">= 20", None, None))
     if device == "cpu":
         report["quality"]["latency"] = {"threads": torch.get_num_threads(), "rows": latency(pipe)}
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
