@@ -23,7 +23,7 @@ def pipes():
 
 
 def guidance(pipe, **wanted):
-    chosen = call_arguments(pipe, Request(prompts=("a",), steps=2, **wanted))
+    chosen = call_arguments(pipe, Request(prompts=("a",), model="mine", steps=2, **wanted))
     chosen.pop("num_inference_steps")
     return chosen
 
@@ -49,7 +49,7 @@ def test_guidance_is_asked_for_as_the_family_wants_it(pipes, family, wanted, exp
 @pytest.mark.parametrize(("family", "wanted", "branches"), [(f, w, 2 if len(e) > 1 else 1) for f, w, e in GUIDANCE[:6]])
 def test_guidance_has_the_effect_that_was_asked_for(pipes, family, wanted, branches, tmp_path):
     """The network sees both branches exactly when the request is guided by two."""
-    request = Request(prompts=("a cat",), steps=1, size=(32, 32), **wanted)
+    request = Request(prompts=("a cat",), model="mine", steps=1, size=(32, 32), **wanted)
     cost = sampling.generate_run(request, tmp_path, pipe=pipes[family])["cost"]
     assert cost["forwards"] == branches * cost["nfe"] and cost["nfe"] == 1
 
@@ -66,7 +66,7 @@ def test_guidance_has_the_effect_that_was_asked_for(pipes, family, wanted, branc
 )
 def test_what_a_family_cannot_do(pipes, family, wanted, message):
     with pytest.raises(DiffAccelError, match=message):
-        call_arguments(pipes[family], Request(prompts=("a",), **wanted))
+        call_arguments(pipes[family], Request(prompts=("a",), model="mine", **wanted))
 
 
 def test_a_pipeline_without_guidance(pipes):
@@ -74,9 +74,9 @@ def test_a_pipeline_without_guidance(pipes):
         def __call__(self, prompt, num_inference_steps=5, generator=None):
             raise NotImplementedError
 
-    assert call_arguments(Plain(), Request(prompts=("a",))) == {"num_inference_steps": 5}
+    assert call_arguments(Plain(), Request(prompts=("a",), model="mine")) == {"num_inference_steps": 5}
     with pytest.raises(DiffAccelError, match="Plain takes no guidance"):
-        call_arguments(Plain(), Request(prompts=("a",), guidance=3.0))
+        call_arguments(Plain(), Request(prompts=("a",), model="mine", guidance=3.0))
 
 
 def test_items_are_prompt_by_prompt_with_their_own_seeds():
@@ -125,7 +125,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(pipes, tmp_path, config):
     try:
         images = []
         for other in ("two cats", "a red apple"):
-            request = Request(prompts=("a house", other), steps=2, size=(32, 32), batch=2, threads=1)
+            request = Request(prompts=("a house", other), model="mine", steps=2, size=(32, 32), batch=2, threads=1)
             images.append(sampling.generate_run(request, tmp_path / other, pipe=pipe)["images"])
     finally:
         diffaccel.remove(pipe)
@@ -135,7 +135,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(pipes, tmp_path, config):
 
 def test_threads_are_put_back(pipes, tmp_path):
     before = torch.get_num_threads()
-    request = Request(prompts=("a cat",), steps=1, size=(32, 32), threads=before + 1)
+    request = Request(prompts=("a cat",), model="mine", steps=1, size=(32, 32), threads=before + 1)
     made = sampling.generate_run(request, tmp_path, pipe=pipes["flux"])
     assert made["settings"]["threads"] == before + 1 and torch.get_num_threads() == before
 
@@ -149,7 +149,7 @@ def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    request = Request(prompts=("a cat",), num=4, steps=1, size=(32, 32), threads=1)
+    request = Request(prompts=("a cat",), model="mine", num=4, steps=1, size=(32, 32), threads=1)
     hook = pipe.transformer.register_forward_pre_hook(press)
     try:
         with pytest.raises(KeyboardInterrupt, match="same command continues"):
@@ -160,6 +160,17 @@ def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
         hook.remove()
     assert len(calls) == 3 + 2
     assert continued["images"] == sampling.generate_run(request, tmp_path / "whole", pipe=pipe)["images"]
+
+
+def test_a_run_in_parts_is_the_run(pipes, tmp_path):
+    request = Request(prompts=("a cat",), num=5, batch=2, steps=1, size=(32, 32), threads=1)
+    states = []
+    for _ in range(3):
+        record = sampling.generate_run(request, tmp_path / "parts", pipe=pipes["flux"], stop_after=1)
+        states.append((record["state"], len(list((tmp_path / "parts").glob("*.png")))))
+    assert states == [("running", 2), ("running", 4), ("finished", 5)]
+    whole = sampling.generate_run(request, tmp_path / "whole", pipe=pipes["flux"])
+    assert record["images"] == whole["images"]
 
 
 def test_the_network_of_a_pipeline(pipes):
