@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from diffaccel import compose, opening, record, zoo
 from diffaccel.requests import Request
 from diffaccel.sampling import generate_run
@@ -63,7 +65,7 @@ def run_demo(
     model: str = zoo.DEFAULT,
     prompts: Sequence[str] = PROMPTS,
     chosen: Sequence[Variant] | None = None,
-    batch: int = 4,
+    batch: int = 2,
     seed: int = 0,
     size: tuple[int, int] | None = None,
     guidance: float | None = None,
@@ -82,13 +84,16 @@ def run_demo(
     folder, digest = opening.locate(model)
     pipe = opening.open_pipeline(request, folder, device, opening.pick_dtype(request.dtype, device))
     pipe.set_progress_bar_config(disable=True)
-    runs = []
-    with _bar(len(chosen), progress) as bar:
-        _warm_up(pipe, request)
-        for variant in chosen:
-            bar.set_description(variant.label)
-            runs.append(_run(pipe, request, variant, out, digest))
-            bar.update()
+    _warm_up(pipe, request)
+    # a call of every variant, then the next of each: what else the machine does meanwhile meets all of them alike
+    rounds = len(request.chunks())
+    with tqdm(total=rounds * len(chosen), disable=not progress, unit="call") as bar:
+        for _ in range(rounds):
+            runs = []
+            for variant in chosen:
+                bar.set_description(variant.label)
+                runs.append(_run(pipe, request, variant, out, digest))
+                bar.update()
     rows = [_row(out, variant, run, runs[0]) for variant, run in zip(chosen, runs, strict=True)]
     first = runs[0]
     made = record.Record(
@@ -107,7 +112,8 @@ def _run(pipe: Any, request: Request, variant: Variant, out: Path, digest: str) 
     if variant.sampler is not None:
         compose.accelerate(pipe, variant.sampler)
     try:
-        return generate_run(replace(request, steps=variant.steps), out / variant.name, pipe=pipe, digest=digest)
+        changed = replace(request, steps=variant.steps)
+        return generate_run(changed, out / variant.name, pipe=pipe, digest=digest, stop_after=1)
     finally:
         compose.remove(pipe)
 
@@ -117,12 +123,6 @@ def _warm_up(pipe: Any, request: Request) -> None:
     once = replace(request, prompts=request.prompts[: request.batch], steps=1)
     with tempfile.TemporaryDirectory() as folder:
         generate_run(once, Path(folder), pipe=pipe)
-
-
-def _bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, disable=not shown, unit="variant")
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------

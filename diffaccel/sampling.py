@@ -67,6 +67,7 @@ def generate_run(
     pipe: Any = None,
     digest: str = "",
     overwrite: bool = False,
+    stop_after: int | None = None,
     progress: bool = False,
     command: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def generate_run(
         pipe: an open pipeline to use as it is, its methods included, under the name ``request.model``. None opens one.
         digest: of an open pipeline's weights, so that a folder does not mix images of two; "" when there is no need.
         overwrite: throw away what another run left in ``out``.
+        stop_after: make at most so many chunks now and leave the rest to a later call; the record is then unfinished.
         progress: show a bar on stderr.
         command: the command line, for the record.
 
@@ -107,7 +109,8 @@ def generate_run(
         folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
         folder.check(overwrite)
         done = {} if overwrite else folder.finished()
-        pending = [number for number in range(len(folder.chunks)) if number not in done]
+        missing = [number for number in range(len(folder.chunks)) if number not in done]
+        pending = missing[:stop_after]
         if not pending and (folder.old() or {}).get("state") == "finished":
             return _result(folder, world)
         with _failures(request, folder):
@@ -127,7 +130,7 @@ def generate_run(
                 folder.add(number, images, call, cost)
                 bar.update(len(images))
         world.wait()
-        if world.rank == 0:
+        if world.rank == 0 and len(pending) == len(missing):
             folder.close(call)
         world.wait()
     return _result(folder, world)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from diffaccel import zoo
-from diffaccel.console import quiet_libraries
+from diffaccel.console import quiet_libraries, share_cpu
 from diffaccel.demo import run_demo, variants
 from diffaccel.errors import DiffAccelError
 
@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     options = parser.parse_args()
+    share_cpu()
     quiet_libraries(True)
     size = (options.size, options.size) if options.size else None
     chosen = variants(options.steps, options.few)

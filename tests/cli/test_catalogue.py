@@ -120,6 +120,18 @@ for words in ("--help", "list --help", "explain --help", "list", "list --json", 
     assert "generate images from prompts" in out and "dpmpp2m" in out
 
 
+def test_threads_are_told_to_share_before_torch_loads(tmp_path):
+    code = """
+import os, sys
+import diffaccel.sample_command, diffaccel.demo, diffaccel.sampling
+assert "torch" not in sys.modules
+diffaccel.console.share_cpu()
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+    assert tree.python("-c", code, cwd=tmp_path).stdout == "PASSIVE\n"
+    assert tree.python("-c", code, cwd=tmp_path, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+
+
 def test_python_dash_m(tmp_path):
     assert "dpmpp2m" in tree.python("-m", "diffaccel", "list", cwd=tmp_path).stdout
     assert Path(sys.executable).with_name("diffaccel").exists()
