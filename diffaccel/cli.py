@@ -20,9 +20,10 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns 0, 2 for bad input, 3 for a failure while running, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    # Read when torch starts its threads: on a busy machine threads that wait by spinning cost ten times the time.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        from diffaccel.console import share_cpu
+
+        share_cpu()
         return _run(argv)
     except KeyboardInterrupt as stop:
         _say(str(stop) or "Stopped.")

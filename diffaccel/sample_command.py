@@ -45,7 +45,6 @@ def make_parser() -> console.Parser:
 
 def run(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    console.share_cpu()
     rest, given = split_method_options(argv)
     parser = make_parser()
     if {"-h", "--help"} & set(rest):

@@ -163,7 +163,7 @@ def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
 
 
 def test_a_run_in_parts_is_the_run(pipes, tmp_path):
-    request = Request(prompts=("a cat",), num=5, batch=2, steps=1, size=(32, 32), threads=1)
+    request = Request(prompts=("a cat",), model="mine", num=5, batch=2, steps=1, size=(32, 32), threads=1)
     states = []
     for _ in range(3):
         record = sampling.generate_run(request, tmp_path / "parts", pipe=pipes["flux"], stop_after=1)
