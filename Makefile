@@ -7,7 +7,7 @@
 # PYTEST_ARGS=...  passed on to pytest
 
 # Threads that wait by spinning take the cores from those they wait for, tenfold slower on a busy machine.
-export OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := test
 .PHONY: setup test test-all demo lint clean

@@ -120,7 +120,8 @@ for words in ("--help", "list --help", "explain --help", "list", "list --json", 
     assert "generate images from prompts" in out and "dpmpp2m" in out
 
 
-def test_threads_are_told_to_share_before_torch_loads(tmp_path):
+def test_threads_are_told_to_share_before_torch_loads(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # make sets it for the whole suite
     code = """
 import os, sys
 import diffaccel.sample_command, diffaccel.demo, diffaccel.sampling
