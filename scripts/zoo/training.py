@@ -126,6 +126,13 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path, metadata: dict
     os.replace(partial, path)
 
 
+def save_weights(weights: dict[str, torch.Tensor], path: Path, *, step: int, samples: int, seconds: float) -> None:
+    """A checkpoint of finished weights, live and averaged alike: a ``Run`` continues it with a warm-up."""
+    tensors = {f"{kind}.{name}": value.float().clone() for kind in ("live", "ema") for name, value in weights.items()}
+    state = {"step": step, "samples": samples, "seconds": seconds, "updates": step, "restarted_at": None}
+    save_atomically(tensors, path, {"state": json.dumps({"version": STATE_VERSION, **state})})
+
+
 class Run:
     """One model's training: iterate over it for step numbers, call ``update`` once in every step."""
 

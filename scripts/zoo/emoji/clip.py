@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
 from scripts.zoo.emoji import clip_eval, clip_export, heldout, recipe, tokenizers, world
 from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
 from scripts.zoo.emoji.scenes import KINDS, Scenes, build
-from scripts.zoo.training import Deadline, Plan, Run
+from scripts.zoo.training import Deadline, Plan, Run, save_weights
 
 NAMES = ("clip_a", "clip_b")
 _MAX_SCALE = math.log(100)
@@ -89,14 +91,24 @@ def exchange_halves(images: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor
     return torch.where(stacked[:, None, None, None], images.roll(half, 2), images.roll(half, 3))
 
 
-def augment(images: torch.Tensor, shift: int, generator: torch.Generator) -> torch.Tensor:
-    """A common translation on white in half of the steps, and a little noise."""
-    draw = torch.randint(0, 2 * shift + 1, (3,), generator=generator, device=generator.device).tolist()
-    if shift and draw[0] % 2:
-        size = images.shape[-1]
-        images = F.pad(images, (shift,) * 4, value=1.0)[:, :, draw[1] : draw[1] + size, draw[2] : draw[2] + size]
-    noise = torch.randn(images.shape, generator=generator, device=generator.device)
-    return images + 0.02 * noise.to(images.device)
+def augment(images: torch.Tensor, clip: ClipRecipe, generator: torch.Generator) -> torch.Tensor:
+    """Each picture turned, scaled and moved a little on white, paler or stronger, and a little noise.
+
+    The world has three drawings of a thing, and what is learnt from them must hold for a fourth. A quarter of the
+    pictures stay as they are, since that is how a model is used.
+    """
+    count, size, device = len(images), images.shape[-1], images.device
+    u = torch.rand(6, count, generator=generator, device=generator.device).to(device)
+    some = (u[5] < 0.75) * (2 * u[:5] - 1)  # in [-1, 1], and 0 where the picture stays
+    angle, scale = some[0] * math.radians(clip.turn), clip.zoom ** some[1]
+    move = some[2:4] * 2 * clip.shift / size
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    theta = torch.stack([torch.stack([cos, -sin, move[0]], 1), torch.stack([sin, cos, move[1]], 1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    ink = F.grid_sample(1 - images, grid, align_corners=False)  # white is 0, also beyond the border
+    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(device)
+    ink = (ink * (1 + clip.fade * some[4])[:, None, None, None]).clamp(0, 2)
+    return 1 - ink + 0.02 * noise
 
 
 class Data:
@@ -147,7 +159,7 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     twins = twins[: round(clip.contradicted * len(index))].to(index.device)
     texts = crop(torch.cat([data.tokens[index], data.false[index[twins]]]).long())
     with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
-        seen = model.encode_image(augment(images, clip.shift, generator))
+        seen = model.encode_image(augment(images, clip, generator))
         read = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
     seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
     count, scale = len(index), model.logit_scale.exp()
@@ -261,6 +273,15 @@ def train(
                 clip_export.text_encoder(model, config, work / "text_encoder")
             clip_export.folder(model, config, work / tokenizers.CLIP_FOLDER, work / name, shared.size)
     return True
+
+
+def reopen(name: str, work: Path) -> None:
+    """Make a finished CLIP unfinished: ``train`` then continues it, with fresh moments, up to its recipe's seconds."""
+    measured = json.loads((work / f"{name}.json").read_text())
+    weights = load_file(work / name / "open_clip_model.safetensors")
+    progress = {"step": measured["steps"], "samples": measured["samples"], "seconds": measured["seconds"]}
+    save_weights({f"model.{key}": value for key, value in weights.items()}, work / f"{name}.safetensors", **progress)
+    shutil.rmtree(work / name)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from diffaccel.errors import DiffAccelError
 from diffaccel.zoo import packing
 from scripts.zoo.emoji import card, flow, recipe_flow
-from scripts.zoo.training import STATE_VERSION, save_atomically
+from scripts.zoo.training import save_weights
 
 CLIPS = {"emoji-clip-reward": "clip_a", "emoji-clip-judge": "clip_b"}
 PIPELINE = "emoji-flux"
@@ -109,7 +109,8 @@ def reload(zoo: Path, plain: Path, device: str) -> tuple[FluxPipeline, Path]:
 def restore(zoo: Path, work: Path) -> None:
     """Fill an empty work folder from packed models: training continues from the averaged, int8-rounded weights.
 
-    The optimiser's moments are gone; the flow model restarts with a warm-up. Autoencoder and CLIPs stay as they are.
+    The optimiser's moments are gone; the flow model restarts with a warm-up. Autoencoder and CLIPs stay as they are
+    (``clip.reopen`` makes one of the CLIPs unfinished again).
     """
     with tempfile.TemporaryDirectory(dir=work.parent) as scratch:
         plain = packing.unpack(zoo / PIPELINE, Path(scratch) / PIPELINE)
@@ -120,14 +121,14 @@ def restore(zoo: Path, work: Path) -> None:
                 packing.unpack(zoo / name, work / target)
                 measured = json.loads((zoo / name / "card.json").read_text())["quality"]
                 (work / f"{target}.json").write_text(json.dumps(measured))
-        tensors = {}
-        for part in ("transformer", "text_encoder_2"):
-            for file in sorted((plain / part).glob("*.safetensors")):
-                for key, value in load_file(file).items():
-                    tensors |= {f"{kind}.{part}.{key}": value.float().clone() for kind in ("live", "ema")}
+        weights = {
+            f"{part}.{key}": value
+            for part in ("transformer", "text_encoder_2")
+            for file in sorted((plain / part).glob("*.safetensors"))
+            for key, value in load_file(file).items()
+        }
     training = json.loads((zoo / PIPELINE / "card.json").read_text())["training"]
-    state = {**training, "version": STATE_VERSION, "updates": training["step"], "restarted_at": None}
-    save_atomically(tensors, work / "flow.safetensors", {"state": json.dumps(state)})
+    save_weights(weights, work / "flow.safetensors", **training)
 
 
 def split(file: Path, out: Path, size: int = PART_BYTES) -> list[Path]:

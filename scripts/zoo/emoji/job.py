@@ -45,6 +45,8 @@ class Job:
         if options.resume and not (self.work / "flow.safetensors").exists():
             self.work.mkdir(parents=True, exist_ok=True)
             export.restore(options.resume, self.work)
+            for name in options.reopen:
+                clip.reopen(name, self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -169,6 +171,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
     parser.add_argument("--last", action="store_true", help="end the flow model's training with this call")
     parser.add_argument("--resume", type=Path, help="packed models to start from if the work folder has no flow model")
+    parser.add_argument(
+        "--reopen",
+        choices=clip.NAMES,
+        nargs="*",
+        default=(),
+        help="with --resume: CLIPs that go on training, up to their recipe's seconds",
+    )
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=128, help="pictures in each check of the score")

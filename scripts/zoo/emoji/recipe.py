@@ -38,7 +38,11 @@ class ClipRecipe:
     contradicted: float = 1.0  # share of a batch that brings a false caption
     damaged: float = 0.25  # share of a batch that comes once more as a picture that its caption is false of
     hard_weight: float = 0.5  # of the losses of each scene against its own false caption and shuffled picture
-    shift: int = 4  # pixels of random translation
+    # Random changes of a picture, at most: degrees, factor of size, pixels of translation, share of ink.
+    turn: float = 12.0
+    zoom: float = 1.15
+    shift: float = 6.0
+    fade: float = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=125,
+        seconds=305,
         caption=1,
     ),
 )
@@ -108,7 +112,7 @@ CPU = Recipe(
         seconds=700,
         caption=0,
         ema=0.99,
-        shift=2,
+        shift=3.0,
         warmup=50,
         contradicted=0.5,
     ),
@@ -129,7 +133,7 @@ CPU = Recipe(
         seconds=700,
         caption=1,
         ema=0.99,
-        shift=2,
+        shift=3.0,
         warmup=50,
         contradicted=0.5,
     ),

@@ -51,8 +51,8 @@ class FlowRecipe:
     shift: float = 1.5
     t_mean: dict[int, float] = field(default_factory=lambda: {64: 0.0, 128: 0.2})  # t = sigmoid(N(mean, 1))
     shares: dict[str, float] = field(
-        default_factory=lambda: {"single": 0.46, "colour": 0.14, "pair": 0.18, "colour_pair": 0.12, "count": 0.10}
-    )  # how often training draws from each kind of scene
+        default_factory=lambda: {"single": 0.40, "colour": 0.12, "pair": 0.18, "colour_pair": 0.10, "count": 0.20}
+    )  # how often training draws from each kind of scene; small things, of which counts are made, take longest
     plan: Plan
 
     @property
@@ -116,7 +116,7 @@ FULL = Recipe(
         lengths={32: 0.965, 64: 0.01, 128: 0.01, 512: 0.015},
         tokens=1024 * 96,
         compiled=((128, 32), (64, 32)),
-        plan=Plan(lr=1e-3, samples=60e6, seconds=700, warmup=300, flat=0.5, ema=0.9995),
+        plan=Plan(lr=1e-3, samples=60e6, seconds=1400, warmup=300, flat=0.45, ema=0.9995),
     ),
 )
 

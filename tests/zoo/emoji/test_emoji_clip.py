@@ -1,10 +1,13 @@
 """CLIP training's parts, its measures, and the folders it leaves, with tiny random towers."""
 
 import dataclasses
+import json
 import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from scripts.zoo.emoji import captions as words
 from scripts.zoo.emoji import clip, clip_eval, clip_export, heldout, recipe, tokenizers
@@ -73,6 +76,32 @@ def test_exchanged_halves_are_the_scene_with_its_two_things_exchanged(world):
     images = Scenes(world, rows, seed=0, device="cpu").images(torch.arange(4))
     exchanged = clip.exchange_halves(images[:2], torch.tensor([False, True]))
     assert torch.allclose(exchanged, images[2:], atol=1e-5)
+
+
+def test_augmentation_keeps_what_it_must(shared):
+    images = torch.rand(64, 3, 64, 64) * 2 - 1
+    plain = dataclasses.replace(shared.clip_a, turn=0.0, zoom=1.0, shift=0.0, fade=0.0)
+    unchanged = clip.augment(images, plain, torch.Generator().manual_seed(0))
+    noise = unchanged - images
+    assert noise.abs().max() < 0.15 and abs(noise.std().item() - 0.02) < 1e-3
+    # White stays white beyond the borders, and a quarter of the pictures stays as it was.
+    white = clip.augment(torch.ones_like(images), shared.clip_a, torch.Generator().manual_seed(0))
+    assert (white - 1).abs().max() < 0.15
+    changed = clip.augment(images, shared.clip_a, torch.Generator().manual_seed(0))
+    same = ((changed - images).abs().amax((1, 2, 3)) < 0.15).float().mean()
+    assert 0.05 < same < 0.5
+
+
+def test_a_picture_moves_by_whole_pixels_and_turns_by_degrees(shared):
+    """With the largest change asked of every picture: the disc's centre moves no further than ``shift``."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    disc = 1 - 2 * (((x - 31.5) ** 2 + (y - 31.5) ** 2) < 100).float()
+    only_shift = dataclasses.replace(shared.clip_a, turn=180.0, zoom=1.0, shift=8.0, fade=0.0)
+    ink = 1 - clip.augment(disc.expand(200, 3, 64, 64), only_shift, torch.Generator().manual_seed(0))
+    centre = torch.stack([(ink[:, 0] * c).sum((1, 2)) / ink[:, 0].sum((1, 2)) for c in (x, y)], 1)
+    away = (centre - 31.5).abs()
+    assert away.max() < 8.5 * 2**0.5 and away.max() > 6
+    assert (ink.sum((1, 2, 3)) / (1 - disc).sum() / 3 - 1).abs().max() < 0.1
 
 
 def test_cropping_padding_changes_no_feature(shared):
@@ -169,6 +198,25 @@ def test_finished_work_is_not_done_again(work, scenes, shared):
     before = (work / "clip_a" / "open_clip_model.safetensors").stat().st_mtime_ns
     assert clip.train(scenes, shared, work)
     assert (work / "clip_a" / "open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_reopened_clip_goes_on_where_it_ended(work, scenes, shared, tmp_path):
+    copy = shutil.copytree(work, tmp_path / "work")
+    (copy / "clip_b.safetensors").unlink()  # what packed models lack
+    done, weights = json.loads((copy / "clip_b.json").read_text()), copy / "clip_b" / "open_clip_model.safetensors"
+    before = load_file(weights)
+    clip.reopen("clip_b", copy)
+    assert not (copy / "clip_b").exists() and (copy / "clip_a").is_dir()
+    # No seconds are left: the same weights come back.
+    as_before = dataclasses.replace(shared, clip_b=dataclasses.replace(shared.clip_b, seconds=done["seconds"]))
+    assert clip.train(scenes, as_before, copy)
+    assert all(torch.equal(before[key], value) for key, value in load_file(weights).items())
+    clip.reopen("clip_b", copy)
+    longer = dataclasses.replace(shared.clip_b, seconds=done["seconds"] + 0.5)
+    assert clip.train(scenes, dataclasses.replace(shared, clip_b=longer), copy)
+    more = json.loads((copy / "clip_b.json").read_text())
+    assert more["steps"] > done["steps"] and more["samples"] == more["steps"] * shared.clip_b.batch
+    assert any(not torch.equal(before[key], value) for key, value in load_file(weights).items())
 
 
 def test_a_job_without_time_says_that_it_is_not_done(scenes, shared, tmp_path):
