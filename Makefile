@@ -6,8 +6,9 @@
 # CONSTRAINTS=...  another set of versions (CONSTRAINTS=/dev/null: the newest that pyproject.toml allows)
 # PYTEST_ARGS=...  passed on to pytest
 
-# Threads that wait by spinning take the cores from those they wait for, tenfold slower on a busy machine.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that wait by spinning take the cores from those they wait for, tenfold slower on a busy machine; those that
+# sleep at once are woken late (scripts/bench_threads.py).
+export GOMP_SPINCOUNT ?= 5000
 
 .DEFAULT_GOAL := test
 .PHONY: setup test test-all demo lint clean

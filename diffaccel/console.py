@@ -72,9 +72,12 @@ def quiet_libraries(quiet: bool) -> None:
 
 
 def share_cpu() -> None:
-    """Let CPU threads that wait sleep instead of spin, unless the environment says otherwise. Call before torch loads.
+    """Let CPU threads that wait spin for a moment and then sleep, unless the environment says otherwise.
 
     While a spinning thread waits for one that a busy neighbour has put off its core, both lose a time slice at every
-    parallel region: on two cores with one busy neighbour a run was up to twenty times slower. Results are the same.
+    parallel region; a thread that sleeps at once is woken late on an idle machine. 5,000 rounds cost little of either
+    (``scripts/bench_threads.py``). GNU's OpenMP, which torch brings on Linux, reads this when torch loads; results
+    are the same.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -121,16 +121,18 @@ for words in ("--help", "list --help", "explain --help", "list", "list --json", 
 
 
 def test_threads_are_told_to_share_before_torch_loads(tmp_path, monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # make sets it for the whole suite
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # make sets it for the whole suite
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     code = """
 import os, sys
 import diffaccel.sample_command, diffaccel.demo, diffaccel.sampling
 assert "torch" not in sys.modules
 diffaccel.console.share_cpu()
-print(os.environ["OMP_WAIT_POLICY"])
+print(os.environ.get("GOMP_SPINCOUNT"))
 """
-    assert tree.python("-c", code, cwd=tmp_path).stdout == "PASSIVE\n"
-    assert tree.python("-c", code, cwd=tmp_path, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n"
+    assert tree.python("-c", code, cwd=tmp_path).stdout == "5000\n"
+    assert tree.python("-c", code, cwd=tmp_path, GOMP_SPINCOUNT="7").stdout == "7\n"
+    assert tree.python("-c", code, cwd=tmp_path, OMP_WAIT_POLICY="ACTIVE").stdout == "None\n"
 
 
 def test_python_dash_m(tmp_path):
