@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 from diffaccel.cli import main
@@ -46,5 +47,10 @@ def test_bfloat16_is_the_default_there_and_repeats(sample):
 
 
 def test_out_of_memory(sample, capsys):
-    assert main(["sample", "two cats", "--steps", "1", "--size", "32768", "--model", "model", "--out", "big"]) == 3
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.002)
+    try:
+        assert main(["sample", "two cats", "--steps", "1", "--size", "2048", "--model", "model", "--out", "big"]) == 3
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory" in capsys.readouterr().err

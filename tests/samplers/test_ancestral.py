@@ -127,7 +127,9 @@ def test_a_whole_trajectory_of_euler_ancestral(prediction: str) -> None:
     torch.testing.assert_close(ours, stock(scheduler, generator=_generator()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+# At zero terminal SNR all noise of the first step is fresh with eta = 1, and rounding decides whether DDIM's own root of
+# 1 - alpha' - std^2 is 0 or not a number.
+@pytest.mark.parametrize("eta", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("prediction, zero_snr", [("epsilon", False), ("v_prediction", True)])
 def test_a_whole_trajectory_of_ddim_with_eta(eta: float, prediction: str, zero_snr: bool) -> None:
     scheduler = DDIMScheduler(
@@ -137,6 +139,16 @@ def test_a_whole_trajectory_of_ddim_with_eta(eta: float, prediction: str, zero_s
     scheduler.set_timesteps(10)
     ours = walk(Ancestral(eta=eta), scheduler, generator=_generator())
     torch.testing.assert_close(ours, stock(scheduler, eta=eta, generator=_generator()), rtol=2e-5, atol=2e-5)
+
+
+def test_all_noise_is_fresh_at_zero_terminal_snr() -> None:
+    scheduler = DDIMScheduler(
+        **TRAINED, prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )  # fmt: skip
+    scheduler.set_timesteps(10)
+    ours, nearly = (walk(Ancestral(eta=eta), scheduler, generator=_generator()) for eta in (1.0, 1 - 1e-6))
+    torch.testing.assert_close(ours, nearly, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
