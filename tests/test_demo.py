@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -12,6 +13,8 @@ from PIL import Image
 from diffaccel import demo
 from diffaccel.demo import Variant, findings, run_demo
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "samplers.md"
 PROMPTS = ("a red apple", "<b>two</b> & a half cats")
 CHOSEN = (Variant(None, 3), Variant("euler", 3), Variant("heun", 3), Variant("dpmpp2m", 1))
 
@@ -66,17 +69,34 @@ def test_difference_is_in_levels(tmp_path):
     assert demo.difference(tmp_path / "a.png", tmp_path / "a.png") == 0
 
 
+def test_published_numbers_are_the_records():
+    """The table of docs/samplers.md, line by line, from the record beside it."""
+    record = json.loads((DOCS / "results" / "demo_emoji-flux_cpu.json").read_text())
+    rows = re.findall(
+        r"^\| `?([a-z0-9 ]+?)`? \| (\d+) \| (\d+) \| ([\d.]+) \| (.*?) ?\|$", PAGE.read_text(), re.MULTILINE
+    )
+    expected = []
+    for i, r in enumerate(record["variants"]):
+        apart = "identical" if r["identical"] else f"{r['difference']:.2f} / 255"
+        time, apart = (f"{1 / r['speedup']:.2f}", apart) if i else ("1", "")
+        expected.append((r["sampler"] or "plain pipeline", str(r["steps"]), f"{r['nfe']:g}", time, apart))
+    assert rows == expected
+    assert record["device"]["name"] in PAGE.read_text() and record["started"][:10] in PAGE.read_text()
+
+
 def row(**changes):
     plain = {"sampler": None, "steps": 28, "label": "plain", "nfe": 28, "seconds": 2.0, "difference": 0.0,
-             "identical": True, "speedup": 1.0}  # fmt: skip
+             "identical": True, "speedup": 1.0, "speedup_range": [0.9, 1.1]}  # fmt: skip
     return {**plain, **changes}
 
 
 def test_sentences_say_what_the_numbers_say():
-    euler = row(sampler="euler", seconds=2.1)
+    euler = row(sampler="euler")
     fast = [row(sampler=s, steps=8, nfe=8, label=s, difference=d, speedup=3.4) for s, d in (("a", 5.0), ("b", 2.0))]
     same, few = findings([row(), euler, *fast])
-    assert "pixel for pixel" in same and "1.05 times" in same
+    assert "pixel for pixel" in same and "in the same time" in same
+    slower = row(sampler="euler", speedup=0.8, speedup_range=[0.7, 0.9])
+    assert "0.80 times as fast" in findings([row(), slower])[0]
     assert "b stays closest" in few and "3.4 times faster" in few
     assert "0.40 levels off" in findings([row(), row(sampler="euler", identical=False, difference=0.4)])[0]
     assert findings([row()]) == []
