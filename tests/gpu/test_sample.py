@@ -50,7 +50,8 @@ def test_out_of_memory(sample, capsys):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(0.002)
     try:
-        assert main(["sample", "two cats", "--steps", "1", "--size", "2048", "--model", "model", "--out", "big"]) == 3
+        words = ["sample", "two cats", "--num", "64", "--batch", "64", "--steps", "1", "--size", "512"]
+        assert main([*words, "--model", "model", "--out", "big"]) == 3
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory" in capsys.readouterr().err

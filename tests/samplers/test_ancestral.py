@@ -127,8 +127,8 @@ def test_a_whole_trajectory_of_euler_ancestral(prediction: str) -> None:
     torch.testing.assert_close(ours, stock(scheduler, generator=_generator()), rtol=1e-5, atol=1e-5)
 
 
-# At zero terminal SNR all noise of the first step is fresh with eta = 1, and rounding decides whether DDIM's own root of
-# 1 - alpha' - std^2 is 0 or not a number.
+# At zero terminal SNR all noise of the first step is fresh with eta = 1, and rounding decides whether DDIM's own root
+# of 1 - alpha' - std^2 is 0 or not a number.
 @pytest.mark.parametrize("eta", [0.0, 0.5, 0.99])
 @pytest.mark.parametrize("prediction, zero_snr", [("epsilon", False), ("v_prediction", True)])
 def test_a_whole_trajectory_of_ddim_with_eta(eta: float, prediction: str, zero_snr: bool) -> None:
