@@ -2,10 +2,10 @@
 
     python -m scripts.zoo.emoji.finish --zoo diffaccel/zoo --data data/emoji [--report OUT]
 
-adds to the judge ``fd_reference.safetensors``, mean and covariance of its features of every training icon at 128 and at
-64 px (Fréchet distances need no pictures then), and to the pipeline's card a golden picture of four steps. Both are
-taken from the packed weights, as users get them. With ``--report`` the folder's ``report.json`` and ``grid.png`` (see
-score.py) go into the cards. Running it again gives the same files.
+adds to the judge ``fd_reference_128.npz`` and ``fd_reference_64.npz``, mean ``mu`` and covariance ``sigma`` of its
+features of every training icon at that size (Fréchet distances need no pictures then), and to the pipeline's card a
+golden picture of four steps. Both are taken from the packed weights, as users get them. With ``--report`` the folder's
+``report.json`` and ``grid.png`` (see score.py) go into the cards. Running it again gives the same files.
 """
 
 from __future__ import annotations
@@ -17,35 +17,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 from diffaccel.zoo import packing
 from scripts.zoo.emoji import card, export, score
 from scripts.zoo.emoji.world import World, load
 
-REFERENCE = "fd_reference.safetensors"
-SIZES = (128, 64)
+REFERENCES = {128: "fd_reference_128.npz", 64: "fd_reference_64.npz"}
 GOLDEN = {"prompt": "red apple, noto", "size": 64, "steps": 4, "guidance": 3.0, "seed": 0}
 
 
-def reference(judge: score.Judge, world: World, path: Path) -> dict[str, Any]:
-    """Write mean (D,), covariance (D, D) and count for each size; the protocol is in the file's metadata."""
-    tensors = {}
-    for size in SIZES:
-        features = score.icon_features(judge, world, size).double()
-        tensors[f"{size}.mean"] = features.mean(0).float()
-        tensors[f"{size}.cov"] = torch.cov(features.T).float()
-        tensors[f"{size}.count"] = torch.tensor(len(features))
+def reference(judge: score.Judge, world: World, folder: Path) -> dict[str, Any]:
+    """Write ``mu`` (D,), ``sigma`` (D, D), ``n`` and ``protocol`` (JSON) for each size, float64."""
     protocol = {
         "protocol": "diffaccel emoji icons, 1",
         "features": "open_clip encode_image, not normalised; pictures in [-1, 1] on white, resized to the judge's "
         "size by area when larger, by antialiased bilinear interpolation when smaller",
         "pictures": "every training icon once, filling the canvas",
     }
-    save_file(tensors, path, metadata=protocol)
-    return {"file": REFERENCE, "sizes": list(SIZES), "pictures": len(features), **protocol}
+    for size, name in REFERENCES.items():
+        features = score.icon_features(judge, world, size).double().numpy()
+        told = np.array(json.dumps({**protocol, "size": size}))
+        np.savez(
+            folder / name, mu=features.mean(0), sigma=np.cov(features, rowvar=False), n=len(features), protocol=told
+        )
+    return {"files": list(REFERENCES.values()), "pictures": len(features), **protocol}
 
 
 def golden(pipe: Any) -> dict[str, Any]:
@@ -60,9 +57,9 @@ def finish(zoo: Path, world: World) -> None:
     """Add golden picture and reference to the packed models in ``zoo``."""
     with tempfile.TemporaryDirectory() as scratch:
         pipe, plain = export.reload(zoo, Path(scratch), "cpu")
-        facts = reference(score.Judge(plain, "cpu"), world, plain / REFERENCE)
+        facts = reference(score.Judge(plain, "cpu"), world, plain)
         judge = zoo / "emoji-clip-judge"
-        packing.pack(plain, judge, keep=[REFERENCE])
+        packing.pack(plain, judge)
         sizes = {
             "packed": sum(entry["size"] for entry in packing.read_manifest(judge)["packed"].values()),
             "plain": sum(p.stat().st_size for p in plain.rglob("*") if p.is_file()),
