@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("diffaccel", "samplers", "quant", "distill", "kernels", "eval", "scripts", "tests")
 TWICE = pytest.StashKey[list[str]]()
+
+
+def pytest_configure() -> None:
+    """Ctrl-C must arrive: what a shell starts in the background ignores it, and so would the processes tested here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
