@@ -13,7 +13,7 @@ terminal signal-to-noise ratio is zero), the second in its own coordinates, wher
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,6 +76,10 @@ class Schedule:
     def stock_sigmas(self) -> Tensor:
         """``sigmas`` where the scheduler keeps them."""
         return self.sigmas.to(self.device, copy=True)
+
+    def since(self, index: int) -> Schedule:
+        """The schedule without its first ``index`` steps."""
+        return replace(self, sigmas=self.sigmas[index:], timesteps=self.timesteps[index:], _index={})
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid, interpolated off it.
@@ -141,14 +145,19 @@ class Schedule:
         return ((1 - sigma) ** 2 + sigma**2) ** 0.5
 
 
-def read(scheduler: Any) -> Schedule:
+def read(scheduler: Any, first: Any = None) -> Schedule:
     """The schedule of a diffusers scheduler on which ``set_timesteps`` was called.
+
+    Args:
+        first: the timestep of the pipeline's first ``scheduler.step``, where the schedule begins: image-to-image calls
+            start in the middle of the grid. None for all of it.
 
     Raises:
         DiffAccelError: for a scheduler or prediction type whose convention is not known here.
     """
     name = type(scheduler).__name__
     config = scheduler.config
+    start = begin(scheduler, first)
     train = int(config.num_train_timesteps)
     kind, flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
     flow = name in FLOW_STATE or flow_sigmas or kind == "flow_prediction"
@@ -173,7 +182,7 @@ def read(scheduler: Any) -> Schedule:
                 f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, prediction_type='flow_prediction', "
                 "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
             )
-        sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
+        sigmas, timesteps = _once(scheduler.sigmas[start:], scheduler.timesteps[start:])
         # the VE and VP schedulers keep their levels on the CPU, these where the pipeline runs
         return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=scheduler.sigmas.device)
     prediction = PREDICTIONS.get(config.prediction_type)
@@ -183,16 +192,15 @@ def read(scheduler: Any) -> Schedule:
         )
     table = Tabulated(scheduler.alphas_cumprod)
     if name in VE_STATE:
-        sigmas, timesteps = _once(scheduler.sigmas, scheduler.timesteps)
+        sigmas, timesteps = _once(scheduler.sigmas[start:], scheduler.timesteps[start:])
         continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
         return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous=continuous)
     timesteps = scheduler.timesteps
     if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
         ve = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
-        sigmas = ve / (1 + ve)
+        sigmas, timesteps = (ve / (1 + ve))[start:], timesteps[start:]
     else:
-        midpoints = len(getattr(scheduler, "prk_timesteps", ()))  # PNDM's Runge-Kutta steps make four calls each
-        timesteps = torch.cat([timesteps[:midpoints:4], timesteps[midpoints:]])
+        timesteps = _whole_steps(scheduler, start)
         last = Tabulated(torch.as_tensor(scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0)[None])
         sigmas = LINEAR.at(torch.cat([table.rho(timesteps), last.rho(0.0)[None]]))
     sigmas, timesteps = _once(sigmas, timesteps)
@@ -202,6 +210,45 @@ def read(scheduler: Any) -> Schedule:
             "sample. Use a v_prediction model, or a schedule without rescale_betas_zero_snr."
         )
     return Schedule(LINEAR, sigmas, timesteps, prediction, True, train, table)
+
+
+def begin(scheduler: Any, first: Any) -> int:
+    """The place of a pipeline's first step in ``scheduler.timesteps``: image-to-image calls start in the middle.
+
+    Args:
+        first: the timestep that the pipeline passed to its first ``scheduler.step``; None for a whole grid.
+
+    Raises:
+        DiffAccelError: for a timestep that the grid does not have.
+    """
+    timesteps = scheduler.timesteps
+    if first is None:
+        return 0
+    if isinstance(first, Tensor) and first.numel() == 1 and _same_memory(first, timesteps):
+        return (first.storage_offset() - timesteps.storage_offset()) // (timesteps.stride(0) or 1)
+    index: int | None = getattr(scheduler, "begin_index", None)
+    if index is not None:
+        return index
+    matches = (timesteps == torch.as_tensor(first).reshape(-1)[:1].to(timesteps.device)).nonzero()[:, 0]
+    if not len(matches):
+        raise DiffAccelError(
+            f"The pipeline starts at timestep {first}, which is none of the {len(timesteps)} of its "
+            f"{type(scheduler).__name__}, from {float(timesteps[0])} to {float(timesteps[-1])}. "
+            "Set pipe.scheduler to one whose timesteps the pipeline uses as they are."
+        )
+    return int(matches[0])
+
+
+def _whole_steps(scheduler: Any, start: int) -> Tensor:
+    """The timesteps from ``start`` on without the midpoints of PNDM's Runge-Kutta steps, which make four calls each."""
+    timesteps: Tensor = scheduler.timesteps
+    midpoints = len(getattr(scheduler, "prk_timesteps", ()))
+    if start < midpoints and start % 4:
+        raise DiffAccelError(
+            f"The pipeline starts inside a Runge-Kutta step of {type(scheduler).__name__}, which only that solver "
+            "follows. Set pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)."
+        )
+    return torch.cat([timesteps[start:midpoints:4], timesteps[max(start, midpoints) :]])
 
 
 def _same_memory(view: Tensor, base: Tensor) -> bool:

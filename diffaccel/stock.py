@@ -4,6 +4,10 @@ The stock loop calls its network once per entry of ``scheduler.timesteps`` and t
 are the noise levels at which the sampler will ask, found by rehearsing it on one number, and ``step`` hands the guided
 output to the sampler and returns where it wants to look next. One guided prediction at a time, at the call's own batch
 and resolution: anything else raises :class:`UnsupportedBySampler`.
+
+Whatever else the loop does goes on as ever: a ControlNet answers at every entry, and inpainting mixes the latents with
+the noised original after every step, which the sampler receives as the user's edit. Where a pipeline cuts the entries
+(``strength`` of image-to-image) the sampler starts at the level that is first stepped from.
 """
 
 from __future__ import annotations
@@ -84,6 +88,8 @@ class _Loop:
         self.stats = Stats()
         self.schedule: Schedule | None = None
         self.asked: list[Tensor] = []
+        self.own_entries = False  # the entries are the scheduler's own, so that a place means the same in both
+        self.start: int | None = None  # place of the first entry that the loop visits
         self.sampling: Sampling | None = None
         self.event: Any = None
         self.returned: Tensor | None = None
@@ -92,33 +98,73 @@ class _Loop:
         """After the pipeline set its timesteps: replace them by the sampler's."""
         self.schedule = schedules.read(scheduler)
         self.asked = rehearse(self.config, self.pipe, self.schedule)
+        own, self.start = scheduler.timesteps, None
         scheduler.timesteps = torch.stack([self.schedule.timestep(s) for s in self.asked])
+        self.own_entries = torch.equal(scheduler.timesteps, own)
         self.pipe._num_timesteps = len(self.asked)
 
-    def input_at(self, sample: Tensor) -> Tensor:
+    def enter(self, scheduler: Any, timestep: Any) -> Schedule:
+        """The schedule from where the loop stands when it first asks; samplers do not see what came before."""
+        if self.schedule is None:
+            raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
+        if self.start is None:
+            self.start = schedules.begin(scheduler, timestep)
+            if self.start:
+                self.schedule, whole = self.schedule.since(self.start), self.asked
+                self.asked = rehearse(self.config, self.pipe, self.schedule) if self.own_entries else []
+                if self.asked != whole[self.start :]:
+                    raise self.cannot_cut(scheduler)
+        return self.schedule
+
+    def cannot_cut(self, scheduler: Any) -> UnsupportedBySampler:
+        return UnsupportedBySampler(
+            f"{type(self.pipe).__name__} leaves out the first steps of {type(scheduler).__name__} (`strength` or "
+            f"`denoising_start`), which '{self.config.name}' cannot follow here: it does not ask once per timestep of "
+            "that scheduler. Use strength=1.0, or a sampler with one prediction a step ('euler', 'dpmpp2m') with a "
+            "pipe.scheduler of order 1 (EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)."
+        )
+
+    def input_at(self, scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
         """``scale_model_input``: the network's input from the pipeline's latents at the current noise level."""
-        schedule = self.schedule
-        if schedule is None or schedule.path is not VE_PATH:
+        if self.schedule is None or self.schedule.path is not VE_PATH:
             return sample  # pipeline latents are the network's input already
+        schedule = self.enter(scheduler, timestep)
         return schedule.network_input(sample, self.asked[min(self.stats.calls, len(self.asked) - 1)])
 
-    def step(self, output: Tensor, sample: Tensor) -> Tensor:
+    def place(self, scheduler: Any) -> None:
+        """Before the pipeline noises something inside its loop: schedulers do that at their own step index."""
+        if self.sampling is None or not hasattr(scheduler, "_step_index"):
+            return
+        if not self.own_entries or not isinstance(self.event, Step):
+            raise self.cannot_mix()
+        scheduler._step_index = (self.start or 0) + self.stats.calls
+
+    def cannot_mix(self) -> UnsupportedBySampler:
+        return UnsupportedBySampler(
+            f"{type(self.pipe).__name__} changes the latents after every entry of its scheduler, as inpainting does, "
+            f"also between the predictions of one step of '{self.config.name}'. Use a sampler with one prediction a "
+            "step ('euler', 'dpmpp2m') with a pipe.scheduler of order 1 (EulerDiscreteScheduler, "
+            "FlowMatchEulerDiscreteScheduler)."
+        )
+
+    def step(self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         """One prediction in, the next latents out."""
-        schedule = self.schedule
-        if schedule is None:
-            raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
+        schedule = self.enter(scheduler, timestep)
         sigma = self.asked[self.stats.calls]
         wide = torch.promote_types(sample.dtype, torch.float32)
+        kept = self.returned is not None and (sample is self.returned or torch.equal(sample, self.returned))
         if self.sampling is None:
             x = schedule.from_pipeline(sample.to(wide))
             session = StockSession(self.pipe, schedule, x, self.generator)
             self.sampling = self.config.sample(session)  # type: ignore[arg-type]
             event: Any = next(self.sampling)
         elif isinstance(self.event, Step):
-            x = self.event.x if sample is self.returned else sample.to(wide) * schedule._state_scale(sigma)
+            x = self.event.x if kept else sample.to(wide) * schedule._state_scale(sigma)
             event = self.sampling.send(x)
-        else:
+        elif kept:
             x, event = self.event.x, self.event
+        else:
+            raise self.cannot_mix()
         _check_single(event, self.config, self.pipe)
         if event.sigma != sigma or not (event.x is x or torch.equal(event.x, x)):
             raise UnsupportedBySampler(
@@ -137,6 +183,16 @@ class _Loop:
         self.returned = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
         return self.returned
 
+    def end(self, scheduler: Any) -> None:
+        """After the call: a loop that was cut elsewhere than between two steps gave something else than asked."""
+        if self.sampling is None:
+            raise self.cannot_cut(scheduler)
+        if not isinstance(self.event, Step) and not getattr(self.pipe, "_interrupt", False):
+            raise UnsupportedBySampler(
+                f"The loop of {type(self.pipe).__name__} ended inside a step of '{self.config.name}'. "
+                "Leave out denoising_end, or use a sampler with one prediction a step ('euler', 'dpmpp2m')."
+            )
+
 
 def generate_stock(
     pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any]
@@ -146,16 +202,16 @@ def generate_stock(
     start = time.perf_counter()
     with _patched(pipe.scheduler, loop):
         result = call(pipe, **arguments)
+    loop.end(pipe.scheduler)
     loop.stats.seconds = time.perf_counter() - start
     return result, loop.stats
 
 
 @contextmanager
 def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
-    """The scheduler's three methods redirected; signatures stay, since pipelines inspect them."""
+    """The scheduler's methods redirected; signatures stay, since pipelines inspect them."""
     before = dict(scheduler.__dict__)
     set_timesteps, step, scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
-    signature = inspect.signature(step)
 
     @functools.wraps(set_timesteps)
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -164,18 +220,35 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
 
     @functools.wraps(step)
     def take(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs).arguments
-        latents = loop.step(bound["model_output"], bound["sample"])
+        bound = inspect.signature(step).bind(*args, **kwargs).arguments
+        latents = loop.step(scheduler, bound["model_output"], bound["timestep"], bound["sample"])
         return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents,)
 
     scheduler.set_timesteps, scheduler.step = begin, take
     if scale is not None:
-        scheduler.scale_model_input = functools.wraps(scale)(lambda sample, *a, **k: loop.input_at(sample))
+
+        @functools.wraps(scale)
+        def input_at(sample: Tensor, timestep: Any = None) -> Tensor:
+            return loop.input_at(scheduler, sample, timestep)
+
+        scheduler.scale_model_input = input_at
+    for name in ("add_noise", "scale_noise"):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, _placed(getattr(scheduler, name), scheduler, loop))
     try:
         yield
     finally:
         scheduler.__dict__.clear()
         scheduler.__dict__.update(before)
+
+
+def _placed(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:
+    @functools.wraps(noise)
+    def at_this_step(*args: Any, **kwargs: Any) -> Any:
+        loop.place(scheduler)
+        return noise(*args, **kwargs)
+
+    return at_this_step
 
 
 def _check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
