@@ -14,6 +14,31 @@ if TYPE_CHECKING:
 
 Touches = Literal["weights", "blocks", "loop"]
 ORDER: tuple[Touches, ...] = ("weights", "blocks", "loop")
+State = Literal["float32", "stock"]
+Level = Literal["fast", "slow", "unsupported", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What ``diffaccel doctor`` found by trying it, for a method's :meth:`Config.support`.
+
+    Attributes:
+        device: "cuda", "mps" or "cpu", the best that works.
+        capability: of a CUDA device, such as (9, 0).
+        memory: bytes, of the device.
+        attention: names of the attention backends that work, as ``diffaccel doctor`` lists them.
+        dtypes: names of the dtypes whose matrix products work.
+        triton: whether Triton can be imported and there is a device that it compiles for.
+        compiles: whether ``torch.compile`` works; None when that was not tried (``doctor --compile``).
+    """
+
+    device: str
+    capability: tuple[int, int] | None = None
+    memory: int = 0
+    attention: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    triton: bool = False
+    compiles: bool | None = None
 
 
 @runtime_checkable
@@ -53,6 +78,11 @@ class Config:
     def validate(self) -> None:
         """Raise :class:`DiffAccelError` for values that do not fit together; types were checked already."""
 
+    @classmethod
+    def support(cls, machine: Machine) -> tuple[Level, str]:
+        """How the method fares on a machine, and why: on its fast path, on a slower one, or not at all."""
+        return "unknown", "the method does not say what it needs"
+
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., field: value}``, JSON-ready."""
         return {"name": self.name, **asdict(self)}
@@ -90,8 +120,14 @@ class SamplerConfig(Config):
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
 
-    state: Literal["float32", "stock"] = "float32"
+    state: State = "float32"
     max_batch: int = 0
+
+    @classmethod
+    def support(cls, machine: Machine) -> tuple[Level, str]:
+        """Plain arithmetic between predictions: no machine is too small for it."""
+        each = "one prediction" if cls.evals_per_step == 1 else f"{cls.evals_per_step} predictions"
+        return "fast", f"works everywhere: time follows NFE, {each} a step"
 
     def sample(self, session: Session) -> Sampling:
         """The sampler's generator for one session."""

@@ -219,6 +219,54 @@ def read_png(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A video: its frames in order, and how many of them make a second."""
+
+    frames: list[Image]
+    fps: float
+
+
+def write_mp4(path: Path, clip: Clip, values: dict[str, Any] | None = None) -> None:
+    """An H.264 video that carries ``values``, if any, as JSON text in its comment.
+
+    One thread and no dates: the same frames give the same bytes with the same ffmpeg. Frames are not resized; odd sides
+    are kept by storing colours at full resolution. Loss is small (CRF 14), but it is there.
+    """
+    import imageio_ffmpeg
+
+    first = clip.frames[0]
+    even = first.width % 2 == first.height % 2 == 0
+    options = ["-preset", "medium", "-crf", "14", "-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact"]
+    options += ["-movflags", "+faststart", "-f", "mp4"]
+    if values is not None:
+        options += ["-metadata", f"comment={json.dumps(values, sort_keys=True, allow_nan=False)}"]
+    with atomic(path) as file:
+        writer = imageio_ffmpeg.write_frames(
+            file.name, first.size, pix_fmt_in="rgb24", pix_fmt_out="yuv420p" if even else "yuv444p", fps=clip.fps,
+            codec="libx264", quality=None, macro_block_size=1, ffmpeg_log_level="error", output_params=options,
+        )  # fmt: skip
+        writer.send(None)
+        try:
+            for frame in clip.frames:
+                writer.send(frame.convert("RGB").tobytes())
+        finally:
+            writer.close()
+        if not file.seek(0, os.SEEK_END):
+            raise OSError("ffmpeg wrote nothing")
+
+
+def read_mp4(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_mp4` stored in a video, or None for any other file."""
+    try:
+        data = path.read_bytes()
+        start = data.index(b"\xa9cmt")  # an atom: its size, this name, a header of 16 bytes, the text
+        values = json.loads(data[start + 20 : start - 4 + int.from_bytes(data[start - 4 : start], "big")])
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
 def sha256(path: Path) -> str:
     """Of a file's bytes."""
     with open(path, "rb") as file:
@@ -229,6 +277,14 @@ def pixels_sha256(image: Image) -> str:
     """Of a picture's size and pixels alone, whatever file it is in."""
     head = f"{image.mode} {image.width} {image.height} ".encode()
     return hashlib.sha256(head + image.tobytes()).hexdigest()
+
+
+def clip_sha256(clip: Clip) -> str:
+    """Of a video's frames alone, as they were before they were encoded."""
+    total = hashlib.sha256()
+    for frame in clip.frames:
+        total.update(f"{frame.mode} {frame.width} {frame.height} ".encode() + frame.tobytes())
+    return total.hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
