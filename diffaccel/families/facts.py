@@ -109,4 +109,3 @@ def facts_of(network: Any) -> Facts:
         if base.__name__ in FACTS:
             return FACTS[base.__name__]
     raise unknown("denoiser class", cls.__name__, FACTS)
-

@@ -63,7 +63,7 @@ FACTS: dict[str, Facts] = {
         attention=r".*\.transformer_blocks\.\d+\.attn[12]",
         modulation=TIME_IN_RESNETS,
         # add_embedding is SDXL's, of pooled text and picture sizes
-        never_quantize=("conv_in", "(?:time|add|class)_embedding", TIME_IN_RESNETS, NORMS, "conv_out"),
+        never_quantize=("conv_in", "(?:time|add|class)_embedding|encoder_hid_proj", TIME_IN_RESNETS, NORMS, "conv_out"),
         patch=_pixels,
         text_tokens=77,
     ),

@@ -4,7 +4,8 @@ Counted: matrix products, attention and convolutions, at two operations a multip
 see attention report. Norms, activations and rotations are not; neither are adapters, ControlNets and guidance branches
 (call with the number of rows that really run). A quantized, pruned or compiled network counts as the one its config
 describes. A transformer block of width d on L tokens costs ``24 d^2 L + 4 d L^2``: 12 d^2 weights a token, and the two
-products of attention.
+products of attention. Every row has one time: where a pipeline passes one per token (Wan 2.2 5B), its embedding costs
+up to one percent more.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def _hunyuan(config: Config, n: int, m: int) -> int:
 
 def _sd3(config: Config, n: int, m: int) -> int:
     """Joint blocks, the first of SD3.5-medium with an attention of the picture alone (arXiv 2403.03206)."""
-    d, layers, dual = _width(config), config["num_layers"], len(config["dual_attention_layers"])
+    d, layers = _width(config), config["num_layers"]
+    dual = sum(layer < layers for layer in config["dual_attention_layers"])
     blocks = layers * (12 * d * d * (n + m) + 2 * d * (n + m) ** 2) + dual * _self_attention(n, d)
     blocks -= 9 * d * d * m  # the last block drops the text after attention: no output projection, no feed-forward
     modulation = (12 * layers - 4 + 3 * dual + 2) * d * d
@@ -170,4 +172,7 @@ _TRANSFORMERS: dict[str, Callable[[Config, int, int], int]] = {
     "PixArtTransformer2DModel": _pixart,
     "DiTTransformer2DModel": _dit,
 }
-_UNETS: dict[str, Callable[[Config, int, int, int], int]] = {"UNet2DConditionModel": unet_condition, "UNet2DModel": unet}
+_UNETS: dict[str, Callable[[Config, int, int, int], int]] = {
+    "UNet2DConditionModel": unet_condition,
+    "UNet2DModel": unet,
+}

@@ -1,18 +1,20 @@
 """Multiply-adds of one row through the UNets of diffusers, walked as the config builds them (arXiv 2006.11239).
 
 Channels of the skip connections are kept on a stack, as in the network, so that the walk cannot go out of step with
-it. Tables that no common checkpoint uses are refused, not guessed.
+it. Blocks that no common checkpoint uses are refused, not guessed; embedders that run at one row a sample, beyond
+those of time, size and class, are left out as too small to matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
 
 Config = Mapping[str, Any]
-Layer = Callable[[int, int, int], int]  # (block, layer of the block, pixels) -> multiply-adds of its attention
+# block type -> kind of attention after each residual block
 ATTENTION = {"DownBlock2D": "", "UpBlock2D": ""}
 ATTENTION |= {f"Attn{name}": "plain" for name in ("DownBlock2D", "UpBlock2D")}
 ATTENTION |= {f"CrossAttn{name}": "cross" for name in ("DownBlock2D", "UpBlock2D")}
@@ -21,7 +23,7 @@ MIDDLES = (None, "UNetMidBlock2D", "UNetMidBlock2DCrossAttn")
 
 def linears(*widths: int) -> int:
     """Multiply-adds of one row through linears of these widths."""
-    return sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return sum(a * b for a, b in pairwise(widths))
 
 
 def unet_condition(config: Config, height: int, width: int, text: int) -> int:
@@ -55,8 +57,9 @@ def unet_condition(config: Config, height: int, width: int, text: int) -> int:
         return transformer(channels, depth, pixels, context, alone)
 
     c0 = config["block_out_channels"][0]
-    emb = config.get("time_embedding_dim") or 4 * c0
-    head = linears(c0 * (2 if config.get("time_embedding_type") == "fourier" else 1), emb, emb)
+    fourier = config.get("time_embedding_type") == "fourier"
+    emb = config.get("time_embedding_dim") or (2 if fourier else 4) * c0
+    head = linears(emb if fourier else c0, emb, emb)
     projected = config.get("projection_class_embeddings_input_dim") or 0
     if config.get("addition_embed_type") == "text_time" or config.get("class_embed_type") == "projection":
         head += linears(projected, emb, emb)
