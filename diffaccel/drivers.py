@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffaccel.config import State
 from diffaccel.errors import DiffAccelError
-from diffaccel.session import Decode, Eval, Pred, Sampling, Session, Step, bcast
-
-State = Literal["float32", "stock"]
+from diffaccel.session import Advance, Decode, Eval, Pred, Sampling, Session, Step, bcast
 
 
 @dataclass
@@ -76,11 +75,13 @@ class Native:
         self.max_batch = max_batch
         self.callback = callback
         self.stats = Stats()
-        self.sigma = session.sigmas[0]
+        self.sigma: Tensor | None = None  # of the last step
+        self._own_steps = False  # the latents are the pipeline's own, stepped by its scheduler
+        self._previous_x0: Tensor | None = None
         self._cache_key: object = None
 
     def run(self, sampling: Sampling) -> Tensor:
-        """Drive a sampler to its end and return its latents in the session's coordinates."""
+        """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
         session = self.session
         cuda = session.device.type == "cuda"
         if cuda:
@@ -88,13 +89,13 @@ class Native:
             torch.cuda.synchronize(session.device)
         start = time.perf_counter()
         reply: Any = None
-        total = len(session.sigmas) - 1
+        total = len(session.timesteps)
         with session.pipe.progress_bar(total=total) as bar:
             try:
                 while True:
                     event = sampling.send(reply)
-                    if isinstance(event, Step):
-                        reply = self._step(event)
+                    if isinstance(event, Step | Advance):
+                        reply = self._step(event) if isinstance(event, Step) else self._advance(event)
                         if self.stats.steps <= total:
                             bar.update()
                         if getattr(session.pipe, "_interrupt", False):
@@ -113,7 +114,7 @@ class Native:
             torch.cuda.synchronize(session.device)
             self.stats.peak_memory = torch.cuda.max_memory_allocated(session.device)
         self.stats.seconds = time.perf_counter() - start
-        return result
+        return self.native_latents(result)
 
     # -- predictions -----------------------------------------------------------------------------------------------
 
@@ -152,53 +153,67 @@ class Native:
 
     def _guided(self, session: Session, x: Tensor, sigma: Tensor, branch: str, picked: _Picked, name: str) -> Tensor:
         """The velocity of one batch of rows, guided or of one branch."""
-        family, pipe, schedule = session.family, session.pipe, session.schedule
+        family, schedule = session.family, session.schedule
         bsigma = bcast(sigma, x)
-        network_x = schedule.network_input(x, bsigma).to(session.dtype)
-        scale = family.guidance_scale(pipe, session.conds[picked.first].arguments) if branch == "guided" else None
+        network_x = family.to_network(schedule.network_input(x, bsigma).to(family.input_dtype(session)))
+        timestep = schedule.timestep(sigma)
+        out = self._branches(session, network_x, timestep, sigma, branch, picked, name)
+        return schedule.velocity(family.from_network(out, x), x, bsigma)
+
+    def _branches(
+        self,
+        session: Session,
+        x: Tensor,
+        timestep: Tensor,
+        sigma: Tensor | None,
+        branch: str,
+        picked: _Picked,
+        name: str,
+    ) -> Tensor:
+        """The network's prediction at ``x`` in its own layout, guided or of one branch."""
+        family, pipe = session.family, session.pipe
+        arguments = session.conds[picked.first].arguments
+        scale = family.guidance_scale(pipe, arguments, timestep) if branch == "guided" else None
+
+        def ask(x: Tensor, which: str, label: str) -> Tensor:
+            return self._upcast(self._network(session, x, timestep, sigma, picked.kwargs(which), label + name))
+
         if branch == "negative" and session.conds[picked.first].negative is None:
             raise DiffAccelError(
                 "The negative branch was asked of a call without guidance. "
                 "Call the pipeline with a guidance scale above 1 (and a negative prompt where the family needs one)."
             )
         if scale is None:
-            which = "negative" if branch == "negative" else "positive"
-            kwargs = picked.kwargs(which)
-            label = ("uncond" if branch == "negative" else "cond") + name
-            out = self._upcast(self._network(session, network_x, sigma, kwargs, label))
-        elif family.joint_branches:
-            both = torch.cat([network_x] * 2)
-            sigmas = sigma if sigma.ndim == 0 else torch.cat([sigma] * 2)
-            out = self._upcast(self._network(session, both, sigmas, picked.kwargs("joint"), "cond_uncond" + name))
-            negative, positive = out.chunk(2)
-            out = family.combine(pipe, negative, positive, scale)
+            return ask(x, "negative", "uncond") if branch == "negative" else ask(x, "positive", "cond")
+        if family.joint_branches:
+            negative, positive = family.branches(ask(torch.cat([x] * 2), "joint", "cond_uncond"))
         else:
-            positive = self._upcast(self._network(session, network_x, sigma, picked.kwargs("positive"), "cond" + name))
-            negative = self._upcast(
-                self._network(session, network_x, sigma, picked.kwargs("negative"), "uncond" + name)
-            )
-            out = family.combine(pipe, negative, positive, scale)
-        return schedule.velocity(out, x, bsigma)
+            positive = ask(x, "positive", "cond")
+            negative = ask(x, "negative", "uncond")
+        return family.combine(pipe, negative, positive, scale)
 
-    def _network(self, session: Session, x: Tensor, sigma: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
-        family, denoiser = session.family, session.denoiser
-        timestep = session.schedule.timestep(sigma)
-        time_arg = family.time(timestep, len(x), session.dtype)
+    def _network(
+        self, session: Session, x: Tensor, timestep: Tensor, sigma: Tensor | None, kwargs: dict[str, Any], name: str
+    ) -> Tensor:
+        family = session.family
+        denoiser = family.network(session.pipe, timestep)
+        if timestep.ndim and len(timestep) < len(x):
+            timestep = torch.cat([timestep] * 2)  # both branches of a joint call
+        time_arg = family.time(session.pipe, timestep, x, session.dtype)
         context: Any = contextlib.nullcontext()
         if hasattr(denoiser, "cache_context"):
             context = denoiser.cache_context(
                 name,
                 step_index=self.stats.steps,
-                num_inference_steps=len(session.sigmas) - 1,
+                num_inference_steps=len(session.timesteps),
                 sigma=sigma,
                 timestep=timestep,
             )
         with context:
-            given = {family.latent_arg: family.to_network(x), family.time_arg: time_arg, **kwargs, "return_dict": False}
-            out = denoiser(**given)[0]
+            out = denoiser(**{family.latent_arg: x, family.time_arg: time_arg, **kwargs, "return_dict": False})[0]
         self.stats.calls += 1
         self.stats.forwards += len(x)
-        return family.from_network(out, x)
+        return family.prediction(out, x)
 
     def _upcast(self, out: Tensor) -> Tensor:
         return out if self.state == "stock" else out.to(torch.promote_types(out.dtype, torch.float32))
@@ -215,37 +230,81 @@ class Native:
     def _decode(self, event: Decode) -> Tensor:
         session = event.at or self.session
         self.stats.decodes += len(event.x0)
-        return session.family.decode(session.pipe, event.x0)
+        return session.family.decode(session.pipe, event.x0, session.conds[0].arguments)
+
+    def _advance(self, event: Advance) -> Tensor:
+        """One step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""
+        session, family = self.session, self.session.family
+        scheduler, arguments = session.scheduler, session.conds[0].arguments
+        timestep, latents = session.timesteps[event.index], event.latents
+        self._own_steps = True
+        x = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
+        x = family.unwrap(x, arguments).to(family.input_dtype(session))
+        self._reset_caches((id(session), len(x)))
+        place = len(scheduler.timesteps) - len(session.timesteps) + event.index
+        levels = getattr(scheduler, "sigmas", ())
+        sigma = levels[place] if place < len(levels) else None
+        size = self.max_batch or len(x)
+        picks = [slice(begin, begin + size) for begin in range(0, len(x), size)]
+        parts = [
+            self._branches(
+                session, x[pick], timestep, sigma, "guided", _Picked(session, [(0, None)], pick, len(x)),
+                f"/0.{chunk}" if len(picks) > 1 else "",
+            )
+            for chunk, pick in enumerate(picks)
+        ]  # fmt: skip
+        self.stats.nfe += len(x)
+        given = dict(session.step_arguments)
+        if "old_pred_original_sample" in given:  # CogVideoXDPMScheduler keeps its history with the pipeline
+            before = session.timesteps[event.index - 1] if event.index else None
+            given |= {"old_pred_original_sample": self._previous_x0, "timestep_back": before}
+        out = family.wrap(torch.cat(parts) if len(parts) > 1 else parts[0], arguments)
+        stepped = scheduler.step(model_output=out, timestep=timestep, sample=latents, return_dict=False, **given)
+        self._previous_x0 = stepped[1] if len(stepped) > 1 else None
+        latents = stepped[0].to(latents.dtype)
+        edited = self._end_step(event.index, timestep, lambda: latents)
+        return latents if edited is None else edited
 
     def _step(self, event: Step) -> Tensor:
-        session, pipe = self.session, self.session.pipe
-        x = event.x
+        session = self.session
+        x, self.sigma = event.x, event.sigma
         if self.state == "stock":
             x = x.to(session.dtype).to(x.dtype)
         index = min(self.stats.steps, len(session.schedule.timesteps) - 1)
-        timestep = session.schedule.timesteps[index]
+        edited = self._end_step(index, session.schedule.timesteps[index], lambda: self.native_latents(x))
+        if edited is None:
+            return x
+        rows = session.family.unwrap(edited, session.conds[0].arguments)
+        state = session.family.spatial(rows, session.height, session.width).to(x)
+        return state * session.schedule._state_scale(event.sigma)
+
+    def _end_step(self, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
+        """Count, tell the pipeline and the user; returns latents if the callback changed them."""
+        pipe = self.session.pipe
         self.stats.steps += 1
-        self.sigma = event.sigma
         if hasattr(pipe, "_current_timestep"):
             object.__setattr__(pipe, "_current_timestep", timestep)
-        if self.callback is not None:
-            x = self._call_back(self.callback, index, timestep, x, event.sigma)
-        return x
+        return None if self.callback is None else self._call_back(self.callback, index, timestep, latents)
 
-    def native_latents(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def native_latents(self, x: Tensor) -> Tensor:
         """The sampler's latents as the pipeline's own loop would hold them."""
-        session = self.session
-        latents = session.schedule.to_pipeline(x, sigma).to(session.dtype)
-        return session.family.to_network(latents)
+        session, family = self.session, self.session.family
+        if self._own_steps:
+            return x
+        sigma = session.sigmas[0] if self.sigma is None else self.sigma
+        rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(session.dtype))
+        return family.wrap(rows, session.conds[0].arguments)
 
-    def _call_back(self, callback: Callback, index: int, timestep: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+    def _call_back(
+        self, callback: Callback, index: int, timestep: Tensor, latents: Callable[[], Tensor]
+    ) -> Tensor | None:
         session, family = self.session, self.session.family
         cond = session.conds[0]
         kept = cond.joint if cond.joint is not None else cond.positive
         offered: dict[str, Any] = {}
         for name in callback.inputs:
             if name == "latents":
-                offered[name] = self.native_latents(x, sigma)
+                offered[name] = latents()
             elif name in family.callback_args:
                 offered[name] = _get(kept, family.callback_args[name])
             else:
@@ -255,15 +314,15 @@ class Native:
                 )
         given = dict(offered)
         returned = callback.function(session.pipe, index, timestep, offered) or {}
+        edited = None
         for name, value in returned.items():
             if value is given.get(name):
                 continue
             if name == "latents":
-                edited = family.spatial(value, session.height, session.width).to(x)
-                x = edited * session.schedule._state_scale(sigma)
+                edited = value
             elif name in family.callback_args:
-                _replace(cond, family.callback_args[name], value)
-        return x
+                _replace(family, cond, family.callback_args[name], value)
+        return edited
 
 
 @dataclass
@@ -279,13 +338,17 @@ class _Picked:
     def first(self) -> int:
         return self.conds[0][0]
 
+    @property
+    def _everything(self) -> bool:
+        return self.pick.start == 0 and self.pick.stop >= self.rows
+
     def kwargs(self, which: str) -> dict[str, Any]:
         if which == "joint":
             cond = self.session.conds[self.first]
-            whole = len(self.conds) == 1 and self.conds[0][1] is None and self.pick.stop >= self.rows
+            whole = len(self.conds) == 1 and self.conds[0][1] is None and self._everything
             if whole and cond.joint is not None:
                 return cond.joint
-            return self.session.family.join_rows([self.kwargs("negative"), self.kwargs("positive")])
+            return self.session.family.join_branches(self.kwargs("negative"), self.kwargs("positive"))
         family = self.session.family
         parts = []
         for handle, rows in self.conds:
@@ -294,7 +357,7 @@ class _Picked:
                 kwargs = family.map_rows(kwargs, functools.partial(_take, list(rows)))
             parts.append(kwargs)
         joined = family.join_rows(parts) if len(parts) > 1 else parts[0]
-        if self.pick.start == 0 and self.pick.stop >= self.rows:
+        if self._everything:
             return joined
         return family.map_rows(joined, lambda t: t[self.pick])
 
@@ -325,7 +388,7 @@ def _get(kwargs: dict[str, Any], dotted: str) -> Any:
     return kwargs[name][inner] if inner else kwargs[name]
 
 
-def _replace(cond: Any, dotted: str, value: Tensor) -> None:
+def _replace(family: Any, cond: Any, dotted: str, value: Tensor) -> None:
     """A callback's new tensor, for both branches when it has their rows, else for the positive one."""
     name, _, inner = dotted.partition(".")
 
@@ -334,7 +397,7 @@ def _replace(cond: Any, dotted: str, value: Tensor) -> None:
 
     if cond.joint is not None and len(value) == len(_get(cond.joint, dotted)):
         put(cond.joint, value)
-        negative, positive = value.chunk(2)
+        negative, positive = family.branches(value)
         put(cond.negative, negative)
         put(cond.positive, positive)
     else:

@@ -9,6 +9,7 @@ to them can be checked against the one that the family declares.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -35,14 +36,16 @@ class Record:
     outputs: list[Tensor] = field(default_factory=list)
     guided: Tensor | None = None
     latents: Tensor | None = None
+    timestep: Any = None
+    step_arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class _Recorder:
     """Stands in for the network. No Module, so that hooks and ``compile`` do not see it; it answers ``isinstance`` and
     every attribute as the network does, since pipelines find their device by looking at their modules."""
 
-    def __init__(self, module: Any, record: Record, latent_arg: str) -> None:
-        self._module, self._record, self._latent_arg = module, record, latent_arg
+    def __init__(self, module: Any, record: Record, family: Family) -> None:
+        self._module, self._record, self._family = module, record, family
         self._signature = signature_of(module)
 
     @property  # type: ignore[misc]
@@ -57,9 +60,10 @@ class _Recorder:
         bound.pop("self")
         # pipelines reuse and mutate their argument dicts between calls: keep copies
         self._record.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
-        like = bound[self._latent_arg]
+        like = bound[self._family.latent_arg]
         draw = torch.Generator().manual_seed(len(self._record.calls))
-        out = torch.randn(like.shape, generator=draw).to(like.device)  # fp32, so that the guidance fit is sharp
+        shape = self._family.output_shape(self._module, like)
+        out = torch.randn(shape, generator=draw).to(like.device)  # fp32, so that the guidance fit is sharp
         self._record.outputs.append(out)
         return SimpleNamespace(sample=out) if bound.get("return_dict", True) else (out,)
 
@@ -92,49 +96,61 @@ class TextMemo:
 def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable[[Record], Any]) -> Iterator[None]:
     """While open, the pipeline's network records, and its first ``scheduler.step`` is ``on_first_step(record)``.
 
-    Everything is put back before ``on_first_step`` runs, and in any case at the end.
+    Everything is put back before ``on_first_step`` runs, and in any case at the end. A pipeline that cannot be
+    interrupted goes on with its loop afterwards: network and scheduler then do nothing, so that it costs nothing.
     """
     record = Record()
-    network, scheduler = getattr(pipe, family.denoiser), pipe.scheduler
-    if hasattr(getattr(network, "_orig_mod", network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
-        raise DiffAccelError(
-            f"The {family.denoiser} of {type(pipe).__name__} is split over devices by context parallelism, "
-            "which cannot be probed yet. Load it without parallel_config."
-        )
-    own = {name: name in pipe.__dict__ for name in ("encode_prompt", "progress_bar")}
-    open_now = True
+    networks, scheduler = family.networks(pipe), pipe.scheduler
+    for name, network in networks.items():
+        if hasattr(getattr(network, "_orig_mod", network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
+            raise DiffAccelError(
+                f"The {name} of {type(pipe).__name__} is split over devices by context parallelism, "
+                "which cannot be probed yet. Load it without parallel_config."
+            )
+    ours = [name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)]
+    original_step = scheduler.step
+    signature = inspect.signature(original_step)
+    open_now = False
+
+    def replace(step: Callable[..., Any]) -> None:
+        nonlocal open_now
+        open_now = True
+        for name, network in networks.items():  # past DiffusionPipeline.__setattr__, which would rewrite pipe.config
+            object.__setattr__(pipe, name, _Recorder(network, record, family))
+        scheduler.step = functools.wraps(original_step)(step)
+        if "encode_prompt" in ours:
+            object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
+        if "progress_bar" in ours:  # the loop that follows brings its own bar
+            object.__setattr__(pipe, "progress_bar", functools.partial(_no_bar, pipe.progress_bar))
 
     def close() -> None:
         nonlocal open_now
-        if not open_now:
-            return
-        open_now = False
-        # past DiffusionPipeline.__setattr__, which would rewrite pipe.config
-        object.__setattr__(pipe, family.denoiser, network)
-        del scheduler.step
-        for name, was_there in own.items():
-            if not was_there:
+        if open_now:
+            open_now = False
+            for name, network in networks.items():
+                object.__setattr__(pipe, name, network)
+            del scheduler.step
+            for name in ours:
                 pipe.__dict__.pop(name, None)
 
-    original_step = scheduler.step
-    step_signature = inspect.signature(original_step)
-
-    @functools.wraps(original_step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        bound = step_signature.bind(*args, **kwargs).arguments
-        record.guided, record.latents = bound["model_output"], bound["sample"]
+    def first_step(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs).arguments
+        record.guided, record.latents, record.timestep = (bound.pop(k) for k in ("model_output", "sample", "timestep"))
+        record.step_arguments = {**bound.pop("kwargs", {}), **bound}
+        record.step_arguments.pop("return_dict", None)
         close()
         latents = on_first_step(record)
-        return SimpleNamespace(prev_sample=latents) if kwargs.get("return_dict", True) else (latents,)
 
-    object.__setattr__(pipe, family.denoiser, _Recorder(network, record, family.latent_arg))
-    scheduler.step = step
-    if not own["encode_prompt"]:
-        object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
-    if not own["progress_bar"]:
-        # the loop that follows brings its own bar
-        bar = functools.partial(_no_bar, pipe.progress_bar)
-        object.__setattr__(pipe, "progress_bar", bar)
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("return_dict", True):
+                return SimpleNamespace(prev_sample=latents)
+            return (latents, None)  # the second value is CogVideoXDPMScheduler's previous prediction
+
+        if not hasattr(type(pipe), "interrupt"):
+            replace(answer)
+        return answer(**kwargs)
+
+    replace(first_step)
     try:
         yield
     finally:
@@ -152,16 +168,18 @@ def check_guidance(family: Family, pipe: Any, record: Record, arguments: dict[st
 
     Solves ``guided = w_neg negative + w_pos positive`` by least squares; ``(1 - s, s)`` is classifier-free guidance.
     """
-    scale = family.guidance_scale(pipe, arguments)
+    scale = family.guidance_scale(pipe, arguments, record.timestep)
     if not family.is_linear(pipe):
         return
+    inputs = [call[family.latent_arg] for call in record.calls]
+    outputs = [family.prediction(out, like) for out, like in zip(record.outputs, inputs, strict=True)]
     if scale is None:
-        columns, expected = [record.outputs[0]], [1.0]
+        columns, expected = [outputs[0]], [1.0]
     elif family.joint_branches:
-        columns, expected = list(record.outputs[0].chunk(2)), [1 - scale, scale]
+        columns, expected = list(family.branches(outputs[0])), [1 - scale, scale]
     else:
-        columns, expected = [record.outputs[1], record.outputs[0]], [1 - scale, scale]
-    guided = record.guided
+        columns, expected = [outputs[1], outputs[0]], [1 - scale, scale]
+    guided = None if record.guided is None else family.unwrap(record.guided, arguments)
     if guided is None or columns[0].numel() != guided.numel():
         raise DiffAccelError(f"{type(pipe).__name__} steps with something other than its network's guided output.")
     basis = torch.stack([c.double().flatten() for c in columns], dim=1)
@@ -213,7 +231,9 @@ def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[
 
     def on_first_step(record: Record) -> Any:
         after = given["generator"]
-        opened.append(make_session(pipe, family, call, record, {**arguments, "generator": generator}, memo, after))
+        session = make_session(pipe, family, call, record, {**arguments, "generator": generator}, memo, after)
+        session.scheduler = _copy(pipe.scheduler)  # the pipeline's own goes back to what it was
+        opened.append(session)
         raise _Stop
 
     given = {**arguments, **{k: v for k, v in quiet.items() if k in arguments}}
@@ -233,6 +253,13 @@ def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[
             f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
         )
     return opened[0]
+
+
+def _copy(scheduler: Any) -> Any:
+    """A scheduler of the same state whose steps leave this one alone; tensors are replaced by steps, lists changed."""
+    other = copy.copy(scheduler)
+    other.__dict__.update({k: list(v) for k, v in scheduler.__dict__.items() if isinstance(v, list)})
+    return other
 
 
 @contextlib.contextmanager
@@ -262,21 +289,26 @@ def make_session(
         raise DiffAccelError(f"{type(pipe).__name__} passed no sample to its scheduler.")
     check_guidance(family, pipe, record, arguments)
     height, width = family.size(pipe, arguments)
-    schedule = schedules.read(pipe.scheduler)
+    schedule: schedules.Schedule | DiffAccelError
+    try:
+        schedule = schedules.read(pipe.scheduler, record.timestep)
+    except DiffAccelError as error:  # for whoever asks: the scheduler's own steps do without
+        schedule = error
     start = arguments.get("generator")
 
     def reopen(fresh_text: bool = False, **changes: Any) -> Session:
         changed = {**arguments, "generator": clone(start), **changes}
         return probe(pipe, family, call, changed, TextMemo() if fresh_text else memo)
 
-    state = family.spatial(latents, height, width).to(torch.promote_types(latents.dtype, torch.float32))
     return Session(
         pipe=pipe,
         family=family,
-        denoiser=getattr(pipe, family.denoiser),
-        schedule=schedule,
+        scheduler=pipe.scheduler,
         conds=[family.conditioning(pipe, record.calls, arguments)],
-        x=schedule.from_pipeline(state),
+        latents=latents,
+        timesteps=pipe.scheduler.timesteps[schedules.begin(pipe.scheduler, record.timestep) :],
+        step_arguments=record.step_arguments,
+        read_schedule=schedule,
         dtype=latents.dtype,
         height=height,
         width=width,

@@ -17,6 +17,7 @@ METHODS = {
     "heun": "diffaccel.samplers.heun:Heun",
     "dpmpp2m": "diffaccel.samplers.dpmpp2m:DPMpp2M",
     "ancestral": "diffaccel.samplers.ancestral:Ancestral",
+    "scheduler": "diffaccel.samplers.scheduler:Scheduler",
 }
 PLUGINS = "diffaccel.plugins"
 

@@ -33,20 +33,20 @@ def generate(
     start = clone(arguments.get("generator"))
     callback = _callback(arguments)
     finished: list[Stats] = []
-    interrupted = False
+    interrupted, interruptible = False, hasattr(type(pipe), "interrupt")
 
     def on_first_step(record: Record) -> torch.Tensor:
         prepared = {**arguments, "generator": start}
         session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
         session.stock_levels = config.state == "stock"
         driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
-        latents = driver.run(config.sample(session))
+        latents = driver.run(config.sample(session))  # in the pipeline's own coordinates
         nonlocal interrupted
         finished.append(driver.stats)
         interrupted = bool(getattr(pipe, "_interrupt", False))
-        # the stock loop's remaining iterations are skipped, then it decodes
-        pipe._interrupt = True
-        return driver.native_latents(latents, driver.sigma)
+        if interruptible:  # the stock loop's remaining iterations are skipped, then it decodes
+            pipe._interrupt = True
+        return latents
 
     given = {**arguments, "callback_on_step_end": None}
     given = {k: v for k, v in given.items() if k in arguments}
@@ -59,7 +59,8 @@ def generate(
             "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
         ) from error
     finally:
-        pipe._interrupt = interrupted
+        if interruptible:
+            pipe._interrupt = interrupted
     if not finished:
         raise DiffAccelError(
             f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."

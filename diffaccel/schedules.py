@@ -30,12 +30,14 @@ VE_STATE = {
 VP_STATE = {
     "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler",
-    "DDIMParallelScheduler", "DDPMParallelScheduler",
+    "DDIMParallelScheduler", "DDPMParallelScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
 }  # fmt: skip
 FLOW_STATE = {
     "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
 }  # fmt: skip
-ENDS_AT_FINAL = {"DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler"}  # at final_alpha_cumprod, often not 1
+ENDS_AT_FINAL = {  # at final_alpha_cumprod, often not 1
+    "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
+}  # fmt: skip
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction", "flow_prediction": "velocity",
 }  # fmt: skip

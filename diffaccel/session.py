@@ -63,6 +63,19 @@ class Decode:
 
 
 @dataclass(frozen=True, eq=False)
+class Advance:
+    """Ask for one step of the pipeline's own scheduler, in the pipeline's own coordinates, layout and dtype.
+
+    Attributes:
+        latents: as :attr:`Session.latents` has them, or as the last such step replied.
+        index: of the scheduler's timesteps; they are walked in order.
+    """
+
+    latents: Tensor
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """A step is done: the state is now ``x`` at ``sigma``. Progress, callbacks and interruption happen here."""
 
@@ -90,7 +103,7 @@ class Pred:
         return self.path.eps(self.x, self.v, self.sigma)
 
 
-Event = Eval | list[Eval] | Decode | Step
+Event = Eval | list[Eval] | Decode | Advance | Step
 Sampling = Generator[Event, Any, Tensor]
 
 
@@ -113,8 +126,9 @@ class Session:
     """One prepared call of one pipeline at one resolution: where a sampler starts and what it may ask about.
 
     Attributes:
-        x: ``(B, C, H, W)`` initial latents in the coordinates of ``schedule.path``, fp32.
-        schedule: noise levels, timesteps and prediction type of the call.
+        latents: the pipeline's own initial latents, in its layout and dtype.
+        timesteps: what the scheduler will be stepped with, on the pipeline's device.
+        step_arguments: further arguments of the scheduler's step, such as ``eta``.
         generator: the caller's generator or list of generators, or None for torch's global one.
         dtype: the dtype in which the pipeline itself keeps its latents.
         height, width: of the picture, in pixels.
@@ -123,10 +137,12 @@ class Session:
 
     pipe: Any
     family: Family
-    denoiser: Any
-    schedule: Schedule
+    scheduler: Any
     conds: list[Conditioning]
-    x: Tensor
+    latents: Tensor
+    timesteps: Tensor
+    step_arguments: dict[str, Any]
+    read_schedule: Schedule | DiffAccelError
     dtype: torch.dtype
     height: int
     width: int
@@ -134,6 +150,29 @@ class Session:
     reopen: Callable[..., Session]
     stock_levels: bool = False
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Noise levels, timesteps and prediction type of the call.
+
+        Raises:
+            DiffAccelError: for a scheduler whose rule only its own steps follow.
+        """
+        if isinstance(self.read_schedule, DiffAccelError):
+            raise self.read_schedule
+        return self.read_schedule
+
+    @cached_property
+    def x(self) -> Tensor:
+        """``(B, C, H, W)`` initial latents in the coordinates of :attr:`path`, fp32."""
+        rows = self.family.unwrap(self.latents, self.conds[0].arguments)
+        state = self.family.spatial(rows, self.height, self.width)
+        return self.schedule.from_pipeline(state.to(torch.promote_types(state.dtype, torch.float32)))
+
+    @property
+    def denoiser(self) -> Any:
+        """The network of the first step; see :meth:`Family.network` for pipelines with two."""
+        return self.family.network(self.pipe, self.timesteps[0])
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -147,7 +186,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return self.x.device
+        return self.latents.device
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of the shape of ``x``, from the caller's generator: row i from its own where a list was
@@ -190,9 +229,10 @@ class Session:
             The handle to pass as ``Eval.cond``.
         """
         other = self.reopen(fresh_text=True, **arguments)
-        if other.x.shape != self.x.shape:
+        if other.latents.shape != self.latents.shape:
             raise DiffAccelError(
-                f"The added conditioning has latents of shape {tuple(other.x.shape)}, the call {tuple(self.x.shape)}. "
+                f"The added conditioning has latents of shape {tuple(other.latents.shape)}, the call "
+                f"{tuple(self.latents.shape)}. "
                 "Give both the same batch size and resolution."
             )
         self.conds.append(other.conds[0])

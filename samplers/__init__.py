@@ -7,5 +7,6 @@ from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.euler import Euler
 from diffaccel.samplers.heun import Heun
+from diffaccel.samplers.scheduler import Scheduler
 
-__all__ = ["Ancestral", "DPMpp2M", "Euler", "Heun"]
+__all__ = ["Ancestral", "DPMpp2M", "Euler", "Heun", "Scheduler"]

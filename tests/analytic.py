@@ -93,10 +93,12 @@ def session(
 ) -> Session:
     """A session without a pipeline: where to start, the noise levels, and noise."""
     schedule = schedule or Schedule(path, sigmas, sigmas[:-1] * 1000, "velocity", False, 1000)
-    return Session(
-        pipe=None, family=None, denoiser=None, schedule=schedule, conds=[], x=x, dtype=x.dtype, height=8, width=8,
-        generator=generator, reopen=None,
+    made = Session(
+        pipe=None, family=None, scheduler=None, conds=[], latents=x, timesteps=schedule.timesteps, step_arguments={},
+        read_schedule=schedule, dtype=x.dtype, height=8, width=8, generator=generator, reopen=None,
     )  # fmt: skip
+    made.__dict__["x"] = x  # there is no family whose layout the latents have
+    return made
 
 
 @dataclass

@@ -212,6 +212,8 @@ def _own_x0(scheduler: Any, i: int, out: Tensor, x: Tensor) -> Tensor:
         skip, keep = here.get_scalings_for_boundary_condition_discrete(int(t))
         return (here.step(out, t, x, generator=torch.Generator()).denoised - skip * x) / keep
     here.is_scale_input_called = True
+    if name == "CogVideoXDPMScheduler":
+        return here.step(out, None, int(t), None, x)[1]
     return here.step(out, int(t) if name in VP_STATE else t, x).pred_original_sample
 
 
@@ -389,8 +391,7 @@ def _shifted(plain: Tensor, shift: float) -> Tensor:
         ("UniPCMultistepScheduler", {"thresholding": True}, r"thresholding=True.*thresholding=False"),
         ("UniPCMultistepScheduler", {**FLOW, "thresholding": True}, r"thresholding=True.*thresholding=False"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, r"invert_sigmas=True.*invert_sigmas=False"),
-        ("EDMEulerScheduler", {}, r"EDMEulerScheduler is not supported. Set pipe.scheduler to one of: DDIMParallel"),
-        ("CogVideoXDDIMScheduler", {}, r"CogVideoXDDIMScheduler is not supported"),
+        ("EDMEulerScheduler", {}, r"EDMEulerScheduler is not supported. Set pipe.scheduler to one of: CogVideoXDDIM"),
         ("DDIMScheduler", {"prediction_type": "noise"}, r"prediction_type 'noise'; supported are epsilon, sample"),
         (
             "DDIMScheduler",

@@ -11,9 +11,21 @@ if TYPE_CHECKING:
 # diffusers class name -> module and class here
 FAMILIES = {
     "FluxPipeline": "flux:Flux",
+    "FluxImg2ImgPipeline": "flux:Flux",
     "StableDiffusion3Pipeline": "sd3:SD3",
+    "StableDiffusion3Img2ImgPipeline": "sd3:SD3",
     "StableDiffusionXLPipeline": "sdxl:SDXL",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXLImg2Img",
     "StableDiffusionPipeline": "sd:SD",
+    "StableDiffusionImg2ImgPipeline": "sd:SDImg2Img",
+    "WanPipeline": "wan:Wan",
+    "HunyuanVideoPipeline": "hunyuan_video:HunyuanVideo",
+    "CogVideoXPipeline": "cogvideox:CogVideoX",
+    "PixArtSigmaPipeline": "pixart:PixArt",
+    "PixArtAlphaPipeline": "pixart:PixArt",
+    "DiTPipeline": "dit:DiT",
+    "DDPMPipeline": "pixels:Pixels",
+    "DDIMPipeline": "pixels:Pixels",
 }
 
 

@@ -6,7 +6,6 @@ itself while it is probed.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -28,7 +27,9 @@ class Family:
         latent_arg, time_arg: the network's argument names for its input and its time.
         row_args: network arguments with one row per sample, dotted into dicts; lists of tensors count by tensor.
         shared_args: further arguments that are understood and the same for every row.
-        joint_branches: whether negative and positive rows go through one network call, negative first.
+        other_denoisers: attributes of further networks that take over at other noise levels, where there are any.
+        joint_branches: whether negative and positive rows go through one network call.
+        negative_first: which of them come first then.
         callback_args: names a step callback may ask for, and the network argument each one is.
         size_multiple: picture sides must be multiples of this.
     """
@@ -40,22 +41,57 @@ class Family:
     time_arg: ClassVar[str] = "timestep"
     row_args: ClassVar[tuple[str, ...]] = ()
     shared_args: ClassVar[tuple[str, ...]] = ()
+    other_denoisers: ClassVar[tuple[str, ...]] = ()
     joint_branches: ClassVar[bool] = True
+    negative_first: ClassVar[bool] = True
     callback_args: ClassVar[dict[str, str]] = {}
     size_multiple: ClassVar[int] = 16
 
+    # -- network -------------------------------------------------------------------------------------------------
+
+    def networks(self, pipe: Any) -> dict[str, Any]:
+        """Attribute and module of every network that a call may evaluate."""
+        found = {name: getattr(pipe, name, None) for name in (self.denoiser, *self.other_denoisers)}
+        return {name: module for name, module in found.items() if module is not None}
+
+    def network(self, pipe: Any, timestep: Tensor) -> Any:
+        """The network for the schedule's ``timestep`` (scalar or one per row)."""
+        return getattr(pipe, self.denoiser)
+
+    def input_dtype(self, session: Any) -> torch.dtype:
+        """In which dtype latents go into the network: the pipeline's own."""
+        return session.dtype
+
+    def output_shape(self, network: Any, like: Tensor) -> tuple[int, ...]:
+        """The shape of the network's output for latents shaped as ``like``."""
+        return tuple(like.shape)
+
+    def prediction(self, out: Tensor, like: Tensor) -> Tensor:
+        """The part of the network's output that predicts, without a learned variance."""
+        return out
+
     # -- guidance ------------------------------------------------------------------------------------------------
 
-    def guidance_scale(self, pipe: Any, arguments: dict[str, Any]) -> float | None:
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         """The scale that joins the branches now, or None when only the positive branch is evaluated.
 
-        Read from the pipeline at every call, since callbacks may switch guidance off half-way.
+        ``timestep`` is the schedule's, where the scale depends on it; None for the first of a call. Read from the
+        pipeline at every call, since callbacks may switch guidance off half-way.
         """
         return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
     def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance, ``negative + scale (positive - negative)`` (arXiv 2207.12598)."""
         return negative + scale * (positive - negative)
+
+    def branches(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The negative and the positive rows of a joint call."""
+        first, second = rows.chunk(2)
+        return (first, second) if self.negative_first else (second, first)
+
+    def join_branches(self, negative: dict[str, Any], positive: dict[str, Any]) -> dict[str, Any]:
+        """The network's arguments of a joint call."""
+        return self.join_rows([negative, positive] if self.negative_first else [positive, negative])
 
     def is_linear(self, pipe: Any) -> bool:
         """Whether the guided output is the linear combination above, which the probe then checks."""
@@ -65,6 +101,14 @@ class Family:
         """Raise for call arguments whose rule depends on the step index, which a sampler's own steps do not share."""
 
     # -- layout --------------------------------------------------------------------------------------------------
+
+    def unwrap(self, latents: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """One row per sample of the latents that the pipeline steps its scheduler with."""
+        return latents
+
+    def wrap(self, rows: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The inverse of :meth:`unwrap`."""
+        return rows
 
     def to_network(self, x: Tensor) -> Tensor:
         """Spatial latents ``(R, C, H, W)`` in the network's layout."""
@@ -78,9 +122,12 @@ class Family:
         """The pipeline's latents as spatial ones."""
         return latents
 
-    def time(self, timestep: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """The network's time argument from the schedule's timestep, one per row."""
-        return timestep.expand(rows)
+    def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The network's time argument for its input ``x``, from the schedule's timestep (scalar or one per row).
+
+        ``dtype`` is that of the pipeline's own latents.
+        """
+        return timestep.expand(len(x))
 
     # -- size ----------------------------------------------------------------------------------------------------
 
@@ -89,9 +136,13 @@ class Family:
         default = pipe.default_sample_size * pipe.vae_scale_factor
         return int(arguments.get("height") or default), int(arguments.get("width") or default)
 
+    def multiple(self, pipe: Any) -> int:
+        """What both sides of a picture must be multiples of."""
+        return self.size_multiple
+
     def check_size(self, pipe: Any, height: int, width: int) -> None:
         """Raise with the nearest valid size when a side does not fit the model."""
-        step = self.size_multiple
+        step = self.multiple(pipe)
         if height % step or width % step or min(height, width) <= 0:
             near = [max(step, round(side / step) * step) for side in (height, width)]
             raise DiffAccelError(
@@ -101,12 +152,17 @@ class Family:
 
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         """Changes to a call's arguments that make the same picture at another resolution."""
+        if "height" not in arguments:
+            raise DiffAccelError(
+                f"A pipeline of the {self.name} family draws at one size only, that of its network; "
+                f"{height}x{width} was asked for. Use a sampler that keeps the resolution."
+            )
         return {"height": height, "width": width}
 
     # -- decode --------------------------------------------------------------------------------------------------
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
-        """Pixels ``(B, 3, H, W)`` in [-1, 1] of clean latents, as the pipeline decodes them."""
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Pixels ``(B, 3, H, W)`` or ``(B, 3, F, H, W)`` in [-1, 1] of clean latents, as the pipeline decodes."""
         raise NotImplementedError
 
     # -- conditioning --------------------------------------------------------------------------------------------
@@ -127,8 +183,11 @@ class Family:
         if not guided:
             return Conditioning(kept[0], None, None, arguments)
         if self.joint_branches:
-            half = [self.map_rows(kept[0], functools.partial(_half, i)) for i in (0, 1)]
-            return Conditioning(half[1], half[0], kept[0], arguments)
+            negative, positive = (
+                self.map_rows(kept[0], lambda rows, i=i: self.branches(rows)[i])  # type: ignore[misc]
+                for i in (0, 1)
+            )
+            return Conditioning(positive, negative, kept[0], arguments)
         return Conditioning(kept[0], kept[1], None, arguments)
 
     def map_rows(self, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -162,10 +221,6 @@ class Family:
 def signature_of(module: Any) -> inspect.Signature:
     """The signature of a network's forward, seen through ``torch.compile``."""
     return inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
-
-
-def _half(which: int, rows: Tensor) -> Tensor:
-    return rows.chunk(2)[which]
 
 
 def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

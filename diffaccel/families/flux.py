@@ -1,4 +1,4 @@
-"""FLUX.1 (text to image): packed latents, velocity, embedded guidance or two-call classifier-free guidance."""
+"""FLUX.1 (text or image to image): packed latents, velocity, embedded guidance or two-call classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from diffaccel.families.base import Family
+from diffaccel.families.sources import check_resizable
 
 
 class Flux(Family):
     """A packed token holds a 2x2 patch of latents, channel order (c, dy, dx); the network's time is sigma itself."""
 
     name = "flux"
-    pipelines = ("FluxPipeline",)
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     row_args = (
         "encoder_hidden_states", "pooled_projections", "guidance", "joint_attention_kwargs.ip_adapter_image_embeds",
     )  # fmt: skip
@@ -22,13 +23,17 @@ class Flux(Family):
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
-    def guidance_scale(self, pipe: Any, arguments: dict[str, Any]) -> float | None:
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         negative = arguments.get("negative_prompt") is not None or (
             arguments.get("negative_prompt_embeds") is not None
             and arguments.get("negative_pooled_prompt_embeds") is not None
         )
         scale = float(arguments["true_cfg_scale"])
         return scale if scale > 1 and negative else None
+
+    def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        check_resizable(arguments)
+        return super().resized(arguments, height, width)
 
     def to_network(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -44,9 +49,9 @@ class Flux(Family):
         h, w = 2 * (height // 16), 2 * (width // 16)
         return self.from_network(latents, latents.new_empty(len(latents), 1, h, w))
 
-    def time(self, timestep: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        return timestep.expand(rows).to(dtype) / 1000
+    def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return timestep.expand(len(x)).to(dtype) / 1000
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return pipe.vae.decode(x0, return_dict=False)[0]

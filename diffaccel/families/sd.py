@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffaccel.families.base import Family
+from diffaccel.families.sources import resized_source, source_size
 
 
 class SD(Family):
@@ -23,14 +24,14 @@ class SD(Family):
 
     def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         guided = super().combine(pipe, negative, positive, scale)
-        if pipe.guidance_rescale > 0.0:
+        if not self.is_linear(pipe):
             from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
             return rescale_noise_cfg(guided, positive, guidance_rescale=pipe.guidance_rescale)
         return guided
 
     def is_linear(self, pipe: Any) -> bool:
-        return pipe.guidance_rescale == 0.0
+        return not getattr(pipe, "guidance_rescale", 0.0) > 0.0
 
     def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         sample = pipe.unet.config.sample_size
@@ -39,6 +40,18 @@ class SD(Family):
             return sides[0] * pipe.vae_scale_factor, sides[1] * pipe.vae_scale_factor
         return int(arguments["height"]), int(arguments["width"])
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         return pipe.vae.decode(x0, return_dict=False)[0]
+
+
+class SDImg2Img(SD):
+    """The picture has the size of the image that it starts from."""
+
+    pipelines = ("StableDiffusionImg2ImgPipeline",)
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        return source_size(pipe, arguments)
+
+    def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        return {"image": resized_source(arguments, height, width, self.size_multiple)}

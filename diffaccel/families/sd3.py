@@ -8,13 +8,14 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
+from diffaccel.families.sources import check_resizable
 
 
 class SD3(Family):
     """The network's time is ``1000 sigma``; skip-layer guidance depends on the step index and is refused."""
 
     name = "sd3"
-    pipelines = ("StableDiffusion3Pipeline",)
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     row_args = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds")
     shared_args = ("joint_attention_kwargs",)
     callback_args = {  # noqa: RUF012
@@ -28,6 +29,10 @@ class SD3(Family):
                 "Leave it out, or diffaccel.remove(pipe)."
             )
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+    def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+        check_resizable(arguments)
+        return super().resized(arguments, height, width)
+
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         x0 = x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         return pipe.vae.decode(x0, return_dict=False)[0]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.families.sd import SD
+from diffaccel.families.sd import SD, SDImg2Img
+from diffaccel.families.sources import source_size
+from diffaccel.session import Conditioning
 
 
 class SDXL(SD):
@@ -41,13 +43,16 @@ class SDXL(SD):
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         final = (arguments["height"], arguments["width"])
         return {
-            "height": height,
-            "width": width,
+            **super().resized(arguments, height, width),
             "original_size": arguments.get("original_size") or final,
             "target_size": arguments.get("target_size") or final,
         }
 
-    def decode(self, pipe: Any, x0: Tensor) -> Tensor:
+    def conditioning(self, pipe: Any, calls: list[dict[str, Any]], arguments: dict[str, Any]) -> Conditioning:
+        height, width = self.size(pipe, arguments)  # a call may leave them to the pipeline, a resized one asks for them
+        return super().conditioning(pipe, calls, {**arguments, "height": height, "width": width})
+
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         vae = pipe.vae
         upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # the XL decoder overflows in fp16
         if upcast:
@@ -63,3 +68,12 @@ class SDXL(SD):
         if upcast:
             vae.to(dtype=torch.float16)
         return pixels
+
+
+class SDXLImg2Img(SDXL, SDImg2Img):
+    """As SDXL, with the size of the image that the call starts from."""
+
+    pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        return source_size(pipe, arguments)

@@ -1,0 +1,41 @@
+"""HunyuanVideo (text to video): velocity, embedded guidance or two-call classifier-free guidance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.families.base import Family
+
+
+class HunyuanVideo(Family):
+    """State in fp32; the network is told the schedule's timestep, ``1000 sigma``."""
+
+    name = "hunyuan-video"
+    pipelines = ("HunyuanVideoPipeline",)
+    row_args = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance")
+    shared_args = ("attention_kwargs",)
+    joint_branches = False  # positive first, then negative
+    callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
+        negative = arguments.get("negative_prompt") is not None or (
+            arguments.get("negative_prompt_embeds") is not None
+            and arguments.get("negative_pooled_prompt_embeds") is not None
+        )
+        scale = float(arguments["true_cfg_scale"])
+        return scale if scale > 1 and negative else None
+
+    def input_dtype(self, session: Any) -> torch.dtype:
+        return session.denoiser.dtype
+
+    def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return timestep.expand(len(x)).to(dtype)
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        return int(arguments["height"]), int(arguments["width"])
+
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
+        return pipe.vae.decode(x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]

@@ -1,0 +1,71 @@
+"""Wan 2.1 and 2.2 (text to video): velocity, two-call guidance, one network or two that share the noise levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.families.base import Family
+
+
+class Wan(Family):
+    """State in fp32. In 2.2's 14B pair ``transformer`` has the timesteps from ``boundary_ratio`` up, ``transformer_2``
+    those below, each with its own scale; 2.2's 5B is told the time once per token."""
+
+    name = "wan"
+    pipelines = ("WanPipeline",)
+    other_denoisers = ("transformer_2",)
+    row_args = ("encoder_hidden_states",)
+    shared_args = ("attention_kwargs",)
+    joint_branches = False  # positive first, then negative
+    callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+
+    def network(self, pipe: Any, timestep: Tensor) -> Any:
+        return pipe.transformer if self._is_high(pipe, timestep) else pipe.transformer_2
+
+    def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
+        if not pipe.do_classifier_free_guidance:
+            return None
+        high = timestep is None or self._is_high(pipe, timestep)
+        return float(pipe._guidance_scale if high else pipe._guidance_scale_2)
+
+    def _is_high(self, pipe: Any, timestep: Tensor) -> bool:
+        """Whether the noise is high enough for the first network; the stock loop asks the device the same."""
+        if pipe.config.boundary_ratio is None:
+            return True
+        high = timestep >= pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps
+        if bool(high.any()) != bool(high.all()):
+            raise DiffAccelError(
+                f"Rows on both sides of the boundary between the two networks of {type(pipe).__name__} (timesteps "
+                f"{timestep.tolist()}) were asked for in one call. Ask for them in two."
+            )
+        return bool(high.all())
+
+    def input_dtype(self, session: Any) -> torch.dtype:
+        return session.denoiser.dtype
+
+    def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = timestep.expand(len(x))
+        if not pipe.config.expand_timesteps:
+            return rows
+        tokens = x[0, 0, :, ::2, ::2].numel()
+        return rows.to(torch.float32)[:, None].expand(-1, tokens)
+
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        return int(arguments["height"]), int(arguments["width"])
+
+    def multiple(self, pipe: Any) -> int:
+        network = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+        return pipe.vae_scale_factor_spatial * network.config.patch_size[1]
+
+    def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
+        config = pipe.vae.config
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(x0.device, pipe.vae.dtype)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        # the reciprocal of the reciprocal, as the pipeline computes it, for equality to the bit
+        return pipe.vae.decode(x0.to(pipe.vae.dtype) / (1.0 / std) + mean, return_dict=False)[0]

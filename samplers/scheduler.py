@@ -1,0 +1,43 @@
+"""The pipeline's own scheduler, step by step: what its stock loop computes, driven by diffaccel's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffaccel.config import SamplerConfig, State
+from diffaccel.errors import DiffAccelError
+from diffaccel.session import Advance, Sampling, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler(SamplerConfig):
+    """The rule of ``pipe.scheduler`` (UniPC, DPM-Solver++, DDIM, DDPM, ...) with its own history, to the bit.
+
+    For pipelines whose solver is to stay while the rest of diffaccel acts: caches are told the step and its noise
+    level, cost is counted, rows are cut to ``max_batch``. It is also what every family is tested with against the
+    stock loop. Latents stay in the pipeline's layout and dtype.
+    """
+
+    name: ClassVar[str] = "scheduler"
+    paper: ClassVar[str] = "UniPC, arXiv 2302.04867; DPM-Solver++, arXiv 2211.01095; DDIM, arXiv 2010.02502; and others"
+
+    state: State = "stock"
+
+    def validate(self) -> None:
+        super().validate()
+        if self.state != "stock":
+            raise DiffAccelError(
+                f"Scheduler.state is '{self.state}'; a scheduler keeps latents in the pipeline's dtype: use 'stock'."
+            )
+
+    def sample(self, session: Session) -> Sampling:
+        return own_steps(session)
+
+
+def own_steps(session: Session) -> Sampling:
+    """Walk the scheduler's own timesteps by its own step."""
+    latents = session.latents
+    for index in range(len(session.timesteps)):
+        latents = yield Advance(latents, index)
+    return latents
