@@ -100,7 +100,7 @@ class _Loop:
         self.asked = rehearse(self.config, self.pipe, self.schedule)
         own, self.start = scheduler.timesteps, None
         scheduler.timesteps = torch.stack([self.schedule.timestep(s) for s in self.asked])
-        self.own_entries = torch.equal(scheduler.timesteps, own)
+        self.own_entries = _same(scheduler.timesteps, own)
         self.pipe._num_timesteps = len(self.asked)
 
     def enter(self, scheduler: Any, timestep: Any) -> Schedule:
@@ -131,13 +131,18 @@ class _Loop:
         schedule = self.enter(scheduler, timestep)
         return schedule.network_input(sample, self.asked[min(self.stats.calls, len(self.asked) - 1)])
 
-    def place(self, scheduler: Any) -> None:
-        """Before the pipeline noises something inside its loop: schedulers do that at their own step index."""
-        if self.sampling is None or not hasattr(scheduler, "_step_index"):
+    def place(self, scheduler: Any, given: list[Any]) -> None:
+        """Before the pipeline noises something: inside its loop index schedulers do that at their own step index."""
+        if self.sampling is None:
+            if any(isinstance(value, Tensor) and not value.numel() for value in given):
+                raise self.cannot_cut(scheduler)  # cut to nothing
             return
-        if not self.own_entries or not isinstance(self.event, Step):
+        indexed = hasattr(scheduler, "_step_index")
+        needs_own = indexed or scheduler.timesteps.is_floating_point()  # others index a table by whole timesteps
+        if not isinstance(self.event, Step) or (needs_own and not self.own_entries):
             raise self.cannot_mix()
-        scheduler._step_index = (self.start or 0) + self.stats.calls
+        if indexed:
+            scheduler._step_index = (self.start or 0) + self.stats.calls
 
     def cannot_mix(self) -> UnsupportedBySampler:
         return UnsupportedBySampler(
@@ -152,7 +157,7 @@ class _Loop:
         schedule = self.enter(scheduler, timestep)
         sigma = self.asked[self.stats.calls]
         wide = torch.promote_types(sample.dtype, torch.float32)
-        kept = self.returned is not None and (sample is self.returned or torch.equal(sample, self.returned))
+        kept = self.returned is not None and _same(sample, self.returned)
         if self.sampling is None:
             x = schedule.from_pipeline(sample.to(wide))
             session = StockSession(self.pipe, schedule, x, self.generator)
@@ -160,6 +165,8 @@ class _Loop:
             event: Any = next(self.sampling)
         elif isinstance(self.event, Step):
             x = self.event.x if kept else sample.to(wide) * schedule._state_scale(sigma)
+            if self.config.state == "stock":
+                x = x.to(sample.dtype).to(wide)
             event = self.sampling.send(x)
         elif kept:
             x, event = self.event.x, self.event
@@ -185,6 +192,10 @@ class _Loop:
 
     def end(self, scheduler: Any) -> None:
         """After the call: a loop that was cut elsewhere than between two steps gave something else than asked."""
+        if self.sampling is None and self.own_entries:
+            raise DiffAccelError(
+                f"{type(self.pipe).__name__} finished without a single scheduler step. Ask for at least one."
+            )
         if self.sampling is None:
             raise self.cannot_cut(scheduler)
         if not isinstance(self.event, Step) and not getattr(self.pipe, "_interrupt", False):
@@ -245,10 +256,14 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
 def _placed(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:
     @functools.wraps(noise)
     def at_this_step(*args: Any, **kwargs: Any) -> Any:
-        loop.place(scheduler)
+        loop.place(scheduler, [*args, *kwargs.values()])
         return noise(*args, **kwargs)
 
     return at_this_step
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
 
 
 def _check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
