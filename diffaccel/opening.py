@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import record, zoo
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.requests import Request, call_parameters, first_line
+from diffaccel.requests import Request, call_parameters, check_subjects, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
     """The request's pipeline on its device, accelerated.
 
     Raises:
-        DiffAccelError: for files that cannot be loaded, and a pipeline that makes no pictures from text.
+        DiffAccelError: for files that cannot be loaded, and a pipeline that does not make what was asked for.
     """
     import diffaccel
 
@@ -92,12 +92,13 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
             f"The model '{request.model}' cannot be loaded from '{folder}', whose files are damaged, incomplete or of "
             f"another version ({type(error).__name__}: {first_line(error)}). {advice}"
         ) from error
-    missing = {"prompt", "generator", "num_inference_steps"} - call_parameters(pipe).keys()
+    missing = {"generator", "num_inference_steps"} - call_parameters(pipe).keys()
     if missing:
         raise DiffAccelError(
             f"The model '{request.model}' is a {type(pipe).__name__}, whose call takes no {', '.join(sorted(missing))}."
-            " Give one that makes images from text."
+            " Give one that makes images or video."
         )
+    check_subjects(pipe, request)
     if request.methods:
         diffaccel.accelerate(pipe, *request.methods)
     return pipe.to(device)

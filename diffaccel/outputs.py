@@ -1,7 +1,7 @@
 """The folder of a run: which chunks of it are complete, and how one becomes so.
 
-A finished chunk leaves its pictures and a marker with their sha256 under ``.chunks/``. What has no marker, or other
-bytes than its marker says, is not finished. At the end the markers become the lists in ``run.json``.
+A finished chunk leaves its pictures or videos, and a marker with their sha256 under ``.chunks/``. What has no marker,
+or other bytes than its marker says, is not finished. At the end the markers become the lists in ``run.json``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffaccel.requests import Item
 
 RECORD = "run.json"
 MARKERS = ".chunks"
-_IMAGE = re.compile(r"\d{5,}\.png")
+_IMAGE = re.compile(r"\d{5,}\.(png|mp4)")
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -71,7 +71,7 @@ class RunFolder:
             return
         strangers = sorted(p.name for p in self.path.iterdir() if _IMAGE.fullmatch(p.name))
         if overwrite:
-            strangers = [name for name in strangers if record.read_png(self.path / name) is None]
+            strangers = [name for name in strangers if record.read_result(self.path / name) is None]
         elif (old := self.old()) is not None:
             changed = record.differences(old["settings"], self.new.settings)
             if changed:
@@ -138,7 +138,7 @@ class RunFolder:
             return False
 
     def add(self, number: int, images: list[Any], call: dict[str, Any], cost: dict[str, Any]) -> None:
-        """Write a chunk's pictures, then its marker."""
+        """Write a chunk's pictures, or clips as video, then its marker."""
         try:
             self._add(number, images, call, cost)
         except OSError as error:
@@ -152,11 +152,16 @@ class RunFolder:
         shared |= {"format": record.FORMAT, "fingerprint": self.new.fingerprint, "call": call}
         entries = []
         for item, image in zip(self.chunks[number], images, strict=True):
-            about = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
-            file = self.path / item.file
-            record.write_png(file, image, {**shared, **about})
-            hashes = {"sha256": record.sha256(file), "pixels_sha256": record.pixels_sha256(image)}
-            entries.append({**about, "file": item.file, **hashes})
+            about: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
+            file = self.path / f"{item.id:05d}"
+            if isinstance(image, record.Clip):
+                about |= {"frames": len(image.frames), "fps": image.fps}
+                file, pixels = file.with_suffix(".mp4"), record.clip_sha256(image)
+                record.write_mp4(file, image, {**shared, **about})
+            else:
+                file, pixels = file.with_suffix(".png"), record.pixels_sha256(image)
+                record.write_png(file, image, {**shared, **about})
+            entries.append({**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels})
         marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
         (self.path / MARKERS).mkdir(exist_ok=True)
         record.write_json(self.path / MARKERS / f"{number:05d}.json", marker)

@@ -244,7 +244,8 @@ def write_mp4(path: Path, clip: Clip, values: dict[str, Any] | None = None) -> N
     with atomic(path) as file:
         writer = imageio_ffmpeg.write_frames(
             file.name, first.size, pix_fmt_in="rgb24", pix_fmt_out="yuv420p" if even else "yuv444p", fps=clip.fps,
-            codec="libx264", quality=None, macro_block_size=1, ffmpeg_log_level="error", output_params=options,
+            codec="libx264", quality=None, macro_block_size=1, ffmpeg_log_level="quiet", ffmpeg_timeout=0,
+            output_params=options,
         )  # fmt: skip
         writer.send(None)
         try:
@@ -252,8 +253,12 @@ def write_mp4(path: Path, clip: Clip, values: dict[str, Any] | None = None) -> N
                 writer.send(frame.convert("RGB").tobytes())
         finally:
             writer.close()
-        if not file.seek(0, os.SEEK_END):
-            raise OSError("ffmpeg wrote nothing")
+        try:
+            written = imageio_ffmpeg.count_frames_and_secs(file.name)[0]
+        except RuntimeError:
+            written = 0
+        if written != len(clip.frames):  # ffmpeg's exit status does not come through
+            raise OSError(f"ffmpeg wrote {written} of {len(clip.frames)} frames; is the disk full?")
 
 
 def read_mp4(path: Path) -> dict[str, Any] | None:
@@ -265,6 +270,11 @@ def read_mp4(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """What is stored in a picture or a video of ours, or None for any other file."""
+    return read_mp4(path) if path.suffix == ".mp4" else read_png(path)
 
 
 def sha256(path: Path) -> str:

@@ -14,6 +14,8 @@ _METHOD_OPTION = re.compile(r"--([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)(?:=(.*))?", 
 _EXAMPLES = """examples:
   diffaccel sample "a red apple, fluent 3d" --num 4 --seed 0
   diffaccel sample "a red apple" "two cats" --sampler dpmpp2m --steps 10 --out out/cats
+  diffaccel sample "a cat walks" --model ./wan --frames 33      (video: one mp4 each)
+  diffaccel sample --class goldfish --model ./dit                (and a model that takes neither needs neither)
   accelerate launch --num_processes 2 -m diffaccel sample "a red apple" --num 64    (one process a GPU)
 
 A run that was stopped goes on when its command is repeated. Images carry what made them as PNG text; run.json in the
@@ -22,9 +24,12 @@ output folder holds all of it, with times, cost and sha256."""
 
 def make_parser() -> console.Parser:
     """The options that every method shares."""
-    parser = console.Parser(prog="diffaccel sample", description="Generate images from prompts.", epilog=_EXAMPLES)
+    parser = console.Parser(
+        prog="diffaccel sample", description="Generate images from prompts, or video.", epilog=_EXAMPLES
+    )
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make --num images each")
+    add("--class", action="append", dest="classes", metavar="C", help="number or name, for a model that draws classes")
     add("--num", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="image i of the run uses seed S + i (default 0)")
     add("--model", default=zoo.DEFAULT, help=f"zoo name, folder, or owner/name on the hub (default {zoo.DEFAULT})")
@@ -32,6 +37,8 @@ def make_parser() -> console.Parser:
     add("--steps", type=int, metavar="N", help="inference steps (default: the model's own)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="classifier-free or embedded guidance (default: the model's own)")
+    add("--frames", type=int, metavar="N", help="frames of each video (default: the model's own)")
+    add("--fps", type=float, metavar="F", help="frames a second of the video (default: the model's own)")
     add("--negative", metavar="PROMPT", help="negative prompt")
     add("--batch", type=int, default=1, metavar="B", help="images in one pipeline call (default 1); changes last bits")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
@@ -53,7 +60,8 @@ def run(argv: list[str]) -> int:
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
     request = Request(
-        prompts=tuple(options.prompts), model=options.model, num=options.num, seed=options.seed,
+        prompts=tuple(options.prompts), classes=tuple(options.classes or ()), model=options.model, num=options.num,
+        seed=options.seed, frames=options.frames, fps=options.fps,
         methods=methods(options.sampler, given), steps=options.steps, size=parse_size(options.size),
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
@@ -153,9 +161,10 @@ def describe(record: dict[str, Any]) -> str:
     how = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
     files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
     steps = record["call"]["num_inference_steps"]
-    seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s an image"
+    what = "video" if "frames" in images[0] else "image"
+    seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (what == 'image')} {what}"
     return (
-        f"{len(images)} image{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
+        f"{len(images)} {what}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
         f"{settings['model']} by {how}: {steps} steps, {cost['nfe']} NFE, {cost['forwards']} rows through the network\n"
         f"{seconds} on {record['device']['name']} ({settings['dtype']})"
     )

@@ -1,4 +1,4 @@
-"""Run a request into a folder, resumable, by any number of processes.
+"""Run a request into a folder, resumable, by any number of processes: images, or videos.
 
 Work is cut into chunks of consecutive images, one pipeline call each. A run that was stopped makes its unfinished
 chunks anew and nothing else, and processes take whole chunks, so the files come out the same however often a run was
@@ -98,7 +98,10 @@ def generate_run(
         world, device = join_world(request.device)
         dtype = opening.pick_dtype(request.dtype, device)
         source, digest = opening.locate(request.model)
+        if not request.prompts:
+            _check_class(source, request)
     else:
+        requests.check_subjects(pipe, request)
         from diffaccel.compose import active
 
         world, device, dtype, state = World(), pipe.device, pipe.dtype, active(pipe)
@@ -119,14 +122,16 @@ def generate_run(
                 steps = progress and sys.stderr.isatty()
                 pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
             call = requests.call_arguments(pipe, request)
+            if requests.source_of(pipe) == "class":
+                requests.class_labels(pipe, [item.prompt or "" for chunk in folder.chunks for item in chunk])
         world.wait()
         if world.rank == 0:
             folder.prepare(overwrite)
         world.wait()
         abandon = folder.abandon if world.size == 1 else None
-        with _failures(request, folder, abandon), _bar(folder, pending, world, progress) as bar:
+        with _failures(request, folder, abandon), _bar(pipe, folder, pending, world, progress) as bar:
             for number in pending[world.rank :: world.size]:
-                images, cost = generate_chunk(pipe, folder.chunks[number], call)
+                images, cost = generate_chunk(pipe, folder.chunks[number], call, requests.frame_rate(pipe, request))
                 folder.add(number, images, call, cost)
                 bar.update(len(images))
         world.wait()
@@ -142,12 +147,23 @@ def _result(folder: RunFolder, world: World) -> dict[str, Any]:
 
 def _name(request: Request, new: record.Record) -> str:
     """A folder name that tells runs apart: the same request finds its folder again."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.prompts[0].lower()).strip("-")[:40].strip("-")
+    about = request.subjects[0] or Path(request.model).name
+    words = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")[:40].strip("-")
     return f"{words or 'images'}-{new.fingerprint[:8]}"
 
 
-def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The pictures of one chunk by one pipeline call, and what it cost.
+def _check_class(source: Path, request: Request) -> None:
+    """Missing prompts are worth a look at the pipeline's class before its weights are loaded."""
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if cls is not None:
+        requests.check_subjects(cls, request)
+
+
+def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float) -> tuple[list[Any], dict[str, Any]]:
+    """The pictures, or clips, of one chunk by one pipeline call, and what it cost.
 
     Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
     device.
@@ -157,6 +173,9 @@ def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any]) -> tuple[
     rows = dict(call)
     if "negative_prompt" in rows:
         rows["negative_prompt"] = [rows["negative_prompt"]] * len(chunk)
+    rows |= _subjects(pipe, chunk)
+    if "num_frames" in requests.call_parameters(pipe):
+        rows["output_type"] = "pil"  # some give arrays by default
     generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -164,9 +183,20 @@ def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any]) -> tuple[
     with _count_forwards(pipe) as counted, warnings.catch_warnings():
         # how diffusers tells of not-a-number in a picture, which it then draws black
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
-        images = pipe(prompt=[item.prompt for item in chunk], generator=generators, **rows).images
+        made = pipe(generator=generators, **rows)
     seconds = round(time.perf_counter() - start, 4)
+    frames = getattr(made, "frames", None)
+    images = made.images if frames is None else [record.Clip(list(clip), fps) for clip in frames]
     return images, {"seconds": seconds, **_cost(pipe, rows, counted)}
+
+
+def _subjects(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
+    """The arguments that say what each row of a call shows."""
+    source = requests.source_of(pipe)
+    if source == "nothing":
+        return {"batch_size": len(chunk)}
+    texts = [item.prompt or "" for item in chunk]
+    return {"prompt": texts} if source == "text" else {"class_labels": requests.class_labels(pipe, texts)}
 
 
 # -- what it cost -----------------------------------------------------------------------------------------------------
@@ -205,12 +235,11 @@ def _count_forwards(pipe: Any) -> Iterator[dict[str, int]]:
         counted["calls"] += 1
         counted["forwards"] += 1 if first is None else len(first)
 
-    network = requests.network(pipe)
-    hook = network.register_forward_pre_hook(count, with_kwargs=True) if network is not None else None
+    hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in requests.networks(pipe)]
     try:
         yield counted
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
 
 
@@ -230,9 +259,12 @@ def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] |
             abandon()
         kept = kept if folder.path.is_dir() else ""
         if _out_of_memory(error):
+            what, smaller = (
+                ("videos", "--batch, --frames or --size") if request.frames else ("images", "--batch or --size")
+            )
             raise RunFailed(
-                f"Out of memory with {request.batch} images a call on {folder.new.device['type']} "
-                f"({first_line(error, 90)}). Try a smaller --batch or --size, or --dtype bfloat16. {kept}"
+                f"Out of memory with {request.batch} {what} a call on {folder.new.device['type']} "
+                f"({first_line(error, 90)}). Try a smaller {smaller}, or --dtype bfloat16. {kept}"
             ) from error
         if isinstance(error, DiffAccelError):
             raise
@@ -269,10 +301,11 @@ def _threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _bar(folder: RunFolder, pending: list[int], world: World, shown: bool) -> Any:
+def _bar(pipe: Any, folder: RunFolder, pending: list[int], world: World, shown: bool) -> Any:
     """Images of this process's share, on rank 0; appears when they take longer than a second."""
     from tqdm import tqdm
 
     total = sum(len(folder.chunks[number]) for number in pending[:: world.size])
     label = None if world.size == 1 else f"1 of {world.size} processes"
-    return tqdm(total=total, desc=label, unit="image", disable=not shown or world.rank > 0, delay=1)
+    unit = "video" if "num_frames" in requests.call_parameters(pipe) else "image"
+    return tqdm(total=total, desc=label, unit=unit, disable=not shown or world.rank > 0, delay=1)
