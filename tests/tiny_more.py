@@ -229,7 +229,7 @@ def call_kwargs(
     if family in VIDEO:
         kwargs |= {"num_frames": 5, "max_sequence_length": 16}
     else:
-        kwargs |= {"max_sequence_length": 16, "use_resolution_binning": False}
+        kwargs |= {"max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
     if family == "hunyuan":
         kwargs["true_cfg_scale"] = 3.0 if guided else 1.0
     return kwargs

@@ -1,0 +1,244 @@
+"""The contract matrix: what users do besides calling a pipeline, for every family, under every loop method.
+
+A contract is a function of a :class:`Case` that raises when it is broken. One that a pipeline cannot have (no LoRA
+loader, no size argument, no callback in its stock call) says so by :class:`NotHere` with the reason, which the table shows.
+``scripts/contract_matrix.py`` prints and records the table; ``tests/test_matrix.py`` and ``tests/gpu`` run its cells.
+"""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+import tiny_more
+import torch
+
+import diffaccel
+from diffaccel.families import find
+from diffaccel.samplers import Scheduler
+
+FAMILIES = tiny.FAMILIES + tiny_more.FAMILIES
+METHODS = {"scheduler": Scheduler()}  # each a loop method whose result is the stock call's
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+class NotHere(Exception):
+    """The contract has no meaning for this pipeline; the message says why."""
+
+
+@dataclass
+class Case:
+    """One family under one method."""
+
+    family: str
+    method: Any
+    device: str = "cpu"
+
+    def make(self, place: bool = True) -> Any:
+        pipe = (tiny if self.family in tiny.FAMILIES else tiny_more).make(self.family)
+        return pipe.to(self.device) if place and self.device != "cpu" else pipe
+
+    def call(self, pipe: Any, **changes: Any) -> torch.Tensor:
+        extra = changes.pop("extra", {})
+        module = tiny if self.family in tiny.FAMILIES else tiny_more
+        return tiny_more.result(pipe(**{**module.call_kwargs(self.family, **changes), **extra})).clone()
+
+    def wrap(self, pipe: Any) -> Any:
+        return diffaccel.accelerate(pipe, self.method)
+
+    def network(self, pipe: Any) -> Any:
+        return getattr(pipe, find(pipe).denoiser)
+
+    def accepts(self, pipe: Any, name: str) -> None:
+        if name not in inspect.signature(type(pipe).__call__).parameters:
+            raise NotHere(f"{type(pipe).__name__} takes no {name}")
+
+
+# -- on any machine ----------------------------------------------------------------------------------------------------
+
+
+def stock(case: Case) -> None:
+    """The stock call to the bit, and removal restores it to the bit."""
+    pipe = case.make()
+    before = case.call(pipe)
+    assert torch.equal(case.call(case.wrap(pipe)), before)
+    assert torch.equal(case.call(diffaccel.remove(pipe)), before)
+
+
+def lora_before(case: Case) -> None:
+    """Loaded before wrapping."""
+    pipe = _with_lora(case, case.make(), "one", 1)
+    expected = case.call(pipe)
+    assert not torch.equal(expected, case.call(case.make()))
+    assert torch.equal(case.call(case.wrap(pipe)), expected)
+
+
+def lora_after(case: Case) -> None:
+    """Loaded into a wrapped pipeline, and unloaded again."""
+    expected = case.call(plain := _with_lora(case, case.make(), "one", 1))
+    pipe = _with_lora(case, case.wrap(case.make()), "one", 1)
+    assert torch.equal(case.call(pipe), expected)
+    for loaded in (pipe, plain):
+        loaded.unload_lora_weights()
+    assert torch.equal(case.call(pipe), case.call(plain))
+
+
+def lora_swapped(case: Case) -> None:
+    """Two adapters, switched while wrapped."""
+    pipe = _with_lora(case, _with_lora(case, case.make(), "one", 1), "two", 2)
+    expected = {}
+    for name in ("one", "two"):
+        pipe.set_adapters([name])
+        expected[name] = case.call(pipe)
+    case.wrap(pipe)
+    for name in ("one", "two"):
+        pipe.set_adapters([name])
+        assert torch.equal(case.call(pipe), expected[name])
+
+
+def lora_fused(case: Case) -> None:
+    """Fused into the weights while wrapped; equal to the stock call of the fused pipeline."""
+    pipe = _with_lora(case, case.make(), "one", 1)
+    apart = case.call(pipe)
+    case.wrap(pipe).fuse_lora(adapter_names=["one"])
+    fused = case.call(pipe)
+    torch.testing.assert_close(fused, apart, **CLOSE)
+    assert torch.equal(case.call(diffaccel.remove(pipe)), fused)
+
+
+def compiled(case: Case) -> None:
+    """The network compiled before and after wrapping."""
+    torch.compiler.reset()
+    pipes = [case.make(), case.wrap(case.make())]
+    for pipe in pipes:
+        case.network(pipe).compile(backend="eager" if case.device == "cpu" else "aot_eager")
+    expected = case.call(pipes[0])
+    assert torch.equal(case.call(pipes[1]), expected)
+    assert torch.equal(case.call(case.wrap(pipes[0])), expected)
+
+
+def second_size(case: Case) -> None:
+    """One wrapped pipeline at two sizes, and at the first again."""
+    pipe = case.make()
+    case.accepts(pipe, "height")
+    expected = {size: case.call(pipe, size=size) for size in (32, 48)}
+    case.wrap(pipe)
+    for size in (32, 48, 32):
+        assert torch.equal(case.call(pipe, size=size), expected[size])
+
+
+def callback(case: Case) -> None:
+    """A step callback that edits latents."""
+    pipe = case.make()
+    case.accepts(pipe, "callback_on_step_end")
+
+    def halve(pipe: Any, i: int, t: Any, kwargs: Any) -> dict:
+        return {"latents": kwargs["latents"] / 2} if i == 1 else {}
+
+    expected = case.call(pipe, extra={"callback_on_step_end": halve})
+    assert not torch.equal(expected, case.call(pipe))
+    assert torch.equal(case.call(case.wrap(pipe), extra={"callback_on_step_end": halve}), expected)
+
+
+def generators(case: Case) -> None:
+    """One generator for all rows, and a list with one for each."""
+    pipe = case.make()
+    lists = case.call(pipe)
+    one = case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)})
+    case.wrap(pipe)
+    assert torch.equal(case.call(pipe), lists)
+    assert torch.equal(case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)}), one)
+
+
+def batch(case: Case) -> None:
+    """A row of a batch is the row alone, up to rounding."""
+    pipe = case.wrap(case.make())
+    both = case.call(pipe)
+    torch.testing.assert_close(case.call(pipe, batch=1), both[:1], **CLOSE)
+
+
+def negative(case: Case) -> None:
+    """A negative prompt changes the picture as it does in the stock call; so does leaving guidance off."""
+    pipe = case.make()
+    case.accepts(pipe, "negative_prompt")
+    for guided in (True, False):
+        expected = case.call(pipe, guided=guided)
+        assert torch.equal(case.call(case.wrap(pipe), guided=guided), expected)
+        diffaccel.remove(pipe)
+    other = "green" if case.family.startswith("pixart") else ["green", "green"]
+    assert not torch.equal(case.call(pipe), case.call(pipe, extra={"negative_prompt": other}))
+    assert torch.equal(
+        case.call(pipe, extra={"negative_prompt": other}), case.call(case.wrap(pipe), extra={"negative_prompt": other})
+    )
+
+
+# -- on a CUDA device --------------------------------------------------------------------------------------------------
+
+
+def model_offload(case: Case) -> None:
+    """``enable_model_cpu_offload``: the stock result, and weights rest on the CPU afterwards."""
+    _offloaded(case, lambda pipe: pipe.enable_model_cpu_offload())
+
+
+def group_offload(case: Case) -> None:
+    """``enable_group_offload`` by leaves."""
+    devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
+    _offloaded(case, lambda pipe: pipe.enable_group_offload(**devices, offload_type="leaf_level"))
+
+
+def bfloat16(case: Case) -> None:
+    """The stock call in bf16 within one unit in the last place."""
+    pipe = case.make().to(torch.bfloat16)
+    expected = case.call(pipe).float()
+    found = case.call(case.wrap(pipe)).float()
+    assert ((found - expected).abs() <= torch.finfo(torch.bfloat16).eps * expected.abs()).all()
+
+
+def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
+    pipe = case.make(place=False)
+    enable(pipe)
+    expected = case.call(pipe)
+    assert torch.equal(case.call(case.wrap(pipe)), expected)
+    assert {p.device.type for p in case.network(pipe).parameters()} == {"cpu"}
+
+
+CONTRACTS: dict[str, Callable[[Case], None]] = {
+    f.__name__: f
+    for f in (
+        stock, lora_before, lora_after, lora_swapped, lora_fused, compiled, second_size, callback, generators, batch,
+        negative,
+    )
+}  # fmt: skip
+GPU_CONTRACTS: dict[str, Callable[[Case], None]] = {
+    **CONTRACTS,
+    **{f.__name__: f for f in (model_offload, group_offload, bfloat16)},
+}
+
+
+# -- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def _with_lora(case: Case, pipe: Any, name: str, seed: int) -> Any:
+    """Load a LoRA file of the pipeline's own format, with weights large enough to be seen."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    if not hasattr(pipe, "load_lora_weights"):
+        raise NotHere(f"{type(pipe).__name__} has no LoRA loader in diffusers")
+    donor = case.make(place=False)
+    network = case.network(donor)
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    draw = torch.Generator().manual_seed(seed)
+    for key, p in network.named_parameters():
+        if "lora" in key:
+            p.data = torch.randn(p.shape, generator=draw)
+    with tempfile.TemporaryDirectory() as folder:
+        layers = {f"{find(donor).denoiser}_lora_layers": get_peft_model_state_dict(network)}
+        type(donor).save_lora_weights(Path(folder), **layers)
+        pipe.load_lora_weights(folder, adapter_name=name)
+    return pipe
