@@ -61,11 +61,16 @@ class _Recorder:
         # pipelines reuse and mutate their argument dicts between calls: keep copies
         self._record.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
         like = bound[self._family.latent_arg]
-        draw = torch.Generator().manual_seed(len(self._record.calls))
         shape = self._family.output_shape(self._module, like)
-        out = torch.randn(shape, generator=draw).to(like.device)  # fp32, so that the guidance fit is sharp
+        out = random_like(like, shape, len(self._record.calls))
         self._record.outputs.append(out)
         return SimpleNamespace(sample=out) if bound.get("return_dict", True) else (out,)
+
+
+def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
+    """A network's made-up answer, fp32 so that the guidance fit is sharp; a list where its input is one."""
+    out = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return out.to(like.device) if isinstance(like, Tensor) else list(out.to(like[0].device).unbind())
 
 
 class _Stop(Exception):
@@ -139,15 +144,22 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
         record.step_arguments = {**bound.pop("kwargs", {}), **bound}
         record.step_arguments.pop("return_dict", None)
         close()
+        left = len(scheduler.timesteps) - schedules.begin(scheduler, record.timestep)
         latents = on_first_step(record)
 
         def answer(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left <= 0:  # the loop ends: offloading hooks that the call then moves need the real network
+                close()
             if kwargs.get("return_dict", True):
                 return SimpleNamespace(prev_sample=latents)
             return (latents, None)  # the second value is CogVideoXDPMScheduler's previous prediction
 
-        if not hasattr(type(pipe), "interrupt"):
-            replace(answer)
+        replace(answer)
+        if hasattr(type(pipe), "interrupt"):  # the rest of the loop is skipped, or at least changes nothing
+            for name, network in networks.items():
+                object.__setattr__(pipe, name, network)
         return answer(**kwargs)
 
     replace(first_step)
@@ -324,21 +336,25 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     ``arguments`` are those of ``pipe(...)``. The caller's generators are not advanced.
 
     Raises:
-        DiffAccelError: for a pipeline of no known family, or options that a sampler cannot follow.
+        DiffAccelError: for a pipeline of no family that cannot be identified, or options that a sampler cannot follow.
     """
     from diffaccel.families import FAMILIES, find
+    from diffaccel.families.generic import identify
+    from diffaccel.families.watching import NotIdentified
 
-    family = find(pipe)
-    if family is None:
-        raise DiffAccelError(
-            f"No family for {type(pipe).__name__}. Supported pipelines: {', '.join(sorted(FAMILIES))}."
-        )
-    call = stock_call(type(pipe))
+    call, memo = stock_call(type(pipe)), TextMemo()
     full = arguments_of(call, pipe, (), arguments)
+    try:
+        family = find(pipe) or identify(pipe, call, full, memo)
+    except NotIdentified as refusal:
+        raise DiffAccelError(
+            f"No family for {type(pipe).__name__}, and none can be made from its call: {refusal} "
+            f"Supported pipelines: {', '.join(sorted(FAMILIES))}."
+        ) from refusal
     check_call(family, pipe, full)
     with _private_state_kept(pipe):
         try:
-            yield _probe(pipe, family, call, full, TextMemo())
+            yield _probe(pipe, family, call, full, memo)
         finally:
             pipe.maybe_free_model_hooks()
 

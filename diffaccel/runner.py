@@ -6,6 +6,7 @@ watermarks, output types and offloading are the pipeline's own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,13 @@ import torch
 
 from diffaccel.config import SamplerConfig
 from diffaccel.drivers import Callback, Native, Stats
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
+from diffaccel.families.generic import identify
+from diffaccel.families.watching import NotIdentified
 from diffaccel.probe import Record, TextMemo, arguments_of, check_call, clone, intercept, make_session
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -24,12 +29,13 @@ def generate(
     """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost."""
     family = find(pipe)
     arguments = arguments_of(call, pipe, args, kwargs)
-    if family is None:
-        from diffaccel.stock import generate_stock
-
-        return generate_stock(pipe, config, call, arguments)
-    check_call(family, pipe, arguments)
     memo = TextMemo()
+    if family is None:
+        try:
+            family = identify(pipe, call, arguments, memo)
+        except NotIdentified as reason:
+            return _generate_stock(pipe, config, call, arguments, reason)
+    check_call(family, pipe, arguments)
     start = clone(arguments.get("generator"))
     callback = _callback(arguments)
     finished: list[Stats] = []
@@ -66,6 +72,19 @@ def generate(
             f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
         )
     return result, finished[0]
+
+
+def _generate_stock(
+    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any], reason: NotIdentified
+) -> tuple[Any, Stats]:
+    """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
+    from diffaccel.stock import generate_stock
+
+    logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
+    try:
+        return generate_stock(pipe, config, call, arguments)
+    except UnsupportedBySampler as error:
+        raise UnsupportedBySampler(f"{error} It was not identified either: {reason}") from error
 
 
 def _callback(arguments: dict[str, Any]) -> Callback | None:

@@ -1,0 +1,39 @@
+"""Comparing and copying what a pipeline passes to its network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def scalar(time: Any, rows: int) -> Tensor | None:
+    """The one value of a time argument, given once or for each row; None when it is something else."""
+    if isinstance(time, bool | int | float):
+        return torch.tensor(time)
+    if not isinstance(time, Tensor) or time.shape not in ((), (rows,)) or bool((time != time.reshape(-1)[0]).any()):
+        return None
+    return time.reshape(-1)[0]
+
+
+def frozen(value: Any) -> Any:
+    """A copy that later changes in place do not reach."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {k: frozen(v) for k, v in value.items()}
+    return type(value)([frozen(v) for v in value]) if type(value) in (list, tuple) else value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, tensors to the bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or bool(a == b)
