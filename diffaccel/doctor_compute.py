@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,8 @@ TORCH_ATTENTION = {
 DIFFUSERS_ATTENTION = {
     "flash-attn": "flash", "flash-attn-3": "_flash_3", "sageattention": "sage", "xformers": "xformers",
 }  # fmt: skip
+# of the warnings before a failure: headings, and that the kernels which were not asked for are off
+_SAYS_LITTLE = re.compile(r"not used because:?$|runtime disabled")
 SECONDS = {"attention": 60, "compile": 180, "c++": 30}  # most that a child may take
 
 
@@ -95,8 +98,8 @@ def _torch_attention(kernel: str, device: str) -> str:
         try:
             return _attend(call, device)
         except RuntimeError as error:
-            told = [text for w in said if "Not Implemented" not in (text := str(w.message).partition(" (Triggered")[0])]
-            why = told[1] if len(told) > 1 else told[0] if told else ""
+            told = [str(w.message).partition(" (Triggered")[0] for w in said]
+            why = next((text for text in told if not _SAYS_LITTLE.search(text)), "")
             if not why and "viable backend" in str(error):
                 why = f"torch has no such kernel for {device}"
             raise DiffAccelError(why or first_line(error)) from error
@@ -173,7 +176,7 @@ def _best(call: Callable[[], Any], times: int = 5) -> tuple[float, Any]:
     """The shortest of several timed calls, and the result; a slow call is not repeated."""
     import torch
 
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     seconds: list[float] = []
     while len(seconds) <= times and (not seconds or seconds[-1] < 0.2):
         wait()

@@ -83,7 +83,7 @@ def cpu() -> list[Check]:
     return [
         tried("processor", record.cpu_name),
         tried("cores", lambda: f"{usable} of {os.cpu_count()} usable by this process"),
-        tried("memory", lambda: f"{memory() / GIB:.1f} GiB"),
+        tried("memory", lambda: f"{memory() / GIB:.1f} GiB" if memory() else "unknown"),
         tried("instructions", lambda: __import__("torch").backends.cpu.get_cpu_capability()),
         tried("threads", lambda: _threads(usable)),
         tried("waiting", _waiting),
@@ -91,8 +91,11 @@ def cpu() -> list[Check]:
 
 
 def memory() -> int:
-    """Bytes of the machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of the machine; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 0
 
 
 def _threads(usable: int) -> str:

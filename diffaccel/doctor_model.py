@@ -159,7 +159,7 @@ def _fits(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]
 
 
 def _follows(config: Any, model: Model, pipeline: str, family: Any) -> str:
-    """Read the model's own noise schedule, and without a family rehearse the sampler in the pipeline's loop."""
+    """Rehearse the sampler on the model's own noise schedule: in its own loop, or in the pipeline's."""
     import diffusers
 
     from diffaccel import schedules, stock
@@ -169,11 +169,49 @@ def _follows(config: Any, model: Model, pipeline: str, family: Any) -> str:
     scheduler = getattr(diffusers, model.components["scheduler"][1]).from_pretrained(model.folder / "scheduler")
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(_STEPS, **shift)
-    schedule = schedules.read(scheduler)
-    if family is not None:
-        return f"runs its own loop over {pipeline}"
-    asked = stock.rehearse(config, type(pipeline, (), {})(), schedule)
-    return f"runs inside the loop of {pipeline}, {len(asked)} predictions for {_STEPS} steps"
+    if family is None:
+        asked = stock.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
+        return f"runs inside the loop of {pipeline}, {len(asked)} predictions for {_STEPS} steps"
+    session = _Rehearsal(scheduler)
+    try:
+        next(config.sample(session))
+    except _BeyondRehearsalError:
+        _ = session.schedule  # raises when it cannot be followed
+    return f"runs its own loop over {pipeline}"
+
+
+class _BeyondRehearsalError(Exception):
+    """A sampler looks at something that only a loaded model has."""
+
+
+class _Rehearsal:
+    """The part of a session that there is without a network: enough for the first step of most samplers."""
+
+    def __init__(self, scheduler: Any) -> None:
+        import torch
+
+        self._scheduler, self.timesteps = scheduler, scheduler.timesteps
+        self.x = self.latents = torch.zeros(1, 1, 1, 1)
+
+    @property
+    def schedule(self) -> Any:
+        from diffaccel import schedules
+
+        return schedules.read(self._scheduler)
+
+    @property
+    def sigmas(self) -> Any:
+        return self.schedule.sigmas
+
+    @property
+    def path(self) -> Any:
+        return self.schedule.path
+
+    def randn_like(self, x: Any) -> Any:
+        return x
+
+    def __getattr__(self, name: str) -> Any:
+        raise _BeyondRehearsalError(name)
 
 
 def show(found: dict[str, Any]) -> None:

@@ -258,19 +258,17 @@ def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] |
         if abandon is not None:
             abandon()
         kept = kept if folder.path.is_dir() else ""
+        what, smaller = ("video", "--batch, --frames or --size") if request.frames else ("image", "--batch or --size")
         if _out_of_memory(error):
-            what, smaller = (
-                ("videos", "--batch, --frames or --size") if request.frames else ("images", "--batch or --size")
-            )
             raise RunFailed(
-                f"Out of memory with {request.batch} {what} a call on {folder.new.device['type']} "
+                f"Out of memory with {request.batch} {what}s a call on {folder.new.device['type']} "
                 f"({first_line(error, 90)}). Try a smaller {smaller}, or --dtype bfloat16. {kept}"
             ) from error
         if isinstance(error, DiffAccelError):
             raise
         if isinstance(error, RuntimeWarning):
             raise RunFailed(
-                f"The model gave not-a-number instead of a picture in {folder.new.settings['dtype']}. "
+                f"The model gave not-a-number instead of pixels in {folder.new.settings['dtype']}. "
                 f"Try another --dtype, --size or --guidance. {kept}"
             ) from error
         what = f"{type(error).__name__} while generating: {first_line(error)}"

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import types
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +44,51 @@ def test_what_a_cpu_can_do(report):
     assert "the speed of float32" in row(report, "dtypes", "bfloat16")["detail"]
     assert not row(report, "compile", "triton")["works"] and row(report, "compile", "torch.compile")["works"] is None
     assert row(report, "video", "mp4")["works"]
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_can_do(report):
+    card = report["gpus"][0]
+    assert report["device"] == "cuda" and report["no_gpu"] is None and card["works"] and card["detail"] == "multiplies"
+    assert card["name"] == torch.cuda.get_device_name(0) and 0 < card["free"] <= card["memory"]
+    assert card["driver"] != "unknown" and tuple(map(int, card["capability"].split("."))) >= (7, 0)
+    works = {r["name"]: r["works"] for r in report["attention"]}
+    assert works["torch-math"] and works["torch-flash"] and works["torch-efficient"]
+    assert row(report, "dtypes", "bfloat16")["works"] and row(report, "compile", "triton")["works"]
+
+
+def test_a_gpu_that_fails_is_a_row(monkeypatch, capsys):
+    """Say one that is newer than this torch."""
+    about = types.SimpleNamespace(name="Card", total_memory=8 << 30, major=12, minor=0)
+
+    def fail(number):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    (card,), no_gpu = doctor_host.gpus()
+    assert no_gpu is None and card["works"] is False and "no kernel image" in card["detail"]
+    assert (card["capability"], card["memory"], card["free"]) == ("12.0", 8 << 30, None)
+    doctor._show_gpus({"gpus": [card]})
+    shown = capsys.readouterr().out
+    assert "Card" in shown and "8.0 GiB" in shown and "no kernel" in shown
+
+
+def test_why_a_kernel_refused_is_told(monkeypatch):
+    def attend(call, device):
+        for text in (
+            "Memory efficient kernel not used because: (Triggered internally at x.cpp:1.)",
+            "Memory Efficient attention has been runtime disabled. (Triggered internally at x.h:2.)",
+            "Flash attention only supports gpu architectures in the range [sm80, sm121]. (Triggered internally at y.)",
+        ):
+            warnings.warn(text, UserWarning, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    monkeypatch.setattr(doctor_compute, "_attend", attend)
+    check = doctor_compute.torch_attention("cuda")[0]
+    assert check.detail == "Flash attention only supports gpu architectures in the range [sm80, sm121]."
 
 
 def test_the_report_is_one_json_object(run, monkeypatch, report):

@@ -237,6 +237,16 @@ def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     assert len(sample(*command).json["images"]) == 3
 
 
+def test_not_a_number(sample, tmp_path, monkeypatch):
+    from diffusers import AutoencoderKLWan
+
+    decode = AutoencoderKLWan.decode
+    monkeypatch.setattr(AutoencoderKLWan, "decode", lambda self, z, **kwargs: decode(self, z * float("nan"), **kwargs))
+    done = sample("wan", "a cat", "--frames", 5, "--out", "run")
+    assert done.status == 3 and "not-a-number" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_videos_of_others_are_left_alone(sample, tmp_path):
     (tmp_path / "a").mkdir()
     record.write_mp4(tmp_path / "a" / "00003.mp4", record.Clip(noise(), 8))
@@ -337,6 +347,19 @@ def test_bad_classes(sample, tmp_path, case):
     done = sample(model, *argv, "--out", "run", size=None)
     assert done.status == 2 and done.out == "" and all(text in done.err for text in said)
     assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "asked"), [("cogvideox", ("a cat", "--frames", 9)), ("dit", ("1",)), ("ddim", ())])
+def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypatch):
+    from diffaccel import doctor
+
+    monkeypatch.setattr(doctor, "examine", lambda full: {})
+    says = run("doctor", "--json", "--model", models / model).json["model"]["methods"]
+    size = 32 if model == "cogvideox" else None
+    for method in (m for m in says if m["fits"] is not None):
+        done = sample(model, *asked, "--sampler", method["name"], "--out", method["name"], size=size)
+        assert done.status == (0 if method["fits"] else 2), (method, done.err)
+        assert method["fits"] or method["reason"] in done.err
 
 
 def test_missing_prompts_are_told_before_weights_are_loaded(sample, monkeypatch):
