@@ -1,7 +1,7 @@
 """The contract matrix: what users do besides calling a pipeline, for every family, under every loop method.
 
 A contract is a function of a :class:`Case` that raises when it is broken. One that a pipeline cannot have (no LoRA
-loader, no size argument, no callback in its stock call) says so by :class:`NotHere` with the reason, which the table shows.
+loader, no size argument, no callback in its stock call) raises :class:`NotHere` with the reason, which the table shows.
 ``scripts/contract_matrix.py`` prints and records the table; ``tests/test_matrix.py`` and ``tests/gpu`` run its cells.
 """
 
