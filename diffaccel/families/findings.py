@@ -62,9 +62,10 @@ class Findings:
 
     def check(self, turn: Turn, step: int) -> None:
         """Raise when a turn is unlike the others."""
-        self.guidance.check_count(len(turn.calls) * self.latents.copies, step)
+        arg = self.latents.arg
+        self.guidance.check_count(sum(len(call.get(arg, ())) for call in turn.calls) // len(turn.sample), step)
         for call, constant in zip(turn.calls, self.constants, strict=True):
-            self.latents.check(call[self.latents.arg], turn.sample, step)
+            self.latents.check(call[arg], turn.sample, step)
             kept = self.kept(call)
             changed = [k for k in kept.keys() | constant.keys() if not same(kept.get(k), constant.get(k))]
             if changed:

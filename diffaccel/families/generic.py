@@ -33,7 +33,7 @@ class Generic(Family):
 
     def __init__(self, found: Findings, pipe: Any, arguments: dict[str, Any]) -> None:
         self.found, self.pipeline = found, type(pipe).__name__
-        self.numbers = {k: v for k, v in arguments.items() if isinstance(v, bool | int | float)}
+        self.numbers = _numbers(arguments)
         # of this call, where a listed family has them of its class
         self.__dict__.update(
             denoiser=found.denoiser,
@@ -42,8 +42,6 @@ class Generic(Family):
             joint_branches=found.latents.copies == 2,
             negative_first=found.guidance.positive == 1,
         )
-
-    # -- network -------------------------------------------------------------------------------------------------
 
     def network(self, pipe: Any, timestep: Tensor) -> Any:
         module = getattr(pipe, self.denoiser)
@@ -69,9 +67,11 @@ class Generic(Family):
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return self.found.time(timestep).expand(len(x))
 
-    # -- guidance ------------------------------------------------------------------------------------------------
-
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
+        changed = {k for k, _ in self.numbers.items() ^ _numbers(arguments).items()}
+        if changed:
+            what = f"Another conditioning changes {', '.join(sorted(changed))}."
+            raise self._needs_family(what, "Change prompts only, or give the call itself these values.")
         if self.found.knobs(pipe) != self.found.turned:
             raise self._needs_family("Its guidance was changed during the call, by a callback?", "Leave it as it was.")
         return self.found.guidance.scale
@@ -82,8 +82,6 @@ class Generic(Family):
     def is_linear(self, pipe: Any) -> bool:
         """False: the rule was found by the check that a declared one would now undergo."""
         return False
-
-    # -- size and pixels -----------------------------------------------------------------------------------------
 
     def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         side = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 1)
@@ -104,14 +102,8 @@ class Generic(Family):
         why = "no family describes this pipeline, so the layout of its latents and its options are unknown"
         return UnsupportedBySampler(f"{self.pipeline}: {what} That is not possible, since {why}. {fix}")
 
-    # -- conditioning --------------------------------------------------------------------------------------------
-
     def conditioning(self, pipe: Any, calls: list[dict[str, Any]], arguments: dict[str, Any]) -> Conditioning:
         found = self.found
-        changed = [k for k, v in self.numbers.items() if arguments.get(k) != v]
-        if changed:
-            what = f"Another conditioning changes {', '.join(changed)}."
-            raise self._needs_family(what, "Change prompts only, or give the call itself these values.")
         kept = [found.kept(call) for call in calls]
         if [set(k) for k in kept] != [set(k) for k in found.constants]:
             what = "Another conditioning calls the network with other arguments."
@@ -132,6 +124,10 @@ class Generic(Family):
 
     def join_rows(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         return {k: join_layout([part[k] for part in parts], self.found.rows.get(k)) for k in parts[0]}
+
+
+def _numbers(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in arguments.items() if isinstance(v, bool | int | float)}
 
 
 def identify(pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo | None = None) -> Generic:

@@ -18,6 +18,7 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import signature_of
 from diffaccel.families.stand_ins import no_trace, replace
+from diffaccel.families.values import frozen
 from diffaccel.probe import TextMemo, clone, random_like
 
 DIFFERENT_STEPS = 3  # this many steps get answers of their own
@@ -51,12 +52,12 @@ class _Watcher:
         self.first = self.index = 0
         self.returned: Tensor | None = None
         self.turn: Turn | None = None
+        self.drawn: dict[int, Any] = {}
 
     def begin(self) -> None:
         self.preparing = False
 
     def network(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        """A network is called."""
         if self.preparing:
             return module(*args, **kwargs)
         if self.turn is None:
@@ -67,20 +68,19 @@ class _Watcher:
         bound = signature_of(module).bind(module, *args, **kwargs).arguments
         bound.pop("self")
         bound.update(bound.pop("kwargs", {}))
-        # pipelines reuse and mutate their argument dicts between calls: keep copies
         turn.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
         like = next((v for v in bound.values() if _pictures(v)), None)
         if like is None:
             raise NotIdentified(f"its '{name}' is called without latents.")
-        shape = tuple(like.shape) if isinstance(like, Tensor) else (len(like), *like[0].shape)
-        if self.row_shape is not None and isinstance(like, Tensor):
-            shape = (len(like), *self.row_shape)
+        shape = (len(like), *(like[0].shape if self.row_shape is None else self.row_shape))
         seed = 1000 * (self.index % DIFFERENT_STEPS) + len(turn.calls)
-        turn.answers.append(random_like(like, shape, seed))
-        return SimpleNamespace(sample=turn.answers[-1]) if bound.get("return_dict", True) else (turn.answers[-1],)
+        if seed not in self.drawn:
+            self.drawn[seed] = random_like(like, shape, seed)
+        turn.answers.append(self.drawn[seed])
+        given = frozen(turn.answers[-1])  # the loop may change it in place
+        return SimpleNamespace(sample=given) if bound.get("return_dict", True) else (given,)
 
     def step(self, output: Any, sample: Any, timestep: Any) -> Tensor:
-        """``scheduler.step`` is called."""
         turn, timesteps = self.turn, self.scheduler.timesteps
         if turn is None:
             raise NotIdentified("its loop steps the scheduler without calling a network.")
@@ -102,7 +102,7 @@ class _Watcher:
         if enough or self.first + self.index == len(timesteps):
             raise _Done
         self.returned = sample * (1 - 0.01 * (1 + self.index % DIFFERENT_STEPS))
-        return self.returned
+        return self.returned.clone()
 
 
 def watch(

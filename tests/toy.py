@@ -1,0 +1,123 @@
+"""A pipeline of a few lines whose loop can be told to do what an unknown pipeline might."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ToyNetwork(ModelMixin, ConfigMixin):
+    @register_to_config
+    def __init__(self, channels: int = 4) -> None:
+        super().__init__()
+        self.mix = torch.nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        shift = (encoder_hidden_states.mean(1) + timestep.reshape(-1, 1) / 1000)[:, :, None, None]
+        return (self.mix(hidden_states).tanh() + shift + (0 if residual is None else residual),)
+
+
+class ToyPipeline(DiffusionPipeline):
+    """``does`` names a habit of the loop; what the loop passes and joins depends on it."""
+
+    def __init__(self, transformer: Any, controlnet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, controlnet=controlnet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 6,
+        does: str = "plain",
+        generator: Any = None,
+        output_type: str = "latent",
+        return_dict: bool = True,
+        callback_on_step_end: Any = None,
+        callback_on_step_end_tensor_inputs: Any = ("latents",),
+    ) -> Any:
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = randn_tensor((len(prompt_embeds), 4, 4, 4), generator=generator)
+        batch = len(latents)
+        for i, t in enumerate(self.scheduler.timesteps):
+            extra: dict[str, Any] = {}
+            time = t.expand(batch)
+            if does == "controlnet":
+                extra["residual"] = self.controlnet(latents, time, prompt_embeds, return_dict=False)[0]
+            if does == "residual":
+                extra["residual"] = torch.full((batch, 4, 1, 1), 0.1 * i)
+            if does == "squared time":
+                time = time**2 / 1000
+            if does == "no time":
+                time = torch.full((batch,), 500.0)
+            x = latents * 2 if does == "scaled latents" else latents
+            if does == "longer":
+                x = torch.cat([latents, latents[:, :, :1]], dim=2)
+
+            def ask(embeds: torch.Tensor, x: torch.Tensor = x, time: Any = time, extra: Any = extra) -> torch.Tensor:
+                return self.transformer(x, time, embeds, **extra, return_dict=False)[0]
+
+            scale = guidance_scale
+            if does == "joint, positive first":
+                both = torch.cat([prompt_embeds, negative_prompt_embeds])
+                positive, negative = ask(both, torch.cat([x] * 2), time.repeat(2)).chunk(2)
+            elif does == "truncated" and i > 3:
+                positive = negative = ask(prompt_embeds)
+            elif does == "negative first":
+                negative, positive = ask(negative_prompt_embeds), ask(prompt_embeds)
+            else:
+                positive, negative = ask(prompt_embeds), ask(negative_prompt_embeds)
+            if does == "interval":
+                scale = guidance_scale if i < 4 else 1.5
+            out = negative + scale * (positive - negative)
+            if does == "perturbed":
+                out = out + 0.5 * (positive - ask(0.5 * prompt_embeds))
+            if does == "blend":
+                out = 0.25 * negative + 0.75 * positive
+            if does == "rescaled":
+                out = 0.9 * out
+            if does == "rescaled in place":
+                positive.mul_(0.9)
+                out = positive
+            if does == "clipped":
+                out = out.clamp(-1, 1)
+            latents = self.scheduler.step(out[:, :, :4], t, latents, return_dict=False)[0]
+            if does == "inpainting":
+                latents[:, :, 0] = 0.0
+            if callback_on_step_end is not None:
+                given = {"latents": latents, "prompt_embeds": prompt_embeds}
+                asked = {k: given[k] for k in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, asked).pop("latents", latents)
+        return {"latents": latents}
+
+
+def make() -> ToyPipeline:
+    torch.manual_seed(0)
+    pipe = ToyPipeline(ToyNetwork().eval(), ToyNetwork().eval(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_kwargs(does: str = "plain", batch: int = 2, **changes: Any) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(1)
+    positive, negative = (torch.randn(batch, 5, 4, generator=draw) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "prompt_embeds": positive,
+        "negative_prompt_embeds": negative,
+        "does": does,
+        "generator": generator,
+    } | changes
