@@ -18,9 +18,10 @@ from diffusers import (
 )
 
 import diffaccel
+from diffaccel import schedules
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.probe import open_session
-from diffaccel.samplers import Ancestral, DPMpp2M, Euler, Heun
+from diffaccel.samplers import Ancestral, DPMpp2M, Euler, Heun, Scheduler
 
 Kwargs = Callable[[], dict[str, Any]]
 GUIDED = pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
@@ -96,7 +97,7 @@ def test_several_images_per_prompt_from_a_picture_file(family: str) -> None:
 @pytest.mark.parametrize("family", variants.IMG2IMG)
 def test_samplers_agree_on_image_to_image(family: str, sampler: Any) -> None:
     check_agrees(
-        variants.img2img(family), sampler, lambda: variants.img2img_kwargs(family, strength=0.6, batch=1, steps=50)
+        variants.img2img(family), sampler, lambda: variants.img2img_kwargs(family, strength=0.6, batch=1, steps=40)
     )
 
 
@@ -120,6 +121,25 @@ def test_the_first_level_is_that_at_which_the_image_was_noised(scheduler: str, s
     with open_session(pipe, **kwargs) as session:
         torch.testing.assert_close(session.x / session.sigmas[0], torch.cat(drawn), rtol=1e-5, atol=2e-6)
         assert len(session.sigmas) - 1 in (int(10 * strength), int(10 * strength) + (scheduler == "pndm"))
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_pipelines_own_solver_from_the_middle_on(scheduler: str) -> None:
+    pipe = variants.img2img("sd", scheduler=SCHEDULERS[scheduler]())
+    check_parity(pipe, lambda: variants.img2img_kwargs("sd", strength=0.45, steps=8), Scheduler())
+
+
+def test_the_place_of_a_first_step() -> None:
+    """By its memory, else by what the pipeline set, else by its value."""
+    scheduler = EulerDiscreteScheduler(**tiny.TRAINED)
+    scheduler.set_timesteps(5)
+    first = scheduler.timesteps[2:][0]
+    assert [schedules.begin(scheduler, t) for t in (None, first, first.clone(), first.item())] == [0, 2, 2, 2]
+    assert torch.equal(schedules.read(scheduler, first).sigmas, scheduler.sigmas[2:])
+    with pytest.raises(DiffAccelError, match="none of the 5 of its EulerDiscreteScheduler"):
+        schedules.begin(scheduler, 123.4)
+    scheduler.set_begin_index(3)
+    assert [schedules.begin(scheduler, t) for t in (first, first.clone())] == [2, 3]
 
 
 def test_a_start_inside_a_runge_kutta_step_is_refused() -> None:
@@ -197,7 +217,7 @@ def test_inpainting_in_bf16(case: str) -> None:
 @pytest.mark.parametrize("case", variants.INPAINT)
 def test_samplers_with_one_prediction_a_step_inpaint(case: str, sampler: Any, strength: float) -> None:
     check_agrees(
-        variants.inpaint(case), sampler, lambda: variants.inpaint_kwargs(case, strength=strength, batch=1, steps=40)
+        variants.inpaint(case), sampler, lambda: variants.inpaint_kwargs(case, strength=strength, batch=1, steps=30)
     )
 
 
@@ -220,9 +240,9 @@ def test_such_an_edit_is_also_found_where_noise_has_no_step_index(scheduler: str
 @pytest.mark.parametrize("case", ["sdxl9", "fill"])
 def test_heun_fills_where_the_mask_goes_through_the_network(case: str) -> None:
     pipe = variants.inpaint(case)
-    check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=1.0, batch=1, steps=40))
+    check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=1.0, batch=1, steps=30))
     try:
-        check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=0.6, batch=1, steps=40))
+        check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=0.6, batch=1, steps=30))
     except UnsupportedBySampler as refusal:
         assert "Use strength=1.0" in str(refusal)
 
@@ -246,6 +266,13 @@ def test_inpainting_with_a_vp_scheduler(scheduler: str, strength: float) -> None
 
     stock = run(pipe, kwargs)
     torch.testing.assert_close(under(pipe, Euler(), kwargs), stock, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("name", variants.MIXTURES)
+def test_mixtures_are_the_stock_call(name: str, strength: float) -> None:
+    pipe = variants.mixture(name)
+    check_parity(pipe, lambda: variants.mixture_kwargs(name, strength, steps=5))
 
 
 def test_a_loop_that_ends_early() -> None:
@@ -311,7 +338,7 @@ def test_a_controlnet_in_bf16(family: str) -> None:
 @pytest.mark.parametrize("sampler", [Heun(), *ONE_A_STEP], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", variants.CONTROLNET)
 def test_samplers_agree_under_a_controlnet(family: str, sampler: Any) -> None:
-    check_agrees(variants.controlnet(family), sampler, lambda: variants.controlnet_kwargs(family, batch=1, steps=40))
+    check_agrees(variants.controlnet(family), sampler, lambda: variants.controlnet_kwargs(family, batch=1, steps=30))
 
 
 # -- IP-Adapter --------------------------------------------------------------------------------------------------------
@@ -341,5 +368,16 @@ def test_rows_of_an_ip_adapter_may_go_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", variants.IP_ADAPTER)
 def test_heun_agrees_with_an_ip_adapter(family: str) -> None:
     check_agrees(
-        variants.with_ip_adapter(family), Heun(), lambda: variants.ip_adapter_kwargs(family, batch=1, steps=40)
+        variants.with_ip_adapter(family), Heun(), lambda: variants.ip_adapter_kwargs(family, batch=1, steps=30)
     )
+
+
+@pytest.mark.parametrize("family", variants.IP_ADAPTER)
+def test_an_ip_adapter_in_image_to_image(family: str) -> None:
+    pipe = variants._pipeline(variants.IMG2IMG[family], variants.with_ip_adapter(family).components)
+
+    def kwargs() -> dict[str, Any]:
+        embeds = {k: v for k, v in variants.ip_adapter_kwargs(family).items() if "ip_adapter" in k}
+        return {**variants.img2img_kwargs(family), **embeds}
+
+    check_parity(pipe, kwargs)

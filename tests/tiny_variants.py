@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import diffusers
@@ -30,6 +31,11 @@ CONTROLNET = {
     "sdxl": "StableDiffusionXLControlNetPipeline",
 }  # fmt: skip
 IP_ADAPTER = ("flux", "sdxl", "sd3")
+MIXTURES = {
+    "FluxControlNetImg2ImgPipeline": "flux", "FluxControlNetInpaintPipeline": "flux",
+    "StableDiffusionXLControlNetImg2ImgPipeline": "sdxl", "StableDiffusionXLControlNetInpaintPipeline": "sdxl",
+    "StableDiffusionInpaintPipeline": "sd",
+}  # fmt: skip
 
 
 def family_of(case: str) -> str:
@@ -58,8 +64,10 @@ _SDXL = dict(
 def _pipeline(name: str, parts: dict[str, Any], **more: Any) -> Any:
     if name.startswith("StableDiffusionXL"):
         more["add_watermarker"] = False
-    if name == "StableDiffusionImg2ImgPipeline":
+    if name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
         more["requires_safety_checker"] = False
+    known = inspect.signature(getattr(diffusers, name).__init__).parameters
+    parts = {k: v for k, v in parts.items() if k in known}
     pipe = getattr(diffusers, name)(**parts, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -78,7 +86,6 @@ def inpaint(case: str, **kwargs: Any) -> Any:
         parts["unet"] = tiny._unet(**_SDXL, in_channels=9)
     if case == "fill":
         parts["transformer"] = _flux_network(in_channels=16 + 16 + 256, out_channels=16)
-        parts = {k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")}
     if case == "sd3":
         torch.manual_seed(0)
         parts["transformer"] = tiny._stir(SD3Transformer2DModel(**{**_SD3, "in_channels": 16, "out_channels": 16}))
@@ -108,6 +115,12 @@ def controlnet(family: str) -> Any:
         for p in net.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=draw))
     return _pipeline(CONTROLNET[family], parts, controlnet=net.eval())
+
+
+def mixture(name: str) -> Any:
+    """Pipelines that do two of these things at once, and the oldest of all."""
+    family = MIXTURES[name]
+    return _pipeline(name, (tiny.make("sd") if family == "sd" else controlnet(family)).components)
 
 
 def with_ip_adapter(family: str) -> Any:
@@ -197,6 +210,16 @@ def inpaint_kwargs(case: str, size: int = 32, strength: float = 0.6, **kwargs: A
 def controlnet_kwargs(family: str, size: int = 32, **kwargs: Any) -> dict[str, Any]:
     given = tiny.call_kwargs(family, size, **kwargs)
     given["image" if family == "sdxl" else "control_image"] = picture(size, len(given["prompt"]))
+    return given
+
+
+def mixture_kwargs(name: str, strength: float = 0.6, **kwargs: Any) -> dict[str, Any]:
+    # Flux's take no negative prompt, nor does Fill
+    given = inpaint_kwargs("fill" if MIXTURES[name] == "flux" else MIXTURES[name], strength=strength, **kwargs)
+    if "ControlNet" in name:
+        given["control_image"] = picture(32, len(given["prompt"]), seed=12)
+    if "Img2Img" in name:
+        del given["mask_image"]
     return given
 
 
