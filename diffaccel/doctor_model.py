@@ -89,7 +89,8 @@ def fit(model: Model) -> dict[str, Any]:
         "name": model.name,
         "pipeline": pipeline,
         "family": family.name if family else None,
-        "note": note or ("" if family else "no family: samplers run inside the pipeline's own loop"),
+        "note": note
+        or ("" if family else "none: the first run watches the pipeline's own call to find out how it works"),
         "components": [asdict(part) for part in parts],
         "bytes": sum(size for _, size in _weights(model.folder)) if model.complete else None,
         "methods": [_fits(name, model, pipeline, family) for name in registry.names()],
@@ -150,7 +151,7 @@ def _fits(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]
         if hasattr(config_class, "fits"):
             fits, why = config_class.fits(pipeline, family)
         elif config_class.touches == "loop":
-            fits, why = True, _follows(config_class(), model, pipeline, family)
+            fits, why = _follows(config_class(), model, pipeline, family)
         else:
             fits, why = None, "the method does not say which pipelines it fits"
     except Exception as error:
@@ -158,8 +159,12 @@ def _fits(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]
     return {"name": name, "fits": fits, "reason": why}
 
 
-def _follows(config: Any, model: Model, pipeline: str, family: Any) -> str:
-    """Rehearse the sampler on the model's own noise schedule: in its own loop, or in the pipeline's."""
+def _follows(config: Any, model: Model, pipeline: str, family: Any) -> tuple[bool | None, str]:
+    """Rehearse the sampler on the model's own noise schedule.
+
+    Without a family, a run watches the pipeline's call to find out how it works, which takes the loaded model; where
+    that fails the sampler must do inside the pipeline's loop.
+    """
     import diffusers
 
     from diffaccel import schedules, stock
@@ -169,15 +174,18 @@ def _follows(config: Any, model: Model, pipeline: str, family: Any) -> str:
     scheduler = getattr(diffusers, model.components["scheduler"][1]).from_pretrained(model.folder / "scheduler")
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(_STEPS, **shift)
-    if family is None:
-        asked = stock.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
-        return f"runs inside the loop of {pipeline}, {len(asked)} predictions for {_STEPS} steps"
     session = _Rehearsal(scheduler)
     try:
         next(config.sample(session))
     except _BeyondRehearsalError:
         _ = session.schedule  # raises when it cannot be followed
-    return f"runs its own loop over {pipeline}"
+    if family is not None:
+        return True, f"runs its own loop over {pipeline}"
+    try:
+        asked = stock.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
+    except Exception:
+        return None, f"only if the call of {pipeline} can be followed, which its first run finds out"
+    return True, f"runs at least inside the loop of {pipeline}, {len(asked)} predictions for {_STEPS} steps"
 
 
 class _BeyondRehearsalError(Exception):

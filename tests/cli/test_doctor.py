@@ -280,10 +280,12 @@ def flux(models, tmp_path):
 
 def test_a_pipeline_without_a_family_is_rehearsed(examined, flux):
     found = examined(index(flux, _class_name="AuraFlowPipeline")).json["model"]
-    assert found["family"] is None and "no family" in found["note"]
+    assert found["family"] is None and found["note"].startswith("none")
     reasons = {m["name"]: m["reason"] for m in found["methods"]}
-    assert reasons["euler"] == "runs inside the loop of AuraFlowPipeline, 8 predictions for 8 steps"
+    assert reasons["euler"] == "runs at least inside the loop of AuraFlowPipeline, 8 predictions for 8 steps"
     assert "15 predictions" in reasons["heun"]
+    fits = {m["name"]: m["fits"] for m in found["methods"]}
+    assert fits["euler"] is True and fits["scheduler"] is None and "first run finds out" in reasons["scheduler"]
 
 
 def test_a_pipeline_of_another_diffusers(examined, flux):
