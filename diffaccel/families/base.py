@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.families import rows
 from diffaccel.session import Conditioning
 
 
@@ -84,9 +85,9 @@ class Family:
         """Classifier-free guidance, ``negative + scale (positive - negative)`` (arXiv 2207.12598)."""
         return negative + scale * (positive - negative)
 
-    def branches(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def branches(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """The negative and the positive rows of a joint call."""
-        first, second = rows.chunk(2)
+        first, second = both.chunk(2)
         return (first, second) if self.negative_first else (second, first)
 
     def join_branches(self, negative: dict[str, Any], positive: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class Family:
             return Conditioning(kept[0], None, None, arguments)
         if self.joint_branches:
             negative, positive = (
-                self.map_rows(kept[0], lambda rows, i=i: self.branches(rows)[i])  # type: ignore[misc]
+                self.map_rows(kept[0], lambda tensor, i=i: self.branches(tensor)[i])  # type: ignore[misc]
                 for i in (0, 1)
             )
             return Conditioning(positive, negative, kept[0], arguments)
@@ -192,48 +193,13 @@ class Family:
 
     def map_rows(self, kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """``kwargs`` with ``change`` applied to every tensor that has one row per sample."""
-        changed = dict(kwargs)
-        for dotted in self.row_args:
-            name, _, inner = dotted.partition(".")
-            value = changed.get(name)
-            if value is None:
-                continue
-            if not inner:
-                changed[name] = _map_tensors(value, change)
-            elif value.get(inner) is not None:
-                changed[name] = {**value, inner: _map_tensors(value[inner], change)}
-        return changed
+        return rows.map_rows(kwargs, self.row_args, change)
 
     def join_rows(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """Several sets of network arguments as one, rows concatenated in order."""
-        joined = dict(parts[0])
-        for dotted in self.row_args:
-            name, _, inner = dotted.partition(".")
-            if joined.get(name) is None:
-                continue
-            if not inner:
-                joined[name] = _cat([part[name] for part in parts])
-            elif joined[name].get(inner) is not None:
-                joined[name] = {**joined[name], inner: _cat([part[name][inner] for part in parts])}
-        return joined
+        return rows.join_rows(parts, self.row_args)
 
 
 def signature_of(module: Any) -> inspect.Signature:
     """The signature of a network's forward, seen through ``torch.compile``."""
     return inspect.signature(type(getattr(module, "_orig_mod", module)).forward)
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_map_tensors(item, change) for item in value)
-    return value
-
-
-def _cat(values: list[Any]) -> Any:
-    if isinstance(values[0], Tensor):
-        return torch.cat(values)
-    if isinstance(values[0], list | tuple):
-        return type(values[0])(_cat(list(items)) for items in zip(*values, strict=True))
-    return values[0]
