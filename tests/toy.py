@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ class ToyNetwork(ModelMixin, ConfigMixin):
 class ToyPipeline(DiffusionPipeline):
     """``does`` names a habit of the loop; what the loop passes and joins depends on it."""
 
-    def __init__(self, transformer: Any, controlnet: Any, scheduler: Any) -> None:
+    def __init__(self, transformer: Any, controlnet: Any, refiner: Any, scheduler: Any) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, controlnet=controlnet, scheduler=scheduler)
+        self.register_modules(transformer=transformer, controlnet=controlnet, refiner=refiner, scheduler=scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -64,11 +65,11 @@ class ToyPipeline(DiffusionPipeline):
             if does == "no time":
                 time = torch.full((batch,), 500.0)
             x = latents * 2 if does == "scaled latents" else latents
-            if does == "longer":
+            if does == "taller":
                 x = torch.cat([latents, latents[:, :, :1]], dim=2)
 
-            def ask(embeds: torch.Tensor, x: torch.Tensor = x, time: Any = time, extra: Any = extra) -> torch.Tensor:
-                return self.transformer(x, time, embeds, **extra, return_dict=False)[0]
+            network = self.refiner if does == "two networks" and i > 2 else self.transformer
+            ask = functools.partial(_ask, network, x, time, extra)
 
             scale = guidance_scale
             if does == "joint, positive first":
@@ -104,9 +105,17 @@ class ToyPipeline(DiffusionPipeline):
         return {"latents": latents}
 
 
+def _ask(
+    network: Any, x: torch.Tensor, time: Any, extra: dict[str, Any], embeds: torch.Tensor, *others: torch.Tensor
+) -> torch.Tensor:
+    x, time = others or (x, time)
+    return network(x, time, embeds, **extra, return_dict=False)[0]
+
+
 def make() -> ToyPipeline:
     torch.manual_seed(0)
-    pipe = ToyPipeline(ToyNetwork().eval(), ToyNetwork().eval(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    networks = [ToyNetwork().eval() for _ in range(3)]
+    pipe = ToyPipeline(*networks, FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -25,6 +25,7 @@ class Findings:
     Attributes:
         constants: all other network arguments, call by call.
         rows: where each of them has its rows.
+        row_shape, dtype: of the latents that the scheduler steps.
         answer_shape: of a row of the network's output.
         turned: the pipeline's guidance settings during the call, by attribute.
     """
@@ -37,6 +38,7 @@ class Findings:
     constants: list[dict[str, Any]]
     rows: dict[str, Layout]
     row_shape: torch.Size
+    dtype: torch.dtype
     answer_shape: torch.Size
     turned: dict[str, Any]
 
@@ -47,7 +49,7 @@ class Findings:
         return kept if condition is None else {**kept, CONDITION: condition}
 
     def cut(self, out: Tensor) -> Tensor:
-        """The part of an output that predicts: the first channels, where a variance follows."""
+        """The part of an output that predicts: the first channels or tokens, where others follow."""
         return out if out.shape[1:] == self.row_shape else out[:, : self.row_shape[0]]
 
     @staticmethod

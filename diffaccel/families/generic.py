@@ -56,6 +56,8 @@ class Generic(Family):
         if out.shape != x.shape:
             got, due = tuple(out.shape), tuple(x.shape)
             raise self._needs_family(f"The network returns {got} for latents {due}.", "Use diffaccel.remove(pipe).")
+        # loops that keep their latents wider than the network join its predictions so, too
+        out = out.to(torch.promote_types(out.dtype, found.dtype))
         return (out if found.guidance.sign > 0 else -out,)
 
     def input_dtype(self, session: Any) -> torch.dtype:

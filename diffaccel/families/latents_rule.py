@@ -77,9 +77,8 @@ def _match(name: str, value: Any, sample: Tensor) -> LatentsRule | None:
     copies, longer = len(value) // len(sample), [i for i in range(1, value.ndim) if value.shape[i] != sample.shape[i]]
     start = value
     if longer:
-        # channels follow the batch or come last; a longer picture, clip or sequence would lengthen the output too
-        channels = (1, value.ndim - 1) if value.ndim > 3 else (2,)
-        if len(longer) > 1 or longer[0] not in channels or value.shape[longer[0]] < sample.shape[longer[0]]:
+        # channels follow the batch or come last, tokens follow the batch; a longer picture or clip is something else
+        if len(longer) > 1 or longer[0] not in (1, value.ndim - 1) or value.shape[longer[0]] < sample.shape[longer[0]]:
             return None
         start = value.narrow(longer[0], 0, sample.shape[longer[0]])
     expected = torch.cat([sample.to(value.dtype)] * copies)

@@ -83,10 +83,14 @@ def replace(
 
 @contextlib.contextmanager
 def no_trace(pipe: Any) -> Iterator[None]:
-    """Put back afterwards what a call changes: attributes of pipeline, scheduler and guiders, and random states."""
+    """Put back afterwards what a call changes: attributes of pipeline, scheduler and guiders, attention processors and
+    random states."""
     parts = [getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")]
     ours = [p for p in parts if type(p).__module__.startswith("diffusers.") and not isinstance(p, torch.nn.Module)]
     before = [(thing, dict(vars(thing))) for thing in (pipe, *ours)]
+    # pipelines of perturbed attention give their network other processors for the time of a call
+    networks: list[Any] = [p for p in parts if isinstance(p, torch.nn.Module) and hasattr(p, "set_attn_processor")]
+    processors = [(network, network.attn_processors) for network in networks]
     device = torch.device(pipe._execution_device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
@@ -95,3 +99,6 @@ def no_trace(pipe: Any) -> Iterator[None]:
             for thing, attributes in before:
                 vars(thing).clear()
                 vars(thing).update(attributes)
+            for network, own in processors:
+                if any(own[name] is not other for name, other in network.attn_processors.items()):
+                    network.set_attn_processor(dict(own))

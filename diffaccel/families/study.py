@@ -56,7 +56,7 @@ class Student:
         time_arg, time = self._time(latents, rows)
         found = Findings(
             turn.denoiser, latents, time_arg, time, GuidanceRule(None, 1), [], {}, row_shape,
-            row_of(turn.answers[0]), Findings.knobs(self.pipe),
+            turn.sample.dtype, row_of(turn.answers[0]), Findings.knobs(self.pipe),
         )  # fmt: skip
         found.guidance = fit_guidance(found.predictions(turn), turn.guided)
         found.constants = [found.kept(call) for call in self.first]
@@ -117,7 +117,8 @@ def study(
 
 
 def answer_shape(turn: Turn) -> torch.Size:
-    """The shape of a row of the network's output: that of the latents, or with a variance for each channel."""
+    """The shape of a row of the network's output: that of the latents, with the tokens of other pictures where the
+    input has them, or with a variance for each channel."""
     rule, row = find_latents(turn), turn.sample.shape[1:]
     network = getattr(turn.network, "_orig_mod", turn.network)
     if "return_dict" not in signature_of(network).parameters:
@@ -126,6 +127,8 @@ def answer_shape(turn: Turn) -> torch.Size:
         raise NotIdentified(f"its '{turn.denoiser}' is split over devices by context parallelism.")
     if rule.item_shape is not None:
         return rule.item_shape
+    if turn.sample.ndim == 3 and rule.axis == 1:
+        return turn.calls[0][rule.arg].shape[1:]
     channels = getattr(getattr(network, "config", None), "out_channels", None)
     if turn.sample.ndim > 3 and channels == 2 * row[0]:
         return torch.Size((channels, *row[1:]))

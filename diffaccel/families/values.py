@@ -37,3 +37,15 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a is b or bool(a == b)
+
+
+def rounded(returned: Tensor, sample: Tensor) -> bool:
+    """Whether ``sample`` is what the step returned, up to a cast that some loops make in between."""
+    casts = (returned, returned.bfloat16(), returned.half())
+    return any(torch.equal(cast.to(sample.dtype), sample) for cast in casts)
+
+
+def pictures(value: Any) -> bool:
+    """Whether a network argument may be latents: a batch, or one tensor per picture."""
+    items = value if isinstance(value, list | tuple) else [value]
+    return bool(items) and all(isinstance(v, Tensor) and v.ndim >= 3 and v.is_floating_point() for v in items)

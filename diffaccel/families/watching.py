@@ -18,7 +18,7 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import signature_of
 from diffaccel.families.stand_ins import no_trace, replace
-from diffaccel.families.values import frozen
+from diffaccel.families.values import frozen, pictures, rounded
 from diffaccel.probe import TextMemo, clone, random_like
 
 DIFFERENT_STEPS = 3  # this many steps get answers of their own
@@ -52,6 +52,7 @@ class _Watcher:
         self.first = self.index = 0
         self.returned: Tensor | None = None
         self.turn: Turn | None = None
+        self.denoiser = ""
         self.drawn: dict[int, Any] = {}
 
     def begin(self) -> None:
@@ -60,16 +61,19 @@ class _Watcher:
     def network(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         if self.preparing:
             return module(*args, **kwargs)
+        if "controlnet" in name:
+            raise NotIdentified(f"its loop calls a second network, '{name}', whose residuals change from step to step.")
         if self.turn is None:
             self.turn = Turn(name, module)
         turn = self.turn
-        if turn.denoiser != name:
-            raise NotIdentified(f"its loop calls two networks, '{turn.denoiser}' and '{name}'.")
+        self.denoiser = self.denoiser or name
+        if self.denoiser != name:  # in the same step or later, as experts for high and low noise do
+            raise NotIdentified(f"its loop calls two networks, '{self.denoiser}' and '{name}'.")
         bound = signature_of(module).bind(module, *args, **kwargs).arguments
         bound.pop("self")
         bound.update(bound.pop("kwargs", {}))
         turn.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
-        like = next((v for v in bound.values() if _pictures(v)), None)
+        like = next((v for v in bound.values() if pictures(v)), None)
         if like is None:
             raise NotIdentified(f"its '{name}' is called without latents.")
         shape = (len(like), *(like[0].shape if self.row_shape is None else self.row_shape))
@@ -93,7 +97,7 @@ class _Watcher:
             raise NotIdentified(
                 f"step {self.index} of its loop is at time {float(timestep):g}, its scheduler's is {float(due):g}."
             )
-        if self.returned is not None and not torch.equal(self.returned.to(sample.dtype), sample):
+        if self.returned is not None and not rounded(self.returned, sample):
             raise NotIdentified("its loop changes the latents between the scheduler's steps (as inpainting does).")
         turn.guided, turn.sample, turn.timestep = output, sample, due
         enough = self.visit(turn)
@@ -141,10 +145,3 @@ def watch(
         reason = f"its loop does not take made-up predictions ({type(error).__name__}: {error})."
         raise NotIdentified(reason) from error
     raise NotIdentified(f"its loop ended after {watcher.index} steps, before the last timestep of its scheduler.")
-
-
-def _pictures(value: Any) -> bool:
-    """Whether a network argument may be latents: a batch, or one tensor per picture."""
-    if isinstance(value, list | tuple) and value:
-        return all(isinstance(v, Tensor) and v.ndim >= 3 for v in value)
-    return isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point()
