@@ -79,6 +79,8 @@ class Native:
         self._own_steps = False  # the latents are the pipeline's own, stepped by its scheduler
         self._previous_x0: Tensor | None = None
         self._cache_key: object = None
+        self.dtype = session.dtype  # of the pipeline's latents; in stock state it can change with the first step
+        self._output_dtype: torch.dtype | None = None
 
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
@@ -199,7 +201,7 @@ class Native:
         denoiser = family.network(session.pipe, timestep)
         if timestep.ndim and len(timestep) < len(x):
             timestep = torch.cat([timestep] * 2)  # both branches of a joint call
-        time_arg = family.time(session.pipe, timestep, x, session.dtype)
+        time_arg = family.time(session.pipe, timestep, x, self.dtype)
         context: Any = contextlib.nullcontext()
         if hasattr(denoiser, "cache_context"):
             context = denoiser.cache_context(
@@ -213,7 +215,9 @@ class Native:
             out = denoiser(**{family.latent_arg: x, family.time_arg: time_arg, **kwargs, "return_dict": False})[0]
         self.stats.calls += 1
         self.stats.forwards += len(x)
-        return family.prediction(out, x)
+        prediction = family.prediction(out, x)
+        self._output_dtype = prediction.dtype
+        return prediction
 
     def _upcast(self, out: Tensor) -> Tensor:
         return out if self.state == "stock" else out.to(torch.promote_types(out.dtype, torch.float32))
@@ -261,7 +265,8 @@ class Native:
         out = family.wrap(torch.cat(parts) if len(parts) > 1 else parts[0], arguments)
         stepped = scheduler.step(model_output=out, timestep=timestep, sample=latents, return_dict=False, **given)
         self._previous_x0 = stepped[1] if len(stepped) > 1 else None
-        latents = stepped[0].to(latents.dtype)
+        latents = stepped[0].to(session.dtype) if family.casts_latents else stepped[0]
+        self.dtype = latents.dtype
         edited = self._end_step(event.index, timestep, lambda: latents)
         return latents if edited is None else edited
 
@@ -269,7 +274,9 @@ class Native:
         session = self.session
         x, self.sigma = event.x, event.sigma
         if self.state == "stock":
-            x = x.to(session.dtype).to(x.dtype)
+            if not session.family.casts_latents:  # schedulers give their sample the dtype of the network's output
+                self.dtype = self._output_dtype or self.dtype
+            x = x.to(self.dtype).to(x.dtype)
         index = min(self.stats.steps, len(session.schedule.timesteps) - 1)
         edited = self._end_step(index, session.schedule.timesteps[index], lambda: self.native_latents(x))
         if edited is None:
@@ -292,7 +299,7 @@ class Native:
         if self._own_steps:
             return x
         sigma = session.sigmas[0] if self.sigma is None else self.sigma
-        rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(session.dtype))
+        rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(self.dtype))
         return family.wrap(rows, session.conds[0].arguments)
 
     def _call_back(

@@ -103,11 +103,11 @@ def lora_swapped(case: Case) -> None:
 
 def lora_fused(case: Case) -> None:
     """Fused into the weights while wrapped; equal to the stock call of the fused pipeline."""
-    pipe = _with_lora(case, case.make(), "one", 1)
-    apart = case.call(pipe)
-    case.wrap(pipe).fuse_lora(adapter_names=["one"])
+    plain, pipe = _with_lora(case, case.make(), "one", 1), case.wrap(_with_lora(case, case.make(), "one", 1))
+    for loaded in (plain, pipe):
+        loaded.fuse_lora(adapter_names=["one"])
     fused = case.call(pipe)
-    torch.testing.assert_close(fused, apart, **CLOSE)
+    assert torch.equal(fused, case.call(plain)) and not torch.equal(fused, case.call(case.make()))
     assert torch.equal(case.call(diffaccel.remove(pipe)), fused)
 
 
@@ -177,11 +177,20 @@ def negative(case: Case) -> None:
     )
 
 
+def bfloat16(case: Case) -> None:
+    """The stock call in bf16 within one unit in the last place."""
+    pipe = case.make().to(torch.bfloat16)
+    expected = case.call(pipe).float()
+    found = case.call(case.wrap(pipe)).float()
+    unit = torch.finfo(torch.bfloat16).eps * expected.abs()
+    assert ((found - expected).abs() <= unit).all(), f"off by {float((found - expected).abs().max()):.2g}"
+
+
 # -- on a CUDA device --------------------------------------------------------------------------------------------------
 
 
 def model_offload(case: Case) -> None:
-    """``enable_model_cpu_offload``: the stock result, and weights rest on the CPU afterwards."""
+    """``enable_model_cpu_offload``: the stock result, and weights rest where the stock call leaves them."""
     _offloaded(case, lambda pipe: pipe.enable_model_cpu_offload())
 
 
@@ -191,32 +200,30 @@ def group_offload(case: Case) -> None:
     _offloaded(case, lambda pipe: pipe.enable_group_offload(**devices, offload_type="leaf_level"))
 
 
-def bfloat16(case: Case) -> None:
-    """The stock call in bf16 within one unit in the last place."""
-    pipe = case.make().to(torch.bfloat16)
-    expected = case.call(pipe).float()
-    found = case.call(case.wrap(pipe)).float()
-    assert ((found - expected).abs() <= torch.finfo(torch.bfloat16).eps * expected.abs()).all()
-
-
 def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
     pipe = case.make(place=False)
-    enable(pipe)
+    try:
+        enable(pipe)
+    except ValueError as error:
+        if "does not support group offloading" in str(error):
+            raise NotHere(f"diffusers has no group offloading for {type(case.network(pipe)).__name__}") from error
+        raise
     expected = case.call(pipe)
+    rest = [p.device.type for p in case.network(pipe).parameters()]
     assert torch.equal(case.call(case.wrap(pipe)), expected)
-    assert {p.device.type for p in case.network(pipe).parameters()} == {"cpu"}
+    assert [p.device.type for p in case.network(pipe).parameters()] == rest
 
 
 CONTRACTS: dict[str, Callable[[Case], None]] = {
     f.__name__: f
     for f in (
         stock, lora_before, lora_after, lora_swapped, lora_fused, compiled, second_size, callback, generators, batch,
-        negative,
+        negative, bfloat16,
     )
 }  # fmt: skip
 GPU_CONTRACTS: dict[str, Callable[[Case], None]] = {
     **CONTRACTS,
-    **{f.__name__: f for f in (model_offload, group_offload, bfloat16)},
+    **{f.__name__: f for f in (model_offload, group_offload)},
 }
 
 

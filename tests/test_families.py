@@ -117,6 +117,16 @@ def test_euler_equals_the_stock_call_of_flow_models(family: str, guided: bool) -
     assert torch.equal(run(pipe, family, 32, guided), stock)
 
 
+@pytest.mark.parametrize("family", ["hunyuan", "wan", "wan22", "wan5b"])
+def test_euler_in_stock_state_equals_the_stock_call_in_bf16(family: str) -> None:
+    """FlowMatchEuler returns the dtype of the network's output: latents in fp32 become bf16 with the first step."""
+    pipe = flow_euler(family).to(torch.bfloat16)
+    stock = run(pipe, family)
+    diffaccel.accelerate(pipe, Euler(state="stock"))
+    found = run(pipe, family)
+    assert found.dtype == stock.dtype == torch.bfloat16 and torch.equal(found, stock)
+
+
 def smooth(family: str) -> Any:
     """The family with a schedule that Euler walks as DDIM does."""
     from diffusers import DDIMScheduler

@@ -31,6 +31,7 @@ class Family:
         other_denoisers: attributes of further networks that take over at other noise levels, where there are any.
         joint_branches: whether negative and positive rows go through one network call.
         negative_first: which of them come first then.
+        casts_latents: whether the pipeline gives its latents their first dtype again after every step.
         callback_args: names a step callback may ask for, and the network argument each one is.
         size_multiple: picture sides must be multiples of this.
     """
@@ -45,6 +46,7 @@ class Family:
     other_denoisers: ClassVar[tuple[str, ...]] = ()
     joint_branches: ClassVar[bool] = True
     negative_first: ClassVar[bool] = True
+    casts_latents: ClassVar[bool] = False
     callback_args: ClassVar[dict[str, str]] = {}
     size_multiple: ClassVar[int] = 16
 
@@ -126,9 +128,9 @@ class Family:
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The network's time argument for its input ``x``, from the schedule's timestep (scalar or one per row).
 
-        ``dtype`` is that of the pipeline's own latents.
+        ``dtype`` is that of the pipeline's own latents. Some pipelines keep their timesteps on the CPU.
         """
-        return timestep.expand(len(x))
+        return timestep.expand(len(x)).to(x.device)
 
     # -- size ----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ class CogVideoX(Family):
     pipelines = ("CogVideoXPipeline",)
     row_args = ("encoder_hidden_states",)
     shared_args = ("image_rotary_emb", "attention_kwargs")
+    casts_latents = True
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:

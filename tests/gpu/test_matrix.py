@@ -1,4 +1,4 @@
-"""The contract matrix on a CUDA device, with the cells that only exist there: offloading and bf16."""
+"""The contract matrix on a CUDA device, with the cells that only exist there: offloading."""
 
 from __future__ import annotations
 
