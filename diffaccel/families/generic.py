@@ -67,7 +67,7 @@ class Generic(Family):
         return (len(like), *self.found.answer_shape)
 
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.found.time(timestep).expand(len(x))
+        return self.found.time(timestep).expand(len(x)).to(x.device)
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         changed = {k for k, _ in self.numbers.items() ^ _numbers(arguments).items()}

@@ -29,10 +29,11 @@ class TimeRule:
         return self.form(timestep)
 
     def holds(self, timestep: Tensor, time: Tensor) -> bool:
-        """Whether the network is told ``time`` at ``timestep``."""
+        """Whether the network is told ``time`` at ``timestep``; the two may be on different devices."""
+        made = self(timestep).to(time.device)
         if self.exact:
-            return torch.equal(self(timestep), time)
-        return bool((self(timestep) - time).abs() <= _tolerance(time.dtype) * max(1.0, float(time.abs())))
+            return torch.equal(made, time)
+        return bool((made - time).abs() <= _tolerance(time.dtype) * max(1.0, float(time.abs())))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -73,8 +74,9 @@ def fit_time(timesteps: list[Tensor], times: list[Tensor], train: int) -> TimeRu
     # the usual maps first: coarse times, bfloat16 say, do not tell a slope well
     for slope, offset in ((1.0, 0.0), (1 / train, 0.0), (-1 / train, 1.0), (-1.0, float(train)), fitted):
         for form in _forms(slope, offset, dtype):
-            if all(torch.equal(form(a), b) for a, b in zip(timesteps, times, strict=True)):
-                return TimeRule(slope, offset, form, True)
+            rule = TimeRule(slope, offset, form, True)
+            if all(rule.holds(a, b) for a, b in zip(timesteps, times, strict=True)):
+                return rule
     slope, offset = fitted
     rule = TimeRule(slope, offset, lambda a: (slope * a.float() + offset).to(dtype), False)
     return rule if all(rule.holds(a, b) for a, b in zip(timesteps, times, strict=True)) else None
