@@ -340,7 +340,7 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     """
     from diffaccel.families import FAMILIES, find
     from diffaccel.families.generic import identify
-    from diffaccel.families.watching import NotIdentified
+    from diffaccel.families.generic.watching import NotIdentified
 
     call, memo = stock_call(type(pipe)), TextMemo()
     full = arguments_of(call, pipe, (), arguments)

@@ -17,7 +17,7 @@ from diffaccel.drivers import Callback, Native, Stats
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
 from diffaccel.families.generic import identify
-from diffaccel.families.watching import NotIdentified
+from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.probe import Record, TextMemo, arguments_of, check_call, clone, intercept, make_session
 
 logger = logging.getLogger(__name__)

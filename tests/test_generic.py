@@ -18,10 +18,10 @@ from diffaccel import runner, stock
 from diffaccel.drivers import Native
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families.generic import Generic, identify
-from diffaccel.families.guidance_rule import fit_guidance
-from diffaccel.families.row_layout import find_rows, join_layout, map_layout
-from diffaccel.families.time_rule import fit_time
-from diffaccel.families.watching import NotIdentified
+from diffaccel.families.generic.guidance_rule import fit_guidance
+from diffaccel.families.generic.row_layout import find_rows, join_layout, map_layout
+from diffaccel.families.generic.time_rule import fit_time
+from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.probe import arguments_of, stock_call
 from diffaccel.samplers import Ancestral, Euler, Scheduler
 from diffaccel.session import Decode, Eval, Step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.watching import NotIdentified
+from diffaccel.families.generic.watching import NotIdentified
 
 # Where the rows of a value are: along an axis of a tensor, as a list's items, inside a container, or nowhere (None).
 Layout = int | str | dict[Any, Any] | None

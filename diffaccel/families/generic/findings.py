@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.guidance_rule import GuidanceRule
-from diffaccel.families.latents_rule import CONDITION, LatentsRule
-from diffaccel.families.row_layout import Layout
-from diffaccel.families.time_rule import TimeRule
-from diffaccel.families.values import same, scalar
-from diffaccel.families.watching import NotIdentified, Turn
+from diffaccel.families.generic.guidance_rule import GuidanceRule
+from diffaccel.families.generic.latents_rule import CONDITION, LatentsRule
+from diffaccel.families.generic.row_layout import Layout
+from diffaccel.families.generic.time_rule import TimeRule
+from diffaccel.families.generic.values import same, scalar
+from diffaccel.families.generic.watching import NotIdentified, Turn
 
 NO_TIME = "is no affine map of its scheduler's time"
 

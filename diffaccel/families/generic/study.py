@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from diffaccel.families.base import signature_of
-from diffaccel.families.findings import NO_TIME, Findings
-from diffaccel.families.guidance_rule import GuidanceRule, fit_guidance
-from diffaccel.families.latents_rule import CONDITION, LatentsRule, find_latents
-from diffaccel.families.row_layout import find_rows
-from diffaccel.families.time_rule import TimeRule, fit_time
-from diffaccel.families.values import frozen, same, scalar
-from diffaccel.families.watching import DIFFERENT_STEPS, NotIdentified, Turn, watch
+from diffaccel.families.generic.findings import NO_TIME, Findings
+from diffaccel.families.generic.guidance_rule import GuidanceRule, fit_guidance
+from diffaccel.families.generic.latents_rule import CONDITION, LatentsRule, find_latents
+from diffaccel.families.generic.row_layout import find_rows
+from diffaccel.families.generic.time_rule import TimeRule, fit_time
+from diffaccel.families.generic.values import frozen, same, scalar
+from diffaccel.families.generic.watching import DIFFERENT_STEPS, NotIdentified, Turn, watch
 from diffaccel.probe import TextMemo
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffaccel.families.watching import NotIdentified
+from diffaccel.families.generic.watching import NotIdentified
 
 TOLERANCE = 1e-4
 ELEMENTS = 2**20  # more do not make the fit better

@@ -17,8 +17,8 @@ from torch import Tensor
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import signature_of
-from diffaccel.families.stand_ins import no_trace, replace
-from diffaccel.families.values import frozen, pictures, rounded
+from diffaccel.families.generic.stand_ins import no_trace, replace
+from diffaccel.families.generic.values import frozen, pictures, rounded
 from diffaccel.probe import TextMemo, clone, random_like
 
 DIFFERENT_STEPS = 3  # this many steps get answers of their own

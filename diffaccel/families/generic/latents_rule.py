@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.watching import NotIdentified, Turn
+from diffaccel.families.generic.watching import NotIdentified, Turn
 
 CONDITION = "condition_latents"  # what stands beside the latents in their argument
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.families.base import Family
-from diffaccel.families.findings import Findings
-from diffaccel.families.latents_rule import CONDITION
-from diffaccel.families.row_layout import join_layout, map_layout
-from diffaccel.families.stand_ins import StandIn
-from diffaccel.families.study import study
-from diffaccel.families.watching import NotIdentified
+from diffaccel.families.generic.findings import Findings
+from diffaccel.families.generic.latents_rule import CONDITION
+from diffaccel.families.generic.row_layout import join_layout, map_layout
+from diffaccel.families.generic.stand_ins import StandIn
+from diffaccel.families.generic.study import study
+from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.probe import TextMemo
 from diffaccel.session import Conditioning
 
