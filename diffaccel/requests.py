@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-FPS = {"CogVideoXPipeline": 8, "HunyuanVideoPipeline": 24, "WanPipeline": 16}  # as they were trained
-_USUAL_FPS = 16
+_USUAL_FPS = 16.0
 _BINNED = (32, 64, 128, 256)  # latent sizes for which PixArt has a table of aspect ratios
 _DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
 
@@ -296,7 +295,10 @@ def check_frames(pipe: Any, frames: int) -> None:
 
 def frame_rate(pipe: Any, request: Request) -> float:
     """Frames a second of a request's videos: the request's, else what the model was trained at, else 16."""
-    return request.fps or FPS.get(type(pipe).__name__, _USUAL_FPS)
+    from diffaccel.families import find
+
+    family = find(pipe)
+    return request.fps or (family.fps if family else _USUAL_FPS)
 
 
 def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) -> dict[str, Any]:

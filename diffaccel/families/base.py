@@ -34,6 +34,7 @@ class Family:
         casts_latents: whether the pipeline gives its latents their first dtype again after every step.
         callback_args: names a step callback may ask for, and the network argument each one is.
         size_multiple: picture sides must be multiples of this.
+        fps: frames a second of the videos that a video model was trained on.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Family:
     casts_latents: ClassVar[bool] = False
     callback_args: ClassVar[dict[str, str]] = {}
     size_multiple: ClassVar[int] = 16
+    fps: ClassVar[float] = 16.0
 
     # -- network -------------------------------------------------------------------------------------------------
 
@@ -200,6 +202,16 @@ class Family:
     def join_rows(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
         """Several sets of network arguments as one, rows concatenated in order."""
         return rows.join_rows(parts, self.row_args)
+
+
+def true_cfg_scale(arguments: dict[str, Any]) -> float | None:
+    """Guidance beside an embedded scale: on where a negative prompt was given and ``true_cfg_scale`` is above 1."""
+    negative = arguments.get("negative_prompt") is not None or (
+        arguments.get("negative_prompt_embeds") is not None
+        and arguments.get("negative_pooled_prompt_embeds") is not None
+    )
+    scale = float(arguments["true_cfg_scale"])
+    return scale if scale > 1 and negative else None
 
 
 def signature_of(module: Any) -> inspect.Signature:

@@ -19,6 +19,7 @@ class CogVideoX(Family):
     row_args = ("encoder_hidden_states",)
     shared_args = ("image_rotary_emb", "attention_kwargs")
     casts_latents = True
+    fps = 8.0
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:

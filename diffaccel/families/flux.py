@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.base import Family
+from diffaccel.families.base import Family, true_cfg_scale
 from diffaccel.families.sources import check_resizable
 
 
@@ -24,12 +24,7 @@ class Flux(Family):
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
-        negative = arguments.get("negative_prompt") is not None or (
-            arguments.get("negative_prompt_embeds") is not None
-            and arguments.get("negative_pooled_prompt_embeds") is not None
-        )
-        scale = float(arguments["true_cfg_scale"])
-        return scale if scale > 1 and negative else None
+        return true_cfg_scale(arguments)
 
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
         check_resizable(arguments)

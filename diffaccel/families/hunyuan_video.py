@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.base import Family
+from diffaccel.families.base import Family, true_cfg_scale
 
 
 class HunyuanVideo(Family):
@@ -17,16 +17,12 @@ class HunyuanVideo(Family):
     pipelines = ("HunyuanVideoPipeline",)
     row_args = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance")
     shared_args = ("attention_kwargs",)
+    fps = 24.0
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
-        negative = arguments.get("negative_prompt") is not None or (
-            arguments.get("negative_prompt_embeds") is not None
-            and arguments.get("negative_pooled_prompt_embeds") is not None
-        )
-        scale = float(arguments["true_cfg_scale"])
-        return scale if scale > 1 and negative else None
+        return true_cfg_scale(arguments)
 
     def input_dtype(self, session: Any) -> torch.dtype:
         return session.denoiser.dtype
