@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffaccel.callbacks import Callback
 from diffaccel.config import State
 from diffaccel.errors import DiffAccelError
+from diffaccel.picked import Picked, rows_of
 from diffaccel.session import Advance, Decode, Eval, Pred, Sampling, Session, Step, bcast
 
 
@@ -41,14 +42,6 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """For records."""
         return asdict(self)
-
-
-@dataclass
-class Callback:
-    """A user's ``callback_on_step_end`` and the tensors it asked for."""
-
-    function: Any
-    inputs: Sequence[str]
 
 
 class Native:
@@ -127,7 +120,7 @@ class Native:
         if len(evals) > 1 and not (together and all(e.x.shape[1:] == evals[0].x.shape[1:] for e in evals)):
             return [self.predict([e])[0] for e in evals]
         session, branch = first, evals[0].branch
-        rows = [_rows(session, e) for e in evals]
+        rows = [rows_of(session, e) for e in evals]
         x = torch.cat([e.x for e in evals]) if len(evals) > 1 else evals[0].x
         sigma = evals[0].sigma
         if len(evals) > 1 and not (sigma.ndim == 0 and all(e.sigma.ndim == 0 and e.sigma == sigma for e in evals)):
@@ -141,7 +134,7 @@ class Native:
             picked = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
             name = "" if len(x) <= size and evals[0].cond == 0 else f"/{evals[0].cond}.{chunk}"
             parts.append(
-                self._guided(session, x[pick], part_sigma, branch, _Picked(session, picked, pick, len(x)), name)
+                self._guided(session, x[pick], part_sigma, branch, Picked(session, picked, pick, len(x)), name)
             )
         v = torch.cat(parts) if len(parts) > 1 else parts[0]
         key = f"{session.height}x{session.width}"
@@ -153,7 +146,7 @@ class Native:
             preds.append(Pred(session.path, e.x, bcast(e.sigma, e.x), part))
         return preds
 
-    def _guided(self, session: Session, x: Tensor, sigma: Tensor, branch: str, picked: _Picked, name: str) -> Tensor:
+    def _guided(self, session: Session, x: Tensor, sigma: Tensor, branch: str, picked: Picked, name: str) -> Tensor:
         """The velocity of one batch of rows, guided or of one branch."""
         family, schedule = session.family, session.schedule
         bsigma = bcast(sigma, x)
@@ -169,7 +162,7 @@ class Native:
         timestep: Tensor,
         sigma: Tensor | None,
         branch: str,
-        picked: _Picked,
+        picked: Picked,
         name: str,
     ) -> Tensor:
         """The network's prediction at ``x`` in its own layout, guided or of one branch."""
@@ -252,7 +245,7 @@ class Native:
         picks = [slice(begin, begin + size) for begin in range(0, len(x), size)]
         parts = [
             self._branches(
-                session, x[pick], timestep, sigma, "guided", _Picked(session, [(0, None)], pick, len(x)),
+                session, x[pick], timestep, sigma, "guided", Picked(session, [(0, None)], pick, len(x)),
                 f"/0.{chunk}" if len(picks) > 1 else "",
             )
             for chunk, pick in enumerate(picks)
@@ -291,7 +284,7 @@ class Native:
         self.stats.steps += 1
         if hasattr(pipe, "_current_timestep"):
             object.__setattr__(pipe, "_current_timestep", timestep)
-        return None if self.callback is None else self._call_back(self.callback, index, timestep, latents)
+        return None if self.callback is None else self.callback(self.session, index, timestep, latents)
 
     def native_latents(self, x: Tensor) -> Tensor:
         """The sampler's latents as the pipeline's own loop would hold them."""
@@ -301,111 +294,3 @@ class Native:
         sigma = session.sigmas[0] if self.sigma is None else self.sigma
         rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(self.dtype))
         return family.wrap(rows, session.conds[0].arguments)
-
-    def _call_back(
-        self, callback: Callback, index: int, timestep: Tensor, latents: Callable[[], Tensor]
-    ) -> Tensor | None:
-        session, family = self.session, self.session.family
-        cond = session.conds[0]
-        kept = cond.joint if cond.joint is not None else cond.positive
-        offered: dict[str, Any] = {}
-        for name in callback.inputs:
-            if name == "latents":
-                offered[name] = latents()
-            elif name in family.callback_args:
-                offered[name] = _get(kept, family.callback_args[name])
-            else:
-                raise DiffAccelError(
-                    f"callback_on_step_end asked for '{name}', which has no meaning under a sampler of diffaccel. "
-                    f"It may ask for: latents, {', '.join(family.callback_args)}."
-                )
-        given = dict(offered)
-        returned = callback.function(session.pipe, index, timestep, offered) or {}
-        edited = None
-        for name, value in returned.items():
-            if value is given.get(name):
-                continue
-            if name == "latents":
-                edited = value
-            elif name in family.callback_args:
-                _replace(family, cond, family.callback_args[name], value)
-        return edited
-
-
-@dataclass
-class _Picked:
-    """Rows of one or several conditionings, gathered as network arguments and kept while they stay the same."""
-
-    session: Session
-    conds: list[tuple[int, tuple[int, ...] | None]]
-    pick: slice
-    rows: int
-
-    @property
-    def first(self) -> int:
-        return self.conds[0][0]
-
-    @property
-    def _everything(self) -> bool:
-        return self.pick.start == 0 and self.pick.stop >= self.rows
-
-    def kwargs(self, which: str) -> dict[str, Any]:
-        if which == "joint":
-            cond = self.session.conds[self.first]
-            whole = len(self.conds) == 1 and self.conds[0][1] is None and self._everything
-            if whole and cond.joint is not None:
-                return cond.joint
-            return self.session.family.join_branches(self.kwargs("negative"), self.kwargs("positive"))
-        family = self.session.family
-        parts = []
-        for handle, rows in self.conds:
-            kwargs = getattr(self.session.conds[handle], which)
-            if rows is not None:
-                kwargs = family.map_rows(kwargs, functools.partial(_take, list(rows)))
-            parts.append(kwargs)
-        joined = family.join_rows(parts) if len(parts) > 1 else parts[0]
-        if self._everything:
-            return joined
-        return family.map_rows(joined, lambda t: t[self.pick])
-
-
-def _rows(session: Session, e: Eval) -> tuple[int, ...] | None:
-    """The call's row of every row of an Eval; None when they are the same, in order."""
-    batch = len(session.x)
-    if e.rows is None:
-        if len(e.x) != batch:
-            raise DiffAccelError(
-                f"An Eval has {len(e.x)} rows, the call {batch}. Say with `rows` which row of the call each belongs to."
-            )
-        return None
-    rows = tuple(int(r) for r in e.rows)
-    if len(rows) != len(e.x) or not all(0 <= r < batch for r in rows):
-        raise DiffAccelError(
-            f"Eval.rows must name a row below {batch} for each of the {len(e.x)} rows of x, got {rows}."
-        )
-    return None if rows == tuple(range(batch)) else rows
-
-
-def _take(rows: list[int], tensor: Tensor) -> Tensor:
-    return tensor[rows]
-
-
-def _get(kwargs: dict[str, Any], dotted: str) -> Any:
-    name, _, inner = dotted.partition(".")
-    return kwargs[name][inner] if inner else kwargs[name]
-
-
-def _replace(family: Any, cond: Any, dotted: str, value: Tensor) -> None:
-    """A callback's new tensor, for both branches when it has their rows, else for the positive one."""
-    name, _, inner = dotted.partition(".")
-
-    def put(kwargs: dict[str, Any], new: Tensor) -> None:
-        kwargs[name] = {**kwargs[name], inner: new} if inner else new
-
-    if cond.joint is not None and len(value) == len(_get(cond.joint, dotted)):
-        put(cond.joint, value)
-        negative, positive = family.branches(value)
-        put(cond.negative, negative)
-        put(cond.positive, positive)
-    else:
-        put(cond.positive, value)

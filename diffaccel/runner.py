@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from diffaccel.callbacks import Callback
 from diffaccel.config import SamplerConfig
-from diffaccel.drivers import Callback, Native, Stats
+from diffaccel.drivers import Native, Stats
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
 from diffaccel.families.generic import identify
