@@ -126,20 +126,14 @@ class Native:
         if len(evals) > 1 and not (sigma.ndim == 0 and all(e.sigma.ndim == 0 and e.sigma == sigma for e in evals)):
             sigma = torch.cat([e.sigma.expand(len(e.x)) for e in evals])
         self._reset_caches((id(session), len(x), branch, tuple((e.cond, r) for e, r in zip(evals, rows, strict=True))))
-        size = self.max_batch or len(x)
+        conds = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
         parts = []
-        for chunk, begin in enumerate(range(0, len(x), size)):
-            pick = slice(begin, begin + size)
+        for pick, name in self._chunks(len(x), evals[0].cond):
             part_sigma = sigma if sigma.ndim == 0 else sigma[pick]
-            picked = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
-            name = "" if len(x) <= size and evals[0].cond == 0 else f"/{evals[0].cond}.{chunk}"
-            parts.append(
-                self._guided(session, x[pick], part_sigma, branch, Picked(session, picked, pick, len(x)), name)
-            )
+            picked = Picked(session, conds, pick, len(x))
+            parts.append(self._guided(session, x[pick], part_sigma, branch, picked, name))
         v = torch.cat(parts) if len(parts) > 1 else parts[0]
-        key = f"{session.height}x{session.width}"
-        self.stats.nfe += len(x)
-        self.stats.nfe_by_resolution[key] = self.stats.nfe_by_resolution.get(key, 0) + len(x)
+        self._count(session, len(x))
         lengths = [len(e.x) for e in evals]
         preds = []
         for e, part in zip(evals, v.split(lengths), strict=True):
@@ -217,10 +211,25 @@ class Native:
 
     def _reset_caches(self, key: object) -> None:
         """Stateful caches hold one trajectory at one shape: forget it when another begins."""
-        denoiser = self.session.denoiser
-        if key != self._cache_key and self._cache_key is not None and hasattr(denoiser, "_reset_stateful_cache"):
-            denoiser._reset_stateful_cache()
+        if key != self._cache_key and self._cache_key is not None:
+            for denoiser in self.session.family.networks(self.session.pipe).values():
+                if hasattr(denoiser, "_reset_stateful_cache"):
+                    denoiser._reset_stateful_cache()
         self._cache_key = key
+
+    def _chunks(self, rows: int, cond: int) -> list[tuple[slice, str]]:
+        """Rows of each network call, and what its cache context is called beside the branch."""
+        size = self.max_batch or rows
+        whole = rows <= size and cond == 0
+        return [
+            (slice(begin, begin + size), "" if whole else f"/{cond}.{chunk}")
+            for chunk, begin in enumerate(range(0, rows, size))
+        ]
+
+    def _count(self, session: Session, rows: int) -> None:
+        key = f"{session.height}x{session.width}"
+        self.stats.nfe += rows
+        self.stats.nfe_by_resolution[key] = self.stats.nfe_by_resolution.get(key, 0) + rows
 
     # -- the other events ------------------------------------------------------------------------------------------
 
@@ -241,16 +250,11 @@ class Native:
         place = len(scheduler.timesteps) - len(session.timesteps) + event.index
         levels = getattr(scheduler, "sigmas", ())
         sigma = levels[place] if place < len(levels) else None
-        size = self.max_batch or len(x)
-        picks = [slice(begin, begin + size) for begin in range(0, len(x), size)]
-        parts = [
-            self._branches(
-                session, x[pick], timestep, sigma, "guided", Picked(session, [(0, None)], pick, len(x)),
-                f"/0.{chunk}" if len(picks) > 1 else "",
-            )
-            for chunk, pick in enumerate(picks)
-        ]  # fmt: skip
-        self.stats.nfe += len(x)
+        parts = []
+        for pick, name in self._chunks(len(x), 0):
+            picked = Picked(session, [(0, None)], pick, len(x))
+            parts.append(self._branches(session, x[pick], timestep, sigma, "guided", picked, name))
+        self._count(session, len(x))
         given = dict(session.step_arguments)
         if "old_pred_original_sample" in given:  # CogVideoXDPMScheduler keeps its history with the pipeline
             before = session.timesteps[event.index - 1] if event.index else None

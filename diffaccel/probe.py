@@ -40,13 +40,12 @@ class Record:
     step_arguments: dict[str, Any] = field(default_factory=dict)
 
 
-class _Recorder:
-    """Stands in for the network. No Module, so that hooks and ``compile`` do not see it; it answers ``isinstance`` and
-    every attribute as the network does, since pipelines find their device by looking at their modules."""
+class StandIn:
+    """Called in the place of a network. No Module, so that hooks and ``compile`` do not see it; it answers
+    ``isinstance`` and every attribute as the network does, since pipelines find their device by their modules."""
 
-    def __init__(self, module: Any, record: Record, family: Family) -> None:
-        self._module, self._record, self._family = module, record, family
-        self._signature = signature_of(module)
+    def __init__(self, module: Any, called: Callable[..., Any]) -> None:
+        self._module, self._called = module, called
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -56,15 +55,29 @@ class _Recorder:
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._signature.bind(self._module, *args, **kwargs).arguments
-        bound.pop("self")
-        # pipelines reuse and mutate their argument dicts between calls: keep copies
-        self._record.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
-        like = bound[self._family.latent_arg]
-        shape = self._family.output_shape(self._module, like)
-        out = random_like(like, shape, len(self._record.calls))
-        self._record.outputs.append(out)
-        return SimpleNamespace(sample=out) if bound.get("return_dict", True) else (out,)
+        return self._called(*args, **kwargs)
+
+
+def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A network call's arguments by name; pipelines reuse and mutate their dicts between calls, so these are copies."""
+    bound = signature_of(module).bind(module, *args, **kwargs).arguments
+    bound.pop("self")
+    bound.update(bound.pop("kwargs", {}))
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()}
+
+
+def _recorder(module: Any, record: Record, family: Family) -> StandIn:
+    """A network that answers at random, and notes what it was called with and what it answered."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = network_arguments(module, args, kwargs)
+        record.calls.append(given)
+        like = given[family.latent_arg]
+        out = random_like(like, family.output_shape(module, like), len(record.calls))
+        record.outputs.append(out)
+        return SimpleNamespace(sample=out) if given.get("return_dict", True) else (out,)
+
+    return StandIn(module, called)
 
 
 def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
@@ -121,7 +134,7 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
         nonlocal open_now
         open_now = True
         for name, network in networks.items():  # past DiffusionPipeline.__setattr__, which would rewrite pipe.config
-            object.__setattr__(pipe, name, _Recorder(network, record, family))
+            object.__setattr__(pipe, name, _recorder(network, record, family))
         scheduler.step = functools.wraps(original_step)(step)
         if "encode_prompt" in ours:
             object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))

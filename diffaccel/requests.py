@@ -167,10 +167,10 @@ def networks(pipe: Any) -> list[Any]:
     """The network that a pipeline evaluates at every step, first; then others that take its place at some steps."""
     from diffaccel.families import find
 
-    family = find(pipe)
-    names = (family.denoiser, *getattr(family, "other_denoisers", ())) if family else ("transformer", "unet")
-    found = [module for name in names if (module := getattr(pipe, name, None)) is not None]
-    return found if family else found[:1]
+    if (family := find(pipe)) is not None:
+        return list(family.networks(pipe).values())
+    found = [module for name in ("transformer", "unet") if (module := getattr(pipe, name, None)) is not None]
+    return found[:1]
 
 
 def network(pipe: Any) -> Any:

@@ -257,6 +257,26 @@ def test_a_pipeline_that_cannot_be_interrupted_pays_no_second_loop(family: str) 
     assert len(calls) == diffaccel.summary(pipe).last_run["calls"]
 
 
+def test_both_networks_forget_their_caches_at_a_change_of_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, forgotten = flow_euler("wan22"), []
+    with torch.no_grad(), diffaccel.open_session(pipe, **call_kwargs("wan22")) as session:
+        for network in (pipe.transformer, pipe.transformer_2):
+            monkeypatch.setattr(network, "_reset_stateful_cache", lambda network=network: forgotten.append(network))
+        driver, other = Native(session), session.at(48, 32)
+        driver.predict([Eval(session.x, session.sigmas[0])])
+        driver.predict([Eval(session.x, session.sigmas[-2])])
+        assert not forgotten
+        driver.predict([Eval(other.x, session.sigmas[0], at=other)])
+        assert forgotten == [pipe.transformer, pipe.transformer_2]
+
+
+def test_cost_by_resolution_is_counted_under_the_own_scheduler() -> None:
+    pipe = diffaccel.accelerate(make("wan"), Scheduler())
+    run(pipe, "wan", 48)
+    last = diffaccel.summary(pipe).last_run
+    assert last["nfe_by_resolution"] == {"48x48": last["nfe"]} == {"48x48": 8}
+
+
 def test_dynamic_guidance_is_refused() -> None:
     pipe = diffaccel.accelerate(make("cogvideox"), Scheduler())
     with pytest.raises(DiffAccelError, match="use_dynamic_cfg"):

@@ -18,10 +18,9 @@ from diffaccel.families.base import Family
 from diffaccel.families.generic.findings import Findings
 from diffaccel.families.generic.latents_rule import CONDITION
 from diffaccel.families.generic.row_layout import join_layout, map_layout
-from diffaccel.families.generic.stand_ins import StandIn
 from diffaccel.families.generic.study import study
 from diffaccel.families.generic.watching import NotIdentified
-from diffaccel.probe import TextMemo
+from diffaccel.probe import StandIn, TextMemo
 from diffaccel.session import Conditioning
 
 

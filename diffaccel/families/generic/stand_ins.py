@@ -12,28 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.probe import TextMemo, _no_bar
+from diffaccel.probe import StandIn, TextMemo, _no_bar
 
 # components that are no denoiser, and that must work while the call prepares itself
 NO_DENOISERS = ("encoder", "vae", "vocoder", "safety", "vqgan", "movq", "connector", "tokenizer", "feature")
-
-
-class StandIn:
-    """Called in the place of a network. No Module, so that hooks and ``compile`` do not see it, but it answers
-    ``isinstance`` and every attribute as the network does."""
-
-    def __init__(self, module: Any, called: Callable[..., Any]) -> None:
-        self._module, self._called = module, called
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(*args, **kwargs)
 
 
 def replace(

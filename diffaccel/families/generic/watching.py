@@ -16,10 +16,9 @@ from torch import Tensor
 
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
-from diffaccel.families.base import signature_of
 from diffaccel.families.generic.stand_ins import no_trace, replace
 from diffaccel.families.generic.values import frozen, pictures, rounded
-from diffaccel.probe import TextMemo, clone, random_like
+from diffaccel.probe import TextMemo, clone, network_arguments, random_like
 
 DIFFERENT_STEPS = 3  # this many steps get answers of their own
 
@@ -69,10 +68,8 @@ class _Watcher:
         self.denoiser = self.denoiser or name
         if self.denoiser != name:  # in the same step or later, as experts for high and low noise do
             raise NotIdentified(f"its loop calls two networks, '{self.denoiser}' and '{name}'.")
-        bound = signature_of(module).bind(module, *args, **kwargs).arguments
-        bound.pop("self")
-        bound.update(bound.pop("kwargs", {}))
-        turn.calls.append({k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()})
+        bound = network_arguments(module, args, kwargs)
+        turn.calls.append(bound)
         like = next((v for v in bound.values() if pictures(v)), None)
         if like is None:
             raise NotIdentified(f"its '{name}' is called without latents.")
