@@ -51,8 +51,13 @@ def software() -> list[Check]:
     from packaging.requirements import Requirement
 
     found = [Check("python", True, f"{platform.python_version()} on {platform.platform(terse=True)}")]
-    wanted = [Requirement(line) for line in importlib.metadata.requires("diffaccel") or ()]
-    found.append(tried("diffaccel", lambda: importlib.metadata.version("diffaccel")))
+    try:
+        requires = importlib.metadata.requires("diffaccel") or ()
+        found.append(Check("diffaccel", True, importlib.metadata.version("diffaccel")))
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path; what it asks for is in its metadata
+        requires = ()
+        found.append(Check("diffaccel", None, "imported without being installed; pip install -e . to check packages"))
+    wanted = [Requirement(line) for line in requires]
     required = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in required:
         found.append(tried(requirement.name, lambda r=requirement: _version(r.name, str(r.specifier))))  # type: ignore[misc]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.families.base import Family, true_cfg_scale
+from diffaccel.families.base import Family
+from diffaccel.families.guidance import true_cfg_scale
 
 
 class HunyuanVideo(Family):

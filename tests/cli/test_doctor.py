@@ -354,3 +354,12 @@ def test_models_that_are_not_there(examined, monkeypatch):
     assert done.status == 2 and "the hub gave: no network" in done.err
     with pytest.raises(DiffAccelError, match="Unknown model"):
         doctor_model.read("./nowhere/at-all")
+
+
+def test_a_checkout_that_was_not_installed(monkeypatch):
+    def missing(name):
+        raise doctor_host.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor_host.importlib.metadata, "requires", missing)
+    rows = {check.name: check for check in doctor_host.software()}
+    assert rows["python"].works and rows["diffaccel"].works is None and "pip install -e ." in rows["diffaccel"].detail

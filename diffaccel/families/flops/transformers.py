@@ -1,61 +1,11 @@
-"""Floating point operations of one forward pass, in closed form from a network's config and its input size.
-
-Counted: matrix products, attention and convolutions, at two operations a multiply-add, which is what profilers that
-see attention report. Norms, activations and rotations are not; neither are adapters, ControlNets and guidance branches
-(call with the number of rows that really run). A quantized, pruned or compiled network counts as the one its config
-describes. A transformer block of width d on L tokens costs ``24 d^2 L + 4 d L^2``: 12 d^2 weights a token, and the two
-products of attention. Every row has one time: where a pipeline passes one per token (Wan 2.2 5B), its embedding costs
-up to one percent more.
-"""
+"""Multiply-adds of one row through the transformers of diffusers; n image tokens, m text tokens, d width."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from diffaccel.families.flops.shared import Config, linears
 
-from diffaccel.errors import DiffAccelError
-from diffaccel.families.facts import facts_of, unwrap
-from diffaccel.families.flops_unet import linears, unet, unet_condition
-
-Config = Mapping[str, Any]
 SINUSOID = 256  # width of the sinusoidal time embedding in the transformers here
 CLIP_IMAGE_TOKENS = 257  # of the one image encoder that Wan's image-to-video checkpoints use
-
-
-def flops(network: Any, *, batch: int, height: int, width: int, frames: int = 1, text: int | None = None) -> int:
-    """FLOPs of one forward pass of ``network``.
-
-    Args:
-        network: a denoiser of a class with known facts, compiled or not.
-        batch: rows in the call; with both guidance branches in one call, twice the samples.
-        height, width, frames: size of the latents, in latent pixels and latent frames.
-        text: text tokens; None for what the stock pipeline passes. Networks without text ignore it.
-
-    Returns:
-        Operations, two per multiply-add.
-
-    Raises:
-        DiffAccelError: unknown class or unsupported config, a size without tokens, or no text length where
-            checkpoints differ.
-    """
-    network = unwrap(network)
-    facts, config = facts_of(network), network.config
-    text = facts.text_tokens if text is None else text
-    if text is None:
-        raise DiffAccelError(
-            f"Checkpoints of {type(network).__name__} differ in their text length and none was given. "
-            "Pass text=, for PixArt 120 (Alpha) or 300 (Sigma)."
-        )
-    if batch < 1 or text < 0:
-        raise DiffAccelError(f"FLOPs need batch >= 1 and text >= 0, got batch={batch} and text={text}.")
-    tokens = facts.latent_tokens(config, height, width, frames)
-    name = next(base.__name__ for base in type(network).__mro__ if base.__name__ in (_TRANSFORMERS | _UNETS))
-    if name in _UNETS:
-        return 2 * batch * _UNETS[name](config, height, width, text)
-    return 2 * batch * _TRANSFORMERS[name](config, tokens, text)
-
-
-# -- multiply-adds of one row; n image tokens, m text tokens, d width -------------------------------------------------
 
 
 def _width(config: Config) -> int:
@@ -86,7 +36,7 @@ def _time_and_pooled(config: Config, d: int) -> int:
     return sinusoids * linears(SINUSOID, d, d) + linears(config["pooled_projection_dim"], d, d)
 
 
-def _flux(config: Config, n: int, m: int) -> int:
+def flux(config: Config, n: int, m: int) -> int:
     """Joint blocks with a stream each for picture and text, then single ones: both have 12 d^2 weights a token."""
     d, double, single = _width(config), config["num_layers"], config["num_single_layers"]
     blocks = (double + single) * (12 * d * d * (n + m) + 2 * d * (n + m) ** 2)
@@ -95,7 +45,7 @@ def _flux(config: Config, n: int, m: int) -> int:
     return blocks + modulation + ends + _time_and_pooled(config, d)
 
 
-def _hunyuan(config: Config, n: int, m: int) -> int:
+def hunyuan(config: Config, n: int, m: int) -> int:
     """Flux's blocks, after a small transformer over the text that sees the time (arXiv 2412.03603)."""
     d, double, single = _width(config), config["num_layers"], config["num_single_layers"]
     widened = int(2 * d * config["mlp_ratio"])
@@ -107,7 +57,7 @@ def _hunyuan(config: Config, n: int, m: int) -> int:
     return blocks + modulation + refiner + ends + _time_and_pooled(config, d)
 
 
-def _sd3(config: Config, n: int, m: int) -> int:
+def sd3(config: Config, n: int, m: int) -> int:
     """Joint blocks, the first of SD3.5-medium with an attention of the picture alone (arXiv 2403.03206)."""
     d, layers = _width(config), config["num_layers"]
     dual = sum(layer < layers for layer in config["dual_attention_layers"])
@@ -118,7 +68,7 @@ def _sd3(config: Config, n: int, m: int) -> int:
     return blocks + modulation + ends + _time_and_pooled(config, d)
 
 
-def _wan(config: Config, n: int, m: int) -> int:
+def wan(config: Config, n: int, m: int) -> int:
     """Self-attention, cross-attention to the text, feed-forward (arXiv 2503.20314); one time a sample."""
     d, layers, (t, h, w) = _width(config), config["num_layers"], config["patch_size"]
     block = _self_attention(n, d) + _cross_attention(n, m, d, d) + 2 * d * config["ffn_dim"] * n
@@ -130,7 +80,7 @@ def _wan(config: Config, n: int, m: int) -> int:
     return layers * block + head + _patches(config, d, n, t * h * w)
 
 
-def _cogvideox(config: Config, n: int, m: int) -> int:
+def cogvideox(config: Config, n: int, m: int) -> int:
     """One stream of text and video; each half of a block has its modulation (arXiv 2408.06072)."""
     d, layers, emb = _width(config), config["num_layers"], config["time_embed_dim"]
     block = _self_attention(n + m, d) + _feed_forward(config, d) * (n + m) + 12 * emb * d
@@ -141,7 +91,7 @@ def _cogvideox(config: Config, n: int, m: int) -> int:
     return layers * block + head + _patches(config, d, n, volume)
 
 
-def _pixart(config: Config, n: int, m: int) -> int:
+def pixart(config: Config, n: int, m: int) -> int:
     """Self-attention, cross-attention to the text, feed-forward, one modulation for all (arXiv 2310.00426)."""
     d, layers = _width(config), config["num_layers"]
     block = _self_attention(n, d) + _cross_attention(n, m, d, config["cross_attention_dim"])
@@ -155,24 +105,9 @@ def _pixart(config: Config, n: int, m: int) -> int:
     return layers * (block + _feed_forward(config, d) * n) + head + _patches(config, d, n, volume)
 
 
-def _dit(config: Config, n: int, m: int) -> int:
+def dit(config: Config, n: int, m: int) -> int:
     """Self-attention and feed-forward; every block embeds the time anew, the first one twice (arXiv 2212.09748)."""
     d, layers = _width(config), config["num_layers"]
     block = _self_attention(n, d) + _feed_forward(config, d) * n + 6 * d * d
     head = (layers + 1) * linears(SINUSOID, d, d) + 2 * d * d
     return layers * block + head + _patches(config, d, n, config["patch_size"] ** 2)
-
-
-_TRANSFORMERS: dict[str, Callable[[Config, int, int], int]] = {
-    "FluxTransformer2DModel": _flux,
-    "SD3Transformer2DModel": _sd3,
-    "WanTransformer3DModel": _wan,
-    "HunyuanVideoTransformer3DModel": _hunyuan,
-    "CogVideoXTransformer3DModel": _cogvideox,
-    "PixArtTransformer2DModel": _pixart,
-    "DiTTransformer2DModel": _dit,
-}
-_UNETS: dict[str, Callable[[Config, int, int, int], int]] = {
-    "UNet2DConditionModel": unet_condition,
-    "UNet2DModel": unet,
-}
