@@ -11,16 +11,22 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.requests import Item
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RECORD = "run.json"
 MARKERS = ".chunks"
-_IMAGE = re.compile(r"\d{5,}\.(png|mp4)")
+LATENTS = ".safetensors"
+_IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -71,7 +77,9 @@ class RunFolder:
             return
         strangers = sorted(p.name for p in self.path.iterdir() if _IMAGE.fullmatch(p.name))
         if overwrite:
-            strangers = [name for name in strangers if record.read_result(self.path / name) is None]
+            ours = [name for name in strangers if record.read_result(self.path / name) is not None]
+            latents = {Path(name).with_suffix(LATENTS).name for name in ours}
+            strangers = [name for name in strangers if name not in (*ours, *latents)]
         elif (old := self.old()) is not None:
             changed = record.differences(old["settings"], self.new.settings)
             if changed:
@@ -133,25 +141,50 @@ class RunFolder:
         if [image["id"] for image in entry["images"]] != [item.id for item in self.chunks[number]]:
             return False
         try:
-            return all(record.sha256(self.path / image["file"]) == image["sha256"] for image in entry["images"])
+            return all(
+                record.sha256(self.path / image[key]) == image[digest]
+                for image in entry["images"]
+                for key, digest in (("file", "sha256"), ("latents", "latents_sha256"))
+                if key in image
+            )
         except OSError:
             return False
 
-    def add(self, number: int, images: list[Any], call: dict[str, Any], cost: dict[str, Any]) -> None:
-        """Write a chunk's pictures, or clips as video, then its marker."""
+    def add(
+        self,
+        number: int,
+        images: list[Any],
+        call: dict[str, Any],
+        cost: dict[str, Any],
+        *,
+        noise: Sequence[str] = (),
+        latents: Tensor | None = None,
+    ) -> None:
+        """Write a chunk's pictures, or clips as video, then its marker.
+
+        ``noise`` is a hash an image of what it started from, ``latents`` the rows that were decoded.
+        """
         try:
-            self._add(number, images, call, cost)
+            self._add(number, images, call, cost, noise, latents)
         except OSError as error:
             raise RunFailed(
                 f"'{self.path}' cannot be written ({error.strerror or error}). Make room; finished images stay, "
                 "and the same command continues."
             ) from error
 
-    def _add(self, number: int, images: list[Any], call: dict[str, Any], cost: dict[str, Any]) -> None:
+    def _add(
+        self,
+        number: int,
+        images: list[Any],
+        call: dict[str, Any],
+        cost: dict[str, Any],
+        noise: Sequence[str],
+        latents: Tensor | None,
+    ) -> None:
         shared = {k: v for k, v in self.new.settings.items() if k not in ("prompts", "num", "seed")}
         shared |= {"format": record.FORMAT, "fingerprint": self.new.fingerprint, "call": call}
         entries = []
-        for item, image in zip(self.chunks[number], images, strict=True):
+        for row, (item, image) in enumerate(zip(self.chunks[number], images, strict=True)):
             about: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
             file = self.path / f"{item.id:05d}"
             if isinstance(image, record.Clip):
@@ -161,7 +194,14 @@ class RunFolder:
             else:
                 file, pixels = file.with_suffix(".png"), record.pixels_sha256(image)
                 record.write_png(file, image, {**shared, **about})
-            entries.append({**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels})
+            entry = {**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels}
+            if noise:
+                entry["noise_sha256"] = noise[row]
+            if latents is not None:
+                file = file.with_suffix(LATENTS)
+                record.write_tensor(file, latents[row])
+                entry |= {"latents": file.name, "latents_sha256": record.sha256(file)}
+            entries.append(entry)
         marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
         (self.path / MARKERS).mkdir(exist_ok=True)
         record.write_json(self.path / MARKERS / f"{number:05d}.json", marker)
@@ -183,9 +223,25 @@ class RunFolder:
                 "seconds": round(sum(cost["seconds"] for cost in costs), 3),
                 **total,
                 "peak_memory": max(peaks, default=None),
+                "parts": _sums([cost.get("parts", {}) for cost in costs]),
+                "steps": _typical([cost.get("steps", []) for cost in costs]),
             },
             images=[image for entry in done.values() for image in entry["images"]],
-            chunks=[{"chunk": number, "cost": entry["cost"]} for number, entry in done.items()],
+            chunks=[{"chunk": number, "cost": _without_steps(entry["cost"])} for number, entry in done.items()],
         )
         self.new.save(self.path / RECORD)
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
+
+
+def _sums(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(part.get(name, 0.0) for part in parts), 3) for name in (parts[0] if parts else {})}
+
+
+def _typical(steps: list[list[float]]) -> list[float]:
+    """Seconds of each network call, the median over the chunks that made as many calls as the first."""
+    same = [times for times in steps if steps and len(times) == len(steps[0])]
+    return [round(median(times), 5) for times in zip(*same, strict=True)]
+
+
+def _without_steps(cost: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in cost.items() if key != "steps"}

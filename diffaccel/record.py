@@ -25,6 +25,7 @@ from diffaccel.errors import DiffAccelError
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from torch import Tensor
 
 FORMAT = 1
 PNG_KEY = "diffaccel"
@@ -217,6 +218,21 @@ def read_png(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError, SyntaxError):
         return None
     return values if isinstance(values, dict) else None
+
+
+def write_tensor(path: Path, tensor: Tensor) -> None:
+    """One tensor as safetensors, under the name of the file."""
+    from safetensors.torch import save
+
+    with atomic(path) as file:
+        file.write(save({path.stem: tensor.detach().cpu().contiguous()}))
+
+
+def read_tensor(path: Path) -> Tensor:
+    """The inverse of :func:`write_tensor`."""
+    from safetensors.torch import load_file
+
+    return load_file(path)[path.stem]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ class Request:
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         threads: of a CPU run; 0 leaves torch's own number. They change how sums are split, and so the last bits.
+        latents: keep what the decoder was given as well, a safetensors file an image.
     """
 
     prompts: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 0
+    latents: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompts", "classes"):
@@ -144,7 +146,7 @@ class Request:
             "device": device.type,
             "versions": versions,
         }
-        optional = {"classes": self.classes, "frames": self.frames, "fps": self.fps}
+        optional = {"classes": self.classes, "frames": self.frames, "fps": self.fps, "latents": self.latents}
         settings |= {name: value for name, value in optional.items() if value}  # absent: older runs stay the same runs
         if device.type == "cpu":
             settings["threads"] = self.threads or torch.get_num_threads()

@@ -9,6 +9,7 @@ from typing import Any
 from diffaccel import console, registry, zoo
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.requests import DTYPES, Request
+from diffaccel.variants import parse_fields, parse_size
 
 _METHOD_OPTION = re.compile(r"--([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)(?:=(.*))?", re.DOTALL)
 _EXAMPLES = """examples:
@@ -122,37 +123,6 @@ def methods(sampler: str | None, given: dict[str, dict[str, str]]) -> tuple[Any,
     if config_class.touches != "loop":
         raise DiffAccelError(f"'{sampler}' is no sampler: it works on the {config_class.touches}.")
     return (config_class.from_dict(parse_fields(config_class, given.get(sampler, {}))),)
-
-
-def parse_fields(config_class: type[Any], texts: dict[str, str]) -> dict[str, Any]:
-    """Option texts as values of a config's fields; what does not fit stays text, and the config itself says so."""
-    import typing
-
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    hints = typing.get_type_hints(config_class)
-    values: dict[str, Any] = {}
-    for field, text in texts.items():
-        values[field] = text
-        if field in hints:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_argument("--value", type=hints[field])
-            try:
-                values[field] = parser.parse_args([f"--value={text}"]).value
-            except ArgumentError:
-                continue
-    return values
-
-
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of ``128`` or ``WIDTHxHEIGHT``."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if match is None:
-        raise DiffAccelError(f"size is '{text}'; it must be a number of pixels such as 128, or WIDTHxHEIGHT as 128x96.")
-    width = int(match[1])
-    return int(match[2] or width), width
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import opening, record, requests
+from diffaccel import meter, opening, record, requests
 from diffaccel.errors import DiffAccelError
 from diffaccel.outputs import RunFailed, RunFolder, check_writable
 from diffaccel.requests import Item, Request, first_line
@@ -131,8 +130,10 @@ def generate_run(
         abandon = folder.abandon if world.size == 1 else None
         with _failures(request, folder, abandon), _bar(pipe, folder, pending, world, progress) as bar:
             for number in pending[world.rank :: world.size]:
-                images, cost = generate_chunk(pipe, folder.chunks[number], call, requests.frame_rate(pipe, request))
-                folder.add(number, images, call, cost)
+                chunk = folder.chunks[number]
+                images, cost, measured = generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
+                latents = measured.latents if request.latents else None
+                folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
                 bar.update(len(images))
         world.wait()
         if world.rank == 0 and len(pending) == len(missing):
@@ -162,8 +163,10 @@ def _check_class(source: Path, request: Request) -> None:
         requests.check_subjects(cls, request)
 
 
-def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float) -> tuple[list[Any], dict[str, Any]]:
-    """The pictures, or clips, of one chunk by one pipeline call, and what it cost.
+def generate_chunk(
+    pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float
+) -> tuple[list[Any], dict[str, Any], meter.Measured]:
+    """The pictures, or clips, of one chunk by one pipeline call, what it cost, and what was measured inside it.
 
     Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
     device.
@@ -179,15 +182,13 @@ def generate_chunk(pipe: Any, chunk: list[Item], call: dict[str, Any], fps: floa
     generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
-    start = time.perf_counter()
-    with _count_forwards(pipe) as counted, warnings.catch_warnings():
+    with meter.measure(pipe) as measured, warnings.catch_warnings():
         # how diffusers tells of not-a-number in a picture, which it then draws black
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         made = pipe(generator=generators, **rows)
-    seconds = round(time.perf_counter() - start, 4)
     frames = getattr(made, "frames", None)
     images = made.images if frames is None else [record.Clip(list(clip), fps) for clip in frames]
-    return images, {"seconds": seconds, **_cost(pipe, rows, counted)}
+    return images, _cost(pipe, rows, measured), measured
 
 
 def _subjects(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
@@ -202,15 +203,24 @@ def _subjects(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
 # -- what it cost -----------------------------------------------------------------------------------------------------
 
 
-def _cost(pipe: Any, call: dict[str, Any], counted: dict[str, int]) -> dict[str, Any]:
-    """NFE (a guided prediction counts once), rows through the network, network calls, peak memory in bytes."""
+def _cost(pipe: Any, call: dict[str, Any], measured: meter.Measured) -> dict[str, Any]:
+    """Seconds, whole and by part and by network call; NFE (a guided prediction counts once), rows through the network,
+    network calls; peak memory in bytes."""
     import diffaccel
 
     run = diffaccel.summary(pipe).last_run
     peak = record.peak_memory(pipe.device)
-    if run is None:
-        return {"nfe": counted["forwards"] // _branches(pipe, call), **counted, "peak_memory": peak}
-    return {"nfe": run["nfe"], **counted, "peak_memory": max(peak or 0, run["peak_memory"]) or None}
+    if run is not None:
+        peak = max(peak or 0, run["peak_memory"]) or None
+    return {
+        "seconds": round(measured.seconds, 4),
+        "nfe": measured.forwards // _branches(pipe, call) if run is None else run["nfe"],
+        "forwards": measured.forwards,
+        "calls": measured.calls,
+        "peak_memory": peak,
+        "parts": {part: round(seconds, 4) for part, seconds in measured.parts.items()},
+        "steps": [round(seconds, 5) for seconds in measured.steps],
+    }
 
 
 def _branches(pipe: Any, call: dict[str, Any]) -> int:
@@ -221,26 +231,6 @@ def _branches(pipe: Any, call: dict[str, Any]) -> int:
     if family is not None:
         return 2 if family.guidance_scale(pipe, {**requests.call_parameters(pipe), **call}) is not None else 1
     return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
-
-
-@contextlib.contextmanager
-def _count_forwards(pipe: Any) -> Iterator[dict[str, int]]:
-    """Count network calls and the rows in them while the block runs."""
-    import torch
-
-    counted = {"forwards": 0, "calls": 0}
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-        counted["calls"] += 1
-        counted["forwards"] += 1 if first is None else len(first)
-
-    hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in requests.networks(pipe)]
-    try:
-        yield counted
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # -- how it can end ---------------------------------------------------------------------------------------------------
