@@ -11,6 +11,7 @@ from diffaccel.errors import DiffAccelError, unknown
 # command -> function of its arguments that returns the exit status, and one line of help
 COMMANDS = {
     "sample": ("diffaccel.sample_command:run", "generate images from prompts, or video"),
+    "eval": ("diffaccel.eval.command:run", "what an acceleration costs and buys: runs, comparisons, reports"),
     "doctor": ("diffaccel.doctor:run", "what this machine can do, which methods are fast here, and why"),
     "list": ("diffaccel.catalogue:run_list", "the methods and the embedded models"),
     "explain": ("diffaccel.catalogue:run_explain", "one method or one model: what it is, its options, an example"),

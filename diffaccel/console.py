@@ -48,6 +48,12 @@ def write_error(text: str) -> None:
     sys.stderr.flush()
 
 
+def write_note(text: str) -> None:
+    """A line about what is going on, apart from the results."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
 def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table as wide as the terminal."""
     from rich import box

@@ -245,3 +245,9 @@ def _typical(steps: list[list[float]]) -> list[float]:
 
 def _without_steps(cost: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cost.items() if key != "steps"}
+
+
+def finished_images(folder: Path) -> list[dict[str, Any]]:
+    """What an unfinished run has noted of its images so far, in the order of their ids."""
+    entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / MARKERS).glob("*.json"))]
+    return [image for entry in entries for image in entry["images"]]

@@ -23,7 +23,13 @@ MAY_SEE: dict[str, tuple[str, ...]] = {
     "diffaccel.distill": SHARED,
 }
 # The public API, which is all that the evaluation sees: these modules, and the names the packages export.
-PUBLIC_MODULES = ("diffaccel.errors", "diffaccel.config", "diffaccel.zoo", "diffaccel.registry")
+PUBLIC_MODULES = tuple(
+    f"diffaccel.{name}"
+    for name in (
+        "errors", "config", "zoo", "registry",
+        "requests", "variants", "opening", "sampling", "outputs", "record", "console",  # how runs are made and kept
+    )
+)  # fmt: skip
 PUBLIC_PACKAGES = ("diffaccel", *METHODS)
 # The core reaches methods through the registry's strings; nothing reaches the command line or the tests.
 CORE_NEVER = (*METHODS, "diffaccel.eval", "diffaccel.cli")

@@ -1,0 +1,143 @@
+"""Runs against a baseline: every metric that can be measured, with its interval, beside what chance alone does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel import record
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison import cost, fidelity
+from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.runs import Run, pair, pair_prompts, same_noise
+
+FORMAT = 1
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """What was measured.
+
+    Attributes:
+        baseline, runs: the pictures.
+        rows: every metric of every run.
+        values: by metric and run, a number a pair in the baseline's order.
+        warnings: what a reader must know.
+    """
+
+    baseline: Run
+    runs: list[Run]
+    rows: list[Row]
+    values: dict[str, dict[str, Tensor]]
+    warnings: list[str] = field(default_factory=list)
+
+    def row(self, metric: str, run: str) -> Row | None:
+        """One row."""
+        return next((row for row in self.rows if (row.metric, row.run) == (metric, run)), None)
+
+    def gate_values(self, run: str) -> dict[str, float | None]:
+        """What ``--fail-if`` compares, by short and by full name."""
+        rows = [row for row in self.rows if row.run == run]
+        return {row.key: row.gated for row in rows} | {row.metric: row.gated for row in rows}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; numbers of single pairs included."""
+        described = [
+            {"name": run.name, "images": len(run), "settings": run.record.get("settings", {})}
+            | {
+                key: run.record[key]
+                for key in ("fingerprint", "device", "versions", "started", "command")
+                if key in run.record
+            }
+            for run in (self.baseline, *self.runs)
+        ]
+        return {
+            "format": FORMAT,
+            "made": record.now(),
+            "versions": record.versions(),
+            "baseline": self.baseline.name,
+            "runs": described,
+            "metrics": [row.to_dict() for row in self.rows],
+            "pairs": {
+                metric: {
+                    run: [round(v, 6) if abs(v) < float("inf") else None for v in values.tolist()]
+                    for run, values in by.items()
+                }
+                for metric, by in self.values.items()
+            },
+            "warnings": self.warnings,
+        }
+
+
+def compare_runs(
+    baseline: Run,
+    runs: Sequence[Run],
+    *,
+    others: Run | None = None,
+    distances: Sequence[fidelity.Distance] = fidelity.BUILT_IN,
+    timing: dict[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Measure every run against the baseline.
+
+    Args:
+        baseline: what the others are compared with.
+        runs: at least one, of the same prompts and seeds.
+        others: the baseline with other seeds: the noise floor of every metric.
+        distances: of paired pictures; PSNR and SSIM need no network.
+        timing: turns on one machine; without it seconds are the runs' own.
+        progress: told what is measured now.
+
+    Raises:
+        DiffAccelError: for no run, two of one name, or runs that are not paired.
+    """
+    names = [baseline.name, *(run.name for run in runs)]
+    if not runs:
+        raise DiffAccelError("There is no run to compare with the baseline. Give at least one.")
+    if len(set(names)) < len(names):
+        raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
+    pairs = {run.name: pair(baseline, run) for run in runs}
+    found = Comparison(baseline=baseline, runs=list(runs), rows=[], values={}, warnings=_warnings(baseline, runs))
+    floors = _floors(baseline, others, distances)
+    for run in runs:
+        progress(f"{run.name}: pairs")
+        values = fidelity.distances_of(baseline, run, pairs[run.name], distances)
+        measured = [(distance, values[distance.metric]) for distance in distances]
+        if (errors := fidelity.latent_errors(baseline, run, pairs[run.name])) is not None:
+            measured.append((fidelity.LATENTS, errors))
+        for distance, numbers in measured:
+            floor = floors.get(distance.metric)
+            found.rows.append(fidelity.row(run, distance, numbers, clusters=baseline.prompts, floor=floor))
+            found.values.setdefault(distance.metric, {})[run.name] = numbers
+    found.rows += cost.rows(baseline, list(runs), timing)
+    return found
+
+
+def _floors(baseline: Run, others: Run | None, distances: Sequence[fidelity.Distance]) -> dict[str, float]:
+    """Every distance between the baseline and itself with other seeds."""
+    if others is None:
+        return {}
+    pairs = pair_prompts(baseline, others)
+    values = fidelity.distances_of(baseline, others, pairs, distances)
+    if (errors := fidelity.latent_errors(baseline, others, pairs)) is not None:
+        values[fidelity.LATENTS.metric] = errors
+    return {
+        metric: float(numbers[numbers.isfinite()].mean())
+        for metric, numbers in values.items()
+        if numbers.isfinite().any()
+    }
+
+
+def _warnings(baseline: Run, runs: Sequence[Run]) -> list[str]:
+    said = [f"{run.name}: {text}" for run in (baseline, *runs) for text in run.source.warnings]
+    for run in runs:
+        if same_noise(baseline, run) is False:
+            said.append(f"{run.name} and {baseline.name} did not start from equal noise, though seeds are equal.")
+        for key in ("model", "model_digest", "dtype", "device", "size", "guidance"):
+            mine, base = (each.record.get("settings", {}).get(key) for each in (run, baseline))
+            if mine != base and baseline.record and run.record:
+                said.append(f"{run.name} differs from {baseline.name} in {key}: {base} -> {mine}.")
+    return said

@@ -1,0 +1,87 @@
+"""What a picture costs: time, network evaluations, memory, energy; and the ratio to the baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.intervals import Interval
+from diffaccel.eval.runs import Run
+
+
+def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[Row]:
+    """Rows of every run.
+
+    With ``timing`` (of :mod:`diffaccel.eval.timing`, where variants took turns on one machine) seconds and ratios come
+    from there, for runs whose name is a variant's or that of its folder. Without it seconds are those of the runs
+    themselves, which may have met a machine in different moods: a ratio then has no interval, and its row says where
+    it comes from.
+    """
+    entries = (timing or {}).get("variants", [])
+    timed = {entry[key]: entry for entry in entries for key in ("name", "folder")}
+    found: list[Row] = []
+    for run in (baseline, *runs):
+        found += _of_run(run, baseline) + _speed(run, baseline, timed)
+        entry = timed.get(run.name)
+        if entry is not None and entry.get("energy_joules") is not None:
+            found.append(_row("energy", run, entry["energy_joules"], unit="J", detail={"from": "NVML"}))
+    return found
+
+
+def _of_run(run: Run, baseline: Run) -> list[Row]:
+    cost = run.record.get("cost")
+    if not cost:
+        return []
+    n = len(run)
+    found = [
+        _row("nfe", run, cost["nfe"] / n, detail={"what": "predictions a picture; a guided one counts once"}),
+        _row("forwards", run, cost["forwards"] / n, detail={"what": "rows through the network a picture"}),
+    ]
+    if cost.get("peak_memory"):
+        found.append(_row("peak_memory", run, cost["peak_memory"] / 2**30, unit="GiB"))
+    base = baseline.record.get("cost")
+    for row in found:
+        if run is not baseline and base:
+            before = {"nfe": base["nfe"], "forwards": base["forwards"]}.get(row.metric)
+            if before is not None and row.value is not None:
+                row.delta = row.value - before / len(baseline)
+    return found
+
+
+def _speed(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
+    entry = timed.get(run.name)
+    if entry is not None:
+        seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": "turns on one machine"})
+        if run is baseline or "ratio" not in entry:
+            return [seconds]
+        ratio = entry["ratio"]
+        interval = Interval(ratio["value"], ratio["low"], ratio["high"], 0.95, ratio["method"])
+        detail = {
+            "from": "turns on one machine",
+            "turns": entry["turns"],
+            "significant": not ratio["low"] <= 1 <= ratio["high"],
+        }
+        speedup = _row("speedup", run, ratio["value"], better="higher", unit="x", detail=detail)
+        speedup.interval = interval
+        return [seconds, speedup]
+    cost = run.record.get("cost")
+    if not cost:
+        return []
+    where = {"from": "the run itself, not in turns"}
+    found = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=where)]
+    base = baseline.record.get("cost")
+    if run is not baseline and base and not timed and _same_machine(run, baseline):
+        ratio = base["seconds"] / len(baseline) / (cost["seconds"] / len(run))
+        found.append(_row("speedup", run, ratio, better="higher", unit="x", detail=where))
+    return found
+
+
+def _same_machine(run: Run, baseline: Run) -> bool:
+    return run.record.get("device") == baseline.record.get("device")
+
+
+def _row(metric: str, run: Run, value: float, *, better: Any = "lower", unit: str = "", detail: Any = None) -> Row:
+    return Row(
+        metric=metric, key=metric, family="cost", run=run.name, better=better, value=float(value), unit=unit,
+        n=len(run), detail=detail or {},
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""How far a run is from the baseline at equal prompt and seed, picture by picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel import record
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import intervals, paired
+from diffaccel.eval.comparison.row import Better, Row
+from diffaccel.eval.runs import Run
+
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance of two pictures: how it is called and computed."""
+
+    metric: str
+    key: str
+    better: Better
+    unit: str
+    measure: Measure
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+LATENTS = Distance("latent_error", "latent error", "lower", "", paired.latent_error)
+BUILT_IN = (
+    Distance("psnr", "PSNR", "higher", "dB", paired.psnr),
+    Distance("ssim", "SSIM", "higher", "", paired.ssim),
+)
+
+
+def distances_of(
+    baseline: Run, run: Run, pairs: Sequence[tuple[int, int]], distances: Sequence[Distance], *, batch: int = 32
+) -> dict[str, Tensor]:
+    """Every distance of every pair, in the order of pairs: (n,) float64 by metric.
+
+    Raises:
+        DiffAccelError: for pictures of different sizes.
+    """
+    found: dict[str, list[Tensor]] = {distance.metric: [] for distance in distances}
+    for one, other in _batches(baseline, run, pairs, batch):
+        for distance in distances:
+            found[distance.metric].append(distance.measure(one, other).double().cpu())
+    return {metric: torch.cat(parts) for metric, parts in found.items()}
+
+
+def _batches(baseline: Run, run: Run, pairs: Sequence[tuple[int, int]], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    ones: list[Tensor] = []
+    others: list[Tensor] = []
+    for i, j in pairs:
+        one, other = baseline.image(i), run.image(j)
+        if one.shape != other.shape:
+            raise DiffAccelError(
+                f"'{run.pictures[j].id}' of '{run.name}' is {other.shape[2]}x{other.shape[1]}, and its pair in "
+                f"'{baseline.name}' {one.shape[2]}x{one.shape[1]}. Make both at one size."
+            )
+        if ones and (len(ones) == batch or one.shape != ones[0].shape):
+            yield torch.stack(ones), torch.stack(others)
+            ones, others = [], []
+        ones.append(one)
+        others.append(other)
+    if ones:
+        yield torch.stack(ones), torch.stack(others)
+
+
+def latent_errors(baseline: Run, run: Run, pairs: Sequence[tuple[int, int]]) -> Tensor | None:
+    """Relative error of what the decoder was given, (n,); None unless both runs kept it."""
+    files = [(baseline.pictures[i].latents, run.pictures[j].latents) for i, j in pairs]
+    if any(None in both for both in files):
+        return None
+    rows = []
+    for one, other in files:
+        a, b = record.read_tensor(one), record.read_tensor(other)  # type: ignore[arg-type]
+        if a.shape != b.shape:
+            return None
+        rows.append(paired.latent_error(a[None], b[None]))
+    return torch.cat(rows)
+
+
+def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[str] | None, floor: float | None) -> Row:
+    """The mean over pairs with its interval, and where the worst pairs are."""
+    summary = paired.summarise(values, better=distance.better)
+    made = Row(
+        metric=distance.metric, key=distance.key, family="fidelity", run=run.name, better=distance.better,
+        unit=distance.unit, floor=floor, n=len(values), m=len(values), detail={**distance.detail, **summary},
+    )  # fmt: skip
+    finite = values[torch.isfinite(values)]
+    made.identical = len(finite) == 0 or bool((values == (0 if distance.better == "lower" else 1)).all())
+    if len(finite) < len(values):  # only PSNR has no number for pictures that are equal
+        made.detail["identical_pairs"] = len(values) - len(finite)
+        clusters = clusters and [c for c, v in zip(clusters, values.tolist(), strict=True) if math.isfinite(v)]
+    if len(finite) == 0:
+        return made
+    made.value = float(finite.mean())
+    if len(set(clusters or range(len(finite)))) > 1:
+        made.interval = intervals.bootstrap_mean(finite, clusters=clusters)
+    return made

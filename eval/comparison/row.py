@@ -1,0 +1,84 @@
+"""One measured number of one run, with everything that a reader needs to judge it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from diffaccel.eval.intervals import Interval
+
+Family = Literal["fidelity", "alignment", "distribution", "cost"]
+Better = Literal["lower", "higher"]
+
+
+@dataclass(kw_only=True)
+class Row:
+    """A metric's value for a run.
+
+    Attributes:
+        metric: short name, as ``--fail-if`` takes it: ``lpips``, ``clip_score``, ``fd``.
+        key: full name with the network behind it: ``clip_score[emoji-clip-judge]``, ``FD-tiny@1a2b3c4d``.
+        family: which question it answers.
+        run: the run's name.
+        value: the number; None where it could not be measured (``missing`` says why) or is infinite (``identical``).
+        interval: 95 % interval of ``value``.
+        delta: difference to the baseline's value, with its own interval from paired data.
+        floor: the same number between the baseline and itself with other seeds: what chance alone does.
+        n, m: pictures of the run, and of what it was compared with.
+        better: which direction is better.
+        unit: of the value and its difference.
+        identical: every pair is equal to the bit.
+        missing: why there is no value.
+        detail: protocol, extractor's sha256, method of the interval, and whatever else belongs to the number.
+    """
+
+    metric: str
+    key: str
+    family: Family
+    run: str
+    better: Better
+    value: float | None = None
+    interval: Interval | None = None
+    delta: float | None = None
+    delta_interval: Interval | None = None
+    floor: float | None = None
+    n: int | None = None
+    m: int | None = None
+    unit: str = ""
+    identical: bool = False
+    missing: str | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: what has no value is null, and no number is infinite."""
+        return {name: _safe(value) for name, value in asdict(self).items()}
+
+    @property
+    def within_noise(self) -> bool | None:
+        """Whether chance explains the difference to the baseline; None where that is not known."""
+        if self.delta_interval is not None:
+            return self.delta_interval.low <= 0 <= self.delta_interval.high
+        if self.value is None or self.floor is None:
+            return None
+        return self.value <= self.floor if self.better == "lower" else self.value >= self.floor
+
+    @property
+    def gated(self) -> float | None:
+        """What ``--fail-if`` compares: the difference to the baseline where there is one, else the value."""
+        return self.value if self.delta is None else self.delta
+
+
+def missing(metric: str, key: str, family: Family, run: str, better: Better, why: str) -> Row:
+    """The row of a metric that could not be measured: named, never dropped."""
+    return Row(metric=metric, key=key, family=family, run=run, better=better, missing=why)
+
+
+def _safe(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _safe(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_safe(inner) for inner in value]
+    return value

@@ -1,0 +1,197 @@
+"""Anything that holds images: a folder, a zip, an npz or a tensor, read in one stable order as uint8 RGB."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_OVERSHOOT = 1 / 255  # of the declared range: what rounding in low precision may add, not another range
+
+
+def to_uint8(x: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The one conversion to 8 bits: ``round(255 clamp((x - low) / (high - low), 0, 1))``, of any shape.
+
+    Rounding, not truncation: every level k/255 survives float32, float16 and bfloat16, and the way through [-1, 1].
+    uint8 passes as it is.
+
+    Raises:
+        DiffAccelError: for another dtype, for values outside the declared range, and for ones that are not finite.
+    """
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise DiffAccelError(
+            f"Images must be uint8, or floats of a declared range; got {x.dtype}. Convert them to uint8."
+        )
+    x = x.detach().to(torch.float32)
+    if x.numel() and not (finite := torch.isfinite(x)).all():
+        first = int((~finite.flatten()).nonzero()[0])
+        raise DiffAccelError(
+            f"Images hold {int((~finite).sum())} values that are not finite, the first at flat index {first}. "
+            "Look at the network that made them."
+        )
+    slack = _OVERSHOOT * (high - low)
+    if x.numel() and (float(x.min()) < low - slack or float(x.max()) > high + slack):
+        raise DiffAccelError(
+            f"Images hold values from {float(x.min()):.4g} to {float(x.max()):.4g}, but the declared range is {low:g} "
+            f"to {high:g}. Declare the right one, such as to_uint8(x, low=-1), or clamp them first."
+        )
+    return ((x - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+@dataclass
+class Source:
+    """Images in the order of their ids.
+
+    Attributes:
+        name: how reports call it.
+        kind: "folder", "zip", "npz", "tensor", or "statistics" for an npz that holds none, only a mean and covariance.
+        ids: one for each image: the path without its suffix, or a running number.
+        files: the file of each id, where there are files.
+        sizes: how many images have each (height, width).
+        warnings: what a report must say about them.
+        path: where it was read from.
+    """
+
+    name: str
+    kind: str
+    ids: tuple[str, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
+    sizes: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    path: Path | None = None
+    image: Callable[[int], Tensor] = field(default=lambda index: _nothing(), repr=False)  # position to uint8 (3, H, W)
+    content: Callable[[int], bytes] = field(default=lambda index: _nothing(), repr=False)  # what decides its pixels
+    block: Callable[[slice], Tensor] | None = field(default=None, repr=False)  # (B, 3, H, W) at once, where it is cheap
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(
+        self, size: int = 64, *, within: slice = slice(None), prepare: Callable[[Tensor], Tensor] | None = None
+    ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Ids and images ``(B, 3, H, W)`` with ``B <= size``, read ahead in threads.
+
+        A batch holds images of one size. With several sizes, batches come in another order than ids: the ids tell.
+
+        Args:
+            size: most images in a batch.
+            within: the positions to read; all by default.
+            prepare: applied to each image ``(3, H, W)`` in the thread that read it.
+
+        Raises:
+            DiffAccelError: for a source of statistics, and for an image that cannot be read, naming it.
+        """
+        if self.kind == "statistics":
+            _nothing(self.name)
+        if size < 1:
+            raise DiffAccelError(f"A batch holds at least 1 image; got batch size {size}.")
+        positions = range(len(self))[within]
+        if self.block is not None and prepare is None:
+            for start in range(0, len(positions), size):
+                some = positions[start : start + size]
+                yield tuple(self.ids[i] for i in some), self.block(slice(some.start, some.stop))
+            return
+
+        def read(index: int) -> Tensor:
+            image = self.image(index)
+            return image if prepare is None else prepare(image)
+
+        waiting: dict[torch.Size, list[tuple[str, Tensor]]] = {}
+        for index, image in zip(positions, ahead(read, positions), strict=True):
+            group = waiting.setdefault(image.shape, [])
+            group.append((self.ids[index], image))
+            if len(group) == size:
+                yield _stack(waiting.pop(image.shape))
+        for group in waiting.values():
+            yield _stack(group)
+
+    def digest(self, within: slice = slice(None)) -> str:
+        """sha256 of what decides the pixels of some images, in their order."""
+        total = hashlib.sha256()
+        for one in ahead(lambda i: hashlib.sha256(self.content(i)).digest(), range(len(self))[within]):
+            total.update(one)
+        return total.hexdigest()
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None) -> Iterator[Result]:
+    """``map`` in threads, in order, with a bounded number of results waiting. Pillow and hashlib let threads run."""
+    workers = workers or min(16, os.cpu_count() or 1)
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 8 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # left early: by an error, or by whoever took the results
+            for future in waiting:
+                future.cancel()
+
+
+def open_source(
+    source: str | os.PathLike[str] | Tensor | np.ndarray[Any, Any],
+    *,
+    num: int | None = None,
+    ids: Sequence[str] | None = None,
+) -> Source:
+    """The images in a folder (recursive), a zip, an npz with ``arr_0`` (N, H, W, 3), or a tensor (N, 3, H, W).
+
+    An npz with ``mu`` and ``sigma`` instead is of kind "statistics". Floats in a tensor are taken as [0, 1].
+
+    Args:
+        source: a path, or the images themselves.
+        num: take the first ``num`` in the order of ids.
+        ids: of the images of a tensor.
+
+    Raises:
+        DiffAccelError: for what is not there or holds no images, for fewer than ``num``, for ids that are not unique,
+            and for files that have no exact RGB form, naming the first.
+    """
+    from diffaccel.eval import sources
+
+    if num is not None and num < 1:
+        raise DiffAccelError(f"The number of images must be at least 1; got {num}.")
+    if isinstance(source, Tensor | np.ndarray):
+        return sources.of_tensor(torch.as_tensor(source), num, ids)
+    if ids is not None:
+        raise DiffAccelError("Ids are given for tensors only; files are their own ids.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sources.of_folder(path, num)
+    if not path.is_file():
+        raise DiffAccelError(f"There is no '{source}'. Give a folder of images, a zip, an npz, or a tensor.")
+    if path.suffix.lower() == ".zip":
+        return sources.of_zip(path, num)
+    if path.suffix.lower() == ".npz":
+        return sources.of_npz(path, num)
+    raise DiffAccelError(f"'{source}' is neither a folder nor a zip nor an npz. Put single images into a folder.")
+
+
+def count_sizes(sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """How many of each, the most frequent first."""
+    return dict(Counter(sizes).most_common())
+
+
+def _stack(group: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+    return tuple(name for name, _ in group), torch.stack([image for _, image in group])
+
+
+def _nothing(name: str = "it") -> Any:
+    raise DiffAccelError(f"'{name}' holds statistics and no images; this needs the images themselves.")

@@ -1,0 +1,45 @@
+"""A comparison as ``report.json``, ``report.md`` and one ``report.html`` that needs nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffaccel import record
+from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.report import charts, pictures, text
+
+TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
+
+
+def write(comparison: Comparison, out: Path, *, command: list[str] | None = None, pairs: int = 8) -> dict[str, Any]:
+    """Write the three files and return what is in ``report.json``.
+
+    Args:
+        comparison: what was measured.
+        out: the folder; made if need be.
+        command: the command line, for the record.
+        pairs: pictures shown of each run, half of them its worst.
+    """
+    made = comparison.to_dict() | {"command": command or [], "verdicts": text.verdicts(comparison)}
+    out.mkdir(parents=True, exist_ok=True)
+    record.write_json(out / "report.json", made)
+    record.write_text(out / "report.md", text.markdown(comparison, made))
+    record.write_text(out / "report.html", _page(comparison, made, pairs))
+    return made
+
+
+def _page(comparison: Comparison, made: dict[str, Any], pairs: int) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        made=made,
+        table=text.table(comparison),
+        plots=charts.pareto(comparison),
+        steps=charts.steps(comparison),
+        galleries=[pictures.gallery(comparison, run, pairs) for run in comparison.runs],
+        baseline=comparison.baseline.name,
+    )

@@ -1,0 +1,142 @@
+"""What a comparison says in words and numbers: verdicts, and the table that the page and the markdown share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.comparison.row import Row
+
+DIGITS = {
+    "psnr": 2,
+    "ssim": 4,
+    "latent_error": 4,
+    "lpips": 4,
+    "clip_score": 2,
+    "seconds": 4,
+    "speedup": 2,
+    "nfe": 1,
+    "forwards": 1,
+}
+FAMILIES = {
+    "fidelity": "Fidelity to the baseline at equal prompt and seed",
+    "alignment": "Fit to the prompt",
+    "distribution": "Distribution",
+    "cost": "Cost of a picture",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table, as text."""
+
+    run: str
+    metric: str
+    arrow: str
+    value: str
+    interval: str
+    delta: str
+    floor: str
+    n: str
+    note: str
+
+
+def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
+    """The rows by family, in the order of runs."""
+    groups = []
+    for family, title in FAMILIES.items():
+        lines = [_line(row) for row in comparison.rows if row.family == family]
+        if lines:
+            groups.append((title, lines))
+    return groups
+
+
+def _line(row: Row) -> Line:
+    digits = DIGITS.get(row.metric, 3)
+
+    def number(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.{digits}f}"
+
+    value = number(row.value) + (f" {row.unit}" if row.unit and row.value is not None else "")
+    if row.identical:
+        value = "identical"
+    interval = (
+        f"{number(row.interval.low)} to {number(row.interval.high)}" if row.interval and not row.identical else ""
+    )
+    delta = number(row.delta, "+")
+    if row.delta is not None and row.delta_interval is not None:
+        delta += f" ({number(row.delta_interval.low, '+')} to {number(row.delta_interval.high, '+')})"
+    note = row.missing or row.detail.get("from", "")
+    counts = str(row.n or "") if row.m in (None, row.n) else f"{row.n} / {row.m}"
+    arrow = "↓" if row.better == "lower" else "↑"
+    return Line(row.run, row.key, arrow, value, interval, delta, number(row.floor), counts, note)
+
+
+def verdicts(comparison: Comparison) -> list[dict[str, str]]:
+    """One sentence a run: how much faster, how far from the baseline, and whether chance explains it."""
+    said = []
+    for run in comparison.runs:
+        parts = [_speed(comparison.row("speedup", run.name))]
+        fidelity = [r for r in comparison.rows if r.run == run.name and r.family == "fidelity" and not r.missing]
+        if fidelity and all(row.identical for row in fidelity):
+            parts.append("pixel for pixel the baseline's pictures")
+        else:
+            parts += [_far(row) for row in fidelity if row.metric in ("lpips", "ssim", "psnr")]
+        parts += [_change(row) for row in comparison.rows if row.run == run.name and row.delta_interval is not None]
+        said.append({"run": run.name, "text": ", ".join(filter(None, parts))})
+    return said
+
+
+def _speed(row: Row | None) -> str:
+    if row is None or row.value is None:
+        return "speed not measured"
+    if row.interval is None:
+        return f"{row.value:.2f}x as fast by the runs' own clocks"
+    if row.interval.low <= 1 <= row.interval.high:
+        return "speed-up not significant"
+    return f"{row.value:.2f}x as fast ({row.interval.low:.2f} to {row.interval.high:.2f})"
+
+
+def _far(row: Row) -> str:
+    if row.value is None:
+        return ""
+    digits = DIGITS.get(row.metric, 3)
+    text = f"{row.key} {row.value:.{digits}f}{' ' + row.unit if row.unit else ''}"
+    return text if row.floor is None else f"{text} (other seeds {row.floor:.{digits}f})"
+
+
+def _change(row: Row) -> str:
+    verdict = "within noise" if row.within_noise else "beyond noise"
+    return f"{row.key} {row.delta:+.{DIGITS.get(row.metric, 3)}f} ({verdict})"
+
+
+def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
+    """The table for a terminal, a pull request or a note."""
+    base = comparison.baseline
+    lines = [f"# {', '.join(run.name for run in comparison.runs)} against {base.name}", ""]
+    lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in made["verdicts"]]
+    device = base.record.get("device", {}).get("name")
+    lines += [
+        "",
+        f"{len(base)} pictures a run{f', {device}' if device else ''}, {made['made'][:10]}. 95 % intervals.",
+        "",
+    ]
+    for title, group in table(comparison):
+        lines += [
+            f"## {title}",
+            "",
+            "| run | metric | value | interval | difference | other seeds | n | |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {line.run} | {line.metric} {line.arrow} | {line.value} | {line.interval} | {line.delta} | {line.floor} "
+            f"| {line.n} | {line.note} |"
+            for line in group
+        ]
+        lines.append("")
+    if made["warnings"]:
+        lines += ["## Warnings", "", *(f"- {warning}" for warning in made["warnings"]), ""]
+    if made["command"]:
+        lines += ["```", " ".join(made["command"]), "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,160 @@
+"""Sets of generated pictures as folders, and which picture of one belongs to which of another.
+
+A folder of ``diffaccel sample`` or ``diffaccel eval run`` knows the prompt and the seed of every picture; any other
+folder of images is paired by file names and has no prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel import record
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import images
+from diffaccel.outputs import finished_images
+
+RECORD, KIND = "run.json", "sample"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a run."""
+
+    id: str
+    file: Path
+    prompt: str | None = None
+    seed: int | None = None
+    noise: str | None = None
+    latents: Path | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for pictures of two runs that belong together."""
+        return (self.id,) if self.seed is None else (self.prompt, self.seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A set of pictures.
+
+    Attributes:
+        name: as tables show it.
+        path: the folder.
+        pictures: in the order of their ids.
+        record: the run's ``run.json``; empty for a plain folder.
+    """
+
+    name: str
+    path: Path
+    pictures: tuple[Picture, ...]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of every picture, or None where they are not known."""
+        found = [picture.prompt for picture in self.pictures]
+        return None if None in found else [str(prompt) for prompt in found]
+
+    @cached_property
+    def source(self) -> images.Source:
+        """The images of the folder, by their ids."""
+        return images.open_source(self.path)
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {image: i for i, image in enumerate(self.source.ids)}
+
+    def image(self, index: int) -> Tensor:
+        """Pixels of one picture, uint8 (3, H, W)."""
+        return self.source.image(self._positions[self.pictures[index].id])
+
+
+def open_run(path: str | Path, *, name: str | None = None, partial: bool = False) -> Run:
+    """The run in a folder.
+
+    Args:
+        path: a run folder, or any folder of images.
+        name: how tables call it; the folder's name by default.
+        partial: take what is finished of an unfinished run.
+
+    Raises:
+        DiffAccelError: for a folder that is not there, holds no image, or an unfinished run.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
+    made = record.read(folder / RECORD, KIND)
+    name = name or folder.resolve().name
+    if made is None:
+        files = images.open_source(folder).files
+        return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
+    entries = made.get("images", [])
+    if made["state"] != "finished":
+        if not partial:
+            raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
+        entries = sorted(finished_images(folder), key=lambda entry: entry["id"])
+    if not entries:
+        raise DiffAccelError(f"The run in '{path}' holds no finished image.")
+    if entries[0]["file"].endswith(".mp4"):
+        raise DiffAccelError(f"'{path}' holds videos, and these metrics are of images. See diffaccel.eval.video.")
+    pictures = []
+    for entry in entries:
+        file = folder / entry["file"]
+        if not file.is_file():
+            raise DiffAccelError(f"'{file}' is missing from its run. Repeat the command that made it.")
+        latents = folder / entry["latents"] if "latents" in entry else None
+        prompt, noise = entry["prompt"] or "", entry.get("noise_sha256")
+        pictures.append(Picture(file.stem, file, prompt, entry["seed"], noise, latents))
+    return Run(name, folder, tuple(pictures), made)
+
+
+def pair(baseline: Run, run: Run) -> list[tuple[int, int]]:
+    """Positions of the pictures that belong together: the same prompt and seed, or the same file name.
+
+    Raises:
+        DiffAccelError: when one of the runs has a picture that the other lacks, naming the first.
+    """
+    place = {picture.key: i for i, picture in enumerate(run.pictures)}
+    missing = [picture for picture in baseline.pictures if picture.key not in place]
+    if missing or len(place) != len(baseline):
+        extra = len(place) - (len(baseline) - len(missing))
+        example = f", such as {_describe(missing[0])}" if missing else ""
+        raise DiffAccelError(
+            f"'{run.name}' is not paired with '{baseline.name}': {len(missing)} of {len(baseline)} pictures of the "
+            f"baseline are missing in it{example}, and {extra} are in it alone. Make both alike in prompts and seeds."
+        )
+    return [(i, place[picture.key]) for i, picture in enumerate(baseline.pictures)]
+
+
+def _describe(picture: Picture) -> str:
+    return f"'{picture.id}'" if picture.seed is None else f"seed {picture.seed} of '{picture.prompt}'"
+
+
+def same_noise(baseline: Run, run: Run) -> bool | None:
+    """Whether paired pictures started from equal noise; None where a run does not say."""
+    pairs = [(baseline.pictures[i].noise, run.pictures[j].noise) for i, j in pair(baseline, run)]
+    if any(None in both for both in pairs):
+        return None
+    return all(one == other for one, other in pairs)
+
+
+def pair_prompts(baseline: Run, others: Run) -> list[tuple[int, int]]:
+    """The same for a run of other seeds: the k-th picture of a prompt with the k-th of that prompt.
+
+    Raises:
+        DiffAccelError: when the prompts are not the same, in the same order.
+    """
+    if baseline.prompts is None or baseline.prompts != others.prompts:
+        raise DiffAccelError(
+            f"'{others.name}' was not drawn from the prompts of '{baseline.name}'. "
+            "Make it with the same prompts and another seed."
+        )
+    return [(i, i) for i in range(len(baseline))]

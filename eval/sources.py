@@ -1,0 +1,186 @@
+"""What :func:`diffaccel.eval.images.open_source` opens: one function for each kind of container."""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import decode
+from diffaccel.eval.images import Source, ahead, count_sizes, to_uint8
+
+_JUNK = "__MACOSX"
+STATISTICS = ("mu", "sigma")
+PIXELS = "arr_0"
+
+
+def of_folder(path: Path, num: int | None) -> Source:
+    """Every image below a folder; hidden files are left out."""
+    found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+
+    def read(name: str) -> bytes:
+        return (path / name).read_bytes()
+
+    return _of_files(path, "folder", found, num, read, lambda name: open(path / name, "rb"))
+
+
+def of_zip(path: Path, num: int | None) -> Source:
+    """Every image in a zip archive."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DiffAccelError(f"'{path}' cannot be read as a zip ({error}). Make it again.") from error
+    names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+
+    def read(name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise DiffAccelError(f"'{name}' in '{path}' cannot be read ({error}). Make the zip again.") from error
+
+    return _of_files(path, "zip", names, num, read, lambda name: archive.open(name))  # type: ignore[arg-type,return-value]
+
+
+def of_npz(path: Path, num: int | None) -> Source:
+    """``arr_0`` (N, H, W, 3) uint8, or statistics. Nothing is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = list(archive.files)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise DiffAccelError(f"'{path}' cannot be read as an npz ({error}). Make it again.") from error
+    if PIXELS not in keys:
+        if not set(STATISTICS) <= set(keys):
+            raise DiffAccelError(
+                f"'{path}' holds neither images ('{PIXELS}') nor statistics ('mu' and 'sigma'): its keys are "
+                f"{', '.join(sorted(keys)) or 'none'}."
+            )
+        return Source(path.stem, "statistics", path=path)
+    pixels = _array(path, PIXELS)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+        raise DiffAccelError(
+            f"'{PIXELS}' in '{path}' must be uint8 of shape (N, H, W, 3); got {pixels.dtype} of shape {pixels.shape}."
+        )
+    source = of_tensor(torch.from_numpy(pixels).permute(0, 3, 1, 2), num, None, str(path))
+    if set(STATISTICS) <= set(keys):
+        source.warnings.append(
+            f"'{path.name}' also holds statistics, possibly of more images than the {len(pixels)} in it."
+        )
+    source.name, source.kind, source.path = path.stem, "npz", path
+    return source
+
+
+def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: str = "the tensor") -> Source:
+    """Images in memory: uint8, or floats in [0, 1]."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise DiffAccelError(f"Images must have shape (N, 3, H, W); {name} has {tuple(images.shape)}.")
+    if ids is not None and len(ids) != len(images):
+        raise DiffAccelError(f"{len(images)} images were given with {len(ids)} ids. Give one for each.")
+    images = to_uint8(images)
+    names = [f"{i:06d}" for i in range(len(images))] if ids is None else list(ids)
+    order = _chosen(names, num, name)
+    if order != list(range(len(images))):
+        images = images[order] if order != list(range(len(order))) else images[: len(order)]
+
+    def block(within: slice) -> Tensor:
+        return images[within]
+
+    return Source(
+        name="tensor", kind="tensor", ids=tuple(names[i] for i in order), block=block,
+        sizes={(images.shape[2], images.shape[3]): len(images)},
+        image=lambda index: images[index], content=lambda index: _content(images[index]),
+    )  # fmt: skip
+
+
+def _of_files(
+    path: Path,
+    kind: str,
+    found: list[str],
+    num: int | None,
+    read: Callable[[str], bytes],
+    handle: Callable[[str], BinaryIO],
+) -> Source:
+    names = [name for name in found if _wanted(PurePosixPath(name))]
+    ids = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    order = _chosen(ids, num, f"'{path}'")
+    folders = len({PurePosixPath(name).parent for name in names})
+    names = [names[i] for i in order]
+
+    def look(name: str) -> decode.Header:
+        with handle(name) as file:
+            return decode.header(file, name)
+
+    headers = list(ahead(look, names))
+    source = Source(
+        name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
+        files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),
+        path=path, image=lambda index: decode.decode(read(names[index]), names[index]),
+        content=lambda index: read(names[index]),
+    )  # fmt: skip
+    lossy = sum(h.lossy for h in headers)
+    if lossy:
+        source.warnings.append(
+            f"{lossy} of {len(names)} images in '{path}' are stored with loss (JPEG, lossy WebP): distances move."
+        )
+    if len(source.sizes) > 1:
+        some = ", ".join(f"{n} of {w}x{h}" for (h, w), n in list(source.sizes.items())[:4])
+        source.warnings.append(
+            f"'{path}' holds images of {len(source.sizes)} sizes: {some}{', ...' if len(source.sizes) > 4 else ''}."
+        )
+    used = len({PurePosixPath(name).parent for name in names})
+    if used < folders:
+        source.warnings.append(f"The first {len(names)} images of '{path}' come from {used} of its {folders} folders.")
+    return source
+
+
+def _wanted(name: PurePosixPath) -> bool:
+    hidden = any(part.startswith(".") or part == _JUNK for part in name.parts)
+    return name.suffix.lower() in decode.SUFFIXES and not hidden
+
+
+def _chosen(ids: list[str], num: int | None, name: str) -> list[int]:
+    """Positions in the order of ids, the first ``num`` of them."""
+    order = sorted(range(len(ids)), key=lambda i: ids[i])
+    for one, other in itertools.pairwise(order):
+        if ids[one] == ids[other]:
+            raise DiffAccelError(f"Two images of {name} have the id '{ids[one]}'. Ids must be unique: rename one.")
+    if not ids:
+        raise DiffAccelError(f"{name} holds no images. Known files: {', '.join(decode.SUFFIXES)}.")
+    if num is not None and num > len(ids):
+        raise DiffAccelError(f"{num} images were asked for, but {name} holds {len(ids)}. Ask for fewer, or add images.")
+    return order[:num]
+
+
+def _content(image: Tensor) -> bytes:
+    """What tells an image's pixels from any other's."""
+    pixels = image.cpu().contiguous()
+    return f"{pixels.shape[1]} {pixels.shape[2]} ".encode() + pixels.numpy().tobytes()
+
+
+def _array(path: Path, key: str) -> np.ndarray[Any, Any]:
+    """An array of an npz; one that is stored without compression stays on the disk until it is read."""
+    with zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        if entry.compress_type == zipfile.ZIP_STORED:
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                reader = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, fortran, dtype = reader(file)
+                header = file.tell()
+            with open(
+                path, "rb"
+            ) as raw:  # the entry's data come after a header of 30 bytes, its name and its extra field
+                raw.seek(entry.header_offset + 26)
+                start = entry.header_offset + 30 + sum(np.frombuffer(raw.read(4), "<u2").tolist())
+            if not fortran and not dtype.hasobject:
+                return np.memmap(path, dtype, "c", start + header, shape)
+    with np.load(path, allow_pickle=False) as loaded:
+        return np.asarray(loaded[key])

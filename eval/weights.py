@@ -1,0 +1,202 @@
+"""Where weight files are found without a network, and how one is fetched when that is allowed.
+
+The order: the path that was given; ``$DIFFACCEL_WEIGHTS/<file>``; the cache of the Hugging Face hub; torch hub's cache;
+and, when downloads are allowed, its address.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel import record
+from diffaccel.errors import DiffAccelError
+
+VARIABLE = "DIFFACCEL_WEIGHTS"
+_TIMEOUT = 30  # seconds without an answer
+_PIECE = 1 << 20
+_PAIRED = "PSNR and SSIM need no weights."
+
+
+class MissingWeights(DiffAccelError):
+    """A weight file that is in none of the places where it was looked for."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A public weight file.
+
+    Attributes:
+        files: the names it goes by; all have the same bytes.
+        url: where it is published.
+        sha256: the digest, or how it starts; empty when it is not published.
+        hub: the repository of the Hugging Face hub that has it, if any.
+        licence: of the weights.
+        instead: what works without them.
+    """
+
+    files: tuple[str, ...]
+    url: str
+    sha256: str = ""
+    hub: str = ""
+    licence: str = ""
+    instead: str = "Without any weights, --extractor tiny works."
+
+
+# torch hub puts the first eight digits of a file's sha256 into its name.
+KNOWN = {
+    "inception": Known(
+        files=("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
+        url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        sha256="6726825d",
+        licence="Apache-2.0",
+    ),
+    "dinov2": Known(
+        files=("dinov2_vitl14_pretrain.pth",),
+        url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        licence="Apache-2.0",
+    ),
+    "alexnet": Known(
+        files=("alexnet-owt-7be5be79.pth",),
+        url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        sha256="7be5be79",
+        licence="BSD-3-Clause",
+        instead=_PAIRED,
+    ),
+    "vgg16": Known(
+        files=("vgg16-397923af.pth",),
+        url="https://download.pytorch.org/models/vgg16-397923af.pth",
+        sha256="397923af",
+        licence="BSD-3-Clause",
+        instead=_PAIRED,
+    ),
+}
+
+
+def find(
+    file: str,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    hub: str = "",
+    download: bool = False,
+    flag: str = "",
+) -> Path:
+    """The path of a weight file.
+
+    Args:
+        file: its name, or a key of :data:`KNOWN`.
+        path: the file itself, or a folder that holds it; then nowhere else is looked.
+        hub: a repository of the Hugging Face hub whose local cache may have it.
+        download: fetch it from its address when it is in none of the places.
+        flag: how the command line gives it, for the message, such as ``--extractor inception:/path``.
+
+    Raises:
+        MissingWeights: naming the file, where it was looked for, and what to do.
+        DiffAccelError: for a download whose digest is not the published one, or that failed.
+    """
+    known = KNOWN.get(file) or next((k for k in KNOWN.values() if file in k.files), Known(files=(file,), url=""))
+    places = [Path(path).expanduser()] if path is not None else _places(known)
+    looked = [place / name if place.is_dir() else place for place in places for name in known.files]
+    for candidate in looked:
+        if candidate.is_file():
+            return candidate
+    if path is None:
+        for name in known.files:
+            if found := _in_hub_cache(hub or known.hub, name):
+                return found
+        if download and known.url:
+            return fetch(known.url, _torch_hub() / known.files[-1], known.sha256)
+    raise MissingWeights(_missing(known, list(dict.fromkeys(looked)), hub or known.hub, flag, path is not None))
+
+
+def fetch(url: str, target: Path, sha256: str = "") -> Path:
+    """Download ``url`` to ``target``, which appears only when it is whole and has the digest (or its start).
+
+    Raises:
+        DiffAccelError: for another digest, naming both, and for a download that failed.
+    """
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, open(partial, "wb") as file:
+            while piece := answer.read(_PIECE):
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        got = record.sha256(partial)
+        if not got.startswith(sha256):
+            raise DiffAccelError(f"The download of '{url}' has sha256 {got}, expected {sha256}...; nothing was kept.")
+        os.replace(partial, target)
+    except OSError as error:  # of the network too
+        raise DiffAccelError(
+            f"'{url}' could not be downloaded to '{target}' ({error}). Fetch it by other means and put it there."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state dict in a safetensors or torch file. Nothing else is unpickled.
+
+    Raises:
+        DiffAccelError: for a file that holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, SafetensorError, EOFError, ...
+        reason = str(error).strip().partition("\n")[0]
+        raise DiffAccelError(
+            f"'{path}' cannot be read as plain weights ({reason}). Objects other than tensors are not unpickled: "
+            "save the state dict as safetensors, or fetch the file again."
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DiffAccelError(f"'{path}' holds no state dict of tensors; save one with torch.save or safetensors.")
+    return state
+
+
+def _places(known: Known) -> list[Path]:
+    folders = [Path(value).expanduser()] if (value := os.environ.get(VARIABLE)) else []
+    return [folder / name for folder in (*folders, _torch_hub()) for name in known.files]
+
+
+def _torch_hub() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _in_hub_cache(repository: str, file: str) -> Path | None:
+    if not repository:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _missing(known: Known, looked: Sequence[Path], hub: str, flag: str, explicit: bool) -> str:
+    places = [str(path) for path in looked]
+    if hub and not explicit:
+        places.append(f"the local Hugging Face cache of {hub}")
+    variable = "" if explicit or os.environ.get(VARIABLE) else f" {VARIABLE} is not set."
+    ways = [f"give its path{f' ({flag})' if flag else ''}", f"put it into the folder that {VARIABLE} names"]
+    origin = f" It is published at {known.url}." if known.url else ""
+    return (
+        f"The weights '{known.files[0]}' were not found; looked for {', '.join(places)}.{variable}{origin} "
+        f"To supply them, {' or '.join(ways)}. {known.instead}"
+    )
