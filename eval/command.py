@@ -169,6 +169,10 @@ def _compare_parser() -> console.Parser:
     add("baseline", metavar="BASE", help="folder of the baseline's run")
     add("runs", nargs="+", metavar="RUN", help="folders of the runs to compare with it")
     add("--other-seeds", metavar="RUN", help="the baseline drawn with other seeds: what chance alone does")
+    add("--extractor", action="append", metavar="NAME", help="network for distances of distributions (default: tiny)")
+    add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
+    add("--reference", metavar="PATH", help="images that distributions are compared with (default: the baseline's)")
+    add("--device", default="auto", help="where networks compute: cpu, cuda, cuda:1, mps (default: the best there is)")
     add(
         "--lpips",
         nargs="?",
@@ -186,12 +190,16 @@ def _compare_parser() -> console.Parser:
 def run_compare(argv: list[str]) -> int:
     """``eval compare``; returns its exit status: 5 when the rule of ``--fail-if`` holds."""
     options = _compare_parser().parse(argv)
+    from diffaccel import opening
     from diffaccel.eval import gate as gates
     from diffaccel.eval import report
     from diffaccel.eval.comparison import compare_runs, fidelity
+    from diffaccel.eval.extractors import as_clip, extractor
+    from diffaccel.eval.images import open_source
     from diffaccel.eval.report import text
     from diffaccel.eval.runs import open_run
 
+    device = opening.pick_device(options.device)
     gate = gates.parse(options.fail_if) if options.fail_if else None
     timing = _timing(options.timing)
     distances = list(fidelity.BUILT_IN)
@@ -203,6 +211,9 @@ def run_compare(argv: list[str]) -> int:
     comparison = compare_runs(
         open_run(options.baseline), [open_run(path) for path in options.runs],
         others=open_run(options.other_seeds) if options.other_seeds else None,
+        extractors=[extractor(name, device=device) for name in options.extractor or ["tiny"]],
+        clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
+        reference=open_source(options.reference) if options.reference else None,
         distances=distances, timing=timing, progress=_progress(options),
     )  # fmt: skip
     failed, said = _judge(gate, comparison)

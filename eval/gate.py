@@ -1,7 +1,7 @@
 """A condition on metrics that fails a build: ``lpips > 0.05 or clip_score < -0.3``.
 
-Clauses are ``METRIC OP NUMBER`` with ``>``, ``>=``, ``<`` or ``<=``, joined by ``and`` and ``or``; ``and`` binds tighter,
-parentheses group. Metric names may carry their network: ``clip_score[ViT-L-14/openai]``, ``FD-tiny@1a2b3c4d``.
+Clauses are ``METRIC OP NUMBER`` with ``>``, ``>=``, ``<`` or ``<=``, joined by ``and`` and ``or``; ``and`` binds
+tighter, parentheses group. Metric names may carry their network: ``clip_score[ViT-L-14/openai]``, ``FD-tiny@1a2b3c4d``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Gate:
             value = values[name]
             if value is None or math.isnan(value):
                 raise DiffAccelError(
-                    f"'{name}' has no value, so '{self.text}' cannot be checked. Measure it, or take it out of the gate."
+                    f"'{name}' has no value, so '{self.text}' cannot be checked. Measure it, or leave it out."
                 )
             found[name] = float(value)
         sentences = [clause.sentence(found[clause.metric]) for clause in _clauses(self.condition)]
@@ -116,12 +116,13 @@ class _Reader:
     """The tokens of a text, one at a time."""
 
     def __init__(self, text: str) -> None:
-        self.text, self.end = text, 0
+        self.text, self.start, self.end = text, 0, 0
+        self.kind, self.value = "", ""
         self.advance()
 
     def advance(self) -> str:
         """Move to the next token, and return the one before."""
-        before = "" if self.end == 0 else self.value
+        before = self.value
         match = _TOKEN.match(self.text, self.end)
         rest = self.text[self.end :]
         self.start = self.end + len(rest) - len(rest.lstrip())

@@ -230,7 +230,7 @@ def cluster_sums(values: Array, clusters: Sequence[Hashable] | Tensor) -> tuple[
         raise DiffAccelError(f"{len(values)} values, but {len(labels)} cluster labels. Give one label a value.")
     number: dict[Hashable, int] = {}
     at = np.array([number.setdefault(label, len(number)) for label in labels])
-    return np.bincount(at, weights=values), np.bincount(at).astype(np.float64)
+    return np.bincount(at, weights=values).astype(np.float64), np.bincount(at).astype(np.float64)
 
 
 def mean_variance(sums: Array, counts: Array) -> float:

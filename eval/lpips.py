@@ -27,7 +27,7 @@ class Backbone:
 
     Attributes:
         file: of its weights, as torchvision calls it.
-        blocks: of convolutions: index in ``features``, output channels, kernel. The last activation of each block counts.
+        blocks: of convolutions: index in ``features``, output channels, kernel. The last output of each is compared.
         stem: stride and padding of the first convolution.
         pool: kernel of the max pooling of stride 2.
         pooled: how many of the blocks are followed by pooling.
@@ -156,7 +156,7 @@ def _convolutions(state: Mapping[str, Tensor], net: str, device: torch.device) -
         if weight is None or bias is None or weight.shape != shape or bias.shape != (out,):
             got = "nothing" if weight is None else str(tuple(weight.shape))
             raise DiffAccelError(
-                f"These are not the weights of the '{net}' backbone: features.{index} must have shape {shape}, got {got}. "
+                f"These are not the weights of the '{net}' backbone: features.{index} must be {shape}, got {got}. "
                 f"Give torchvision's {BACKBONES[net].file}."
             )
         if not (weight.isfinite().all() and bias.isfinite().all()):

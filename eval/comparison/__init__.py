@@ -10,8 +10,11 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import cost, fidelity
+from diffaccel.eval.comparison import alignment, cost, distribution, fidelity
 from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.extractors.base import Extractor
+from diffaccel.eval.extractors.clip import ClipExtractor
+from diffaccel.eval.images import Source
 from diffaccel.eval.runs import Run, pair, pair_prompts, same_noise
 
 FORMAT = 1
@@ -78,6 +81,9 @@ def compare_runs(
     *,
     others: Run | None = None,
     distances: Sequence[fidelity.Distance] = fidelity.BUILT_IN,
+    extractors: Sequence[Extractor] = (),
+    clips: Sequence[ClipExtractor] = (),
+    reference: Source | None = None,
     timing: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -88,6 +94,9 @@ def compare_runs(
         runs: at least one, of the same prompts and seeds.
         others: the baseline with other seeds: the noise floor of every metric.
         distances: of paired pictures; PSNR and SSIM need no network.
+        extractors: for distances of distributions.
+        clips: for the fit to prompts, which the runs must know.
+        reference: what distributions are compared with; the baseline's own pictures when there is none.
         timing: turns on one machine; without it seconds are the runs' own.
         progress: told what is measured now.
 
@@ -112,6 +121,14 @@ def compare_runs(
             floor = floors.get(distance.metric)
             found.rows.append(fidelity.row(run, distance, numbers, clusters=baseline.prompts, floor=floor))
             found.values.setdefault(distance.metric, {})[run.name] = numbers
+    for clip in clips:
+        progress(f"fit to the prompts by {clip.name}")
+        more, scores = alignment.rows(baseline, runs, others, clip)
+        found.rows += more
+        found.values[more[0].key] = scores
+    for extractor in extractors:
+        progress(f"distributions by {extractor.name}")
+        found.rows += distribution.rows(baseline, runs, others, reference, extractor)
     found.rows += cost.rows(baseline, list(runs), timing)
     return found
 

@@ -66,6 +66,8 @@ class Row:
     @property
     def gated(self) -> float | None:
         """What ``--fail-if`` compares: the difference to the baseline where there is one, else the value."""
+        if self.identical and self.value is None:
+            return math.inf  # the PSNR of pictures that are equal
         return self.value if self.delta is None else self.delta
 
 

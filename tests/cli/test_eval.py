@@ -97,6 +97,7 @@ def test_the_numbers(compare, made):
     assert rows["psnr", "again"]["value"] is None and rows["psnr", "again"]["identical"]
     assert rows["latent_error", "again"]["value"] == 0 and rows["latent_error", "fewer"]["value"] > 0
     assert rows["nfe", "base"]["value"] == 3 and rows["nfe", "fewer"]["delta"] == -1
+    assert rows["fd", "fewer"]["value"] is None and "3 pictures are too few" in rows["fd", "fewer"]["missing"]
     verdicts = {verdict["run"]: verdict["text"] for verdict in done.json["verdicts"]}
     assert "pixel for pixel" in verdicts["again"] and "PSNR" in verdicts["fewer"]
 
@@ -153,6 +154,10 @@ def test_the_gate(compare, made, rule, status):
     assert done.status == status and f"fewer: {'FAILED' if status else 'passed'}" in done.err
 
 
+def test_identical_pictures_pass_a_gate(compare, made):
+    assert compare(made / "again", "--fail-if", "psnr<90").status == 0
+
+
 def test_plain_folders_pair_by_name(made, run, tmp_path):
     for name in ("base", "fewer"):
         (tmp_path / name).mkdir()
@@ -160,7 +165,7 @@ def test_plain_folders_pair_by_name(made, run, tmp_path):
             shutil.copy(file, tmp_path / name)
     done = run("eval", "compare", tmp_path / "base", tmp_path / "fewer", "--json")
     rows = {row["metric"]: row for row in done.json["metrics"]}
-    assert done.status == 0 and set(rows) == {"psnr", "ssim"} and math.isfinite(rows["psnr"]["value"])
+    assert done.status == 0 and set(rows) == {"psnr", "ssim", "fd"} and math.isfinite(rows["psnr"]["value"])
 
 
 @pytest.mark.parametrize(
