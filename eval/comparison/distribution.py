@@ -48,7 +48,7 @@ def rows(
         mine = of[run.name]
         numbers = _numbers(mine, target)
         n, m = len(mine), len(target)
-        note = _note(n, m, extractor.dim, against)
+        note = _note(n, m, extractor.dim, against, same_seeds=reference is None)
         for metric, (key, better) in _keys(extractor).items():
             row = Row(
                 metric=metric, key=key, family="distribution", run=run.name, better=better, value=numbers[metric],
@@ -90,6 +90,7 @@ def _numbers(samples: Tensor, reference: Tensor) -> dict[str, float]:
     }
 
 
-def _note(n: int, m: int, dim: int, against: str) -> str:
+def _note(n: int, m: int, dim: int, against: str, *, same_seeds: bool) -> str:
     few = f"; fewer pictures than the {dim} features, covariance is singular" if min(n, m) < dim else ""
-    return f"to {against}{few}"
+    alike = ", same seeds: not independent" if same_seeds else ""
+    return f"to {against}{alike}{few}"

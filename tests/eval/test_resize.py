@@ -1,0 +1,57 @@
+"""Resizing as the public codes do it, to the bit where they are exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffaccel.eval import resize
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (299, 299), (333, 120), (32, 40)])
+def test_tf1_is_torch_fidelitys(size):
+    theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
+    x = images(2, 3, *size).float()
+    expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
+    assert torch.allclose(resize.tf1_bilinear(x, (299, 299)), expected, atol=2e-4)
+
+
+def test_tf1_by_hand():
+    """Pixel i comes from i * in / out: no half-pixel centres, and the last ones repeat the edge."""
+    x = torch.tensor([[[[0.0, 10.0]]]])
+    assert resize.tf1_bilinear(x, (1, 4))[0, 0, 0].tolist() == [0, 5, 10, 10]
+    assert torch.equal(resize.tf1_bilinear(images(1, 3, 5, 7), (5, 7)), images(1, 3, 5, 7).float())
+
+
+@pytest.mark.parametrize("size", [(64, 48), (299, 299), (400, 320)])
+def test_clean_fids_resizing_to_the_bit(size):
+    theirs = pytest.importorskip("cleanfid.resize")
+    image = images(3, *size)
+    expected = theirs.build_resizer("clean")(image.permute(1, 2, 0).numpy())
+    ours = resize.pil_bicubic_float(image, (299, 299)).permute(1, 2, 0).numpy()
+    assert ours.dtype == np.float32 and np.array_equal(ours, expected)
+
+
+def test_pillow_and_back():
+    image = images(3, 5, 9)
+    assert torch.equal(resize.from_pil(resize.to_pil(image)), image)
+    flat = torch.full((3, 40, 30), 77, dtype=torch.uint8)
+    assert resize.pil_bicubic(flat, (8, 8)).unique().tolist() == [77]
+
+
+def test_torchs_modes_keep_what_they_promise():
+    flat = torch.full((1, 3, 20, 30), 12.0)
+    for out in (
+        resize.torch_bilinear(flat, (7, 9)),
+        resize.torch_bicubic(flat, (7, 9), antialias=True),
+        resize.torch_bicubic(flat, (7, 9), antialias=False),
+    ):
+        assert out.shape == (1, 3, 7, 9) and torch.allclose(out, torch.tensor(12.0), atol=1e-4)
+    stripes = (torch.arange(66.0) % 2).expand(1, 3, 66, 66)  # thirds of them: only antialiasing averages
+    sharp, smooth = (resize.torch_bicubic(stripes, (22, 22), antialias=a)[..., 2:-2] for a in (False, True))
+    assert float(sharp.std()) > 0.4 and float(smooth.std()) < 0.1
