@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import console, zoo
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.eval import command_sets
 
 if TYPE_CHECKING:
     from diffaccel.eval.comparison import Comparison
@@ -20,6 +21,8 @@ COMMANDS = {
     "run": "generate a set of pictures: prompts, seeds, one way to draw them; resumable",
     "time": "variants of one model in turns on this machine: seconds, parts, memory, and ratios with intervals",
     "compare": "runs against a baseline: a report as JSON, markdown and one HTML file",
+    **command_sets.COMMANDS,
+    "stats": "mean and covariance of a set's features, for later distances",
 }
 GATE_FAILED = 5
 
@@ -36,7 +39,11 @@ def run(argv: list[str]) -> int:
         return 2
     if options.command not in COMMANDS:
         raise unknown("command of eval", options.command, COMMANDS)
-    return {"run": run_run, "time": run_time, "compare": run_compare}[options.command](argv[1:])
+    if options.command in command_sets.COMMANDS:
+        return command_sets.run_distance(options.command, argv[1:])
+    return {"stats": command_sets.run_stats, "run": run_run, "time": run_time, "compare": run_compare}[options.command](
+        argv[1:]
+    )
 
 
 # -- run --------------------------------------------------------------------------------------------------------------
