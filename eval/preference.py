@@ -252,6 +252,9 @@ def _tokenizer(folder: Path, vocabulary: int, length: int) -> Callable[[str], tu
 # -- ImageReward ------------------------------------------------------------------------------------------------------
 
 
+_PACKAGE = "ImageReward"  # it pins years-old versions of its own dependencies, so no extra of ours asks for it
+
+
 def image_reward(path: Path_, device: Device) -> Function:
     """ImageReward (arXiv 2304.05977), by its own package: its BLIP exists nowhere else.
 
@@ -260,7 +263,7 @@ def image_reward(path: Path_, device: Device) -> Function:
     file = weights.find(IMAGE_REWARD, path, hub="THUDM/ImageReward")
     config = weights.find(MED_CONFIG, file.parent)
     try:
-        package: Any = importlib.import_module("ImageReward")
+        package: Any = importlib.import_module(_PACKAGE)
     except ImportError as error:
         raise DiffAccelError(
             f"The scorer 'image-reward' needs the package ImageReward, which cannot be imported ({error}). "
