@@ -17,13 +17,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import meter, opening, record, requests
+from diffaccel import opening, record, requests
 from diffaccel.errors import DiffAccelError
 from diffaccel.outputs import RunFailed, RunFolder, check_writable
 from diffaccel.requests import Item, Request, first_line
 
 if TYPE_CHECKING:
     import torch
+
+    from diffaccel import meter
 
 KIND = "sample"
 OUT = "out"
@@ -172,6 +174,8 @@ def generate_chunk(
     device.
     """
     import torch
+
+    from diffaccel import meter  # loads torch
 
     rows = dict(call)
     if "negative_prompt" in rows:
