@@ -76,13 +76,13 @@ class Source:
     path: Path | None = None
     image: Callable[[int], Tensor] = field(default=lambda index: _nothing(), repr=False)  # position to uint8 (3, H, W)
     content: Callable[[int], bytes] = field(default=lambda index: _nothing(), repr=False)  # what decides its pixels
-    block: Callable[[slice], Tensor] | None = field(default=None, repr=False)  # (B, 3, H, W) at once, where it is cheap
+    block: Callable[[Sequence[int]], Tensor] | None = field(default=None, repr=False)  # several at once, if it is cheap
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def batches(
-        self, size: int = 64, *, within: slice = slice(None), prepare: Callable[[Tensor], Tensor] | None = None
+        self, size: int = 64, *, within: Sequence[int] | None = None, prepare: Callable[[Tensor], Tensor] | None = None
     ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Ids and images ``(B, 3, H, W)`` with ``B <= size``, read ahead in threads.
 
@@ -90,7 +90,7 @@ class Source:
 
         Args:
             size: most images in a batch.
-            within: the positions to read; all by default.
+            within: the positions to read, in that order; all by default.
             prepare: applied to each image ``(3, H, W)`` in the thread that read it.
 
         Raises:
@@ -100,11 +100,11 @@ class Source:
             _nothing(self.name)
         if size < 1:
             raise DiffAccelError(f"A batch holds at least 1 image; got batch size {size}.")
-        positions = range(len(self))[within]
+        positions = range(len(self)) if within is None else within
         if self.block is not None and prepare is None:
             for start in range(0, len(positions), size):
                 some = positions[start : start + size]
-                yield tuple(self.ids[i] for i in some), self.block(slice(some.start, some.stop))
+                yield tuple(self.ids[i] for i in some), self.block(some)
             return
 
         def read(index: int) -> Tensor:
@@ -120,10 +120,11 @@ class Source:
         for group in waiting.values():
             yield _stack(group)
 
-    def digest(self, within: slice = slice(None)) -> str:
-        """sha256 of what decides the pixels of some images, in their order."""
+    def digest(self, within: Sequence[int] | None = None) -> str:
+        """sha256 of what decides the pixels of the images at some positions, in that order."""
         total = hashlib.sha256()
-        for one in ahead(lambda i: hashlib.sha256(self.content(i)).digest(), range(len(self))[within]):
+        positions = range(len(self)) if within is None else within
+        for one in ahead(lambda i: hashlib.sha256(self.content(i)).digest(), positions):
             total.update(one)
         return total.hexdigest()
 

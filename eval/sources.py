@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -53,16 +54,16 @@ def of_npz(path: Path, num: int | None) -> Source:
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = list(archive.files)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        pixels = _array(path, PIXELS) if PIXELS in keys else None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DiffAccelError(f"'{path}' cannot be read as an npz ({error}). Make it again.") from error
-    if PIXELS not in keys:
+    if pixels is None:
         if not set(STATISTICS) <= set(keys):
             raise DiffAccelError(
                 f"'{path}' holds neither images ('{PIXELS}') nor statistics ('mu' and 'sigma'): its keys are "
                 f"{', '.join(sorted(keys)) or 'none'}."
             )
         return Source(path.stem, "statistics", path=path)
-    pixels = _array(path, PIXELS)
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
         raise DiffAccelError(
             f"'{PIXELS}' in '{path}' must be uint8 of shape (N, H, W, 3); got {pixels.dtype} of shape {pixels.shape}."
@@ -88,8 +89,10 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
     if order != list(range(len(images))):
         images = images[order] if order != list(range(len(order))) else images[: len(order)]
 
-    def block(within: slice) -> Tensor:
-        return images[within]
+    def block(within: Sequence[int]) -> Tensor:
+        first, last = within[0], within[-1] + 1
+        contiguous = last - first == len(within) and list(within) == list(range(first, last))
+        return images[first:last] if contiguous else images[list(within)]
 
     return Source(
         name="tensor", kind="tensor", ids=tuple(names[i] for i in order), block=block,

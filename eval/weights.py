@@ -87,6 +87,7 @@ def find(
     path: str | os.PathLike[str] | None = None,
     *,
     hub: str = "",
+    elsewhere: bool = True,
     download: bool = False,
     flag: str = "",
 ) -> Path:
@@ -96,6 +97,7 @@ def find(
         file: its name, or a key of :data:`KNOWN`.
         path: the file itself, or a folder that holds it; then nowhere else is looked.
         hub: a repository of the Hugging Face hub whose local cache may have it.
+        elsewhere: whether a file of that name outside the hub's cache is the one that is meant.
         download: fetch it from its address when it is in none of the places.
         flag: how the command line gives it, for the message, such as ``--extractor inception:/path``.
 
@@ -104,7 +106,7 @@ def find(
         DiffAccelError: for a download whose digest is not the published one, or that failed.
     """
     known = KNOWN.get(file) or next((k for k in KNOWN.values() if file in k.files), Known(files=(file,), url=""))
-    places = [Path(path).expanduser()] if path is not None else _places(known)
+    places = [Path(path).expanduser()] if path is not None else _places(known) if elsewhere else []
     looked = [place / name if place.is_dir() else place for place in places for name in known.files]
     for candidate in looked:
         if candidate.is_file():

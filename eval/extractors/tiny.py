@@ -1,18 +1,23 @@
-"""The embedded network as an extractor: always at hand, and its distances compare with nothing but themselves."""
+"""The extractor that ships with the package: small, trained here, no download."""
 
 from __future__ import annotations
 
 import torch
 
+from diffaccel.eval import tiny_network
 from diffaccel.eval.extractors.base import Extractor, frozen
-from diffaccel.eval.tiny_network import TinyNetwork, load_tiny, weights_sha256
 
 
-def tiny(device: torch.device) -> Extractor:
-    """:class:`~diffaccel.eval.tiny_network.TinyNetwork` with its packaged weights."""
-    sha = weights_sha256()
-    module = frozen(load_tiny(), device)
+def tiny(*, device: str | torch.device = "cpu") -> Extractor:
+    """The embedded network. Its distance is called ``FD-tiny@<sha>``; it is comparable with itself only.
+
+    Raises:
+        DiffAccelError: for an installation without its weights.
+    """
+    device, sha = torch.device(device), tiny_network.weights_sha256()
+    module = tiny_network.load_tiny()
+    frozen(module, device)
     return Extractor(
-        name="tiny", key=f"FD-tiny@{sha[:8]}", dim=TinyNetwork.dim, weights_sha256=sha, official=False,
-        network=module, device=device, module=module,
+        name="tiny", key=f"FD-tiny@{sha[:8]}", dim=module.dim, weights_sha256=sha, official=False, device=device,
+        module=module, network=module,
     )  # fmt: skip

@@ -97,7 +97,7 @@ def test_third_party_imports_are_declared():
     project = tree.project()["project"]
     required = {normal(r) for r in project["dependencies"]}
     optional = required | {normal(r) for extra in project["optional-dependencies"].values() for r in extra}
-    required |= {"numpy", "huggingface-hub"}  # torch and diffusers bring these
+    required |= {"numpy", "huggingface-hub", "timm"}  # torch, diffusers and open-clip-torch bring these
     owners = importlib.metadata.packages_distributions()
     missing = []
     known = tree.modules()

@@ -1,0 +1,54 @@
+"""Protocols are frozen, and every part of them exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import protocols
+from diffaccel.eval.extractors import clip, inception, vision
+
+KNOWN = {
+    "inception": tuple(inception.PREPROCESSING),
+    "dinov2": (vision.PIL, vision.TORCH),
+    "clip": (clip.OWN, clip.STRETCHED),
+}
+
+
+@pytest.mark.parametrize("name", sorted(protocols.PROTOCOLS))
+def test_every_part_exists(name):
+    protocol = protocols.protocol(name)
+    assert protocol.name == name and protocol.preprocessing in KNOWN[protocol.network]
+    for metric in protocol.metrics:
+        module, _, function = metric.function.rpartition(".")
+        taken = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+        assert set(metric.parameters) <= set(taken)
+        assert protocol.network != "inception" or metric.tap in inception.TAPS
+        with pytest.raises(TypeError):
+            metric.parameters["k"] = 4
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        protocol.samples = 10
+
+
+def test_what_is_published():
+    found = {name: protocols.protocol(name) for name in protocols.PROTOCOLS}
+    names = {"tf-fid", "pytorch-fid", "clean-fid", "adm", "edm", "dgm-dinov2", "edm2-dinov2", "cmmd"}
+    assert set(found) == names and protocols.DEFAULT in names
+    assert found["tf-fid"].preprocessing == found["adm"].preprocessing == found["edm"].preprocessing
+    assert len({found[name].preprocessing for name in names}) == 6
+    assert [metric.name for metric in found["adm"].metrics] == ["FID", "sFID", "IS", "precision, recall"]
+    assert found["adm"].metrics[3].reference == 10_000 and found["adm"].metrics[3].parameters == {"k": 3}
+    scores = {name: found[name].metrics[i].parameters["shuffle_seed"] for name, i in (("tf-fid", 3), ("adm", 2))}
+    assert scores == {"tf-fid": 2020, "adm": None}
+    assert found["cmmd"].metrics[0].parameters == {"sigma": 10.0, "scale": 1000.0}
+
+
+def test_the_nearest_is_named():
+    with pytest.raises(DiffAccelError, match=r"Unknown protocol 'cleanfid'. Did you mean 'clean-fid'"):
+        protocols.protocol("cleanfid")
+    with pytest.raises(TypeError):
+        protocols.PROTOCOLS["mine"] = protocols.PROTOCOLS["edm"]
