@@ -32,7 +32,7 @@ def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "c
     file = weights.find(os.path.basename(path), path, flag="torchscript:/path")
     device = torch.device(device)
     try:
-        module = frozen(torch.jit.load(file, map_location=device), device)
+        module = torch.jit.load(file, map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise DiffAccelError(f"'{file}' is not a TorchScript file; save one with torch.jit.save.") from error
     forward: Any = module.forward

@@ -112,7 +112,7 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     for name in ("plain.pth", "nested.pth", "plain.safetensors"):
         assert torch.equal(weights.load(tmp_path / name)["layer.weight"], state["layer.weight"])
     torch.save({"layer.weight": Surprise(tmp_path / "ran")}, tmp_path / "evil.pth")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Surprise(tmp_path / "ran")))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Surprise(tmp_path / "ran"), protocol=2))
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "plain.safetensors").read_bytes()[:20])
     for name, message in (
