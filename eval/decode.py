@@ -67,10 +67,11 @@ def decode(data: bytes, name: str) -> Tensor:
                     f"The image '{name}' is see-through in places (alpha down to {lowest}), and its colour there "
                     "depends on the background. Compose it over one and save it as RGB."
                 )
-            pixels = np.array(whole)[..., :3]
+            pixels = np.asarray(whole)[..., :3]
         else:
-            pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+            pixels = np.asarray(image.convert("RGB"))
+    # NumPy copies, because PyTorch would start threads of its own in every thread that decodes
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _open(file: BinaryIO, name: str) -> Image:

@@ -1,7 +1,8 @@
 """The resizings that published feature extractors put before their networks. They differ, and the distances with them.
 
 All work on tensors ``(..., H, W)``. Those that run on any device are the ones whose definition is a formula in float32;
-those of Pillow run on the CPU, one image at a time, because Pillow's own arithmetic is their definition.
+those of Pillow run on the CPU, one image at a time, because Pillow's own arithmetic is their definition. Around Pillow
+NumPy copies, not PyTorch: these functions run in many threads, and PyTorch would start its own in each.
 """
 
 from __future__ import annotations
@@ -66,10 +67,11 @@ def pil_bicubic_float(image: Tensor, size: Size) -> Tensor:
     """
     from PIL import Image
 
-    planes = image.to(torch.float32).numpy()
-    width_first = (size[1], size[0])
-    resized = [np.asarray(Image.fromarray(p).resize(width_first, Image.Resampling.BICUBIC)) for p in planes]
-    return torch.from_numpy(np.stack(resized).clip(0, 255))
+    found = np.empty((len(image), *size), np.float32)
+    for plane, out in zip(image.numpy(), found, strict=True):
+        resized = Image.fromarray(plane.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        np.clip(np.asarray(resized), 0, 255, out=out)
+    return torch.from_numpy(found)
 
 
 def pil_bicubic(image: Tensor, size: Size) -> Tensor:
@@ -86,9 +88,9 @@ def to_pil(image: Tensor) -> Image.Image:
     """A uint8 image ``(3, H, W)`` for Pillow."""
     from PIL import Image
 
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(image.numpy().transpose(1, 2, 0).copy())
 
 
 def from_pil(image: Image.Image) -> Tensor:
     """An RGB image of Pillow as uint8 ``(3, H, W)``."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())

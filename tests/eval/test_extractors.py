@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
-import open_clip
 import pytest
-import timm
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import resize, tiny_network, weights
-from diffaccel.eval.extractors import as_clip, clips, extractor
+from diffaccel.eval.extractors import extractor
 from diffaccel.eval.extractors.base import Extractor, exact_float32
 from diffaccel.eval.extractors.inception import InceptionNetwork
 from diffaccel.eval.extractors.loaded import rows
-from diffaccel.eval.extractors.transforms import split
-from diffaccel.eval.extractors.vision import resample_positions
+from tests.eval import random_inception
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -163,16 +155,7 @@ def test_tiny_says_that_it_is_tiny():
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory) -> Path:
-    """Random weights whose running statistics keep values in range."""
-    torch.manual_seed(0)
-    network = InceptionNetwork()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            nn.init.uniform_(module.running_var, 0.02, 0.1)
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return random_inception.save(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
 def test_only_verified_weights_are_called_fid(inception_file, monkeypatch):
@@ -261,138 +244,7 @@ def test_protocols_are_different_numbers(inception_file):
     assert torch.allclose(features["clean-fid"], network.pool3((prepared[None] - 128) / 128), rtol=1e-5, atol=1e-6)
 
 
-# -- CLIP ------------------------------------------------------------------------------------------------------------
-
-SMALL = {
-    "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
-}
-
-
-@pytest.fixture
-def architectures(monkeypatch) -> None:
-    known = open_clip.factory._MODEL_CONFIGS
-    monkeypatch.setitem(known, "small", copy.deepcopy(SMALL))
-    monkeypatch.setitem(known, "small-quickgelu", {**copy.deepcopy(SMALL), "quick_gelu": True})
-    monkeypatch.setitem(known, "single", copy.deepcopy(SMALL))
-
-
-@pytest.fixture
-def clip_file(architectures, tmp_path) -> Path:
-    torch.manual_seed(0)
-    save_file(open_clip.create_model("small").state_dict(), tmp_path / "mine.safetensors")
-    return tmp_path / "mine.safetensors"
-
-
-def test_the_activation_of_a_clip_is_said_not_guessed(clip_file, tmp_path):
-    with pytest.raises(DiffAccelError, match=r"two activations.*Say 'small-quickgelu' .* or 'small-gelu'"):
-        extractor(f"open_clip:small:{clip_file}")
-    images = pixels(2, 3, 32, 32)
-    quick, exact = (extractor(f"open_clip:small-{name}:{clip_file}") for name in ("quickgelu", "gelu"))
-    assert not torch.allclose(quick(images), exact(images), atol=1e-3)
-    torch.manual_seed(0)
-    ours = open_clip.create_model("small").eval()  # the weights of the file
-    assert torch.allclose(exact(images), ours.encode_image(((images / 255) - mean()) / std()), atol=1e-5)
-    assert exact.key == f"FD-clip[small-gelu/mine@{record.sha256(clip_file)[:8]}]" and not exact.official
-    assert torch.equal(extractor(f"open_clip:single:{clip_file}")(images), exact(images))  # nothing to say
-    with pytest.raises(DiffAccelError, match=r"Unknown open_clip architecture 'smal'. Did you mean 'small'"):
-        extractor(f"open_clip:smal:{clip_file}")
-    torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "other.pt")
-    with pytest.raises(DiffAccelError, match=r"'.*other.pt' cannot be loaded as the CLIP 'single'"):
-        extractor(f"open_clip:single:{tmp_path / 'other.pt'}")
-
-
-def mean() -> Tensor:
-    return torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
-
-
-def std() -> Tensor:
-    return torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-
-
-def test_a_published_tag_is_found_in_the_hubs_cache_with_its_activation(clip_file, tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--timm--some.openai" / "snapshots" / ("f" * 40)
-    snapshot.mkdir(parents=True)
-    (tmp_path / "models--timm--some.openai" / "refs").mkdir()
-    (tmp_path / "models--timm--some.openai" / "refs" / "main").write_text("f" * 40)
-    (snapshot / "open_clip_model.safetensors").write_bytes(clip_file.read_bytes())
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = {"hf_hub": "timm/some.openai/", "quick_gelu": True, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", {"openai": config})
-    found = extractor("open_clip:small:openai")
-    assert found.key == "FD-clip[small/openai]"
-    torch.manual_seed(0)
-    model = open_clip.create_model("small", force_quick_gelu=True).eval()
-    images = pixels(2, 3, 32, 32)
-    assert torch.allclose(found(images), model.encode_image((images / 255 - 0.5) / 0.25), atol=1e-5)
-
-
-def test_a_folder_without_weights_is_not_a_random_clip(tmp_path):
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}}))
-    with pytest.raises(weights.MissingWeights, match=r"open_clip_model\.safetensors"):
-        extractor(f"open_clip:local-dir:{tmp_path}")
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"x": torch.zeros(1)}, tmp_path / name)
-    with pytest.raises(DiffAccelError, match="several files of weights"):
-        extractor(f"open_clip:local-dir:{tmp_path}")
-
-
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_preprocessing_is_open_clips_to_the_bit(mode, interpolation):
-    config = PreprocessCfg(size=32, resize_mode=mode, interpolation=interpolation, fill_color=7)
-    transform = image_transform_v2(config, is_train=False)
-    prepare, normalise = split(transform, (32, 32))
-    for i, size in enumerate([(32, 32), (40, 57), (90, 33), (20, 20), (32, 48)]):
-        image = pixels(3, *size, seed=i)
-        prepared = prepare(image)
-        assert prepared.dtype == torch.uint8 and torch.equal(normalise(prepared[None])[0], transform(pillow(image)))
-
-
-def test_cmmd_stretches_on_the_device(clip_file):
-    found = extractor(f"open_clip:single:{clip_file}", protocol="cmmd")
-    images = pixels(2, 3, 48, 80)
-    stretched = torch.nn.functional.interpolate(images.float() / 255, (32, 32), mode="bicubic")
-    expected = found.clip.encode_image((stretched - mean()) / std())
-    assert torch.allclose(found(images), expected, atol=1e-5) and found.key.endswith("[cmmd]") and found.prepare is None
-    assert torch.allclose(found.normalised(images).norm(dim=1), torch.ones(2), atol=1e-6)
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return as_clip(extractor("emoji-clip-judge"))
-
-
-def test_the_zoos_clip_reads_pictures_and_texts(judge):
-    assert judge.key == "FD-clip[emoji-clip-judge]" and "emoji-clip-judge" in clips()
-    folder = f"local-dir:{judge_folder()}"
-    model, _, transform = open_clip.create_model_and_transforms(folder, require_pretrained=True)
-    image = pixels(3, 200, 150)
-    expected = model.eval().encode_image(transform(pillow(image))[None])
-    assert torch.allclose(judge(image[None]), expected, atol=1e-5)
-    texts = ["a red apple"] * 300
-    assert judge.texts(texts).shape == (300, judge.dim) and judge.texts([]).shape == (0, judge.dim)
-    expected = model.encode_text(open_clip.get_tokenizer(folder)(texts[:1]))
-    assert torch.allclose(judge.texts(texts)[299:], expected, atol=1e-5)
-
-
-def judge_folder() -> Path:
-    from diffaccel import zoo
-
-    return zoo.path("emoji-clip-judge")
-
-
-def test_cut_captions_are_counted_and_keep_their_end(judge, clip_file):
-    openai = extractor(f"open_clip:single:{clip_file}")
-    for found in (judge, openai):
-        length = found.tokenizer.context_length
-        end = found.tokenizer([""])[0].max()
-        fits = next(n for n in range(length, 0, -1) if found.truncated(["a " * n]) == 0)
-        assert found.truncated(["a " * fits, "a " * (fits + 1), "a " * 500, ""]) == 2
-        cut = found.tokenizer(["a " * 500])[0]
-        assert len(cut) == length and cut[-1] == end  # the token that the text features are read at
-    assert torch.equal(openai.texts(["a " * 500]), openai.texts(["a " * 600]))
+# -- brought along ---------------------------------------------------------------------------------------------------
 
 
 def test_transformers_outputs_are_not_taken_for_tensors():
@@ -412,75 +264,6 @@ def test_transformers_outputs_are_not_taken_for_tensors():
     assert torch.equal(rows((pooled, None)), pooled)
     with pytest.raises(DiffAccelError, match=r"must return a tensor \(B, dim\); got dict"):
         rows({"x": pooled})
-
-
-# -- timm and DINOv2 -------------------------------------------------------------------------------------------------
-
-
-def test_a_timm_network_with_its_own_preprocessing(tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model("test_resnet", pretrained=False).eval()
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    found = extractor(f"timm:test_resnet:{tmp_path / 'weights.pth'}")
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
-    side = config["input_size"][1]
-    for size in ((side, side), (90, 70)):  # at its own size it still enlarges and crops
-        image = pixels(3, *size)
-        expected = model.forward_head(model.forward_features(transform(pillow(image))[None]), pre_logits=True)
-        assert torch.allclose(found(image[None]), expected, atol=1e-5)
-    assert found.key == f"FD-test_resnet@{record.sha256(tmp_path / 'weights.pth')[:8]}"
-    state = model.state_dict()
-    del state["conv1.0.weight" if "conv1.0.weight" in state else next(iter(state))]
-    torch.save(state, tmp_path / "less.pth")
-    with pytest.raises(DiffAccelError, match=r"is not a state dict of test_resnet.*Missing key"):
-        extractor(f"timm:test_resnet:{tmp_path / 'less.pth'}")
-
-
-@pytest.fixture(scope="module")
-def dinov2_file(tmp_path_factory) -> Path:
-    """A small DINOv2 for 518 pixels, as its authors keep it: with a mask token, which no feature needs."""
-    torch.manual_seed(0)
-    state = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0).state_dict()
-    path = tmp_path_factory.mktemp("dinov2") / "dinov2_vits14_pretrain.pth"
-    torch.save({**state, "mask_token": torch.zeros(1, 384)}, path)
-    return path
-
-
-def test_dinov2_is_the_class_token_at_224(dinov2_file, tmp_path):
-    images = pixels(2, 3, 100, 140)
-    pil, fast = (extractor(f"dinov2:{dinov2_file}", protocol=p) for p in ("dgm-dinov2", "edm2-dinov2"))
-    assert pil.key == f"FD-dinov2-vits14(sha={record.sha256(dinov2_file)[:8]})[dgm-dinov2]" and pil.dim == 384
-    centre, scale = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    resized = torch.stack([
-        torch.from_numpy(np.array(pillow(i).resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-        for i in images
-    ])  # fmt: skip
-    smooth = torch.nn.functional.interpolate(images.float(), (224, 224), mode="bicubic", antialias=True)
-    for found, x in ((pil, resized), (fast, smooth)):
-        expected = found.module.forward_features((x / 255 - centre) / scale)[:, 0]
-        assert torch.allclose(found(images), expected, atol=1e-4)
-    assert extractor(f"dinov2:{dinov2_file}").protocol == "dgm-dinov2"
-    torch.save({"cls_token": torch.zeros(1, 1, 5), "pos_embed": torch.zeros(1, 5, 5)}, tmp_path / "odd.pth")
-    with pytest.raises(DiffAccelError, match="not a DINOv2 of width 384, 768, 1024"):
-        extractor(f"dinov2:{tmp_path / 'odd.pth'}")
-
-
-def test_positions_are_resampled_with_the_authors_offset():
-    """A ramp stays one up to the ripple of the bicubic kernel, and its slope shows the scale, (16 + 0.1) / 37."""
-    ramp = torch.arange(37.0).view(1, 37, 1, 1).expand(1, 37, 37, 2).reshape(1, 37 * 37, 2)
-    token = torch.full((1, 1, 2), -5.0)
-    found = resample_positions(torch.cat([token, ramp], 1), 16)
-    assert found.shape == (1, 257, 2) and torch.equal(found[:, :1], token)
-    column = found[0, 1:, 0].view(16, 16)[1:-1, 7]
-    expected = (torch.arange(1, 15) + 0.5) * 37 / 16.1 - 0.5
-    assert (column - expected).abs().max() < 0.06
-    assert (column - ((torch.arange(1, 15) + 0.5) * 37 / 16 - 0.5)).abs().max() > 0.2
-    same = torch.rand(1, 257, 3)
-    assert resample_positions(same, 16) is same
-
-
-# -- brought along ---------------------------------------------------------------------------------------------------
 
 
 class Scripted(nn.Module):

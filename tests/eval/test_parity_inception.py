@@ -1,49 +1,102 @@
-"""The Inception network of the FID against public ports of it, on random weights in one file."""
+"""The same random weights in our Inception and in the public packages: the same features.
+
+The published weights are not needed for this. Images are few, because Inception on a CPU is slow.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.eval import frechet
 from diffaccel.eval.extractors import extractor
-from diffaccel.eval.extractors.inception import InceptionNetwork
+from diffaccel.eval.extractors.base import Extractor
+from tests.eval import random_inception
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    torch.manual_seed(0)
-    network = InceptionNetwork()
-    for name, value in network.state_dict().items():
-        if name.endswith("running_var"):
-            value.uniform_(0.5, 1.5)
-        elif name.endswith(("running_mean", "bias")):
-            value.normal_(0, 0.1)
-    file = tmp_path_factory.mktemp("inception") / "random.pth"
-    torch.save(network.state_dict(), file)
-    return file
+def file(tmp_path_factory) -> Path:
+    return random_inception.save(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
-@pytest.fixture(scope="module")
-def images():
-    return torch.randint(0, 256, (3, 3, 64, 80), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+def ours(file: Path, **options: str) -> Extractor:
+    return extractor(f"inception:{file}", allow_unknown_weights=True, **options)
 
 
-def test_other_weights_are_refused_and_never_called_fid(weights):
-    with pytest.raises(DiffAccelError, match="6726825d"):
-        extractor(f"inception:{weights}")
-    found = extractor(f"inception:{weights}", allow_unknown_weights=True)
-    assert not found.official and found.key.startswith("FD-inception")
+def images(n: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
+    """Smooth with some noise: both tell resizings apart."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 3, 6, 6, generator=generator)
+    smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    noise = torch.rand(n, 3, height, width, generator=generator)
+    return ((0.8 * smooth + 0.2 * noise) * 255).round().to(torch.uint8)
 
 
-def test_features_are_torch_fidelitys(weights, images):
+def apart(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (299, 299), (320, 250)])
+def test_torch_fidelitys_features_and_logits(file, size):
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    ours = extractor(f"inception:{weights}", allow_unknown_weights=True)
-    network = theirs.FeatureExtractorInceptionV3(
-        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
-    )
+    taps = ["2048", "logits_unbiased", "logits"]
+    network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", taps, feature_extractor_weights_path=str(file))
+    x = images(2, *size)
+    pool3, unbiased, logits = network(x)
+    found = ours(file)
+    features = found(x)
+    assert apart(features, pool3) < 1e-5
+    assert apart(found.logits(features, bias=False), unbiased) < 1e-5
+    assert apart(found.logits(features, bias=True), logits) < 1e-5
+    assert apart(unbiased, logits) > 1e-3
+
+
+@pytest.mark.parametrize("size", [(64, 64), (299, 299)])
+def test_pytorch_fids_features(file, size, monkeypatch):
+    theirs = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda url, progress: torch.load(file, weights_only=True))
+    network = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+    x = images(2, *size)
     with torch.no_grad():
-        expected = network(images)[0]
-    found = ours(images)
-    assert found.shape == (3, 2048)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+        expected = network(x.float() / 255)[0][..., 0, 0]
+    assert apart(ours(file, protocol="pytorch-fid")(x), expected) < 1e-5
+    assert apart(ours(file, protocol="tf-fid")(x), expected) > 1e-3  # another scale, and another resizing
+
+
+def test_clean_fids_features(file):
+    """Their resizing, then the network on (v - 128) / 128 without a resizing of its own."""
+    theirs = pytest.importorskip("cleanfid.resize")
+    x = images(2, 80, 100)
+    resized = np.stack([theirs.build_resizer("clean")(image.permute(1, 2, 0).numpy()) for image in x])
+    found = ours(file, protocol="clean-fid")
+    with torch.no_grad():
+        expected = found.inception.pool3((torch.from_numpy(resized).permute(0, 3, 1, 2) - 128) / 128)
+    assert apart(found(x), expected) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def distances(file) -> dict[str, float]:
+    """Of torchmetrics, which resizes with and without antialiasing, and ours."""
+    pytest.importorskip("torch_fidelity")
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    a, b = images(4, 400, 400, seed=1), images(4, 400, 400, seed=2)
+    found = {}
+    for antialias in (False, True):
+        metric = fid.FrechetInceptionDistance(2048, feature_extractor_weights_path=str(file), antialias=antialias)
+        metric.update(a, real=True)
+        metric.update(b, real=False)
+        found[f"antialias={antialias}"] = float(metric.compute())
+    network = ours(file)
+    return {**found, "ours": frechet.distance_of_features(network(a).double(), network(b).double())}
+
+
+def test_torchmetrics_distance_without_antialiasing(distances):
+    assert distances["ours"] == pytest.approx(distances["antialias=False"], rel=1e-4)
+
+
+def test_torchmetrics_default_is_another_number(distances):
+    assert abs(distances["antialias=True"] / distances["ours"] - 1) > 1e-3

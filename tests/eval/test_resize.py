@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffaccel.eval import resize
 
@@ -18,7 +19,8 @@ def test_tf1_is_torch_fidelitys(size):
     theirs = pytest.importorskip("torch_fidelity.interpolate_compat_tensorflow")
     x = images(2, 3, *size).float()
     expected = theirs.interpolate_bilinear_2d_like_tensorflow1x(x, (299, 299), align_corners=False)
-    assert torch.allclose(resize.tf1_bilinear(x, (299, 299)), expected, atol=2e-4)
+    assert torch.equal(resize.tf1_bilinear(x, (299, 299)), expected)
+    assert torch.equal(resize.tf1_bilinear(x.to(torch.uint8), (299, 299)), expected)
 
 
 def test_tf1_by_hand():
@@ -40,6 +42,9 @@ def test_clean_fids_resizing_to_the_bit(size):
 def test_pillow_and_back():
     image = images(3, 5, 9)
     assert torch.equal(resize.from_pil(resize.to_pil(image)), image)
+    for size in ((64, 48), (20, 33)):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size[::-1], Image.Resampling.BICUBIC)
+        assert np.array_equal(resize.pil_bicubic(image, size).permute(1, 2, 0).numpy(), np.asarray(expected))
     flat = torch.full((3, 40, 30), 77, dtype=torch.uint8)
     assert resize.pil_bicubic(flat, (8, 8)).unique().tolist() == [77]
 

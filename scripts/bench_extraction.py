@@ -1,0 +1,140 @@
+"""How fast features come out: images a second from memory, from PNGs, and of the bare network.
+
+    python -m scripts.bench_extraction --device cuda --kind nvidia-h100-x1 --out docs/results
+
+Inception with random weights, float32 without TF32. The bare network gets normalised tensors that are on the device
+already, in batches of the same size; what it is faster by is what reading, resizing and copying cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffaccel.eval.extractors import Extractor, exact_float32
+from diffaccel.eval.extractors.inception import SIZE, InceptionNetwork, inception
+from diffaccel.eval.features import extract
+from diffaccel.eval.images import open_source
+from diffaccel.eval.protocols import protocol
+
+PROTOCOLS = ("tf-fid", "clean-fid")
+
+
+def pictures(n: int, side: int) -> Tensor:
+    """Noise over smooth colours, uint8 (n, 3, side, side): as costly to decode as a photograph."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, 3, 8, 8, generator=generator)
+    found = torch.empty(n, 3, side, side, dtype=torch.uint8)
+    for i in range(n):
+        smooth = torch.nn.functional.interpolate(coarse[i : i + 1], (side, side), mode="bilinear")[0]
+        found[i] = (220 * smooth + 30 * torch.rand(3, side, side, generator=generator)).to(torch.uint8)
+    return found
+
+
+def seconds(work: Callable[[], Any], device: str, turns: int) -> list[float]:
+    """Of ``turns`` calls after one that warms up."""
+    found = []
+    for turn in range(turns + 1):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if turn:
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def bare(extractor: Extractor, n: int, batch: int) -> Callable[[], None]:
+    """The network alone, on tensors of its own size that are on the device."""
+    module: Any = extractor.module
+    x = torch.rand(batch, 3, *SIZE, device=extractor.device) * 2 - 1
+
+    def work() -> None:
+        with torch.no_grad(), exact_float32(extractor.device):
+            for start in range(0, n, batch):
+                module.pool3(x[: n - start])
+
+    return work
+
+
+def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path) -> dict[str, Any]:
+    """Images a second of every way."""
+    images = pictures(n, side)
+    pngs = folder / "pngs"
+    pngs.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pngs / f"{i:05d}.png", compress_level=1)
+    torch.manual_seed(0)
+    torch.save(InceptionNetwork().state_dict(), folder / "random.pth")
+    built = {
+        name: inception(
+            folder / "random.pth", preprocessing=protocol(name).preprocessing, protocol=name, device=device,
+            allow_unknown_weights=True,
+        )
+        for name in PROTOCOLS
+    }  # fmt: skip
+    ways: dict[str, Callable[[], Any]] = {"network alone": bare(built["tf-fid"], n, batch)}
+    for name, extractor in built.items():
+        for kind, source in (("memory", images), ("PNGs", pngs)):
+            ways[f"{name}, from {kind}"] = lambda e=extractor, s=source: extract(open_source(s), e, batch=batch)
+    rows = {}
+    for way, work in ways.items():
+        taken = torch.tensor(seconds(work, device, turns), dtype=torch.float64)
+        rows[way] = {"images_per_second": n / float(taken.median()), "seconds": taken.tolist()}
+    alone = rows["network alone"]["images_per_second"]
+    for row in rows.values():
+        row["of_the_network"] = row["images_per_second"] / alone
+    return {"images": n, "side": side, "batch": batch, "turns": turns, "ways": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--images", type=int, default=None, help="4096 on a GPU, 32 on a CPU")
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--kind", default=None, help="name of the machine, for the record")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
+    args = parser.parse_args()
+    n = args.images or (4096 if args.device == "cuda" else 32)
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(args.device, n, args.side, args.batch, args.turns, Path(folder))
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    record = {
+        "command": f"python -m scripts.bench_extraction --device {args.device} --images {n} --side {args.side} "
+        f"--batch {args.batch} --turns {args.turns}",
+        "device": name,
+        "cores": os.cpu_count(),
+        "kind": args.kind,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        **result,
+    }
+    print(
+        f"| {n} images of {args.side}x{args.side}, {name}, {os.cpu_count()} cores | images/s | of the network alone |"
+    )
+    print("|---|---|---|")
+    for way, row in result["ways"].items():
+        print(f"| {way} | {row['images_per_second']:.1f} | {row['of_the_network']:.2f} |")
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"bench_extraction_{args.kind or args.device}.json"
+        partial = path.with_suffix(".tmp")
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()
