@@ -31,6 +31,16 @@ class Parser(argparse.ArgumentParser):
         raise DiffAccelError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
+def add_model_options(parser: Parser) -> None:
+    """Which model to open, in which dtype, on which device."""
+    from diffaccel import zoo
+
+    add = parser.add_argument
+    add("--model", default=zoo.DEFAULT, help=f"zoo name, folder, or owner/name on the hub (default {zoo.DEFAULT})")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
 def write(text: str) -> None:
     """A line of result."""
     sys.stdout.write(text + "\n")

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -164,47 +164,41 @@ class RunFolder:
 
         ``noise`` is a hash an image of what it started from, ``latents`` the rows that were decoded.
         """
+        with self._while_writing():
+            shared = {k: v for k, v in self.new.settings.items() if k not in ("prompts", "num", "seed")}
+            shared |= {"format": record.FORMAT, "fingerprint": self.new.fingerprint, "call": call}
+            entries = []
+            for row, (item, image) in enumerate(zip(self.chunks[number], images, strict=True)):
+                about: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
+                file = self.path / f"{item.id:05d}"
+                if isinstance(image, record.Clip):
+                    about |= {"frames": len(image.frames), "fps": image.fps}
+                    file, pixels = file.with_suffix(".mp4"), record.clip_sha256(image)
+                    record.write_mp4(file, image, {**shared, **about})
+                else:
+                    file, pixels = file.with_suffix(".png"), record.pixels_sha256(image)
+                    record.write_png(file, image, {**shared, **about})
+                entry = {**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels}
+                if noise:
+                    entry["noise_sha256"] = noise[row]
+                if latents is not None:
+                    file = file.with_suffix(LATENTS)
+                    record.write_tensor(file, latents[row])
+                    entry |= {"latents": file.name, "latents_sha256": record.sha256(file)}
+                entries.append(entry)
+            marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
+            (self.path / MARKERS).mkdir(exist_ok=True)
+            record.write_json(self.path / MARKERS / f"{number:05d}.json", marker)
+
+    @contextlib.contextmanager
+    def _while_writing(self) -> Iterator[None]:
         try:
-            self._add(number, images, call, cost, noise, latents)
+            yield
         except OSError as error:
             raise RunFailed(
                 f"'{self.path}' cannot be written ({error.strerror or error}). Make room; finished images stay, "
                 "and the same command continues."
             ) from error
-
-    def _add(
-        self,
-        number: int,
-        images: list[Any],
-        call: dict[str, Any],
-        cost: dict[str, Any],
-        noise: Sequence[str],
-        latents: Tensor | None,
-    ) -> None:
-        shared = {k: v for k, v in self.new.settings.items() if k not in ("prompts", "num", "seed")}
-        shared |= {"format": record.FORMAT, "fingerprint": self.new.fingerprint, "call": call}
-        entries = []
-        for row, (item, image) in enumerate(zip(self.chunks[number], images, strict=True)):
-            about: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
-            file = self.path / f"{item.id:05d}"
-            if isinstance(image, record.Clip):
-                about |= {"frames": len(image.frames), "fps": image.fps}
-                file, pixels = file.with_suffix(".mp4"), record.clip_sha256(image)
-                record.write_mp4(file, image, {**shared, **about})
-            else:
-                file, pixels = file.with_suffix(".png"), record.pixels_sha256(image)
-                record.write_png(file, image, {**shared, **about})
-            entry = {**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels}
-            if noise:
-                entry["noise_sha256"] = noise[row]
-            if latents is not None:
-                file = file.with_suffix(LATENTS)
-                record.write_tensor(file, latents[row])
-                entry |= {"latents": file.name, "latents_sha256": record.sha256(file)}
-            entries.append(entry)
-        marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
-        (self.path / MARKERS).mkdir(exist_ok=True)
-        record.write_json(self.path / MARKERS / f"{number:05d}.json", marker)
 
     def close(self, call: dict[str, Any]) -> None:
         """Gather the chunks, whoever made them, into the final record, in the order of ids."""
@@ -245,9 +239,3 @@ def _typical(steps: list[list[float]]) -> list[float]:
 
 def _without_steps(cost: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cost.items() if key != "steps"}
-
-
-def finished_images(folder: Path) -> list[dict[str, Any]]:
-    """What an unfinished run has noted of its images so far, in the order of their ids."""
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / MARKERS).glob("*.json"))]
-    return [image for entry in entries for image in entry["images"]]

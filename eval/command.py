@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +59,12 @@ def _run_parser() -> console.Parser:
     add("--prompts", required=True, metavar="FILE", help="txt, jsonl, json, csv or tsv")
     add("--first", type=int, metavar="N", help="only the first N prompts")
     add("--accel", default="plain", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or a YAML file")
-    add("--model", default=zoo.DEFAULT, help=f"zoo name, folder, or owner/name on the hub (default {zoo.DEFAULT})")
+    console.add_model_options(parser)
     add("--num", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="picture i of the run uses seed S + i (default 0)")
     add(
         "--batch", type=int, default=8, metavar="B", help="pictures in one pipeline call (default 8); changes last bits"
     )
-    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process; changes last bits")
     add("--latents", action="store_true", help="keep what the decoder was given, for the latent error")
     add("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
@@ -82,6 +79,7 @@ def run_run(argv: list[str]) -> int:
     from diffaccel import variants
     from diffaccel.eval import prompts
     from diffaccel.requests import Request
+    from diffaccel.sampling import generate_run
 
     if options.first is not None and options.first < 1:
         raise DiffAccelError(f"--first is {options.first}; it must be at least 1.")
@@ -94,8 +92,7 @@ def run_run(argv: list[str]) -> int:
         )
     )  # fmt: skip
     console.quiet_libraries(options.json or options.model in zoo.names())
-    sampling = import_module("diffaccel.sampling")
-    record = sampling.generate_run(
+    record = generate_run(
         request, options.out, overwrite=options.overwrite, progress=not options.json,
         command=["diffaccel", "eval", "run", *argv],
     )  # fmt: skip
@@ -119,13 +116,11 @@ def run_time(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("variants", nargs="+", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or YAML files")
-    add("--model", default=zoo.DEFAULT, help=f"zoo name, folder, or owner/name on the hub (default {zoo.DEFAULT})")
+    console.add_model_options(parser)
     add("--prompt", default="a red apple", help="what every call draws")
     add("--batch", type=int, default=1, metavar="B", help="pictures in one call (default 1)")
     add("--turns", type=int, default=10, metavar="N", help="timed calls of each variant (default 10)")
     add("--warm-up", type=int, default=3, metavar="N", help="calls of each before the first turn (default 3)")
-    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--out", type=Path, metavar="FILE", help="write the timing as JSON, for diffaccel eval compare --timing")
     add("--json", action="store_true", help="print it as one JSON object")
     options = parser.parse(argv)
@@ -156,7 +151,7 @@ def run_time(argv: list[str]) -> int:
     for entry in timing["variants"]:
         ratio = entry.get("ratio")
         text = "baseline" if ratio is None else f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        if ratio is not None and ratio["low"] <= 1 <= ratio["high"]:
+        if ratio is not None and not ratio["significant"]:
             text += ", speed-up not significant"
         console.write(f"  {entry['name']:<28}{entry['seconds_per_image']:9.4f} s a picture   {text}")
     return 0

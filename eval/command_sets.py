@@ -24,11 +24,19 @@ def run_distance(name: str, argv: list[str]) -> int:
     add("reference", metavar="B", help=takes)
     _shared(parser)
     options = parser.parse(argv)
-    a, b, extractor, warnings = _open(options, (options.samples, options.reference))
-    values = {"fid": _fid, "kid": _kid, "prdc": _prdc}[name](a, b, extractor)
-    n, m = (getattr(side, "n", None) if _is_moments(side) else len(side) for side in (a, b))
-    if None not in (n, m) and min(n, m) <= extractor.dim:  # type: ignore[type-var]
-        warnings.append(f"{min(n, m)} images give a singular covariance of {extractor.dim} features.")  # type: ignore[type-var]
+    from diffaccel.eval import distances
+    from diffaccel.eval.frechet import Moments
+
+    extractor = _extractor(options)
+    warnings: list[str] = []
+    a, b = (_side(path, options, extractor, warnings) for path in (options.samples, options.reference))
+    if name != "fid" and (isinstance(a, Moments) or isinstance(b, Moments)):
+        raise DiffAccelError("This needs the images of both sets, not statistics. Give folders, zips or npz of images.")
+    found = {"fid": distances.fid, "kid": distances.kid, "prdc": distances.prdc}[name](a, b)
+    values = {distances.key(metric, extractor): value for metric, value in found.items()}
+    n, m = (side.n if isinstance(side, Moments) else len(side) for side in (a, b))
+    if n is not None and m is not None and min(n, m) <= extractor.dim:
+        warnings.append(f"{min(n, m)} images give a singular covariance of {extractor.dim} features.")
     result = {"values": values, "n": n, "m": m, "extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     if options.json:
         console.write_json(result | {"warnings": warnings})
@@ -53,7 +61,9 @@ def run_stats(argv: list[str]) -> int:
     from diffaccel.eval import feature_statistics
     from diffaccel.eval.frechet import Moments
 
-    features, extractor, warnings = _features(options, options.images)
+    extractor = _extractor(options)
+    warnings: list[str] = []
+    features = _features(options.images, options, extractor, warnings)
     if len(features) < 2:
         raise DiffAccelError(f"Statistics need at least 2 images; '{options.images}' holds {len(features)}.")
     written = feature_statistics.StatisticsFile(
@@ -83,74 +93,28 @@ def _extractor(options: Any) -> Any:
     return extractor(options.extractor, device=opening.pick_device(options.device))
 
 
-def _features(options: Any, path: str) -> tuple[Any, Any, list[str]]:
+def _features(path: str, options: Any, extractor: Any, warnings: list[str]) -> Any:
     from diffaccel.eval.features import extract
     from diffaccel.eval.images import open_source
 
-    found = _extractor(options)
-    source = open_source(path, num=options.num)
-    return extract(source, found, batch=options.batch).values, found, list(source.warnings)
+    found = extract(open_source(path, num=options.num), extractor, batch=options.batch)
+    warnings += found.warnings
+    return found.values
 
 
-def _open(options: Any, paths: tuple[str, str]) -> tuple[Any, Any, Any, list[str]]:
-    """Features of both sets, or moments where a set is a file of statistics."""
+def _side(path: str, options: Any, extractor: Any, warnings: list[str]) -> Any:
+    """Features of a set, or moments where it is a file of statistics."""
     from diffaccel.eval import feature_statistics
-    from diffaccel.eval.features import extract
     from diffaccel.eval.images import open_source
 
-    extractor, warnings = _extractor(options), []
-    sides: list[Any] = []
-    for path in paths:
-        is_statistics = path.endswith(".npz") and open_source(path).kind == "statistics"
-        if not is_statistics:
-            source = open_source(path, num=options.num)
-            warnings += source.warnings
-            sides.append(extract(source, extractor, batch=options.batch).values)
-            continue
-        file = feature_statistics.read(path, dim=extractor.dim)
-        if file.weights_sha256 not in (None, extractor.weights_sha256):
-            raise DiffAccelError(
-                f"'{path}' holds statistics of '{file.feature_name}', another network than '{extractor.name}'. "
-                "Give its --extractor, or make the statistics again with diffaccel eval stats."
-            )
-        if file.assumed:
-            warnings.append(f"'{path}' does not say its {', '.join(file.assumed)}: assumed to be of {extractor.name}.")
-        sides.append(file.moments)
-    return sides[0], sides[1], extractor, warnings
-
-
-def _is_moments(side: Any) -> bool:
-    from diffaccel.eval.frechet import Moments
-
-    return isinstance(side, Moments)
-
-
-def _fid(a: Any, b: Any, extractor: Any) -> dict[str, float]:
-    from diffaccel.eval import frechet
-
-    if not (_is_moments(a) or _is_moments(b)):
-        return {extractor.key: frechet.distance_of_features(a, b)}
-    return {extractor.key: frechet.between(frechet.gaussian(a), frechet.gaussian(b))}
-
-
-def _kid(a: Any, b: Any, extractor: Any) -> dict[str, float]:
-    from diffaccel.eval import mmd
-
-    _need_images(a, b)
-    return {f"KID-{extractor.key.removeprefix('FD-')} x1000": 1000 * mmd.kid(a, b)}
-
-
-def _prdc(a: Any, b: Any, extractor: Any) -> dict[str, float]:
-    from diffaccel.eval import manifold
-
-    _need_images(a, b)
-    name = extractor.key.removeprefix("FD-")
-    precision, recall = manifold.precision_recall(b, a)
-    density, coverage = manifold.density_coverage(b, a)
-    values = {"precision": precision, "recall": recall, "density": density, "coverage": coverage}
-    return {f"{key}-{name}": value for key, value in values.items()}
-
-
-def _need_images(a: Any, b: Any) -> None:
-    if _is_moments(a) or _is_moments(b):
-        raise DiffAccelError("This needs the images of both sets, not statistics. Give folders, zips or npz of images.")
+    if not (path.endswith(".npz") and open_source(path).kind == "statistics"):
+        return _features(path, options, extractor, warnings)
+    file = feature_statistics.read(path, dim=extractor.dim)
+    if file.weights_sha256 not in (None, extractor.weights_sha256):
+        raise DiffAccelError(
+            f"'{path}' holds statistics of '{file.feature_name}', another network than '{extractor.name}'. "
+            "Give its --extractor, or make the statistics again with diffaccel eval stats."
+        )
+    if file.assumed:
+        warnings.append(f"'{path}' does not say its {', '.join(file.assumed)}: assumed to be of {extractor.name}.")
+    return file.moments

@@ -23,6 +23,7 @@ from diffaccel.eval import weights
 from diffaccel.eval.alignment import pooled, prompt_cosine
 from diffaccel.eval.extractors.base import exact_float32, frozen
 from diffaccel.eval.resize import to_pil
+from diffaccel.requests import first_line
 
 AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"
 OPEN_CLIP = "open_clip_model.safetensors"
@@ -148,8 +149,9 @@ class OpenClip:
         try:
             model = open_clip.create_model(architecture, pretrained=str(file), require_pretrained=True)
         except Exception as error:  # of many kinds
-            reason = str(error).strip().partition("\n")[0]
-            raise DiffAccelError(f"'{file}' cannot be loaded as a CLIP {architecture} ({reason}).") from error
+            raise DiffAccelError(
+                f"'{file}' cannot be loaded as a CLIP {architecture} ({first_line(error)})."
+            ) from error
         self._model: Any = frozen(model, self._device)
         self._tokenizer = open_clip.get_tokenizer(architecture)
         config = model.visual.preprocess_cfg
@@ -186,8 +188,9 @@ class TransformersClip:
         try:
             model = CLIPModel.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # of many kinds
-            reason = str(error).strip().partition("\n")[0]
-            raise DiffAccelError(f"'{folder}' cannot be loaded as a CLIP of transformers ({reason}).") from error
+            raise DiffAccelError(
+                f"'{folder}' cannot be loaded as a CLIP of transformers ({first_line(error)})."
+            ) from error
         self._model: Any = frozen(model, self._device)
         self.scale = float(model.logit_scale.exp())
         self._length = model.config.text_config.max_position_embeddings

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import images
-from diffaccel.outputs import finished_images
 
 RECORD, KIND = "run.json", "sample"
+Pairs = list[tuple[int, int]]  # positions of pictures that belong together, in two runs
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,8 @@ class Run:
         return self.source.image(self._positions[self.pictures[index].id])
 
 
-def open_run(path: str | Path, *, name: str | None = None, partial: bool = False) -> Run:
-    """The run in a folder.
-
-    Args:
-        path: a run folder, or any folder of images.
-        name: how tables call it; the folder's name by default.
-        partial: take what is finished of an unfinished run.
+def open_run(path: str | Path) -> Run:
+    """The run in a folder made by diffaccel, or any folder of images, under the folder's name.
 
     Raises:
         DiffAccelError: for a folder that is not there, holds no image, or an unfinished run.
@@ -92,17 +87,13 @@ def open_run(path: str | Path, *, name: str | None = None, partial: bool = False
     if not folder.is_dir():
         raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
     made = record.read(folder / RECORD, KIND)
-    name = name or folder.resolve().name
+    name = folder.resolve().name
     if made is None:
         files = images.open_source(folder).files
         return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
-    entries = made.get("images", [])
     if made["state"] != "finished":
-        if not partial:
-            raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
-        entries = sorted(finished_images(folder), key=lambda entry: entry["id"])
-    if not entries:
-        raise DiffAccelError(f"The run in '{path}' holds no finished image.")
+        raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
+    entries = made["images"]
     if entries[0]["file"].endswith(".mp4"):
         raise DiffAccelError(f"'{path}' holds videos, and these metrics are of images. See diffaccel.eval.video.")
     pictures = []
@@ -116,7 +107,7 @@ def open_run(path: str | Path, *, name: str | None = None, partial: bool = False
     return Run(name, folder, tuple(pictures), made)
 
 
-def pair(baseline: Run, run: Run) -> list[tuple[int, int]]:
+def pair(baseline: Run, run: Run) -> Pairs:
     """Positions of the pictures that belong together: the same prompt and seed, or the same file name.
 
     Raises:
@@ -138,15 +129,15 @@ def _describe(picture: Picture) -> str:
     return f"'{picture.id}'" if picture.seed is None else f"seed {picture.seed} of '{picture.prompt}'"
 
 
-def same_noise(baseline: Run, run: Run) -> bool | None:
+def same_noise(baseline: Run, run: Run, pairs: Pairs) -> bool | None:
     """Whether paired pictures started from equal noise; None where a run does not say."""
-    pairs = [(baseline.pictures[i].noise, run.pictures[j].noise) for i, j in pair(baseline, run)]
-    if any(None in both for both in pairs):
+    noise = [(baseline.pictures[i].noise, run.pictures[j].noise) for i, j in pairs]
+    if any(None in both for both in noise):
         return None
-    return all(one == other for one, other in pairs)
+    return all(one == other for one, other in noise)
 
 
-def pair_prompts(baseline: Run, others: Run) -> list[tuple[int, int]]:
+def pair_prompts(baseline: Run, others: Run) -> Pairs:
     """The same for a run of other seeds: the k-th picture of a prompt with the k-th of that prompt.
 
     Raises:

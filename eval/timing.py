@@ -114,7 +114,13 @@ def _entry(timed: dict[str, Any], base: dict[str, Any], images: int) -> dict[str
     }
     if timed is not base:
         ratio = median_ratio(base["seconds"], seconds)
-        found["ratio"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high, "method": ratio.method}
+        found["ratio"] = {
+            "value": ratio.value,
+            "low": ratio.low,
+            "high": ratio.high,
+            "method": ratio.method,
+            "significant": ratio.significant,
+        }
     return found
 
 

@@ -9,8 +9,6 @@ alternate, and the ratio is taken turn by turn; its interval is a bootstrap over
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import diffaccel
+from diffaccel.record import describe_device, write_json
 from diffaccel.samplers import Euler
 
 SIZES = {
@@ -106,7 +105,7 @@ def main() -> None:
     result = measure(args.model, args.device, args.turns)
     import diffusers
 
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    name = describe_device(torch.device(args.device))["name"]
     record = {
         "command": f"python -m scripts.bench_driver --model {args.model} --device {args.device} --turns {args.turns}",
         "device": name,
@@ -125,9 +124,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_driver_{args.model}_{args.kind or args.device}.json"
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(path)
+        write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ already, in batches of the same size; what it is faster by is what reading, resi
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from diffaccel.eval.extractors.inception import SIZE, InceptionNetwork, inceptio
 from diffaccel.eval.features import extract
 from diffaccel.eval.images import open_source
 from diffaccel.eval.protocols import protocol
+from diffaccel.record import describe_device, write_json
 
 PROTOCOLS = ("tf-fid", "clean-fid")
 
@@ -111,7 +110,7 @@ def main() -> None:
     n = args.images or (4096 if args.device == "cuda" else 32)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.device, n, args.side, args.batch, args.turns, Path(folder))
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    name = describe_device(torch.device(args.device))["name"]
     record = {
         "command": f"python -m scripts.bench_extraction --device {args.device} --images {n} --side {args.side} "
         f"--batch {args.batch} --turns {args.turns}",
@@ -131,9 +130,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_extraction_{args.kind or args.device}.json"
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-        partial.rename(path)
+        write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Run, pair, pair_prompts, same_noise
+from diffaccel.eval.runs import Pairs, Run, pair, pair_prompts, same_noise
 
 FORMAT = 1
 
@@ -26,6 +26,7 @@ class Comparison:
 
     Attributes:
         baseline, runs: the pictures.
+        pairs: by run, which of its pictures belongs to which of the baseline.
         rows: every metric of every run.
         values: by metric and run, a number a pair in the baseline's order.
         warnings: what a reader must know.
@@ -33,6 +34,7 @@ class Comparison:
 
     baseline: Run
     runs: list[Run]
+    pairs: dict[str, Pairs]
     rows: list[Row]
     values: dict[str, dict[str, Tensor]]
     warnings: list[str] = field(default_factory=list)
@@ -109,21 +111,18 @@ def compare_runs(
     if len(set(names)) < len(names):
         raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
     pairs = {run.name: pair(baseline, run) for run in runs}
-    found = Comparison(baseline=baseline, runs=list(runs), rows=[], values={}, warnings=_warnings(baseline, runs))
+    warnings = _warnings(baseline, runs, pairs)
+    found = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
     floors = _floors(baseline, others, distances)
     for run in runs:
         progress(f"{run.name}: pairs")
-        values = fidelity.distances_of(baseline, run, pairs[run.name], distances)
-        measured = [(distance, values[distance.metric]) for distance in distances]
-        if (errors := fidelity.latent_errors(baseline, run, pairs[run.name])) is not None:
-            measured.append((fidelity.LATENTS, errors))
-        for distance, numbers in measured:
+        for distance, numbers in fidelity.measure(baseline, run, pairs[run.name], distances):
             floor = floors.get(distance.metric)
             found.rows.append(fidelity.row(run, distance, numbers, clusters=baseline.prompts, floor=floor))
             found.values.setdefault(distance.metric, {})[run.name] = numbers
     for clip in clips:
         progress(f"fit to the prompts by {clip.name}")
-        more, scores = alignment.rows(baseline, runs, others, clip)
+        more, scores = alignment.rows(baseline, runs, pairs, others, clip)
         found.rows += more
         found.values[more[0].key] = scores
     for extractor in extractors:
@@ -137,21 +136,18 @@ def _floors(baseline: Run, others: Run | None, distances: Sequence[fidelity.Dist
     """Every distance between the baseline and itself with other seeds."""
     if others is None:
         return {}
-    pairs = pair_prompts(baseline, others)
-    values = fidelity.distances_of(baseline, others, pairs, distances)
-    if (errors := fidelity.latent_errors(baseline, others, pairs)) is not None:
-        values[fidelity.LATENTS.metric] = errors
+    measured = fidelity.measure(baseline, others, pair_prompts(baseline, others), distances)
     return {
-        metric: float(numbers[numbers.isfinite()].mean())
-        for metric, numbers in values.items()
+        distance.metric: float(numbers[numbers.isfinite()].mean())
+        for distance, numbers in measured
         if numbers.isfinite().any()
     }
 
 
-def _warnings(baseline: Run, runs: Sequence[Run]) -> list[str]:
+def _warnings(baseline: Run, runs: Sequence[Run], pairs: dict[str, Pairs]) -> list[str]:
     said = [f"{run.name}: {text}" for run in (baseline, *runs) for text in run.source.warnings]
     for run in runs:
-        if same_noise(baseline, run) is False:
+        if same_noise(baseline, run, pairs[run.name]) is False:
             said.append(f"{run.name} and {baseline.name} did not start from equal noise, though seeds are equal.")
         for key in ("model", "model_digest", "dtype", "device", "size", "guidance"):
             mine, base = (each.record.get("settings", {}).get(key) for each in (run, baseline))

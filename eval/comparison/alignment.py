@@ -1,10 +1,12 @@
-"""How well pictures fit their prompts, by a CLIP that looks at both, and what changed since the baseline."""
+"""How well pictures fit their prompts, by a CLIP that looks at both, and what changed since the baseline.
+
+The score is 100 max(cos, 0) of a picture's and its prompt's features (arXiv 2104.08718), then the mean.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
@@ -12,31 +14,29 @@ from diffaccel.eval import alignment, intervals
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.extractors.clip import ClipExtractor
-from diffaccel.eval.runs import Run, pair
-
-
-def scores(run: Run, clip: ClipExtractor) -> Tensor:
-    """100 max(cos, 0) of every picture and its prompt (arXiv 2104.08718): (n,) float64."""
-    prompts = run.prompts
-    if prompts is None:
-        raise DiffAccelError(
-            f"The prompts of '{run.name}' are not known. Leave --clip out, or compare runs of diffaccel."
-        )
-    texts = list(dict.fromkeys(prompts))
-    place = {text: i for i, text in enumerate(texts)}
-    embedded = clip.texts(texts)[[place[prompt] for prompt in prompts]]
-    return alignment.clip_score(features(run, clip), embedded)
+from diffaccel.eval.runs import Pairs, Run
 
 
 def rows(
-    baseline: Run, runs: Sequence[Run], others: Run | None, clip: ClipExtractor
+    baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs], others: Run | None, clip: ClipExtractor
 ) -> tuple[list[Row], dict[str, Tensor]]:
     """The baseline's row and one of each run with paired differences; and every pair's score by run."""
-    values = {baseline.name: scores(baseline, clip)}
+    everyone = [baseline, *runs, *([others] if others is not None else [])]
+    for run in everyone:
+        if run.prompts is None:
+            raise DiffAccelError(
+                f"The prompts of '{run.name}' are not known. Leave --clip out, or compare runs of diffaccel."
+            )
+    texts = list(dict.fromkeys(prompt for run in everyone for prompt in run.prompts or []))
+    place, embedded = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
+
+    def scores(run: Run) -> Tensor:
+        return alignment.clip_score(features(run, clip), embedded[[place[prompt] for prompt in run.prompts or []]])
+
+    values = {baseline.name: scores(baseline)}
     for run in runs:
-        order = torch.tensor([j for _, j in pair(baseline, run)])
-        values[run.name] = scores(run, clip)[order]
-    floor = None if others is None else abs(float(scores(others, clip).mean() - values[baseline.name].mean()))
+        values[run.name] = scores(run)[[j for _, j in pairs[run.name]]]
+    floor = None if others is None else abs(float(scores(others).mean() - values[baseline.name].mean()))
     detail = {"extractor": clip.name, "weights_sha256": clip.weights_sha256, "convention": "100 max(cos, 0) a picture"}
     if cut := clip.truncated(list(dict.fromkeys(baseline.prompts or []))):
         detail["from"] = f"{cut} prompts were too long for it and cut"

@@ -8,6 +8,11 @@ from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.intervals import Interval
 from diffaccel.eval.runs import Run
 
+COUNTED = {
+    "nfe": "predictions a picture; a guided one counts once",
+    "forwards": "rows through the network a picture",
+}
+
 
 def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[Row]:
     """Rows of every run.
@@ -32,19 +37,14 @@ def _of_run(run: Run, baseline: Run) -> list[Row]:
     cost = run.record.get("cost")
     if not cost:
         return []
-    n = len(run)
-    found = [
-        _row("nfe", run, cost["nfe"] / n, detail={"what": "predictions a picture; a guided one counts once"}),
-        _row("forwards", run, cost["forwards"] / n, detail={"what": "rows through the network a picture"}),
-    ]
+    base, found = baseline.record.get("cost"), []
+    for metric, what in COUNTED.items():
+        row = _row(metric, run, cost[metric] / len(run), detail={"what": what})
+        if run is not baseline and base:
+            row.delta = cost[metric] / len(run) - base[metric] / len(baseline)
+        found.append(row)
     if cost.get("peak_memory"):
         found.append(_row("peak_memory", run, cost["peak_memory"] / 2**30, unit="GiB"))
-    base = baseline.record.get("cost")
-    for row in found:
-        if run is not baseline and base:
-            before = {"nfe": base["nfe"], "forwards": base["forwards"]}.get(row.metric)
-            if before is not None and row.value is not None:
-                row.delta = row.value - before / len(baseline)
     return found
 
 
@@ -55,12 +55,8 @@ def _speed(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
         if run is baseline or "ratio" not in entry:
             return [seconds]
         ratio = entry["ratio"]
-        interval = Interval(ratio["value"], ratio["low"], ratio["high"], 0.95, ratio["method"])
-        detail = {
-            "from": "turns on one machine",
-            "turns": entry["turns"],
-            "significant": not ratio["low"] <= 1 <= ratio["high"],
-        }
+        interval = Interval(ratio["value"], ratio["low"], ratio["high"], method=ratio["method"], null=1.0)
+        detail = {"from": "turns on one machine", "turns": entry["turns"], "significant": interval.significant}
         speedup = _row("speedup", run, ratio["value"], better="higher", unit="x", detail=detail)
         speedup.interval = interval
         return [seconds, speedup]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffaccel.eval import frechet, frechet_intervals, manifold, mmd
-from diffaccel.eval.comparison.row import Better, Row, missing
+from diffaccel.eval import distances, frechet_intervals
+from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.features import extract
 from diffaccel.eval.images import Source
@@ -17,9 +17,9 @@ CACHE = ".features"
 FEWEST = 100  # pictures; the jackknife needs ten shards of ten
 
 
-def features(run: Run, extractor: Extractor, *, batch: int = 64) -> Tensor:
+def features(run: Run, extractor: Extractor) -> Tensor:
     """(n, d), in the order of the run's pictures; kept in the run's folder."""
-    found = extract(run.source, extractor, batch=batch, cache=run.path / CACHE)
+    found = extract(run.source, extractor, cache=run.path / CACHE)
     return found.rows([picture.id for picture in run.pictures])
 
 
@@ -35,28 +35,28 @@ def rows(
     smallest = min(len(baseline), len(reference or baseline))
     if smallest < FEWEST:
         why = f"{smallest} pictures are too few to compare distributions; give at least {FEWEST}"
-        return [missing("fd", extractor.key, "distribution", run.name, "lower", why) for run in shown]
+        return [missing(distances.FD, extractor.key, "distribution", run.name, "lower", why) for run in shown]
     of = {run.name: features(run, extractor) for run in (baseline, *runs)}
     if reference is None:
         target, against = of[baseline.name], baseline.name
     else:
         target, against = extract(reference, extractor).values, reference.name
+    of_target = {name: _numbers(mine, target) for name, mine in of.items() if reference is not None or name != against}
     floors = {} if others is None else _numbers(features(others, extractor), target)
     detail = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": against}
     found = []
     for run in shown:
-        mine = of[run.name]
-        numbers = _numbers(mine, target)
+        mine, numbers = of[run.name], of_target[run.name]
         n, m = len(mine), len(target)
         note = _note(n, m, extractor.dim, against, same_seeds=reference is None)
-        for metric, (key, better) in _keys(extractor).items():
+        for metric, better in distances.BETTER.items():
             row = Row(
-                metric=metric, key=key, family="distribution", run=run.name, better=better, value=numbers[metric],
-                floor=floors.get(metric), n=n, m=m, detail={**detail, "from": note},
+                metric=metric, key=distances.key(metric, extractor), family="distribution", run=run.name, better=better,
+                value=numbers[metric], floor=floors.get(metric), n=n, m=m, detail={**detail, "from": note},
             )  # fmt: skip
             if reference is not None and run is not baseline:
-                row.delta = numbers[metric] - _numbers(of[baseline.name], target)[metric]
-            if metric == "fd":
+                row.delta = numbers[metric] - of_target[baseline.name][metric]
+            if metric == distances.FD:
                 row.interval = frechet_intervals.distance_interval(mine, target)
                 if row.delta is not None:
                     row.delta_interval = frechet_intervals.difference(mine, of[baseline.name], target)
@@ -65,28 +65,11 @@ def rows(
     return found
 
 
-def _keys(extractor: Extractor) -> dict[str, tuple[str, Better]]:
-    name = extractor.key.removeprefix("FD-")
-    return {
-        "fd": (extractor.key, "lower"),
-        "kid": (f"KID-{name} x1000", "lower"),
-        "precision": (f"precision-{name}", "higher"),
-        "recall": (f"recall-{name}", "higher"),
-        "density": (f"density-{name}", "higher"),
-        "coverage": (f"coverage-{name}", "higher"),
-    }
-
-
 def _numbers(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    precision, recall = manifold.precision_recall(reference, samples)
-    density, coverage = manifold.density_coverage(reference, samples)
     return {
-        "fd": frechet.distance_of_features(samples, reference),
-        "kid": 1000 * mmd.kid(samples, reference),
-        "precision": precision,
-        "recall": recall,
-        "density": density,
-        "coverage": coverage,
+        **distances.fid(samples, reference),
+        **distances.kid(samples, reference),
+        **distances.prdc(samples, reference),
     }
 
 

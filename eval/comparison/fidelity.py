@@ -14,7 +14,8 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import intervals, paired
 from diffaccel.eval.comparison.row import Better, Row
-from diffaccel.eval.runs import Run
+from diffaccel.eval.images import ahead
+from diffaccel.eval.runs import Pairs, Run
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,26 +39,28 @@ BUILT_IN = (
 )
 
 
-def distances_of(
-    baseline: Run, run: Run, pairs: Sequence[tuple[int, int]], distances: Sequence[Distance], *, batch: int = 32
-) -> dict[str, Tensor]:
-    """Every distance of every pair, in the order of pairs: (n,) float64 by metric.
+def measure(
+    baseline: Run, run: Run, pairs: Pairs, distances: Sequence[Distance], *, batch: int = 32
+) -> list[tuple[Distance, Tensor]]:
+    """Every distance of every pair, in the order of pairs, (n,) float64; of latents too where both runs kept them.
 
     Raises:
         DiffAccelError: for pictures of different sizes.
     """
-    found: dict[str, list[Tensor]] = {distance.metric: [] for distance in distances}
+    parts: list[list[Tensor]] = [[] for _ in distances]
     for one, other in _batches(baseline, run, pairs, batch):
-        for distance in distances:
-            found[distance.metric].append(distance.measure(one, other).double().cpu())
-    return {metric: torch.cat(parts) for metric, parts in found.items()}
+        for distance, found in zip(distances, parts, strict=True):
+            found.append(distance.measure(one, other).double().cpu())
+    measured = [(distance, torch.cat(found)) for distance, found in zip(distances, parts, strict=True)]
+    errors = _latent_errors(baseline, run, pairs)
+    return measured if errors is None else [*measured, (LATENTS, errors)]
 
 
-def _batches(baseline: Run, run: Run, pairs: Sequence[tuple[int, int]], batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(baseline: Run, run: Run, pairs: Pairs, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     ones: list[Tensor] = []
     others: list[Tensor] = []
-    for i, j in pairs:
-        one, other = baseline.image(i), run.image(j)
+    read = ahead(lambda places: (baseline.image(places[0]), run.image(places[1])), pairs)
+    for (_, j), (one, other) in zip(pairs, read, strict=True):
         if one.shape != other.shape:
             raise DiffAccelError(
                 f"'{run.pictures[j].id}' of '{run.name}' is {other.shape[2]}x{other.shape[1]}, and its pair in "
@@ -72,7 +75,7 @@ def _batches(baseline: Run, run: Run, pairs: Sequence[tuple[int, int]], batch: i
         yield torch.stack(ones), torch.stack(others)
 
 
-def latent_errors(baseline: Run, run: Run, pairs: Sequence[tuple[int, int]]) -> Tensor | None:
+def _latent_errors(baseline: Run, run: Run, pairs: Pairs) -> Tensor | None:
     """Relative error of what the decoder was given, (n,); None unless both runs kept it."""
     files = [(baseline.pictures[i].latents, run.pictures[j].latents) for i, j in pairs]
     if any(None in both for both in files):

@@ -58,7 +58,7 @@ class Row:
     def within_noise(self) -> bool | None:
         """Whether chance explains the difference to the baseline; None where that is not known."""
         if self.delta_interval is not None:
-            return self.delta_interval.low <= 0 <= self.delta_interval.high
+            return not self.delta_interval.significant
         if self.value is None or self.floor is None:
             return None
         return self.value <= self.floor if self.better == "lower" else self.value >= self.floor

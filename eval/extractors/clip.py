@@ -21,6 +21,7 @@ from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import resize, weights
 from diffaccel.eval.extractors.base import Extractor, exact_float32, frozen
 from diffaccel.eval.extractors.transforms import normalise, split
+from diffaccel.requests import first_line
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -146,9 +147,9 @@ def _build(
         tokenizer = open_clip.get_tokenizer(source)
         dim = int(open_clip.get_model_config(source)["embed_dim"])
     except Exception as error:  # open_clip lets through whatever its loaders raise
-        reason = " ".join(str(error).split())[:300]
         raise DiffAccelError(
-            f"'{file}' cannot be loaded as the CLIP '{source}' ({reason}). Give a state dict of that architecture."
+            f"'{file}' cannot be loaded as the CLIP '{source}' ({first_line(error, 300)}). "
+            "Give a state dict of that architecture."
         ) from error
     config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(model))
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size

@@ -19,7 +19,7 @@ from diffaccel.eval import weights
 from diffaccel.eval.extractors.base import Extractor, frozen
 
 _PROBE = (1, 3, 64, 64)
-_OUTPUTS = ("pooler_output", "image_embeds", "last_hidden_state")
+_OUTPUTS = ("pooler_output", "image_embeds")
 
 
 def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Extractor:
@@ -90,7 +90,7 @@ def rows(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    for name in _OUTPUTS[:2]:
+    for name in _OUTPUTS:
         if isinstance(getattr(output, name, None), Tensor):
             return getattr(output, name)
     if isinstance(output, list | tuple) and output and isinstance(output[0], Tensor):

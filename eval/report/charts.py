@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,8 +99,6 @@ def steps(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Four or five round numbers."""
-    import math
-
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
     first = math.ceil(low / step)

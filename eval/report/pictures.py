@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.runs import Run, pair
+from diffaccel.eval.runs import Run
 
 SIDE = 256
 AMPLIFIED = 5
@@ -20,7 +20,7 @@ AMPLIFIED = 5
 
 def gallery(comparison: Comparison, run: Run, count: int) -> dict[str, Any]:
     """Pairs of one run: half of them its worst by the first fidelity metric, the rest spread evenly."""
-    base, places = comparison.baseline, pair(comparison.baseline, run)
+    base, places = comparison.baseline, comparison.pairs[run.name]
     row = next(
         (r for r in comparison.rows if r.run == run.name and r.family == "fidelity" and r.detail.get("worst")), None
     )

@@ -93,7 +93,7 @@ def _speed(row: Row | None) -> str:
         return "speed not measured"
     if row.interval is None:
         return f"{row.value:.2f}x as fast by the runs' own clocks"
-    if row.interval.low <= 1 <= row.interval.high:
+    if not row.interval.significant:
         return "speed-up not significant"
     return f"{row.value:.2f}x as fast ({row.interval.low:.2f} to {row.interval.high:.2f})"
 

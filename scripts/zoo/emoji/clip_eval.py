@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diffaccel.eval.frechet import distance_of_features as frechet
 from scripts.zoo.emoji import captions as words
 from scripts.zoo.emoji.recipe import Recipe
 from scripts.zoo.emoji.scenes import FILLED, Row, Scenes
@@ -51,16 +52,6 @@ class Scorer:
 def top(similarity: torch.Tensor, truth: torch.Tensor, k: int) -> float:
     """The share of rows whose true column is among the k highest."""
     return (similarity.topk(k, 1).indices == truth[:, None]).any(1).float().mean().item()
-
-
-def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets of features (n, d), in float64."""
-    one, other = one.double().cpu(), other.double().cpu()
-    first, second = torch.cov(one.T), torch.cov(other.T)
-    values, vectors = torch.linalg.eigh(first)
-    root = vectors @ (values.clamp_min(0).sqrt()[:, None] * vectors.T)
-    cross = torch.linalg.eigvalsh(root @ second @ root).clamp_min(0).sqrt().sum()
-    return ((one.mean(0) - other.mean(0)).square().sum() + first.trace() + second.trace() - 2 * cross).item()
 
 
 def evaluate(model: nn.Module, tokenizer, sets: Mapping[str, Scenes], shared: Recipe) -> dict[str, float]:

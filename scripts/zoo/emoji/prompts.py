@@ -1,6 +1,6 @@
 """The prompt set that comes with the package: what emoji-flux was never trained on, all kinds in turn.
 
-    python -m scripts.zoo.emoji.prompts --data data/emoji --out eval/prompt_sets/emoji-1000.jsonl
+python -m scripts.zoo.emoji.prompts --data data/emoji --out eval/prompt_sets/emoji-1000.jsonl
 """
 
 from __future__ import annotations

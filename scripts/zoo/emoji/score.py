@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffaccel.eval.frechet import distance_of_features as frechet
 from diffaccel.record import describe_device, write_json
 from scripts.zoo.emoji import checks, clip_eval, heldout, recipe_flow, vae
 from scripts.zoo.emoji import recipe as data_recipe
-from scripts.zoo.emoji.clip_eval import frechet
 from scripts.zoo.emoji.data import restrict
 from scripts.zoo.emoji.scenes import FILLED, Row, Scenes
 from scripts.zoo.emoji.world import World, load
