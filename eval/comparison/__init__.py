@@ -12,6 +12,7 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import alignment, cost, distribution, fidelity
 from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.images import Source
@@ -30,6 +31,7 @@ class Comparison:
         rows: every metric of every run.
         values: by metric and run, a number a pair in the baseline's order.
         warnings: what a reader must know.
+        sections: tables beside the metrics, in the report's order.
     """
 
     baseline: Run
@@ -38,6 +40,7 @@ class Comparison:
     rows: list[Row]
     values: dict[str, dict[str, Tensor]]
     warnings: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
 
     def row(self, metric: str, run: str) -> Row | None:
         """One row."""
@@ -73,6 +76,7 @@ class Comparison:
                 }
                 for metric, by in self.values.items()
             },
+            "sections": {section.key: section.to_dict() for section in self.sections},
             "warnings": self.warnings,
         }
 
