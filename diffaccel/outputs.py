@@ -209,7 +209,8 @@ class RunFolder:
         old = self.old() or {}
         costs = [entry["cost"] for entry in done.values()]
         peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
-        total = {key: sum(cost[key] for cost in costs) for key in ("nfe", "forwards", "calls")}
+        counted = [key for key in ("nfe", "forwards", "calls") if all(key in cost for cost in costs)]
+        total = {key: sum(cost[key] for cost in costs) for key in counted}
         self.new.started = old.get("started", self.new.started)
         self.new.finish(
             call=call or old.get("call", {}),

@@ -1,4 +1,29 @@
-"""diffaccel.eval"""
+"""The evaluation: what an acceleration costs, and what it buys.
+
+``compare(baseline, candidate)`` draws the same prompts and seeds in two or more ways and measures them side by side;
+``diffaccel eval`` does the same in steps, from a shell. The numerics stand alone, in modules of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 if "." not in __name__:
     raise ImportError("'eval' is a folder of diffaccel: import diffaccel.eval instead")
+
+if TYPE_CHECKING:
+    from diffaccel.eval.api import compare
+
+__all__ = ["compare"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "compare":  # loads torch
+        from diffaccel.eval.api import compare
+
+        return compare
+    raise AttributeError(f"module 'diffaccel.eval' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

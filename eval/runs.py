@@ -6,7 +6,8 @@ folder of images is paired by file names and has no prompts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def prompts(self) -> list[str] | None:
-        """The prompt of every picture, or None where they are not known."""
+        """The prompt of every picture, or None where there are none."""
         found = [picture.prompt for picture in self.pictures]
         return None if None in found else [str(prompt) for prompt in found]
 
@@ -93,18 +94,25 @@ def open_run(path: str | Path) -> Run:
         return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
     if made["state"] != "finished":
         raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
-    entries = made["images"]
-    if entries[0]["file"].endswith(".mp4"):
-        raise DiffAccelError(f"'{path}' holds videos, and these metrics are of images. See diffaccel.eval.video.")
+    return of_record(folder, made)
+
+
+def of_record(folder: Path, made: dict[str, Any]) -> Run:
+    """The pictures that a record lists, under the folder's name.
+
+    Raises:
+        DiffAccelError: for videos, and for a picture that is not there.
+    """
+    if made["images"][0]["file"].endswith(".mp4"):
+        raise DiffAccelError(f"'{folder}' holds videos, and these metrics are of images. See diffaccel.eval.video.")
     pictures = []
-    for entry in entries:
+    for entry in made["images"]:
         file = folder / entry["file"]
         if not file.is_file():
             raise DiffAccelError(f"'{file}' is missing from its run. Repeat the command that made it.")
         latents = folder / entry["latents"] if "latents" in entry else None
-        prompt, noise = entry["prompt"] or "", entry.get("noise_sha256")
-        pictures.append(Picture(file.stem, file, prompt, entry["seed"], noise, latents))
-    return Run(name, folder, tuple(pictures), made)
+        pictures.append(Picture(file.stem, file, entry["prompt"], entry["seed"], entry.get("noise_sha256"), latents))
+    return Run(folder.resolve().name, folder, tuple(pictures), made)
 
 
 def pair(baseline: Run, run: Run) -> Pairs:
@@ -143,9 +151,44 @@ def pair_prompts(baseline: Run, others: Run) -> Pairs:
     Raises:
         DiffAccelError: when the prompts are not the same, in the same order.
     """
-    if baseline.prompts is None or baseline.prompts != others.prompts:
+    drawn = [[(picture.prompt, picture.seed is None) for picture in run.pictures] for run in (baseline, others)]
+    if drawn[0] != drawn[1] or any(unknown for _, unknown in drawn[0]):
         raise DiffAccelError(
             f"'{others.name}' was not drawn from the prompts of '{baseline.name}'. "
             "Make it with the same prompts and another seed."
         )
     return [(i, i) for i in range(len(baseline))]
+
+
+def first_pictures(
+    baseline: Run, runs: Sequence[Run], others: Run | None
+) -> tuple[Run, list[Run], Run | None, list[str]]:
+    """All runs cut to the pictures of the shortest one that stopped early, and a sentence that says so.
+
+    A run that stopped once its question was answered (``eval run --until``) has the first pictures of its baseline and
+    no others; whatever else it is compared with is compared on the same ones. Other runs are returned as they are.
+    """
+    stopped = [run for run in runs if run.record.get("until") and len(run) < len(baseline)]
+    if not stopped:
+        return baseline, list(runs), others, []
+    shortest = min(stopped, key=len)
+    keys = {picture.key for picture in shortest.pictures}
+    count = len(shortest)
+    said = f"Compared on the first {count} of {len(baseline)} pictures, where {shortest.name} stopped: "
+    said += f"{shortest.record['until']['sentence']}."
+    cut = [_only(run, keys) for run in (baseline, *runs)]
+    first = None if others is None else _only(others, {picture.key for picture in others.pictures[:count]})
+    return cut[0], cut[1:], first, [said]
+
+
+def _only(run: Run, keys: set[tuple[Any, ...]]) -> Run:
+    """The pictures of these keys, with as large a share of what the whole run cost."""
+    kept = tuple(picture for picture in run.pictures if picture.key in keys)
+    if len(kept) == len(run):
+        return run
+    share, made = len(kept) / len(run), dict(run.record)
+    if cost := made.get("cost"):
+        scaled = {key: cost[key] * share for key in ("seconds", "nfe", "forwards", "calls") if key in cost}
+        parts = {part: seconds * share for part, seconds in cost.get("parts", {}).items()}
+        made["cost"] = {**cost, **scaled, "parts": parts}
+    return replace(run, pictures=kept, record=made)

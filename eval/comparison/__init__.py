@@ -21,7 +21,7 @@ from diffaccel.eval.runs import Pairs, Run, pair, pair_prompts, same_noise
 FORMAT = 1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False, eq=False)
 class Comparison:
     """What was measured.
 
@@ -50,6 +50,15 @@ class Comparison:
         """What ``--fail-if`` compares, by short and by full name."""
         rows = [row for row in self.rows if row.run == run]
         return {row.key: row.gated for row in rows} | {row.metric: row.gated for row in rows}
+
+    def table(self) -> str:
+        """Verdicts, every metric with its interval, and warnings, for a terminal."""
+        from diffaccel.eval.report import text
+
+        return text.plain(self)
+
+    def __repr__(self) -> str:
+        return self.table()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; numbers of single pairs included."""
@@ -155,6 +164,7 @@ def _warnings(baseline: Run, runs: Sequence[Run], pairs: dict[str, Pairs]) -> li
             said.append(f"{run.name} and {baseline.name} did not start from equal noise, though seeds are equal.")
         for key in ("model", "model_digest", "dtype", "device", "size", "guidance"):
             mine, base = (each.record.get("settings", {}).get(key) for each in (run, baseline))
-            if mine != base and baseline.record and run.record:
+            drawn = "model" in baseline.record.get("settings", {}) and "model" in run.record.get("settings", {})
+            if mine != base and drawn:  # a function's pictures say nothing of a model
                 said.append(f"{run.name} differs from {baseline.name} in {key}: {base} -> {mine}.")
     return said

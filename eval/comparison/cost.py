@@ -39,8 +39,10 @@ def _of_run(run: Run, baseline: Run) -> list[Row]:
         return []
     base, found = baseline.record.get("cost"), []
     for metric, what in COUNTED.items():
+        if metric not in cost:  # nobody counted them in a function of the user's
+            continue
         row = _row(metric, run, cost[metric] / len(run), detail={"what": what})
-        if run is not baseline and base:
+        if run is not baseline and base and metric in base:
             row.delta = cost[metric] / len(run) - base[metric] / len(baseline)
         found.append(row)
     if cost.get("peak_memory"):

@@ -48,7 +48,7 @@ def pareto(comparison: Comparison) -> list[Plot]:
 
 def _plot(key: str, better: str, points: list[tuple[float, float, str]]) -> Plot:
     xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x_low, x_high = 0.0, max(xs) * 1.15
+    x_low, x_high = 0.0, max(xs) * 1.15 or 1.0
     pad = (max(ys) - min(ys)) * 0.15 or abs(max(ys)) * 0.1 or 1.0
     y_low, y_high = min(ys) - pad, max(ys) + pad
 

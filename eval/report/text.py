@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,42 @@ def _far(row: Row) -> str:
 def _change(row: Row) -> str:
     verdict = "within noise" if row.within_noise else "beyond noise"
     return f"{row.key} {row.delta:+.{DIGITS.get(row.metric, 3)}f} ({verdict})"
+
+
+def plain(comparison: Comparison) -> str:
+    """Verdicts, aligned tables and warnings, without markup."""
+    base = comparison.baseline
+    lines = [f"{verdict['run']}: {verdict['text']}" for verdict in verdicts(comparison)]
+    lines += ["", f"{len(base)} pictures a run against {base.name}; 95 % intervals"]
+    heads = ("run", "metric", "value", "interval", "difference", "other seeds", "n")
+    for title, group in table(comparison):
+        cells = [
+            (
+                line.run,
+                f"{line.metric} {line.arrow}",
+                line.value or line.note,
+                line.interval,
+                line.delta,
+                line.floor,
+                line.n,
+            )
+            for line in group
+        ]
+        lines += ["", title, *_aligned(heads, cells)]
+    for section in comparison.sections:
+        lines += [
+            "",
+            section.title,
+            *_aligned(section.columns, section.rows),
+            *([section.note] if section.note else []),
+        ]
+    return "\n".join([*lines, *(["", *comparison.warnings] if comparison.warnings else [])])
+
+
+def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    kept = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
+    widths = {i: max(len(text[i]) for text in (heads, *rows)) for i in kept}
+    return ["  " + "  ".join(f"{text[i]:<{widths[i]}}" for i in kept).rstrip() for text in (heads, *rows)]
 
 
 def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
