@@ -19,6 +19,7 @@ MAY_SEE: dict[str, tuple[str, ...]] = {
     "diffaccel.flow": (),
     "diffaccel.kernels": (),
     "diffaccel.samplers": SHARED,
+    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo"),  # which of its CLIPs may be a reward
     "diffaccel.quant": SHARED,
     "diffaccel.distill": SHARED,
 }
