@@ -200,12 +200,31 @@ class RunFolder:
                 "and the same command continues."
             ) from error
 
-    def close(self, call: dict[str, Any]) -> None:
-        """Gather the chunks, whoever made them, into the final record, in the order of ids."""
+    def so_far(self, upto: int) -> dict[str, Any]:
+        """The record of the first ``upto`` chunks, as if the run ended there; nothing is written.
+
+        Raises:
+            RunFailed: when one of them is not there.
+        """
         done = self.finished()
-        if len(done) < len(self.chunks):
-            missing = len(self.chunks) - len(done)
+        if missing := sum(number not in done for number in range(upto)):
             raise RunFailed(f"{missing} chunks of '{self.path}' went missing or changed while it ran. Run it again.")
+        return {**self.new.to_dict(), "images": [image for i in range(upto) for image in done[i]["images"]]}
+
+    def close(self, call: dict[str, Any], *, upto: int | None = None, until: dict[str, Any] | None = None) -> None:
+        """Gather the chunks, whoever made them, into the final record, in the order of ids.
+
+        Args:
+            call: arguments of the pipeline's calls.
+            upto: chunks that the run must have; all by default. Later ones stay in it where none is missing between.
+            until: what ended the run before its last picture, or was looked for.
+        """
+        done, upto = self.finished(), len(self.chunks) if upto is None else upto
+        whole = next((i for i in range(len(self.chunks)) if i not in done), len(self.chunks))
+        if whole < upto:
+            missing = sum(i not in done for i in range(upto))
+            raise RunFailed(f"{missing} chunks of '{self.path}' went missing or changed while it ran. Run it again.")
+        done = {number: entry for number, entry in done.items() if number < whole}
         old = self.old() or {}
         costs = [entry["cost"] for entry in done.values()]
         peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
@@ -223,6 +242,7 @@ class RunFolder:
             },
             images=[image for entry in done.values() for image in entry["images"]],
             chunks=[{"chunk": number, "cost": _without_steps(entry["cost"])} for number, entry in done.items()],
+            **({} if until is None else {"until": until}),
         )
         self.new.save(self.path / RECORD)
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)

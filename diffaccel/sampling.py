@@ -8,12 +8,12 @@ stopped and however many processes shared it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,44 +21,37 @@ from diffaccel import opening, record, requests
 from diffaccel.errors import DiffAccelError
 from diffaccel.outputs import RunFailed, RunFolder, check_writable
 from diffaccel.requests import Item, Request, first_line
+from diffaccel.world import World, join_world
 
 if TYPE_CHECKING:
-    import torch
-
     from diffaccel import meter
 
 KIND = "sample"
 OUT = "out"
+GO_ON = "go on"  # the verdict of a look that proves nothing yet
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class World:
-    """The processes that share a run; one, unless started by ``accelerate launch`` or ``torchrun``."""
+class Early:
+    """When a run may end before its last picture.
 
-    rank: int = 0
-    size: int = 1
-    state: Any = None
+    Attributes:
+        rule: what is to be proven, as the record tells it.
+        looks: numbers of pictures after which to look, growing; each is rounded up to whole chunks.
+        look: from the run's folder and a record of the pictures so far to what they prove, JSON-ready: its "verdict" is
+            :data:`GO_ON` while nothing is proven.
+    """
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.state is not None:
-            self.state.wait_for_everyone()
+    rule: str
+    looks: tuple[int, ...]
+    look: Callable[[Path, dict[str, Any]], dict[str, Any]]
 
-
-def join_world(device: str = "auto") -> tuple[World, torch.device]:
-    """This process's place among those that share the run, and its device."""
-    from accelerate import PartialState
-    from accelerate.utils.environment import get_int_from_env
-
-    chosen = opening.pick_device(device)
-    sizes = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-    if get_int_from_env(sizes, 1) < 2:
-        return World(), chosen
-
-    # a launcher ends the others when one dies, so waiting long for a slow one is safe
-    state = PartialState(cpu=chosen.type == "cpu", timeout=timedelta(days=30))
-    return World(state.process_index, state.num_processes, state), state.device
+    def stages(self, folder: RunFolder) -> list[int]:
+        """The looks as numbers of chunks; the last is that of the whole run."""
+        ends = list(itertools.accumulate(map(len, folder.chunks)))
+        found = {next((i for i, end in enumerate(ends, 1) if end >= look), len(ends)) for look in self.looks}
+        return sorted(found | {len(ends)})
 
 
 def generate_run(
@@ -69,6 +62,7 @@ def generate_run(
     digest: str = "",
     overwrite: bool = False,
     stop_after: int | None = None,
+    early: Early | None = None,
     progress: bool = False,
     command: list[str] | None = None,
 ) -> dict[str, Any]:
@@ -84,6 +78,8 @@ def generate_run(
         digest: of an open pipeline's weights, so that a folder does not mix images of two; "" when there is no need.
         overwrite: throw away what another run left in ``out``.
         stop_after: make at most so many chunks now and leave the rest to a later call; the record is then unfinished.
+        early: end the run as soon as this is proven; what was proven is the record's "until". The same request without
+            it goes on to the last picture.
         progress: show a bar on stderr.
         command: the command line, for the record.
 
@@ -113,35 +109,66 @@ def generate_run(
         folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
         folder.check(overwrite)
         done = {} if overwrite else folder.finished()
+        old = {} if overwrite else folder.old() or {}
+        known = early is None or old.get("until", {}).get("rule") == early.rule
+        wanted = old["until"]["chunks"] if early is not None and known else len(folder.chunks)
+        if known and old.get("state") == "finished" and all(number in done for number in range(wanted)):
+            return _result(folder, world)
         missing = [number for number in range(len(folder.chunks)) if number not in done]
         pending = missing[:stop_after]
-        if not pending and (folder.old() or {}).get("state") == "finished":
-            return _result(folder, world)
-        with _failures(request, folder):
-            if pipe is None:
-                pipe = opening.open_pipeline(request, source, device, dtype)
-                steps = progress and sys.stderr.isatty()
-                pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
-            call = requests.call_arguments(pipe, request)
-            if requests.source_of(pipe) == "class":
-                requests.class_labels(pipe, [item.prompt or "" for chunk in folder.chunks for item in chunk])
+        left = missing[len(pending) :]
+        call: dict[str, Any] = {}
+        if pending or not old.get("call"):
+            with _failures(request, folder):
+                if pipe is None:
+                    pipe = opening.open_pipeline(request, source, device, dtype)
+                    steps = progress and sys.stderr.isatty()
+                    pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
+                call = requests.call_arguments(pipe, request)
+                if requests.source_of(pipe) == "class":
+                    requests.class_labels(pipe, [item.prompt or "" for chunk in folder.chunks for item in chunk])
         world.wait()
         if world.rank == 0:
             folder.prepare(overwrite)
         world.wait()
-        abandon = folder.abandon if world.size == 1 else None
-        with _failures(request, folder, abandon), _bar(pipe, folder, pending, world, progress) as bar:
-            for number in pending[world.rank :: world.size]:
-                chunk = folder.chunks[number]
-                images, cost, measured = generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
-                latents = measured.latents if request.latents else None
-                folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
-                bar.update(len(images))
-        world.wait()
-        if world.rank == 0 and len(pending) == len(missing):
-            folder.close(call)
+        stages = [len(folder.chunks)] if early is None else early.stages(folder)
+        proven: dict[str, Any] | None = None
+        with _bar(pipe, folder, pending, world, progress) as bar:
+            for upto in stages:
+                now = [number for number in pending if number < upto]
+                pending = pending[len(now) :]
+                _make(pipe, request, call, folder, now, world, bar)
+                if left and left[0] < upto:
+                    return _result(folder, world)
+                if early is not None:
+                    found = early.look(folder.path, folder.so_far(upto)) if world.rank == 0 else None
+                    proven = {**world.share(found), "rule": early.rule, "chunks": upto}
+                    if proven["verdict"] != GO_ON:
+                        break
+        if world.rank == 0:
+            folder.close(call, upto=upto, until=proven)
         world.wait()
     return _result(folder, world)
+
+
+def _make(
+    pipe: Any,
+    request: Request,
+    call: dict[str, Any],
+    folder: RunFolder,
+    numbers: list[int],
+    world: World,
+    bar: Any,
+) -> None:
+    """This process's share of some chunks; all of them are there when it returns."""
+    with _failures(request, folder, folder.abandon if world.size == 1 else None):
+        for number in numbers[world.rank :: world.size]:
+            chunk = folder.chunks[number]
+            images, cost, measured = generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
+            latents = measured.latents if request.latents else None
+            folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
+            bar.update(len(images))
+    world.wait()
 
 
 def _result(folder: RunFolder, world: World) -> dict[str, Any]:
@@ -299,5 +326,5 @@ def _bar(pipe: Any, folder: RunFolder, pending: list[int], world: World, shown: 
 
     total = sum(len(folder.chunks[number]) for number in pending[:: world.size])
     label = None if world.size == 1 else f"1 of {world.size} processes"
-    unit = "video" if "num_frames" in requests.call_parameters(pipe) else "image"
+    unit = "video" if pipe is not None and "num_frames" in requests.call_parameters(pipe) else "image"
     return tqdm(total=total, desc=label, unit=unit, disable=not shown or world.rank > 0, delay=1)
