@@ -34,13 +34,17 @@ def kid(x: Tensor, y: Tensor) -> float:
     return _mmd(x, y, _cubic, unbiased=True)
 
 
-def kid_subsets(x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 2020) -> tuple[float, float]:
+def kid_subsets(
+    x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 2020, shrink: bool = False
+) -> tuple[float, float]:
     """Mean and standard deviation of KID over random subsets, the customary way to report it.
 
     The deviation is the spread of estimates from ``size`` rows, not a standard error of the mean. Subsets are drawn as
-    torch-fidelity draws them: for each, first from ``x``, then from ``y``, with NumPy's legacy generator.
+    torch-fidelity draws them: for each, first from ``x``, then from ``y``, with NumPy's legacy generator. With
+    ``shrink`` a subset has as many rows as the smaller set where that has fewer than ``size``, as in clean-fid.
     """
     x, y = checked_pair(x, y, _NAMES, least=2)
+    size = min(size, len(x), len(y)) if shrink else size
     if subsets < 1 or size < 2 or size > min(len(x), len(y)):
         raise DiffAccelError(
             f"{subsets} subsets of {size} rows cannot be drawn from {len(x)} and {len(y)} rows: "

@@ -49,6 +49,14 @@ def test_parity_with_torch_fidelity(seed: int | None) -> None:
     assert std == pytest.approx(expected["inception_score_std"], rel=1e-8)
 
 
+def test_splits_of_a_size_are_contiguous_and_the_last_may_be_smaller() -> None:
+    x = logits(23, 6)
+    parts = [inception_score(x[i : i + 10], splits=1, shuffle_seed=None)[0] for i in (0, 10, 20)]
+    mean, std = inception_score(x, size=10, shuffle_seed=None)
+    assert mean == pytest.approx(sum(parts) / 3, rel=1e-12) and std > 0
+    assert inception_score(x, size=99, shuffle_seed=None) == inception_score(x, splits=1, shuffle_seed=None)
+
+
 def test_half_precision_is_widened_before_the_softmax() -> None:
     x = logits(200, 30).half()
     assert inception_score(x) == inception_score(x.double())
@@ -58,5 +66,7 @@ def test_refused() -> None:
     for splits in (0, 6):
         with pytest.raises(DiffAccelError, match="5 images cannot be cut into"):
             inception_score(logits(5, 3), splits=splits)
+    with pytest.raises(DiffAccelError, match="got size 0"):
+        inception_score(logits(5, 3), size=0)
     with pytest.raises(DiffAccelError, match="logits: 1 of 5 rows hold NaN or infinity, the first is row 2"):
         inception_score(logits(5, 3).index_fill(0, torch.tensor(2), torch.inf), splits=1)

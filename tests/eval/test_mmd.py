@@ -82,6 +82,14 @@ def test_kid_subsets_are_those_of_torch_fidelity() -> None:
     assert std == pytest.approx(expected["kernel_inception_distance_std"], rel=1e-10)
 
 
+def test_subsets_shrink_to_the_smaller_set() -> None:
+    x, y = draw(60, 8), draw(60, 8, seed=1)
+    mean, std = kid_subsets(x, y, subsets=2, shrink=True)  # both subsets are the sets themselves
+    assert mean == pytest.approx(kid(x, y), rel=1e-12) and std == pytest.approx(0, abs=1e-12)
+    with pytest.raises(DiffAccelError, match="2 subsets of 1000 rows"):
+        kid_subsets(x, y, subsets=2)
+
+
 def test_jackknife_leaves_out_one_row_at_a_time() -> None:
     a, b, reference = draw(20, 5), draw(20, 5, seed=2) * 1.3, draw(30, 5, seed=1)
     rows = torch.arange(20)

@@ -42,8 +42,8 @@ def test_what_is_published():
     assert len({found[name].preprocessing for name in names}) == 6
     assert [metric.name for metric in found["adm"].metrics] == ["FID", "sFID", "IS", "precision, recall"]
     assert found["adm"].metrics[3].reference == 10_000 and found["adm"].metrics[3].parameters == {"k": 3}
-    scores = {name: found[name].metrics[i].parameters["shuffle_seed"] for name, i in (("tf-fid", 3), ("adm", 2))}
-    assert scores == {"tf-fid": 2020, "adm": None}
+    scores = {name: dict(found[name].metrics[i].parameters) for name, i in (("tf-fid", 3), ("adm", 2))}
+    assert scores == {"tf-fid": {"splits": 10, "shuffle_seed": 2020}, "adm": {"size": 5000, "shuffle_seed": None}}
     assert found["cmmd"].metrics[0].parameters == {"sigma": 10.0, "scale": 1000.0}
 
 
@@ -52,3 +52,17 @@ def test_the_nearest_is_named():
         protocols.protocol("cleanfid")
     with pytest.raises(TypeError):
         protocols.PROTOCOLS["mine"] = protocols.PROTOCOLS["edm"]
+
+
+def test_a_command_measures_what_the_protocol_has():
+    names = {
+        (command, name): [metric.name for metric in protocols.metrics(command, protocols.protocol(name))]
+        for command, name in (("fid", "adm"), ("kid", "tf-fid"), ("is", "adm"), ("prdc", "adm"), ("cmmd", "cmmd"))
+    }
+    assert names == {
+        ("fid", "adm"): ["FID", "sFID"], ("kid", "tf-fid"): ["KID", "KID (subsets)"], ("is", "adm"): ["IS"],
+        ("prdc", "adm"): ["precision, recall"], ("cmmd", "cmmd"): ["CMMD"],
+    }  # fmt: skip
+    assert all(protocols.metrics(command, None) for command in protocols.COMMANDS)
+    with pytest.raises(DiffAccelError, match=r"'edm' has FID, nothing for 'eval kid'. Protocols that have: tf-fid, cl"):
+        protocols.metrics("kid", protocols.protocol("edm"))
