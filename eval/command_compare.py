@@ -1,0 +1,113 @@
+"""``diffaccel eval compare``: runs of the same prompts and seeds against a baseline, as tables, a report and a gate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import console
+from diffaccel.errors import DiffAccelError
+
+if TYPE_CHECKING:
+    from diffaccel.eval.comparison import Comparison
+    from diffaccel.eval.gate import Gate
+
+GATE_FAILED = 5
+
+
+def _compare_parser() -> console.Parser:
+    parser = console.Parser(
+        prog="diffaccel eval compare",
+        description="Compare runs of the same prompts and seeds with a baseline.",
+        epilog="example:\n  diffaccel eval compare runs/base runs/dpm8 --other-seeds runs/base2 --report report"
+        ' --fail-if "ssim<0.8"',
+    )
+    add = parser.add_argument
+    add("baseline", metavar="BASE", help="folder of the baseline's run")
+    add("runs", nargs="+", metavar="RUN", help="folders of the runs to compare with it")
+    add("--other-seeds", metavar="RUN", help="the baseline drawn with other seeds: what chance alone does")
+    add("--extractor", action="append", metavar="NAME", help="network for distances of distributions (default: tiny)")
+    add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
+    add("--reference", metavar="PATH", help="images that distributions are compared with (default: the baseline's)")
+    add("--device", default="auto", help="where networks compute: cpu, cuda, cuda:1, mps (default: the best there is)")
+    add(
+        "--lpips",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure LPIPS-Alex too, with AlexNet's weights from FILE or the cache",
+    )
+    add("--timing", metavar="FILE", help="timing.json of turns on one machine")
+    add("--report", type=Path, metavar="DIR", help="write report.json, report.md and report.html here")
+    add("--fail-if", metavar="RULE", help='exit with 5 when it holds for a run, as in "ssim<0.8 or speedup<1.5"')
+    add("--json", action="store_true", help="print the report as one JSON object")
+    return parser
+
+
+def run_compare(argv: list[str]) -> int:
+    """``eval compare``; returns its exit status: 5 when the rule of ``--fail-if`` holds."""
+    options = _compare_parser().parse(argv)
+    from diffaccel import opening
+    from diffaccel.eval import gate as gates
+    from diffaccel.eval import report
+    from diffaccel.eval.comparison import compare_runs, fidelity
+    from diffaccel.eval.extractors import as_clip, extractor
+    from diffaccel.eval.images import open_source
+    from diffaccel.eval.report import text
+    from diffaccel.eval.runs import open_run
+
+    device = opening.pick_device(options.device)
+    gate = gates.parse(options.fail_if) if options.fail_if else None
+    timing = _timing(options.timing)
+    distances = list(fidelity.BUILT_IN)
+    if options.lpips is not None:
+        from diffaccel.eval.lpips import load
+
+        lpips = load(options.lpips or None)
+        distances.append(fidelity.Distance("lpips", "LPIPS-Alex", "lower", "", lpips))
+    comparison = compare_runs(
+        open_run(options.baseline), [open_run(path) for path in options.runs],
+        others=open_run(options.other_seeds) if options.other_seeds else None,
+        extractors=[extractor(name, device=device) for name in options.extractor or ["tiny"]],
+        clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
+        reference=open_source(options.reference) if options.reference else None,
+        distances=distances, timing=timing, progress=progress_of(options),
+    )  # fmt: skip
+    failed, said = _judge(gate, comparison)
+    command = ["diffaccel", "eval", "compare", *argv]
+    if options.report is not None:
+        made = report.write(comparison, options.report, command=command)
+    else:
+        made = comparison.to_dict() | {"command": command, "verdicts": text.verdicts(comparison)}
+    console.write_json(made) if options.json else console.write(text.markdown(comparison, made))
+    for sentence in said:
+        console.write_note(sentence)
+    return GATE_FAILED if failed else 0
+
+
+def _judge(gate: Gate | None, comparison: Comparison) -> tuple[bool, list[str]]:
+    """Whether the rule holds for a run, and what it found of each."""
+    failed, said = False, []
+    for run in comparison.runs if gate else ():
+        fails, sentences = gate.check(comparison.gate_values(run.name))  # type: ignore[union-attr]
+        failed |= fails
+        said += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in sentences]
+    return failed, said
+
+
+def _timing(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffAccelError(f"The timing file '{path}' cannot be read ({error}).") from error
+
+
+def progress_of(options: Any) -> Callable[[str], None]:
+    """Tells a terminal what is done now; nothing where results are for machines."""
+    shown = sys.stderr.isatty() and not options.json
+    return lambda text: console.write_note(text) if shown else None
