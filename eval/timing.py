@@ -6,8 +6,10 @@ bootstrap interval. A call is the whole pipeline call: text encoders, network, d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import diffaccel
@@ -19,6 +21,7 @@ from diffaccel.variants import Variant
 
 FORMAT = 1
 WARM_UP = 3
+Then = Callable[[list[Any], list[str | None]], None]  # must have finished when it returns, on a GPU as well
 
 
 def take_turns(
@@ -28,6 +31,7 @@ def take_turns(
     *,
     turns: int = 10,
     warm_up: int = WARM_UP,
+    then: Mapping[str, Then] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Time ``variants`` on an open pipeline; the first one is the baseline.
@@ -38,6 +42,7 @@ def take_turns(
         variants: two or more; methods are put on before a call and taken off after it, outside of its time.
         turns: timed calls of each.
         warm_up: calls of each before the first turn; the first of them is reported as ``first_call_seconds``.
+        then: by a variant's name, what else belongs to its call, given the pictures and prompts; its time is added.
         progress: told what is running.
 
     Returns:
@@ -62,7 +67,7 @@ def take_turns(
     for turn in range(-warm_up, turns):
         progress(f"warm-up {turn + warm_up + 1} of {warm_up}" if turn < 0 else f"turn {turn + 1} of {turns}")
         for variant in variants if turn % 2 else reversed(variants):
-            cost, joules = _call(pipe, variant.of(request))
+            cost, joules = one_call(pipe, variant.of(request), then.get(variant.name))
             entry = entries[variant.name]
             if turn < 0:
                 entry.setdefault("first_call_seconds", cost["seconds"])
@@ -84,14 +89,20 @@ def take_turns(
     }
 
 
-def _call(pipe: Any, request: Request) -> tuple[dict[str, Any], float | None]:
+def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dict[str, Any], float | None]:
+    """What the first chunk of a request cost on an open pipeline, its methods put on for it; and joules."""
     request = request.with_model_defaults()
     if request.methods:
         diffaccel.accelerate(pipe, *request.methods)
     try:
         call = requests.call_arguments(pipe, request)
         before = _joules(pipe.device)
-        _, cost, _ = sampling.generate_chunk(pipe, request.chunks()[0], call, requests.frame_rate(pipe, request))
+        chunk = request.chunks()[0]
+        made, cost, _ = sampling.generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
+        if then is not None:
+            start = time.perf_counter()
+            then(made, [item.prompt for item in chunk])
+            cost["seconds"] += time.perf_counter() - start
         after = _joules(pipe.device)
     finally:
         diffaccel.remove(pipe)
