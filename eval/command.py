@@ -6,7 +6,7 @@ from pathlib import Path
 
 from diffaccel import console, zoo
 from diffaccel.errors import unknown
-from diffaccel.eval import command_compare, command_sets
+from diffaccel.eval import command_compare, command_run, command_sets
 
 COMMANDS = {
     "run": "generate a set of pictures: prompts, seeds, one way to draw them; resumable",
