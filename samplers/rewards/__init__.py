@@ -7,31 +7,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.samplers.rewards import clip, compress
+from diffaccel.samplers.rewards import clip, compress, vqa
 from diffaccel.samplers.rewards.borrowed import published
+from diffaccel.samplers.rewards.callables import imported, of_callable
+from diffaccel.samplers.rewards.counting import counts
 from diffaccel.samplers.rewards.reward import Reward
 from diffaccel.samplers.rewards.sums import terms, weighted
 
-__all__ = ["KNOWN", "Reward", "resolve", "weighted"]
+__all__ = ["KNOWN", "Reward", "counts", "resolve", "weighted"]
 
 # name: from the text after its colon, a device and the model's name to a reward
 KNOWN: dict[str, Callable[[str, torch.device, str], Reward]] = {
     "clip": clip.reward,
     "compress": compress.reward,
-    **{
-        name: partial(lambda name, path, device, model: published(name, path, device), name)
-        for name in ("aesthetic", "hpsv2", "image-reward", "pickscore")
-    },
+    "vqa": vqa.reward,
+    **{name: partial(published, name) for name in ("aesthetic", "hpsv2", "image-reward", "pickscore")},
 }
-ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts")  # read from a callable
 
 
 def resolve(what: Any, *, device: torch.device | str, model: str = "") -> Reward:
@@ -54,35 +53,15 @@ def resolve(what: Any, *, device: torch.device | str, model: str = "") -> Reward
     if isinstance(what, str):
         where = torch.device(device)
         return weighted([(weight, _named(name, where, model)) for weight, name in terms(what)])
-    return _of_callable(what)
+    return of_callable(what)
 
 
 def _named(text: str, device: torch.device, model: str) -> Reward:
     name, _, argument = text.partition(":")
     if name == "py":
-        return _of_callable(_imported(text), text)
+        return of_callable(imported(text), text)
+    if name not in KNOWN and re.search(r"[+*]", name):
+        raise DiffAccelError(f"'{text}' is no reward. Write a sum with spaces around its signs: clip + 0.2*compress.")
     if name not in KNOWN:
         raise unknown("reward", text, (*KNOWN, "py:module:function"))
     return KNOWN[name](argument, device, model)
-
-
-def _of_callable(function: Any, name: str = "") -> Reward:
-    if not callable(function):
-        raise DiffAccelError(
-            f"A reward must be a name, or callable with images and prompts; got {type(function).__name__}."
-        )
-    given = {key: value for key in ATTRIBUTES if (value := getattr(function, key, None)) is not None}
-    if "device" in given:
-        given["device"] = torch.device(given["device"])
-    own = getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
-    return Reward(name=name or str(own), function=function, **given)
-
-
-def _imported(text: str) -> Any:
-    module, _, name = text.removeprefix("py:").partition(":")
-    if not module or not name:
-        raise DiffAccelError(f"'{text}' names no function. Write py:module:function, such as py:my_rewards:sharpness.")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DiffAccelError(f"The reward '{text}' cannot be imported ({error}). Is it on PYTHONPATH?") from error

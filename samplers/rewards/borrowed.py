@@ -17,6 +17,7 @@ LENDERS = {
     "scorer": "diffaccel.eval.scorers:scorer",
     "extractor": "diffaccel.eval.extractors:extractor",
     "clips": "diffaccel.eval.extractors:clips",
+    "find": "diffaccel.eval.weights:find",
 }
 NO_TEXT = ("aesthetic",)  # of the scorers: looks at the picture alone
 
@@ -27,13 +28,14 @@ def borrow(name: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def published(name: str, path: str, device: torch.device) -> Reward:
+def published(name: str, path: str, device: torch.device, model: str) -> Reward:
     """A published preference scorer of :mod:`diffaccel.eval.scorers` as a reward, on pictures rounded to 8 bits.
 
     Args:
         name: "aesthetic", "image-reward", "hpsv2" or "pickscore".
         path: of its weights; "" looks for them as :mod:`diffaccel.eval.weights` says.
         device: of its networks.
+        model: not used.
 
     Raises:
         MissingWeights: where they are not found.

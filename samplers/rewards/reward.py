@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.requests import first_line
 
 Function = Callable[[Tensor, list[str]], Any]
 Input = Literal["pixels", "latents", "video"]
@@ -99,7 +100,9 @@ class Reward:
         except DiffAccelError:
             raise
         except Exception as error:  # a function of the user's may raise anything
-            raise DiffAccelError(f"The reward '{self.name}' failed ({type(error).__name__}: {error}).") from error
+            raise DiffAccelError(
+                f"The reward '{self.name}' failed ({type(error).__name__}: {first_line(error, 300)})."
+            ) from error
         if scores.shape not in ((len(images),), (len(images), 1)) or scores.is_complex():
             raise DiffAccelError(
                 f"The reward '{self.name}' returned {scores.dtype} of shape {tuple(scores.shape)} for {len(images)} "

@@ -19,7 +19,8 @@ MAY_SEE: dict[str, tuple[str, ...]] = {
     "diffaccel.flow": (),
     "diffaccel.kernels": (),
     "diffaccel.samplers": SHARED,
-    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo"),  # which of its CLIPs may be a reward
+    # which of the zoo's CLIPs may be a reward; how messages shorten the errors of others (requests.first_line)
+    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo", "diffaccel.requests"),
     "diffaccel.quant": SHARED,
     "diffaccel.distill": SHARED,
 }

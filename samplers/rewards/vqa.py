@@ -1,0 +1,85 @@
+"""How sure a vision-language model is that a picture shows its prompt (VQAScore)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.requests import first_line
+from diffaccel.samplers.rewards.borrowed import borrow
+from diffaccel.samplers.rewards.reward import Reward
+
+QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
+ANSWER = "Yes"
+
+
+def reward(argument: str, device: torch.device, model: str) -> Reward:
+    """``P(first token of the answer = "Yes" | picture, question)`` in [0, 1], VQAScore (Lin et al., arXiv 2404.01291).
+
+    The question is put in the form of the model's chat template where it has one. Pictures are rounded to 8 bits; there
+    is no way back from the number to them for gradients.
+
+    Args:
+        argument: folder of an image-text-to-text model of transformers with its processor: LLaVA, Qwen-VL, BLIP-2, ...
+        device: of the network: as its checkpoint's dtype says, in float32 on a CPU.
+        model: not used.
+
+    Raises:
+        MissingWeights: for a folder without a model.
+        DiffAccelError: for one that cannot be loaded, and a tokenizer without a token "Yes".
+    """
+    if not argument:
+        raise DiffAccelError("The reward 'vqa' names no model. Write vqa:/folder, of one that transformers loads.")
+    folder = borrow("find")("config.json", argument, flag="vqa:/folder").parent
+    processor, network = _load(folder, device)
+    tokenizer: Any = processor.tokenizer
+    tokenizer.padding_side = "left"  # the answer begins where the question ends
+    yes = tokenizer.encode(ANSWER, add_special_tokens=False)
+    if len(yes) != 1 or yes[0] == tokenizer.unk_token_id:
+        raise DiffAccelError(
+            f"The tokenizer of '{folder}' has no token '{ANSWER}' (it reads {yes}), so the probability of that answer "
+            "is not one number. Take another model."
+        )
+
+    def asked(prompt: str) -> str:
+        text = QUESTION.format(prompt)
+        if not getattr(processor, "chat_template", None):
+            return text
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def sure(images: Tensor, prompts: list[str]) -> Tensor:
+        from torchvision.transforms.functional import to_pil_image
+
+        pictures = [to_pil_image(image) for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)]
+        texts = [asked(prompt) for prompt in prompts]
+        inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt").to(device, network.dtype)
+        with torch.no_grad():  # one token by generate, which knows where an encoder-decoder begins its answer
+            answer = network.generate(
+                **inputs, max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return answer.logits[0].double().softmax(-1)[:, yes[0]]
+
+    return Reward(name=f"vqa:{argument}", function=sure, batch_size=8, needs_prompts=True)
+
+
+def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    dtype: Any = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        network = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    except Exception as error:  # of many kinds
+        raise DiffAccelError(
+            f"'{folder}' cannot be loaded as an image-text-to-text model of transformers ({first_line(error)}). Give "
+            "the folder of one with its processor, as save_pretrained writes both."
+        ) from error
+    if not hasattr(processor, "tokenizer"):
+        raise DiffAccelError(f"'{folder}' has no processor for images and texts; save the model's processor there.")
+    return processor, network.eval().requires_grad_(False).to(device)
