@@ -17,7 +17,7 @@ from diffaccel.eval import subjects
 from diffaccel.eval.comparison import Comparison, compare_runs
 from diffaccel.eval.extractors import as_clip, extractor
 from diffaccel.eval.images import open_source
-from diffaccel.eval.runs import Run, first_pictures, open_run
+from diffaccel.eval.runs import Run, open_run
 from diffaccel.eval.sides import Side, is_pipeline, side
 from diffaccel.eval.timing import take_turns
 from diffaccel.requests import Request
@@ -124,16 +124,13 @@ def measured(
     device: str = "auto",
     **more: Any,
 ) -> Comparison:
-    """:func:`diffaccel.eval.comparison.compare_runs` with networks by their names, on the first pictures of all."""
+    """:func:`diffaccel.eval.comparison.compare_runs` with networks by their names."""
     chosen = opening.pick_device(device)
-    baseline, kept, others, warnings = first_pictures(baseline, runs, others)
-    found = compare_runs(
-        baseline, kept, others=others, extractors=[extractor(name, device=chosen) for name in extractors],
+    return compare_runs(
+        baseline, runs, others=others, extractors=[extractor(name, device=chosen) for name in extractors],
         clips=[as_clip(extractor(name, device=chosen)) for name in clips],
         reference=None if reference is None else open_source(reference), **more,
     )  # fmt: skip
-    found.warnings[:0] = warnings
-    return found
 
 
 def named(sides: Sequence[Run | Side]) -> list[Run | Side]:

@@ -16,7 +16,7 @@ from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Pairs, Run, pair, pair_prompts, same_noise
+from diffaccel.eval.runs import Pairs, Run, first_pictures, pair, pair_prompts, same_noise
 
 FORMAT = 1
 
@@ -102,7 +102,7 @@ def compare_runs(
     timing: dict[str, Any] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Measure every run against the baseline.
+    """Measure every run against the baseline, on the first pictures where one of them stopped early.
 
     Args:
         baseline: what the others are compared with.
@@ -123,8 +123,9 @@ def compare_runs(
         raise DiffAccelError("There is no run to compare with the baseline. Give at least one.")
     if len(set(names)) < len(names):
         raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
+    baseline, runs, others, said = first_pictures(baseline, runs, others)
     pairs = {run.name: pair(baseline, run) for run in runs}
-    warnings = _warnings(baseline, runs, pairs)
+    warnings = said + _warnings(baseline, runs, pairs)
     found = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
     floors = _floors(baseline, others, distances)
     for run in runs:
