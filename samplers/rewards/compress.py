@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
@@ -29,11 +33,14 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
     quality = int(argument or QUALITY)
 
     def kilobytes(images: Tensor, prompts: list[str]) -> Tensor:
-        from torchvision.io import encode_jpeg
-
-        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        sizes = [encode_jpeg(image.contiguous(), quality=quality).numel() for image in pixels]
-        return torch.tensor(sizes, dtype=torch.float64) / -1000
+        pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+        return torch.tensor([_size(picture.numpy(), quality) for picture in pixels], dtype=torch.float64) / -1000
 
     name = f"compress:{argument}" if argument else "compress"
     return Reward(name=name, function=kilobytes, device=torch.device("cpu"))
+
+
+def _size(picture: np.ndarray, quality: int) -> int:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return file.tell()
