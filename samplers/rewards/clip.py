@@ -75,13 +75,17 @@ def default(model: str) -> str:
 
 
 def preprocessing(network: Any) -> Callable[[Tensor], Tensor]:
-    """What the network's ``preprocess_cfg`` says, in torch: from ``(b, 3, H, W)`` in [0, 1] to its input."""
+    """What the network's ``preprocess_cfg`` says, in torch: from ``(b, 3, H, W)`` in [0, 1] to its input.
+
+    Within a level of 255 of what open_clip makes by Pillow of smooth pictures; Pillow also rounds between its passes.
+    """
     import open_clip
     from open_clip.transform import PreprocessCfg
 
     config = PreprocessCfg(**open_clip.get_model_preprocess_cfg(network))
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
-    mode = "bilinear" if config.interpolation == "bilinear" else "bicubic"
+    always_bicubic = config.resize_mode == "shortest" and height != width  # in open_clip, whatever the config says
+    mode = "bilinear" if config.interpolation == "bilinear" and not always_bicubic else "bicubic"
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
 
     def prepare(images: Tensor) -> Tensor:
