@@ -172,7 +172,7 @@ def _type_name(hint: Any) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return str(field.default)
+        return str(field.default) or '""'
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
     return "required"

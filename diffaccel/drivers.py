@@ -15,7 +15,7 @@ from diffaccel.callbacks import Callback
 from diffaccel.config import State
 from diffaccel.errors import DiffAccelError
 from diffaccel.picked import Picked, rows_of
-from diffaccel.session import Advance, Decode, Eval, Pred, Sampling, Session, Step, bcast
+from diffaccel.session import Advance, Decode, Eval, Pred, Progress, Sampling, Session, Step, bcast
 
 
 @dataclass
@@ -97,6 +97,10 @@ class Native:
                             sampling.close()
                             result = reply
                             break
+                    elif isinstance(event, Progress):
+                        bar.total, bar.n = event.total, event.done
+                        bar.refresh()
+                        reply = bool(getattr(session.pipe, "_interrupt", False))
                     elif isinstance(event, Decode):
                         reply = self._decode(event)
                     elif isinstance(event, Eval):

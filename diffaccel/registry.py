@@ -17,6 +17,12 @@ METHODS = {
     "heun": "diffaccel.samplers.heun:Heun",
     "dpmpp2m": "diffaccel.samplers.dpmpp2m:DPMpp2M",
     "ancestral": "diffaccel.samplers.ancestral:Ancestral",
+    "rbf": "diffaccel.samplers.rbf:RBF",
+    "bon": "diffaccel.samplers.bon:BoN",
+    "smc": "diffaccel.samplers.smc:SMC",
+    "svdd": "diffaccel.samplers.svdd:SVDD",
+    "code": "diffaccel.samplers.code:CoDe",
+    "sop": "diffaccel.samplers.sop:SoP",
     "scheduler": "diffaccel.samplers.scheduler:Scheduler",
 }
 PLUGINS = "diffaccel.plugins"

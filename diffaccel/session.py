@@ -15,9 +15,11 @@ It never sees a pipeline, a network or a scheduler. All latents are spatial, ``(
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -103,7 +105,15 @@ class Pred:
         return self.path.eps(self.x, self.v, self.sigma)
 
 
-Event = Eval | list[Eval] | Decode | Advance | Step
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """So many of so many predictions are done, where they are not the steps; the reply is whether the user stops."""
+
+    done: int
+    total: int
+
+
+Event = Eval | list[Eval] | Decode | Advance | Step | Progress
 Sampling = Generator[Event, Any, Tensor]
 
 
@@ -133,6 +143,9 @@ class Session:
         dtype: the dtype in which the pipeline itself keeps its latents.
         height, width: of the picture, in pixels.
         stock_levels: whether noise levels lie where the scheduler keeps them, for equality to the bit.
+        folder: where a sampler may leave files beside the pictures; None where the caller keeps none.
+        shared: whether all processes of the launch make this one call together.
+        report: what a sampler wants to be known about the run, JSON-ready.
     """
 
     pipe: Any
@@ -149,6 +162,9 @@ class Session:
     generator: torch.Generator | list[torch.Generator] | None
     reopen: Callable[..., Session]
     stock_levels: bool = False
+    folder: FilePath | None = None
+    shared: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
 
     @property
@@ -187,6 +203,25 @@ class Session:
     @property
     def device(self) -> torch.device:
         return self.latents.device
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of every row; "" where the call was given embeddings, or draws without any."""
+        given = self.conds[0].arguments.get("prompt")
+        texts = [given] if isinstance(given, str) else list(given or [""])
+        each = len(self.x) // len(texts)
+        return [text or "" for text in texts for _ in range(each)]
+
+    def decoder(self, device: torch.device | str | None = None) -> Callable[[Tensor], Tensor]:
+        """A function from clean latents ``(R, C, H, W)`` to pixels in [-1, 1], that any thread may call.
+
+        Args:
+            device: where it decodes, with a copy of the decoder if that is not the pipeline's own.
+        """
+        family, arguments = self.family, self.conds[0].arguments
+        where = self.device if device is None else torch.device(device)
+        pipe = self.pipe if where == self.device else _with_decoder_on(self.pipe, where)
+        return lambda x0: family.decode(pipe, x0.to(where), arguments)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of the shape of ``x``, from the caller's generator: row i from its own where a list was
@@ -237,6 +272,21 @@ class Session:
             )
         self.conds.append(other.conds[0])
         return len(self.conds) - 1
+
+
+def _with_decoder_on(pipe: Any, device: torch.device) -> Any:
+    """The pipeline as decoding sees it, its decoder copied to another device."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return pipe
+
+    class Decoding:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipe, name)
+
+    view: Any = Decoding()
+    view.vae = copy.deepcopy(vae).to(device)
+    return view
 
 
 def bcast(sigma: Tensor, x: Tensor) -> Tensor:

@@ -4,9 +4,15 @@ if "." not in __name__:
     raise ImportError("'samplers' is a folder of diffaccel: import diffaccel.samplers instead")
 
 from diffaccel.samplers.ancestral import Ancestral
+from diffaccel.samplers.bon import BoN
+from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.euler import Euler
 from diffaccel.samplers.heun import Heun
+from diffaccel.samplers.rbf import RBF
 from diffaccel.samplers.scheduler import Scheduler
+from diffaccel.samplers.smc import SMC
+from diffaccel.samplers.sop import SoP
+from diffaccel.samplers.svdd import SVDD
 
-__all__ = ["Ancestral", "DPMpp2M", "Euler", "Heun", "Scheduler"]
+__all__ = ["RBF", "SMC", "SVDD", "Ancestral", "BoN", "CoDe", "DPMpp2M", "Euler", "Heun", "Scheduler", "SoP"]

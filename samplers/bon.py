@@ -1,0 +1,55 @@
+"""Best of N: independent samples, and the one with the highest reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.search.config import SearchConfig
+from diffaccel.samplers.search.particles import Particle
+from diffaccel.samplers.search.task import Chain, Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoN(SearchConfig):
+    """Best of N: ``argmax_i r(x_i)`` over ``N = floor(budget / steps)`` samples of the call's own deterministic walk.
+
+    The baseline of every search (random search in arXiv 2501.09732). The first sample is that of the call without a
+    search, so the result is never worse by the reward. Latents ``(B, C, H, W)``.
+
+    Args:
+        wave: samples of a picture that are drawn side by side; it bounds memory and changes nothing else.
+    """
+
+    name: ClassVar[str] = "bon"
+    paper: ClassVar[str] = (
+        "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv 2501.09732"
+    )
+
+    wave: int = 16
+
+    def validate(self) -> None:
+        super().validate()
+        self.at_least(wave=1)
+
+    def chains(self, search: Search) -> list[Chain]:
+        steps = search.plan.stages
+        if search.budget < steps:
+            raise DiffAccelError(
+                f"BoN: a budget of {search.budget} NFE is less than one sample of {steps} steps. Raise budget."
+            )
+        return [bon(search, search.budget // steps, self.wave)]
+
+
+def bon(search: Search, count: int, wave: int) -> Chain:
+    """Draw ``count`` samples, some at a time, and keep the best of them."""
+    kept: list[Particle] = []
+    for begin in range(0, count, wave):
+        states = yield [search.start(i, score=False) for i in range(begin, min(begin + wave, count))]
+        for _ in range(search.plan.stages - 1):
+            states = yield [search.walk(state) for state in states]
+        kept += yield from search.finish(states)
+        search.note(samples=begin + len(states))
+        kept = search.ranked(kept)
+    return kept

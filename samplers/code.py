@@ -1,0 +1,59 @@
+"""Blockwise best of N: trajectories run apart for some levels, then the best one is copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from diffaccel.samplers.search.config import PathSearchConfig
+from diffaccel.samplers.search.task import Chain, Search
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoDe(PathSearchConfig):
+    """CoDe, blockwise control for denoising (Singh et al., arXiv 2502.00968).
+
+    Each chain runs ``K = floor((budget - tail) / (particles stages))`` trajectories side by side, and at every
+    ``block``-th level all go on from the one with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
+
+    Args:
+        particles: chains of a picture.
+        block: levels between two selections; with 1 it is SVDD at temperature 0.
+    """
+
+    name: ClassVar[str] = "code"
+    paper: ClassVar[str] = "CoDe: Blockwise Control for Denoising Diffusion Models, arXiv 2502.00968"
+
+    particles: int = 2
+    block: int = 2
+
+    def validate(self) -> None:
+        super().validate()
+        self.at_least(particles=1, block=1)
+
+    def chains(self, search: Search) -> list[Chain]:
+        plan, n = search.plan, self.particles
+        self.check(
+            search, n * (plan.stages + plan.tail_nfe),
+            f"{n} chains of {plan.stages} levels and {plan.tail_nfe} steps of the tail",
+        )  # fmt: skip
+        trajectories = (search.budget - n * plan.tail_nfe) // (n * plan.stages)
+        return [code(search, chain, trajectories, self.block) for chain in range(n)]
+
+
+def code(search: Search, chain: int, trajectories: int, block: int) -> Chain:
+    """One chain: at the end of every block, and at the last level, all go on from the best."""
+    last = search.plan.stages - 1
+
+    def selects(stage: int) -> bool:
+        return stage == last or (stage + 1) % block == 0
+
+    states = yield [search.start(chain, i, score=selects(0)) for i in range(trajectories)]
+    for stage in range(last + 1):
+        if selects(stage):
+            best = max(states, key=lambda p: p.reward)
+            search.note(chain=chain, stage=stage, tried=trajectories, reward=best.reward)
+            states = [best] * trajectories
+        if stage < last:
+            states = yield [search.propose(state, i, score=selects(stage + 1)) for i, state in enumerate(states)]
+    return (yield from search.finish(states[:1]))

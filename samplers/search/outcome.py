@@ -1,0 +1,90 @@
+"""What a search leaves: its trace as JSON, a plot of reward against NFE, and the samples beside the best."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from diffaccel.samplers.search.judge import Judge
+from diffaccel.samplers.search.particles import Particle
+from diffaccel.samplers.search.plan import Plan
+from diffaccel.samplers.search.task import Search
+
+if TYPE_CHECKING:
+    from diffaccel.samplers.search.config import SearchConfig
+
+FORMAT = 1
+
+
+def report(config: SearchConfig, plan: Plan, searches: Sequence[Search], *, interrupted: bool) -> dict[str, Any]:
+    """JSON-ready: the method, its levels, and for each picture the rewards, what it cost and every decision."""
+    return {
+        "format": FORMAT,
+        "method": config.to_dict(),
+        "sigmas": list(plan.sigmas),
+        "final_sample_kind": plan.kind,
+        "interrupted": interrupted,
+        "pictures": [
+            {
+                "prompt": search.prompt,
+                "seed": search.seed,
+                "reward": None if search.best is None else (search.samples or [search.best])[0].reward,
+                "rewards": [sample.reward for sample in search.samples],
+                "climb": [{"nfe": nfe, "reward": reward, "sample": end} for nfe, reward, end in search.climb],
+                "decisions": search.log,
+                **search.ledger.to_dict(),
+            }
+            for search in searches
+        ],
+    }
+
+
+def write(
+    folder: Path, found: dict[str, Any], judge: Judge, kept: Sequence[tuple[Search, Particle]], x0: Tensor
+) -> None:
+    """``trace.json``, ``reward.png`` and the kept samples, each beside its name first and renamed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _whole(folder / "trace.json", lambda path: path.write_text(json.dumps(found, indent=1), encoding="utf-8"))
+    _whole(folder / "reward.png", lambda path: plot(found, path))
+    place: dict[int, int] = {}
+    for (search, sample), latents in zip(kept, x0, strict=True):
+        place[search.row] = place.get(search.row, -1) + 1
+        pixels = judge.pixels(latents[None])[0]
+        picture = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels  # of a clip, its middle
+        name = f"{search.row:03d}-{place[search.row]}_{sample.reward:.4g}.png"
+        _whole(folder / name, lambda path, picture=picture: _save(picture, path))
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """The highest reward so far against NFE, a line a picture; a dot is the sample that came of it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for picture in found["pictures"]:
+        climb = [step for step in picture["climb"] if not step["sample"]]
+        line = axes.step([s["nfe"] for s in climb], [s["reward"] for s in climb], where="post", linewidth=1)
+        color = line[0].get_color()
+        if picture["reward"] is not None:
+            axes.plot([picture["nfe"]], [picture["reward"]], "o", color=color, markersize=4)
+    axes.set_xlabel("NFE")
+    axes.set_ylabel(f"highest reward so far ({found['method']['reward']})")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _save(picture: Tensor, path: Path) -> None:
+    from torchvision.utils import save_image
+
+    save_image(picture.cpu(), path, format="png")
+
+
+def _whole(path: Path, make: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    make(part)
+    os.replace(part, path)
