@@ -37,7 +37,8 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
     folder = borrow("find")("config.json", argument, flag="vqa:/folder").parent
     processor, network = _load(folder, device)
     tokenizer: Any = processor.tokenizer
-    tokenizer.padding_side = "left"  # the answer begins where the question ends
+    # An answer goes on where its question ends, so padding comes before; an encoder would see the picture farther away.
+    tokenizer.padding_side = "right" if network.config.is_encoder_decoder else "left"
     yes = tokenizer.encode(ANSWER, add_special_tokens=False)
     if len(yes) != 1 or yes[0] == tokenizer.unk_token_id:
         raise DiffAccelError(
