@@ -20,12 +20,17 @@ _KEY = "_diffaccel"
 
 @dataclass
 class Active:
-    """What is active on one pipeline: the methods in the order they were applied, and the last run's cost."""
+    """What is active on one pipeline: the methods in the order they were applied, and the last run's cost.
+
+    ``folder`` and ``shared`` are the next call's: where it may leave files, and whether all processes make it together.
+    """
 
     original_class: type
     configs: list[Any] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
     stats: Any = None
+    folder: Path | None = None
+    shared: bool = False
 
     @property
     def loop(self) -> SamplerConfig | None:
@@ -214,7 +219,9 @@ def _wrap_call(pipe: Any, state: Active) -> None:
         current = active(self)
         if current is None or current.loop is None:
             return stock(self, *args, **kwargs)
-        result, current.stats = generate(self, current.loop, stock, args, kwargs)
+        result, current.stats = generate(
+            self, current.loop, stock, args, kwargs, folder=current.folder, shared=current.shared
+        )
         return result
 
     __call__.stock_call = stock  # type: ignore[attr-defined]

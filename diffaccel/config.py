@@ -119,6 +119,7 @@ class SamplerConfig(Config):
 
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
+    searches: ClassVar[bool] = False  # one call may keep many processes busy, and leaves files of its own
 
     state: State = "float32"
     max_batch: int = 0

@@ -28,6 +28,7 @@ class Stats:
         calls: network calls.
         seconds: wall time of the loop.
         peak_memory: bytes of device memory at the highest, 0 on a CPU.
+        report: what the sampler tells of the run, JSON-ready.
     """
 
     nfe: int = 0
@@ -38,6 +39,7 @@ class Stats:
     seconds: float = 0.0
     peak_memory: int = 0
     nfe_by_resolution: dict[str, int] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For records."""
@@ -112,7 +114,7 @@ class Native:
         if cuda:
             torch.cuda.synchronize(session.device)
             self.stats.peak_memory = torch.cuda.max_memory_allocated(session.device)
-        self.stats.seconds = time.perf_counter() - start
+        self.stats.seconds, self.stats.report = time.perf_counter() - start, session.report
         return self.native_latents(result)
 
     # -- predictions -----------------------------------------------------------------------------------------------

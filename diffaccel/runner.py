@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +26,19 @@ logger = logging.getLogger(__name__)
 
 
 def generate(
-    pipe: Any, config: SamplerConfig, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    folder: Path | None = None,
+    shared: bool = False,
 ) -> tuple[Any, Stats]:
-    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost."""
+    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost.
+
+    ``folder`` is where a sampler may leave files; ``shared``: all processes of the launch make this one call together.
+    """
     family = find(pipe)
     arguments = arguments_of(call, pipe, args, kwargs)
     memo = TextMemo()
@@ -45,7 +56,7 @@ def generate(
     def on_first_step(record: Record) -> torch.Tensor:
         prepared = {**arguments, "generator": start}
         session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
-        session.stock_levels = config.state == "stock"
+        session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
         driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
         latents = driver.run(config.sample(session))  # in the pipeline's own coordinates
         nonlocal interrupted

@@ -38,6 +38,8 @@ class SearchConfig(SamplerConfig):
         shared: all processes of an ``accelerate launch`` work on the same call.
     """
 
+    searches: ClassVar[bool] = True
+
     reward: Any = "clip"
     budget: int = 200
     guide: float = 0.0
