@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 KIND = "sample"
 OUT = "out"
+SEARCH = "search"  # folder of a run where searches leave their traces, one for each call
 GO_ON = "go on"  # the verdict of a look that proves nothing yet
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
 
@@ -162,13 +163,33 @@ def _make(
 ) -> None:
     """This process's share of some chunks; all of them are there when it returns."""
     with _failures(request, folder, folder.abandon if world.size == 1 else None):
-        for number in numbers[world.rank :: world.size]:
+        together = _together(pipe, world, len(numbers))
+        for number in numbers if together else numbers[world.rank :: world.size]:
             chunk = folder.chunks[number]
+            _place_search(pipe, folder.path / SEARCH / f"{number:05d}", together)
             images, cost, measured = generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
             latents = measured.latents if request.latents else None
-            folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
+            if world.rank == 0 or not together:
+                folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
             bar.update(len(images))
     world.wait()
+
+
+def _together(pipe: Any, world: World, calls: int) -> bool:
+    """Whether the processes share each call: those of a search that are fewer than the processes."""
+    from diffaccel.compose import active
+
+    state = active(pipe)
+    return state is not None and state.loop is not None and state.loop.searches and calls < world.size
+
+
+def _place_search(pipe: Any, path: Path, together: bool) -> None:
+    """Where a search leaves its trace, and whether the processes share it."""
+    from diffaccel.compose import active
+
+    state = active(pipe)
+    if state is not None and state.loop is not None and state.loop.searches:
+        state.folder, state.shared = path, together
 
 
 def _result(folder: RunFolder, world: World) -> dict[str, Any]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from diffaccel.samplers.search.particles import Key
+
+THREADS, EACH = 8, 2**18  # at most so many threads draw, each at least so many numbers
 
 
 def seed_of(seed: int, key: Key) -> int:
@@ -24,12 +28,20 @@ def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) 
     They are drawn on the CPU, so that every device gets the same, and sent together.
     """
     keys = list(keys)
-    pinned = like.device.type == "cuda"
-    rows = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=pinned)
-    generator = torch.Generator()
-    for row, (seed, key) in zip(rows, keys, strict=True):
-        generator.manual_seed(seed_of(seed, key))
-        torch.randn(tuple(shape), generator=generator, out=row)
+    rows = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=like.device.type == "cuda")
+
+    def draw(begin: int, end: int) -> None:
+        generator = torch.Generator()
+        for row, (seed, key) in zip(rows[begin:end], keys[begin:end], strict=True):
+            torch.randn(tuple(shape), generator=generator.manual_seed(seed_of(seed, key)), out=row)
+
+    workers = min(THREADS, os.cpu_count() or 1, rows.numel() // EACH)
+    if workers < 2:
+        draw(0, len(keys))
+    else:
+        cuts = [len(keys) * i // workers for i in range(workers + 1)]
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(draw, cuts, cuts[1:]))
     return rows.to(like.device, like.dtype, non_blocking=True)
 
 
