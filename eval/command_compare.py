@@ -30,8 +30,16 @@ def _compare_parser() -> console.Parser:
     add("runs", nargs="+", metavar="RUN", help="folders of the runs to compare with it")
     add("--other-seeds", metavar="RUN", help="the baseline drawn with other seeds: what chance alone does")
     add("--extractor", action="append", metavar="NAME", help="network for distances of distributions (default: tiny)")
+    add("--protocol", metavar="NAME", help="published preprocessing of the extractors, such as cmmd")
     add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
+    add(
+        "--scorer",
+        action="append",
+        metavar="NAME[:FILE]",
+        help="what people would like better: hpsv2, pickscore, aesthetic, image-reward, or py:module:function",
+    )
     add("--reference", metavar="PATH", help="images that distributions are compared with (default: the baseline's)")
+    add("--prompts", metavar="FILE", help="names the category of every prompt (default: looked up in packaged sets)")
     add("--device", default="auto", help="where networks compute: cpu, cuda, cuda:1, mps (default: the best there is)")
     add(
         "--lpips",
@@ -39,6 +47,15 @@ def _compare_parser() -> console.Parser:
         const="",
         metavar="FILE",
         help="measure LPIPS-Alex too, with AlexNet's weights from FILE or the cache",
+    )
+    add("--fvd", metavar="NAME", help="network of videos: torchscript:/path or py:module:function")
+    add("--clip-frames", type=int, default=16, metavar="N", help="frames that it sees of every video (default 16)")
+    add("--clip-stride", type=int, default=1, metavar="N", help="from one of them to the next (default 1)")
+    add("--clip-size", type=int, metavar="PX", help="their height and width (default: as they are)")
+    add(
+        "--allow-mixed-n",
+        action="store_true",
+        help="compare runs of different pictures: pairs on what they share, distributions on all",
     )
     add("--timing", metavar="FILE", help="timing.json of turns on one machine")
     add("--report", type=Path, metavar="DIR", help="write report.json, report.md and report.html here")
@@ -53,11 +70,12 @@ def run_compare(argv: list[str]) -> int:
     from diffaccel import opening
     from diffaccel.eval import gate as gates
     from diffaccel.eval import report
-    from diffaccel.eval.comparison import compare_runs, fidelity
+    from diffaccel.eval.comparison import compare_runs, fidelity, networks
     from diffaccel.eval.extractors import as_clip, extractor
     from diffaccel.eval.images import open_source
     from diffaccel.eval.report import text
     from diffaccel.eval.runs import open_run
+    from diffaccel.eval.video import Sampling
 
     device = opening.pick_device(options.device)
     gate = gates.parse(options.fail_if) if options.fail_if else None
@@ -66,15 +84,21 @@ def run_compare(argv: list[str]) -> int:
     if options.lpips is not None:
         from diffaccel.eval.lpips import load
 
-        lpips = load(options.lpips or None)
-        distances.append(fidelity.Distance("lpips", "LPIPS-Alex", "lower", "", lpips))
+        lpips = load(options.lpips or None, device=device)
+        detail = {"weights_sha256": lpips.weights_sha256}
+        distances.append(fidelity.Distance("lpips", "LPIPS-Alex", "lower", "", lpips, detail))
+    baseline = open_run(options.baseline)
+    named = options.extractor or ([] if baseline.is_video else ["tiny"])
+    sampling = Sampling(frames=options.clip_frames, stride=options.clip_stride, resolution=options.clip_size)
     comparison = compare_runs(
-        open_run(options.baseline), [open_run(path) for path in options.runs],
+        baseline, [open_run(path) for path in options.runs],
         others=open_run(options.other_seeds) if options.other_seeds else None,
-        extractors=[extractor(name, device=device) for name in options.extractor or ["tiny"]],
+        extractors=[extractor(name, device=device, protocol=options.protocol) for name in named],
         clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
-        reference=open_source(options.reference) if options.reference else None,
-        distances=distances, timing=timing, progress=progress_of(options),
+        scorers=[networks.scorer(name, device) for name in options.scorer or ()],
+        video=networks.of_videos(options.fvd, sampling, device) if options.fvd else None,
+        reference=open_source(options.reference) if options.reference else None, prompts=options.prompts,
+        distances=distances, timing=timing, allow_mixed_n=options.allow_mixed_n, progress=progress_of(options),
     )  # fmt: skip
     failed, said = _judge(gate, comparison)
     command = ["diffaccel", "eval", "compare", *argv]

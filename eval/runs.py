@@ -17,8 +17,9 @@ from torch import Tensor
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import images
+from diffaccel.eval.video_files import read_video
 
-RECORD, KIND = "run.json", "sample"
+RECORD, KIND, VIDEO = "run.json", "sample", ".mp4"
 Pairs = list[tuple[int, int]]  # positions of pictures that belong together, in two runs
 
 
@@ -64,6 +65,15 @@ class Run:
         found = [picture.prompt for picture in self.pictures]
         return None if None in found else [str(prompt) for prompt in found]
 
+    @property
+    def is_video(self) -> bool:
+        """Whether its pictures are videos."""
+        return self.pictures[0].file.suffix == VIDEO
+
+    def video(self, index: int) -> Tensor:
+        """Frames of one video, uint8 (T, 3, H, W)."""
+        return read_video(self.pictures[index].file)
+
     @cached_property
     def source(self) -> images.Source:
         """The images of the folder, by their ids."""
@@ -79,16 +89,19 @@ class Run:
 
 
 def open_run(path: str | Path) -> Run:
-    """The run in a folder made by diffaccel, or any folder of images, under the folder's name.
+    """The run in a folder made by diffaccel, or any folder of images or of ``.mp4`` videos, under the folder's name.
 
     Raises:
-        DiffAccelError: for a folder that is not there, holds no image, or an unfinished run.
+        DiffAccelError: for a folder that is not there, holds neither, or holds an unfinished run.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
     made = record.read(folder / RECORD, KIND)
     name = folder.resolve().name
+    videos = {} if made else {file.stem: file.name for file in sorted(folder.glob(f"*{VIDEO}"))}
+    if videos:
+        return Run(name, folder, tuple(Picture(id=stem, file=folder / file) for stem, file in videos.items()))
     if made is None:
         files = images.open_source(folder).files
         return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
@@ -101,10 +114,8 @@ def of_record(folder: Path, made: dict[str, Any]) -> Run:
     """The pictures that a record lists, under the folder's name.
 
     Raises:
-        DiffAccelError: for videos, and for a picture that is not there.
+        DiffAccelError: for a picture or a video that is not there.
     """
-    if made["images"][0]["file"].endswith(".mp4"):
-        raise DiffAccelError(f"'{folder}' holds videos, and these metrics are of images. See diffaccel.eval.video.")
     pictures = []
     for entry in made["images"]:
         file = folder / entry["file"]
@@ -115,20 +126,28 @@ def of_record(folder: Path, made: dict[str, Any]) -> Run:
     return Run(folder.resolve().name, folder, tuple(pictures), made)
 
 
-def pair(baseline: Run, run: Run) -> Pairs:
+def pair(baseline: Run, run: Run, *, partial: bool = False) -> Pairs:
     """Positions of the pictures that belong together: the same prompt and seed, or the same file name.
 
+    Args:
+        baseline, run: two runs.
+        partial: leave out pictures that only one of them has.
+
     Raises:
-        DiffAccelError: when one of the runs has a picture that the other lacks, naming the first.
+        DiffAccelError: when one of the runs has a picture that the other lacks, naming the first; where ``partial``,
+            only when no picture is in both.
     """
     place = {picture.key: i for i, picture in enumerate(run.pictures)}
     missing = [picture for picture in baseline.pictures if picture.key not in place]
+    if partial and len(missing) < len(baseline):
+        return [(i, place[picture.key]) for i, picture in enumerate(baseline.pictures) if picture.key in place]
     if missing or len(place) != len(baseline):
         extra = len(place) - (len(baseline) - len(missing))
         example = f", such as {_describe(missing[0])}" if missing else ""
         raise DiffAccelError(
             f"'{run.name}' is not paired with '{baseline.name}': {len(missing)} of {len(baseline)} pictures of the "
-            f"baseline are missing in it{example}, and {extra} are in it alone. Make both alike in prompts and seeds."
+            f"baseline are missing in it{example}, and {extra} are in it alone. Make both alike in prompts and seeds"
+            f"{'' if partial else ', or compare what they share with --allow-mixed-n'}."
         )
     return [(i, place[picture.key]) for i, picture in enumerate(baseline.pictures)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +12,25 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import alignment, cost, distribution, fidelity
+from diffaccel.eval.comparison import (
+    alignment,
+    categories,
+    checks,
+    cost,
+    distribution,
+    fidelity,
+    nearest,
+    scored,
+    similarity,
+    videos,
+)
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Pairs, Run, first_pictures, pair, pair_prompts, same_noise
+from diffaccel.eval.runs import Pairs, Run, first_pictures, pair, pair_prompts
+from diffaccel.eval.scorers import Scorer
 
 FORMAT = 1
 
@@ -29,7 +43,8 @@ class Comparison:
         baseline, runs: the pictures.
         pairs: by run, which of its pictures belongs to which of the baseline.
         rows: every metric of every run.
-        values: by metric and run, a number a pair in the baseline's order.
+        values: by a row's key and run, a number a pair, in the order of ``pairs``; of scores the baseline's too.
+        curves: by a row's key and run, the mean over videos of every frame.
         warnings: what a reader must know.
         sections: tables beside the metrics, in the report's order.
     """
@@ -39,6 +54,7 @@ class Comparison:
     pairs: dict[str, Pairs]
     rows: list[Row]
     values: dict[str, dict[str, Tensor]]
+    curves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
 
@@ -46,10 +62,25 @@ class Comparison:
         """One row."""
         return next((row for row in self.rows if (row.metric, row.run) == (metric, run)), None)
 
+    def add(self, rows: Sequence[Row], values: dict[str, Tensor]) -> None:
+        """Rows of one metric, and its number of every pair by run."""
+        self.rows += rows
+        self.values[rows[0].key] = values
+
+    def of_pairs(self, row: Row) -> Tensor | None:
+        """The row's number of every pair, in the order of ``pairs``; None where there are none."""
+        return self.values.get(row.key, {}).get(row.run)
+
+    def units(self, run: str) -> list[Any]:
+        """What intervals draw, a label a pair of a run: its prompt, or the pair itself where there are no prompts."""
+        return scored.units(self.baseline, self.pairs[run])
+
     def gate_values(self, run: str) -> dict[str, float | None]:
-        """What ``--fail-if`` compares, by short and by full name."""
+        """What ``--fail-if`` compares, by full name, and by short name where it means one row only."""
         rows = [row for row in self.rows if row.run == run]
-        return {row.key: row.gated for row in rows} | {row.metric: row.gated for row in rows}
+        counts = Counter(row.metric for row in rows)
+        short = {row.metric: row.gated for row in rows if counts[row.metric] == 1}
+        return {row.key: row.gated for row in rows} | short
 
     def table(self) -> str:
         """Verdicts, every metric with its interval, and warnings, for a terminal."""
@@ -78,16 +109,19 @@ class Comparison:
             "baseline": self.baseline.name,
             "runs": described,
             "metrics": [row.to_dict() for row in self.rows],
-            "pairs": {
-                metric: {
-                    run: [round(v, 6) if abs(v) < float("inf") else None for v in values.tolist()]
-                    for run, values in by.items()
-                }
-                for metric, by in self.values.items()
-            },
+            "pairs": _numbers(self.values),
+            "curves": _numbers(self.curves),
             "sections": {section.key: section.to_dict() for section in self.sections},
             "warnings": self.warnings,
         }
+
+
+def _numbers(values: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, list[float | None]]]:
+    """JSON-ready: what is infinite is null."""
+    return {
+        key: {run: [round(x, 6) if math.isfinite(x) else None for x in numbers.tolist()] for run, numbers in by.items()}
+        for key, by in values.items()
+    }
 
 
 def compare_runs(
@@ -98,25 +132,34 @@ def compare_runs(
     distances: Sequence[fidelity.Distance] = fidelity.BUILT_IN,
     extractors: Sequence[Extractor] = (),
     clips: Sequence[ClipExtractor] = (),
+    scorers: Sequence[Scorer] = (),
+    video: videos.Network | None = None,
     reference: Source | None = None,
     timing: dict[str, Any] | None = None,
+    prompts: str | None = None,
+    allow_mixed_n: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
-    """Measure every run against the baseline, on the first pictures where one of them stopped early.
+    """Measure every run against the baseline.
 
     Args:
         baseline: what the others are compared with.
-        runs: at least one, of the same prompts and seeds.
+        runs: at least one, of the same prompts and seeds; all of pictures, or all of videos.
         others: the baseline with other seeds: the noise floor of every metric.
-        distances: of paired pictures; PSNR and SSIM need no network.
-        extractors: for distances of distributions.
-        clips: for the fit to prompts, which the runs must know.
+        distances: of paired pictures, or of the frames of videos; PSNR and SSIM need no network.
+        extractors: for distances of distributions of pictures.
+        clips: for the fit of pictures to prompts, which the runs must know, for CLIP-I and for CMMD.
+        scorers: of what people would like better.
+        video: for the Fréchet distance of videos.
         reference: what distributions are compared with; the baseline's own pictures when there is none.
         timing: turns on one machine; without it seconds are the runs' own.
+        prompts: a file or a packaged set that names the category of every prompt; None looks in the packaged sets.
+        allow_mixed_n: compare runs of different prompts and seeds on what they share, and distributions on all.
         progress: told what is measured now.
 
     Raises:
-        DiffAccelError: for no run, two of one name, or runs that are not paired.
+        DiffAccelError: for no run, two of one name, runs that are not paired, pictures beside videos, networks of
+            pictures for videos, and prompts without a category in a file that should name it.
     """
     names = [baseline.name, *(run.name for run in runs)]
     if not runs:
@@ -124,48 +167,84 @@ def compare_runs(
     if len(set(names)) < len(names):
         raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
     baseline, runs, others, said = first_pictures(baseline, runs, others)
-    pairs = {run.name: pair(baseline, run) for run in runs}
-    warnings = said + _warnings(baseline, runs, pairs)
-    found = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
-    floors = _floors(baseline, others, distances)
-    for run in runs:
-        progress(f"{run.name}: pairs")
-        for distance, numbers in fidelity.measure(baseline, run, pairs[run.name], distances):
-            floor = floors.get(distance.metric)
-            found.rows.append(fidelity.row(run, distance, numbers, clusters=baseline.prompts, floor=floor))
-            found.values.setdefault(distance.metric, {})[run.name] = numbers
+    checks.kinds(baseline, [*runs, *([others] if others is not None else [])])
+    if baseline.is_video:
+        checks.of_videos(extractors, clips, scorers, reference)
+    elif video is not None:
+        raise DiffAccelError(f"'{baseline.name}' holds pictures, and a network of videos was given. Leave it out.")
+    categories_of = categories.known(baseline, prompts)
+    pairs = {run.name: pair(baseline, run, partial=allow_mixed_n) for run in runs}
+    found = Comparison(
+        baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={},
+        warnings=[*said, *checks.warnings(baseline, runs, pairs)],
+    )  # fmt: skip
+    (_videos if baseline.is_video else _pictures)(found, others, distances, progress)
+    if video is not None:
+        progress(f"distributions by {video.name}")
+        found.rows += videos.distances(baseline, runs, others, video)
     for clip in clips:
         progress(f"fit to the prompts by {clip.name}")
-        more, scores = alignment.rows(baseline, runs, pairs, others, clip)
-        found.rows += more
-        found.values[more[0].key] = scores
+        found.add(*similarity.rows(baseline, runs, pairs, others, clip))
+        found.add(*alignment.rows(baseline, runs, pairs, others, clip))
+    for scorer in scorers:
+        progress(f"scores by {scorer.name}")
+        found.add(*alignment.preferred(baseline, runs, pairs, others, scorer))
     for extractor in extractors:
         progress(f"distributions by {extractor.name}")
-        found.rows += distribution.rows(baseline, runs, others, reference, extractor)
+        found.rows += distribution.rows(baseline, runs, pairs, others, reference, extractor)
+    if reference is not None:
+        found.sections += [nearest.section(baseline, runs, reference, extractor) for extractor in (*extractors, *clips)]
     found.rows += cost.rows(baseline, list(runs), timing)
+    more = (categories.section(found, categories_of) if categories_of else None, cost.section(baseline, runs, timing))
+    found.sections[:0] = [section for section in more if section is not None]
     return found
 
 
-def _floors(baseline: Run, others: Run | None, distances: Sequence[fidelity.Distance]) -> dict[str, float]:
-    """Every distance between the baseline and itself with other seeds."""
-    if others is None:
-        return {}
-    measured = fidelity.measure(baseline, others, pair_prompts(baseline, others), distances)
+def _pictures(
+    found: Comparison,
+    others: Run | None,
+    distances: Sequence[fidelity.Distance],
+    progress: Callable[[str], None],
+) -> None:
+    base, floors = found.baseline, {}
+    if others is not None:
+        floors = _means(fidelity.measure(base, others, pair_prompts(base, others), distances))
+    for run in found.runs:
+        progress(f"{run.name}: pairs")
+        for distance, numbers in fidelity.measure(base, run, found.pairs[run.name], distances):
+            _add(found, run, distance, numbers, floors)
+
+
+def _videos(
+    found: Comparison,
+    others: Run | None,
+    distances: Sequence[fidelity.Distance],
+    progress: Callable[[str], None],
+) -> None:
+    base, floors = found.baseline, {}
+    if others is not None:
+        of_others = videos.measure(base, others, pair_prompts(base, others), distances)
+        floors = _means([(distance, videos.whole(distance, curves)) for distance, curves in of_others])
+    for run in found.runs:
+        progress(f"{run.name}: pairs of videos")
+        measured = videos.measure(base, run, found.pairs[run.name], distances)
+        for distance, curves in measured:
+            _add(found, run, distance, videos.whole(distance, curves), floors)
+            found.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(curves)
+        found.rows += videos.drifts(run, measured, found.units(run.name))
+    found.add(*videos.flicker(base, found.runs, found.pairs, others))
+
+
+def _add(found: Comparison, run: Run, distance: fidelity.Distance, numbers: Tensor, floors: dict[str, float]) -> None:
+    floor = floors.get(distance.metric)
+    found.rows.append(fidelity.row(run, distance, numbers, clusters=found.units(run.name), floor=floor))
+    found.values.setdefault(distance.key, {})[run.name] = numbers
+
+
+def _means(measured: Sequence[tuple[fidelity.Distance, Tensor]]) -> dict[str, float]:
+    """The mean of every distance that has one."""
     return {
         distance.metric: float(numbers[numbers.isfinite()].mean())
         for distance, numbers in measured
         if numbers.isfinite().any()
     }
-
-
-def _warnings(baseline: Run, runs: Sequence[Run], pairs: dict[str, Pairs]) -> list[str]:
-    said = [f"{run.name}: {text}" for run in (baseline, *runs) for text in run.source.warnings]
-    for run in runs:
-        if same_noise(baseline, run, pairs[run.name]) is False:
-            said.append(f"{run.name} and {baseline.name} did not start from equal noise, though seeds are equal.")
-        for key in ("model", "model_digest", "dtype", "device", "size", "guidance"):
-            mine, base = (each.record.get("settings", {}).get(key) for each in (run, baseline))
-            drawn = "model" in baseline.record.get("settings", {}) and "model" in run.record.get("settings", {})
-            if mine != base and drawn:  # a function's pictures say nothing of a model
-                said.append(f"{run.name} differs from {baseline.name} in {key}: {base} -> {mine}.")
-    return said

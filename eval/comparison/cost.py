@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.intervals import Interval
 from diffaccel.eval.runs import Run
 
+KEY, PARTS = "where_time_goes", ("text", "network", "decode")
+TURNS, OWN = "turns on one machine", "the run itself, not in turns"
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
     "forwards": "rows through the network a picture",
@@ -22,14 +26,10 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
     themselves, which may have met a machine in different moods: a ratio then has no interval, and its row says where
     it comes from.
     """
-    entries = (timing or {}).get("variants", [])
-    timed = {entry[key]: entry for entry in entries for key in ("name", "folder")}
+    timed = _timed(timing)
     found: list[Row] = []
     for run in (baseline, *runs):
-        found += _of_run(run, baseline) + _speed(run, baseline, timed)
-        entry = timed.get(run.name)
-        if entry is not None and entry.get("energy_joules") is not None:
-            found.append(_row("energy", run, entry["energy_joules"], unit="J", detail={"from": "NVML"}))
+        found += _of_run(run, baseline) + _speed(run, baseline, timed) + _used(run, baseline, timed)
     return found
 
 
@@ -45,27 +45,45 @@ def _of_run(run: Run, baseline: Run) -> list[Row]:
         if run is not baseline and base and metric in base:
             row.delta = cost[metric] / len(run) - base[metric] / len(baseline)
         found.append(row)
-    if cost.get("peak_memory"):
-        found.append(_row("peak_memory", run, cost["peak_memory"] / 2**30, unit="GiB"))
+    return found
+
+
+def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
+    """Peak memory, energy and the first call; of both sides from turns, or from the runs themselves."""
+    entry, base = timed.get(run.name), timed.get(baseline.name)
+    cost, found = run.record.get("cost") or {}, []
+    if entry is None or base is None:
+        entry, base = {"peak_memory": cost.get("peak_memory")}, baseline.record.get("cost") or {}
+    for metric, key, unit, scale, source in (
+        ("peak_memory", "peak_memory", "GiB", 2.0**30, "of one call, by the allocator"),
+        ("energy", "energy_joules", "J", 1.0, "NVML"),
+        ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
+    ):
+        if entry.get(key) is None:
+            continue
+        row = _row(metric, run, entry[key] / scale, unit=unit, detail={"from": source})
+        if run is not baseline and base.get(key) is not None:
+            row.delta = (entry[key] - base[key]) / scale
+        found.append(row)
     return found
 
 
 def _speed(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
     entry = timed.get(run.name)
     if entry is not None:
-        seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": "turns on one machine"})
+        seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
         if run is baseline or "ratio" not in entry:
             return [seconds]
         ratio = entry["ratio"]
         interval = Interval(ratio["value"], ratio["low"], ratio["high"], method=ratio["method"], null=1.0)
-        detail = {"from": "turns on one machine", "turns": entry["turns"], "significant": interval.significant}
+        detail = {"from": TURNS, "turns": entry["turns"], "significant": interval.significant}
         speedup = _row("speedup", run, ratio["value"], better="higher", unit="x", detail=detail)
         speedup.interval = interval
         return [seconds, speedup]
     cost = run.record.get("cost")
     if not cost:
         return []
-    where = {"from": "the run itself, not in turns"}
+    where = {"from": OWN}
     found = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=where)]
     base = baseline.record.get("cost")
     if run is not baseline and base and not timed and _same_machine(run, baseline):
@@ -83,3 +101,59 @@ def _row(metric: str, run: Run, value: float, *, better: Any = "lower", unit: st
         metric=metric, key=metric, family="cost", run=run.name, better=better, value=float(value), unit=unit,
         n=len(run), detail=detail or {},
     )  # fmt: skip
+
+
+def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -> Section | None:
+    """Where the time of a call goes: text encoders, network, decoder, the rest; and what a first call takes.
+
+    None where no run says.
+    """
+    timed, images = _timed(timing), (timing or {}).get("images_a_call", 1)
+    lines, data = [], {}
+    for run in (baseline, *runs):
+        found = _split(run, timed.get(run.name), images)
+        if found is None:
+            continue
+        data[run.name] = found
+        lines.append((
+            run.name, *(_milliseconds(found[part]) for part in (*PARTS, "other", "seconds")),
+            _milliseconds(found["first_call"]), _milliseconds(found["one_off"]),
+            str(found["calls"] or ""), found["from"],
+        ))  # fmt: skip
+    if not lines:
+        return None
+    heads = ("text, ms", "network, ms", "decoder, ms", "other, ms", "all, ms", "first call, ms", "one-off, ms", "calls")
+    note = "Milliseconds a picture. The first call is of a whole batch; one-off is what it took "
+    note += (
+        "beyond a later one: compilation, calibration, caches. Calls are of the network, in one call of the pipeline."
+    )
+    return Section(
+        key=KEY, title="Where the time goes", columns=("run", *heads, "measured"), rows=tuple(lines), note=note,
+        data={"runs": data},
+    )  # fmt: skip
+
+
+def _split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any] | None:
+    """Seconds a picture by part; of a first call, and what it took beyond a later one."""
+    cost = run.record.get("cost") or {}
+    if entry is not None:
+        parts, seconds, source = {p: s / images for p, s in entry["parts"].items()}, entry["seconds_per_image"], TURNS
+        first = entry["first_call_seconds"]
+        more = {"first_call": first, "one_off": first - seconds * images, "calls": len(entry["steps"])}
+    elif cost.get("parts"):
+        parts = {part: seconds / len(run) for part, seconds in cost["parts"].items()}
+        seconds, source = cost["seconds"] / len(run), OWN
+        more = {"first_call": None, "one_off": None, "calls": len(cost.get("steps") or ())}
+    else:
+        return None
+    other = seconds - sum(parts.values())
+    return {part: parts.get(part) for part in PARTS} | {"other": other, "seconds": seconds, "from": source, **more}
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.1f}"
+
+
+def _timed(timing: dict[str, Any] | None) -> dict[str, Any]:
+    """The entries of timing, by the variant's name and by that of its folder."""
+    return {entry[key]: entry for entry in (timing or {}).get("variants", []) for key in ("name", "folder")}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from diffaccel.eval import distances, frechet_intervals
+from diffaccel.eval import distances
+from diffaccel.eval.comparison import numbers
 from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.features import extract
 from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Run
+from diffaccel.eval.runs import Pairs, Run
 
 CACHE = ".features"
 FEWEST = 100  # pictures; the jackknife needs ten shards of ten
@@ -24,53 +25,61 @@ def features(run: Run, extractor: Extractor) -> Tensor:
 
 
 def rows(
-    baseline: Run, runs: Sequence[Run], others: Run | None, reference: Source | None, extractor: Extractor
+    baseline: Run,
+    runs: Sequence[Run],
+    pairs: Mapping[str, Pairs],
+    others: Run | None,
+    reference: Source | None,
+    extractor: Extractor,
 ) -> list[Row]:
-    """Fréchet distance, KID, precision, recall, density and coverage of every run.
+    """Fréchet distance, KID, MIND, precision, recall, density and coverage of every run; CMMD of a CLIP's features.
 
-    Against ``reference``, the baseline has rows too and the others a difference to it, paired by id. Without one the
-    reference is the baseline's own pictures, and the floor what its other seeds are from it.
+    Against ``reference``, the baseline has rows too and the others a difference to it, paired by id; with 500 pictures
+    there is the Fréchet distance at infinite n. Without a reference the baseline's own pictures take its place, and
+    the floor is what its other seeds are from it.
     """
     shown = (baseline, *runs) if reference is not None else runs
-    smallest = min(len(baseline), len(reference or baseline))
+    smallest = min(*(len(run) for run in (baseline, *runs)), len(reference or baseline))
     if smallest < FEWEST:
         why = f"{smallest} pictures are too few to compare distributions; give at least {FEWEST}"
         return [missing(distances.FD, extractor.key, "distribution", run.name, "lower", why) for run in shown]
-    of = {run.name: features(run, extractor) for run in (baseline, *runs)}
+    of = {run.name: _placed(features(run, extractor), extractor) for run in (baseline, *runs)}
     if reference is None:
         target, against = of[baseline.name], baseline.name
     else:
-        target, against = extract(reference, extractor).values, reference.name
-    of_target = {name: _numbers(mine, target) for name, mine in of.items() if reference is not None or name != against}
-    floors = {} if others is None else _numbers(features(others, extractor), target)
+        target, against = _placed(extract(reference, extractor).values, extractor), reference.name
+    functions = list(numbers.measures(extractor, smallest, independent=reference is not None))
+
+    def measured(x: Tensor) -> dict[str, numbers.Number]:
+        return {metric: number for function in functions for metric, number in function(x, target).items()}
+
+    floors = {} if others is None else measured(_placed(features(others, extractor), extractor))
+    of_target = {run.name: measured(of[run.name]) for run in shown}
     detail = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": against}
     found = []
     for run in shown:
-        mine, numbers = of[run.name], of_target[run.name]
-        n, m = len(mine), len(target)
-        note = _note(n, m, extractor.dim, against, same_seeds=reference is None)
-        for metric, better in distances.BETTER.items():
+        mine = of[run.name]
+        note = _note(len(mine), len(target), extractor.dim, against, same_seeds=reference is None)
+        for metric, number in of_target[run.name].items():
             row = Row(
-                metric=metric, key=distances.key(metric, extractor), family="distribution", run=run.name, better=better,
-                value=numbers[metric], floor=floors.get(metric), n=n, m=m, detail={**detail, "from": note},
+                metric=metric, key=distances.key(metric, extractor), family="distribution", run=run.name,
+                better=numbers.BETTER[metric], value=number.value, interval=number.interval, n=len(mine),
+                m=len(target), floor=floors[metric].value if floors else None,
+                detail={**detail, **number.detail, "from": "; ".join(filter(None, (note, number.note)))},
             )  # fmt: skip
             if reference is not None and run is not baseline:
-                row.delta = numbers[metric] - of_target[baseline.name][metric]
-            if metric == distances.FD:
-                row.interval = frechet_intervals.distance_interval(mine, target)
-                if row.delta is not None:
-                    row.delta_interval = frechet_intervals.difference(mine, of[baseline.name], target)
-                    row.delta = row.delta_interval.value
+                row.delta = number.value - of_target[baseline.name][metric].value
+                at = pairs[run.name]
+                if len(at) == len(run) == len(baseline):  # the same ids on both sides
+                    a, b = mine[[j for _, j in at]], of[baseline.name][[i for i, _ in at]]
+                    row.delta_interval = numbers.difference(metric, a, b, target)
             found.append(row)
     return found
 
 
-def _numbers(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    return {
-        **distances.fid(samples, reference),
-        **distances.kid(samples, reference),
-        **distances.prdc(samples, reference),
-    }
+def _placed(values: Tensor, extractor: Extractor) -> Tensor:
+    """On the network's GPU, where float64 products are fast; MPS has no float64."""
+    return values.to(extractor.device) if extractor.device.type == "cuda" else values
 
 
 def _note(n: int, m: int, dim: int, against: str, *, same_seeds: bool) -> str:

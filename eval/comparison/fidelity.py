@@ -89,8 +89,8 @@ def _latent_errors(baseline: Run, run: Run, pairs: Pairs) -> Tensor | None:
     return torch.cat(rows)
 
 
-def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[str] | None, floor: float | None) -> Row:
-    """The mean over pairs with its interval, and where the worst pairs are."""
+def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any], floor: float | None) -> Row:
+    """The mean over pairs with its interval, which draws whole clusters, and where the worst pairs are."""
     summary = paired.summarise(values, better=distance.better)
     made = Row(
         metric=distance.metric, key=distance.key, family="fidelity", run=run.name, better=distance.better,
@@ -100,10 +100,10 @@ def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[str]
     made.identical = len(finite) == 0 or bool((values == (0 if distance.better == "lower" else 1)).all())
     if len(finite) < len(values):  # only PSNR has no number for pictures that are equal
         made.detail["identical_pairs"] = len(values) - len(finite)
-        clusters = clusters and [c for c, v in zip(clusters, values.tolist(), strict=True) if math.isfinite(v)]
+        clusters = [c for c, v in zip(clusters, values.tolist(), strict=True) if math.isfinite(v)]
     if len(finite) == 0:
         return made
     made.value = float(finite.mean())
-    if len(set(clusters or range(len(finite)))) > 1:
+    if len(set(clusters)) > 1:
         made.interval = intervals.bootstrap_mean(finite, clusters=clusters)
     return made

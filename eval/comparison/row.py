@@ -8,8 +8,12 @@ from typing import Any, Literal
 
 from diffaccel.eval.intervals import Interval
 
-Family = Literal["fidelity", "alignment", "distribution", "cost"]
+Family = Literal["fidelity", "video", "alignment", "distribution", "cost"]
 Better = Literal["lower", "higher"]
+DIGITS = {
+    "psnr": 2, "ssim": 4, "latent_error": 4, "lpips": 4, "clip_i": 4, "clip_score": 2, "seconds": 4, "speedup": 2,
+    "nfe": 1, "forwards": 1, "first_call": 4, "psnr_drift": 4, "ssim_drift": 5,
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -69,6 +73,11 @@ class Row:
         if self.identical and self.value is None:
             return math.inf  # the PSNR of pictures that are equal
         return self.value if self.delta is None else self.delta
+
+
+def digits(metric: str) -> int:
+    """Places after the point that a metric is printed with."""
+    return DIGITS.get(metric, 3)
 
 
 def missing(metric: str, key: str, family: Family, run: str, better: Better, why: str) -> Row:

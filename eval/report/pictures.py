@@ -37,11 +37,8 @@ def gallery(comparison: Comparison, run: Run, count: int) -> dict[str, Any]:
 def _pair(comparison: Comparison, base: Run, run: Run, places: tuple[int, int], at: int, worst: bool) -> dict[str, Any]:
     one, other = base.image(places[0]), run.image(places[1])
     picture = base.pictures[places[0]]
-    values = {
-        row.key: float(comparison.values[row.metric][run.name][at])
-        for row in comparison.rows
-        if row.run == run.name and row.metric in comparison.values
-    }
+    of_pairs = ((row.key, comparison.of_pairs(row)) for row in comparison.rows if row.run == run.name)
+    values = {key: float(numbers[at]) for key, numbers in of_pairs if numbers is not None}
     apart = ((one.int() - other.int()).abs() * AMPLIFIED).clamp(max=255).to(torch.uint8)
     return {
         "prompt": picture.prompt or picture.id,

@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.comparison.row import Row, digits
 
-DIGITS = {
-    "psnr": 2,
-    "ssim": 4,
-    "latent_error": 4,
-    "lpips": 4,
-    "clip_score": 2,
-    "seconds": 4,
-    "speedup": 2,
-    "nfe": 1,
-    "forwards": 1,
-}
 FAMILIES = {
     "fidelity": "Fidelity to the baseline at equal prompt and seed",
+    "video": "Videos over time",
     "alignment": "Fit to the prompt",
     "distribution": "Distribution",
     "cost": "Cost of a picture",
@@ -54,10 +44,8 @@ def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
 
 
 def _line(row: Row) -> Line:
-    digits = DIGITS.get(row.metric, 3)
-
     def number(value: float | None, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.{digits}f}"
+        return "" if value is None else f"{value:{sign}.{digits(row.metric)}f}"
 
     value = number(row.value) + (f" {row.unit}" if row.unit and row.value is not None else "")
     if row.identical:
@@ -102,14 +90,14 @@ def _speed(row: Row | None) -> str:
 def _far(row: Row) -> str:
     if row.value is None:
         return ""
-    digits = DIGITS.get(row.metric, 3)
-    text = f"{row.key} {row.value:.{digits}f}{' ' + row.unit if row.unit else ''}"
-    return text if row.floor is None else f"{text} (other seeds {row.floor:.{digits}f})"
+    places = digits(row.metric)
+    text = f"{row.key} {row.value:.{places}f}{' ' + row.unit if row.unit else ''}"
+    return text if row.floor is None else f"{text} (other seeds {row.floor:.{places}f})"
 
 
 def _change(row: Row) -> str:
     verdict = "within noise" if row.within_noise else "beyond noise"
-    return f"{row.key} {row.delta:+.{DIGITS.get(row.metric, 3)}f} ({verdict})"
+    return f"{row.key} {row.delta:+.{digits(row.metric)}f} ({verdict})"
 
 
 def plain(comparison: Comparison) -> str:
