@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 from diffaccel import console, zoo
-from diffaccel.errors import unknown
-from diffaccel.eval import command_compare, command_run, command_sets
+from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.eval import command_sets
 
+# command -> function of its arguments that returns the exit status, and one line of help
 COMMANDS = {
-    "run": "generate a set of pictures: prompts, seeds, one way to draw them; resumable",
-    "time": "variants of one model in turns on this machine: seconds, parts, memory, and ratios with intervals",
-    "compare": "runs against a baseline: a report as JSON, markdown and one HTML file",
-    **command_sets.COMMANDS,
-    "stats": "mean and covariance of a set's features, for later distances",
+    "run": (
+        "diffaccel.eval.command_run:run",
+        "generate a set of pictures: prompts, seeds, one way to draw them; resumable",
+    ),
+    "time": (
+        "diffaccel.eval.command:run_time",
+        "variants of one model in turns on this machine: seconds, parts, memory, and ratios with intervals",
+    ),
+    "compare": (
+        "diffaccel.eval.command_compare:run_compare",
+        "runs against a baseline: a report as JSON, markdown and one HTML file",
+    ),
+    **{name: (f"diffaccel.eval.command_sets:run_{name}", text) for name, text in command_sets.COMMANDS.items()},
+    "stats": ("diffaccel.eval.command_sets:run_stats", "mean and covariance of a set's features, for later distances"),
 }
+
+
+class MetricFailed(DiffAccelError):
+    """Something raised while measuring that no input explains."""
+
+    exit_code = 4
 
 
 def run(argv: list[str]) -> int:
@@ -22,19 +39,22 @@ def run(argv: list[str]) -> int:
     parser = console.Parser(prog="diffaccel eval", description="What an acceleration costs, and what it buys.")
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below; each has its own --help")
     width = max(map(len, COMMANDS)) + 2
-    parser.epilog = "commands:\n" + "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
+    parser.epilog = "commands:\n" + "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items())
     options = parser.parse(argv[:1])
     if options.command is None:
         parser.print_help()
         return 2
     if options.command not in COMMANDS:
         raise unknown("command of eval", options.command, COMMANDS)
-    if options.command in command_sets.COMMANDS:
-        return command_sets.run_distance(options.command, argv[1:])
-    own = {
-        "stats": command_sets.run_stats, "run": command_run.run, "time": run_time, "compare": command_compare.run_compare,
-    }  # fmt: skip
-    return own[options.command](argv[1:])
+    module, _, function = COMMANDS[options.command][0].partition(":")
+    try:
+        return getattr(import_module(module), function)(argv[1:])
+    except (DiffAccelError, BrokenPipeError):
+        raise
+    except Exception as error:
+        raise MetricFailed(
+            f"'eval {options.command}' failed: {type(error).__name__}: {error} (DIFFACCEL_DEBUG=1 shows where)"
+        ) from error
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -58,6 +78,7 @@ def run_time(argv: list[str]) -> int:
     add("--json", action="store_true", help="print it as one JSON object")
     options = parser.parse(argv)
     from diffaccel import opening, record, variants
+    from diffaccel.eval.command_compare import progress_of
     from diffaccel.eval.timing import take_turns
     from diffaccel.requests import Request
 
@@ -76,7 +97,7 @@ def run_time(argv: list[str]) -> int:
         chosen,
         turns=options.turns,
         warm_up=options.warm_up,
-        progress=command_compare.progress_of(options),
+        progress=progress_of(options),
     )
     timing["command"] = ["diffaccel", "eval", "time", *argv]
     if options.out is not None:

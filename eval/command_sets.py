@@ -1,51 +1,71 @@
-"""``diffaccel eval fid``, ``kid``, ``prdc`` and ``stats``: distances of two sets of images, and statistics of one."""
+"""``diffaccel eval fid``, ``kid``, ``is``, ``prdc``, ``cmmd`` and ``stats``: sets of images against a reference."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffaccel import console
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval import command_options as shared
 
 COMMANDS = {
-    "fid": "Fréchet distance of two sets of images (or statistics), named after its network",
-    "kid": "kernel distance of two sets of images",
-    "prdc": "precision, recall, density and coverage of two sets of images",
+    "fid": "Fréchet distance of sets of images (or statistics), named after its network",
+    "kid": "kernel distance of sets of images",
+    "is": "Inception Score of sets of images",
+    "prdc": "precision, recall, density and coverage of sets of images",
+    "cmmd": "kernel distance in the image embeddings of a CLIP",
+}
+DEFAULT = {"is": "inception", "cmmd": "emoji-clip-judge"}  # networks; tiny for the others
+_CLASSIFIERS = ("inception", "clean-inception", "py", "torchscript")
+_EXAMPLES = {
+    "fid": "diffaccel eval fid runs/base runs/dpm8 reference.npz --protocol adm --infinity",
+    "is": "diffaccel eval is runs/base --extractor inception:/path/to/weights.pth",
+    "cmmd": "diffaccel eval cmmd runs/base photos --protocol cmmd",
 }
 
 
 def run_distance(name: str, argv: list[str]) -> int:
     """One of :data:`COMMANDS`; returns its exit status."""
-    parser = console.Parser(prog=f"diffaccel eval {name}", description=COMMANDS[name][:1].upper() + COMMANDS[name][1:])
-    add = parser.add_argument
-    takes = "folder, zip, npz of images" + (", or npz of statistics (mu, sigma)" if name == "fid" else "")
-    add("samples", metavar="A", help=takes)
-    add("reference", metavar="B", help=takes)
-    _shared(parser)
-    options = parser.parse(argv)
-    from diffaccel.eval import distances
-    from diffaccel.eval.frechet import Moments
+    options = shared.checked(_parser(name).parse(argv))
+    from diffaccel.eval import feature_sets, protocols, set_metrics
+    from diffaccel.eval.set_metrics import Setting
 
-    extractor = _extractor(options)
-    warnings: list[str] = []
-    a, b = (_side(path, options, extractor, warnings) for path in (options.samples, options.reference))
-    if name != "fid" and (isinstance(a, Moments) or isinstance(b, Moments)):
-        raise DiffAccelError("This needs the images of both sets, not statistics. Give folders, zips or npz of images.")
-    found = {"fid": distances.fid, "kid": distances.kid, "prdc": distances.prdc}[name](a, b)
-    values = {distances.key(metric, extractor): value for metric, value in found.items()}
-    n, m = (side.n if isinstance(side, Moments) else len(side) for side in (a, b))
-    if n is not None and m is not None and min(n, m) <= extractor.dim:
-        warnings.append(f"{min(n, m)} images give a singular covariance of {extractor.dim} features.")
-    result = {"values": values, "n": n, "m": m, "extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
-    if options.json:
-        console.write_json(result | {"warnings": warnings})
-        return 0
-    for key, value in values.items():
-        console.write(f"{key}: {value:.6g} (n = {n or 'unknown'}, m = {m or 'unknown'})")
-    for warning in warnings:
-        console.write_note(f"warning: {warning}")
+    alone = name == "is"
+    if not alone and len(options.sets) < 2:
+        raise DiffAccelError(f"'eval {name}' compares sets with a reference, the last one. Give at least two.")
+    chosen = protocols.protocol(options.protocol) if options.protocol else None
+    metrics = protocols.metrics(name, chosen)
+    extractor, spatial, chosen = _network(name, options)
+    fid = name == "fid"
+    setting = Setting(
+        extractor=extractor, spatial=spatial if fid else None, protocol=chosen,
+        interval=fid and options.interval, infinity=fid and options.infinity,
+    )  # fmt: skip
+    how = shared.extraction(options)
+    sets = [feature_sets.load(path, extractor, spatial=setting.spatial, statistics=fid, **how) for path in options.sets]
+    if len({one.name for one in sets}) < len(sets):  # folders of one name in different places
+        sets = [replace(one, name=path) for one, path in zip(sets, options.sets, strict=True)]
+    reference = None if alone else sets.pop()
+    feature_sets.check_counts(sets, mixed=options.allow_mixed_n)
+    rows, warnings = [], [text for one in (*sets, *([reference] if reference else [])) for text in one.warnings]
+    for samples in sets:
+        found, said = set_metrics.measure(metrics, samples, reference, setting)
+        rows += found
+        warnings += said
+    if chosen is not None and chosen.name == "cmmd" and not extractor.name.startswith(protocols.CMMD_NETWORK):
+        warnings.append(f"CMMD is published with {protocols.CMMD_NETWORK}; this is {extractor.name}.")
+    shared.report(options, [name, *argv], rows, warnings)
     return 0
+
+
+run_fid = partial(run_distance, "fid")
+run_kid = partial(run_distance, "kid")
+run_is = partial(run_distance, "is")
+run_prdc = partial(run_distance, "prdc")
+run_cmmd = partial(run_distance, "cmmd")
 
 
 def run_stats(argv: list[str]) -> int:
@@ -53,68 +73,72 @@ def run_stats(argv: list[str]) -> int:
     parser = console.Parser(
         prog="diffaccel eval stats",
         description="Mean and covariance of a set's features as npz, which pytorch-fid can read too.",
+        epilog="example:\n  diffaccel eval stats photos -o photos.npz --protocol tf-fid",
     )
     parser.add_argument("images", metavar="IMAGES", help="folder, zip, or npz of images")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the npz to write")
-    _shared(parser)
-    options = parser.parse(argv)
-    from diffaccel.eval import feature_statistics
+    shared.add_network(parser, "tiny")
+    shared.add_images(parser)
+    options = shared.checked(parser.parse(argv))
+    from diffaccel.eval import feature_sets, feature_statistics
     from diffaccel.eval.frechet import Moments
 
-    extractor = _extractor(options)
-    warnings: list[str] = []
-    features = _features(options.images, options, extractor, warnings)
-    if len(features) < 2:
-        raise DiffAccelError(f"Statistics need at least 2 images; '{options.images}' holds {len(features)}.")
+    extractor, spatial, chosen = shared.network(options, "tiny")
+    found = feature_sets.load(
+        options.images, extractor, spatial=spatial, statistics=False, **shared.extraction(options)
+    )
     written = feature_statistics.StatisticsFile(
-        moments=Moments.of(features), feature_name=extractor.name, protocol=extractor.protocol,
-        weights_sha256=extractor.weights_sha256,
+        moments=Moments.of(found.features), feature_name=extractor.name, weights_sha256=extractor.weights_sha256,
+        protocol=extractor.protocol if chosen is None else chosen.name,
+        spatial=None if found.spatial is None else _moments(found.spatial),
     )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     feature_statistics.write(options.out, written)
-    console.write(f"{options.out}: {len(features)} images, {extractor.dim} features of {extractor.name}")
-    for warning in warnings:
+    made = {
+        "command": ["diffaccel", "eval", "stats", *argv], "file": str(options.out), "n": found.n, "dim": extractor.dim,
+        "extractor": extractor.name, "protocol": written.protocol, "weights_sha256": extractor.weights_sha256,
+        "warnings": found.warnings,
+    }  # fmt: skip
+    shared.write(options, made, [f"{options.out}: {found.n} images, {extractor.dim} features of {extractor.name}"])
+    for warning in found.warnings if options.json != shared.STDOUT else ():
         console.write_note(f"warning: {warning}")
     return 0
 
 
-def _shared(parser: console.Parser) -> None:
-    parser.add_argument("--extractor", default="tiny", metavar="NAME", help="feature network (default: tiny)")
-    parser.add_argument("--num", type=int, metavar="N", help="only the first N images of each set")
-    parser.add_argument("--batch", type=int, default=64, metavar="B", help="images in one call (default 64)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+def _parser(name: str) -> console.Parser:
+    text = COMMANDS[name]
+    parser = console.Parser(prog=f"diffaccel eval {name}", description=f"{text[:1].upper()}{text[1:]}.")
+    if name in _EXAMPLES:
+        parser.epilog = f"example:\n  {_EXAMPLES[name]}"
+    add = parser.add_argument
+    takes = "folders, zips, npz of images" + (", or npz or pkl of statistics (mu, sigma)" if name == "fid" else "")
+    last = "" if name == "is" else "; the last is the reference"
+    add("sets", nargs="+", metavar="SET", help=takes + last)
+    shared.add_network(parser, DEFAULT.get(name, "tiny"))
+    shared.add_images(parser)
+    add("--allow-mixed-n", action="store_true", help="several sets of different numbers of images in one table")
+    if name == "fid":
+        add("--infinity", action="store_true", help="also extrapolate to infinitely many images (arXiv 1911.07023)")
+        add("--no-interval", dest="interval", action="store_false", help="leave out the jackknife, ten distances")
+    return parser
 
 
-def _extractor(options: Any) -> Any:
-    from diffaccel import opening
-    from diffaccel.eval.extractors import extractor
-
-    return extractor(options.extractor, device=opening.pick_device(options.device))
-
-
-def _features(path: str, options: Any, extractor: Any, warnings: list[str]) -> Any:
-    from diffaccel.eval.features import extract
-    from diffaccel.eval.images import open_source
-
-    found = extract(open_source(path, num=options.num), extractor, batch=options.batch)
-    warnings += found.warnings
-    return found.values
-
-
-def _side(path: str, options: Any, extractor: Any, warnings: list[str]) -> Any:
-    """Features of a set, or moments where it is a file of statistics."""
-    from diffaccel.eval import feature_statistics
-    from diffaccel.eval.images import open_source
-
-    if not (path.endswith(".npz") and open_source(path).kind == "statistics"):
-        return _features(path, options, extractor, warnings)
-    file = feature_statistics.read(path, dim=extractor.dim)
-    if file.weights_sha256 not in (None, extractor.weights_sha256):
+def _network(name: str, options: Any) -> Any:
+    kind = (options.extractor or DEFAULT.get(name, "tiny")).partition(":")[0]
+    if name == "is" and kind not in _CLASSIFIERS:
         raise DiffAccelError(
-            f"'{path}' holds statistics of '{file.feature_name}', another network than '{extractor.name}'. "
-            "Give its --extractor, or make the statistics again with diffaccel eval stats."
+            f"'{options.extractor}' gives features and no classes, which the Inception Score is of. Take inception, or "
+            "py: or torchscript: with a network that returns logits."
         )
-    if file.assumed:
-        warnings.append(f"'{path}' does not say its {', '.join(file.assumed)}: assumed to be of {extractor.name}.")
-    return file.moments
+    found = shared.network(options, DEFAULT.get(name, "tiny"))
+    if name == "cmmd":
+        from diffaccel.eval.extractors import as_clip
+
+        as_clip(found[0])
+    return found
+
+
+def _moments(found: Any) -> Any:
+    from diffaccel.eval.frechet import Moments
+
+    return found if isinstance(found, Moments) else Moments.of(found)

@@ -21,12 +21,31 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
 }
 
 
+# as keys print them; others by their own name
+_PRINTED = {
+    "kid": ("KID", " x1000"),
+    "kid_subsets": ("KID (subsets)", " x1000"),
+    "cmmd": ("CMMD", " x1000"),
+    "cmmd_unbiased": ("CMMD (unbiased)", " x1000"),
+    "is": ("IS", ""),
+    "fd_infinity": ("FD-infinity", ""),
+}
+
+
 def key(metric: str, extractor: Extractor) -> str:
-    """A metric's full name, with the network whose features it compares."""
+    """A metric's full name, with the network whose features it compares and their protocol.
+
+    As in the extractor's own key, a name without a network stands for Inception of verified weights: ``KID[tf-fid]``.
+    """
     if metric == FD:
         return extractor.key
-    name = f"{metric}-{extractor.key.removeprefix('FD-')}"
-    return f"KID{name.removeprefix('kid')} x1000" if metric == "kid" else name
+    name, unit = _PRINTED.get(metric, (metric, ""))
+    if extractor.key.startswith("FID"):
+        name = "FID-infinity" if metric == "fd_infinity" else name
+        return f"{name}{extractor.key.removeprefix('FID')}{unit}"
+    if metric.startswith("cmmd") and extractor.key.startswith("FD-clip["):  # CMMD is of a CLIP by its name
+        return f"{name}{extractor.key.removeprefix('FD-clip')}{unit}"
+    return f"{name}-{extractor.key.removeprefix('FD-')}{unit}"
 
 
 def fid(samples: Tensor | Moments, reference: Tensor | Moments) -> dict[str, float]:

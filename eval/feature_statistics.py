@@ -92,6 +92,17 @@ def read(path: str | Path, *, dim: int | None = None, metric: str | None = None)
     return StatisticsFile(moments, texts[0], texts[1], texts[2], version, spatial)
 
 
+def arrays(path: str | Path) -> frozenset[str]:
+    """The names of the arrays in an ``.npz``; ``mu`` and ``sigma`` for a ``.pkl``; none for anything else."""
+    path = Path(path)
+    if path.suffix.lower() == ".pkl":
+        return frozenset({"mu", "sigma"})
+    if path.suffix.lower() != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
+        return frozenset()
+    with zipfile.ZipFile(path) as archive:
+        return frozenset(name.removesuffix(".npy") for name in archive.namelist())
+
+
 def read_features(path: str | Path) -> Tensor:
     """The features ``(n, d)`` in a clean-fid KID file (``feats``), float64."""
     values = _npz(Path(path))

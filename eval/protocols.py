@@ -170,6 +170,16 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def alike(one: str, other: str) -> bool:
+    """Whether features of two protocols, or of "own" preprocessing, are the same numbers."""
+
+    def made(name: str) -> tuple[str, str]:
+        known = PROTOCOLS.get(name)
+        return (name, "") if known is None else (known.network, known.preprocessing)
+
+    return made(one) == made(other)
+
+
 def metrics(command: str, chosen: Protocol | None) -> tuple[Metric, ...]:
     """What one of :data:`COMMANDS` measures under a protocol, or without one.
 

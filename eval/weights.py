@@ -49,7 +49,7 @@ class Known:
     sha256: str = ""
     hub: str = ""
     licence: str = ""
-    instead: str = "Without any weights, --extractor tiny works."
+    instead: str = "Without any weights, --extractor tiny works (for distances; no protocol has it)."
 
 
 # torch hub puts the first eight digits of a file's sha256 into its name.

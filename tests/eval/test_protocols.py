@@ -66,3 +66,9 @@ def test_a_command_measures_what_the_protocol_has():
     assert all(protocols.metrics(command, None) for command in protocols.COMMANDS)
     with pytest.raises(DiffAccelError, match=r"'edm' has FID, nothing for 'eval kid'. Protocols that have: tf-fid, cl"):
         protocols.metrics("kid", protocols.protocol("edm"))
+
+
+def test_statistics_of_protocols_with_one_preprocessing_are_the_same_numbers():
+    assert protocols.alike("tf-fid", "adm") and protocols.alike("adm", "edm") and protocols.alike("own", "own")
+    for one, other in (("tf-fid", "pytorch-fid"), ("tf-fid", "own"), ("dgm-dinov2", "edm2-dinov2")):
+        assert not protocols.alike(one, other)
