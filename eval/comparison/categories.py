@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 KEY = "categories"
 FAMILIES = ("fidelity", "alignment")
+FEWEST = 10  # prompts of a category; intervals of fewer are far too narrow
 
 
 def known(baseline: Run, source: str | None = None) -> dict[str, str]:
@@ -69,7 +70,7 @@ def section(comparison: Comparison, of: Mapping[str, str]) -> Section | None:
     heads = [f"{key}, difference" if _is_score(comparison, key) else key for key in keys]
     return Section(
         key=KEY, title="By category of prompt", columns=("run", "category", "n", *heads), rows=tuple(lines),
-        note="Means over the pairs of a category with 95 % intervals over its prompts; scores are differences to the "
+        note=f"Means over the pairs of a category with 95 % intervals over its prompts, where it has {FEWEST}; scores are differences to the "
         "baseline. With many categories some intervals exclude 0 by chance alone: one in twenty.",
         data={"categories": data},
     )  # fmt: skip
@@ -95,7 +96,7 @@ def _text(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
     if not kept:
         return "identical", {"value": None, "identical": True}
     values, sign, places = values[finite], "+" if row.family == "alignment" else "", digits(row.metric)
-    if len(set(kept)) < 2:
+    if len(set(kept)) < FEWEST:
         return f"{float(values.mean()):{sign}.{places}f}", {"value": float(values.mean())}
     found: Interval = intervals.bootstrap_mean(values, clusters=kept)
     text = f"{found.value:{sign}.{places}f} ({found.low:{sign}.{places}f} to {found.high:{sign}.{places}f})"

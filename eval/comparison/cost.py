@@ -12,6 +12,10 @@ from diffaccel.eval.runs import Run
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
+LABELS = {
+    "nfe": "NFE", "forwards": "rows through the network", "speedup": "speed-up", "peak_memory": "peak memory",
+    "first_call": "first call",
+}  # fmt: skip
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
     "forwards": "rows through the network a picture",
@@ -55,7 +59,13 @@ def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
     if entry is None or base is None:
         entry, base = {"peak_memory": cost.get("peak_memory")}, baseline.record.get("cost") or {}
     for metric, key, unit, scale, source in (
-        ("peak_memory", "peak_memory", "GiB", 2.0**30, "of one call, by the allocator"),
+        (
+            "peak_memory",
+            "peak_memory",
+            "GiB",
+            2.0**30,
+            "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process",
+        ),
         ("energy", "energy_joules", "J", 1.0, "NVML"),
         ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
     ):
@@ -98,8 +108,8 @@ def _same_machine(run: Run, baseline: Run) -> bool:
 
 def _row(metric: str, run: Run, value: float, *, better: Any = "lower", unit: str = "", detail: Any = None) -> Row:
     return Row(
-        metric=metric, key=metric, family="cost", run=run.name, better=better, value=float(value), unit=unit,
-        n=len(run), detail=detail or {},
+        metric=metric, key=LABELS.get(metric, metric), family="cost", run=run.name, better=better,
+        value=float(value), unit=unit, n=len(run), detail=detail or {},
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from diffaccel.eval.comparison import Comparison
 from diffaccel.eval.report import charts, pictures, text
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
+LARGEST = 10 * 2**20  # bytes of the page
 
 
 def write(comparison: Comparison, out: Path, *, command: list[str] | None = None, pairs: int = 8) -> dict[str, Any]:
@@ -19,13 +20,17 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
         comparison: what was measured.
         out: the folder; made if need be.
         command: the command line, for the record.
-        pairs: pictures shown of each run, half of them its worst.
+        pairs: pictures shown of each run, half of them its worst; fewer where the page would pass 10 MiB.
     """
     made = comparison.to_dict() | {"command": command or [], "verdicts": text.verdicts(comparison)}
     out.mkdir(parents=True, exist_ok=True)
     record.write_json(out / "report.json", made)
     record.write_text(out / "report.md", text.markdown(comparison, made))
-    record.write_text(out / "report.html", _page(comparison, made, pairs))
+    page = _page(comparison, made, pairs)
+    while len(page.encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
+        pairs //= 2
+        page = _page(comparison, made, pairs)
+    record.write_text(out / "report.html", page)
     return made
 
 
@@ -39,7 +44,10 @@ def _page(comparison: Comparison, made: dict[str, Any], pairs: int) -> str:
         made=made,
         table=text.table(comparison),
         plots=charts.pareto(comparison),
+        curves=charts.curves(comparison),
         steps=charts.steps(comparison),
         galleries=[pictures.gallery(comparison, run, pairs) for run in comparison.runs],
+        sections=comparison.sections,
         baseline=comparison.baseline.name,
+        things="videos" if comparison.baseline.is_video else "pictures",
     )

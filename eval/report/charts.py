@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.runs import Run
 
-PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0}  # what the baseline is from itself
+PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # what the baseline is from itself
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 560, 300, 56, 40, 16
+LETTER, LINE = 6.6, 13  # of a label, in pixels
+COLOURS = 6  # of lines; more runs begin again
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot in pixels: its axes' ticks, its points, its line."""
+    """A plot in pixels: its axes' ticks, points with their frontier, and lines."""
 
     title: str
     x_title: str
     y_title: str
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    points: list[dict[str, Any]]
-    line: str
+    points: list[dict[str, Any]] = field(default_factory=list)
+    front: str = ""
+    lines: list[dict[str, Any]] = field(default_factory=list)
     width: int = WIDTH
     height: int = HEIGHT
     left: int = LEFT
@@ -30,7 +35,7 @@ class Plot:
 
 
 def pareto(comparison: Comparison) -> list[Plot]:
-    """One plot a fidelity or alignment metric: the run's value against seconds a picture."""
+    """One plot a metric of quality: the run's value against seconds a picture."""
     seconds = {row.run: row.value for row in comparison.rows if row.metric == "seconds" and row.value is not None}
     plots = []
     metrics = dict.fromkeys((row.key, row.better) for row in comparison.rows if row.family != "cost")
@@ -47,28 +52,31 @@ def pareto(comparison: Comparison) -> list[Plot]:
 
 
 def _plot(key: str, better: str, points: list[tuple[float, float, str]]) -> Plot:
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    x_low, x_high = 0.0, max(xs) * 1.15 or 1.0
-    pad = (max(ys) - min(ys)) * 0.15 or abs(max(ys)) * 0.1 or 1.0
-    y_low, y_high = min(ys) - pad, max(ys) + pad
-
-    def x(value: float) -> float:
-        return round(LEFT + (value - x_low) / (x_high - x_low or 1) * (WIDTH - LEFT - MARGIN), 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (value - y_low) / (y_high - y_low) * (HEIGHT - BOTTOM - MARGIN), 1)
-
-    best = frontier(points, better)
-    arrow = "lower" if better == "lower" else "higher"
-    return Plot(
-        title=key, x_title="seconds a picture", y_title=f"{key}, {arrow} is better",
-        x_ticks=[(x(v), f"{v:.3g}") for v in _ticks(x_low, x_high)],
-        y_ticks=[(y(v), f"{v:.3g}") for v in _ticks(y_low, y_high)],
-        points=[
-            {"x": x(p[0]), "y": y(p[1]), "name": p[2], "value": f"{p[1]:.4g}", "best": p in best} for p in points
-        ],
-        line=" ".join(f"{x(px)},{y(py)}" for px, py, _ in best),
+    axes, best = _axes([point[:2] for point in points]), frontier(points, better)
+    drawn: list[dict[str, Any]] = [
+        {"x": axes.x(x), "y": axes.y(y), "name": name, "value": f"{y:.4g}", "best": (x, y, name) in best}
+        for x, y, name in points
+    ]
+    _label(drawn)
+    return axes.plot(
+        key, "seconds a picture", f"{key}, {better} is better", points=drawn,
+        front=" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y, _ in best),
     )  # fmt: skip
+
+
+def _label(points: list[dict[str, Any]]) -> None:
+    """Where each name stands: beside its dot, towards the middle, and below the one above it where they would touch."""
+    taken: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda p: p["y"]):
+        width = LETTER * len(point["name"])
+        left = point["x"] > WIDTH * 0.6
+        start = point["x"] - 9 - width if left else point["x"] + 9
+        y = max(point["y"] - 7, 12)
+        for low, high, other in sorted(taken, key=lambda t: t[2]):
+            if low < start + width and start < high and abs(other - y) < LINE:
+                y = other + LINE
+        taken.append((start, start + width, y))
+        point |= {"label_x": point["x"] - 9 if left else point["x"] + 9, "label_y": round(y, 1), "left": left}
 
 
 def frontier(points: list[tuple[float, float, str]], better: str) -> list[tuple[float, float, str]]:
@@ -82,19 +90,94 @@ def frontier(points: list[tuple[float, float, str]], better: str) -> list[tuple[
 
 
 def steps(comparison: Comparison) -> list[dict[str, Any]]:
-    """Milliseconds of every network call of a run, as bars of one scale."""
+    """Seconds of every network call of a run as bars of one scale; short ones marked, missing ones counted."""
+    times_of = {run.name: run.record.get("cost", {}).get("steps") or [] for run in _everyone(comparison)}
+    top = max((max(times) for times in times_of.values() if times), default=0)
+    of_baseline = len(times_of[comparison.baseline.name])
     found = []
-    runs = (comparison.baseline, *comparison.runs)
-    top = max((max(run.record.get("cost", {}).get("steps") or [0]) for run in runs), default=0)
-    for run in runs:
-        times = run.record.get("cost", {}).get("steps") or []
-        if times and top:
-            bars = [
-                {"height": round(100 * t / top, 1), "text": f"call {i}: {1000 * t:.1f} ms"}
-                for i, t in enumerate(times, 1)
-            ]
-            found.append({"run": run.name, "bars": bars, "total": f"{sum(times):.3f}"})
+    for name, times in times_of.items():
+        if not times or not top:
+            continue
+        short = short_calls(times)
+        bars = [
+            {
+                "height": round(100 * t / top, 1),
+                "short": i in short,
+                "text": f"call {i + 1}: {1000 * t:.1f} ms{', short' if i in short else ''}",
+            }
+            for i, t in enumerate(times)
+        ]
+        said = f"{len(times)} calls, {sum(times):.3f} s"
+        if short:
+            said += f"; {len(short)} of them under half of a full one: cached or reduced"
+        if of_baseline and len(times) != of_baseline:
+            said += (
+                f"; {abs(of_baseline - len(times))} {'fewer' if len(times) < of_baseline else 'more'} than the baseline"
+            )
+        found.append({"run": name, "bars": bars, "said": said})
     return found
+
+
+def short_calls(times: Sequence[float]) -> set[int]:
+    """Which calls took under half of a full one, which is the second longest: the first call may hold a warm-up."""
+    full = sorted(times)[-2:][0]
+    return {i for i, seconds in enumerate(times) if seconds < full / 2}
+
+
+def curves(comparison: Comparison) -> list[Plot]:
+    """One plot a metric: the mean over videos of every frame, a line a run."""
+    plots = []
+    for key, by in comparison.curves.items():
+        lines = {
+            name: [(float(t), v) for t, v in enumerate(curve.tolist()) if math.isfinite(v)]
+            for name, curve in by.items()
+        }
+        lines = {name: points for name, points in lines.items() if points}
+        if not lines:
+            continue
+        axes = _axes([p for points in lines.values() for p in points])
+        drawn = [
+            {"name": name, "path": " ".join(f"{axes.x(a)},{axes.y(b)}" for a, b in points), "colour": i % COLOURS}
+            for i, (name, points) in enumerate(lines.items())
+        ]
+        plots.append(axes.plot(key, "frame", f"{key} by frame", lines=drawn))
+    return plots
+
+
+def _everyone(comparison: Comparison) -> tuple[Run, ...]:
+    return (comparison.baseline, *comparison.runs)
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """From numbers to pixels."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return round(LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - MARGIN), 1)
+
+    def y(self, value: float) -> float:
+        return round(
+            HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - MARGIN), 1
+        )
+
+    def plot(self, title: str, x_title: str, y_title: str, **drawn: Any) -> Plot:
+        return Plot(
+            title=title, x_title=x_title, y_title=y_title,
+            x_ticks=[(self.x(v), f"{v:.4g}") for v in _ticks(self.x_low, self.x_high)],
+            y_ticks=[(self.y(v), f"{v:.4g}") for v in _ticks(self.y_low, self.y_high)],
+            **drawn,
+        )  # fmt: skip
+
+
+def _axes(points: Sequence[tuple[float, float]]) -> _Axes:
+    xs, ys = [p[0] for p in points], [p[1] for p in points]
+    pad = (max(ys) - min(ys)) * 0.15 or abs(max(ys)) * 0.1 or 1.0
+    return _Axes(0.0, max(xs) * 1.15 or 1.0, min(ys) - pad, max(ys) + pad)
 
 
 def _ticks(low: float, high: float) -> list[float]:

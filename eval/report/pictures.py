@@ -15,6 +15,7 @@ from diffaccel.eval.comparison import Comparison
 from diffaccel.eval.runs import Run
 
 SIDE = 256
+SMALL = 128  # shown with its pixels, not smoothed
 AMPLIFIED = 5
 
 
@@ -35,7 +36,7 @@ def gallery(comparison: Comparison, run: Run, count: int) -> dict[str, Any]:
 
 
 def _pair(comparison: Comparison, base: Run, run: Run, places: tuple[int, int], at: int, worst: bool) -> dict[str, Any]:
-    one, other = base.image(places[0]), run.image(places[1])
+    one, other = (_still(*at) for at in ((base, places[0]), (run, places[1])))
     picture = base.pictures[places[0]]
     of_pairs = ((row.key, comparison.of_pairs(row)) for row in comparison.rows if row.run == run.name)
     values = {key: float(numbers[at]) for key, numbers in of_pairs if numbers is not None}
@@ -46,13 +47,22 @@ def _pair(comparison: Comparison, base: Run, run: Run, places: tuple[int, int], 
         "worst": worst,
         "measured": ", ".join(f"{key} {value:.4g}" for key, value in values.items()),
         "images": [inline(one), inline(other), inline(apart)],
+        "small": max(one.shape[1:]) <= SMALL,
     }
+
+
+def _still(run: Run, index: int) -> Tensor:
+    """The picture, or the first, the middle and the last frame of a video above each other."""
+    if not run.is_video:
+        return run.image(index)
+    frames = run.video(index)
+    return torch.cat(list(frames[[0, len(frames) // 2, len(frames) - 1]]), dim=1)
 
 
 def inline(image: Tensor) -> str:
     """A picture (3, H, W) as a data URL, no larger than a thumbnail."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((SIDE, SIDE))
+    picture.thumbnail((SIDE, SIDE * 3) if picture.height > 2 * picture.width else (SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=90, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -16,6 +16,7 @@ FAMILIES = {
     "distribution": "Distribution",
     "cost": "Cost of a picture",
 }
+HEADS = ("run", "metric", "value", "interval", "difference", "other seeds", "n")
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class Line:
 
 
 def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
-    """The rows by family, in the order of runs."""
+    """The rows by family, metric by metric, each in the order of runs."""
     groups = []
     for family, title in FAMILIES.items():
-        lines = [_line(row) for row in comparison.rows if row.family == family]
+        rows = [row for row in comparison.rows if row.family == family]
+        place = {key: at for at, key in enumerate(dict.fromkeys(row.key for row in rows))}
+        lines = [_line(row) for row in sorted(rows, key=lambda row: place[row.key])]
         if lines:
             groups.append((title, lines))
     return groups
@@ -68,8 +71,8 @@ def verdicts(comparison: Comparison) -> list[dict[str, str]]:
     for run in comparison.runs:
         parts = [_speed(comparison.row("speedup", run.name))]
         fidelity = [r for r in comparison.rows if r.run == run.name and r.family == "fidelity" and not r.missing]
-        if fidelity and all(row.identical for row in fidelity):
-            parts.append("pixel for pixel the baseline's pictures")
+        if any(row.identical for row in fidelity if row.metric == "psnr"):
+            parts.append(f"pixel for pixel the baseline's {'videos' if run.is_video else 'pictures'}")
         else:
             parts += [_far(row) for row in fidelity if row.metric in ("lpips", "ssim", "psnr")]
         parts += [_change(row) for row in comparison.rows if row.run == run.name and row.delta_interval is not None]
@@ -104,8 +107,7 @@ def plain(comparison: Comparison) -> str:
     """Verdicts, aligned tables and warnings, without markup."""
     base = comparison.baseline
     lines = [f"{verdict['run']}: {verdict['text']}" for verdict in verdicts(comparison)]
-    lines += ["", f"{len(base)} pictures a run against {base.name}; 95 % intervals"]
-    heads = ("run", "metric", "value", "interval", "difference", "other seeds", "n")
+    lines += ["", f"{len(base)} {'videos' if base.is_video else 'pictures'} a run against {base.name}; 95 % intervals"]
     for title, group in table(comparison):
         cells = [
             (
@@ -119,7 +121,7 @@ def plain(comparison: Comparison) -> str:
             )
             for line in group
         ]
-        lines += ["", title, *_aligned(heads, cells)]
+        lines += ["", title, *_aligned(HEADS, cells)]
     for section in comparison.sections:
         lines += [
             "",
@@ -137,31 +139,43 @@ def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
-    """The table for a terminal, a pull request or a note."""
+    """The tables for a terminal, a pull request or a note."""
     base = comparison.baseline
     lines = [f"# {', '.join(run.name for run in comparison.runs)} against {base.name}", ""]
     lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in made["verdicts"]]
     device = base.record.get("device", {}).get("name")
     lines += [
         "",
-        f"{len(base)} pictures a run{f', {device}' if device else ''}, {made['made'][:10]}. 95 % intervals.",
+        f"{len(base)} {'videos' if base.is_video else 'pictures'} a run{f', {device}' if device else ''}, "
+        f"{made['made'][:10]}. 95 % intervals.",
         "",
     ]
     for title, group in table(comparison):
-        lines += [
-            f"## {title}",
-            "",
-            "| run | metric | value | interval | difference | other seeds | n | |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {line.run} | {line.metric} {line.arrow} | {line.value} | {line.interval} | {line.delta} | {line.floor} "
-            f"| {line.n} | {line.note} |"
+        cells = [
+            (
+                line.run,
+                f"{line.metric} {line.arrow}",
+                line.value,
+                line.interval,
+                line.delta,
+                line.floor,
+                line.n,
+                line.note,
+            )
             for line in group
         ]
-        lines.append("")
+        lines += [f"## {title}", "", *_markdown_table((*HEADS, ""), cells), ""]
+    for section in comparison.sections:
+        lines += [f"## {section.title}", "", *_markdown_table(section.columns, section.rows), ""]
+        lines += [section.note, ""] if section.note else []
     if made["warnings"]:
         lines += ["## Warnings", "", *(f"- {warning}" for warning in made["warnings"]), ""]
     if made["command"]:
         lines += ["```", " ".join(made["command"]), "```", ""]
     return "\n".join(lines)
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(heads), *lines[1:]]
