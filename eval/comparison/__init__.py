@@ -45,6 +45,7 @@ class Comparison:
         rows: every metric of every run.
         values: by a row's key and run, a number a pair, in the order of ``pairs``; of scores the baseline's too.
         curves: by a row's key and run, the mean over videos of every frame.
+        steps: by run, seconds of every network call.
         warnings: what a reader must know.
         sections: tables beside the metrics, in the report's order.
     """
@@ -55,6 +56,7 @@ class Comparison:
     rows: list[Row]
     values: dict[str, dict[str, Tensor]]
     curves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    steps: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
 
@@ -111,6 +113,7 @@ class Comparison:
             "metrics": [row.to_dict() for row in self.rows],
             "pairs": _numbers(self.values),
             "curves": _numbers(self.curves),
+            "steps": {run: [round(seconds, 6) for seconds in times] for run, times in self.steps.items() if times},
             "sections": {section.key: section.to_dict() for section in self.sections},
             "warnings": self.warnings,
         }
@@ -195,6 +198,7 @@ def compare_runs(
     if reference is not None:
         found.sections += [nearest.section(baseline, runs, reference, extractor) for extractor in (*extractors, *clips)]
     found.rows += cost.rows(baseline, list(runs), timing)
+    found.steps = {run.name: cost.steps(run, timing) for run in (baseline, *runs)}
     more = (categories.section(found, categories_of) if categories_of else None, cost.section(baseline, runs, timing))
     found.sections[:0] = [section for section in more if section is not None]
     return found

@@ -68,10 +68,13 @@ def section(comparison: Comparison, of: Mapping[str, str]) -> Section | None:
             values = {key: numbers for key, (_, numbers) in found.items()}
             data.append({"run": run.name, "category": name, "n": len(at), "metrics": values})
     heads = [f"{key}, difference" if _is_score(comparison, key) else key for key in keys]
+    note = (
+        f"Means over the pairs of a category, with 95 % intervals over its prompts where it has {FEWEST}; scores are "
+    )
+    note += "differences to the baseline. Of many intervals one in twenty excludes 0 by chance alone."
     return Section(
         key=KEY, title="By category of prompt", columns=("run", "category", "n", *heads), rows=tuple(lines),
-        note=f"Means over the pairs of a category with 95 % intervals over its prompts, where it has {FEWEST}; scores are differences to the "
-        "baseline. With many categories some intervals exclude 0 by chance alone: one in twenty.",
+        note=note,
         data={"categories": data},
     )  # fmt: skip
 

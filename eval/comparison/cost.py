@@ -127,7 +127,7 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
         data[run.name] = found
         lines.append((
             run.name, *(_milliseconds(found[part]) for part in (*PARTS, "other", "seconds")),
-            _milliseconds(found["first_call"]), _milliseconds(found["one_off"]),
+            _milliseconds(found["first_call"]), "within noise" if found["noise"] else _milliseconds(found["one_off"]),
             str(found["calls"] or ""), found["from"],
         ))  # fmt: skip
     if not lines:
@@ -149,15 +149,23 @@ def _split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any
     if entry is not None:
         parts, seconds, source = {p: s / images for p, s in entry["parts"].items()}, entry["seconds_per_image"], TURNS
         first = entry["first_call_seconds"]
-        more = {"first_call": first, "one_off": first - seconds * images, "calls": len(entry["steps"])}
+        one_off = first - seconds * images
+        noise = one_off <= max(entry["seconds"]) - min(entry["seconds"])
+        more = {"first_call": first, "one_off": one_off, "noise": noise, "calls": len(entry["steps"])}
     elif cost.get("parts"):
         parts = {part: seconds / len(run) for part, seconds in cost["parts"].items()}
         seconds, source = cost["seconds"] / len(run), OWN
-        more = {"first_call": None, "one_off": None, "calls": len(cost.get("steps") or ())}
+        more = {"first_call": None, "one_off": None, "noise": False, "calls": len(cost.get("steps") or ())}
     else:
         return None
     other = seconds - sum(parts.values())
     return {part: parts.get(part) for part in PARTS} | {"other": other, "seconds": seconds, "from": source, **more}
+
+
+def steps(run: Run, timing: dict[str, Any] | None) -> list[float]:
+    """Seconds of every network call of one call of the pipeline: medians over turns, else over the run's batches."""
+    entry = _timed(timing).get(run.name)
+    return (entry or run.record.get("cost") or {}).get("steps") or []
 
 
 def _milliseconds(seconds: float | None) -> str:

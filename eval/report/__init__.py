@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from diffaccel import record
 from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.report import charts, pictures, text
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
@@ -47,7 +49,12 @@ def _page(comparison: Comparison, made: dict[str, Any], pairs: int) -> str:
         curves=charts.curves(comparison),
         steps=charts.steps(comparison),
         galleries=[pictures.gallery(comparison, run, pairs) for run in comparison.runs],
-        sections=comparison.sections,
+        sections=[(section, _are_texts(section)) for section in comparison.sections],
         baseline=comparison.baseline.name,
         things="videos" if comparison.baseline.is_video else "pictures",
     )
+
+
+def _are_texts(section: Section) -> list[bool]:
+    """Of every column, whether it holds words, which stand to the left, and not numbers."""
+    return [not any(re.match(r"[+-]?\d", row[at]) for row in section.rows) for at, _ in enumerate(section.columns)]

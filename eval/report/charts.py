@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.runs import Run
 
 PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # what the baseline is from itself
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 560, 300, 56, 40, 16
@@ -91,9 +90,9 @@ def frontier(points: list[tuple[float, float, str]], better: str) -> list[tuple[
 
 def steps(comparison: Comparison) -> list[dict[str, Any]]:
     """Seconds of every network call of a run as bars of one scale; short ones marked, missing ones counted."""
-    times_of = {run.name: run.record.get("cost", {}).get("steps") or [] for run in _everyone(comparison)}
+    times_of = comparison.steps
     top = max((max(times) for times in times_of.values() if times), default=0)
-    of_baseline = len(times_of[comparison.baseline.name])
+    of_baseline = len(times_of.get(comparison.baseline.name, ()))
     found = []
     for name, times in times_of.items():
         if not times or not top:
@@ -109,7 +108,7 @@ def steps(comparison: Comparison) -> list[dict[str, Any]]:
         ]
         said = f"{len(times)} calls, {sum(times):.3f} s"
         if short:
-            said += f"; {len(short)} of them under half of a full one: cached or reduced"
+            said += f"; {len(short)} of them under a third of a full one, as cached ones are"
         if of_baseline and len(times) != of_baseline:
             said += (
                 f"; {abs(of_baseline - len(times))} {'fewer' if len(times) < of_baseline else 'more'} than the baseline"
@@ -119,9 +118,9 @@ def steps(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def short_calls(times: Sequence[float]) -> set[int]:
-    """Which calls took under half of a full one, which is the second longest: the first call may hold a warm-up."""
+    """Which calls took under a third of a full one, which is the second longest: the first call may hold a warm-up."""
     full = sorted(times)[-2:][0]
-    return {i for i, seconds in enumerate(times) if seconds < full / 2}
+    return {i for i, seconds in enumerate(times) if seconds < full / 3}
 
 
 def curves(comparison: Comparison) -> list[Plot]:
@@ -142,10 +141,6 @@ def curves(comparison: Comparison) -> list[Plot]:
         ]
         plots.append(axes.plot(key, "frame", f"{key} by frame", lines=drawn))
     return plots
-
-
-def _everyone(comparison: Comparison) -> tuple[Run, ...]:
-    return (comparison.baseline, *comparison.runs)
 
 
 @dataclass(frozen=True)
