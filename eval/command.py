@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffaccel import console, zoo
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.eval import command_sets
+from diffaccel.eval import command_pictures, command_sets
 
 # command -> function of its arguments that returns the exit status, and one line of help
 COMMANDS = {
@@ -24,7 +24,12 @@ COMMANDS = {
         "runs against a baseline: a report as JSON, markdown and one HTML file",
     ),
     **{name: (f"diffaccel.eval.command_sets:run_{name}", text) for name, text in command_sets.COMMANDS.items()},
+    **{name: (f"diffaccel.eval.command_pictures:run_{name}", text) for name, text in command_pictures.COMMANDS.items()},
     "stats": ("diffaccel.eval.command_sets:run_stats", "mean and covariance of a set's features, for later distances"),
+    "list": (
+        "diffaccel.eval.command_list:run",
+        "metrics, protocols, extractors and scorers: what is here, and why not",
+    ),
 }
 
 

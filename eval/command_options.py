@@ -87,12 +87,27 @@ def network(options: Any, default: str) -> tuple[Extractor, Extractor | None, Pr
 
 def extraction(options: Any) -> dict[str, Any]:
     """How features are extracted: a bar on a terminal, nothing beside JSON."""
-    progress = sys.stderr.isatty() and options.json != STDOUT
-    return {"num": options.num, "batch": options.batch, "progress": progress, "cache": options.cache}
+    return {"num": options.num, "batch": options.batch, "progress": progress(options), "cache": options.cache}
+
+
+def progress(options: Any) -> bool:
+    """Whether somebody is watching."""
+    return sys.stderr.isatty() and options.json != STDOUT
 
 
 def report(options: Any, command: Sequence[str], rows: Sequence[Row], warnings: Sequence[str]) -> None:
-    """Results to stdout or a file; notes to stderr.
+    """Numbers to stdout, a line each, or as JSON; warnings to stderr.
+
+    Raises:
+        DiffAccelError: when nothing could be measured.
+    """
+    if finish(options, command, rows, warnings):
+        for line in lines(rows):
+            console.write(line)
+
+
+def finish(options: Any, command: Sequence[str], rows: Sequence[Row], warnings: Sequence[str]) -> bool:
+    """JSON where it is wanted, and warnings; returns whether the caller is to print the rows for people.
 
     Raises:
         DiffAccelError: when nothing could be measured.
@@ -101,25 +116,24 @@ def report(options: Any, command: Sequence[str], rows: Sequence[Row], warnings: 
         raise DiffAccelError(f"Nothing could be measured: {rows[0].key}: {rows[0].missing}.")
     warnings = list(dict.fromkeys(warnings))
     made = {"command": ["diffaccel", "eval", *command], "metrics": [row.to_dict() for row in rows]}
-    write(options, {**made, "warnings": warnings}, lines(rows))
-    for warning in warnings if options.json != STDOUT else ():
-        console.write_note(f"warning: {warning}")
+    return write_json(options, {**made, "warnings": warnings})
 
 
-def write(options: Any, values: dict[str, Any], text: Sequence[str]) -> None:
-    """``values`` as JSON where they are wanted, else, or beside a file, ``text``."""
+def write_json(options: Any, values: dict[str, Any]) -> bool:
+    """``values`` as JSON to where ``--json`` says, else their warnings to stderr; returns whether stdout is free."""
     from diffaccel import record
 
     values = {**values, "made": record.now(), "versions": record.versions()}
     if options.json == STDOUT:
         console.write_json(values)
-        return
+        return False
     if options.json is not None:
         file = Path(options.json).expanduser()
         file.parent.mkdir(parents=True, exist_ok=True)
         record.write_json(file, values)
-    for line in text:
-        console.write(line)
+    for warning in values["warnings"]:
+        console.write_note(f"warning: {warning}")
+    return True
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -134,6 +148,9 @@ def _line(row: Row) -> str:
     value = "identical" if row.value is None else f"{row.value:.6g}{row.unit and ' ' + row.unit}"
     about = [f"95 % {row.interval.low:.4g} to {row.interval.high:.4g}"] if row.interval is not None else []
     about += [f"{name} {row.detail[name]:.4g}" for name in ("std", "std_over_splits", "r2") if name in row.detail]
+    if row.delta is not None and row.delta_interval is not None:
+        low, high = row.delta_interval.low, row.delta_interval.high
+        about.append(f"{row.delta:+.4g} to {row.detail['reference']}'s, 95 % {low:+.4g} to {high:+.4g}")
     about.append(f"n = {row.n or 'unknown'}")
     if "reference" in row.detail:
         about.append(f"m = {row.m or 'unknown'}")

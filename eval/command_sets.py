@@ -99,9 +99,8 @@ def run_stats(argv: list[str]) -> int:
         "extractor": extractor.name, "protocol": written.protocol, "weights_sha256": extractor.weights_sha256,
         "warnings": found.warnings,
     }  # fmt: skip
-    shared.write(options, made, [f"{options.out}: {found.n} images, {extractor.dim} features of {extractor.name}"])
-    for warning in found.warnings if options.json != shared.STDOUT else ():
-        console.write_note(f"warning: {warning}")
+    if shared.write_json(options, made):
+        console.write(f"{options.out}: {found.n} images, {extractor.dim} features of {extractor.name}")
     return 0
 
 

@@ -31,6 +31,7 @@ OPENAI_L14 = "timm/vit_large_patch14_clip_224.openai"
 HPSV2 = "HPS_v2.1_compressed.pt"
 PICKSCORE = "model.safetensors"
 IMAGE_REWARD, MED_CONFIG = "ImageReward.pt", "med_config.json"
+HPSV2_HUB, PICKSCORE_HUB, IMAGE_REWARD_HUB = "xswu/HPSv2", "yuvalkirstain/PickScore_v1", "THUDM/ImageReward"
 
 Path_ = str | Path | None
 Device = str | torch.device
@@ -121,7 +122,7 @@ def hpsv2(path: Path_, device: Device, *, architecture: str = "ViT-H-14") -> Fun
 
     An image is resized by its longer side and padded with black. For square images the resizing makes no difference.
     """
-    file = weights.find(HPSV2, path, hub="xswu/HPSv2")
+    file = weights.find(HPSV2, path, hub=HPSV2_HUB)
     clip = OpenClip(architecture, file, device, resize="longest")
     return lambda images, prompts: prompt_cosine(clip, images, prompts, batch=_BATCH)
 
@@ -132,7 +133,7 @@ def pickscore(path: Path_, device: Device) -> Function:
     ``path`` is the folder of a CLIP of transformers (``config.json``, ``model.safetensors``); one without tokenizer or
     preprocessing has those of OpenAI's CLIP.
     """
-    clip = TransformersClip(weights.find(PICKSCORE, path, hub="yuvalkirstain/PickScore_v1").parent, device)
+    clip = TransformersClip(weights.find(PICKSCORE, path, hub=PICKSCORE_HUB).parent, device)
     return lambda images, prompts: clip.scale * prompt_cosine(clip, images, prompts, batch=_BATCH)
 
 
@@ -255,7 +256,7 @@ def _tokenizer(folder: Path, vocabulary: int, length: int) -> Callable[[str], tu
 # -- ImageReward ------------------------------------------------------------------------------------------------------
 
 
-_PACKAGE = "ImageReward"  # it pins years-old versions of its own dependencies, so no extra of ours asks for it
+PACKAGE = "ImageReward"  # it pins years-old versions of its own dependencies, so no extra of ours asks for it
 
 
 def image_reward(path: Path_, device: Device) -> Function:
@@ -263,10 +264,10 @@ def image_reward(path: Path_, device: Device) -> Function:
 
     ``path`` is ``ImageReward.pt`` with ``med_config.json`` beside it, or their folder.
     """
-    file = weights.find(IMAGE_REWARD, path, hub="THUDM/ImageReward")
+    file = weights.find(IMAGE_REWARD, path, hub=IMAGE_REWARD_HUB)
     config = weights.find(MED_CONFIG, file.parent)
     try:
-        package: Any = importlib.import_module(_PACKAGE)
+        package: Any = importlib.import_module(PACKAGE)
     except ImportError as error:
         raise DiffAccelError(
             f"The scorer 'image-reward' needs the package ImageReward, which cannot be imported ({error}). "

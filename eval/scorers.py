@@ -32,12 +32,16 @@ class Known:
         licence: what its authors say; it is for the user to check.
         paper: of the scorer.
         build: from ``path`` and ``device`` to its function.
+        hubs: the repository of the Hugging Face hub that has each file, or "".
+        package: that must be installed beside the weights, or "".
     """
 
     files: tuple[str, ...]
     licence: str
     paper: str
     build: Callable[..., Function]
+    hubs: tuple[str, ...] = ("",)
+    package: str = ""
 
 
 KNOWN = {
@@ -46,12 +50,24 @@ KNOWN = {
         "head: Apache-2.0; OpenAI's CLIP: MIT, not meant for deployment",
         "LAION-Aesthetics v2, github.com/christophschuhmann/improved-aesthetic-predictor",
         preference.aesthetic,
+        ("", preference.OPENAI_L14),
     ),
-    "hpsv2": Known((preference.HPSV2,), "Apache-2.0", "arXiv 2306.09341", preference.hpsv2),
+    "hpsv2": Known((preference.HPSV2,), "Apache-2.0", "arXiv 2306.09341", preference.hpsv2, (preference.HPSV2_HUB,)),
     "image-reward": Known(
-        (preference.IMAGE_REWARD, preference.MED_CONFIG), "Apache-2.0", "arXiv 2304.05977", preference.image_reward
+        (preference.IMAGE_REWARD, preference.MED_CONFIG),
+        "Apache-2.0",
+        "arXiv 2304.05977",
+        preference.image_reward,
+        (preference.IMAGE_REWARD_HUB,) * 2,
+        preference.PACKAGE,
     ),
-    "pickscore": Known((preference.PICKSCORE,), "MIT; see the model card", "arXiv 2305.01569", preference.pickscore),
+    "pickscore": Known(
+        (preference.PICKSCORE,),
+        "MIT; see the model card",
+        "arXiv 2305.01569",
+        preference.pickscore,
+        (preference.PICKSCORE_HUB,),
+    ),
 }
 
 

@@ -82,6 +82,29 @@ KNOWN = {
 }
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Where a weight file is, if it is anywhere, and where it was looked for."""
+
+    path: Path | None
+    places: tuple[str, ...]
+
+
+def look(file: str, path: str | os.PathLike[str] | None = None, *, hub: str = "", elsewhere: bool = True) -> Looked:
+    """Look for a weight file on this machine, as :func:`find` does; nothing is fetched or read."""
+    known = _known(file)
+    places = [Path(path).expanduser()] if path is not None else _places(known) if elsewhere else []
+    files = [place / name if place.is_dir() else place for place in places for name in known.files]
+    looked = [str(one) for one in dict.fromkeys(files)]
+    found = next((candidate for candidate in files if candidate.is_file()), None)
+    hub = hub or known.hub
+    if path is None and hub:
+        looked.append(f"the local Hugging Face cache of {hub}")
+        cached = (_in_hub_cache(hub, name) for name in known.files)
+        found = found or next((one for one in cached if one is not None), None)
+    return Looked(found, tuple(looked))
+
+
 def find(
     file: str,
     path: str | os.PathLike[str] | None = None,
@@ -105,19 +128,12 @@ def find(
         MissingWeights: naming the file, where it was looked for, and what to do.
         DiffAccelError: for a download whose digest is not the published one, or that failed.
     """
-    known = KNOWN.get(file) or next((k for k in KNOWN.values() if file in k.files), Known(files=(file,), url=""))
-    places = [Path(path).expanduser()] if path is not None else _places(known) if elsewhere else []
-    looked = [place / name if place.is_dir() else place for place in places for name in known.files]
-    for candidate in looked:
-        if candidate.is_file():
-            return candidate
-    if path is None:
-        for name in known.files:
-            if found := _in_hub_cache(hub or known.hub, name):
-                return found
-        if download and known.url:
-            return fetch(known.url, _torch_hub() / known.files[-1], known.sha256)
-    raise MissingWeights(_missing(known, list(dict.fromkeys(looked)), hub or known.hub, flag, path is not None))
+    known, looked = _known(file), look(file, path, hub=hub, elsewhere=elsewhere)
+    if looked.path is not None:
+        return looked.path
+    if path is None and download and known.url:
+        return fetch(known.url, _torch_hub() / known.files[-1], known.sha256)
+    raise MissingWeights(_missing(known, looked.places, flag, path is not None, "" if elsewhere else hub))
 
 
 def fetch(url: str, target: Path, sha256: str = "") -> Path:
@@ -173,6 +189,10 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
+def _known(file: str) -> Known:
+    return KNOWN.get(file) or next((k for k in KNOWN.values() if file in k.files), Known(files=(file,), url=""))
+
+
 def _places(known: Known) -> list[Path]:
     folders = [Path(value).expanduser()] if (value := os.environ.get(VARIABLE)) else []
     return [folder / name for folder in (*folders, _torch_hub()) for name in known.files]
@@ -183,20 +203,18 @@ def _torch_hub() -> Path:
 
 
 def _in_hub_cache(repository: str, file: str) -> Path | None:
-    if not repository:
-        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, file)
     return Path(found) if isinstance(found, str) else None
 
 
-def _missing(known: Known, looked: Sequence[Path], hub: str, flag: str, explicit: bool) -> str:
-    places = [str(path) for path in looked]
-    if hub and not explicit:
-        places.append(f"the local Hugging Face cache of {hub}")
-    variable = "" if explicit or os.environ.get(VARIABLE) else f" {VARIABLE} is not set."
-    ways = [f"give its path{f' ({flag})' if flag else ''}", f"put it into the folder that {VARIABLE} names"]
+def _missing(known: Known, places: Sequence[str], flag: str, explicit: bool, only_hub: str) -> str:
+    variable = "" if explicit or only_hub or os.environ.get(VARIABLE) else f" {VARIABLE} is not set."
+    put = (
+        f"run hf download {only_hub} {known.files[0]}" if only_hub else f"put it into the folder that {VARIABLE} names"
+    )
+    ways = [f"give its path{f' ({flag})' if flag else ''}", put]
     origin = f" It is published at {known.url}." if known.url else ""
     return (
         f"The weights '{known.files[0]}' were not found; looked for {', '.join(places)}.{variable}{origin} "

@@ -68,6 +68,16 @@ def test_missing_weights_say_what_to_do(places):
         weights.find("alexnet-owt-7be5be79.pth")
 
 
+def test_looking_does_not_raise_and_names_every_place(places):
+    nowhere = weights.look("inception", hub="a/b")
+    assert nowhere.path is None and len(nowhere.places) == 2 * len(INCEPTION) + 1
+    assert nowhere.places[-1] == "the local Hugging Face cache of a/b"
+    (places["folder"] / INCEPTION[1]).write_bytes(b"x")
+    assert weights.look("inception").path == places["folder"] / INCEPTION[1]
+    with pytest.raises(weights.MissingWeights, match=r"run hf download a/b clip\.safetensors"):
+        weights.find("clip.safetensors", hub="a/b", elsewhere=False)  # a name that says nothing outside its repository
+
+
 def test_a_variable_that_is_not_set_is_told(places, monkeypatch):
     monkeypatch.delenv(weights.VARIABLE)
     with pytest.raises(weights.MissingWeights, match=r"DIFFACCEL_WEIGHTS is not set"):
