@@ -35,7 +35,7 @@ def compare(
     model: Any = None,
     out: str | Path | None = None,
     report: str | Path | None = None,
-    extractors: Sequence[str] = ("tiny",),
+    extractors: Sequence[str] | None = None,
     clips: Sequence[str] | None = None,
     reference: Any = None,
     other_seeds: bool | str | Path = True,
@@ -63,7 +63,8 @@ def compare(
         out: a folder that keeps the pictures; the same call goes on where it was stopped. None uses a temporary one
             that lives as long as what is returned.
         report: a folder for ``report.json``, ``report.md`` and ``report.html``.
-        extractors: networks for distances of distributions, which need 100 pictures a side.
+        extractors: networks for distances of distributions, which need 100 pictures a side; None takes "tiny", and
+            none for videos.
         clips: CLIPs for the fit to the prompts; None takes the zoo's judge for the zoo's models, and none for others.
         reference: images that distributions are compared with; None for the baseline's own.
         other_seeds: draw the baseline with other seeds too, for what chance alone does; or that run's folder. A
@@ -95,6 +96,8 @@ def compare(
     try:
         runs = [_drawn(each, request, folder, progress) for each in sides]
         others = _others(other_seeds, sides[0], request, folder, progress)
+        if extractors is None:
+            extractors = () if runs[0].is_video else ("tiny",)
         timing = None
         if turns:
             timing = _timed(sides, host, request, turns, progress)
