@@ -53,26 +53,22 @@ def _of_run(run: Run, baseline: Run) -> list[Row]:
 
 
 def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
-    """Peak memory, energy and the first call; of both sides from turns, or from the runs themselves."""
+    """Peak memory, energy and the first call, of turns or else of the runs; differences where both are of one kind."""
     entry, base = timed.get(run.name), timed.get(baseline.name)
-    cost, found = run.record.get("cost") or {}, []
-    if entry is None or base is None:
-        entry, base = {"peak_memory": cost.get("peak_memory")}, baseline.record.get("cost") or {}
+    found: list[Row] = []
+    if entry is None:
+        entry = run.record.get("cost") or {}
+        base = {} if base is not None else baseline.record.get("cost") or {}
+    where = "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process"
     for metric, key, unit, scale, source in (
-        (
-            "peak_memory",
-            "peak_memory",
-            "GiB",
-            2.0**30,
-            "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process",
-        ),
+        ("peak_memory", "peak_memory", "GiB", 2.0**30, where),
         ("energy", "energy_joules", "J", 1.0, "NVML"),
         ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
     ):
         if entry.get(key) is None:
             continue
         row = _row(metric, run, entry[key] / scale, unit=unit, detail={"from": source})
-        if run is not baseline and base.get(key) is not None:
+        if run is not baseline and base is not None and base.get(key) is not None:
             row.delta = (entry[key] - base[key]) / scale
         found.append(row)
     return found
