@@ -23,6 +23,7 @@ COMMANDS = {
         "diffaccel.eval.command_compare:run_compare",
         "runs against a baseline: a report as JSON, markdown and one HTML file",
     ),
+    "diff": ("diffaccel.eval.command_compare:run_diff", "what changed between two reports, beyond their intervals"),
     **{name: (f"diffaccel.eval.command_sets:run_{name}", text) for name, text in command_sets.COMMANDS.items()},
     **{name: (f"diffaccel.eval.command_pictures:run_{name}", text) for name, text in command_pictures.COMMANDS.items()},
     "stats": ("diffaccel.eval.command_sets:run_stats", "mean and covariance of a set's features, for later distances"),

@@ -1,4 +1,4 @@
-"""``diffaccel eval compare``: runs of the same prompts and seeds against a baseline, as tables, a report and a gate."""
+"""``diffaccel eval compare``: runs against a baseline, as tables, a report and a gate; ``eval diff`` of two reports."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from diffaccel.eval.gate import Gate
 
 GATE_FAILED = 5
+DIFF_TITLES = {
+    "beyond": "Beyond the old report's intervals:",
+    "unsure": "Moved, without an interval to judge by:",
+    "gone": "In the old report only:",
+    "added": "In the new report only:",
+    "made": "Made with:",
+}
 
 
 def _compare_parser() -> console.Parser:
@@ -110,6 +117,31 @@ def run_compare(argv: list[str]) -> int:
     for sentence in said:
         console.write_note(sentence)
     return GATE_FAILED if failed else 0
+
+
+def run_diff(argv: list[str]) -> int:
+    """``eval diff``; returns its exit status."""
+    parser = console.Parser(
+        prog="diffaccel eval diff",
+        description="What changed between two reports, beyond the intervals of the old one.",
+        epilog="example:\n  diffaccel eval diff before/report.json after/report.json",
+    )
+    parser.add_argument("old", metavar="OLD", help="report.json")
+    parser.add_argument("new", metavar="NEW", help="report.json")
+    parser.add_argument("--json", action="store_true", help="print the changes as one JSON object")
+    options = parser.parse(argv)
+    from diffaccel.eval.report import changes
+
+    found = changes.changes(changes.read(options.old), changes.read(options.new))
+    if options.json:
+        console.write_json(found)
+        return 0
+    for kind, title in DIFF_TITLES.items():
+        if found[kind]:
+            console.write("\n".join([title, *(f"  {sentence}" for sentence in found[kind])]))
+    if not any(found.values()):
+        console.write("Nothing changed.")
+    return 0
 
 
 def _judge(gate: Gate | None, comparison: Comparison) -> tuple[bool, list[str]]:

@@ -32,7 +32,7 @@ from diffaccel.eval.images import Source
 from diffaccel.eval.runs import Pairs, Run, first_pictures, pair, pair_prompts
 from diffaccel.eval.scorers import Scorer
 
-FORMAT = 1
+FORMAT = 2  # of report.json: 1 had pairs by short names, and no curves or steps
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
