@@ -83,8 +83,13 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
         raise DiffAccelError(f"Images must have shape (N, 3, H, W); {name} has {tuple(images.shape)}.")
     if ids is not None and len(ids) != len(images):
         raise DiffAccelError(f"{len(images)} images were given with {len(ids)} ids. Give one for each.")
-    images = to_uint8(images)
     names = [f"{i:06d}" for i in range(len(images))] if ids is None else list(ids)
+    if images.is_floating_point() and bool((bad := ~images.isfinite().flatten(1).all(1)).any()):
+        raise DiffAccelError(
+            f"{int(bad.sum())} of {len(images)} images of {name} hold values that are not finite, the first "
+            f"'{names[int(bad.nonzero()[0])]}'. Look at the network that made them."
+        )
+    images = to_uint8(images)
     order = _chosen(names, num, name)
     if order != list(range(len(images))):
         images = images[order] if order != list(range(len(order))) else images[: len(order)]

@@ -237,6 +237,10 @@ def test_other_errors_say_what_was_found(tmp_path):
         open_source(pixels(2, 4, 4, 3))
     with pytest.raises(DiffAccelError, match="2 images were given with 1 ids"):
         open_source(pixels(2, 3, 4, 4), ids=["a"])
+    broken = torch.zeros(5, 3, 4, 4)
+    broken[1, 0, 0, 0], broken[3] = float("nan"), float("inf")
+    with pytest.raises(DiffAccelError, match=r"2 of 5 images of the tensor hold .* not finite, the first 'b'"):
+        open_source(broken, ids=list("abcde"))
     with pytest.raises(DiffAccelError, match="batch size 0"):
         list(open_source(pixels(2, 3, 4, 4)).batches(0))
 

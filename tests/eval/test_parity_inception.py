@@ -78,6 +78,13 @@ def test_clean_fids_features(file):
     assert apart(found(x), expected) < 1e-5
 
 
+def test_a_row_depends_on_its_image_alone(file):
+    x, network = images(4), ours(file)
+    together = network(x)
+    assert apart(torch.cat([network(x[:1]), network(x[1:])]), together) < 1e-5
+    assert apart(network(x.flip(0)).flip(0), together) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def distances(file) -> dict[str, float]:
     """Of torchmetrics, which resizes with and without antialiasing, and ours."""
