@@ -63,8 +63,8 @@ def checked(options: Any) -> Any:
     return options
 
 
-def network(options: Any, default: str) -> tuple[Extractor, Extractor | None, Protocol | None]:
-    """The extractor, that of spatial features where the protocol has sFID, and the protocol.
+def network(options: Any, default: str) -> tuple[Extractor, Protocol | None]:
+    """The extractor, and the protocol where one is named.
 
     Raises:
         MissingWeights: for weights that are not on this machine.
@@ -76,13 +76,11 @@ def network(options: Any, default: str) -> tuple[Extractor, Extractor | None, Pr
 
     chosen = protocols.protocol(options.protocol) if options.protocol else None
     spec = options.extractor or (chosen.extractor if chosen else default)
-    how: dict[str, Any] = {
-        "device": opening.pick_device(options.device), "protocol": chosen, "download": options.download,
-        "allow_unknown_weights": options.allow_unknown_weights,
-    }  # fmt: skip
-    main = extractor(spec, **how)
-    taps = {metric.tap for metric in chosen.metrics} if chosen else set()
-    return main, extractor(spec, tap="spatial", **how) if "spatial" in taps else None, chosen
+    found = extractor(
+        spec, device=opening.pick_device(options.device), protocol=chosen, download=options.download,
+        allow_unknown_weights=options.allow_unknown_weights,
+    )  # fmt: skip
+    return found, chosen
 
 
 def extraction(options: Any) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffaccel import console
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import command_options as shared
+
+if TYPE_CHECKING:
+    from diffaccel.eval.protocols import Metric
 
 COMMANDS = {
     "fid": "Fréchet distance of sets of images (or statistics), named after its network",
@@ -38,14 +42,17 @@ def run_distance(name: str, argv: list[str]) -> int:
         raise DiffAccelError(f"'eval {name}' compares sets with a reference, the last one. Give at least two.")
     chosen = protocols.protocol(options.protocol) if options.protocol else None
     metrics = protocols.metrics(name, chosen)
-    extractor, spatial, chosen = _network(name, options)
+    extractor, chosen = _network(name, options)
     fid = name == "fid"
     setting = Setting(
-        extractor=extractor, spatial=spatial if fid else None, protocol=chosen,
+        extractor=extractor, spatial=_spatial(extractor, metrics), protocol=chosen,
         interval=fid and options.interval, infinity=fid and options.infinity,
     )  # fmt: skip
     how = shared.extraction(options)
-    sets = [feature_sets.load(path, extractor, spatial=setting.spatial, statistics=fid, **how) for path in options.sets]
+    sets = [
+        feature_sets.load(path, extractor, spatial=setting.spatial is not None, statistics=fid, **how)
+        for path in options.sets
+    ]
     if len({one.name for one in sets}) < len(sets):  # folders of one name in different places
         sets = [replace(one, name=path) for one, path in zip(sets, options.sets, strict=True)]
     reference = None if alone else sets.pop()
@@ -83,7 +90,8 @@ def run_stats(argv: list[str]) -> int:
     from diffaccel.eval import feature_sets, feature_statistics
     from diffaccel.eval.frechet import Moments
 
-    extractor, spatial, chosen = shared.network(options, "tiny")
+    extractor, chosen = shared.network(options, "tiny")
+    spatial = chosen is not None and _spatial(extractor, chosen.metrics) is not None
     found = feature_sets.load(
         options.images, extractor, spatial=spatial, statistics=False, **shared.extraction(options)
     )
@@ -135,6 +143,11 @@ def _network(name: str, options: Any) -> Any:
 
         as_clip(found[0])
     return found
+
+
+def _spatial(extractor: Any, metrics: Sequence[Metric]) -> Any:
+    """The extractor of sFID's features, where it is wanted."""
+    return extractor.at("spatial") if any(metric.tap == "spatial" for metric in metrics) else None
 
 
 def _moments(found: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import feature_statistics, protocols
 from diffaccel.eval.extractors.base import Extractor
+from diffaccel.eval.extractors.inception import TAPS, InceptionExtractor
 from diffaccel.eval.feature_statistics import StatisticsFile
 from diffaccel.eval.features import extract
 from diffaccel.eval.frechet import Moments
@@ -56,7 +57,7 @@ def load(
     path: str | os.PathLike[str],
     extractor: Extractor,
     *,
-    spatial: Extractor | None = None,
+    spatial: bool = False,
     statistics: bool = True,
     least: int = 2,
     num: int | None = None,
@@ -70,7 +71,7 @@ def load(
     Args:
         path: of the set.
         extractor: of the features.
-        spatial: of the features for sFID, where they are wanted.
+        spatial: whether the features for sFID are wanted too; the extractor is then Inception.
         statistics: whether a mean and a covariance are enough.
         least: how many images are needed.
         num: only the first images, in the order of ids. Files of statistics are taken whole.
@@ -86,7 +87,7 @@ def load(
     if known and not images and not statistics:
         _needs_images(file.stem)
     if known and statistics and (not images or extractor.name.startswith(_INCEPTION)):
-        return _of_statistics(file, extractor, spatial)
+        return _of_statistics(file, extractor)
     if "feats" in held and not images:
         return _of_features(file, extractor)
     source = open_source(path, num=num)
@@ -94,10 +95,12 @@ def load(
         raise DiffAccelError(
             f"'{path}' holds {len(source)} image{'s' * (len(source) > 1)}, and at least {least} are needed. Add images."
         )
-    main, more = (
-        None if one is None else _on(one, extract(source, one, **extraction).values) for one in (extractor, spatial)
-    )
-    return FeatureSet(source.name, len(source), main, more, list(source.warnings))  # type: ignore[arg-type]
+    if spatial and isinstance(extractor, InceptionExtractor):
+        found = _on(extractor, extract(source, extractor.at("both"), **extraction).values)
+        main, more = found[:, : extractor.dim], found[:, extractor.dim :]
+    else:
+        main, more = _on(extractor, extract(source, extractor, **extraction).values), None
+    return FeatureSet(source.name, len(source), main, more, list(source.warnings))
 
 
 def check_counts(sets: Sequence[FeatureSet], *, mixed: bool) -> None:
@@ -119,7 +122,7 @@ def _on(extractor: Extractor, values: Tensor) -> Tensor:
     return values.to(extractor.device) if extractor.device.type == "cuda" else values
 
 
-def _of_statistics(file: Path, extractor: Extractor, spatial: Extractor | None) -> FeatureSet:
+def _of_statistics(file: Path, extractor: Extractor) -> FeatureSet:
     entry = next((key for key, network in _PICKLED.items() if extractor.name.startswith(network)), None)
     found = feature_statistics.read(file, dim=extractor.dim, metric=entry if file.suffix.lower() == ".pkl" else None)
     if found.weights_sha256 not in (None, extractor.weights_sha256):
@@ -132,9 +135,9 @@ def _of_statistics(file: Path, extractor: Extractor, spatial: Extractor | None) 
             f"'{file}' holds statistics of the protocol '{found.protocol}', and the images go through "
             f"'{extractor.protocol}'. Give --protocol {found.protocol}, or make the statistics again."
         )
-    more = found.spatial
-    if spatial is not None and more is not None and more.dim != spatial.dim:
-        raise DiffAccelError(f"'{file}' has {more.dim} spatial features, sFID takes {spatial.dim}. Is it of ADM?")
+    more, wanted = found.spatial, TAPS["spatial"].dim
+    if more is not None and more.dim != wanted:
+        raise DiffAccelError(f"'{file}' has {more.dim} spatial features, sFID takes {wanted}. Is it of ADM?")
     return FeatureSet(file.stem, found.moments.n, found.moments, more, _assumed(file, found, extractor))
 
 

@@ -50,7 +50,7 @@ def extractor(
         device: of its network.
         allow_unknown_weights: take Inception weights of another sha256; then no key says "FID".
         protocol: decides the preprocessing of Inception, DINOv2 and CLIP; other networks have their own.
-        tap: of Inception: "pool3", "logits", "logits_unbiased" or "spatial".
+        tap: of Inception: "pool3", "logits", "logits_unbiased", "spatial", or "both" of pool3 and spatial in one pass.
         download: fetch published weights that are not on this machine.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,10 @@ class InceptionNetwork(blocks.Inception3):
 
     def pool3(self, x: Tensor) -> Tensor:
         """The features of FID, ``(B, 2048)``."""
-        x = self.Mixed_6e(self.Mixed_6d(self.mixed_6d(x)))
+        return self._pool3(self.mixed_6d(x))
+
+    def _pool3(self, x: Tensor) -> Tensor:
+        x = self.Mixed_6e(self.Mixed_6d(x))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         return self.avgpool(x).flatten(1)
 
@@ -96,7 +99,15 @@ class InceptionNetwork(blocks.Inception3):
         reads could not be compared with its numbers: the graph's node has the name of the branch's last operation, so
         it is taken after the rectifier here.
         """
-        return self.Mixed_6d.branch1x1(self.mixed_6d(x))[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return self._spatial(self.mixed_6d(x))
+
+    def _spatial(self, x: Tensor) -> Tensor:
+        return self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    def both(self, x: Tensor) -> Tensor:
+        """:meth:`pool3` and, behind it, :meth:`spatial`, in one pass."""
+        x = self.mixed_6d(x)
+        return torch.cat([self._pool3(x), self._spatial(x)], 1)
 
     def logits(self, features: Tensor, *, bias: bool) -> Tensor:
         """``(B, 1008)`` from pool3 features. The Inception Score of public tools leaves the bias out."""
@@ -117,6 +128,7 @@ TAPS = {
     "logits": Tap(CLASSES, lambda network, x: network.logits(network.pool3(x), bias=True), "-logits"),
     "logits_unbiased": Tap(CLASSES, lambda net, x: net.logits(net.pool3(x), bias=False), "-logits-unbiased"),
     "spatial": Tap(17 * 17 * 7, InceptionNetwork.spatial, "-spatial"),
+    "both": Tap(2048 + 17 * 17 * 7, InceptionNetwork.both, "-both"),
 }
 
 
@@ -145,7 +157,23 @@ class InceptionExtractor(Extractor):
     """Also gives the logits of its pool3 features, so that FID and the Inception Score share one pass."""
 
     inception: InceptionNetwork = field(repr=False)
+    normalise: Callable[[Tensor], Tensor] = field(repr=False)
     tap: str = "pool3"
+
+    def at(self, tap: str) -> InceptionExtractor:
+        """The same network at another tap; its weights are shared.
+
+        Raises:
+            DiffAccelError: for an unknown tap.
+        """
+        if tap not in TAPS:
+            raise unknown("tap of Inception", tap, TAPS)
+        found, network, normalise = TAPS[tap], self.inception, self.normalise
+        return replace(
+            self, tap=tap, name=f"inception{found.suffix}", dim=found.dim,
+            key=_key(self.weights_sha256, self.official, tap, self.protocol),
+            network=lambda x: found.of(network, normalise(x)),
+        )  # fmt: skip
 
     def logits(self, features: Tensor, *, bias: bool = False) -> Tensor:
         """``(n, 1008)`` float32 on the CPU from pool3 features ``(n, 2048)``."""
@@ -191,9 +219,9 @@ def inception(
     prepare, normalise = PREPROCESSING[preprocessing]
     of = TAPS[tap].of
     return InceptionExtractor(
-        name=f"inception{TAPS[tap].suffix}", key=key, dim=TAPS[tap].dim,
-        weights_sha256=sha, official=official, protocol=protocol, device=device, module=network, inception=network,
-        tap=tap, prepare=prepare, network=lambda x: of(network, normalise(x)),
+        name=f"inception{TAPS[tap].suffix}", key=key, dim=TAPS[tap].dim, weights_sha256=sha, official=official,
+        protocol=protocol, device=device, module=network, inception=network, normalise=normalise, tap=tap,
+        prepare=prepare, network=lambda x: of(network, normalise(x)),
     )  # fmt: skip
 
 

@@ -220,6 +220,9 @@ def test_taps_and_the_logits_of_one_pass(inception_file):
     spatial.inception.Mixed_6d.branch1x1.register_forward_hook(lambda _m, _a, out: maps.append(out))
     found = spatial(images)
     assert found.shape == (2, 2023) and torch.equal(found.view(2, 17, 17, 7)[0, 3, 5], maps[0][0, :7, 3, 5])
+    both = pool3.at("both")(images)
+    assert torch.allclose(both, torch.cat([features, found], 1), rtol=1e-5, atol=1e-6)
+    assert pool3.at("spatial").key == spatial.key and pool3.at("spatial").module is pool3.module
     with pytest.raises(DiffAccelError, match="Logits come from pool3 features"):
         spatial.logits(features)
 
