@@ -28,6 +28,7 @@ _PRINTED = {
     "cmmd": ("CMMD", " x1000"),
     "cmmd_unbiased": ("CMMD (unbiased)", " x1000"),
     "is": ("IS", ""),
+    "mind": ("MIND", ""),
     "fd_infinity": ("FD-infinity", ""),
 }
 

@@ -12,6 +12,8 @@ from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 import diffaccel
 from diffaccel import record, requests, sampling
 from diffaccel.errors import DiffAccelError
@@ -41,7 +43,8 @@ def take_turns(
         request: its first chunk is what every call draws.
         variants: two or more; methods are put on before a call and taken off after it, outside of its time.
         turns: timed calls of each.
-        warm_up: calls of each before the first turn; the first of them is reported as ``first_call_seconds``.
+        warm_up: calls of each before the first turn; the first of them is reported as ``first_call_seconds``, and
+            putting its methods on as ``set_up_seconds``: converted weights, calibration.
         then: by a variant's name, what else belongs to its call, given the pictures and prompts; its time is added.
         progress: told what is running.
 
@@ -71,6 +74,7 @@ def take_turns(
             entry = entries[variant.name]
             if turn < 0:
                 entry.setdefault("first_call_seconds", cost["seconds"])
+                entry.setdefault("set_up_seconds", cost.get("set_up"))
                 continue
             entry["seconds"].append(cost["seconds"])
             entry["costs"].append(cost)
@@ -92,8 +96,11 @@ def take_turns(
 def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dict[str, Any], float | None]:
     """What the first chunk of a request cost on an open pipeline, its methods put on for it; and joules."""
     request = request.with_model_defaults()
+    start = time.perf_counter()
     if request.methods:
         diffaccel.accelerate(pipe, *request.methods)
+        _wait(pipe.device)
+    set_up = time.perf_counter() - start
     try:
         call = requests.call_arguments(pipe, request)
         before = _joules(pipe.device)
@@ -104,6 +111,7 @@ def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dic
             then(made, [item.prompt for item in chunk])
             cost["seconds"] += time.perf_counter() - start
         after = _joules(pipe.device)
+        cost["set_up"] = set_up
     finally:
         diffaccel.remove(pipe)
     return cost, None if before is None or after is None else after - before
@@ -117,6 +125,7 @@ def _entry(timed: dict[str, Any], base: dict[str, Any], images: int) -> dict[str
         "seconds": seconds,
         "seconds_per_image": median(seconds) / images,
         "first_call_seconds": timed["first_call_seconds"],
+        "set_up_seconds": timed["set_up_seconds"],
         "parts": {part: round(median(cost["parts"][part] for cost in costs), 5) for part in costs[0]["parts"]},
         "steps": [round(median(times), 6) for times in zip(*(cost["steps"] for cost in costs), strict=False)],
         "nfe": costs[0]["nfe"] / images,
@@ -133,6 +142,11 @@ def _entry(timed: dict[str, Any], base: dict[str, Any], images: int) -> dict[str
             "significant": ratio.significant,
         }
     return found
+
+
+def _wait(device: Any) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _joules(device: Any) -> float | None:

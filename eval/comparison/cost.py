@@ -14,7 +14,7 @@ KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
 LABELS = {
     "nfe": "NFE", "forwards": "rows through the network", "speedup": "speed-up", "peak_memory": "peak memory",
-    "first_call": "first call",
+    "first_call": "first call", "set_up": "set-up",
 }  # fmt: skip
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
@@ -64,6 +64,7 @@ def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
         ("peak_memory", "peak_memory", "GiB", 2.0**30, where),
         ("energy", "energy_joules", "J", 1.0, "NVML"),
         ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
+        ("set_up", "set_up_seconds", "s", 1.0, "once: putting the methods on, with weights converted and calibrated"),
     ):
         if entry.get(key) is None:
             continue
@@ -124,17 +125,18 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
         lines.append((
             run.name, *(_milliseconds(found[part]) for part in (*PARTS, "other", "seconds")),
             _milliseconds(found["first_call"]), "within noise" if found["noise"] else _milliseconds(found["one_off"]),
+            _milliseconds(found["set_up"]),
             str(found["calls"] or ""), found["from"],
         ))  # fmt: skip
     if not lines:
         return None
-    heads = ("text, ms", "network, ms", "decoder, ms", "other, ms", "all, ms", "first call, ms", "one-off, ms", "calls")
-    note = "Milliseconds a picture. The first call is of a whole batch; one-off is what it took "
-    note += (
-        "beyond a later one: compilation, calibration, caches. Calls are of the network, in one call of the pipeline."
-    )
+    parts = ("text", "network", "decoder", "other", "all", "first call", "one-off", "set-up")
+    heads = (*(f"{part}, ms" for part in parts), "calls", "measured")
+    note = "Milliseconds a picture. The first call is of a whole batch; one-off is what it took beyond a later one: "
+    note += "compilation, caches. Set-up puts the methods on, once: converted weights, calibration. Calls are of the "
+    note += "network, in one call of the pipeline."
     return Section(
-        key=KEY, title="Where the time goes", columns=("run", *heads, "measured"), rows=tuple(lines), note=note,
+        key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines), note=note,
         data={"runs": data},
     )  # fmt: skip
 
@@ -147,11 +149,23 @@ def _split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any
         first = entry["first_call_seconds"]
         one_off = first - seconds * images
         noise = one_off <= max(entry["seconds"]) - min(entry["seconds"])
-        more = {"first_call": first, "one_off": one_off, "noise": noise, "calls": len(entry["steps"])}
+        more = {
+            "first_call": first,
+            "one_off": one_off,
+            "noise": noise,
+            "set_up": entry.get("set_up_seconds"),
+            "calls": len(entry["steps"]),
+        }
     elif cost.get("parts"):
         parts = {part: seconds / len(run) for part, seconds in cost["parts"].items()}
         seconds, source = cost["seconds"] / len(run), OWN
-        more = {"first_call": None, "one_off": None, "noise": False, "calls": len(cost.get("steps") or ())}
+        more = {
+            "first_call": None,
+            "one_off": None,
+            "noise": False,
+            "set_up": None,
+            "calls": len(cost.get("steps") or ()),
+        }
     else:
         return None
     other = seconds - sum(parts.values())

@@ -129,7 +129,7 @@ def test_timing_decides_the_ratio(compare, made, run, models, tmp_path):
     assert timed.status == 0
     plain, fewer = timed.json["variants"]
     assert "ratio" not in plain and len(fewer["seconds"]) == 2 and len(fewer["steps"]) == 2 and fewer["nfe"] == 2
-    assert fewer["energy_joules"] is None and fewer["first_call_seconds"] > 0
+    assert fewer["energy_joules"] is None and fewer["first_call_seconds"] > 0 and fewer["set_up_seconds"] > 0
     for name, folder in (("base", plain["folder"]), ("fewer", fewer["folder"])):
         shutil.copytree(made / name, tmp_path / folder)
     done = run(

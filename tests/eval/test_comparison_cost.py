@@ -16,7 +16,7 @@ def entry(name, seconds, first, energy, peak, steps):
     parts = {"text": 0.2, "network": seconds - 0.8, "decode": 0.4}
     return {
         "name": name, "folder": name, "turns": 3, "seconds": [seconds, seconds + 0.1, seconds - 0.1],
-        "seconds_per_image": seconds / 2, "first_call_seconds": first, "parts": parts, "steps": steps, "nfe": 4,
+        "seconds_per_image": seconds / 2, "first_call_seconds": first, "set_up_seconds": 0.25, "parts": parts, "steps": steps, "nfe": 4,
         "peak_memory": peak, "energy_joules": energy,
     }  # fmt: skip
 
@@ -71,6 +71,7 @@ def test_rows_of_turns(sides, timing):
     assert rows["peak_memory", "base"].value == 4 and rows["peak_memory", "fast"].delta == -1
     assert rows["energy", "fast"].value == 60 and rows["energy", "fast"].delta == -40
     assert rows["first_call", "base"].value == 9 and rows["first_call", "fast"].delta == pytest.approx(-6.95)
+    assert rows["set_up", "fast"].value == 0.25 and rows["set_up", "fast"].delta == 0
     timing["variants"].pop()  # one side alone was timed: no difference between two ways of measuring
     alone = rows_of(*sides, timing)
     assert alone["peak_memory", "base"].value == 4 and alone["peak_memory", "fast"].value == 2
@@ -85,6 +86,7 @@ def test_where_the_time_goes(sides, timing):
     assert of["base"]["text"] == 0.1 and of["base"]["network"] == pytest.approx(1.6) and of["base"]["decode"] == 0.2
     assert of["base"]["other"] == pytest.approx(2.0 - 1.9) and of["base"]["calls"] == 4
     assert of["base"]["one_off"] == pytest.approx(5) and not of["base"]["noise"]
+    assert of["base"]["set_up"] == 0.25 and "250.0" in section.rows[0]
     assert of["fast"]["noise"]  # 0.05 s where turns differ by 0.2 s
     assert section.rows[0][:3] == ("base", "100.0", "1600.0") and "within noise" in section.rows[1]
     own = cost.section(base, [fast], None)
