@@ -16,7 +16,8 @@ def entry(name, seconds, first, energy, peak, steps):
     parts = {"text": 0.2, "network": seconds - 0.8, "decode": 0.4}
     return {
         "name": name, "folder": name, "turns": 3, "seconds": [seconds, seconds + 0.1, seconds - 0.1],
-        "seconds_per_image": seconds / 2, "first_call_seconds": first, "set_up_seconds": 0.25, "parts": parts, "steps": steps, "nfe": 4,
+        "seconds_per_image": seconds / 2, "first_call_seconds": first,
+        "set_up_seconds": 0.25, "parts": parts, "steps": steps, "nfe": 4,
         "peak_memory": peak, "energy_joules": energy,
     }  # fmt: skip
 
