@@ -62,6 +62,8 @@ def fewer_steps(
     """
     entries = {entry["name"]: entry for entry in timing["variants"]}
     base, fast = entries[baseline.name], entries[accelerated.name]
+    if _without_steps(accelerated) == _without_steps(baseline):
+        return {"steps": None, "why": "it is the baseline with another number of steps"}
     if fast["seconds_per_image"] >= base["seconds_per_image"]:
         return {"steps": None, "why": "it is no faster than the baseline itself"}
     whole = requests.call_arguments(pipe, baseline.of(request).with_model_defaults())["num_inference_steps"]
@@ -91,6 +93,10 @@ def fewer_steps(
         return {"steps": None, "why": "not even one step of the baseline is as cheap", "tried": tried}
     name = Variant(baseline.methods, {**baseline.call, "steps": fits}).name
     return {"steps": fits, "variant": name, "ratio": tried[fits], "tried": {str(k): tried[k] for k in sorted(tried)}}
+
+
+def _without_steps(variant: Variant) -> Variant:
+    return Variant(variant.methods, {key: value for key, value in variant.call.items() if key != "steps"})
 
 
 def most_that_fit(tried: Mapping[int, Mapping[str, Any]]) -> int | None:

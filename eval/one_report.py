@@ -1,0 +1,331 @@
+"""Everything that a report on accelerations needs, in one folder and by one call: runs, times, equal time, report.
+
+Each part is kept as soon as it is finished, so the same call goes on wherever it was stopped. Several processes share
+the runs; one of them measures times, while the others wait.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel import console, opening, record, registry, zoo
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import equal_time, time_budget
+from diffaccel.eval import report as reports
+from diffaccel.eval.api import measured, opened
+from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.extractors import as_clip, extractor
+from diffaccel.eval.extractors.clip import ClipExtractor
+from diffaccel.eval.features import extract
+from diffaccel.eval.gate import Gate
+from diffaccel.eval.images import open_source
+from diffaccel.eval.runs import Run, open_run
+from diffaccel.eval.timing import one_call, take_turns
+from diffaccel.requests import Request, first_line
+from diffaccel.sampling import generate_run, join_world
+from diffaccel.variants import Variant
+
+TIMING, PLANS, RUNS = "timing.json", "equal_time.json", "runs"
+OTHER_SEEDS = "other-seeds"
+FAILED = "could_not_run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to report on.
+
+    Args:
+        request: prompts, seeds, model, batch; every way draws the same pictures.
+        baseline: the way that the others are compared with.
+        accelerated: the others.
+        everything: every registered method beside them, with its default options and the baseline's call settings.
+        turns: timed calls of each way.
+        other_seeds: draw the baseline with other seeds, for what chance alone does.
+        equal_time: answer what the same wall time buys.
+        extractors: networks for distances of distributions.
+        judges: CLIPs for the fit to the prompts; the first judges what equal time buys.
+        reward: the CLIP that chooses the best of several pictures; "" for no such question.
+        reference: images, for distances from data; None for the baseline's own pictures.
+    """
+
+    request: Request
+    baseline: Variant
+    accelerated: tuple[Variant, ...] = ()
+    everything: bool = False
+    turns: int = 10
+    other_seeds: bool = True
+    equal_time: bool = True
+    extractors: tuple[str, ...] = ("tiny",)
+    judges: tuple[str, ...] = ()
+    reward: str = ""
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        names = [self.baseline.name, *(variant.name for variant in self.accelerated)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise DiffAccelError(f"'{twice}' is there twice. Take one out.")
+        if not self.accelerated and not self.everything:
+            raise DiffAccelError("There is nothing to compare with the baseline. Give an acceleration, or ask for all.")
+
+
+@dataclass
+class Made:
+    """A report: the comparison, what is in ``report.json``, and which ways could not run, with why."""
+
+    comparison: Comparison
+    report: dict[str, Any]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def judged(self, rule: Gate | None, asked: Sequence[str]) -> tuple[bool, list[str]]:
+        """Whether ``--fail-if`` holds for a run, and what was found of each; one that was asked for and could not run
+        has not passed."""
+        if rule is None:
+            return False, []
+        failed, said = False, []
+        for run in self.comparison.runs:
+            fails, sentences = rule.check(self.comparison.gate_values(run.name))
+            failed |= fails
+            said += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in sentences]
+        for name in asked:
+            if name in self.failed:
+                failed = True
+                said.append(f"{name}: FAILED: it could not run: {self.failed[name]}")
+        return failed, said
+
+
+def make(
+    plan: Plan, out: Path, *, command: list[str] | None = None, progress: Callable[[str], None] = lambda text: None
+) -> Made | None:
+    """Draw, time, compare and write ``report.json``, ``report.md`` and ``report.html`` into ``out``.
+
+    Returns:
+        What was made; None in all but the first of several processes.
+
+    Raises:
+        DiffAccelError: where no way could run, and for whatever the model cannot do.
+    """
+    return _Work(plan, out, progress).make(command or [])
+
+
+class _Work:
+    """One report being made: its folder, its processes, and a pipeline that is opened when it is first needed."""
+
+    def __init__(self, plan: Plan, out: Path, progress: Callable[[str], None]) -> None:
+        self.plan, self.out, self.progress = plan, out, progress
+        self.world, device = join_world(plan.request.device)
+        self.request = replace(plan.request, device=str(device) if self.world.size > 1 else plan.request.device)
+        self.failed: dict[str, str] = {}
+
+    def make(self, command: list[str]) -> Made | None:
+        plan = self.plan
+        judge, reward = (self._clip(name) for name in (next(iter(plan.judges), ""), plan.reward))
+        if judge is not None and reward is not None:
+            equal_time.check_judge(reward, judge)
+        baseline = self._draw(plan.baseline)
+        others = self._others() if plan.other_seeds else None
+        ways = {way.name: way for way in self._ways() if self._works(way)}
+        runs = {name: self._draw(way) for name, way in ways.items()}
+        if not runs:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.failed.items())
+            raise DiffAccelError(f"None of the accelerations could run, so there is nothing to report. {reasons}")
+        timing = self._kept(TIMING, [plan.baseline, *ways.values()], lambda: self._timed(list(ways.values())))
+        answers = self._answers(ways, runs, baseline, timing, judge, reward) if plan.equal_time else []
+        if self.world.rank > 0:
+            return None
+        self._forget_pipeline()
+        found = measured(
+            baseline, list(runs.values()), others=others, extractors=plan.extractors, clips=plan.judges,
+            reference=plan.reference, timing=timing, device=plan.request.device, progress=self.progress,
+        )  # fmt: skip
+        if answers:
+            device = timing["device"]["name"]
+            names = [clip.name if clip else "" for clip in (judge, reward)]
+            found.sections.append(equal_time.section(answers, judge=names[0], reward=names[1], device=device))
+        if self.failed:
+            found.sections.append(could_not_run(self.failed))
+        return Made(found, reports.write(found, self.out, command=command), self.failed)
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def _ways(self) -> list[Variant]:
+        """The accelerations, and all registered methods if asked for; one without default options has failed."""
+        found = list(self.plan.accelerated)
+        known = {way.name for way in (self.plan.baseline, *found)}
+        for name in registry.names() if self.plan.everything else ():
+            try:
+                way = Variant((registry.config_class(name)(),), self.plan.baseline.call)
+            except (DiffAccelError, TypeError) as error:
+                self.failed[name] = f"it has no default options: {first_line(error)}"
+                continue
+            if way.name not in known:
+                found.append(way)
+        return found
+
+    def _works(self, way: Variant) -> bool:
+        """Whether a first call of it goes well, or its run is finished already; else why not is noted."""
+        folder = self.out / RUNS / way.folder
+        why = None
+        if self.world.rank == 0 and not _finished(folder):
+            self.progress(f"{way.name}: a first call")
+            try:
+                one_call(self.pipe, way.of(self.request))
+            except Exception as error:  # a method may raise anything on a model that it was not made for
+                kind = "" if isinstance(error, DiffAccelError) else f"{type(error).__name__}: "
+                why = f"{kind}{first_line(error)}"
+        why = self.world.share(why)
+        if why is not None:
+            self.failed[way.name] = why
+        return why is None
+
+    def _draw(self, way: Variant, request: Request | None = None, folder: str | None = None) -> Run:
+        request = way.of(request or self.request)
+        path = self.out / RUNS / (folder or way.folder)
+        if not _finished(path):
+            self.progress(f"{path.name}: {len(request)} pictures")
+        console.quiet_libraries(request.model in zoo.names())
+        generate_run(request, path)
+        return open_run(path)
+
+    def _others(self) -> Run:
+        request = replace(self.request, seed=self.request.seed + len(self.request))
+        return self._draw(self.plan.baseline, request, f"{self.plan.baseline.folder}-{OTHER_SEEDS}")
+
+    # -- times --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The model, open and without methods."""
+        console.quiet_libraries(self.request.model in zoo.names())
+        pipe = opened(self.request)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _forget_pipeline(self) -> None:
+        """Its memory is for the networks that measure."""
+        if self.__dict__.pop("pipe", None) is not None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _timed(self, ways: list[Variant]) -> dict[str, Any]:
+        return take_turns(
+            self.pipe, self.request, [self.plan.baseline, *ways], turns=self.plan.turns, progress=self.progress
+        )
+
+    def _kept(self, name: str, ways: Sequence[Variant], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What is in a file of the folder, if it was measured for the same things on the same machine; else made now.
+
+        All processes return the same, and only the first one measures.
+        """
+        path, made = self.out / name, None
+        if self.world.rank == 0:
+            about = self._about(ways)
+            made = _read(path)
+            if made is None or made.get("of") != about:
+                made = {**make(), "of": about}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                record.write_json(path, made)
+        return self.world.share(made)
+
+    def _about(self, ways: Sequence[Variant]) -> dict[str, Any]:
+        device = opening.pick_device(self.request.device)
+        _, digest = opening.locate(self.request.model)
+        request = self.request.with_model_defaults()
+        settings = request.settings(digest, device, opening.pick_dtype(request.dtype, device))
+        settings["prompts"] = settings["prompts"][: request.batch]  # times are of the first chunk
+        named = {"ways": [way.name for way in ways], "turns": self.plan.turns, "reward": self.plan.reward}
+        return {"settings": settings, "device": record.describe_device(device), **named}
+
+    # -- equal time ---------------------------------------------------------------------------------------------------
+
+    def _answers(
+        self,
+        ways: dict[str, Variant],
+        runs: dict[str, Run],
+        baseline: Run,
+        timing: dict[str, Any],
+        judge: ClipExtractor | None,
+        reward: ClipExtractor | None,
+    ) -> list[equal_time.Answer]:
+        plan, turns = self.plan, self.plan.turns
+        network = (
+            extractor(plan.extractors[0], device=opening.pick_device(plan.request.device)) if plan.extractors else None
+        )
+        target = None
+        if plan.reference is not None and network is not None and self.world.rank == 0:
+            target = extract(open_source(plan.reference), network).values
+        answers = []
+        for name, way in ways.items():
+            key = f"{way.folder}.{PLANS}"
+            two = [plan.baseline, way]
+
+            def budget(way: Variant = way) -> dict[str, Any]:
+                shared: dict[str, Any] = {"turns": turns, "progress": self.progress}
+                found = {
+                    "fewer": time_budget.fewer_steps(self.pipe, self.request, plan.baseline, way, timing, **shared)
+                }
+                if reward is not None:
+                    found["many"] = time_budget.pictures_that_fit(
+                        self.pipe, self.request, plan.baseline, way, reward, **shared
+                    )
+                return found
+
+            budgets = self._kept(f"{RUNS}/{key}", two, budget)
+            fewer, steps = None, budgets["fewer"]["steps"]
+            if steps is not None:
+                fewer = self._draw(Variant(plan.baseline.methods, {**plan.baseline.call, "steps": steps}))
+            many, count = None, budgets.get("many", {}).get("pictures", 1)
+            if count > 1 and judge is not None:
+                several = replace(self.request, num=self.request.num * count)
+                many = self._draw(way, several, f"{way.folder}-{count}-of-each")
+            if self.world.rank > 0:
+                continue
+            answers.append(
+                equal_time.against_fewer_steps(
+                    budgets["fewer"], baseline, runs[name], fewer, judge=judge, extractor=network, target=target
+                )
+            )
+            if reward is not None and judge is not None:
+                answers.append(
+                    equal_time.against_baseline(
+                        budgets["many"], baseline, runs[name], many, reward=reward, judge=judge, extractor=network,
+                        target=target,
+                    )
+                )  # fmt: skip
+        return answers
+
+    def _clip(self, name: str) -> ClipExtractor | None:
+        if not name:
+            return None
+        return as_clip(extractor(name, device=opening.pick_device(self.plan.request.device)))
+
+
+def could_not_run(failed: dict[str, str]) -> Section:
+    """The table of what was asked for and could not run on this model."""
+    return Section(
+        key=FAILED, title="Could not run", columns=("way", "why"), rows=tuple(failed.items()),
+        note="Asked for, tried on this model, and left out of the tables above.", data={"failed": failed},
+    )  # fmt: skip
+
+
+def _finished(folder: Path) -> bool:
+    made = _read(folder / "run.json")
+    return made is not None and made.get("state") == "finished"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    import json
+
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,113 @@
+"""An FID/CLIP report on accelerations of one model, by one command that goes on wherever it was stopped.
+
+    python -m scripts.fid_report --accel dpmpp2m:steps=8 --prompts emoji-1000 --first 100 --out out/report
+
+draws the baseline, the baseline with other seeds and every acceleration, times them in turns, answers what the same
+wall time buys, and writes ``report.json``, ``report.md`` and ``report.html`` into the folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffaccel import console, variants, zoo
+from diffaccel.cli import FAILED, INTERRUPTED
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval import gate, one_report, subjects
+from diffaccel.eval.api import JUDGE
+from diffaccel.requests import Request
+
+REWARD = "emoji-clip-reward"
+GATE_FAILED = 5
+
+
+def make_parser() -> console.Parser:
+    """The options."""
+    parser = console.Parser(prog="python -m scripts.fid_report", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    console.add_model_options(parser)
+    add("--baseline", default="plain", metavar="VARIANT", help="the way that others are compared with (default: plain)")
+    add("--accel", action="append", default=[], metavar="VARIANT", help="a way to compare, as dpmpp2m:steps=8; several")
+    add("--all", action="store_true", help="every registered method too; what cannot run is named with the reason")
+    add("--prompts", metavar="FILE", help="a file or emoji-1000; classes for a model that draws classes")
+    add("--first", type=int, metavar="N", help="only the first N prompts")
+    add(
+        "--num", type=int, default=1, metavar="N", help="pictures of each prompt, or in all without prompts (default 1)"
+    )
+    add("--seed", type=int, default=0, metavar="S", help="picture i uses seed S + i (default 0)")
+    add("--batch", type=int, default=8, metavar="B", help="pictures in one call, drawn and timed (default 8)")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process")
+    add("--turns", type=int, default=10, metavar="N", help="timed calls of each way (default 10)")
+    add("--no-other-seeds", action="store_true", help="leave out what chance alone does")
+    add("--no-equal-time", action="store_true", help="leave out what the same wall time buys")
+    add("--extractor", action="append", metavar="NAME", help="tiny (default), inception:FILE, ...: diffaccel eval list")
+    add("--clip", action="append", metavar="NAME", help=f"judges of the fit to prompts (zoo models: {JUDGE})")
+    add("--reward", metavar="NAME", help=f"chooses the best of several pictures (zoo models: {REWARD})")
+    add("--reference", metavar="PATH", help="images or statistics (npz) that distributions are compared with")
+    add("--fail-if", metavar="RULE", help='exit with 5 when it holds, as in "clip_score<-1 or speedup<1.5"')
+    add("--out", type=Path, required=True, metavar="DIR", help="the report's folder")
+    add("--json", action="store_true", help="print report.json instead of tables")
+    return parser
+
+
+def plan_of(options: Any) -> one_report.Plan:
+    """The report that the options ask for."""
+    request = Request(
+        model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
+        device=options.device, threads=options.threads,
+    )  # fmt: skip
+    texts = subjects.texts_of(options.prompts, options.first)
+    request = subjects.drawing(subjects.pipeline_class(options.model), request, texts)
+    ours = options.model in zoo.names() and bool(request.prompts)
+    return one_report.Plan(
+        request=request, baseline=variants.parse(options.baseline),
+        accelerated=tuple(variants.parse(text) for text in options.accel), everything=options.all,
+        turns=options.turns, other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
+        extractors=tuple(options.extractor or ["tiny"]), judges=tuple(options.clip or ([JUDGE] if ours else [])),
+        reward=options.reward or (REWARD if ours else ""), reference=options.reference,
+    )  # fmt: skip
+
+
+def run(argv: list[str]) -> int:
+    """Make the report; 5 where the rule of ``--fail-if`` holds, or an acceleration that it is about could not run."""
+    options = make_parser().parse(argv)
+    rule = gate.parse(options.fail_if) if options.fail_if else None
+    console.quiet_libraries(options.json or options.model in zoo.names())
+
+    def progress(text: str) -> None:
+        if not options.json:
+            console.write_note(text)
+
+    command = ["python", "-m", "scripts.fid_report", *argv]
+    plan = plan_of(options)
+    made = one_report.make(plan, options.out, command=command, progress=progress)
+    if made is None:  # another process tells
+        return 0
+    console.write_json(made.report) if options.json else console.write(made.comparison.table())
+    console.write_note(f"Open {options.out / 'report.html'}")
+    failed, said = made.judged(rule, [variant.name for variant in plan.accelerated])
+    for sentence in said:
+        console.write_note(sentence)
+    return GATE_FAILED if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; errors are one sentence on stderr, as of ``diffaccel``."""
+    console.share_cpu()
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt as stop:
+        console.write_error(str(stop) or "Stopped. The same command goes on.")
+        return INTERRUPTED
+    except DiffAccelError as error:
+        console.write_error(f"error: {error}")
+        return getattr(error, "exit_code", 2)
+    except OSError as error:
+        console.write_error(f"error: {error}")
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
