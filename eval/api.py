@@ -13,7 +13,7 @@ from typing import Any
 from diffaccel import opening, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import report as reports
-from diffaccel.eval import subjects
+from diffaccel.eval import statistics_rows, subjects
 from diffaccel.eval.comparison import Comparison, compare_runs
 from diffaccel.eval.extractors import as_clip, extractor
 from diffaccel.eval.images import open_source
@@ -66,7 +66,7 @@ def compare(
         extractors: networks for distances of distributions, which need 100 pictures a side; None takes "tiny", and
             none for videos.
         clips: CLIPs for the fit to the prompts; None takes the zoo's judge for the zoo's models, and none for others.
-        reference: images that distributions are compared with; None for the baseline's own.
+        reference: images, or a file of statistics, that distributions are compared with; None for the baseline's own.
         other_seeds: draw the baseline with other seeds too, for what chance alone does; or that run's folder. A
             baseline that is a folder already is not drawn again.
         turns: time so many calls of every side in turns, where all of them are variants or configs; 0 for none, and
@@ -129,11 +129,18 @@ def measured(
 ) -> Comparison:
     """:func:`diffaccel.eval.comparison.compare_runs` with networks by their names."""
     chosen = opening.pick_device(device)
-    return compare_runs(
-        baseline, runs, others=others, extractors=[extractor(name, device=chosen) for name in extractors],
+    networks = [extractor(name, device=chosen) for name in extractors]
+    known = statistics_rows.is_statistics(reference)
+    found = compare_runs(
+        baseline, runs, others=others, extractors=[] if known else networks,
         clips=[as_clip(extractor(name, device=chosen)) for name in clips],
-        reference=None if reference is None else open_source(reference), **more,
+        reference=None if known or reference is None else open_source(reference), **more,
     )  # fmt: skip
+    for network in networks if known else ():
+        rows, warnings = statistics_rows.rows(found.baseline, found.runs, others, reference, network)
+        found.rows += rows
+        found.warnings += warnings
+    return found
 
 
 def named(sides: Sequence[Run | Side]) -> list[Run | Side]:

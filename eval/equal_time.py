@@ -21,6 +21,7 @@ from diffaccel.eval.comparison.distribution import FEWEST, features
 from diffaccel.eval.comparison.section import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
+from diffaccel.eval.frechet import Moments
 from diffaccel.eval.intervals import Interval, Paired, paired_difference
 from diffaccel.eval.runs import Run, pair
 
@@ -83,7 +84,7 @@ def against_fewer_steps(
     *,
     judge: ClipExtractor | None,
     extractor: Extractor | None = None,
-    target: Tensor | None = None,
+    target: Tensor | Moments | None = None,
 ) -> Answer:
     """The acceleration against the baseline with so few steps that it costs no more: the same prompts and seeds.
 
@@ -99,11 +100,13 @@ def against_fewer_steps(
         return Answer(accelerated=accelerated.name, instead="fewer steps", why=plan["why"])
     places = {run.name: [j for _, j in pair(baseline, run)] for run in (accelerated, fewer)}
     clusters = baseline.prompts
-    similar = [fidelity.measure(baseline, run, pair(baseline, run), [_SSIM])[0][1] for run in (accelerated, fewer)]
+    alike, theirs_alike = (
+        fidelity.measure(baseline, run, pair(baseline, run), [_SSIM])[0][1] for run in (accelerated, fewer)
+    )
     judged = None
     if judge is not None and clusters is not None:
-        of = [scores(judge, run)[places[run.name]] for run in (accelerated, fewer)]
-        judged = _paired(*of, clusters)
+        mine, theirs = (scores(judge, run)[places[run.name]] for run in (accelerated, fewer))
+        judged = _paired(mine, theirs, clusters)
     fd = None
     if extractor is not None and len(baseline) >= FEWEST:
         mine, theirs = (features(run, extractor)[places[run.name]] for run in (accelerated, fewer))
@@ -112,7 +115,7 @@ def against_fewer_steps(
     return Answer(
         accelerated=accelerated.name, instead=f"{baseline.name}, {plan['steps']} steps", ratio=plan["ratio"],
         time=f"{plan['steps']} steps fit: the acceleration takes {_times(plan['ratio'])} their time", judge=judged,
-        ssim=_paired(*similar, clusters), fd=fd,
+        ssim=_paired(alike, theirs_alike, clusters), fd=fd,
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def against_baseline(
     reward: ClipExtractor,
     judge: ClipExtractor,
     extractor: Extractor | None = None,
-    target: Tensor | None = None,
+    target: Tensor | Moments | None = None,
 ) -> Answer:
     """The best of as many accelerated pictures as fit into the baseline's time, against the baseline: equal prompts.
 
@@ -190,9 +193,9 @@ def _texts(answer: Answer) -> tuple[str, ...]:
         answer.accelerated,
         answer.instead,
         answer.time,
-        _signed(answer.judge and answer.judge.interval, 2),
+        _signed(answer.judge.interval if answer.judge else None, 2),
         f"{wins.value:.0%} ({wins.low:.0%} to {wins.high:.0%})" if wins else "",
-        _signed(answer.ssim and answer.ssim.interval, 4),
+        _signed(answer.ssim.interval if answer.ssim else None, 4),
         _signed(answer.fd, 3),
     )
 

@@ -8,97 +8,34 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel import console, opening, record, registry, zoo
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import equal_time, time_budget
+from diffaccel.eval import equal_time, statistics_rows, time_budget
 from diffaccel.eval import report as reports
 from diffaccel.eval.api import measured, opened
-from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.comparison.section import Section
-from diffaccel.eval.extractors import as_clip, extractor
+from diffaccel.eval.extractors import Extractor, as_clip, extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.features import extract
-from diffaccel.eval.gate import Gate
+from diffaccel.eval.frechet import Moments
 from diffaccel.eval.images import open_source
+from diffaccel.eval.report_plan import Made, Plan, could_not_run
 from diffaccel.eval.runs import Run, open_run
 from diffaccel.eval.timing import one_call, take_turns
 from diffaccel.requests import Request, first_line
-from diffaccel.sampling import generate_run, join_world
+from diffaccel.sampling import generate_run
 from diffaccel.variants import Variant
+from diffaccel.world import join_world
 
 TIMING, PLANS, RUNS = "timing.json", "equal_time.json", "runs"
 OTHER_SEEDS = "other-seeds"
-FAILED = "could_not_run"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What to report on.
-
-    Args:
-        request: prompts, seeds, model, batch; every way draws the same pictures.
-        baseline: the way that the others are compared with.
-        accelerated: the others.
-        everything: every registered method beside them, with its default options and the baseline's call settings.
-        turns: timed calls of each way.
-        other_seeds: draw the baseline with other seeds, for what chance alone does.
-        equal_time: answer what the same wall time buys.
-        extractors: networks for distances of distributions.
-        judges: CLIPs for the fit to the prompts; the first judges what equal time buys.
-        reward: the CLIP that chooses the best of several pictures; "" for no such question.
-        reference: images, for distances from data; None for the baseline's own pictures.
-    """
-
-    request: Request
-    baseline: Variant
-    accelerated: tuple[Variant, ...] = ()
-    everything: bool = False
-    turns: int = 10
-    other_seeds: bool = True
-    equal_time: bool = True
-    extractors: tuple[str, ...] = ("tiny",)
-    judges: tuple[str, ...] = ()
-    reward: str = ""
-    reference: str | None = None
-
-    def __post_init__(self) -> None:
-        names = [self.baseline.name, *(variant.name for variant in self.accelerated)]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise DiffAccelError(f"'{twice}' is there twice. Take one out.")
-        if not self.accelerated and not self.everything:
-            raise DiffAccelError("There is nothing to compare with the baseline. Give an acceleration, or ask for all.")
-
-
-@dataclass
-class Made:
-    """A report: the comparison, what is in ``report.json``, and which ways could not run, with why."""
-
-    comparison: Comparison
-    report: dict[str, Any]
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def judged(self, rule: Gate | None, asked: Sequence[str]) -> tuple[bool, list[str]]:
-        """Whether ``--fail-if`` holds for a run, and what was found of each; one that was asked for and could not run
-        has not passed."""
-        if rule is None:
-            return False, []
-        failed, said = False, []
-        for run in self.comparison.runs:
-            fails, sentences = rule.check(self.comparison.gate_values(run.name))
-            failed |= fails
-            said += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in sentences]
-        for name in asked:
-            if name in self.failed:
-                failed = True
-                said.append(f"{name}: FAILED: it could not run: {self.failed[name]}")
-        return failed, said
 
 
 def make(
@@ -261,7 +198,7 @@ class _Work:
         )
         target = None
         if plan.reference is not None and network is not None and self.world.rank == 0:
-            target = extract(open_source(plan.reference), network).values
+            target = self._target(plan.reference, network)
         answers = []
         for name, way in ways.items():
             key = f"{way.folder}.{PLANS}"
@@ -302,18 +239,15 @@ class _Work:
                 )  # fmt: skip
         return answers
 
+    def _target(self, reference: str, network: Extractor) -> Tensor | Moments:
+        if statistics_rows.is_statistics(reference):
+            return statistics_rows.moments(reference, network)[0]
+        return extract(open_source(reference), network).values
+
     def _clip(self, name: str) -> ClipExtractor | None:
         if not name:
             return None
         return as_clip(extractor(name, device=opening.pick_device(self.plan.request.device)))
-
-
-def could_not_run(failed: dict[str, str]) -> Section:
-    """The table of what was asked for and could not run on this model."""
-    return Section(
-        key=FAILED, title="Could not run", columns=("way", "why"), rows=tuple(failed.items()),
-        note="Asked for, tried on this model, and left out of the tables above.", data={"failed": failed},
-    )  # fmt: skip
 
 
 def _finished(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from diffaccel.cli import FAILED, INTERRUPTED
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import gate, one_report, subjects
 from diffaccel.eval.api import JUDGE
+from diffaccel.eval.report_plan import Plan
 from diffaccel.requests import Request
 
 REWARD = "emoji-clip-reward"
@@ -52,7 +53,7 @@ def make_parser() -> console.Parser:
     return parser
 
 
-def plan_of(options: Any) -> one_report.Plan:
+def plan_of(options: Any) -> Plan:
     """The report that the options ask for."""
     request = Request(
         model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
@@ -61,7 +62,7 @@ def plan_of(options: Any) -> one_report.Plan:
     texts = subjects.texts_of(options.prompts, options.first)
     request = subjects.drawing(subjects.pipeline_class(options.model), request, texts)
     ours = options.model in zoo.names() and bool(request.prompts)
-    return one_report.Plan(
+    return Plan(
         request=request, baseline=variants.parse(options.baseline),
         accelerated=tuple(variants.parse(text) for text in options.accel), everything=options.all,
         turns=options.turns, other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,

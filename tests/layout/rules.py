@@ -29,7 +29,8 @@ PUBLIC_MODULES = tuple(
     f"diffaccel.{name}"
     for name in (
         "errors", "config", "zoo", "registry",
-        "requests", "variants", "opening", "sampling", "outputs", "record", "console",  # how runs are made and kept
+        "requests", "variants", "opening", "sampling", "world", "outputs", "record",  # how runs are made and kept
+        "console",
     )
 )  # fmt: skip
 PUBLIC_PACKAGES = ("diffaccel", *METHODS)
