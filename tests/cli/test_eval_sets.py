@@ -247,6 +247,42 @@ def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets,
     assert direct == stored
 
 
+def test_weights_are_fetched_when_that_is_allowed(run, sets, inception, tmp_path, monkeypatch):
+    sha = record.sha256(inception)
+    known = weights.Known(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])
+    monkeypatch.setitem(weights.KNOWN, "inception", known)
+    argv = ("eval", "kid", sets / "a", sets / "b", "--protocol", "clean-fid", "--num", 3, "--json")
+    assert run(*argv).status == 3
+    found = run(*argv, "--download")
+    assert list(values(found)) == ["KID (subsets)[clean-fid] x1000"]
+    (row,) = found.json["metrics"]
+    assert row["detail"]["size"] == 3 and row["detail"]["subsets"] == 100 and row["detail"]["weights_sha256"] == sha
+    assert row["detail"]["std"] == pytest.approx(0, abs=1e-6)  # every subset is the whole set
+    assert (tmp_path / "torch" / "checkpoints" / "fetched.pth").is_file() and run(*argv).status == 0
+
+
+def test_another_clip_than_cmmds_is_named(run, sets):
+    done = run(
+        "eval", "cmmd", sets / "a", sets / "b", "--protocol", "cmmd", "--extractor", "emoji-clip-judge", "--json"
+    )
+    assert list(values(done)) == [
+        "CMMD[emoji-clip-judge][cmmd] x1000", "CMMD (unbiased)[emoji-clip-judge][cmmd] x1000",
+    ]  # fmt: skip
+    assert "CMMD is published with ViT-L-14-336; this is emoji-clip-judge." in done.json["warnings"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", ["fid", "kid", "prdc", "cmmd"])
+def test_a_gpu_gives_the_numbers_of_a_cpu(run, sets, command):
+    more = ("--infinity",) if command == "fid" else ()
+    on = {
+        device: run("eval", command, sets / "many", sets / "more", "--device", device, *more, "--json")
+        for device in ("cpu", "cuda")
+    }
+    for key, value in values(on["cpu"]).items():
+        assert values(on["cuda"])[key] == pytest.approx(value, rel=1e-3, abs=1e-3)
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
