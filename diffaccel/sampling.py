@@ -138,7 +138,8 @@ def generate_run(
             for upto in stages:
                 now = [number for number in pending if number < upto]
                 pending = pending[len(now) :]
-                _make(pipe, request, call, folder, now, world, bar)
+                if now:
+                    _make(pipe, request, call, folder, now, world, bar)
                 if left and left[0] < upto:
                     return _result(folder, world)
                 if early is not None:

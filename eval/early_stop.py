@@ -115,6 +115,9 @@ def early(
             f"The baseline '{base.name}' has no picture of seed {lacking.seed} of '{lacking.prompt}'. Give the run the "
             "baseline's prompts and seeds, at most as many of them."
         )
+    latents = request.latents and all(picture.latents is not None for picture in base.pictures)
+    if not latents and any(condition.metric == "latent_error" for condition in conditions):
+        raise DiffAccelError(f"'latent_error' needs the latents of '{base.name}' and of this run. Draw both --latents.")
     level = 1 - (1 - LEVEL) / len(conditions)
     tests = {condition: Sequential(condition.tolerance, planned, level) for condition in conditions}
     differences = {condition: _difference(condition, device) for condition in conditions}
@@ -170,9 +173,7 @@ def _difference(condition: Condition, device: Any) -> Difference:
         for distance, values in fidelity.measure(baseline, run, pairs, wanted):
             if distance.metric == condition.metric:
                 return values - EQUAL[condition.metric]
-        raise DiffAccelError(
-            f"'{condition.metric}' needs the latents of '{baseline.name}' and '{run.name}'. Draw both with --latents."
-        )
+        raise DiffAccelError(f"'{condition.metric}' of '{run.name}' and '{baseline.name}' could not be measured.")
 
     return difference
 
