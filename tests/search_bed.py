@@ -1,0 +1,125 @@
+"""Test beds of inference-time search: scripted rewards without latents, and sessions without a pipeline.
+
+A policy is a generator that sees rewards and keys alone, so :func:`play` can answer it from a script. On data known in
+closed form :func:`found` runs a whole search, engine and judge included, with a reward of clean latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path as FilePath
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from analytic import session
+from torch import Tensor
+
+from diffaccel.flow import LINEAR, Path
+from diffaccel.samplers.rewards import Reward
+from diffaccel.samplers.search.moves import cps
+from diffaccel.samplers.search.particles import Move, Particle
+from diffaccel.samplers.search.plan import Plan
+from diffaccel.samplers.search.task import Search, Task
+from diffaccel.session import Eval, Pred, Progress, Session, Step, bcast
+
+Script = Callable[[Move], float]
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def plan(stages: int, tail: int = 0) -> Plan:
+    """``stages`` even levels with noise between them, then ``tail`` deterministic ones."""
+    sigmas = [1 - k / (stages + tail) for k in range(stages + tail)]
+    searched, rest = sigmas[:stages], [*sigmas[stages:], 0.0]
+    kernels = [cps(LINEAR, s, t, t / 2) for s, t in pairwise(searched)]
+    return Plan(tuple(searched), tuple(kernels), tuple(rest), None, LINEAR, "t0")
+
+
+@dataclass
+class Played:
+    """What a policy did with scripted rewards: its search, and the moves of every chain in the order it asked."""
+
+    search: Search
+    moves: list[list[Move]] = field(default_factory=list)
+
+    def proposals(self, chain: int = 0) -> list[int]:
+        """Children that a chain tried at each level but the first."""
+        counts = [0] * (self.search.plan.stages - 1)
+        for move in self.moves[chain]:
+            if 0 < move.stage < self.search.plan.stages:
+                counts[move.stage - 1] += 1
+        return counts
+
+
+def play(config: Any, budget: int, plan: Plan, script: Script, keep: int = 0) -> Played:
+    """Run a method's chains one after the other; ``script`` says the reward of each scored move."""
+    search = Search(0, "", 0, plan, budget, keep)
+    played = Played(search)
+    for number, chain in enumerate(config.chains(search)):
+        task, asked = Task(search, number, chain), []
+        task.advance(None)
+        while task.moves:
+            particles = [Particle.of(move) for move in task.moves]
+            for move, particle in zip(task.moves, particles, strict=True):
+                search.charge(move)
+                particle.reward = script(move) if move.score else float("nan")
+                search.see(particle)
+            asked += task.moves
+            task.advance(particles)
+        played.moves.append(asked)
+    return played
+
+
+def latent_reward(function: Callable[[Tensor], Any], **about: Any) -> Reward:
+    """A reward of clean latents ``(b, C, H, W)``."""
+    return Reward(name="closed form", function=lambda x0, prompts: function(x0), **{"input": "latents", **about})
+
+
+@dataclass
+class Found:
+    """What a search came to."""
+
+    x: Tensor
+    report: dict[str, Any]
+    evals: list[Eval]
+
+    @property
+    def pictures(self) -> list[dict[str, Any]]:
+        return self.report["pictures"]
+
+    @property
+    def decisions(self) -> list[list[dict[str, Any]]]:
+        """Of every picture, without what was charged when."""
+        return [[{k: v for k, v in line.items() if k != "nfe"} for line in p["decisions"]] for p in self.pictures]
+
+
+def stand_in(
+    x: Tensor, sigmas: Tensor, path: Path = LINEAR, prompts: Sequence[str] = (), folder: FilePath | None = None,
+    seed: int = 0,
+) -> Session:  # fmt: skip
+    """A session without a pipeline, with prompts and one generator a row."""
+    made = session(x, sigmas, path, [torch.Generator().manual_seed(seed + row) for row in range(len(x))])
+    made.pipe = SimpleNamespace(config=SimpleNamespace())
+    made.conds.append(SimpleNamespace(arguments={"prompt": list(prompts) or [""] * len(x)}))  # type: ignore[arg-type]
+    made.folder = folder
+    return made
+
+
+def found(config: Any, here: Session, velocity: Velocity, stop: Callable[[int], bool] = lambda done: False) -> Found:
+    """Run a search to its end; ``stop`` is asked, with the predictions so far, whether the user interrupts."""
+    sampling, reply, evals = config.sample(here), None, []
+    while True:
+        try:
+            event = sampling.send(reply)
+        except StopIteration as end:
+            return Found(end.value, here.report["search"], evals)
+        if isinstance(event, Progress):
+            reply = stop(event.done)
+        elif isinstance(event, Step):
+            reply = event.x
+        else:
+            evals.append(event)
+            sigma = bcast(event.sigma, event.x)
+            reply = Pred(here.path, event.x, sigma, velocity(event.x, sigma))
