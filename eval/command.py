@@ -8,6 +8,7 @@ from pathlib import Path
 from diffaccel import console, zoo
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import command_pictures, command_sets
+from diffaccel.eval.failures import MetricFailed
 
 # command -> function of its arguments that returns the exit status, and one line of help
 COMMANDS = {
@@ -32,12 +33,6 @@ COMMANDS = {
         "metrics, protocols, extractors and scorers: what is here, and why not",
     ),
 }
-
-
-class MetricFailed(DiffAccelError):
-    """Something raised while measuring that no input explains."""
-
-    exit_code = 4
 
 
 def run(argv: list[str]) -> int:

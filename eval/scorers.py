@@ -18,6 +18,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import preference
 from diffaccel.eval.alignment import check_prompts
+from diffaccel.eval.failures import MetricFailed
 from diffaccel.eval.paired import check_images
 
 Function = Callable[[Tensor, Sequence[str]], Any]
@@ -90,7 +91,8 @@ class Scorer:
 
         Raises:
             DiffAccelError: for images that are not uint8 ``(B, 3, H, W)``, another number of prompts, and a function
-                that fails or returns anything but B finite numbers, by the scorer's name.
+                that returns anything but B finite numbers, by the scorer's name.
+            MetricFailed: for a function that raises, by the scorer's name.
         """
         check_images(images)
         check_prompts(prompts, len(images))
@@ -98,7 +100,7 @@ class Scorer:
             found = self.function(images, list(prompts))
             scores = torch.as_tensor(found).detach().cpu().to(torch.float64)
         except Exception as error:  # a function of the user's may raise anything
-            raise DiffAccelError(f"The scorer '{self.name}' failed ({type(error).__name__}: {error}).") from error
+            raise MetricFailed(f"The scorer '{self.name}' failed ({type(error).__name__}: {error}).") from error
         if scores.shape not in ((len(images),), (len(images), 1)):
             raise DiffAccelError(
                 f"The scorer '{self.name}' returned shape {tuple(scores.shape)} for {len(images)} images. "

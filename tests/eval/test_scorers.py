@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import preference, weights
+from diffaccel.eval.failures import MetricFailed
 from diffaccel.eval.resize import to_pil
 from diffaccel.eval.scorers import KNOWN, scorer
 
@@ -70,6 +71,9 @@ def test_a_scorer_that_answers_wrongly_is_named() -> None:
     refused(1.0, r"returned shape \(\) for 3 images")
     refused(None, "failed .*Error")
     refused(lambda pictures: pictures[7], r"failed \(IndexError: .*7")
+    with pytest.raises(MetricFailed) as caught:
+        scorer(lambda pictures, prompts: pictures[7])(images(), PROMPTS)
+    assert caught.value.exit_code == 4
 
 
 def test_inputs_and_names_are_checked() -> None:
