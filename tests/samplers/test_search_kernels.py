@@ -1,4 +1,4 @@
-"""Kernels and noise levels of searches against closed forms: conversions between paths, and known samplers as limits."""
+"""Kernels and noise levels of searches against closed forms: conversions of paths, and known samplers as limits."""
 
 from __future__ import annotations
 
@@ -147,11 +147,11 @@ def test_noise_is_added_as_the_path_adds_it(path: Path) -> None:
 
 @pytest.mark.parametrize("gamma", [-0.1, 0.31])
 def test_more_fresh_noise_than_there_is_noise_is_refused(gamma: float) -> None:
-    with pytest.raises(DiffAccelError, match="between 0 and the next noise level 0.3"):
+    with pytest.raises(DiffAccelError, match=r"between 0 and the next noise level 0\.3"):
         moves.cps(LINEAR, 0.6, 0.3, gamma)
 
 
-# -- the variance-preserving path as one on the linear path --------------------------------------------------------------
+# -- the variance-preserving path as one on the linear path ------------------------------------------------------------
 
 
 def test_vp_levels_are_those_of_the_paper() -> None:
