@@ -195,6 +195,8 @@ def compare_runs(
     for extractor in extractors:
         progress(f"distributions by {extractor.name}")
         found.rows += distribution.rows(baseline, runs, pairs, others, reference, extractor)
+    doubts = [f"{row.key}: {row.detail['warning']}" for row in found.rows if row.detail.get("warning")]
+    found.warnings += dict.fromkeys(doubts)
     if reference is not None:
         found.sections += [nearest.section(baseline, runs, reference, extractor) for extractor in (*extractors, *clips)]
     found.rows += cost.rows(baseline, list(runs), timing)

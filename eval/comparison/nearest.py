@@ -20,14 +20,17 @@ SHOWN = 3  # of each run
 
 
 def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """``max_j cos(x_i, y_j)`` and its ``j`` for every row of ``samples``: (n,) float64 and (n,).
+    """``max_j cos(x_i - m, y_j - m)`` with the reference's mean ``m``, and its ``j``: (n,) float64 and (n,).
+
+    What all pictures share, such as a white ground, is in the mean and makes none of them near another.
 
     Args:
         samples: features ``(n, d)``.
         reference: features ``(m, d)``.
     """
-    y = F.normalize(reference.double(), dim=1)
-    found = [(F.normalize(x.double(), dim=1) @ y.T).max(1) for x in samples.split(BLOCK)]
+    mean = reference.double().mean(0)
+    y = F.normalize(reference.double() - mean, dim=1)
+    found = [(F.normalize(x.double() - mean, dim=1) @ y.T).max(1) for x in samples.split(BLOCK)]
     return torch.cat([part.values for part in found]).clamp(max=1), torch.cat([part.indices for part in found])
 
 
@@ -43,7 +46,10 @@ def section(baseline: Run, runs: Sequence[Run], reference: Source, extractor: Ex
         texts = "; ".join(f"{mine} ~ {theirs} ({cosine:.3f})" for mine, theirs, cosine in shown)
         lines.append((run.name, f"{of['mean']:.3f}", f"{of['p99']:.3f}", texts))
         data[run.name] = of
-    note = f"Cosine of {extractor.name}'s features of every picture to the nearest picture of {reference.name}. "
+    note = (
+        f"Cosine of {extractor.name}'s features of every picture to the nearest picture of {reference.name}, less the "
+    )
+    note += "mean of those. "
     note += "A run much nearer than the baseline, or pairs near 1, may repeat what the model was trained on."
     return Section(
         key=f"nearest-{extractor.key}", title=f"Nearest pictures of {reference.name} by {extractor.name}", note=note,

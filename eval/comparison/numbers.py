@@ -69,8 +69,8 @@ def _frechet(x: Tensor, y: Tensor) -> dict[str, Number]:
 
 def _infinity(x: Tensor, y: Tensor) -> dict[str, Number]:
     found = frechet_intervals.infinity(x, y)
-    detail = {"r2": found.r2, "slope": found.slope, "fit": found.fit, "sizes": found.sizes, "values": found.values}
-    note = f"{found.fit} in 1/n, R² {found.r2:.3f}" + (f"; {found.warning.rstrip('.')}" if found.warning else "")
+    detail = {name: getattr(found, name) for name in ("r2", "slope", "fit", "sizes", "values", "warning")}
+    note = f"{found.fit} in 1/n, R² {found.r2:.3f}"
     return {INFINITY: Number(found.value, found.interval, note, detail)}
 
 

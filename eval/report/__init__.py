@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffaccel.eval.report import charts, pictures, text
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
 LARGEST = 10 * 2**20  # bytes of the page
+LONG = 44  # letters of a cell that wraps
 
 
 def write(comparison: Comparison, out: Path, *, command: list[str] | None = None, pairs: int = 8) -> dict[str, Any]:
@@ -49,12 +51,28 @@ def _page(comparison: Comparison, made: dict[str, Any], pairs: int) -> str:
         curves=charts.curves(comparison),
         steps=charts.steps(comparison),
         galleries=[pictures.gallery(comparison, run, pairs) for run in comparison.runs],
-        sections=[(section, _are_texts(section)) for section in comparison.sections],
+        sections=[(section, _columns(section)) for section in comparison.sections],
         baseline=comparison.baseline.name,
         things="videos" if comparison.baseline.is_video else "pictures",
     )
 
 
-def _are_texts(section: Section) -> list[bool]:
-    """Of every column, whether it holds words, which stand to the left, and not numbers."""
-    return [not any(re.match(r"[+-]?\d", row[at]) for row in section.rows) for at, _ in enumerate(section.columns)]
+@dataclass(frozen=True)
+class _Column:
+    """A column of a section that is not empty; words stand to the left, numbers to the right, long texts wrap."""
+
+    head: str
+    at: int
+    words: bool
+    long: bool
+
+
+def _columns(section: Section) -> list[_Column]:
+    found = []
+    for at, head in enumerate(section.columns):
+        cells = [row[at] for row in section.rows if row[at]]
+        long = any(len(cell) > LONG for cell in cells)
+        words = long or not any(re.match(r"[+-]?\d", cell) for cell in cells)
+        if cells:
+            found.append(_Column(head, at, words, long))
+    return found

@@ -71,6 +71,7 @@ def test_infinity_is_measured_of_many_independent_pictures():
     expected = frechet_intervals.infinity(x, y)
     assert (number.value, number.interval) == (expected.value, expected.interval)
     assert f"R² {expected.r2:.3f}" in number.note and number.detail["sizes"] == expected.sizes
+    assert number.detail["warning"] == expected.warning
     assert "fd_infinity" not in measured(600, False) and "fd_infinity" not in measured(499, True)
     assert set(measured(499, True)) < set(numbers.BETTER)
 
@@ -79,6 +80,9 @@ def test_nearest_is_the_largest_cosine_and_its_place():
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(5000, 6, generator=draw), torch.randn(70, 6, generator=draw)
     cosines, places = nearest.nearest(x, y)
-    everything = torch.cosine_similarity(x[:, None].double(), y[None].double(), dim=2)
+    mean = y.double().mean(0)
+    everything = torch.cosine_similarity(x[:, None] - mean, y[None] - mean, dim=2)
+    shifted = nearest.nearest(x + 100, y + 100)
+    assert torch.allclose(shifted[0], cosines, atol=1e-4)  # what all share does not count
     assert torch.allclose(cosines, everything.max(1).values) and places.equal(everything.argmax(1))
     assert nearest.nearest(y, y)[1].tolist() == list(range(70))
