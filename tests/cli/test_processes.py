@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 
 
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes")
+
+
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.json"}
+
+
+SAMPLE = ("sample", "a red apple", "two cats", "--steps", 2, "--size", 32)
 
 
 @pytest.fixture
@@ -25,9 +31,10 @@ def start(models, tmp_path):
     """Start the command in a process of its own; processes that a test leaves behind are ended."""
     started = []
 
-    def call(*argv: object, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:
-        command = [sys.executable, *launcher, "diffaccel", "sample", "a red apple", "two cats", "--model",
-                   models / "flux", "--steps", 2, "--size", 32, "--threads", 1, *argv]  # fmt: skip
+    def call(
+        *argv: object, launcher: tuple[str, ...] = ("-m",), command: tuple[object, ...] = SAMPLE
+    ) -> subprocess.Popen[str]:
+        command = [sys.executable, *launcher, "diffaccel", *command, "--model", models / "flux", "--threads", 1, *argv]
         env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         process = subprocess.Popen(
             [str(word) for word in command], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE,
@@ -81,12 +88,76 @@ def test_stopped_and_killed_runs_continue(start, sample, tmp_path):
 
 def test_two_processes_make_the_same_files(start, sample, tmp_path):
     options = ("--num", 3, "--batch", 2, "--sampler", "heun", "--device", "cpu")
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
-    process = start(*options, "--out", "shared", "--json", launcher=launch)
+    process = start(*options, "--out", "shared", "--json", launcher=(*LAUNCH, "2", "-m"))
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     shared = json.loads(out)  # one object: only one process speaks
     alone = sample("a red apple", "two cats", *options, "--out", "alone", "--json").json
     assert shared["processes"] == 2 and alone["processes"] == 1
     assert shared["images"] == alone["images"]
+    assert files(tmp_path / "shared") == files(tmp_path / "alone")
+
+
+EVAL = ("eval", "run", "--prompts", "p.txt", "--batch", 2, "--latents", "--device", "cpu")
+WAY = ("--accel", "ancestral:steps=2,size=32")
+
+
+@pytest.fixture
+def evaluate(run, models, tmp_path, monkeypatch):
+    """``eval run`` in this process, in an empty folder with twenty prompts: ten chunks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
+
+    def call(*argv: object):
+        done = run(*EVAL, "--model", models / "flux", "--threads", 1, "--json", *argv)
+        assert done.status == 0, done.err
+        return done.json
+
+    return call
+
+
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+def test_eval_run_makes_the_same_files_by_several_processes(start, evaluate, tmp_path, size):
+    process = start(*WAY, "--out", "shared", "--json", launcher=(*LAUNCH, str(size), "-m"), command=EVAL)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    shared, whole = json.loads(out), evaluate(*WAY, "--out", "whole")
+    assert len(whole["images"]) == 20 and all("latents_sha256" in image for image in whole["images"])
+    assert shared["processes"] == size and shared["images"] == whole["images"]
+    assert files(tmp_path / "shared") == files(tmp_path / "whole")
+
+
+def test_eval_run_goes_on_after_a_kill_at_any_chunk(start, evaluate, tmp_path):
+    """Killed twice, after the first chunk and after the seventh of ten, each time before the last is whole."""
+    whole, markers = evaluate(*WAY, "--out", "whole"), tmp_path / "run" / ".chunks"
+    for last in (0, 6):
+        process = start(*WAY, "--out", "run", command=EVAL)
+        wait_for(markers / f"{last:05d}.json", process)
+        process.kill()
+        process.wait(TIMEOUT)
+    assert 7 <= len(list(markers.glob("*.json"))) < 10
+    made = evaluate(*WAY, "--out", "run")
+    assert made["images"] == whole["images"] and files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_early_stop_is_the_same_by_several_processes(start, evaluate, tmp_path, size):
+    """Ranks agree on when to stop, also where one of them has no chunk before a look."""
+    evaluate("--accel", "plain:steps=2,size=32", "--out", "base")
+    rule = (
+        "--accel",
+        "dpmpp2m:steps=1,size=32",
+        "--baseline",
+        "base",
+        "--until",
+        "ssim within 0.9",
+        "--looks",
+        "16,18",
+    )
+    process = start(*rule, "--out", "shared", "--json", launcher=(*LAUNCH, str(size), "-m"), command=EVAL)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, err
+    shared, alone = json.loads(out), evaluate(*rule, "--out", "alone")
+    assert alone["until"]["verdict"] == "equivalent" and len(alone["images"]) in (16, 18)
+    assert shared["until"] == alone["until"] and shared["images"] == alone["images"]
     assert files(tmp_path / "shared") == files(tmp_path / "alone")
