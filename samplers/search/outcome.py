@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def write(
 ) -> None:
     """``trace.json``, ``reward.png`` and the kept samples, each beside its name first and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    _whole(folder / "trace.json", lambda path: path.write_text(json.dumps(found, indent=1), encoding="utf-8"))
+    _whole(folder / "trace.json", lambda path: path.write_text(json.dumps(_finite(found), indent=1), encoding="utf-8"))
     _whole(folder / "reward.png", lambda path: plot(found, path))
     place: dict[int, int] = {}
     for (search, sample), latents in zip(kept, x0, strict=True):
@@ -82,6 +83,15 @@ def _save(picture: Tensor, path: Path) -> None:
     from torchvision.utils import save_image
 
     save_image(picture.cpu(), path, format="png")
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for every number that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(path: Path, make: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -22,13 +23,13 @@ class Ledger:
         nfe: predictions, one per state and level; a guided one counts once.
         nfe_wasted: of them, those of proposals that nobody looked at.
         nfe_recomputed: on top: states computed again when a search went on from its trace.
-        rewards: pictures decoded and scored.
+        scored: pictures decoded and scored.
     """
 
     nfe: int = 0
     nfe_wasted: int = 0
     nfe_recomputed: int = 0
-    rewards: int = 0
+    scored: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """JSON-ready."""
@@ -48,7 +49,7 @@ class Search:
         best: the best particle so far; one at the end of its way is better than any before it.
         log: a line a decision, JSON-ready.
         samples: what its chains came to, best first.
-        climb: whenever the best so far changed: NFE, reward, whether it is a sample.
+        climb: whenever a scored one became the best so far: NFE, reward, whether it is a sample.
     """
 
     row: int
@@ -107,13 +108,14 @@ class Search:
     def charge(self, move: Move) -> None:
         """Enter a move into the ledger."""
         self.ledger.nfe += move.predict
-        self.ledger.rewards += move.score
+        self.ledger.scored += move.score
 
     def see(self, particle: Particle) -> None:
         """Remember it if it is the best so far."""
         if particle.better(self.best):
             self.best = particle
-            self.climb.append((self.ledger.nfe, particle.reward, particle.end))
+            if not math.isnan(particle.reward):
+                self.climb.append((self.ledger.nfe, particle.reward, particle.end))
 
     def note(self, **what: Any) -> None:
         """Add a line to the log, with the predictions charged so far."""

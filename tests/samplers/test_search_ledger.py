@@ -136,7 +136,7 @@ def test_no_budget_is_overspent_and_little_is_left(config: Any, budget: int, tai
         # all but one of the parallel states end before the tail, which one alone walks
         least = config.particles * levels.stages - 1
     assert left <= least
-    assert played.search.ledger.rewards == sum(move.score for move in asked)
+    assert played.search.ledger.scored == sum(move.score for move in asked)
     assert played.search.samples[0].end
     assert len({(move.parent is None, move.key, move.sigma) for move in asked if not move.end}) == sum(
         not move.end for move in asked
