@@ -46,11 +46,9 @@ def section(baseline: Run, runs: Sequence[Run], reference: Source, extractor: Ex
         texts = "; ".join(f"{mine} ~ {theirs} ({cosine:.3f})" for mine, theirs, cosine in shown)
         lines.append((run.name, f"{of['mean']:.3f}", f"{of['p99']:.3f}", texts))
         data[run.name] = of
-    note = (
-        f"Cosine of {extractor.name}'s features of every picture to the nearest picture of {reference.name}, less the "
-    )
-    note += "mean of those. "
-    note += "A run much nearer than the baseline, or pairs near 1, may repeat what the model was trained on."
+    note = f"Cosine of {extractor.name}'s features, less the reference's mean, of every picture to the nearest one of "
+    note += f"{reference.name}. A run much nearer than the baseline, or pairs near 1, may repeat what the model was "
+    note += "trained on."
     return Section(
         key=f"nearest-{extractor.key}", title=f"Nearest pictures of {reference.name} by {extractor.name}", note=note,
         columns=("run", "mean", "99th percentile", "nearest pairs"), rows=tuple(lines), data={"runs": data},
