@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -70,25 +71,27 @@ def smc(search: Search, count: int, config: SMC) -> Chain:
     potential = POTENTIALS[config.potential]
     states = yield [search.start(i) for i in range(count)]
     seen: list[list[float]] = [[] for _ in states]
-    before, logits = [0.0] * count, [0.0] * count
+    since = [0.0] * count  # the potential when the particles were last drawn anew
     for stage in range(search.plan.stages):
         seen = [[*rewards, p.reward] for rewards, p in zip(seen, states, strict=True)]
         now = [potential(rewards) for rewards in seen]
-        logits = [w + (n - b) / config.temperature for w, n, b in zip(logits, now, before, strict=True)]
-        weights = softmax(logits)
+        weights = _weights(now, since, config.temperature)
         size = effective_size(weights)
         search.note(stage=stage, effective=size, reward=max(p.reward for p in states))
-        before = now
         if size < config.resample * count or config.resample == 1:
             chosen = systematic(weights, uniform(search.seed, 0, stage))
-            states, seen, before = [states[i] for i in chosen], [seen[i] for i in chosen], [before[i] for i in chosen]
-            logits = [0.0] * count
+            states, seen, since = [states[i] for i in chosen], [seen[i] for i in chosen], [now[i] for i in chosen]
         if stage < search.plan.stages - 1:
             states = yield [search.propose(state, 0, chain=i) for i, state in enumerate(states)]
     samples = yield from _to_the_end(search, states)
-    logits = [w + (p.reward - b) / config.temperature for w, p, b in zip(logits, samples, before, strict=True)]
-    search.note(samples=[p.reward for p in samples], weights=softmax(logits))
+    rewards = [p.reward for p in samples]
+    search.note(samples=rewards, weights=_weights(rewards, since, config.temperature))
     return search.ranked(samples)
+
+
+def _weights(now: list[float], since: list[float], temperature: float) -> list[float]:
+    """``exp((now - since) / temperature)``, normalised; where nothing was finite before, all of it is new."""
+    return softmax([(n - (b if math.isfinite(b) else 0.0)) / temperature for n, b in zip(now, since, strict=True)])
 
 
 def _to_the_end(search: Search, states: list[Particle]) -> Chain:
