@@ -24,7 +24,7 @@ class CoDe(PathSearchConfig):
     name: ClassVar[str] = "code"
     paper: ClassVar[str] = "CoDe: Blockwise Control for Denoising Diffusion Models, arXiv 2502.00968"
 
-    particles: int = 2
+    particles: int = 4
     block: int = 2
 
     def validate(self) -> None:

@@ -43,8 +43,8 @@ class RBF(PathSearchConfig):
         "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv 2503.19385"
     )
 
-    particles: int = 2
-    initial: int = 10
+    particles: int = 4
+    initial: int = 4
     chunk: int = 8
     commit: Literal["first", "best"] = "best"
     against: Literal["running_max", "last_accepted"] = "running_max"

@@ -28,7 +28,7 @@ class SVDD(PathSearchConfig):
         "arXiv 2408.08252"
     )
 
-    particles: int = 2
+    particles: int = 4
     temperature: float = 0.0
 
     def validate(self) -> None:

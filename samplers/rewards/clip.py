@@ -20,6 +20,7 @@ from diffaccel.samplers.rewards.reward import Reward
 DEFAULTS = {"emoji-flux": "emoji-clip-reward"}
 HOW = "clip:/folder (open_clip layout) or clip:ARCHITECTURE:/file"
 _TEXTS = 4096  # features kept
+_IMAGES = 256  # in one pass
 
 
 def reward(argument: str, device: torch.device, model: str) -> Reward:
@@ -55,7 +56,7 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
             return 100 * (features * texts).sum(1)
 
     name = f"clip:{which}"
-    return Reward(name=name, function=score, device=device, differentiable=True, needs_prompts=True)
+    return Reward(name=name, function=score, device=device, batch_size=_IMAGES, differentiable=True, needs_prompts=True)
 
 
 def default(model: str) -> str:

@@ -100,7 +100,8 @@ class PathSearchConfig(SearchConfig):
     """Base of searches along a path, where children of one state differ by fresh noise.
 
     Args:
-        path: of the noise levels: "vp", "linear", "native", or "auto": vp for flow models, native for others.
+        path: of the noise levels. "native": the call's own, to the end, with the noise of DDPM between them; "linear":
+            the same with noise by ``scale``; "vp": those of the variance-preserving path, then a deterministic tail.
         kernel: "cps" keeps every marginal exactly; "em" is Euler-Maruyama.
         scale, norm: of the fresh noise, ``g(t) = norm f(t)``.
         stages: noise levels of "vp" that are searched; the other paths take the call's own steps.
@@ -108,7 +109,7 @@ class PathSearchConfig(SearchConfig):
             the sample is a posterior mean.
     """
 
-    path: PathName = "auto"
+    path: PathName = "native"
     kernel: KernelName = "cps"
     scale: ScaleName = "square"
     norm: float = 3.0
@@ -118,9 +119,10 @@ class PathSearchConfig(SearchConfig):
     def validate(self) -> None:
         super().validate()
         self.at_least(stages=2, tail_steps=-1, norm=0)
-        if self.scale == "ancestral" and self.kernel == "em":
+        if self.kernel == "em" and (self.scale == "ancestral" or self.path == "native"):
             raise DiffAccelError(
-                f"{type(self).__name__}: the scale 'ancestral' is one of the kernel 'cps'. Set kernel='cps'."
+                f"{type(self).__name__}: ancestral noise, which the path 'native' has, is of the kernel 'cps'. Set "
+                "kernel='cps', or path='linear' or 'vp' and another scale."
             )
 
     def plan(self, session: Session) -> Plan:
@@ -175,7 +177,10 @@ def make_judge(config: SearchConfig, session: Session) -> Judge:
     """The reward of the config, on its device, for one call."""
     device = torch.device(config.reward_device) if config.reward_device else session.device
     model = str(getattr(session.pipe.config, "_name_or_path", "") or getattr(session.pipe, "name_or_path", ""))
-    reward = rewards.resolve(config.reward, device=device, model=model)
+    kept = vars(config).setdefault("_rewards", {})  # a network is loaded once, not for every call
+    if (device, model) not in kept:
+        kept[device, model] = rewards.resolve(config.reward, device=device, model=model)
+    reward = kept[device, model]
     if reward.needs_prompts and not all(session.prompts):
         raise DiffAccelError(
             f"The reward '{reward.name}' reads the prompt, and this call has none: pass `prompt`, not embeddings "

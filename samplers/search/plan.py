@@ -21,7 +21,7 @@ from diffaccel.flow import LINEAR, VE_PATH, VP, Path
 from diffaccel.samplers.search.moves import Coefficients, affine, cps
 from diffaccel.schedules import Schedule
 
-PathName = Literal["auto", "vp", "linear", "native"]
+PathName = Literal["native", "vp", "linear"]
 Kind = Literal["posterior_mean", "tail", "t0"]
 KernelName = Literal["cps", "em"]
 ScaleName = Literal[
@@ -85,7 +85,7 @@ class Plan:
 def make(
     schedule: Schedule,
     *,
-    path: PathName = "auto",
+    path: PathName = "native",
     kernel: KernelName = "cps",
     scale: ScaleName = "square",
     norm: float = 3.0,
@@ -97,10 +97,10 @@ def make(
     Args:
         schedule: of the call: its levels, and whose coordinates they have.
         path: "vp": levels of the variance-preserving path at ``s_k = s_0 sqrt(1 - (k/S)^2)``; "linear" and "native":
-            the call's own levels to the end. "auto" is "vp" for a flow model and "native" for any other.
+            the call's own levels to the end, with noise by ``scale``, or DDPM's.
         kernel: "cps", or "em": ``x' = x - h (u - g^2/2 score) + g sqrt(h) z`` on the path that is searched.
         scale, norm: ``g = norm f(t)``, and ``gamma^2 = min(g^2 h, sigma'^2)`` under cps. "ancestral" is DDPM's share
-            ``gamma = norm sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``; always so on "native".
+            ``gamma = norm sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``; "native" has it always, norm at most 1.
         stages: levels of "vp"; the other paths have the call's own.
         tail_steps: of the walk to the end after "vp": that many equal steps, or -1 for the call's own levels below the
             last searched one, or 0 for none: the sample is then a posterior mean.
@@ -109,11 +109,10 @@ def make(
         DiffAccelError: for fewer than two levels, or numbers out of range.
     """
     flow = not schedule.vp
-    name = ("vp" if flow else "native") if path == "auto" else path
-    if name == "native":
+    if path == "native":
         scale, norm = "ancestral", min(norm, 1.0)
     own = [float(sigma) for sigma in schedule.sigmas]
-    if name == "vp":
+    if path == "vp":
         top = float(VP_PATH.at(LINEAR.rho(_linear(schedule.path, own[0])))) if own[0] < 1 or schedule.vp else 1.0
         times = [top * math.sqrt(1 - (k / stages) ** 2) for k in range(stages)]
         searched: Path = VP_PATH
@@ -126,7 +125,7 @@ def make(
     if len(sigmas) < 2:
         raise DiffAccelError(
             f"A search needs at least 2 noise levels, and this one has {len(sigmas)}. "
-            + ("Raise stages." if name == "vp" else "Ask the pipeline for more num_inference_steps.")
+            + ("Raise stages." if path == "vp" else "Ask the pipeline for more num_inference_steps.")
         )
     kernels = []
     for (s, s_next), (sigma, sigma_next) in zip(pairwise(times), pairwise(sigmas), strict=True):
@@ -137,7 +136,7 @@ def make(
         else:
             gamma = _fresh(searched, s, s_next, scale, norm) * _onto(searched, s_next, schedule.path)
             kernels.append(cps(schedule.path, sigma, sigma_next, min(gamma, sigma_next)))
-    start = 1 / _sum(searched, times[0]) if name == "vp" and flow else None
+    start = 1 / _sum(searched, times[0]) if path == "vp" and flow else None
     return Plan(tuple(sigmas), tuple(kernels), tuple(tail), start, schedule.path, kind)
 
 
