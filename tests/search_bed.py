@@ -99,10 +99,11 @@ def stand_in(
     x: Tensor, sigmas: Tensor, path: Path = LINEAR, prompts: Sequence[str] = (), folder: FilePath | None = None,
     seed: int = 0,
 ) -> Session:  # fmt: skip
-    """A session without a pipeline, with prompts and one generator a row."""
+    """A session without a pipeline, with prompts, one generator a row, and pixels that are the first channel."""
     made = session(x, sigmas, path, [torch.Generator().manual_seed(seed + row) for row in range(len(x))])
     made.pipe = SimpleNamespace(config=SimpleNamespace())
     made.conds.append(SimpleNamespace(arguments={"prompt": list(prompts) or [""] * len(x)}))  # type: ignore[arg-type]
+    made.family = SimpleNamespace(decode=lambda pipe, x0, arguments: x0[:, :1].expand(-1, 3, -1, -1))  # type: ignore[assignment]
     made.folder = folder
     return made
 

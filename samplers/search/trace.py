@@ -38,28 +38,28 @@ class Trace:
             return
         about = json.loads(json.dumps({"format": FORMAT, **(about or {})}))
         file = folder / NAME
-        if file.is_file():
-            self._read(file, about)
-        elif writes:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(about) + "\n", encoding="utf-8")
-
-    def _read(self, file: Path, about: dict[str, Any]) -> None:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that was cut by a kill is not there
-        first, *lines = whole.splitlines() or [""]
-        before = json.loads(first) if first else about
+        if whole:
+            self._read(whole, about)
+        else:
+            whole = json.dumps(about) + "\n"
+        if writes and whole != text:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(whole, encoding="utf-8")
+
+    def _read(self, text: str, about: dict[str, Any]) -> None:
+        first, *lines = text.splitlines()
+        before = json.loads(first)
         if before != about:
             differ = ", ".join(key for key in {**before, **about} if before.get(key) != about.get(key))
             raise DiffAccelError(
-                f"'{file}' is of another search: it differs in {differ}. Remove it, or give another folder."
+                f"'{self.file}' is of another search: it differs in {differ}. Remove it, or give another folder."
             )
         for line in lines:
             entry = json.loads(line)
             rewards = [math.nan if reward is None else float(reward) for reward in entry["rewards"]]
             self.rounds[entry["row"], entry["chain"]].append(rewards)
-        if self.writes and whole != text:
-            file.write_text(whole, encoding="utf-8")
 
     def known(self, task: Task) -> list[float] | None:
         """The rewards of a chain's next moves, if it made them before."""

@@ -186,8 +186,8 @@ def test_draws_by_temperature() -> None:
 @pytest.mark.parametrize("sigma", [0.3, 0.8])
 @pytest.mark.parametrize("k, w", [(0.0, 1.0), (2.0, 0.0)])
 def test_rewards_of_the_posterior_mean_rank_as_soft_values_do(sigma: float, k: float, w: float) -> None:
-    """``log E[exp(r(x0) / t) | x]`` of ``r = w x0 - k x0^2 / 2``, integrated over the posterior, is a rising function of
-    the reward of its mean."""
+    """``log E[exp(r(x0) / t) | x]`` of ``r = w x0 - k x0^2 / 2``, integrated over the posterior, rises with the reward
+    of its mean."""
     x, temperature = torch.linspace(-2, 3, 9, dtype=torch.float64)[:, None], 0.5
     mean = DATA.x0(x, 1 - sigma, sigma)
     variance = STD**2 * sigma**2 / ((1 - sigma) ** 2 * STD**2 + sigma**2)
