@@ -56,8 +56,9 @@ class _Work:
     """One report being made: its folder, its processes, and a pipeline that is opened when it is first needed."""
 
     def __init__(self, plan: Plan, out: Path, progress: Callable[[str], None]) -> None:
-        self.plan, self.out, self.progress = plan, out, progress
+        self.plan, self.out = plan, out
         self.world, device = join_world(plan.request.device)
+        self.progress = progress if self.world.rank == 0 else lambda text: None  # the first process tells
         self.request = replace(plan.request, device=str(device) if self.world.size > 1 else plan.request.device)
         self.failed: dict[str, str] = {}
 
