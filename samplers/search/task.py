@@ -102,8 +102,8 @@ class Search:
         return (yield [self.end(p) for p in parents])
 
     def ranked(self, samples: list[Particle]) -> list[Particle]:
-        """The best first, of equal ones the earlier; as many as the caller keeps, and the best."""
-        return sorted(samples, key=lambda sample: -sample.reward)[: self.keep + 1]
+        """The best first, of equal ones that of the smaller key; as many as the caller keeps, and the best."""
+        return sorted(samples, key=lambda sample: (-sample.reward, sample.key))[: self.keep + 1]
 
     def charge(self, move: Move) -> None:
         """Enter a move into the ledger."""

@@ -214,3 +214,11 @@ def test_search_over_paths_costs_what_it_says() -> None:
     played = play(config, 4 * 5 * 2 * 5, plan(8), lambda move: 0.0)  # 5 copies, 5 ways of 4 steps, 2 chains
     assert played.search.ledger.nfe == 200
     assert played.search.samples[0].sigma == 0.0
+
+
+def test_of_equal_samples_the_first_chain_s_wins_whichever_ended_first() -> None:
+    levels = plan(5)
+    played = play(SVDD(particles=3), 60, levels, lambda move: 1.0, keep=2)
+    kept = played.search.samples
+    assert [sample.key.chain for sample in kept] == [0, 1, 2]
+    assert [sample.key.chain for sample in played.search.ranked(kept[::-1])] == [0, 1, 2]
