@@ -146,6 +146,11 @@ class PathSearchConfig(SearchConfig):
 
 def run(config: SearchConfig, session: Session) -> Sampling:
     """Search for every row of the call, side by side, and return the best sample of each."""
+    if len(session.timesteps) < len(getattr(session.scheduler, "timesteps", ())):
+        raise DiffAccelError(
+            f"{type(config).__name__} searches from pure noise, and this call begins in the middle of its noise "
+            "levels, at an image: other noise would lose it. Call the pipeline with strength=1.0, or without a search."
+        )
     plan, judge = config.plan(session), make_judge(config, session)
     seeds, prompts = noise.seeds(session.generator, len(session.x)), session.prompts
     searches = [

@@ -75,6 +75,8 @@ class Engine:
                     continue
                 turns.append((half, (yield from self._round(half, worker))))
                 if (yield Progress(sum(search.ledger.nfe for search in searches), total)):
+                    for _, settle in turns:  # what was predicted counts
+                        settle()
                     return True
         return False
 

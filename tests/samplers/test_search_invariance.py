@@ -1,4 +1,4 @@
-"""What must not change a search's decisions: batches, chunks, minibatches of pictures, overlap, other prompts, processes."""
+"""What must not change a search's decisions: batches, chunks, minibatches, overlap, other prompts, processes."""
 
 from __future__ import annotations
 
