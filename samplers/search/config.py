@@ -158,7 +158,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
         for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     tasks = [Task(search, i, chain) for search in searches for i, chain in enumerate(config.chains(search))]
-    processes = Processes.of_launch() if config.shared or session.shared else Processes()
+    processes = Processes.of_launch(session.device) if config.shared or session.shared else Processes()
     folder = Path(config.folder) if config.folder else session.folder
     about = {"method": config.to_dict(), "prompts": prompts, "seeds": seeds, "sigmas": list(plan.sigmas)}
     engine = Engine(

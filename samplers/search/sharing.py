@@ -22,11 +22,11 @@ class Processes:
     size: int = 1
 
     @classmethod
-    def of_launch(cls) -> Processes:
-        """All of an ``accelerate launch``."""
+    def of_launch(cls, device: torch.device) -> Processes:
+        """All of an ``accelerate launch``, whose pipelines are on such a device."""
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=device.type == "cpu")  # without a GPU it would not join the others by itself
         return cls(state.process_index, state.num_processes)
 
     def part(self, count: int, rows: int) -> slice:
