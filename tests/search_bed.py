@@ -17,12 +17,13 @@ import torch
 from analytic import session
 from torch import Tensor
 
-from diffaccel.flow import LINEAR, Path
+from diffaccel.flow import LINEAR, VE_PATH, Path, Tabulated
 from diffaccel.samplers.rewards import Reward
-from diffaccel.samplers.search.moves import cps
+from diffaccel.samplers.search.moves import Coefficients, cps
 from diffaccel.samplers.search.particles import Move, Particle
 from diffaccel.samplers.search.plan import Plan
 from diffaccel.samplers.search.task import Search, Task
+from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Progress, Session, Step, bcast
 
 Script = Callable[[Move], float]
@@ -35,6 +36,13 @@ def plan(stages: int, tail: int = 0) -> Plan:
     searched, rest = sigmas[:stages], [*sigmas[stages:], 0.0]
     kernels = [cps(LINEAR, s, t, t / 2) for s, t in pairwise(searched)]
     return Plan(tuple(searched), tuple(kernels), tuple(rest), None, LINEAR, "t0")
+
+
+def schedule(path: Path, sigmas: Sequence[float]) -> Schedule:
+    """A schedule with these levels, rounded to float32; in VE coordinates one of a model that predicts the noise."""
+    falling, ve = torch.tensor(list(sigmas)), path is VE_PATH
+    table = Tabulated(torch.linspace(0.9991, 0.0047, 1000)) if ve else None
+    return Schedule(path, falling, falling[:-1] * 1000, "epsilon" if ve else "velocity", ve, 1000, table)
 
 
 @dataclass
@@ -70,6 +78,28 @@ def play(config: Any, budget: int, plan: Plan, script: Script, keep: int = 0) ->
             task.advance(particles)
         played.moves.append(asked)
     return played
+
+
+def gaussian_moments(
+    plan: Plan, mean: float, std: float, begin: tuple[float, float] = (0.0, 1.0)
+) -> list[tuple[float, float]]:
+    """Mean and variance at every searched level of a flow's plan, from those at the first, for data ``N(mean, std^2)``:
+    the velocity there is ``-mean + slope (x - alpha mean)``."""
+    found = [begin]
+    for sigma, kernel in zip(plan.sigmas, plan.kernels, strict=False):
+        found.append(gaussian_move(kernel, sigma, mean, std, found[-1]))
+    return found
+
+
+def gaussian_move(
+    kernel: Coefficients, sigma: float, mean: float, std: float, at: tuple[float, float]
+) -> tuple[float, float]:
+    """Mean and variance after one move from ``sigma`` on the linear path."""
+    alpha = 1 - sigma
+    slope = (sigma - alpha * std**2) / (alpha**2 * std**2 + sigma**2)
+    factor = kernel.a + kernel.b * slope
+    moved = factor * (at[0] - alpha * mean) + kernel.a * alpha * mean - kernel.b * mean
+    return moved, factor**2 * at[1] + kernel.c**2
 
 
 def latent_reward(function: Callable[[Tensor], Any], **about: Any) -> Reward:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from analytic import BIMODAL, SHAPE, start
 from diffusers import FlowMatchEulerDiscreteScheduler
+from search_bed import schedule
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.flow import LINEAR, VE_PATH, VP, Path, Tabulated
+from diffaccel.flow import LINEAR, VE_PATH, VP, Path
 from diffaccel.samplers import ancestral
 from diffaccel.samplers.search import moves, plan
 from diffaccel.samplers.search.moves import Coefficients
-from diffaccel.schedules import Schedule
 from diffaccel.session import Pred
 
 CURVED = VP(0.1, 20.0)
@@ -27,14 +27,6 @@ on_both_paths = pytest.mark.parametrize("path", PATHS)
 
 def levels(path: Path) -> list[float]:
     return LEVELS["ve" if path is VE_PATH else "linear"]
-
-
-def schedule(path: Path, sigmas: list[float] | None = None) -> Schedule:
-    """A schedule with these levels; in VE coordinates one of an eps-predicting model."""
-    falling = torch.tensor(sigmas or levels(path))
-    ve = path is VE_PATH
-    table = Tabulated(torch.linspace(0.9991, 0.0047, 1000)) if ve else None
-    return Schedule(path, falling, falling[:-1] * 1000, "epsilon" if ve else "velocity", ve, 1000, table)
 
 
 def apply(kernel: Coefficients, x: Tensor, v: Tensor, z: Tensor | float = 0.0) -> Tensor:
@@ -83,7 +75,7 @@ def test_without_fresh_noise_a_move_is_euler_s_to_the_bit(path: Path) -> None:
     sigmas = [float(sigma) for sigma in torch.tensor(levels(path))]
     for sigma, sigma_next in pairwise(sigmas):
         assert moves.cps(path, sigma, sigma_next) == Coefficients(1.0, sigma_next - sigma, 0.0)
-    still = plan.make(schedule(path), path="linear", norm=0.0)
+    still = plan.make(schedule(path, levels(path)), path="linear", norm=0.0)
     assert not still.stochastic
     assert list(still.kernels) == [Coefficients(1.0, b - a, 0.0) for a, b in pairwise(sigmas[:-1])]
     x, v = (t.float() for t in (start(path, sigmas[0]), noise()))
@@ -97,11 +89,11 @@ def test_without_fresh_noise_a_move_is_euler_s_to_the_bit(path: Path) -> None:
 @pytest.mark.parametrize("scale", [*plan.SCALES, "ancestral"])
 @pytest.mark.parametrize("name", ["linear", "vp"])
 def test_every_scale_without_a_norm_is_the_deterministic_walk(name: Any, scale: Any) -> None:
-    still = plan.make(schedule(LINEAR), path=name, scale=scale, norm=0.0)
+    still = plan.make(schedule(LINEAR, levels(LINEAR)), path=name, scale=scale, norm=0.0)
     assert all(kernel == moves.cps(LINEAR, *pair) for kernel, pair in
                zip(still.kernels, pairwise(still.sigmas), strict=True))  # fmt: skip
     if scale != "ancestral" and name == "linear":
-        euler = plan.make(schedule(LINEAR), path="linear", kernel="em", scale=scale, norm=0.0)
+        euler = plan.make(schedule(LINEAR, levels(LINEAR)), path="linear", kernel="em", scale=scale, norm=0.0)
         for kernel, same in zip(euler.kernels, still.kernels, strict=True):
             assert kernel == pytest.approx(same, abs=1e-15)
 
@@ -109,7 +101,7 @@ def test_every_scale_without_a_norm_is_the_deterministic_walk(name: Any, scale: 
 @on_both_paths
 def test_the_ancestral_share_is_the_ancestral_sampler_s(path: Path) -> None:
     sigmas = torch.tensor(levels(path)).tolist()
-    native = plan.make(schedule(path), path="native", norm=1.0)
+    native = plan.make(schedule(path, levels(path)), path="native", norm=1.0)
     for (sigma, sigma_next), kernel in zip(pairwise(sigmas[:-1]), native.kernels, strict=True):
         x, v, z = start(path, sigma), noise(1), noise(2)
         pred = Pred(path, x, torch.tensor(sigma, dtype=torch.float64), v)
@@ -156,7 +148,7 @@ def test_more_fresh_noise_than_there_is_noise_is_refused(gamma: float) -> None:
 
 def test_vp_levels_are_those_of_the_paper() -> None:
     """``s_k = sqrt(1 - (k/10)^2)`` as levels of the linear path (arXiv 2503.19385, with beta from 0.1 to 20)."""
-    made = plan.make(schedule(LINEAR), path="vp", stages=10, tail_steps=0)
+    made = plan.make(schedule(LINEAR, levels(LINEAR)), path="vp", stages=10, tail_steps=0)
     expected = [0.9935, 0.9931, 0.9920, 0.9898, 0.9856, 0.9776, 0.9617, 0.9289, 0.8591, 0.7087]
     assert made.sigmas == pytest.approx(expected, abs=5e-5)
     assert (made.stages, made.tail_nfe, made.tail, made.kind) == (10, 0, (0.0,), "posterior_mean")
@@ -168,7 +160,7 @@ def test_vp_begins_where_the_call_s_own_noise_is() -> None:
     made = plan.make(schedule(LINEAR, [0.93, 0.5, 0.0]), path="vp", stages=5)
     assert made.sigmas[0] == pytest.approx(0.93, abs=1e-6)
     assert all(a > b for a, b in pairwise(made.sigmas))
-    ve = plan.make(schedule(VE_PATH), path="vp", stages=5)
+    ve = plan.make(schedule(VE_PATH, levels(VE_PATH)), path="vp", stages=5)
     assert ve.sigmas[0] == pytest.approx(14.6, rel=1e-5)
     assert ve.start is None
 
@@ -176,9 +168,9 @@ def test_vp_begins_where_the_call_s_own_noise_is() -> None:
 @on_both_paths
 @pytest.mark.parametrize("stages", [2, 10, 40])
 def test_tails_go_down_to_the_end(path: Path, stages: int) -> None:
-    own = plan.make(schedule(path), path="vp", stages=stages)
+    own = plan.make(schedule(path, levels(path)), path="vp", stages=stages)
     assert list(own.tail) == [s for s in torch.tensor(levels(path)).tolist() if s < own.sigmas[-1]]
-    even = plan.make(schedule(path), path="vp", stages=stages, tail_steps=4)
+    even = plan.make(schedule(path, levels(path)), path="vp", stages=stages, tail_steps=4)
     assert (len(even.tail), even.tail_nfe, even.tail[-1], even.kind) == (4, 3, 0.0, "tail")
     linear = [plan._linear(path, s) for s in (even.sigmas[-1], *even.tail)]
     steps = [a - b for a, b in pairwise(linear)]
@@ -235,7 +227,7 @@ def test_plans_in_ve_coordinates_are_plans_of_the_linear_path(name: Any, kernel:
 
 def test_kernels_of_a_vp_plan_follow_the_vp_path() -> None:
     """``gamma^2 = min(g^2 h, sigma'^2)`` with ``g = 3 s^2`` on the VP path, over ``c``."""
-    made = plan.make(schedule(LINEAR), path="vp", scale="square", norm=3.0, stages=10, tail_steps=0)
+    made = plan.make(schedule(LINEAR, levels(LINEAR)), path="vp", scale="square", norm=3.0, stages=10, tail_steps=0)
     times = [(1 - (k / 10) ** 2) ** 0.5 for k in range(10)]
     for (s, s_next), kernel in zip(pairwise(times), made.kernels, strict=True):
         gamma = min(3 * s**2 * (s - s_next) ** 0.5, float(CURVED.sigma(s_next)))

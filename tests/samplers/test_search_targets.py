@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from analytic import gaussian
-from search_bed import Found, found, latent_reward, plan, play, stand_in
+from search_bed import Found, found, gaussian_moments, gaussian_move, latent_reward, plan, play, stand_in
 from torch import Tensor
 
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import SMC
-from diffaccel.samplers.search.moves import Coefficients, cps
+from diffaccel.samplers.search.moves import cps
 from diffaccel.samplers.search.plan import Plan
 from diffaccel.samplers.search.resampling import draw, effective_size, softmax, systematic, uniform
 
@@ -37,10 +37,10 @@ def quadratic(x: Tensor) -> Tensor:
     return linear(x) - linear(x) ** 2
 
 
-def search(reward: Any, potential: Any, resample: float = 0.5) -> tuple[Found, Plan]:
+def search(reward: Any, potential: Any, resample: float = 0.5, kernel: Any = "cps") -> tuple[Found, Plan]:
     config = SMC(
         reward=latent_reward(reward), budget=PARTICLES * (len(LEVELS) - 1), temperature=POTENTIALS[potential],
-        path="linear", scale="square", norm=1.5, potential=potential, resample=resample,
+        path="linear", kernel=kernel, scale="square", norm=1.5, potential=potential, resample=resample,
     )  # fmt: skip
     here = stand_in(torch.full((1, 1, 1, 1), 0.3), LEVELS)
     levels = config.plan(here)
@@ -48,17 +48,9 @@ def search(reward: Any, potential: Any, resample: float = 0.5) -> tuple[Found, P
 
 
 def moments(levels: Plan) -> tuple[float, float]:
-    """Mean and variance of the samples that the kernels and the tail lead to, from unit noise."""
-    mean, variance = 0.0, 1.0
-    ways: list[tuple[float, Coefficients]] = list(zip(levels.sigmas, levels.kernels, strict=False))
-    ways.append((levels.sigmas[-1], cps(LINEAR, levels.sigmas[-1], levels.tail[0])))
-    for sigma, kernel in ways:
-        alpha, total = 1 - sigma, (1 - sigma) ** 2 * STD**2 + sigma**2
-        slope = (sigma - alpha * STD**2) / total  # v = -m + slope (x - alpha m)
-        factor = kernel.a + kernel.b * slope
-        mean = factor * (mean - alpha * MEAN) + kernel.a * alpha * MEAN - kernel.b * MEAN
-        variance = factor**2 * variance + kernel.c**2
-    return mean, variance
+    """Mean and variance of the samples that the kernels and the last move lead to, from unit noise."""
+    last = levels.sigmas[-1]
+    return gaussian_move(cps(LINEAR, last, levels.tail[0]), last, MEAN, STD, gaussian_moments(levels, MEAN, STD)[-1])
 
 
 def weighted(run: Found) -> tuple[list[float], list[float]]:
@@ -101,6 +93,17 @@ def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any) -> None:
     values, weights = weighted(run)
     got, spread = mean_and_variance(values, weights)
     assert abs(got - expected) < 4 * (spread / independent(potential, weights)) ** 0.5
+
+
+@pytest.mark.parametrize("kernel", ["cps", "em"])
+def test_particles_that_nobody_weighs_follow_the_kernels(kernel: Any) -> None:
+    """A sampled run is within its statistical error of the recursion."""
+    run, levels = search(linear, "last", 0.0, kernel)
+    mean, variance = moments(levels)
+    values, _ = weighted(run)
+    found = mean_and_variance(values, [1 / PARTICLES] * PARTICLES)
+    assert abs(found[0] - mean) < 4 * (variance / PARTICLES) ** 0.5
+    assert abs(found[1] - variance) < 4 * variance * (2 / PARTICLES) ** 0.5
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
