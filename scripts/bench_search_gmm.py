@@ -1,0 +1,189 @@
+"""Searches on a mixture of Gaussians, whose velocity is exact: reward and likelihood of the samples at equal NFE.
+
+    python -m scripts.bench_search_gmm --budgets 50 100 200 500 1000 --prompts 64 --seeds 3 --json gmm.json
+
+Data is a mixture of 32 Gaussians of standard deviation 0.25 in 16 dimensions, with means from N(0, I). A prompt is a
+direction w; the reward is ``w x``, or ``sigmoid(3 w x - 3)``, which saturates. A high reward at a high negative
+log-likelihood means samples that the data does not have. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.flow import LINEAR
+from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
+from diffaccel.samplers.rewards import Reward
+from diffaccel.schedules import Schedule
+from diffaccel.session import Eval, Pred, Session, Step, bcast
+
+DIM, MODES, STD = 16, 32, 0.25
+TAIL = 8  # deterministic steps after the search on the variance-preserving path
+PATHS = ("vp", "linear", "native")
+REWARDS = {"linear": lambda r: r, "saturating": lambda r: torch.sigmoid(3 * r - 3)}
+
+
+@dataclass(frozen=True)
+class Bed:
+    """The data and the prompts.
+
+    Attributes:
+        means: of the modes, ``(MODES, DIM)``.
+        directions: of the prompts, of length 1, ``(prompts, DIM)``.
+    """
+
+    means: Tensor
+    directions: Tensor
+
+    @classmethod
+    def make(cls, prompts: int, seed: int = 0) -> Bed:
+        draw = torch.Generator().manual_seed(seed)
+        means = torch.randn(MODES, DIM, generator=draw)
+        directions = torch.randn(prompts, DIM, generator=draw)
+        return cls(means, directions / directions.norm(dim=1, keepdim=True))
+
+    def velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``E[eps - x0 | x]`` on the linear path, ``(R, DIM, 1, 1)``; ``sigma`` broadcasts against ``x``."""
+        flat, sigma = x.flatten(1)[:, None], sigma.reshape(-1, 1, 1)
+        alpha, variance = 1 - sigma, (1 - sigma) ** 2 * STD**2 + sigma**2
+        apart = flat - alpha * self.means
+        share = (-(apart**2).sum(-1, keepdim=True) / (2 * variance)).softmax(1)
+        x0 = (share * (self.means + alpha * STD**2 / variance * apart)).sum(1)
+        eps = (share * (sigma / variance * apart)).sum(1)
+        return (eps - x0).reshape(x.shape)
+
+    def nll(self, x: Tensor) -> Tensor:
+        """``-log p`` of samples, ``(R,)`` nats."""
+        apart = (x.flatten(1)[:, None] - self.means).pow(2).sum(-1) / (2 * STD**2)
+        each = -apart - DIM / 2 * math.log(2 * math.pi * STD**2) - math.log(MODES)
+        return -each.logsumexp(1)
+
+    def data(self, count: int) -> Tensor:
+        """Samples of the data, ``(count, DIM, 1, 1)``."""
+        draw = torch.Generator().manual_seed(1)
+        modes = torch.randint(MODES, (count,), generator=draw)
+        return (self.means[modes] + STD * torch.randn(count, DIM, generator=draw))[..., None, None]
+
+    def reward(self, name: str) -> Reward:
+        """Of clean latents, by the prompt's number."""
+
+        def score(x0: Tensor, prompts: list[str]) -> Tensor:
+            chosen = self.directions[[int(prompt) for prompt in prompts]]
+            return REWARDS[name]((x0.flatten(1) * chosen).sum(1).double())
+
+        return Reward(name=name, function=score, input="latents", batch_size=4096)
+
+
+def session(prompts: int, seed: int, steps: int) -> Session:
+    """A call without a pipeline: a row a prompt, each with its own generator, and even noise levels."""
+    generators = [torch.Generator().manual_seed(seed * 100_003 + row) for row in range(prompts)]
+    x = torch.stack([torch.randn(DIM, 1, 1, generator=generator) for generator in generators])
+    sigmas = torch.linspace(1, 0, steps + 1)
+    schedule = Schedule(LINEAR, sigmas, sigmas[:-1] * 1000, "velocity", False, 1000)
+    conds: Any = [SimpleNamespace(arguments={"prompt": [str(row) for row in range(prompts)]})]
+    made = Session(
+        pipe=SimpleNamespace(config=SimpleNamespace()), family=SimpleNamespace(), scheduler=None, conds=conds,  # type: ignore[arg-type]
+        latents=x, timesteps=schedule.timesteps, step_arguments={}, read_schedule=schedule, dtype=x.dtype, height=1,
+        width=1, generator=generators, reopen=lambda **arguments: None,
+    )  # fmt: skip
+    made.__dict__["x"] = x  # no family whose layout the latents have
+    return made
+
+
+def run(config: Any, bed: Bed, seed: int, steps: int) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The samples of all prompts, and what each search tells."""
+    here, reply = session(len(bed.directions), seed, steps), None
+    sampling = config.sample(here)
+    while True:
+        try:
+            event = sampling.send(reply)
+        except StopIteration as end:
+            return end.value, here.report["search"]["pictures"]
+        if isinstance(event, Eval):
+            sigma = bcast(event.sigma, event.x)
+            reply = Pred(LINEAR, event.x, sigma, bed.velocity(event.x, sigma))
+        else:
+            reply = event.x if isinstance(event, Step) else None
+
+
+def methods(budget: int, temperature: float) -> dict[str, Any]:
+    """The searches by name; the share of first noises is that of 25 in 500 for two chains."""
+    initial = max(1, min(25, budget // 20))
+    found: dict[str, Any] = {
+        "bon": BoN(budget=budget),
+        "sop": SoP(budget=budget, particles=1 if budget < 80 else 2),
+    }
+    for path in PATHS:
+        common: dict[str, Any] = {"budget": budget, "path": path, "tail_steps": TAIL}
+        found[f"smc {path}"] = SMC(temperature=temperature, **common)
+        found[f"code {path}"] = CoDe(particles=2, **common)
+        found[f"svdd {path}"] = SVDD(particles=2, **common)
+        for chunk in (1, 8, 16):
+            found[f"rbf {path} m={chunk}"] = RBF(particles=2, initial=initial, chunk=chunk, commit="best", **common)
+    return found
+
+
+def measure(config: Any, bed: Bed, name: str, seeds: int, steps: int) -> dict[str, float]:
+    """Means over prompts and seeds."""
+    rewards, nlls, nfe = [], [], []
+    config = replace(config, reward=bed.reward(name))
+    for seed in range(seeds):
+        x, pictures = run(config, bed, seed, steps)
+        rewards += [picture["reward"] for picture in pictures]
+        nfe += [picture["nfe"] for picture in pictures]
+        nlls += bed.nll(x).tolist()
+    count = len(rewards)
+    mean = math.fsum(rewards) / count
+    spread = (math.fsum((r - mean) ** 2 for r in rewards) / count) ** 0.5
+    return {
+        "reward": mean, "reward_error": spread / count**0.5, "nll": math.fsum(nlls) / count, "nfe": sum(nfe) / count,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[50, 100, 200, 500, 1000], help="NFE a picture")
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="noise levels of a call, and of the search")
+    parser.add_argument("--only", nargs="+", default=[], help="names of methods, such as 'bon' or 'svdd vp'")
+    parser.add_argument("--temperature", type=float, default=0.3, help="of SMC's target")
+    parser.add_argument("--json", type=Path, help="write the numbers here too")
+    args = parser.parse_args()
+    bed = Bed.make(args.prompts)
+    print(f"negative log-likelihood of the data itself: {float(bed.nll(bed.data(4096)).mean()):.2f}")
+    rows = []
+    for name in args.rewards:
+        for budget in args.budgets:
+            print(f"\n{name} reward, {budget} NFE{'':<10}  reward    +-      NLL    NFE")
+            for method, config in methods(budget, args.temperature).items():
+                if args.only and method not in args.only:
+                    continue
+                try:
+                    found = measure(config, bed, name, args.seeds, args.steps)
+                except DiffAccelError as error:
+                    print(f"  {method:<28} {error}")
+                    continue
+                rows.append({"reward_name": name, "budget": budget, "method": method, **found})
+                print(
+                    f"  {method:<28} {found['reward']:8.3f} {found['reward_error']:6.3f} {found['nll']:8.2f} "
+                    f"{found['nfe']:6.0f}"
+                )
+    if args.json:
+        about = {k: v for k, v in vars(args).items() if k != "json"}
+        args.json.write_text(json.dumps({"bed": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
