@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,11 @@ from diffaccel.samplers.search.sharing import Processes
 from diffaccel.samplers.search.task import Chain, Search, Task
 from diffaccel.samplers.search.trace import Trace
 from diffaccel.session import Sampling, Session, Step
+
+logger = logging.getLogger(__name__)
+
+FRAMES_EACH = 4  # of a video, about so many come of one of its latents
+ELSEWHERE = ("max_batch", "reward_device", "keep", "folder", "shared")  # options that no decision depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,8 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     tasks = [Task(search, i, chain) for search in searches for i, chain in enumerate(config.chains(search))]
     processes = Processes.of_launch(session.device) if config.shared or session.shared else Processes()
     folder = Path(config.folder) if config.folder else session.folder
-    about = {"method": config.to_dict(), "prompts": prompts, "seeds": seeds, "sigmas": list(plan.sigmas)}
+    method = {option: value for option, value in config.to_dict().items() if option not in ELSEWHERE}
+    about = {"method": method, "prompts": prompts, "seeds": seeds, "sigmas": list(plan.sigmas)}
     engine = Engine(
         session, judge, trace=Trace(folder, about, writes=processes.rank == 0), processes=processes,
         rows=config.max_batch, overlap=judge.elsewhere(session.device), guide=config.guide,
@@ -169,11 +176,19 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     found = {search: search.samples or [search.best] for search in searches if search.best is not None}
     if len(found) < len(searches):
         raise DiffAccelError("The search was stopped before anything was scored. Let it run longer.")
+    flat = [s.rewards[0] for s in searches if s.rewards and s.rewards[0] == s.rewards[1] and s.ledger.scored > 1]
+    if flat:
+        logger.warning(
+            "The reward '%s' was %g for all that the search of %d of %d pictures saw, so it could not choose.",
+            judge.reward.name, flat[0], len(flat), len(searches),
+        )  # fmt: skip
     x0 = yield from engine.latents([(search, samples[0]) for search, samples in found.items()])
     session.report["search"] = outcome.report(config, plan, searches, interrupted=interrupted)
-    if folder is not None and processes.rank == 0:
+    if folder is not None:
         kept = [(search, sample) for search, samples in found.items() for sample in samples]
-        outcome.write(folder, session.report["search"], judge, kept, (yield from engine.latents(kept)))
+        latents = yield from engine.latents(kept)  # by all processes: what a trace alone knows is computed together
+        if processes.rank == 0:
+            outcome.write(folder, session.report["search"], judge, kept, latents)
     x = yield Step(x0, torch.tensor(plan.tail[-1]))
     return x
 
@@ -191,4 +206,5 @@ def make_judge(config: SearchConfig, session: Session) -> Judge:
             f"The reward '{reward.name}' reads the prompt, and this call has none: pass `prompt`, not embeddings "
             "alone, or take a reward that looks at the picture only."
         )
-    return Judge(reward, session.decoder(device), session.prompts, session.height * session.width, device)
+    frames = 1 if session.x.ndim == 4 else FRAMES_EACH * session.x.shape[2]
+    return Judge(reward, session.decoder(device), session.prompts, session.height * session.width * frames, device)

@@ -49,6 +49,7 @@ class Search:
         best: the best particle so far; one at the end of its way is better than any before it.
         log: a line a decision, JSON-ready.
         samples: what its chains came to, best first.
+        rewards: the lowest and the highest reward that was seen; None before the first.
         climb: whenever a scored one became the best so far: NFE, reward, whether it is a sample.
     """
 
@@ -62,6 +63,7 @@ class Search:
     best: Particle | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     samples: list[Particle] = field(default_factory=list)
+    rewards: tuple[float, float] | None = None
     climb: list[tuple[int, float, bool]] = field(default_factory=list)
 
     def start(self, chain: int, attempt: int = 0, *, score: bool = True) -> Move:
@@ -111,7 +113,10 @@ class Search:
         self.ledger.scored += move.score
 
     def see(self, particle: Particle) -> None:
-        """Remember it if it is the best so far."""
+        """Remember its reward, and it if it is the best so far."""
+        if not math.isnan(particle.reward):
+            low, high = self.rewards or (particle.reward, particle.reward)
+            self.rewards = min(low, particle.reward), max(high, particle.reward)
         if particle.better(self.best):
             self.best = particle
             if not math.isnan(particle.reward):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class Trace:
             whole = json.dumps(about) + "\n"
         if writes and whole != text:
             folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(whole, encoding="utf-8")
+            part = file.with_name(NAME + ".part")  # others that share the search read it meanwhile
+            part.write_text(whole, encoding="utf-8")
+            os.replace(part, file)
 
     def _read(self, text: str, about: dict[str, Any]) -> None:
         first, *lines = text.splitlines()

@@ -14,12 +14,13 @@ from diffaccel.samplers import SVDD
 
 
 def main(out: Path, *, shared: bool = True) -> None:
-    """Two prompts on tiny FLUX; ``out`` is a folder."""
+    """Two prompts on tiny FLUX, and the same again from what the first left; ``out`` is a folder."""
     reward = latent_reward(lambda x0: x0.flatten(1).mean(1))
-    config = SVDD(reward=reward, budget=36, particles=2, max_batch=2, folder=str(out / "search"), shared=shared)
+    config = SVDD(reward=reward, budget=36, particles=2, max_batch=2, keep=1, folder=str(out / "search"), shared=shared)
     pipe = diffaccel.accelerate(tiny.make("flux"), config)
     images = pipe(**tiny.call_kwargs("flux", steps=3)).images
     run = diffaccel.summary(pipe).last_run
+    again = pipe(**tiny.call_kwargs("flux", steps=3)).images
     rank = 0
     if shared:
         from accelerate import PartialState
@@ -27,7 +28,7 @@ def main(out: Path, *, shared: bool = True) -> None:
         state = PartialState()
         state.wait_for_everyone()
         rank = state.process_index
-    torch.save({"images": images, "nfe": run["nfe"], "report": run["report"]}, out / f"{rank}.pt")
+    torch.save({"images": images, "again": again, "nfe": run["nfe"], "report": run["report"]}, out / f"{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,17 @@ def test_a_picture_without_a_reward_is_never_chosen(config: Any, caplog: pytest.
     assert len([r for r in caplog.records if "NaN counts as the worst" in r.getMessage()]) == 1
 
 
+def test_a_reward_that_tells_nothing_apart_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """And a single sample has nothing to be told apart from."""
+    caplog.set_level(logging.WARNING)
+    search(SVDD(budget=60, particles=2), lambda x0: torch.full((len(x0),), 0.25))
+    assert "was 0.25 for all that the search of 2 of 2 pictures saw" in caplog.text
+    caplog.clear()
+    search(SVDD(budget=60, particles=2))
+    search(BoN(budget=6))
+    assert not caplog.records
+
+
 def test_guidance_needs_gradients() -> None:
     with pytest.raises(DiffAccelError, match="has no gradients"):
         search(SVDD(budget=60, particles=2, guide=0.1))

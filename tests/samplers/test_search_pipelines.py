@@ -14,6 +14,7 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
+from diffaccel.samplers.search import judge
 
 STEPS = 5
 
@@ -196,3 +197,22 @@ def test_rewards_of_videos_see_frames_or_the_whole_clip() -> None:
     assert frames[0][0] == 5 * clips[0][0]
     for a, b in zip(first["pictures"], second["pictures"], strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-6)
+
+
+def test_few_clips_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip counts as all its frames: what fits for pictures must not run a video out of memory."""
+    together: list[int] = []
+
+    def of_clips(clips: Tensor, prompts: list[str]) -> Tensor:
+        together.append(len(clips))
+        return clips.flatten(1).mean(1)
+
+    of_clips.input = "video"  # type: ignore[attr-defined]
+    config = BoN(reward=of_clips, budget=4 * STEPS)
+    whole, _, _ = searched(make("wan"), config, "wan")
+    assert together == [8]
+    together.clear()
+    monkeypatch.setattr(judge, "DECODED", 32 * 32 * 4 * 2 * 2)  # two clips of two latents
+    found, _, _ = searched(make("wan"), config, "wan")
+    assert together == [2] * 4
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)

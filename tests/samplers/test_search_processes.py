@@ -30,6 +30,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     shares = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1)]
     for share in shares:
         assert torch.equal(share["images"], alone["images"])
+        torch.testing.assert_close(share["again"], alone["images"], rtol=0, atol=1e-5)
         assert share["report"]["search"]["pictures"] == alone["report"]["search"]["pictures"]
     assert sum(share["nfe"] for share in shares) == alone["nfe"], "each made a part"
     assert all(share["nfe"] < 0.7 * alone["nfe"] for share in shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,7 @@ class Scorer:
 
 
 def search(config: Any, folder: Path | None, scorer: Scorer, **changes: Any) -> Found:
-    reward = latent_reward(scorer)
-    config = type(config)(**{**{k: v for k, v in vars(config).items() if not k.startswith("_")}, "reward": reward})
+    config = replace(config, reward=latent_reward(scorer))
     noise = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(5))
     here = stand_in(noise, LEVELS, prompts=["a", "b"], folder=folder, **changes)
     return found(config, here, lambda x, sigma: BIMODAL.velocity(LINEAR, x, sigma))
@@ -122,6 +122,20 @@ def test_another_search_s_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DiffAccelError, match=r"differs in seeds\. Remove it, or give another folder"):
         search(config, tmp_path, Scorer(), seed=9)
     assert (tmp_path / "rewards.jsonl").read_text() == before
+
+
+def test_what_no_decision_depends_on_may_change(tmp_path: Path) -> None:
+    """After running out of memory a search goes on with smaller calls, and more of its samples may be kept."""
+    config = METHODS[2]
+    whole = search(config, None, Scorer())
+    killed(config, tmp_path, 3)
+    rest = Scorer()
+    resumed = search(replace(config, max_batch=1, keep=1), tmp_path, rest)
+    torch.testing.assert_close(resumed.x, whole.x, rtol=0, atol=2e-6)
+    assert resumed.decisions == whole.decisions
+    assert [len(picture["rewards"]) for picture in resumed.pictures] == [2, 2]
+    again = search(replace(config, keep=1), tmp_path, Scorer(0))
+    assert again.pictures[0]["rewards"] == resumed.pictures[0]["rewards"]
 
 
 def test_a_trace_that_does_not_fit_the_moves_is_refused(tmp_path: Path) -> None:
