@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval import reading
+from diffaccel.eval.reading import ahead
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 _OVERSHOOT = 1 / 255  # of the declared range: what rounding in low precision may add, not another range
 
 
@@ -82,16 +81,22 @@ class Source:
         return len(self.ids)
 
     def batches(
-        self, size: int = 64, *, within: Sequence[int] | None = None, prepare: Callable[[Tensor], Tensor] | None = None
+        self,
+        size: int = 64,
+        *,
+        within: Sequence[int] | None = None,
+        prepare: Callable[[Tensor], Tensor] | None = None,
+        processes: int | None = None,
     ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """Ids and images ``(B, 3, H, W)`` with ``B <= size``, read ahead in threads.
+        """Ids and images ``(B, 3, H, W)`` with ``B <= size``, read ahead.
 
         A batch holds images of one size. With several sizes, batches come in another order than ids: the ids tell.
 
         Args:
             size: most images in a batch.
             within: the positions to read, in that order; all by default.
-            prepare: applied to each image ``(3, H, W)`` in the thread that read it.
+            prepare: applied to each image ``(3, H, W)`` where it was read.
+            processes: that read; by default threads, or processes where there are many images and cores.
 
         Raises:
             DiffAccelError: for a source of statistics, and for an image that cannot be read, naming it.
@@ -112,7 +117,7 @@ class Source:
             return image if prepare is None else prepare(image)
 
         waiting: dict[torch.Size, list[tuple[str, Tensor]]] = {}
-        for index, image in zip(positions, ahead(read, positions), strict=True):
+        for index, image in zip(positions, reading.images(read, positions, processes=processes), strict=True):
             group = waiting.setdefault(image.shape, [])
             group.append((self.ids[index], image))
             if len(group) == size:
@@ -127,23 +132,6 @@ class Source:
         for one in ahead(lambda i: hashlib.sha256(self.content(i)).digest(), positions):
             total.update(one)
         return total.hexdigest()
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None) -> Iterator[Result]:
-    """``map`` in threads, in order, with a bounded number of results waiting. Pillow and hashlib let threads run."""
-    workers = workers or min(16, os.cpu_count() or 1)
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 8 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:  # left early: by an error, or by whoever took the results
-            for future in waiting:
-                future.cancel()
 
 
 def open_source(

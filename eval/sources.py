@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
-from diffaccel.eval.images import Source, ahead, count_sizes, to_uint8
+from diffaccel.eval.images import Source, count_sizes, to_uint8
+from diffaccel.eval.reading import ahead
 
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")

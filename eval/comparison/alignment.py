@@ -17,7 +17,7 @@ from diffaccel.eval.comparison import scored
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.extractors.clip import ClipExtractor
-from diffaccel.eval.images import ahead
+from diffaccel.eval.reading import ahead
 from diffaccel.eval.runs import Pairs, Run
 from diffaccel.eval.scorers import Scorer
 

@@ -14,7 +14,7 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import intervals, paired
 from diffaccel.eval.comparison.row import Better, Row
-from diffaccel.eval.images import ahead
+from diffaccel.eval.reading import ahead
 from diffaccel.eval.runs import Pairs, Run
 
 Measure = Callable[[Tensor, Tensor], Tensor]

@@ -13,7 +13,7 @@ from diffaccel.eval import intervals, video
 from diffaccel.eval.comparison import scored
 from diffaccel.eval.comparison.fidelity import Distance
 from diffaccel.eval.comparison.row import Row
-from diffaccel.eval.images import ahead
+from diffaccel.eval.reading import ahead
 from diffaccel.eval.runs import Pairs, Run
 from diffaccel.eval.video import Sampling
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.images import Source, ahead, open_source, to_uint8
+from diffaccel.eval.images import Source, open_source, to_uint8
+from diffaccel.eval.reading import ahead
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -255,3 +256,24 @@ def test_statistics_are_told_from_images(tmp_path):
     np.savez(tmp_path / "both.npz", arr_0=pixels(2, 4, 4, 3).numpy(), **statistics)
     both = open_source(tmp_path / "both.npz")
     assert both.kind == "npz" and "also holds statistics" in both.warnings[0]
+
+
+def test_processes_read_what_threads_read(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for i in range(70):
+        side = 8 if i % 3 else 12
+        pixels = torch.randint(256, (side, 8, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i:03d}.png")
+    source = open_source(tmp_path)
+    threads, processes = ([*source.batches(16, processes=count)] for count in (0, 2))
+    assert [ids for ids, _ in threads] == [ids for ids, _ in processes]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(threads, processes, strict=True))
+
+
+def test_an_error_in_a_process_is_the_error_itself(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", pixels(3, 40, 40, seed=i))
+    source = open_source(tmp_path)
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:900])
+    with pytest.raises(DiffAccelError, match=r"^The image '1\.png' cannot be read"):
+        list(source.batches(processes=1))
