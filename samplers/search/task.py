@@ -80,7 +80,7 @@ class Search:
     def walk(self, parent: Particle, *, score: bool = False) -> Move:
         """The child at the next searched level without fresh noise."""
         stage = parent.stage + 1
-        key = Key(parent.key.chain, stage, 0)
+        key = Key(parent.key.chain, stage, parent.key.attempt)
         return Move(parent, self.plan.sigmas[stage], self.plan.ode(parent.stage), key, stage, score)
 
     def step(self, parent: Particle, sigma: float, *, score: bool = False, predict: bool = True) -> Move:

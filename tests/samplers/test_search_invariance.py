@@ -83,6 +83,21 @@ def test_a_prompt_s_search_depends_on_its_own_generator_alone(config: Any) -> No
 
 
 @every_method
+def test_every_picture_is_scored_by_its_own_prompt(config: Any) -> None:
+    """One prompt asks for more of what the other asks for less of."""
+
+    def by_prompt(x0: Tensor, prompts: list[str]) -> Tensor:
+        return score(x0) * torch.tensor([1.0 if prompt == "long" else -1.0 for prompt in prompts])
+
+    reward = replace(REWARD, function=by_prompt, batch_size=5)
+    run = search(replace(config, reward=reward))
+    for x, prompt, picture in zip(run.x, PROMPTS, run.pictures, strict=True):
+        assert picture["prompt"] == prompt
+        assert picture["reward"] == pytest.approx(float(score(x[None])) * (1 if prompt == "long" else -1), abs=1e-5)
+    assert [picture["reward"] > 1 for picture in run.pictures] == [True] * 3
+
+
+@every_method
 def test_scoring_beside_the_network(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge on another device scores one half of the chains while the network works on the other: the chains decide
     the same, and only what was spent in the meantime differs."""

@@ -152,6 +152,29 @@ def test_what_nobody_looked_at_is_counted_as_wasted() -> None:
     assert [line["tried"] for line in best.search.log][:4] == [8] * 4
 
 
+def test_of_a_chunk_the_highest_is_what_the_next_must_beat() -> None:
+    """Wherever in the chunk it was: rewards fall within each, and no later level reaches the first one's."""
+
+    def script(move: Move) -> float:
+        return 0.0 if not move.stage else (10.0 if move.stage == 1 else 5.0) - move.key.attempt
+
+    played = play(RBF(particles=1, initial=1, chunk=4), 200, plan(6), script)
+    lines = played.search.log
+    assert [line["accepted"] for line in lines] == [True, False, False, False, False]
+    assert [line["reward"] for line in lines] == [10.0, 5.0, 5.0, 5.0, 5.0]
+
+
+def test_wasted_tries_leave_one_for_every_level_after() -> None:
+    """What rolls over does not know of the waste; the budget does."""
+
+    def script(move: Move) -> float:
+        return float(move.stage) if 0 < move.stage < 8 else -1.0
+
+    played = play(RBF(particles=1, initial=25, chunk=8, commit="first"), 250, plan(10), script)
+    assert [line["tried"] for line in played.search.log] == [1] * 7 + [224 - 7 * 8 - 1, 1]
+    assert played.search.ledger.nfe == 25 + 224
+
+
 @pytest.mark.parametrize("chunk", [3, 8])
 def test_chunks_of_first_accept_what_one_by_one_would(chunk: int) -> None:
     """Until the budget, which pays for what is wasted too, runs out."""
@@ -222,3 +245,21 @@ def test_of_equal_samples_the_first_chain_s_wins_whichever_ended_first() -> None
     kept = played.search.samples
     assert [sample.key.chain for sample in kept] == [0, 1, 2]
     assert [sample.key.chain for sample in played.search.ranked(kept[::-1])] == [0, 1, 2]
+
+
+def test_search_over_paths_goes_on_from_the_best_and_ends_at_the_end() -> None:
+    """Way 0 comes down to ``seed_level``, each later one 0.03 lower, and the last at 0 whatever was left."""
+    config = SoP(particles=1, walk=3, seed_level=0.1)
+    played = play(config, 3 * 5 * 4, plan(8), lambda move: float(move.key.attempt == 2))
+    starts = [move for move in played.moves[0] if move.predict and move.coefficients.c > 0]
+    assert {move.parent.key.attempt for move in starts} == {2}  # type: ignore[union-attr]
+    bottoms = [move.sigma for move in played.moves[0] if not move.predict and not move.end]
+    assert bottoms == pytest.approx([0.1, 0.07, 0.04, 0.01], abs=1e-6)
+    assert sorted({move.sigma for move in starts}) == pytest.approx([0.79, 0.82, 0.85, 0.88], abs=1e-6)
+    assert played.search.samples[0].reward == 1.0
+
+
+def test_best_of_n_keeps_the_best_of_all_waves() -> None:
+    played = play(BoN(wave=2), 6 * 8, plan(8), lambda move: -abs(move.key.attempt - 3.0), keep=2)
+    assert [sample.reward for sample in played.search.samples] == [0.0, -1.0, -1.0]
+    assert [line["samples"] for line in played.search.log] == [2, 4, 6]
