@@ -260,6 +260,6 @@ def test_search_over_paths_goes_on_from_the_best_and_ends_at_the_end() -> None:
 
 
 def test_best_of_n_keeps_the_best_of_all_waves() -> None:
-    played = play(BoN(wave=2), 6 * 8, plan(8), lambda move: -abs(move.key.attempt - 3.0), keep=2)
+    played = play(BoN(wave=2), 6 * 8, plan(8), lambda move: -abs(move.key.chain - 3.0), keep=2)
     assert [sample.reward for sample in played.search.samples] == [0.0, -1.0, -1.0]
     assert [line["samples"] for line in played.search.log] == [2, 4, 6]
