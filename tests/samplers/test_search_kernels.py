@@ -177,6 +177,12 @@ def test_tails_go_down_to_the_end(path: Path, stages: int) -> None:
     assert steps == pytest.approx([steps[0]] * 4, abs=1e-6)
 
 
+def test_a_tail_does_not_begin_where_the_search_ended() -> None:
+    last = plan.make(schedule(LINEAR, [1.0, 0.5, 0.0]), path="vp", stages=10).sigmas[-1]
+    made = plan.make(schedule(LINEAR, [1.0, last, 0.4, 0.0]), path="vp", stages=10)
+    assert made.tail == pytest.approx((0.4, 0.0))
+
+
 def test_a_walk_on_the_vp_path_is_one_on_the_linear_path() -> None:
     """The identity of the coefficient-preserving kernel: other levels, and ``gamma / c`` (arXiv 2503.19385, 4.2)."""
     times, gammas = [0.97, 0.8, 0.6, 0.4, 0.2, 0.05], [0.5, 0.3, 0.3, 0.2, 0.02]

@@ -153,15 +153,15 @@ def test_what_nobody_looked_at_is_counted_as_wasted() -> None:
 
 
 def test_of_a_chunk_the_highest_is_what_the_next_must_beat() -> None:
-    """Wherever in the chunk it was: rewards fall within each, and no later level reaches the first one's."""
+    """Wherever in the chunk it was: rewards fall within each, and later levels only reach the first one's middle."""
 
     def script(move: Move) -> float:
-        return 0.0 if not move.stage else (10.0 if move.stage == 1 else 5.0) - move.key.attempt
+        return 0.0 if not move.stage else (10.0 if move.stage == 1 else 8.0) - move.key.attempt
 
     played = play(RBF(particles=1, initial=1, chunk=4), 200, plan(6), script)
     lines = played.search.log
     assert [line["accepted"] for line in lines] == [True, False, False, False, False]
-    assert [line["reward"] for line in lines] == [10.0, 5.0, 5.0, 5.0, 5.0]
+    assert [line["reward"] for line in lines] == [10.0, 8.0, 8.0, 8.0, 8.0]
 
 
 def test_wasted_tries_leave_one_for_every_level_after() -> None:
@@ -256,6 +256,8 @@ def test_search_over_paths_goes_on_from_the_best_and_ends_at_the_end() -> None:
     bottoms = [move.sigma for move in played.moves[0] if not move.predict and not move.end]
     assert bottoms == pytest.approx([0.1, 0.07, 0.04, 0.01], abs=1e-6)
     assert sorted({move.sigma for move in starts}) == pytest.approx([0.79, 0.82, 0.85, 0.88], abs=1e-6)
+    last = [move.sigma for move in played.moves[0] if move.predict][-1]
+    assert last == pytest.approx(0.79 / 3, abs=1e-6), "the last way's steps are even, down to 0"
     assert played.search.samples[0].reward == 1.0
 
 
@@ -263,3 +265,14 @@ def test_best_of_n_keeps_the_best_of_all_waves() -> None:
     played = play(BoN(wave=2), 6 * 8, plan(8), lambda move: -abs(move.key.chain - 3.0), keep=2)
     assert [sample.reward for sample in played.search.samples] == [0.0, -1.0, -1.0]
     assert [line["samples"] for line in played.search.log] == [2, 4, 6]
+
+
+def test_soft_value_decoding_draws_by_its_temperature() -> None:
+    """Hot: any child; cold: the best one."""
+
+    def chosen(temperature: float) -> set[float]:
+        played = play(SVDD(particles=2, temperature=temperature), 2 * 8 * 6, plan(8), lambda move: move.key.attempt / 5)
+        return {line["reward"] for line in played.search.log}
+
+    assert chosen(0.0) == chosen(1e-3) == {1.0}
+    assert len(chosen(1e6)) >= 4
