@@ -52,6 +52,7 @@ class Engine:
         self.trace, self.processes = trace or Trace(), processes or Processes()
         self.rows = rows or max(1, min(4096, ELEMENTS // session.x[0].numel()))
         self.pool = Pool(session.x)
+        self._stream: Any = None
         schedule, begin = session.schedule, float(session.sigmas[0])
         scale = schedule._state_scale(torch.tensor(begin, dtype=torch.float64))
         self.own_std = float(scale) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
@@ -126,7 +127,7 @@ class Engine:
             at = [scored[k] for k in inner]
             v[at] -= self.guide * gradient[inner] / sigma[at]
         elif self.overlap:
-            ready = worker.submit(self.judge, x0, rows)
+            ready = worker.submit(self._apart(x0, rows))
         else:
             ready.set_result(self.judge(x0, rows))
         for particle, slot in zip(
@@ -141,6 +142,24 @@ class Engine:
             return self.processes.gather_numbers(found, x.device, len(asked), self.rows)
 
         return rewards_of_all
+
+    def _apart(self, x0: Tensor, rows: list[int]) -> Callable[[], list[float]]:
+        """Scoring for another thread; on a GPU by a stream of its own, or it would wait for the next predictions."""
+        if not x0.is_cuda:
+            return lambda: self.judge(x0, rows)
+        made = torch.cuda.Event()
+        made.record(torch.cuda.current_stream(x0.device))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x0.device)
+        stream = self._stream
+
+        def score() -> list[float]:
+            with torch.cuda.stream(stream):
+                stream.wait_event(made)
+                x0.record_stream(stream)
+                return self.judge(x0, rows)
+
+        return score
 
     def _states(self, asked: list[Asked]) -> Tensor:
         """``a x + b v + c z`` of every move, ``(R, C, H, W)``."""

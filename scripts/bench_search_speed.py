@@ -1,0 +1,170 @@
+"""What a search costs beside its predictions, what scoring elsewhere saves, and what a second GPU brings.
+
+    python -m scripts.bench_search_speed --model flux --out docs/results
+    accelerate launch --num_processes 2 -m scripts.bench_search_speed --model flux --out docs/results
+
+A FLUX.1-dev-size transformer (random weights, bf16, 1024x1024) or a small one for a CPU. Alone it measures the engine's
+own share and overlapped scoring, with a reward that takes a third of a prediction, on the CPU and on a second GPU where
+there is one. With several processes it measures one of them alone and all of them together on 8 chains. Ways take
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffaccel
+from diffaccel import meter
+from diffaccel.eval.intervals import median_ratio
+from diffaccel.record import describe_device, versions, write_json
+from diffaccel.samplers import RBF, SVDD
+from diffaccel.samplers.rewards import Reward
+from scripts.bench_driver import pipeline
+
+CHAINS, STEPS = 8, 4
+
+
+def latents_mean(x0: Tensor, prompts: list[str]) -> Tensor:
+    """A reward that costs nothing."""
+    return x0.float().flatten(1).mean(1)
+
+
+def busy(seconds: float, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
+    """A reward that computes for about so long a sample, on its own device."""
+    side = 512 if device.type == "cpu" else 4096
+    a = torch.randn(side, side, device=device)
+
+    def spend(times: int) -> None:
+        out = a
+        for _ in range(times):
+            out = torch.mm(a, out) * 1e-3
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    spend(3)
+    start = time.perf_counter()
+    spend(20)
+    times = max(1, round(seconds / ((time.perf_counter() - start) / 20)))
+
+    def score(x0: Tensor, prompts: list[str]) -> Tensor:
+        spend(times * len(x0))
+        return latents_mean(x0, prompts)
+
+    return score
+
+
+class Bench:
+    """A pipeline without encoders and decoder: what is predicted and searched is all that takes time."""
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        self.device = device
+        self.pipe, self.call = pipeline(model, str(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
+        self.call |= {"num_inference_steps": STEPS}
+
+    def seconds(self, config: Any) -> tuple[float, float, int]:
+        """Of one search: all of it, that of the network, and its NFE."""
+        diffaccel.accelerate(self.pipe, config)
+        try:
+            with meter.measure(self.pipe) as measured:
+                self.pipe(**self.call, generator=torch.Generator().manual_seed(0))
+            nfe = diffaccel.summary(self.pipe).last_run["nfe"]  # type: ignore[index]
+        finally:
+            diffaccel.remove(self.pipe)
+        return measured.seconds, measured.parts["network"], nfe
+
+
+def overhead(bench: Bench, turns: int) -> dict[str, Any]:
+    """The engine's share: whatever a search takes beside the network's own time."""
+    config = RBF(reward=Reward("mean", latents_mean, input="latents"), budget=40, particles=2, initial=4, chunk=4,
+                 max_batch=4)  # fmt: skip
+    shares, each = [], []
+    for turn in range(turns + 1):
+        seconds, network, nfe = bench.seconds(config)
+        if turn:
+            shares.append(seconds / network - 1)
+            each.append(seconds / nfe)
+    return {"overhead": median(shares), "overheads": shares, "seconds_per_nfe": median(each)}
+
+
+def overlapped(bench: Bench, step: float, where: torch.device, turns: int) -> dict[str, Any]:
+    """The same search scored in between, and scored elsewhere while the next chains are predicted."""
+    function = busy(step / 3, where)
+    ways = {
+        name: SVDD(reward=Reward("busy", function, input="latents", device=device), budget=64, particles=4, max_batch=4)
+        for name, device in (("in between", None), ("elsewhere", where))
+    }
+    rows: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name in list(ways) if turn % 2 else reversed(ways):
+            seconds, _, _ = bench.seconds(ways[name])
+            if turn:
+                rows[name].append(seconds)
+    return {"where": str(where), "seconds": rows, "ratio": ratio(rows["in between"], rows["elsewhere"])}
+
+
+def scaled(bench: Bench, state: Any, turns: int) -> dict[str, Any]:
+    """One process alone, the others waiting, and all of them together."""
+    reward = Reward("mean", latents_mean, input="latents")
+    rows: dict[str, list[float]] = {"alone": [], "together": []}
+    for turn in range(turns + 1):
+        for name in list(rows) if turn % 2 else reversed(rows):
+            config = SVDD(reward=reward, budget=8 * STEPS, particles=CHAINS, shared=name == "together")
+            state.wait_for_everyone()
+            if name == "together" or state.process_index == 0:
+                seconds, _, _ = bench.seconds(config)
+                if turn:
+                    rows[name].append(seconds)
+            state.wait_for_everyone()
+    if state.process_index:
+        return {}
+    return {"processes": state.num_processes, "seconds": rows, "ratio": ratio(rows["alone"], rows["together"])}
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    found = median_ratio(slow, fast)
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("flux", "small"), default="flux")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--kind", default=None, help="name of the machine, for the record")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
+    args = parser.parse_args()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    bench = Bench(args.model, state.device)
+    values: dict[str, Any] = {
+        "command": f"python -m scripts.bench_search_speed --model {args.model} --turns {args.turns}",
+        "device": describe_device(state.device), "kind": args.kind, "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(), "processes": state.num_processes,
+    }  # fmt: skip
+    if state.num_processes > 1:
+        values["scaling"] = scaled(bench, state, args.turns)
+    else:
+        values["engine"] = overhead(bench, args.turns)
+        step = values["engine"]["seconds_per_nfe"]
+        others = [torch.device("cpu")] + [torch.device("cuda", 1)] * (torch.cuda.device_count() > 1)
+        values["overlap"] = [overlapped(bench, step, where, args.turns) for where in others]
+    if state.process_index:
+        return
+    print(json.dumps({key: values[key] for key in ("engine", "overlap", "scaling") if key in values}, indent=1))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        name = f"bench_search_speed_{args.model}_{args.kind or state.device.type}_{state.num_processes}.json"
+        write_json(args.out / name, values)
+
+
+if __name__ == "__main__":
+    main()
