@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from diffaccel.config import State
 from diffaccel.errors import DiffAccelError
 from diffaccel.picked import Picked, rows_of
 from diffaccel.session import Advance, Decode, Eval, Pred, Progress, Sampling, Session, Step, bcast
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Native:
             (equal to it to the bit for Euler).
         max_batch: most rows in one network call; None for no limit.
         callback: called after every step with the pipeline's own contract.
+        halves: whether a network call that does not fit in memory is tried again with half its rows, once a run.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Native:
         state: State = "float32",
         max_batch: int | None = None,
         callback: Callback | None = None,
+        halves: bool = False,
     ) -> None:
+        self.halves = halves
         self.session = session
         self.state = state
         self.max_batch = max_batch
@@ -133,11 +139,27 @@ class Native:
             sigma = torch.cat([e.sigma.expand(len(e.x)) for e in evals])
         self._reset_caches((id(session), len(x), branch, tuple((e.cond, r) for e, r in zip(evals, rows, strict=True))))
         conds = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
-        parts = []
-        for pick, name in self._chunks(len(x), evals[0].cond):
-            part_sigma = sigma if sigma.ndim == 0 else sigma[pick]
-            picked = Picked(session, conds, pick, len(x))
-            parts.append(self._guided(session, x[pick], part_sigma, branch, picked, name))
+
+        def ask() -> list[Tensor]:
+            parts = []
+            for pick, name in self._chunks(len(x), evals[0].cond):
+                part_sigma = sigma if sigma.ndim == 0 else sigma[pick]
+                picked = Picked(session, conds, pick, len(x))
+                parts.append(self._guided(session, x[pick], part_sigma, branch, picked, name))
+            return parts
+
+        try:
+            parts = ask()
+        except torch.OutOfMemoryError:
+            rows_together = min(len(x), self.max_batch or len(x))
+            if not self.halves or rows_together < 2:
+                raise
+            self.halves, self.max_batch = False, rows_together // 2
+            logger.warning(
+                "Out of memory with %d rows in a network call: going on with %d.", rows_together, self.max_batch
+            )
+            torch.cuda.empty_cache()
+            parts = ask()
         v = torch.cat(parts) if len(parts) > 1 else parts[0]
         self._count(session, len(x))
         lengths = [len(e.x) for e in evals]

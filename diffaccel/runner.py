@@ -57,7 +57,9 @@ def generate(
         prepared = {**arguments, "generator": start}
         session = make_session(pipe, family, call, record, prepared, memo, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
-        driver = Native(session, state=config.state, max_batch=config.max_batch or None, callback=callback)
+        driver = Native(
+            session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
+        )
         latents = driver.run(config.sample(session))  # in the pipeline's own coordinates
         nonlocal interrupted
         finished.append(driver.stats)
