@@ -130,6 +130,13 @@ def diversity(features: Tensor, texts: Sequence[str]) -> float:
     return sum(apart) / len(apart) if apart else float("nan")
 
 
+def as_long_as(seconds: float, bench: Bench, rows: list[tuple[str, int]]) -> str:
+    """The plain sampler with as many steps as take so long, by what a step costs between two numbers of them."""
+    few, many = bench.args.steps, 10 * bench.args.steps
+    short, long = (bench.run(f"plain:steps={steps}", rows)["seconds"] for steps in (few, many))
+    return f"plain:steps={max(few, round(few + (seconds - short) * (many - few) / (long - short)))}"
+
+
 def summarise(name: str, found: dict[str, Any], base: dict[str, Any] | None, texts: list[str]) -> dict[str, Any]:
     """What is kept of one search: the table's numbers, and every picture's scores."""
     row: dict[str, Any] = {"name": name, "variant": found["variant"], "pictures": len(texts)}
@@ -223,15 +230,14 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
 
     rows = bench.rows(args.prompts, args.seeds)
     bench.run(f"bon:budget={2 * args.steps}", rows[: args.batch])  # warm
-    plain = row(f"no search, {args.steps} steps", f"plain:steps={args.steps}", rows, None)
+    row(f"no search, {args.steps} steps", f"plain:steps={args.steps}", rows, None)
     base: dict[str, Any] | None = None
     for name, _, text in plan(args.budgets, args.only) + [(text, 0, text) for text in args.variants]:
         made = row(name, text, rows, None if text.startswith("bon") else base)
         base = made if text.startswith("bon") else base
         if name == DEFAULT:
-            steps = max(args.steps, round(args.steps * made["seconds"] / plain["seconds"]))
             known = next((r["variant"] for r in values["rows"] if r["name"] == f"as long as {text}"), None)
-            row(f"as long as {text}", known or f"plain:steps={steps}", rows, base)
+            row(f"as long as {text}", known or as_long_as(made["seconds"], bench, rows), rows, base)
     if args.fd:
         wide, others = bench.rows(args.fd, args.seeds), bench.rows(args.fd, args.seeds, first_seed=1000)
         names = [f"plain:steps={args.steps}", f"bon:budget={args.fd_budget}", f"rbf:budget={args.fd_budget}"]
