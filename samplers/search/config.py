@@ -72,7 +72,7 @@ class SearchConfig(SamplerConfig):
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
-        return "fast", "works everywhere: time follows the budget, and the reward's own cost"
+        return "fast", "works everywhere: time follows NFE, which is the budget, and the reward's own cost"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; a reward that is no text is its name."""
