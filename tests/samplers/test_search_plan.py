@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -36,7 +38,7 @@ def test_on_the_vp_path_its_own_last_steps_are_the_tail() -> None:
 def test_a_tail_of_equal_steps(steps: int) -> None:
     found = plan.make(schedule(28, shift=3.0), path="vp", tail_steps=steps)
     levels = [found.sigmas[-1], *found.tail]
-    falls = [a - b for a, b in zip(levels, levels[1:], strict=False)]
+    falls = [a - b for a, b in pairwise(levels)]
     assert falls == pytest.approx([found.sigmas[-1] / steps] * steps, rel=1e-5)
     assert found.tail_nfe == steps - 1
 
