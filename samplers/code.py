@@ -32,13 +32,8 @@ class CoDe(PathSearchConfig):
         self.at_least(particles=1, block=1)
 
     def chains(self, search: Search) -> list[Chain]:
-        plan, n = search.plan, self.particles
-        self.check(
-            search, n * (plan.stages + plan.tail_nfe),
-            f"{n} chains of {plan.stages} levels and {plan.tail_nfe} steps of the tail",
-        )  # fmt: skip
-        trajectories = (search.budget - n * plan.tail_nfe) // (n * plan.stages)
-        return [code(search, chain, trajectories, self.block) for chain in range(n)]
+        trajectories = self.each(search, self.particles)
+        return [code(search, chain, trajectories, self.block) for chain in range(self.particles)]
 
 
 def code(search: Search, chain: int, trajectories: int, block: int) -> Chain:

@@ -36,13 +36,8 @@ class SVDD(PathSearchConfig):
         self.at_least(particles=1, temperature=0)
 
     def chains(self, search: Search) -> list[Chain]:
-        plan, n = search.plan, self.particles
-        self.check(
-            search, n * (plan.stages + plan.tail_nfe),
-            f"{n} chains of {plan.stages} levels and {plan.tail_nfe} steps of the tail",
-        )  # fmt: skip
-        children = (search.budget - n * plan.tail_nfe) // (n * plan.stages)
-        return [svdd(search, chain, children, self.temperature) for chain in range(n)]
+        children = self.each(search, self.particles)
+        return [svdd(search, chain, children, self.temperature) for chain in range(self.particles)]
 
 
 def svdd(search: Search, chain: int, children: int, temperature: float) -> Chain:

@@ -137,6 +137,19 @@ class PathSearchConfig(SearchConfig):
             tail_steps=self.tail_steps,
         )  # fmt: skip
 
+    def each(self, search: Search, chains: int) -> int:
+        """States that each of ``chains`` may try at every level: ``floor((budget - tail) / (chains stages))``.
+
+        Raises:
+            DiffAccelError: as :meth:`check` says.
+        """
+        plan = search.plan
+        self.check(
+            search, chains * (plan.stages + plan.tail_nfe),
+            f"{chains} chains of {plan.stages} levels and {plan.tail_nfe} steps of the tail",
+        )  # fmt: skip
+        return (search.budget - chains * plan.tail_nfe) // (chains * plan.stages)
+
     def check(self, search: Search, least: int, why: str) -> None:
         """Raise for a budget below ``least``, or children that are all equal."""
         if search.budget < least:

@@ -52,6 +52,7 @@ class Engine:
         self.trace, self.processes = trace or Trace(), processes or Processes()
         self.rows = rows or max(1, min(4096, ELEMENTS // session.x[0].numel()))
         self.pool = Pool(session.x)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._stream: Any = None
         schedule, begin = session.schedule, float(session.sigmas[0])
         scale = schedule._state_scale(torch.tensor(begin, dtype=torch.float64))
@@ -67,21 +68,21 @@ class Engine:
             task.advance(None)
         for part in range(parts):
             turns.append((list(tasks[part::parts]), lambda: None))
-        with ThreadPoolExecutor(1, thread_name_prefix="judge") as worker:
+        with self._worker:
             while turns:
                 half, settle = turns.popleft()
                 settle()
                 half = [task for task in half if task.moves]
                 if not half:
                     continue
-                turns.append((half, (yield from self._round(half, worker))))
+                turns.append((half, (yield from self._round(half))))
                 if (yield Progress(sum(search.ledger.nfe for search in searches), total)):
                     for _, settle in turns:  # what was predicted counts
                         settle()
                     return True
         return False
 
-    def _round(self, tasks: list[Task], worker: ThreadPoolExecutor) -> Events:
+    def _round(self, tasks: list[Task]) -> Events:
         """Answer every task's moves, from the trace or by the network; returns what waits for the rewards."""
         answers = {task: [Particle.of(move) for move in task.moves] for task in tasks}
         known = {task: rewards for task in tasks if (rewards := self.trace.known(task)) is not None}
@@ -90,7 +91,7 @@ class Engine:
         made = [particle for task in new for particle in answers[task]]
         coming: Callable[[], list[float]] = list
         if asked:
-            coming = yield from self._answer(asked, made, worker)
+            coming = yield from self._answer(asked, made)
         for task in tasks:
             for move in task.moves:
                 task.search.charge(move)
@@ -108,7 +109,7 @@ class Engine:
 
         return settle
 
-    def _answer(self, asked: list[Asked], made: list[Particle], worker: ThreadPoolExecutor) -> Events:
+    def _answer(self, asked: list[Asked], made: list[Particle]) -> Events:
         """Give the particles their latents, and return what waits for their rewards."""
         yield from self._restore(asked)
         part = self.processes.part(len(asked), self.rows)
@@ -126,8 +127,8 @@ class Engine:
             inner = [k for k, i in enumerate(scored) if mine[i][1].predict]
             at = [scored[k] for k in inner]
             v[at] -= self.guide * gradient[inner] / sigma[at]
-        elif self.overlap:
-            ready = worker.submit(self._apart(x0, rows))
+        elif self.overlap and scored:
+            ready = self._worker.submit(self._apart(x0, rows))
         else:
             ready.set_result(self.judge(x0, rows))
         for particle, slot in zip(
@@ -230,8 +231,7 @@ class Engine:
             todo = {way[depth]: search for search, _, way in ways if depth < len(way) and way[depth] not in again}
             moves = [(search, self._again(step, again)) for step, search in todo.items()]
             made = [Particle.of(move) for _, move in moves]
-            with ThreadPoolExecutor(1) as worker:
-                yield from self._answer(moves, made, worker)
+            yield from self._answer(moves, made)
             again.update(zip(todo, made, strict=True))
             for search, _ in moves:
                 search.ledger.nfe_recomputed += 1  # of ends too, which cost nothing: they are few

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from diffaccel.samplers.search.files import whole
 from diffaccel.samplers.search.judge import Judge
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import Plan
@@ -50,15 +51,15 @@ def write(
 ) -> None:
     """``trace.json``, ``reward.png`` and the kept samples, each beside its name first and renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    _whole(folder / "trace.json", lambda path: path.write_text(json.dumps(_finite(found), indent=1), encoding="utf-8"))
-    _whole(folder / "reward.png", lambda path: plot(found, path))
+    whole(folder / "trace.json", lambda path: path.write_text(json.dumps(_finite(found), indent=1), encoding="utf-8"))
+    whole(folder / "reward.png", lambda path: plot(found, path))
     place: dict[int, int] = {}
     for (search, sample), latents in zip(kept, x0, strict=True):
         place[search.row] = place.get(search.row, -1) + 1
         pixels = judge.pixels(latents[None])[0]
         picture = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels  # of a clip, its middle
         name = f"{search.row:03d}-{place[search.row]}_{sample.reward:.4g}.png"
-        _whole(folder / name, lambda path, picture=picture: _save(picture, path))
+        whole(folder / name, partial(_save, picture))
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
@@ -92,9 +93,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole(path: Path, make: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    make(part)
-    os.replace(part, path)

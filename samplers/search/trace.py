@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict, deque
 from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.search import files
 from diffaccel.samplers.search.task import Task
 
 FORMAT = 1
@@ -47,9 +47,8 @@ class Trace:
             whole = json.dumps(about) + "\n"
         if writes and whole != text:
             folder.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(NAME + ".part")  # others that share the search read it meanwhile
-            part.write_text(whole, encoding="utf-8")
-            os.replace(part, file)
+            # at once, because others that share the search read it meanwhile
+            files.whole(file, lambda part: part.write_text(whole, encoding="utf-8"))
 
     def _read(self, text: str, about: dict[str, Any]) -> None:
         first, *lines = text.splitlines()
