@@ -79,7 +79,7 @@ def run_time(argv: list[str]) -> int:
     add("--json", action="store_true", help="print it as one JSON object")
     options = parser.parse(argv)
     from diffaccel import opening, record, variants
-    from diffaccel.eval.command_compare import progress_of
+    from diffaccel.eval.command_options import progress_of
     from diffaccel.eval.timing import take_turns
     from diffaccel.requests import Request
 

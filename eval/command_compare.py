@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +75,7 @@ def run_compare(argv: list[str]) -> int:
     from diffaccel import opening
     from diffaccel.eval import gate as gates
     from diffaccel.eval import report
+    from diffaccel.eval.command_options import progress_of
     from diffaccel.eval.comparison import compare_runs, fidelity, networks
     from diffaccel.eval.extractors import as_clip, extractor
     from diffaccel.eval.images import open_source
@@ -161,9 +160,3 @@ def _timing(path: str | None) -> dict[str, Any] | None:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffAccelError(f"The timing file '{path}' cannot be read ({error}).") from error
-
-
-def progress_of(options: Any) -> Callable[[str], None]:
-    """Tells a terminal what is done now; nothing where results are for machines."""
-    shown = sys.stderr.isatty() and not options.json
-    return lambda text: console.write_note(text) if shown else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +91,12 @@ def extraction(options: Any) -> dict[str, Any]:
 def progress(options: Any) -> bool:
     """Whether somebody is watching."""
     return sys.stderr.isatty() and options.json != STDOUT
+
+
+def progress_of(options: Any) -> Callable[[str], None]:
+    """Tells a terminal what is done now; nothing where results are for machines."""
+    shown = sys.stderr.isatty() and not options.json
+    return lambda text: console.write_note(text) if shown else None
 
 
 def report(options: Any, command: Sequence[str], rows: Sequence[Row], warnings: Sequence[str]) -> None:
