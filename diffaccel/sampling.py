@@ -25,6 +25,7 @@ from diffaccel.world import World, join_world
 
 if TYPE_CHECKING:
     from diffaccel import meter
+    from diffaccel.compose import Active
 
 KIND = "sample"
 OUT = "out"
@@ -164,10 +165,12 @@ def _make(
 ) -> None:
     """This process's share of some chunks; all of them are there when it returns."""
     with _failures(request, folder, folder.abandon if world.size == 1 else None):
-        together = _together(pipe, world, len(numbers))
+        search = _search(pipe)
+        together = search is not None and len(numbers) < world.size  # they share each call of a search
         for number in numbers if together else numbers[world.rank :: world.size]:
             chunk = folder.chunks[number]
-            _place_search(pipe, folder.path / SEARCH / f"{number:05d}", together)
+            if search is not None:
+                search.folder, search.shared = folder.path / SEARCH / f"{number:05d}", together
             images, cost, measured = generate_chunk(pipe, chunk, call, requests.frame_rate(pipe, request))
             latents = measured.latents if request.latents else None
             if world.rank == 0 or not together:
@@ -176,21 +179,12 @@ def _make(
     world.wait()
 
 
-def _together(pipe: Any, world: World, calls: int) -> bool:
-    """Whether the processes share each call: those of a search that are fewer than the processes."""
+def _search(pipe: Any) -> Active | None:
+    """What is active on a pipeline whose loop is a search: it leaves files, and processes may share its calls."""
     from diffaccel.compose import active
 
     state = active(pipe)
-    return state is not None and state.loop is not None and state.loop.searches and calls < world.size
-
-
-def _place_search(pipe: Any, path: Path, together: bool) -> None:
-    """Where a search leaves its trace, and whether the processes share it."""
-    from diffaccel.compose import active
-
-    state = active(pipe)
-    if state is not None and state.loop is not None and state.loop.searches:
-        state.folder, state.shared = path, together
+    return state if state is not None and state.loop is not None and state.loop.searches else None
 
 
 def _result(folder: RunFolder, world: World) -> dict[str, Any]:
