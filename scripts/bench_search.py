@@ -41,14 +41,14 @@ DEFAULT = "rbf, chunk 8, native"
 TAP = "tiny_features"  # what Fréchet distances are of
 
 
-def plan(budgets: Sequence[int], only: Sequence[str]) -> list[tuple[str, int, str]]:
-    """Name, budget and variant of every search; a method without a path is drawn once."""
+def plan(budgets: Sequence[int], only: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and variant of every search; a method without a path is drawn once."""
     found = []
     for budget, (name, text) in itertools.product(budgets, METHODS.items()):
         if only and name not in only:
             continue
         for path in PATHS if "{path}" in text else ("",):
-            found.append((f"{name}, {path}" if path else name, budget, text.format(budget=budget, path=path)))
+            found.append((f"{name}, {path}" if path else name, text.format(budget=budget, path=path)))
     return found
 
 
@@ -232,7 +232,7 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
     bench.run(f"bon:budget={2 * args.steps}", rows[: args.batch])  # warm
     row(f"no search, {args.steps} steps", f"plain:steps={args.steps}", rows, None)
     base: dict[str, Any] | None = None
-    for name, _, text in plan(args.budgets, args.only) + [(text, 0, text) for text in args.variants]:
+    for name, text in plan(args.budgets, args.only) + [(text, text) for text in args.variants]:
         made = row(name, text, rows, None if text.startswith("bon") else base)
         base = made if text.startswith("bon") else base
         if name == DEFAULT:
