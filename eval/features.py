@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,21 +97,23 @@ def extract(
     files = _Chunks(source, extractor, Path(cache).expanduser() if cache is not None else None)
     missing = files.read(values)
     place = {name: i for i, name in enumerate(source.ids)}
-    pending: deque[tuple[tuple[str, ...], Tensor]] = deque()
+    pending: deque[tuple[tuple[str, ...], Callable[[], Tensor]]] = deque()
 
     def settle() -> int:
-        ids, found = pending.popleft()
+        ids, arrived = pending.popleft()
+        found = arrived()
         _check(found, ids, extractor.name)
         rows = [place[name] for name in ids]
-        values[rows] = found.cpu()
+        values[rows] = found
         files.done(rows, values)
         return len(ids)
 
     from tqdm import tqdm
 
     with tqdm(total=len(source), initial=len(source) - len(missing), unit="image", disable=not progress) as bar:
-        for ids, images in source.batches(batch, within=missing, prepare=extractor.prepare):
-            pending.append((ids, extractor.features(images)))
+        pinned = extractor.device.type == "cuda"
+        for ids, images in source.batches(batch, within=missing, prepare=extractor.prepare, pinned=pinned):
+            pending.append((ids, _sent(extractor.features(images))))
             if len(pending) > _IN_FLIGHT:
                 bar.update(settle())
         while pending:
@@ -197,6 +199,21 @@ class _Chunks:
             self.left[chunk] -= 1
             if self.left[chunk] == 0:
                 record.write_tensor(self.files[chunk], values[chunk * CHUNK : (chunk + 1) * CHUNK].clone())
+
+
+def _sent(found: Tensor) -> Callable[[], Tensor]:
+    """Start the way to the CPU, behind this batch and not behind later ones; what is returned waits for its end."""
+    if found.device.type != "cuda":
+        return found.cpu
+    copy = found.to("cpu", non_blocking=True)
+    arrival = torch.cuda.Event()
+    arrival.record(torch.cuda.current_stream(found.device))
+
+    def wait() -> Tensor:
+        arrival.synchronize()
+        return copy
+
+    return wait
 
 
 def _check(found: Tensor, ids: Sequence[str], name: str) -> None:

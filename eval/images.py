@@ -87,6 +87,7 @@ class Source:
         within: Sequence[int] | None = None,
         prepare: Callable[[Tensor], Tensor] | None = None,
         processes: int | None = None,
+        pinned: bool = False,
     ) -> Iterator[tuple[tuple[str, ...], Tensor]]:
         """Ids and images ``(B, 3, H, W)`` with ``B <= size``, read ahead.
 
@@ -97,6 +98,7 @@ class Source:
             within: the positions to read, in that order; all by default.
             prepare: applied to each image ``(3, H, W)`` where it was read.
             processes: that read; by default threads, or processes where there are many images and cores.
+            pinned: what processes read comes in memory that a GPU copies from while it works.
 
         Raises:
             DiffAccelError: for a source of statistics, and for an image that cannot be read, naming it.
@@ -117,11 +119,19 @@ class Source:
             return image if prepare is None else prepare(image)
 
         waiting: dict[torch.Size, list[tuple[str, Tensor]]] = {}
-        for index, image in zip(positions, reading.images(read, positions, processes=processes), strict=True):
-            group = waiting.setdefault(image.shape, [])
-            group.append((self.ids[index], image))
-            if len(group) == size:
-                yield _stack(waiting.pop(image.shape))
+        parts = (positions[start : start + size] for start in range(0, len(positions), size))
+        for some, found in zip(
+            parts, reading.groups(read, positions, size, processes=processes, pinned=pinned), strict=True
+        ):
+            ids = tuple(self.ids[i] for i in some)
+            if isinstance(found, Tensor):  # all of one size
+                yield ids, found
+                continue
+            for name, image in zip(ids, found, strict=True):
+                group = waiting.setdefault(image.shape, [])
+                group.append((name, image))
+                if len(group) == size:
+                    yield _stack(waiting.pop(image.shape))
         for group in waiting.values():
             yield _stack(group)
 

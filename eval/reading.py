@@ -1,16 +1,18 @@
-"""Images read ahead of whoever takes them: in threads, or in processes where there are many images and cores.
+"""Work done ahead of whoever takes its results: in threads, or in processes where there is much of it and many cores.
 
 Pillow lets threads run only while it decodes; what surrounds that takes turns, so threads do not feed a GPU. Processes
-do. They are forked by torch's own loader, and send what they read through shared memory, several images at a time.
+do. They are forked by torch's own loader, and send what they made through shared memory, a whole batch at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +20,10 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MANY, CORES = 2000, 4  # images and cores from which processes are worth their start
+MANY, CORES = 2000, 4  # items and cores from which processes are worth their start
 _MOST = 16  # threads or processes
-_TOGETHER = 16  # images in one message
+_WAITING = 2  # batches of each process that nobody has taken yet
+_SHARED = Path("/dev/shm")  # what waits lies here; containers often have little of it
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None) -> Iterator[Result]:
@@ -40,53 +43,77 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, workers:
                 future.cancel()
 
 
-def images(
-    read: Callable[[int], Tensor], positions: Sequence[int], *, processes: int | None = None
-) -> Iterator[Tensor]:
-    """What ``read`` returns for every position, in order.
+def groups(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    size: int,
+    *,
+    processes: int | None = None,
+    pinned: bool = False,
+) -> Iterator[Tensor | list[Result]]:
+    """``function`` of every item, in order, ``size`` results at a time; tensors of one shape come as one tensor.
 
     Args:
-        read: from a position to an image; whatever it raises comes out here.
-        processes: that read; 0 reads in threads. By default the number that suits the count of images and cores.
+        function: of an item; whatever it raises comes out here.
+        items: all of them.
+        size: results in a group.
+        processes: that work; 0 works in threads. By default the number that suits the count of items and cores.
+        pinned: processes' tensors come in memory that a GPU copies from while it works.
     """
     if processes is None:
-        cores = os.cpu_count() or 1
-        worth = len(positions) >= MANY and cores >= CORES and sys.platform == "linux"
-        processes = min(_MOST, cores) if worth else 0
+        processes = _worth(function, items, size)
     if processes == 0:
-        yield from ahead(read, positions)
+        results = ahead(function, items)
+        while some := list(itertools.islice(results, size)):
+            yield _together(some)
         return
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(
-        _Reader(read, positions),  # type: ignore[arg-type]
-        batch_size=_TOGETHER, collate_fn=_together, num_workers=processes, multiprocessing_context="fork",
+        _Calls(function, items),  # type: ignore[arg-type]
+        batch_size=size, collate_fn=_collate, num_workers=processes, prefetch_factor=_WAITING,
+        multiprocessing_context="fork", pin_memory=pinned,
     )  # fmt: skip
     for found in loader:
         if isinstance(found, Exception):
             raise found
-        yield from found
+        yield found
 
 
-class _Reader:
-    """A dataset of positions. An error is a result: the loader would wrap it in the text of a traceback."""
+def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int) -> int:
+    """How many processes; 0 where few items, few cores or little shared memory make threads the better choice."""
+    cores = os.cpu_count() or 1
+    if len(items) < MANY or cores < CORES or sys.platform != "linux":
+        return 0
+    most = min(_MOST, cores)
+    if isinstance(one := function(items[0]), Tensor):
+        free = os.statvfs(_SHARED)
+        room = free.f_bavail * free.f_frsize // 2  # others may use it too
+        most = min(most, room // (_WAITING * size * one.nbytes))
+    return most if most > 1 else 0
 
-    def __init__(self, read: Callable[[int], Tensor], positions: Sequence[int]) -> None:
-        self.read, self.positions = read, positions
+
+class _Calls:
+    """A dataset of calls. An error is a result: the loader would wrap it in the text of a traceback."""
+
+    def __init__(self, function: Callable[[Item], Any], items: Sequence[Item]) -> None:
+        self.function, self.items = function, items
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return len(self.items)
 
-    def __getitem__(self, index: int) -> Tensor | Exception:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self.read(self.positions[index])
+            return self.function(self.items[index])
         except Exception as error:
             return error
 
 
-def _together(found: list[Tensor | Exception]) -> Tensor | list[Tensor] | Exception:
+def _collate(found: list[Any]) -> Any:
+    return next((one for one in found if isinstance(one, Exception)), None) or _together(found)
+
+
+def _together(found: list[Any]) -> Any:
     """One tensor where all have one shape: a message costs by its tensors, not by its bytes."""
-    tensors = [image for image in found if isinstance(image, Tensor)]
-    if len(tensors) < len(found):
-        return next(error for error in found if isinstance(error, Exception))
-    return torch.stack(tensors) if len({image.shape for image in tensors}) == 1 else tensors
+    tensors = all(isinstance(one, Tensor) for one in found) and len({one.shape for one in found}) == 1
+    return torch.stack(found) if tensors else found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
 from diffaccel.eval.images import Source, count_sizes, to_uint8
-from diffaccel.eval.reading import ahead
+from diffaccel.eval.reading import groups
 
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")
@@ -35,19 +36,26 @@ def of_folder(path: Path, num: int | None) -> Source:
 
 def of_zip(path: Path, num: int | None) -> Source:
     """Every image in a zip archive."""
+    archives: dict[int, zipfile.ZipFile] = {}
+
+    def archive() -> zipfile.ZipFile:
+        """Each process opens its own: forked ones share a file's position, and would move it under each other."""
+        if (process := os.getpid()) not in archives:
+            archives[process] = zipfile.ZipFile(path)
+        return archives[process]
+
     try:
-        archive = zipfile.ZipFile(path)
+        names = [entry.filename for entry in archive().infolist() if not entry.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
         raise DiffAccelError(f"'{path}' cannot be read as a zip ({error}). Make it again.") from error
-    names = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
 
     def read(name: str) -> bytes:
         try:
-            return archive.read(name)
+            return archive().read(name)
         except (zipfile.BadZipFile, OSError) as error:
             raise DiffAccelError(f"'{name}' in '{path}' cannot be read ({error}). Make the zip again.") from error
 
-    return _of_files(path, "zip", names, num, read, lambda name: archive.open(name))  # type: ignore[arg-type,return-value]
+    return _of_files(path, "zip", names, num, read, lambda name: archive().open(name))  # type: ignore[arg-type,return-value]
 
 
 def of_npz(path: Path, num: int | None) -> Source:
@@ -125,7 +133,7 @@ def _of_files(
         with handle(name) as file:
             return decode.header(file, name)
 
-    headers = list(ahead(look, names))
+    headers = list(itertools.chain.from_iterable(groups(look, names, 64)))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
         files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),

@@ -25,6 +25,7 @@ from diffaccel.eval.extractors.inception import SIZE, InceptionNetwork, inceptio
 from diffaccel.eval.features import extract
 from diffaccel.eval.images import open_source
 from diffaccel.eval.protocols import protocol
+from diffaccel.eval.reading import groups
 from diffaccel.record import describe_device, write_json
 
 PROTOCOLS = ("tf-fid", "clean-fid")
@@ -72,8 +73,12 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
     images = pictures(n, side)
     pngs = folder / "pngs"
     pngs.mkdir()
-    for i, image in enumerate(images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pngs / f"{i:05d}.png", compress_level=1)
+
+    def save(i: int) -> None:
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(pngs / f"{i:05d}.png", compress_level=1)
+
+    for _ in groups(save, range(n), 64):
+        pass
     torch.manual_seed(0)
     torch.save(InceptionNetwork().state_dict(), folder / "random.pth")
     built = {
@@ -100,14 +105,14 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=None, help="4096 on a GPU, 32 on a CPU")
+    parser.add_argument("--images", type=int, default=None, help="8192 on a GPU, 32 on a CPU")
     parser.add_argument("--side", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()
-    n = args.images or (4096 if args.device == "cuda" else 32)
+    n = args.images or (8192 if args.device == "cuda" else 32)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.device, n, args.side, args.batch, args.turns, Path(folder))
     name = describe_device(torch.device(args.device))["name"]

@@ -140,7 +140,7 @@ def as_long_as(seconds: float, bench: Bench, rows: list[tuple[str, int]]) -> str
 def summarise(name: str, found: dict[str, Any], base: dict[str, Any] | None, texts: list[str]) -> dict[str, Any]:
     """What is kept of one search: the table's numbers, and every picture's scores."""
     row: dict[str, Any] = {"name": name, "variant": found["variant"], "pictures": len(texts)}
-    row |= {"nfe": round(found["nfe"], 1), "seconds": round(found["seconds"], 4)}
+    row |= {"date": time.strftime("%Y-%m-%d"), "nfe": round(found["nfe"], 1), "seconds": round(found["seconds"], 4)}
     row["scores"] = {key: [round(v, 4) for v in found[key].tolist()] for key in ("reward", "judge")}
     row["reward"] = round(float(found["reward"].mean()), 3)
     judge = intervals.bootstrap_mean(row["scores"]["judge"], clusters=texts)
@@ -197,7 +197,7 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("out", "budgets", "only", "variants", "fd", "kind")}
     values: dict[str, Any] = {
         "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
-        "date": time.strftime("%Y-%m-%d"), "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
+        "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
     }  # fmt: skip
     file = args.out and args.out / f"bench_search_{args.model}_{args.kind or bench.device.type}.json"
     if file and file.is_file():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import struct
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ import torch
 from PIL import Image
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval import reading
 from diffaccel.eval.images import Source, open_source, to_uint8
 from diffaccel.eval.reading import ahead
 
@@ -258,16 +262,34 @@ def test_statistics_are_told_from_images(tmp_path):
     assert both.kind == "npz" and "also holds statistics" in both.warnings[0]
 
 
-def test_processes_read_what_threads_read(tmp_path):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize("sides", [(8,), (8, 12)])
+def test_processes_read_what_threads_read(tmp_path, kind, sides):
     for i in range(70):
-        side = 8 if i % 3 else 12
-        pixels = torch.randint(256, (side, 8, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / f"{i:03d}.png")
-    source = open_source(tmp_path)
-    threads, processes = ([*source.batches(16, processes=count)] for count in (0, 2))
+        save(tmp_path / "images" / f"{i:03d}.png", pixels(3, sides[i % len(sides)], 8, seed=i))
+    if kind == "zip":
+        shutil.make_archive(str(tmp_path / "images"), "zip", tmp_path / "images")
+    source = open_source(tmp_path / {"folder": "images", "zip": "images.zip"}[kind])
+    threads, processes = ([*source.batches(16, processes=count)] for count in (0, 3))
     assert [ids for ids, _ in threads] == [ids for ids, _ in processes]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(threads, processes, strict=True))
+
+
+@pytest.mark.skipif(not reading._SHARED.is_dir(), reason="processes read on Linux only")
+def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    many, image = range(reading.MANY), torch.zeros(3, 100, 100, dtype=torch.uint8)
+
+    def worth(items, free=10**9):
+        monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
+        return reading._worth(lambda i: image, items, 50)
+
+    assert worth(many) == 8 and worth(many[:-1]) == 0
+    # two waiting batches of fifty images, in half of what is free
+    assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 8]
+    assert reading._worth(lambda i: None, many, 50) == 8
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert worth(many) == 0
 
 
 def test_an_error_in_a_process_is_the_error_itself(tmp_path):
