@@ -16,10 +16,11 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import images
+from diffaccel.eval import images, sources
+from diffaccel.eval.sources import KIND, RECORD
 from diffaccel.eval.video_files import read_video
 
-RECORD, KIND, VIDEO = "run.json", "sample", ".mp4"
+VIDEO = ".mp4"
 Pairs = list[tuple[int, int]]  # positions of pictures that belong together, in two runs
 
 
@@ -76,8 +77,11 @@ class Run:
 
     @cached_property
     def source(self) -> images.Source:
-        """The images of the folder, by their ids."""
-        return images.open_source(self.path)
+        """The pictures, by their ids."""
+        if not self.path.is_dir():  # an archive
+            return images.open_source(self.path)
+        files = [picture.file.relative_to(self.path).as_posix() for picture in self.pictures]
+        return sources.of_folder(self.path, files=files)
 
     @cached_property
     def _positions(self) -> dict[str, int]:

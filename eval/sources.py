@@ -14,24 +14,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
 from diffaccel.eval.images import Source, count_sizes, to_uint8
 from diffaccel.eval.reading import groups
 
+RECORD, KIND = "run.json", "sample"  # of a run's folder
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
 
 
-def of_folder(path: Path, num: int | None) -> Source:
-    """Every image below a folder; hidden files are left out."""
-    found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = None) -> Source:
+    """Some files of a folder; without ``files`` a run's pictures, or every image below, hidden files left out."""
+    found = list(files) if files is not None else _of_run(path)
+    if found is None:
+        found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
     return _of_files(path, "folder", found, num, read, lambda name: open(path / name, "rb"))
+
+
+def _of_run(path: Path) -> list[str] | None:
+    """The pictures of a run of diffaccel, beside which plots and what a search kept may lie; None for other folders."""
+    try:
+        made = record.read(path / RECORD, KIND)
+    except DiffAccelError:  # a file of that name by someone else
+        return None
+    if made is None:
+        return None
+    if made["state"] != "finished":
+        raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
+    return [entry["file"] for entry in made["images"]]
 
 
 def of_zip(path: Path, num: int | None) -> Source:

@@ -63,6 +63,29 @@ def test_runs_know_their_pictures(made):
     assert noise[0] == noise[1] and len(set(noise[0])) == 3
 
 
+def test_what_lies_beside_a_runs_pictures_is_none_of_them(made, tmp_path, run):
+    from diffaccel.eval.images import open_source
+    from diffaccel.eval.runs import open_run
+
+    folder = tmp_path / "searched"
+    shutil.copytree(made / "base", folder)
+    (folder / "search" / "00000").mkdir(parents=True)
+    Image.new("RGB", (72, 48)).save(folder / "search" / "00000" / "reward.png")
+    ids = ("00000", "00001", "00002")
+    for source in (open_source(folder), open_run(folder).source):
+        assert source.ids == ids and source.warnings == [] and source.sizes == {(32, 32): 3}
+    assert open_source(folder, num=2).ids == ids[:2]
+    said = run("eval", "paired", made / "base", folder).out
+    assert "holds images of" not in said
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "state": "running"}))
+    for words in (["eval", "fid", made / "base", folder], ["eval", "paired", made / "base", folder]):
+        done = run(*words)
+        assert done.status == 2 and "is unfinished" in done.err
+    (folder / "run.json").write_text('{"by": "someone else"}')
+    assert open_source(folder).ids == (*ids, "search/00000/reward")
+
+
 def test_a_damaged_latent_is_made_again(made, tmp_path, run, models):
     shutil.copytree(made / "base", tmp_path / "base")
     file = tmp_path / "base" / "00001.safetensors"
