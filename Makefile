@@ -21,6 +21,8 @@ usable := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	"$$p" -c '$(usable)' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 
+workers := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 venv := .venv
 python := $(venv)/bin/python
 
@@ -34,10 +36,10 @@ $(venv)/.ready: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 test: setup
-	$(python) -m pytest $(PYTEST_ARGS)
+	$(python) -m pytest $(workers) $(PYTEST_ARGS)
 
 test-all: setup
-	$(python) -m pytest -m "" $(PYTEST_ARGS)
+	$(python) -m pytest $(workers) -m "" $(PYTEST_ARGS)
 
 demo: setup
 	$(python) -m scripts.demo --out out/demo

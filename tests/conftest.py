@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,13 @@ TWICE = pytest.StashKey[list[str]]()
 
 
 def pytest_configure() -> None:
-    """Ctrl-C must arrive: what a shell starts in the background ignores it, and so would the processes tested here."""
+    """Ctrl-C must arrive: what a shell starts in the background ignores it, and so would the processes tested here.
+
+    Workers of pytest-xdist share the cores, with the processes that they start.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,9 +51,19 @@ def loaded_twice() -> list[str]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Two copies of one module mean two registries, two sets of classes and isinstance checks that fail."""
-    if (twice := loaded_twice()) and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+    twice = sorted({*session.config.stash.get(TWICE, []), *loaded_twice()})
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the main process tells
+        session.config.workeroutput["loaded_twice"] = twice
+    elif twice and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     session.config.stash[TWICE] = twice
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of pytest-xdist found, in the main process."""
+    found = getattr(node, "workeroutput", {}).get("loaded_twice", [])  # a worker that died said nothing
+    node.config.stash[TWICE] = [*node.config.stash.get(TWICE, []), *found]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

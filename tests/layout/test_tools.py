@@ -50,8 +50,9 @@ def test_coverage_sees_each_file_once(tmp_path):
     assert {(tree.ROOT / name).resolve() for name in ran} >= set(real([tree.modules()[name] for name in names]))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("twice", [False, True])
-def test_the_suite_fails_when_a_file_is_loaded_twice(tmp_path, twice):
+def test_the_suite_fails_when_a_file_is_loaded_twice(tmp_path, twice, workers):
     (tmp_path / "tests").mkdir()
     shutil.copy(tree.ROOT / "tests" / "conftest.py", tmp_path / "tests")
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\npythonpath = .\n")
@@ -61,7 +62,8 @@ def test_the_suite_fails_when_a_file_is_loaded_twice(tmp_path, twice):
     (tmp_path / "diffaccel" / "samplers").symlink_to("../samplers")
     imports = ["diffaccel.samplers.planted", *(["samplers.planted"] if twice else [])]
     (tmp_path / "tests" / "test_it.py").write_text(f"def test_it():\n    import {', '.join(imports)}\n")
-    done = tree.python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path, check=False)
+    words = ["-q", "-p", "no:cacheprovider", f"--numprocesses={workers}"]
+    done = tree.python("-m", "pytest", *words, cwd=tmp_path, check=False)
     assert "1 passed" in done.stdout
     assert ("loaded under two names" in done.stdout) is twice
     assert done.returncode == int(twice)
