@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,19 +50,18 @@ def test_one_sample_in_bf16_is_eulers_to_the_bit(family: str) -> None:
 
 @pytest.mark.parametrize("path", ["native", "linear", "vp"])
 @pytest.mark.parametrize("family", ["flux", "sdxl"])
-def test_scoring_on_the_cpu_changes_no_decision(family: str, path: Any, tmp_path: Path) -> None:
+def test_scoring_on_the_cpu_changes_no_decision(family: str, path: Any) -> None:
     pipe = tiny.make(family).to("cuda")
     shared = {"budget": 60, "particles": 4, "initial": 2, "chunk": 2, "path": path, "max_batch": 1}
-    made = {}
+    pictures, logs = {}, {}
     for where in ("cuda", "cpu"):
-        folder = tmp_path / where
-        made[where], _ = searched(pipe, family, RBF(reward=latent_reward(where), folder=str(folder), **shared))
-        traces = [json.loads(file.read_text()) for file in sorted(folder.rglob("trace.json"))]
-        made[f"{where} log"] = [trace["decisions"] for trace in traces]
-    assert torch.equal(made["cpu"], made["cuda"])
-    assert len(made["cpu log"]) == 2
-    for one, other in zip(made["cpu log"], made["cuda log"], strict=True):
-        for a, b in zip(sorted(one, key=str), sorted(other, key=str), strict=True):
+        pictures[where], cost = searched(pipe, family, RBF(reward=latent_reward(where), **shared))
+        found = [one["decisions"] for one in cost["report"]["search"]["pictures"]]
+        logs[where] = [sorted(log, key=lambda entry: (entry["chain"], entry["stage"])) for log in found]
+    assert torch.equal(pictures["cpu"], pictures["cuda"])
+    for one, other in zip(logs["cpu"], logs["cuda"], strict=True):
+        assert one and len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)  # two devices sum in two orders
 
 
