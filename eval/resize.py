@@ -1,12 +1,14 @@
 """The resizings that published feature extractors put before their networks. They differ, and the distances with them.
 
-All work on tensors ``(..., H, W)``. Those that run on any device are the ones whose definition is a formula in float32;
-those of Pillow run on the CPU, one image at a time, because Pillow's own arithmetic is their definition. Around Pillow
-NumPy copies, not PyTorch: these functions run in many threads, and PyTorch would start its own in each.
+All work on tensors ``(..., H, W)``. Those that run on any device are the ones whose definition is a formula, in float32
+or, for Pillow's on floats, in float64; Pillow's on 8 bits runs on the CPU, one image at a time, because Pillow's own
+arithmetic is its definition. Around Pillow NumPy copies, not PyTorch: these functions run in many threads, and
+PyTorch would start its own in each.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Size = tuple[int, int]  # (height, width)
+_AT_ONCE = 2**24  # numbers of float64 in one step of a resize
 
 
 def tf1_bilinear(x: Tensor, size: Size) -> Tensor:
@@ -60,18 +63,82 @@ def torch_bicubic(x: Tensor, size: Size, *, antialias: bool) -> Tensor:
     return F.interpolate(x, size=size, mode="bicubic", antialias=antialias, align_corners=False)
 
 
-def pil_bicubic_float(image: Tensor, size: Size) -> Tensor:
+def pil_bicubic_float(x: Tensor, size: Size) -> Tensor:
     """Pillow's antialiased bicubic of each channel in float32, clamped to [0, 255], not rounded.
 
-    The resizing of clean-fid (Parmar et al., arXiv 2104.11222). One image ``(C, H, W)`` on the CPU, to float32.
+    The resizing of clean-fid (Parmar et al., arXiv 2104.11222). Rows come first, as in Pillow up to 12; newer ones take
+    the columns of tall images first, which moves last bits. ``(B, C, H, W)`` of any number to float32: by Pillow on the
+    CPU, elsewhere by :func:`as_pillow`, which is equal to the bit.
     """
+    if x.device.type != "cpu":
+        return as_pillow(x, size)
     from PIL import Image
 
-    found = np.empty((len(image), *size), np.float32)
-    for plane, out in zip(image.numpy(), found, strict=True):
-        resized = Image.fromarray(plane.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        np.clip(np.asarray(resized), 0, 255, out=out)
-    return torch.from_numpy(found)
+    found = np.empty((len(x) * x.shape[1], *size), np.float32)
+    for plane, out in zip(x.flatten(0, 1).numpy(), found, strict=True):
+        rows = Image.fromarray(plane.astype(np.float32)).resize((size[1], x.shape[2]), Image.Resampling.BICUBIC)
+        np.clip(np.asarray(rows.resize((size[1], size[0]), Image.Resampling.BICUBIC)), 0, 255, out=out)
+    return torch.from_numpy(found).unflatten(0, (len(x), x.shape[1]))
+
+
+def as_pillow(x: Tensor, size: Size) -> Tensor:
+    """:func:`pil_bicubic_float` on any device; one without float64 leaves the work to the CPU.
+
+    Pillow goes along rows, then along columns, adds up pixel by pixel in float64, and keeps float32; so does this.
+    """
+    height, width = x.shape[-2:]
+    device, x = x.device, x.cpu() if x.device.type == "mps" else x
+    each = max(1, _AT_ONCE // (x[0].numel() * max(1, size[1] // width)))
+    found = []
+    for part in x.split(each):
+        if width != size[1]:
+            part = _pillow_pass(part, size[1])
+        if height != size[0]:
+            part = _pillow_pass(part.transpose(-1, -2), size[0]).transpose(-1, -2)
+        found.append(part.to(torch.float32).clamp(0, 255))
+    return torch.cat(found).to(device)
+
+
+def _pillow_pass(x: Tensor, target: int) -> Tensor:
+    """Along the last dimension, to float32."""
+    source = x.shape[-1]
+    first, weights = _pillow_taps(source, target)
+    found = torch.zeros((*x.shape[:-1], target), dtype=torch.float64, device=x.device)
+    places = torch.tensor(first, device=x.device)
+    for tap, weight in enumerate(torch.tensor(weights, dtype=torch.float64, device=x.device)):
+        # two operations: one that multiplies and adds without rounding between would be another result
+        found += x[..., (places + tap).clamp_max(source - 1)].to(torch.float64) * weight
+    return found.to(torch.float32)
+
+
+@lru_cache
+def _pillow_taps(source: int, target: int) -> tuple[list[int], list[list[float]]]:
+    """For every target pixel its first source pixel, and the weights ``[tap][target]`` from there on.
+
+    Keys' kernel with a = -1/2, stretched where the image shrinks; the weights of a pixel add up to one.
+    """
+    scale = source / target
+    stretch = max(scale, 1.0)
+    first, rows = [], []
+    for i in range(target):
+        centre = (i + 0.5) * scale
+        low, high = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), source)
+        row = [_keys((x - centre + 0.5) * (1 / stretch)) for x in range(low, high)]
+        total = 0.0
+        for weight in row:  # one by one: newer Pythons' sum() compensates
+            total += weight
+        first.append(low)
+        rows.append([weight / total for weight in row])
+    most = max(map(len, rows))
+    return first, [[row[tap] if tap < len(row) else 0.0 for row in rows] for tap in range(most)]
+
+
+def _keys(x: float) -> float:
+    """Keys' cubic convolution kernel with a = -1/2 (Keys, 1981), in the order of Pillow's operations."""
+    a, x = -0.5, abs(x)
+    if x < 1.0:
+        return ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    return (((x - 5) * x + 8) * x - 4) * a if x < 2.0 else 0.0
 
 
 def pil_bicubic(image: Tensor, size: Size) -> Tensor:

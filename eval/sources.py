@@ -30,7 +30,10 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
     """Some files of a folder; without ``files`` a run's pictures, or every image below, hidden files left out."""
     found = list(files) if files is not None else _of_run(path)
     if found is None:
-        found = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        found = []
+        for folder, _, inside in os.walk(path):
+            where = Path(folder).relative_to(path)
+            found += [(where / name).as_posix() for name in inside if os.path.isfile(os.path.join(folder, name))]
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
@@ -140,17 +143,18 @@ def _of_files(
     read: Callable[[str], bytes],
     handle: Callable[[str], BinaryIO],
 ) -> Source:
-    names = [name for name in found if _wanted(PurePosixPath(name))]
-    ids = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    files = [file for file in map(PurePosixPath, found) if _wanted(file)]
+    ids = [file.with_suffix("").as_posix() for file in files]
     order = _chosen(ids, num, f"'{path}'")
-    folders = len({PurePosixPath(name).parent for name in names})
-    names = [names[i] for i in order]
+    folders = len({file.parent for file in files})
+    files = [files[i] for i in order]
+    names = [str(file) for file in files]
 
     def look(name: str) -> decode.Header:
         with handle(name) as file:
             return decode.header(file, name)
 
-    headers = list(itertools.chain.from_iterable(groups(look, names, 64)))
+    headers = list(itertools.chain.from_iterable(groups(look, names, 256, most=4)))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
         files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),
@@ -167,7 +171,7 @@ def _of_files(
         source.warnings.append(
             f"'{path}' holds images of {len(source.sizes)} sizes: {some}{', ...' if len(source.sizes) > 4 else ''}."
         )
-    used = len({PurePosixPath(name).parent for name in names})
+    used = len({file.parent for file in files})
     if used < folders:
         source.warnings.append(f"The first {len(names)} images of '{path}' come from {used} of its {folders} folders.")
     return source

@@ -141,14 +141,14 @@ def _torch(x: Tensor) -> Tensor:
 
 
 def _clean(x: Tensor) -> Tensor:
-    return (x - 128) / 128
+    return (resize.pil_bicubic_float(x, SIZE) - 128) / 128
 
 
-# name of the preprocessing: for one image on the CPU, if anything, and for a batch on the device
-PREPROCESSING: dict[str, tuple[Callable[[Tensor], Tensor] | None, Callable[[Tensor], Tensor]]] = {
-    "tf1-bilinear-299": (None, _tf),
-    "torch-bilinear-299": (None, _torch),
-    "pil-bicubic-float-299": (partial(resize.pil_bicubic_float, size=SIZE), _clean),
+# of a batch of uint8 on the device
+PREPROCESSING: dict[str, Callable[[Tensor], Tensor]] = {
+    "tf1-bilinear-299": _tf,
+    "torch-bilinear-299": _torch,
+    "pil-bicubic-float-299": _clean,
 }
 
 
@@ -216,12 +216,12 @@ def inception(
         )
     device, network = torch.device(device), _network(file)
     frozen(network, device)
-    prepare, normalise = PREPROCESSING[preprocessing]
+    normalise = PREPROCESSING[preprocessing]
     of = TAPS[tap].of
     return InceptionExtractor(
         name=f"inception{TAPS[tap].suffix}", key=key, dim=TAPS[tap].dim, weights_sha256=sha, official=official,
         protocol=protocol, device=device, module=network, inception=network, normalise=normalise, tap=tap,
-        prepare=prepare, network=lambda x: of(network, normalise(x)),
+        network=lambda x: of(network, normalise(x)),
     )  # fmt: skip
 
 

@@ -282,12 +282,12 @@ def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatc
 
     def worth(items, free=10**9):
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
-        return reading._worth(lambda i: image, items, 50)
+        return reading._worth(lambda i: image, items, 50, 16)
 
     assert worth(many) == 8 and worth(many[:-1]) == 0
     # two waiting batches of fifty images, in half of what is free
     assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 8]
-    assert reading._worth(lambda i: None, many, 50) == 8
+    assert reading._worth(lambda i: None, many, 50, 16) == 8 and reading._worth(lambda i: None, many, 50, 4) == 4
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert worth(many) == 0
 

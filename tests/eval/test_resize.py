@@ -35,8 +35,35 @@ def test_clean_fids_resizing_to_the_bit(size):
     theirs = pytest.importorskip("cleanfid.resize")
     image = images(3, *size)
     expected = theirs.build_resizer("clean")(image.permute(1, 2, 0).numpy())
-    ours = resize.pil_bicubic_float(image, (299, 299)).permute(1, 2, 0).numpy()
+    ours = resize.pil_bicubic_float(image[None], (299, 299))[0].permute(1, 2, 0).numpy()
     assert ours.dtype == np.float32 and np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("size", [(256, 256), (64, 512), (299, 100), (37, 299), (700, 300), (1, 3), (5, 2)])
+def test_sums_as_pillows_to_the_bit(size, device):
+    batch = images(3, 3, *size)
+    for target in ((299, 299), (7, 11), size):
+        expected = resize.pil_bicubic_float(batch, target)
+        ours = resize.as_pillow(batch.to(device), target).cpu()
+        assert ours.dtype == torch.float32 and ours.is_contiguous() and torch.equal(ours, expected)
+
+
+def test_rows_come_first_whatever_the_shape():
+    """Pillow 13 changes the order for tall images; a resize of one dimension leaves it no choice."""
+    plane = images(700, 300).numpy().astype(np.float32)
+    rows = np.asarray(Image.fromarray(plane).resize((299, 700), Image.Resampling.BICUBIC))
+    expected = np.asarray(Image.fromarray(rows).resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
+    found = resize.pil_bicubic_float(images(700, 300)[None, None], (299, 299))
+    assert found.shape == (1, 1, 299, 299) and np.array_equal(found[0, 0].numpy(), expected)
+
+
+def test_a_large_batch_is_resized_in_parts(monkeypatch):
+    batch = images(5, 3, 20, 30)
+    whole = resize.as_pillow(batch, (24, 70))
+    for each in (1, 2):
+        monkeypatch.setattr(resize, "_AT_ONCE", each * 3 * 20 * 30 * 2)
+        assert torch.equal(resize.as_pillow(batch, (24, 70)), whole)
 
 
 def test_pillow_and_back():
