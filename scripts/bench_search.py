@@ -119,15 +119,15 @@ class Bench:
         return found
 
 
-def diversity(features: Tensor, texts: Sequence[str]) -> float:
-    """Mean ``1 - cos`` of the judge's features over pairs of pictures of one prompt."""
+def diversity(features: Tensor, texts: Sequence[str]) -> float | None:
+    """Mean ``1 - cos`` of the judge's features over pairs of pictures of one prompt; None where there are none."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     apart = [
         1 - float(unit[i] @ unit[j])
         for text in dict.fromkeys(texts)
         for i, j in itertools.combinations([k for k, t in enumerate(texts) if t == text], 2)
     ]
-    return sum(apart) / len(apart) if apart else float("nan")
+    return round(sum(apart) / len(apart), 4) if apart else None
 
 
 def as_long_as(seconds: float, bench: Bench, rows: list[tuple[str, int]]) -> str:
@@ -145,7 +145,7 @@ def summarise(name: str, found: dict[str, Any], base: dict[str, Any] | None, tex
     row["reward"] = round(float(found["reward"].mean()), 3)
     judge = intervals.bootstrap_mean(row["scores"]["judge"], clusters=texts)
     row |= {"judge": round(judge.value, 3), "judge_interval": [round(judge.low, 3), round(judge.high, 3)]}
-    row["diversity"] = round(diversity(found["judge_features"], texts), 4)
+    row["diversity"] = diversity(found["judge_features"], texts)
     if base is not None:
         apart = intervals.paired_difference(row["scores"]["judge"], base["scores"]["judge"], clusters=texts)
         row["against"] = base["variant"]
@@ -160,8 +160,9 @@ def shown(row: dict[str, Any]) -> str:
         value, low, high = row["delta"]
         delta = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
     fd = "" if row.get("fd") is None else f"{row['fd']:.3g}"
+    spread = "" if row["diversity"] is None else f"{row['diversity']:.4f}"
     cells = [row["name"], f"{row['nfe']:.0f}", f"{row['seconds']:.3f}", f"{row['reward']:.2f}", f"{row['judge']:.2f}"]
-    return "| " + " | ".join([*cells, delta, f"{row['diversity']:.4f}", fd]) + " |"
+    return "| " + " | ".join([*cells, delta, spread, fd]) + " |"
 
 
 HEAD = "| search | NFE | s a picture | reward | judge | judge against best of N | diversity | FD |\n" + "|---" * 8 + "|"
