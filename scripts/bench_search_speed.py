@@ -144,6 +144,7 @@ def main() -> None:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    torch.manual_seed(0)  # every process has the same weights
     bench = Bench(args.model, state.device)
     values: dict[str, Any] = {
         "command": f"python -m scripts.bench_search_speed --model {args.model} --turns {args.turns}",
