@@ -3,7 +3,8 @@
     python -m scripts.bench_extraction --device cuda --kind nvidia-h100-x1 --out docs/results
 
 Inception with random weights, float32 without TF32. The bare network gets normalised tensors that are on the device
-already, in batches of the same size; what it is faster by is what reading, resizing and copying cost.
+already, in batches of the same size; what it is faster by is what reading, resizing and copying cost. PNGs are also
+opened (every header is looked at) and read without a network.
 """
 
 from __future__ import annotations
@@ -94,6 +95,13 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
     for name, extractor in built.items():
         for kind, source in (("memory", images), ("PNGs", pngs)):
             ways[f"{name}, from {kind}"] = lambda e=extractor, s=source: extract(open_source(s), e, batch=batch)
+
+    def read(images: bool) -> None:
+        source = open_source(pngs)
+        for _ in source.batches(batch, pinned=device == "cuda") if images else ():
+            pass
+
+    ways |= {"PNGs, opening alone": lambda: read(False), "PNGs, opening and reading alone": lambda: read(True)}
     rows = {}
     for way, work in ways.items():
         taken = torch.tensor(seconds(work, device, turns), dtype=torch.float64)

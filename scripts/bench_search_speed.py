@@ -151,20 +151,25 @@ def main() -> None:
         "device": describe_device(state.device), "kind": args.kind, "date": time.strftime("%Y-%m-%d"),
         "versions": versions(), "processes": state.num_processes,
     }  # fmt: skip
+
+    def keep(**found: Any) -> None:
+        """Print, and write what there is so far."""
+        values.update(found)
+        if state.process_index == 0:
+            print(json.dumps(found, indent=1), flush=True)
+            if args.out:
+                args.out.mkdir(parents=True, exist_ok=True)
+                name = f"bench_search_speed_{args.model}_{args.kind or state.device.type}_{state.num_processes}.json"
+                write_json(args.out / name, values)
+
     if state.num_processes > 1:
-        values["scaling"] = scaled(bench, state, args.turns)
-    else:
-        values["engine"] = overhead(bench, args.turns)
-        step = values["engine"]["seconds_per_nfe"]
-        others = [torch.device("cpu")] + [torch.device("cuda", 1)] * (torch.cuda.device_count() > 1)
-        values["overlap"] = [overlapped(bench, step, where, args.turns) for where in others]
-    if state.process_index:
+        keep(scaling=scaled(bench, state, args.turns))
         return
-    print(json.dumps({key: values[key] for key in ("engine", "overlap", "scaling") if key in values}, indent=1))
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        name = f"bench_search_speed_{args.model}_{args.kind or state.device.type}_{state.num_processes}.json"
-        write_json(args.out / name, values)
+    keep(engine=overhead(bench, args.turns))
+    found: list[dict[str, Any]] = []
+    for where in [torch.device("cpu")] + [torch.device("cuda", 1)] * (torch.cuda.device_count() > 1):
+        found.append(overlapped(bench, values["engine"]["seconds_per_nfe"], where, args.turns))
+        keep(overlap=found)
 
 
 if __name__ == "__main__":
