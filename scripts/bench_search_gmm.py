@@ -10,8 +10,8 @@ log-likelihood means samples that the data does not have. Everything is determin
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
@@ -182,7 +183,11 @@ def main() -> None:
                 )
     if args.json:
         about = {k: v for k, v in vars(args).items() if k != "json"}
-        args.json.write_text(json.dumps({"bed": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        made = {
+            "command": "python -m scripts.bench_search_gmm", "device": record.describe_device(torch.device("cpu")),
+            "date": time.strftime("%Y-%m-%d"), "versions": record.versions(),
+        }  # fmt: skip
+        record.write_json(args.json, {**made, "bed": about, "rows": rows})
 
 
 if __name__ == "__main__":
