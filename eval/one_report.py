@@ -29,6 +29,7 @@ from diffaccel.eval.images import open_source
 from diffaccel.eval.report_plan import Made, Plan, could_not_run
 from diffaccel.eval.runs import Run, open_run
 from diffaccel.eval.timing import one_call, take_turns
+from diffaccel.outputs import RECORD
 from diffaccel.requests import Request, first_line
 from diffaccel.sampling import generate_run
 from diffaccel.variants import Variant
@@ -252,7 +253,7 @@ class _Work:
 
 
 def _finished(folder: Path) -> bool:
-    made = _read(folder / "run.json")
+    made = _read(folder / RECORD)
     return made is not None and made.get("state") == "finished"
 
 

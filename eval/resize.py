@@ -67,27 +67,26 @@ def pil_bicubic_float(x: Tensor, size: Size) -> Tensor:
     """Pillow's antialiased bicubic of each channel in float32, clamped to [0, 255], not rounded.
 
     The resizing of clean-fid (Parmar et al., arXiv 2104.11222). Rows come first, as in Pillow up to 12; newer ones take
-    the columns of tall images first, which moves last bits. ``(B, C, H, W)`` of any number to float32: by Pillow on the
-    CPU, elsewhere by :func:`as_pillow`, which is equal to the bit.
+    the columns of tall images first, which moves last bits. ``(B, C, H, W)`` of any number to float32: on a GPU by
+    :func:`as_pillow`, which is equal to the bit, for all others by Pillow on the CPU.
     """
-    if x.device.type != "cpu":
+    if x.device.type == "cuda":
         return as_pillow(x, size)
     from PIL import Image
 
     found = np.empty((len(x) * x.shape[1], *size), np.float32)
-    for plane, out in zip(x.flatten(0, 1).numpy(), found, strict=True):
+    for plane, out in zip(x.flatten(0, 1).cpu().numpy(), found, strict=True):
         rows = Image.fromarray(plane.astype(np.float32)).resize((size[1], x.shape[2]), Image.Resampling.BICUBIC)
         np.clip(np.asarray(rows.resize((size[1], size[0]), Image.Resampling.BICUBIC)), 0, 255, out=out)
-    return torch.from_numpy(found).unflatten(0, (len(x), x.shape[1]))
+    return torch.from_numpy(found).unflatten(0, x.shape[:2]).to(x.device)
 
 
 def as_pillow(x: Tensor, size: Size) -> Tensor:
-    """:func:`pil_bicubic_float` on any device; one without float64 leaves the work to the CPU.
+    """:func:`pil_bicubic_float` on any device that has float64.
 
     Pillow goes along rows, then along columns, adds up pixel by pixel in float64, and keeps float32; so does this.
     """
     height, width = x.shape[-2:]
-    device, x = x.device, x.cpu() if x.device.type == "mps" else x
     each = max(1, _AT_ONCE // (x[0].numel() * max(1, size[1] // width)))
     found = []
     for part in x.split(each):
@@ -96,24 +95,22 @@ def as_pillow(x: Tensor, size: Size) -> Tensor:
         if height != size[0]:
             part = _pillow_pass(part.transpose(-1, -2), size[0]).transpose(-1, -2)
         found.append(part.to(torch.float32).clamp(0, 255))
-    return torch.cat(found).to(device)
+    return torch.cat(found)
 
 
 def _pillow_pass(x: Tensor, target: int) -> Tensor:
     """Along the last dimension, to float32."""
     source = x.shape[-1]
-    first, weights = _pillow_taps(source, target)
     found = torch.zeros((*x.shape[:-1], target), dtype=torch.float64, device=x.device)
-    places = torch.tensor(first, device=x.device)
-    for tap, weight in enumerate(torch.tensor(weights, dtype=torch.float64, device=x.device)):
+    for places, weight in _pillow_taps(source, target, x.device):
         # two operations: one that multiplies and adds without rounding between would be another result
-        found += x[..., (places + tap).clamp_max(source - 1)].to(torch.float64) * weight
+        found += x[..., places].to(torch.float64) * weight
     return found.to(torch.float32)
 
 
 @lru_cache
-def _pillow_taps(source: int, target: int) -> tuple[list[int], list[list[float]]]:
-    """For every target pixel its first source pixel, and the weights ``[tap][target]`` from there on.
+def _pillow_taps(source: int, target: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """For every tap, the source pixel and the float64 weight of each target pixel: kept, since sending them waits.
 
     Keys' kernel with a = -1/2, stretched where the image shrinks; the weights of a pixel add up to one.
     """
@@ -130,7 +127,9 @@ def _pillow_taps(source: int, target: int) -> tuple[list[int], list[list[float]]
         first.append(low)
         rows.append([weight / total for weight in row])
     most = max(map(len, rows))
-    return first, [[row[tap] if tap < len(row) else 0.0 for row in rows] for tap in range(most)]
+    places = torch.tensor(first)[None] + torch.arange(most)[:, None]
+    weights = torch.tensor([[*row, *[0.0] * (most - len(row))] for row in rows], dtype=torch.float64).T.contiguous()
+    return list(zip(places.clamp_max(source - 1).to(device), weights.to(device), strict=True))
 
 
 def _keys(x: float) -> float:

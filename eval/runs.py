@@ -17,8 +17,9 @@ from torch import Tensor
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import images, sources
-from diffaccel.eval.sources import KIND, RECORD
 from diffaccel.eval.video_files import read_video
+from diffaccel.outputs import RECORD
+from diffaccel.sampling import KIND
 
 VIDEO = ".mp4"
 Pairs = list[tuple[int, int]]  # positions of pictures that belong together, in two runs
@@ -109,8 +110,7 @@ def open_run(path: str | Path) -> Run:
     if made is None:
         files = images.open_source(folder).files
         return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
-    if made["state"] != "finished":
-        raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
+    sources.check_finished(made, path)
     return of_record(folder, made)
 
 

@@ -19,8 +19,9 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
 from diffaccel.eval.images import Source, count_sizes, to_uint8
 from diffaccel.eval.reading import groups
+from diffaccel.outputs import RECORD
+from diffaccel.sampling import KIND
 
-RECORD, KIND = "run.json", "sample"  # of a run's folder
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
@@ -49,9 +50,14 @@ def _of_run(path: Path) -> list[str] | None:
         return None
     if made is None:
         return None
+    check_finished(made, path)
+    return [entry["file"] for entry in made["images"]]
+
+
+def check_finished(made: dict[str, Any], path: str | Path) -> None:
+    """Refuse the record of a run that was stopped."""
     if made["state"] != "finished":
         raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
-    return [entry["file"] for entry in made["images"]]
 
 
 def of_zip(path: Path, num: int | None) -> Source:
@@ -143,12 +149,12 @@ def _of_files(
     read: Callable[[str], bytes],
     handle: Callable[[str], BinaryIO],
 ) -> Source:
-    files = [file for file in map(PurePosixPath, found) if _wanted(file)]
-    ids = [file.with_suffix("").as_posix() for file in files]
+    files = [(name, file) for name, file in zip(found, map(PurePosixPath, found), strict=True) if _wanted(file)]
+    ids = [file.with_suffix("").as_posix() for _, file in files]
     order = _chosen(ids, num, f"'{path}'")
-    folders = len({file.parent for file in files})
+    folders = len({file.parent for _, file in files})
     files = [files[i] for i in order]
-    names = [str(file) for file in files]
+    names = [name for name, _ in files]  # as they were found: an archive knows './a.png' by no other name
 
     def look(name: str) -> decode.Header:
         with handle(name) as file:
@@ -171,7 +177,7 @@ def _of_files(
         source.warnings.append(
             f"'{path}' holds images of {len(source.sizes)} sizes: {some}{', ...' if len(source.sizes) > 4 else ''}."
         )
-    used = len({file.parent for file in files})
+    used = len({file.parent for _, file in files})
     if used < folders:
         source.warnings.append(f"The first {len(names)} images of '{path}' come from {used} of its {folders} folders.")
     return source

@@ -275,6 +275,14 @@ def test_processes_read_what_threads_read(tmp_path, kind, sides):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(threads, processes, strict=True))
 
 
+def test_an_archive_may_spell_its_names_in_its_own_way(tmp_path):
+    save(tmp_path / "a.png", pixels(3, 4, 4))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("./deep//a.png", (tmp_path / "a.png").read_bytes())  # write() would tidy it
+    source = open_source(tmp_path / "all.zip")
+    assert source.ids == ("deep/a",) and torch.equal(source.image(0), pixels(3, 4, 4))
+
+
 @pytest.mark.skipif(not reading._SHARED.is_dir(), reason="processes read on Linux only")
 def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
