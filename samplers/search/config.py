@@ -182,7 +182,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     method = {option: value for option, value in config.to_dict().items() if option not in ELSEWHERE}
     about = {"method": method, "prompts": prompts, "seeds": seeds, "sigmas": list(plan.sigmas)}
     engine = Engine(
-        session, judge, trace=Trace(folder, about, writes=processes.rank == 0), processes=processes,
+        session, judge, trace=Trace(folder, about, processes=processes), processes=processes,
         rows=config.max_batch, overlap=judge.elsewhere(session.device), guide=config.guide,
     )  # fmt: skip
     interrupted = yield from engine.run(tasks)

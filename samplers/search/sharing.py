@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ class Processes:
 
         state = PartialState(cpu=device.type == "cpu")  # without a GPU it would not join the others by itself
         return cls(state.process_index, state.num_processes)
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, in all of them."""
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
 
     def part(self, count: int, rows: int) -> slice:
         """Which of ``count`` rows are this process's."""

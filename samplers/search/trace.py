@@ -14,6 +14,7 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search import files
+from diffaccel.samplers.search.sharing import Processes
 from diffaccel.samplers.search.task import Task
 
 FORMAT = 1
@@ -26,28 +27,32 @@ class Trace:
     Args:
         folder: of ``rewards.jsonl``: a line a round of a chain, after one that says whose they are.
         about: everything that a search depends on; a file of another search is not gone on with.
+        processes: that share the search. The first one reads and writes, and the others have what it read: one that
+            read for itself could find a line more or less, and would wait for rounds that the others do not make.
 
     Raises:
         DiffAccelError: for the file of another search, naming what differs.
     """
 
-    def __init__(self, folder: Path | None = None, about: dict[str, Any] | None = None, *, writes: bool = True) -> None:
+    def __init__(
+        self, folder: Path | None = None, about: dict[str, Any] | None = None, *, processes: Processes | None = None
+    ) -> None:
+        processes = processes or Processes()
         self.file = None if folder is None else folder / NAME
-        self.writes = writes
+        self.writes = processes.rank == 0
         self.rounds: dict[tuple[int, int], deque[list[float]]] = defaultdict(deque)
         if folder is None:
             return
         about = json.loads(json.dumps({"format": FORMAT, **(about or {})}))
         file = folder / NAME
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = processes.share(file.read_text(encoding="utf-8") if self.writes and file.is_file() else "")
         whole = text[: text.rfind("\n") + 1]  # a line that was cut by a kill is not there
         if whole:
             self._read(whole, about)
         else:
             whole = json.dumps(about) + "\n"
-        if writes and whole != text:
+        if self.writes and whole != text:
             folder.mkdir(parents=True, exist_ok=True)
-            # at once, because others that share the search read it meanwhile
             files.whole(file, lambda part: part.write_text(whole, encoding="utf-8"))
 
     def _read(self, text: str, about: dict[str, Any]) -> None:

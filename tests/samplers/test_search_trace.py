@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
+from diffaccel.samplers.search.sharing import Processes
+from diffaccel.samplers.search.trace import Trace
 
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 METHODS: list[Any] = [
@@ -111,6 +115,29 @@ def test_a_first_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:20])
     killed(config, tmp_path, 2)
     same(search(config, tmp_path, Scorer()), search(config, None, Scorer()))
+
+
+def test_of_several_processes_all_have_what_the_first_one_read(tmp_path: Path) -> None:
+    """And no line that it wrote since then, or that a slower disk does not show yet."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = Trace(here)
+    with first.file.open("a") as file:
+        file.write(json.dumps({"row": 0, "chain": 1, "rewards": [0.5]}) + "\n")
+    text = first.file.read_text()
+
+    class Second(Processes):
+        def share(self, value: Any) -> Any:
+            assert value == "", "the first one's is what counts"
+            return text
+
+    shutil.copytree(here, there)
+    with (there / first.file.name).open("a") as file:
+        file.write(json.dumps({"row": 0, "chain": 1, "rewards": [0.7]}) + "\n")
+    before = (there / first.file.name).read_text()
+    second = Trace(there, processes=Second(1, 2))
+    assert {key: list(rounds) for key, rounds in second.rounds.items()} == {(0, 1): [[0.5]]}
+    second.add(SimpleNamespace(search=SimpleNamespace(row=0), number=1), [0.9])
+    assert (there / first.file.name).read_text() == before
 
 
 def test_another_search_s_trace_is_refused(tmp_path: Path) -> None:
