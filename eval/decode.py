@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -25,6 +26,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _EXACT = ("RGB", "L", "P", "1")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _BITS_PER_SAMPLE = 258  # the TIFF tag
+_PNG_START = 1024  # bytes in which pixels begin, unless much text comes first
+_SMALL = 1 << 26  # pixels; of more, Pillow decides whether it is a bomb
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ def header(file: BinaryIO, name: str) -> Header:
     Raises:
         DiffAccelError: naming the file, for what is no image, or one that has no exact RGB form.
     """
+    if (size := _plain_png(file.read(_PNG_START))) is not None:
+        return Header(size, lossy=False)
+    file.seek(0)
     with _open(file, name) as image:
         lossy = image.format in ("JPEG", "MPO") or (image.format == "WEBP" and _lossy_webp(file))
         return Header((image.height, image.width), lossy)
@@ -107,6 +113,24 @@ def _refused(image: Image, file: BinaryIO) -> str:
     if image.mode not in _EXACT + _ALPHA:
         return f"has the colour model {image.mode}"
     return ""
+
+
+def _plain_png(start: bytes) -> tuple[int, int] | None:
+    """(height, width) of a PNG whose header leaves no question open; None: ask Pillow, which takes four times as long.
+
+    Sets have tens of thousands of files. Plain is: 8 bits a channel or fewer, and pixels that begin soon, before
+    any chunk of an animation (PNG specification, third edition, sections 5 and 11).
+    """
+    if start[:16] != b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" or len(start) < 33:
+        return None
+    width, height, bits = struct.unpack(">IIB", start[16:25])
+    sound = zlib.crc32(start[12:29]) == int.from_bytes(start[29:33], "big")
+    if not sound or bits > 8 or not 0 < width * height <= _SMALL:
+        return None
+    position = 33
+    while (kind := start[position + 4 : position + 8]) not in (b"IDAT", b"acTL", b""):
+        position += 12 + int.from_bytes(start[position : position + 4], "big")
+    return (height, width) if kind == b"IDAT" else None
 
 
 def _lossy_webp(file: BinaryIO) -> bool:

@@ -49,7 +49,6 @@ def groups(
     size: int,
     *,
     processes: int | None = None,
-    most: int = _MOST,
     pinned: bool = False,
 ) -> Iterator[Tensor | list[Result]]:
     """``function`` of every item, in order, ``size`` results at a time; tensors of one shape come as one tensor.
@@ -59,11 +58,10 @@ def groups(
         items: all of them.
         size: results in a group.
         processes: that work; 0 works in threads. By default the number that suits the count of items and cores.
-        most: processes by default; few are enough for light work.
         pinned: processes' tensors come in memory that a GPU copies from while it works.
     """
     if processes is None:
-        processes = _worth(function, items, size, most)
+        processes = _worth(function, items, size)
     if processes == 0:
         results = ahead(function, items)
         while some := list(itertools.islice(results, size)):
@@ -82,12 +80,12 @@ def groups(
         yield found
 
 
-def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int, most: int) -> int:
-    """How many processes, at most so many; 0 where few items, few cores or little shared memory make threads better."""
+def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int) -> int:
+    """How many processes; 0 where few items, few cores or little shared memory make threads better."""
     cores = os.cpu_count() or 1
     if len(items) < MANY or cores < CORES or sys.platform != "linux":
         return 0
-    most = min(most, cores)
+    most = min(_MOST, cores)
     if isinstance(one := function(items[0]), Tensor):
         free = os.statvfs(_SHARED)
         room = free.f_bavail * free.f_frsize // 2  # others may use it too

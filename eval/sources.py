@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import posixpath
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,13 +19,14 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
 from diffaccel.eval.images import Source, count_sizes, to_uint8
-from diffaccel.eval.reading import groups
+from diffaccel.eval.reading import ahead
 from diffaccel.outputs import RECORD
 from diffaccel.sampling import KIND
 
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
+_AT_ONCE = 256  # headers that a thread reads
 
 
 def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = None) -> Source:
@@ -33,13 +35,13 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
     if found is None:
         found = []
         for folder, _, inside in os.walk(path):
-            where = Path(folder).relative_to(path)
-            found += [(where / name).as_posix() for name in inside if os.path.isfile(os.path.join(folder, name))]
+            where = Path(folder).relative_to(path).as_posix()
+            found += [_cleaned(f"{where}/{name}") for name in inside if os.path.isfile(f"{folder}/{name}")]
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    return _of_files(path, "folder", found, num, read, lambda name: open(path / name, "rb"))
+    return _of_files(path, "folder", found, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
 
 
 def _of_run(path: Path) -> list[str] | None:
@@ -149,18 +151,23 @@ def _of_files(
     read: Callable[[str], bytes],
     handle: Callable[[str], BinaryIO],
 ) -> Source:
-    files = [(name, file) for name, file in zip(found, map(PurePosixPath, found), strict=True) if _wanted(file)]
-    ids = [file.with_suffix("").as_posix() for _, file in files]
+    files = [(name, clean) for name in found if _wanted(clean := _cleaned(name))]
+    ids = [posixpath.splitext(clean)[0] for _, clean in files]
     order = _chosen(ids, num, f"'{path}'")
-    folders = len({file.parent for _, file in files})
+    folders = len({posixpath.dirname(clean) for _, clean in files})
     files = [files[i] for i in order]
     names = [name for name, _ in files]  # as they were found: an archive knows './a.png' by no other name
 
-    def look(name: str) -> decode.Header:
-        with handle(name) as file:
-            return decode.header(file, name)
+    def look(some: Sequence[str]) -> list[decode.Header]:
+        headers = []
+        for name in some:
+            with handle(name) as file:
+                headers.append(decode.header(file, name))
+        return headers
 
-    headers = list(itertools.chain.from_iterable(groups(look, names, 256, most=4)))
+    # many in a row: a header takes less than a thread's start does
+    blocks = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
+    headers = list(itertools.chain.from_iterable(ahead(look, blocks)))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
         files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),
@@ -177,15 +184,20 @@ def _of_files(
         source.warnings.append(
             f"'{path}' holds images of {len(source.sizes)} sizes: {some}{', ...' if len(source.sizes) > 4 else ''}."
         )
-    used = len({file.parent for _, file in files})
+    used = len({posixpath.dirname(clean) for _, clean in files})
     if used < folders:
         source.warnings.append(f"The first {len(names)} images of '{path}' come from {used} of its {folders} folders.")
     return source
 
 
-def _wanted(name: PurePosixPath) -> bool:
-    hidden = any(part.startswith(".") or part == _JUNK for part in name.parts)
-    return name.suffix.lower() in decode.SUFFIXES and not hidden
+def _cleaned(name: str) -> str:
+    """Without the "." and the empty parts that archives may have in their paths."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+def _wanted(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == _JUNK for part in name.split("/"))
+    return posixpath.splitext(name)[1].lower() in decode.SUFFIXES and not hidden
 
 
 def _chosen(ids: list[str], num: int | None, name: str) -> list[int]:

@@ -4,7 +4,8 @@
 
 Inception with random weights, float32 without TF32. The bare network gets normalised tensors that are on the device
 already, in batches of the same size; what it is faster by is what reading, resizing and copying cost. PNGs are also
-opened (every header is looked at) and read without a network.
+opened (every header is looked at) and read without a network. Nothing of a way is left out: files are found, opened and
+read, processes start and end.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from diffaccel.record import describe_device, write_json
 
 PROTOCOLS = ("tf-fid", "clean-fid")
 DISTINCT = 2048  # pictures; more of them are these again, in files of their own
+WARM = 2048  # pictures of the call before the first that counts
 
 
 def pictures(n: int, side: int) -> Tensor:
@@ -44,12 +46,12 @@ def pictures(n: int, side: int) -> Tensor:
     return found
 
 
-def seconds(work: Callable[[], Any], device: str, turns: int) -> list[float]:
-    """Of ``turns`` calls after one that warms up."""
+def seconds(work: Callable[[int], Any], n: int, device: str, turns: int) -> list[float]:
+    """Of ``turns`` calls for ``n`` pictures, after one for fewer that warms up."""
     found = []
     for turn in range(turns + 1):
         start = time.perf_counter()
-        work()
+        work(n if turn else min(n, WARM))
         if device == "cuda":
             torch.cuda.synchronize()
         if turn:
@@ -57,12 +59,12 @@ def seconds(work: Callable[[], Any], device: str, turns: int) -> list[float]:
     return found
 
 
-def bare(extractor: Extractor, n: int, batch: int) -> Callable[[], None]:
+def bare(extractor: Extractor, batch: int) -> Callable[[int], None]:
     """The network alone, on tensors of its own size that are on the device."""
     module: Any = extractor.module
     x = torch.rand(batch, 3, *SIZE, device=extractor.device) * 2 - 1
 
-    def work() -> None:
+    def work(n: int) -> None:
         with torch.no_grad(), exact_float32(extractor.device):
             for start in range(0, n, batch):
                 module.pool3(x[: n - start])
@@ -91,20 +93,22 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
         )
         for name in PROTOCOLS
     }  # fmt: skip
-    ways: dict[str, Callable[[], Any]] = {"network alone": bare(built["tf-fid"], n, batch)}
+    ways: dict[str, Callable[[int], Any]] = {"network alone": bare(built["tf-fid"], batch)}
     for name, extractor in built.items():
         for kind, source in (("memory", images), ("PNGs", pngs)):
-            ways[f"{name}, from {kind}"] = lambda e=extractor, s=source: extract(open_source(s), e, batch=batch)
+            ways[f"{name}, from {kind}"] = lambda k, e=extractor, s=source: extract(
+                open_source(s, num=k), e, batch=batch
+            )
 
-    def read(images: bool) -> None:
-        source = open_source(pngs)
-        for _ in source.batches(batch, pinned=device == "cuda") if images else ():
+    def read(n: int) -> None:
+        for _ in open_source(pngs, num=n).batches(batch, pinned=device == "cuda"):
             pass
 
-    ways |= {"PNGs, opening alone": lambda: read(False), "PNGs, opening and reading alone": lambda: read(True)}
+    ways |= {"PNGs, opening alone": lambda k: open_source(pngs, num=k), "PNGs, opening and reading alone": read}
     rows = {}
     for way, work in ways.items():
-        taken = torch.tensor(seconds(work, device, turns), dtype=torch.float64)
+        taken = torch.tensor(seconds(work, n, device, turns), dtype=torch.float64)
+        print(f"{way}: {n / float(taken.median()):.0f} images/s", flush=True)
         rows[way] = {"images_per_second": n / float(taken.median()), "seconds": taken.tolist()}
     alone = rows["network alone"]["images_per_second"]
     for row in rows.values():
@@ -115,14 +119,14 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--images", type=int, default=None, help="16384 on a GPU, 32 on a CPU")
+    parser.add_argument("--images", type=int, default=None, help="50000 on a GPU, 32 on a CPU")
     parser.add_argument("--side", type=int, default=256, help="pixels")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()
-    n = args.images or (16384 if args.device == "cuda" else 32)
+    n = args.images or (50_000 if args.device == "cuda" else 32)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(args.device, n, args.side, args.batch, args.turns, Path(folder))
     name = describe_device(torch.device(args.device))["name"]

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import reading
+from diffaccel.eval import decode, reading
 from diffaccel.eval.images import Source, open_source, to_uint8
 from diffaccel.eval.reading import ahead
 
@@ -204,6 +205,30 @@ def test_what_has_none_is_refused_by_name(tmp_path, name, data, message):
         whole(open_source(tmp_path))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("extra", [{}, {"dpi": (72, 72)}, {"text": 3}, {"text": 3000}, {"icc": True}])
+def test_the_short_way_through_a_png_header_says_what_pillow_says(monkeypatch, mode, extra):
+    info = PngInfo()
+    info.add_text("prompt", "a" * extra.get("text", 0))
+    options = {"pnginfo": info, "icc_profile": b"x" * 300} if "icc" in extra else {**extra, "pnginfo": info}
+    options.pop("text", None)
+    data = encoded(NOISE.resize((31, 17)).convert(mode), "PNG", **options)
+    assert (decode._plain_png(data[: decode._PNG_START]) is None) == (extra.get("text") == 3000)
+    short = decode.header(io.BytesIO(data), "x")
+    monkeypatch.setattr(decode, "_plain_png", lambda start: None)
+    assert short == decode.header(io.BytesIO(data), "x") == decode.Header((17, 31), lossy=False)
+
+
+def test_pillow_looks_at_every_png_that_is_not_plain():
+    animated = encoded(NOISE, "PNG", save_all=True, append_images=[SQUARE.resize(NOISE.size)])
+    broken = bytearray(encoded(NOISE, "PNG"))
+    broken[17] ^= 1  # of its width
+    for data in (animated, bytes(broken), png16(4, 4), encoded(NOISE, "PNG")[:30], b""):
+        assert decode._plain_png(data[: decode._PNG_START]) is None
+        with pytest.raises(DiffAccelError):
+            decode.header(io.BytesIO(data), "x")
+
+
 def test_loss_is_told(tmp_path):
     noise = pixels(3, 16, 16)
     for i, name in enumerate(("a.jpg", "b.jpeg", "c.webp")):
@@ -290,12 +315,12 @@ def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatc
 
     def worth(items, free=10**9):
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
-        return reading._worth(lambda i: image, items, 50, 16)
+        return reading._worth(lambda i: image, items, 50)
 
     assert worth(many) == 8 and worth(many[:-1]) == 0
     # two waiting batches of fifty images, in half of what is free
     assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 8]
-    assert reading._worth(lambda i: None, many, 50, 16) == 8 and reading._worth(lambda i: None, many, 50, 4) == 4
+    assert reading._worth(lambda i: None, many, 50) == 8
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert worth(many) == 0
 
