@@ -165,9 +165,9 @@ def _of_files(
                 headers.append(decode.header(file, name))
         return headers
 
-    # many in a row: a header takes less than a thread's start does
+    # many in a row, in few threads: a header takes less than handing it from one to another does
     blocks = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
-    headers = list(itertools.chain.from_iterable(ahead(look, blocks)))
+    headers = list(itertools.chain.from_iterable(ahead(look, blocks, workers=2)))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
         files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),

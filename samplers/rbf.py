@@ -22,14 +22,23 @@ class RBF(PathSearchConfig):
     spent moves on with its best child. The last level is searched until the budget is spent, then the chain's best
     goes down the deterministic tail, and the best of all chains is the result. Latents ``(B, C, H, W)``, rewards (B,).
 
-    The budget is split alike: ``Q = floor((budget - tail - initial) / stages)`` tries a level and chain.
+    Two options go beyond the paper. A chain may go on with its ``beam`` best children, which have the next ones in
+    turn: what falls behind is dropped. And near noise ``r(x0)`` tells little of the sample, so the first noises may
+    walk to the level ``begin`` without fresh noise and be compared there for the first time. Both climb the reward
+    further, and what is its own taste with it: look at a second judge.
+
+    The budget is split alike: ``Q = floor((budget - tail - first) / levels)`` tries a level and chain, of the levels
+    from ``begin`` on.
 
     Args:
         particles: chains of a picture.
-        initial: noises that a chain begins from the best of.
+        initial: noises that a chain begins from the best of; 0 for as many as a third of the budget pays for,
+            whose latents are held at once.
+        beam: states that a chain goes on with; 1 is the paper's.
+        begin: of the levels, the share that lies before the first that is scored.
         chunk: children that are predicted together.
         commit: of a chunk, "first": the first that is better, as if they had been tried one by one (what came after
-            it is wasted, and charged); "best": the best, if it is better.
+            it is wasted, and charged); "best": all of them count.
         against: what a child must beat: the highest reward that the chain was at, or that of the state it is at.
         rule: "rollover" (the paper's), or "threshold": a level ends at the first child whose reward reaches
             ``threshold`` and passes nothing on.
@@ -45,6 +54,8 @@ class RBF(PathSearchConfig):
 
     particles: int = 4
     initial: int = 4
+    beam: int = 1
+    begin: float = 0.0
     chunk: int = 8
     commit: Literal["first", "best"] = "best"
     against: Literal["running_max", "last_accepted"] = "running_max"
@@ -55,46 +66,60 @@ class RBF(PathSearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(particles=1, initial=1, chunk=1, cap=-1)
+        self.at_least(particles=1, beam=1, begin=0, initial=0, chunk=1, cap=-1)
+        if self.begin >= 1:
+            raise DiffAccelError(f"RBF.begin is {self.begin}; it is a share of the levels and must be below 1.")
         if self.rule == "threshold" and self.threshold is None:
             raise DiffAccelError("RBF with rule='threshold' needs a threshold: the reward that is good enough.")
 
     def chains(self, search: Search) -> list[Chain]:
         plan, n = search.plan, self.particles
-        tail = n * plan.tail_nfe
+        begin = min(int(self.begin * plan.stages), plan.stages - 2)  # one move is left at least
+        initial = self.initial or max(1, search.budget // (3 * n * (begin + 1)))
+        each = initial * (begin + 1) + plan.tail_nfe  # what a chain spends beside its levels
         self.check(
-            search, tail + n * (self.initial + plan.stages),
-            f"{n} chains of {self.initial} noises, {plan.stages} levels and {plan.tail_nfe} steps of the tail",
+            search, n * (each + plan.stages - begin),
+            f"{n} chains of {initial} noises at {begin + 1} of the levels, {plan.stages - begin} levels and "
+            f"{plan.tail_nfe} steps of the tail",
         )  # fmt: skip
-        each = (search.budget - tail - n * self.initial) // (n * plan.stages)
-        tries = -(-(search.budget - tail) // n) - 1 - self.initial
-        return [rbf(search, chain, self, each, tries) for chain in range(n)]
+        quota = (search.budget - n * each) // (n * (plan.stages - begin))
+        tries = -(-(search.budget - n * plan.tail_nfe) // n) - 1 - initial * (begin + 1)
+        return [rbf(search, chain, self, begin, initial, quota, tries) for chain in range(n)]
 
 
-def rbf(search: Search, chain: int, config: RBF, each: int, tries: int) -> Chain:
+def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, each: int, tries: int) -> Chain:
     """One chain (arXiv 2503.19385, algorithm 1): ``each`` children a level, and ``tries`` in all."""
-    state = max((yield [search.start(chain, i) for i in range(config.initial)]), key=lambda p: p.reward)
-    best, last = state.reward, search.plan.stages - 2
-    rule = RULES[config.rule](config, each, last + 1)
-    for stage in range(last + 1):
+    found = yield [search.start(chain, i, score=begin == 0) for i in range(initial)]
+    for stage in range(begin):
+        found = yield [search.walk(state, score=stage == begin - 1) for state in found]
+    states = best_of(found, config.beam)
+    best, last = states[0].reward, search.plan.stages - 2
+    rule = RULES[config.rule](config, each, last - begin + 1)
+    for stage in range(begin, last + 1):
         # the last level is searched to the end, and every level before it leaves one try to each after it
-        quota = tries if stage == last else min(rule.quota(stage), tries - (last - stage))
-        found: list[Particle] = []  # the best of the level so far: all others are let go
-        tried, accepted = 0, False
-        while tried < quota and not accepted:
+        quota = tries if stage == last else min(rule.quota(stage - begin), tries - (last - stage))
+        end, tried, accepted = quota, 0, False
+        found = []
+        while tried < end:
             count = min(config.chunk, quota - tried)
-            children = yield [search.propose(state, tried + i) for i in range(count)]
+            children = yield [search.propose(states[i % len(states)], i) for i in range(tried, tried + count)]
             tries -= count
-            fits = [rule.accepts(child.reward, best) for child in children]
-            accepted = any(fits) and (stage < last or config.rule == "threshold")
-            if accepted and config.commit == "first":
-                children = children[: fits.index(True) + 1]
+            fits = [tried + i for i, child in enumerate(children, 1) if rule.accepts(child.reward, best)]
+            if fits and not accepted and (stage < last or config.rule == "threshold"):
+                accepted, end = True, max(fits[0], min(len(states), quota))  # but every state has a child
+            if config.commit == "first":
+                children = children[: end - tried]
             search.ledger.nfe_wasted += count - len(children)
             tried += len(children)
-            found = [max([*found, *children], key=lambda p: p.reward)]
+            found = best_of([*found, *children], config.beam)  # all others are let go
             best = max(best, *(child.reward for child in children))
-        rule.close(stage, quota - tried)
-        state = found[0]
-        best = best if config.against == "running_max" else state.reward
-        search.note(chain=chain, stage=stage, tried=tried, quota=quota, reward=state.reward, accepted=accepted)
-    return (yield from search.finish([state]))
+        rule.close(stage - begin, quota - tried)
+        states = found
+        best = best if config.against == "running_max" else states[0].reward
+        search.note(chain=chain, stage=stage, tried=tried, quota=quota, reward=states[0].reward, accepted=accepted)
+    return (yield from search.finish(states[:1] if search.plan.tail_nfe else states[: search.keep + 1]))
+
+
+def best_of(found: list[Particle], count: int) -> list[Particle]:
+    """Those of the highest reward, of equal ones the first."""
+    return sorted(found, key=lambda p: -p.reward)[:count]

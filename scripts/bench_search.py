@@ -36,8 +36,10 @@ METHODS = {
     "code": "code:budget={budget},path={path}",
     "rbf, chunk 1": "rbf:budget={budget},chunk=1,path={path}",
     "rbf, chunk 8": "rbf:budget={budget},chunk=8,path={path}",
+    "rbf, beam 4": "rbf:budget={budget},particles=2,beam=4,begin=0.4,initial=0,chunk=16,path={path}",
 }
 DEFAULT = "rbf, chunk 8, native"
+CHOICES = ("out", "budgets", "only", "variants", "fd", "fd_variants", "kind")  # options that change no row
 TAP = "tiny_features"  # what Fréchet distances are of
 
 
@@ -184,6 +186,7 @@ def main() -> None:
     add("--batch", type=int, default=144, help="pictures that are searched for in one call")
     add("--fd", type=int, default=0, metavar="N", help="prompts of the Fréchet distances; 0 leaves them out")
     add("--fd-budget", type=int, default=500)
+    add("--fd-variants", nargs="*", default=[], help="further variants that have a distance too")
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--kind", default=None, help="name of the machine, for the record")
@@ -195,7 +198,7 @@ def main() -> None:
 
 def record_of(args: argparse.Namespace, bench: Bench) -> None:
     """Every row of the table, kept as soon as it is there; those of an earlier call are not made again."""
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "budgets", "only", "variants", "fd", "kind")}
+    options = {k: v for k, v in vars(args).items() if k not in CHOICES}
     values: dict[str, Any] = {
         "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
         "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
@@ -242,13 +245,15 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
     if args.fd:
         wide, others = bench.rows(args.fd, args.seeds), bench.rows(args.fd, args.seeds, first_seed=1000)
         names = [f"plain:steps={args.steps}", f"bon:budget={args.fd_budget}", f"rbf:budget={args.fd_budget}"]
+        names += args.fd_variants
         titles = [f"{text}, {args.fd} prompts" for text in names]
         if all(any(r["name"] == title for r in values["rows"]) for title in titles):
             return
         target = bench.run(f"plain:steps={args.steps}", others)
         best = row(titles[1], names[1], wide, None, target)
         row(titles[0], names[0], wide, best, target)
-        row(titles[2], names[2], wide, best, target)
+        for title, text in zip(titles[2:], names[2:], strict=True):
+            row(title, text, wide, best, target)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,13 @@ class Particle:
 
     def better(self, other: Particle | None) -> bool:
         """Whether its reward is higher, strictly: of two equal ones the first stays. A sample is better than any state
-        on the way to one, whose reward is a guess."""
-        if math.isnan(self.reward) or other is None:
-            return other is None
+        on the way to one, whose reward is a guess; of two that were not scored, the one further on is."""
+        if other is None:
+            return True
+        if math.isnan(self.reward):
+            return math.isnan(other.reward) and self.stage > other.stage
+        if math.isnan(other.reward):
+            return True
         return self.reward > other.reward if self.end == other.end else self.end
 
 

@@ -77,7 +77,9 @@ def test_one_level_is_no_search() -> None:
     "make, why",
     [
         (lambda: RBF(budget=0), r"RBF\.budget is 0; it must be at least 1"),
-        (lambda: RBF(initial=0), r"RBF\.initial is 0; it must be at least 1"),
+        (lambda: RBF(initial=-1), r"RBF\.initial is -1; it must be at least 0"),
+        (lambda: RBF(beam=0), r"RBF\.beam is 0; it must be at least 1"),
+        (lambda: RBF(begin=1.0), r"RBF\.begin is 1\.0; it is a share of the levels"),
         (lambda: RBF(chunk=0), r"RBF\.chunk is 0"),
         (lambda: RBF(cap=-2), r"RBF\.cap is -2; it must be at least -1"),
         (lambda: RBF(rule="threshold"), "needs a threshold"),
@@ -224,8 +226,10 @@ def test_a_scheduler_that_clips_is_refused() -> None:
 @pytest.mark.parametrize("after", [1, 2, 4])
 @pytest.mark.parametrize(
     "config",
-    [RBF(reward=reward(), budget=60, particles=2, initial=3, chunk=2), SVDD(reward=reward(), budget=40, particles=2),
-     BoN(reward=reward(), budget=40, wave=2), SMC(reward=reward(), budget=40)],
+    [RBF(reward=reward(), budget=60, particles=2, initial=3, chunk=2), CoDe(reward=reward(), budget=60),
+     RBF(reward=reward(), budget=60, particles=2, initial=3, beam=2, begin=0.6, chunk=2),
+     SVDD(reward=reward(), budget=40, particles=2),
+     BoN(reward=reward(), budget=100, wave=2), SMC(reward=reward(), budget=40)],
     ids=lambda c: c.name,
 )  # fmt: skip
 def test_the_best_so_far_is_given_when_the_user_stops(config: Any, after: int) -> None:
@@ -240,7 +244,7 @@ def test_the_best_so_far_is_given_when_the_user_stops(config: Any, after: int) -
         return rewards
 
     diffaccel.accelerate(pipe, replace(config, reward=latent_reward(watch)))
-    images = pipe(**tiny.call_kwargs("flux", steps=4)).images
+    images = pipe(**tiny.call_kwargs("flux", steps=10)).images
     assert bool(torch.isfinite(images).all())
     report = diffaccel.summary(pipe).last_run["report"]["search"]
     assert report["interrupted"]

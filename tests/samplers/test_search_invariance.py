@@ -29,6 +29,7 @@ REWARD = latent_reward(score)
 METHODS: list[Any] = [
     RBF(reward=REWARD, budget=70, particles=2, initial=3, chunk=2, path="linear", norm=1.5),
     RBF(reward=REWARD, budget=70, particles=2, initial=3, chunk=3, path="vp", stages=5, commit="first"),
+    RBF(reward=REWARD, budget=70, particles=2, initial=3, chunk=3, beam=3, begin=0.4),
     SVDD(reward=REWARD, budget=70, particles=2, temperature=0.5), CoDe(reward=REWARD, budget=70, particles=2),
     SMC(reward=REWARD, budget=70), BoN(reward=REWARD, budget=70, wave=4),
     SoP(reward=REWARD, budget=70, particles=1, walk=2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -106,7 +107,9 @@ def test_equal_rewards_keep_the_first() -> None:
 CASES: list[Any] = [
     RBF(particles=2, initial=5, chunk=1), RBF(particles=3, initial=4, chunk=8, commit="best"),
     RBF(particles=2, initial=4, chunk=5, commit="first"), RBF(particles=2, initial=1, chunk=4, leftover="spread"),
-    RBF(particles=1, initial=2, chunk=3, cap=2), SVDD(particles=2), CoDe(particles=2, block=2), SMC(),
+    RBF(particles=1, initial=2, chunk=3, cap=2), RBF(particles=2, beam=4, begin=0.4, initial=0, chunk=16),
+    RBF(particles=1, beam=3, begin=0.3, initial=7, chunk=4, commit="first"),
+    SVDD(particles=2), CoDe(particles=2, block=2), SMC(),
 ]  # fmt: skip
 TO_THE_END: list[Any] = [BoN(wave=3), SoP(particles=2)]  # on levels without a tail
 
@@ -209,6 +212,57 @@ def test_always_improving_is_the_plain_stochastic_walk() -> None:
     played = play(RBF(particles=1, initial=1, chunk=1, rule="threshold", threshold=-1e9), 100, plan(9, 3), never)
     assert played.proposals() == [1] * 8
     assert played.search.ledger.nfe == 9 + 3
+
+
+def test_a_beam_goes_on_from_its_best_children_in_turn() -> None:
+    """Of six noises three go on; every one of them has a child before a level ends, whoever was better first."""
+
+    def script(move: Move) -> float:
+        return 10.0 * move.stage + (move.key.attempt * 5) % 6 if move.stage < 5 else -1.0
+
+    config = RBF(particles=1, beam=3, initial=6, chunk=1)
+    played = play(config, 6 + 5 * 12, plan(6), script)
+    asked: dict[int, list[Move]] = {}
+    for move in played.moves[0]:
+        if move.predict:
+            asked.setdefault(move.stage, []).append(move)
+    assert [line["tried"] for line in played.search.log][:4] == [3] * 4
+    parents = [[move.parent.key.attempt for move in asked[stage]] for stage in range(1, 6)]  # type: ignore[union-attr]
+    # of rewards 0 5 4 3 2 1, and then of the first three of them at every level
+    assert parents[:4] == [[1, 2, 3]] + [[1, 2, 0]] * 3
+    assert parents[4][:6] == [1, 2, 0] * 2
+    whole = play(replace(config, chunk=6), 6 + 5 * 12, plan(6), script)
+    assert [line["tried"] for line in whole.search.log][:4] == [6] * 4
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_chunks_of_first_keep_a_beam_s_decisions(chunk: int) -> None:
+    def script(move: Move) -> float:
+        return 100.0 * move.stage + move.key.attempt if move.key.attempt % 5 == 2 else -float(move.key.attempt % 3)
+
+    def states(chunk: int) -> list[Any]:
+        config = RBF(particles=1, beam=4, begin=0.3, initial=6, chunk=chunk, commit="first")
+        played = play(config, 400, plan(8), script)
+        lines = [(line["stage"], line["tried"], line["accepted"]) for line in played.search.log][:-1]
+        parents = {(m.stage, m.parent.key) for m in played.moves[0] if m.parent and m.predict and m.stage < 7}
+        return [lines, parents]
+
+    assert states(chunk) == states(1)
+
+
+@pytest.mark.parametrize("begin, walked", [(0.0, 0), (0.1, 0), (0.4, 3), (0.99, 6)])
+def test_noises_walk_unseen_to_where_they_are_compared(begin: float, walked: int) -> None:
+    """A third of the budget pays for them; the levels before are neither scored nor searched."""
+    budget, levels = 400, plan(8, 2)
+    played = play(RBF(particles=2, beam=2, begin=begin, initial=0), budget, levels, lambda m: float(m.key.attempt % 7))
+    initial = budget // (3 * 2 * (walked + 1))
+    for moves in played.moves:
+        for stage in range(walked + 1):
+            level = [move for move in moves if move.stage == stage]
+            assert len(level) == initial and {move.score for move in level} == {stage == walked}
+            assert all(move.coefficients == levels.ode(stage - 1) for move in level if stage)
+    assert [line["stage"] for line in played.search.log if line["chain"] == 0] == list(range(walked, 7))
+    assert budget - 4 < played.search.ledger.nfe <= budget
 
 
 @pytest.mark.parametrize("block, selected", [(1, list(range(8))), (2, [1, 3, 5, 7]), (3, [2, 5, 7])])

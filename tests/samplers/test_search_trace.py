@@ -25,6 +25,7 @@ LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 METHODS: list[Any] = [
     RBF(budget=60, particles=2, initial=3, chunk=2, path="linear", norm=1.5),
     RBF(budget=80, particles=2, initial=3, chunk=3, path="vp", stages=5, commit="first"),
+    RBF(budget=80, particles=2, initial=3, chunk=3, beam=3, begin=0.4),
     SVDD(budget=60, particles=2, temperature=0.5), CoDe(budget=60, particles=2), SMC(budget=60),
     BoN(budget=60, wave=4), SoP(budget=60, particles=1, walk=2),
 ]  # fmt: skip
