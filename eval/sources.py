@@ -35,8 +35,8 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
     if found is None:
         found = []
         for folder, _, inside in os.walk(path):
-            where = Path(folder).relative_to(path).as_posix()
-            found += [_cleaned(f"{where}/{name}") for name in inside if os.path.isfile(f"{folder}/{name}")]
+            where = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
+            found += [f"{where}{name}" for name in inside if os.path.isfile(f"{folder}/{name}")]
 
     def read(name: str) -> bytes:
         return (path / name).read_bytes()

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import RULES
 from diffaccel.samplers.search.config import PathSearchConfig
-from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.task import Chain, Search
 
 
@@ -92,7 +91,7 @@ def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, each:
     found = yield [search.start(chain, i, score=begin == 0) for i in range(initial)]
     for stage in range(begin):
         found = yield [search.walk(state, score=stage == begin - 1) for state in found]
-    states = best_of(found, config.beam)
+    states = search.ranked(found, config.beam)
     best, last = states[0].reward, search.plan.stages - 2
     rule = RULES[config.rule](config, each, last - begin + 1)
     for stage in range(begin, last + 1):
@@ -111,15 +110,10 @@ def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, each:
                 children = children[: end - tried]
             search.ledger.nfe_wasted += count - len(children)
             tried += len(children)
-            found = best_of([*found, *children], config.beam)  # all others are let go
+            found = search.ranked([*found, *children], config.beam)  # all others are let go
             best = max(best, *(child.reward for child in children))
         rule.close(stage - begin, quota - tried)
         states = found
         best = best if config.against == "running_max" else states[0].reward
         search.note(chain=chain, stage=stage, tried=tried, quota=quota, reward=states[0].reward, accepted=accepted)
     return (yield from search.finish(states[:1] if search.plan.tail_nfe else states[: search.keep + 1]))
-
-
-def best_of(found: list[Particle], count: int) -> list[Particle]:
-    """Those of the highest reward, of equal ones the first."""
-    return sorted(found, key=lambda p: -p.reward)[:count]

@@ -103,9 +103,9 @@ class Search:
             parents = yield [self.step(p, sigma) for p in parents]
         return (yield [self.end(p) for p in parents])
 
-    def ranked(self, samples: list[Particle]) -> list[Particle]:
-        """The best first, of equal ones that of the smaller key; as many as the caller keeps, and the best."""
-        return sorted(samples, key=lambda sample: (-sample.reward, sample.key))[: self.keep + 1]
+    def ranked(self, samples: list[Particle], count: int = 0) -> list[Particle]:
+        """The best first, of equal ones that of the smaller key; ``count`` of them, or the best and those to be kept."""
+        return sorted(samples, key=lambda sample: (-sample.reward, sample.key))[: count or self.keep + 1]
 
     def charge(self, move: Move) -> None:
         """Enter a move into the ledger."""
