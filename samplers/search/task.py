@@ -104,7 +104,7 @@ class Search:
         return (yield [self.end(p) for p in parents])
 
     def ranked(self, samples: list[Particle], count: int = 0) -> list[Particle]:
-        """The best first, of equal ones that of the smaller key; ``count`` of them, or the best and those to be kept."""
+        """The best first, of equal ones that of the smaller key; ``count`` of them, or the best and those kept."""
         return sorted(samples, key=lambda sample: (-sample.reward, sample.key))[: count or self.keep + 1]
 
     def charge(self, move: Move) -> None:
