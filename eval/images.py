@@ -64,6 +64,7 @@ class Source:
         sizes: how many images have each (height, width).
         warnings: what a report must say about them.
         path: where it was read from.
+        threads: reading an image lets other threads run, so that many of them feed a GPU.
     """
 
     name: str
@@ -73,8 +74,11 @@ class Source:
     sizes: Mapping[tuple[int, int], int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     path: Path | None = None
+    threads: bool = False
     image: Callable[[int], Tensor] = field(default=lambda index: _nothing(), repr=False)  # position to uint8 (3, H, W)
-    content: Callable[[int], bytes] = field(default=lambda index: _nothing(), repr=False)  # what decides its pixels
+    content: Callable[[int], bytes | bytearray] = field(
+        default=lambda index: _nothing(), repr=False
+    )  # what decides its pixels
     block: Callable[[Sequence[int]], Tensor] | None = field(default=None, repr=False)  # several at once, if it is cheap
 
     def __len__(self) -> int:
@@ -98,7 +102,7 @@ class Source:
             within: the positions to read, in that order; all by default.
             prepare: applied to each image ``(3, H, W)`` where it was read.
             processes: that read; by default threads, or processes where there are many images and cores.
-            pinned: what processes read comes in memory that a GPU copies from while it works.
+            pinned: what is read comes in memory that a GPU copies from while it works.
 
         Raises:
             DiffAccelError: for a source of statistics, and for an image that cannot be read, naming it.
@@ -118,6 +122,8 @@ class Source:
             image = self.image(index)
             return image if prepare is None else prepare(image)
 
+        if self.threads and prepare is None and processes is None:
+            processes = 0
         waiting: dict[torch.Size, list[tuple[str, Tensor]]] = {}
         parts = (positions[start : start + size] for start in range(0, len(positions), size))
         for some, found in zip(

@@ -1,7 +1,8 @@
 """Work done ahead of whoever takes its results: in threads, or in processes where there is much of it and many cores.
 
-Pillow lets threads run only while it decodes; what surrounds that takes turns, so threads do not feed a GPU. Processes
-do. They are forked by torch's own loader, and send what they made through shared memory, a whole batch at a time.
+Threads feed a GPU where others run while one works: torch's operators do so, Pillow only while it decodes. Processes
+always do, but are slow to start. They are forked by torch's own loader, and send what they made through shared memory,
+a whole batch at a time.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 MANY, CORES = 2000, 4  # items and cores from which processes are worth their start
 _MOST = 16  # threads or processes
+_EACH = 4  # items that a thread takes at once: to hand one over costs as much as to read a small header
 _WAITING = 2  # batches of each process that nobody has taken yet
 _SHARED = Path("/dev/shm")  # what waits lies here; containers often have little of it
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None) -> Iterator[Result]:
-    """``map`` in threads, in order, with a bounded number of results waiting. Pillow and hashlib let threads run."""
-    workers = workers or min(_MOST, os.cpu_count() or 1)
-    waiting: deque[Future[Result]] = deque()
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None, each: int = 1
+) -> Iterator[Result]:
+    """``map`` in threads, which take ``each`` items at once, in order, with a bounded number of results waiting."""
+    workers = workers or _suits(os.cpu_count() or 1)
+    waiting: deque[Future[list[Result]]] = deque()
+    left = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 8 * workers:
-                    yield waiting.popleft().result()
+            while some := list(itertools.islice(left, each)):
+                waiting.append(pool.submit(lambda some: [function(item) for item in some], some))
+                if len(waiting) > max(8 * workers // each, workers):
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:  # left early: by an error, or by whoever took the results
             for future in waiting:
                 future.cancel()
@@ -58,21 +63,21 @@ def groups(
         items: all of them.
         size: results in a group.
         processes: that work; 0 works in threads. By default the number that suits the count of items and cores.
-        pinned: processes' tensors come in memory that a GPU copies from while it works.
+        pinned: tensors come in memory that a GPU copies from while it works.
     """
     if processes is None:
         processes = _worth(function, items, size)
     if processes == 0:
-        results = ahead(function, items)
+        results = ahead(function, items, each=_EACH)
         while some := list(itertools.islice(results, size)):
-            yield _together(some)
+            yield _together(some, pinned)
         return
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(
         _Calls(function, items),  # type: ignore[arg-type]
         batch_size=size, collate_fn=_collate, num_workers=processes, prefetch_factor=_WAITING,
-        multiprocessing_context="fork", pin_memory=pinned, worker_init_fn=_step_back,
+        multiprocessing_context="fork", pin_memory=pinned,
     )  # fmt: skip
     for found in loader:
         if isinstance(found, Exception):
@@ -80,9 +85,9 @@ def groups(
         yield found
 
 
-def _step_back(worker: int) -> None:
-    """Let whoever feeds the GPU have a core first: these are as many as there are cores."""
-    os.nice(5)
+def _suits(cores: int) -> int:
+    """How many work; some cores are left to whoever takes the results: a GPU that waits for a thread costs more."""
+    return min(_MOST, cores - cores // 4)
 
 
 def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int) -> int:
@@ -90,7 +95,7 @@ def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int) ->
     cores = os.cpu_count() or 1
     if len(items) < MANY or cores < CORES or sys.platform != "linux":
         return 0
-    most = min(_MOST, cores)
+    most = _suits(cores)
     if isinstance(one := function(items[0]), Tensor):
         free = os.statvfs(_SHARED)
         room = free.f_bavail * free.f_frsize // 2  # others may use it too
@@ -118,7 +123,13 @@ def _collate(found: list[Any]) -> Any:
     return next((one for one in found if isinstance(one, Exception)), None) or _together(found)
 
 
-def _together(found: list[Any]) -> Any:
+def _together(found: list[Any], pinned: bool = False) -> Any:
     """One tensor where all have one shape: a message costs by its tensors, not by its bytes."""
-    tensors = all(isinstance(one, Tensor) for one in found) and len({one.shape for one in found}) == 1
-    return torch.stack(found) if tensors else found
+    if not all(isinstance(one, Tensor) for one in found) or len({one.shape for one in found}) > 1:
+        return found
+    shape = (len(found), *found[0].shape)
+    return (
+        torch.stack(found, out=torch.empty(shape, dtype=found[0].dtype, pin_memory=True))
+        if pinned
+        else torch.stack(found)
+    )

@@ -38,8 +38,11 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
             where = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
             found += [f"{where}{name}" for name in inside if os.path.isfile(f"{folder}/{name}")]
 
-    def read(name: str) -> bytes:
-        return (path / name).read_bytes()
+    def read(name: str) -> bytearray:  # memory that a decoder takes as it is
+        with open(f"{path}/{name}", "rb") as file:
+            data = bytearray(os.fstat(file.fileno()).st_size)
+            del data[file.readinto(data) :]
+        return data
 
     return _of_files(path, "folder", found, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
 
@@ -148,7 +151,7 @@ def _of_files(
     kind: str,
     found: list[str],
     num: int | None,
-    read: Callable[[str], bytes],
+    read: Callable[[str], decode.Data],
     handle: Callable[[str], BinaryIO],
 ) -> Source:
     files = [(name, clean) for name in found if _wanted(clean := _cleaned(name))]
@@ -158,21 +161,17 @@ def _of_files(
     files = [files[i] for i in order]
     names = [name for name, _ in files]  # as they were found: an archive knows './a.png' by no other name
 
-    def look(some: Sequence[str]) -> list[decode.Header]:
-        headers = []
-        for name in some:
-            with handle(name) as file:
-                headers.append(decode.header(file, name))
-        return headers
+    def look(name: str) -> decode.Header:
+        with handle(name) as file:
+            return decode.header(file, name)
 
     # many in a row, in few threads: a header takes less than handing it from one to another does
-    blocks = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
-    headers = list(itertools.chain.from_iterable(ahead(look, blocks, workers=2)))
+    headers = list(ahead(look, names, workers=2, each=_AT_ONCE))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
         files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),
-        path=path, image=lambda index: decode.decode(read(names[index]), names[index]),
-        content=lambda index: read(names[index]),
+        path=path, threads=all(h.simple for h in headers),
+        image=lambda index: decode.decode(read(names[index]), names[index]), content=lambda index: read(names[index]),
     )  # fmt: skip
     lossy = sum(h.lossy for h in headers)
     if lossy:

@@ -10,6 +10,8 @@ from diffaccel.samplers.search.budget import RULES
 from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.task import Chain, Search
 
+EACH = 4  # least tries a level for a state of a beam
+
 
 @dataclass(frozen=True, kw_only=True)
 class RBF(PathSearchConfig):
@@ -21,10 +23,10 @@ class RBF(PathSearchConfig):
     spent moves on with its best child. The last level is searched until the budget is spent, then the chain's best
     goes down the deterministic tail, and the best of all chains is the result. Latents ``(B, C, H, W)``, rewards (B,).
 
-    Two options go beyond the paper. A chain may go on with its ``beam`` best children, which have the next ones in
-    turn: what falls behind is dropped. And near noise ``r(x0)`` tells little of the sample, so the first noises may
-    walk to the level ``begin`` without fresh noise and be compared there for the first time. Both climb the reward
-    further, and what is its own taste with it: look at a second judge.
+    Two options go beyond the paper, which has one state a chain (``beam=1``). A chain goes on with its ``beam`` best
+    children, which have the next ones in turn: what falls behind is dropped. And near noise ``r(x0)`` tells little of
+    the sample, so the first noises may walk to the level ``begin`` without fresh noise and be compared there for the
+    first time: that climbs the reward furthest, and what is its own taste with it.
 
     The budget is split alike: ``Q = floor((budget - tail - first) / levels)`` tries a level and chain, of the levels
     from ``begin`` on.
@@ -33,7 +35,8 @@ class RBF(PathSearchConfig):
         particles: chains of a picture.
         initial: noises that a chain begins from the best of; 0 for as many as a third of the budget pays for,
             whose latents are held at once.
-        beam: states that a chain goes on with; 1 is the paper's.
+        beam: most states that a chain goes on with: fewer where a level's quota has less than 4 tries for each of
+            them, which would choose nothing. 1 is the paper's.
         begin: of the levels, the share that lies before the first that is scored.
         chunk: children that are predicted together.
         commit: of a chunk, "first": the first that is better, as if they had been tried one by one (what came after
@@ -51,11 +54,11 @@ class RBF(PathSearchConfig):
         "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv 2503.19385"
     )
 
-    particles: int = 4
+    particles: int = 2
     initial: int = 4
-    beam: int = 1
+    beam: int = 4
     begin: float = 0.0
-    chunk: int = 8
+    chunk: int = 16
     commit: Literal["first", "best"] = "best"
     against: Literal["running_max", "last_accepted"] = "running_max"
     rule: Literal["rollover", "threshold"] = "rollover"
@@ -83,15 +86,16 @@ class RBF(PathSearchConfig):
         )  # fmt: skip
         quota = (search.budget - n * each) // (n * (plan.stages - begin))
         tries = -(-(search.budget - n * plan.tail_nfe) // n) - 1 - initial * (begin + 1)
-        return [rbf(search, chain, self, begin, initial, quota, tries) for chain in range(n)]
+        beam = max(1, min(self.beam, quota // EACH))
+        return [rbf(search, chain, self, begin, initial, beam, quota, tries) for chain in range(n)]
 
 
-def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, each: int, tries: int) -> Chain:
+def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, beam: int, each: int, tries: int) -> Chain:
     """One chain (arXiv 2503.19385, algorithm 1): ``each`` children a level, and ``tries`` in all."""
     found = yield [search.start(chain, i, score=begin == 0) for i in range(initial)]
     for stage in range(begin):
         found = yield [search.walk(state, score=stage == begin - 1) for state in found]
-    states = search.ranked(found, config.beam)
+    states = search.ranked(found, beam)
     best, last = states[0].reward, search.plan.stages - 2
     rule = RULES[config.rule](config, each, last - begin + 1)
     for stage in range(begin, last + 1):
@@ -110,7 +114,7 @@ def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, each:
                 children = children[: end - tried]
             search.ledger.nfe_wasted += count - len(children)
             tried += len(children)
-            found = search.ranked([*found, *children], config.beam)  # all others are let go
+            found = search.ranked([*found, *children], beam)  # all others are let go
             best = max(best, *(child.reward for child in children))
         rule.close(stage - begin, quota - tried)
         states = found

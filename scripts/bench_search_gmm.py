@@ -130,11 +130,9 @@ def methods(budget: int, temperature: float) -> dict[str, Any]:
         found[f"code {path}"] = CoDe(particles=2, **common)
         found[f"svdd {path}"] = SVDD(particles=2, **common)
         for chunk in (1, 8, 16):
-            found[f"rbf {path} m={chunk}"] = RBF(particles=2, initial=initial, chunk=chunk, commit="best", **common)
-        for beam, begin in ((4, 0.0), (4, 0.4)):
-            found[f"rbf {path} beam={beam} begin={begin:g}"] = RBF(
-                particles=2, beam=beam, begin=begin, initial=0 if begin else initial, chunk=16, **common
-            )
+            found[f"rbf {path} m={chunk}"] = RBF(particles=2, initial=initial, beam=1, chunk=chunk, **common)
+        found[f"rbf {path}"] = RBF(**common)
+        found[f"rbf {path} begin=0.4"] = RBF(begin=0.4, initial=0, **common)
     return found
 
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,9 +215,52 @@ def test_the_short_way_through_a_png_header_says_what_pillow_says(monkeypatch, m
     options.pop("text", None)
     data = encoded(NOISE.resize((31, 17)).convert(mode), "PNG", **options)
     assert (decode._plain_png(data[: decode._PNG_START]) is None) == (extra.get("text") == 3000)
-    short = decode.header(io.BytesIO(data), "x")
+    short, pixels_of = decode.header(io.BytesIO(data), "x"), decode.decode(data, "x")
+    assert short.simple == (mode == "RGB" and extra.get("text") != 3000)
     monkeypatch.setattr(decode, "_plain_png", lambda start: None)
-    assert short == decode.header(io.BytesIO(data), "x") == decode.Header((17, 31), lossy=False)
+    assert replace(short, simple=False) == decode.header(io.BytesIO(data), "x") == decode.Header((17, 31), lossy=False)
+    assert torch.equal(pixels_of, decode.decode(data, "x"))
+
+
+@pytest.mark.parametrize("kind", ["see-through", "interlaced"])
+def test_torch_reads_no_png_that_needs_a_choice_or_comes_in_passes(kind):
+    """Pillow writes no passes, so the header alone is changed."""
+    data = encoded(NOISE, "PNG", transparency=NOISE.getpixel((0, 0)))
+    if kind == "interlaced":
+        header = data[12:28] + b"\x01"
+        data = encoded(NOISE, "PNG")
+        data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
+    found = decode._plain_png(data[: decode._PNG_START])
+    assert found is not None and not found.simple
+
+
+@pytest.mark.parametrize("text", [None, "a" * 500])
+def test_a_png_that_is_damaged_anywhere_stays_with_pillow(monkeypatch, text):
+    info = PngInfo()
+    if text:
+        info.add_text("prompt", text)
+    data = encoded(NOISE, "PNG", pnginfo=info)
+    assert decode._sound(data)
+    harmed = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(8, len(data), 37)]
+    for one in [*harmed, data[:-1], data[:-12], data[: len(data) // 2], data[:8], data[: len(data) // 2] + data[-12:]]:
+        assert not decode._sound(one)
+    monkeypatch.setattr(decode, "_by_torch", lambda data: pytest.fail("it may crash"))
+    with pytest.raises(DiffAccelError, match="'x' cannot be read"):
+        decode.decode(data[: len(data) // 2], "x")
+    assert decode.decode(data[:-12], "x").shape == (3, *NOISE.size[::-1])  # all pixels are there
+
+
+def test_threads_read_what_lets_them_run_and_processes_the_rest(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reading, "_worth", lambda *arguments: asked.append(1) or 0)
+    for i in range(3):
+        save(tmp_path / f"{i}.png", pixels(3, 8, 8, seed=i))
+    assert open_source(tmp_path).threads
+    assert len(whole(open_source(tmp_path))) == 3 and not asked
+    save(tmp_path / "3.jpg", pixels(3, 8, 8))
+    assert not open_source(tmp_path).threads
+    assert len(whole(open_source(tmp_path))) == 4 and asked == [1]
+    assert list(open_source(tmp_path, num=3).batches(2, prepare=lambda image: image)) and asked == [1, 1]
 
 
 def test_pillow_looks_at_every_png_that_is_not_plain():
@@ -317,10 +361,10 @@ def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatc
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
         return reading._worth(lambda i: image, items, 50)
 
-    assert worth(many) == 8 and worth(many[:-1]) == 0
+    assert worth(many) == 6 and worth(many[:-1]) == 0  # two cores are left
     # two waiting batches of fifty images, in half of what is free
-    assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 8]
-    assert reading._worth(lambda i: None, many, 50) == 8
+    assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 6]
+    assert reading._worth(lambda i: None, many, 50) == 6
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert worth(many) == 0
 

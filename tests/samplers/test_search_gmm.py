@@ -39,8 +39,8 @@ def test_at_equal_nfe(name: str) -> None:
     searches = {
         "bon": BoN(budget=budget),
         "svdd": SVDD(**common),
-        "one": RBF(initial=15, chunk=1, **common),
-        "eight": RBF(initial=15, chunk=8, **common),
+        "one": RBF(initial=15, beam=1, chunk=1, **common),
+        "eight": RBF(initial=15, beam=1, chunk=8, **common),
     }
     found = {key: bench.measure(config, bed, name, seeds=1, steps=10) for key, config in searches.items()}
     assert all(budget - 20 <= numbers["nfe"] <= budget for numbers in found.values())
@@ -48,6 +48,16 @@ def test_at_equal_nfe(name: str) -> None:
     assert found["one"]["reward"] < found["eight"]["reward"]
     assert found["eight"]["reward"] > 0.9 * found["svdd"]["reward"]
     assert found["bon"]["nll"] < found["eight"]["nll"] < found["svdd"]["nll"]
+
+
+def test_few_tries_a_level_are_not_spread_over_a_beam() -> None:
+    """The default budget on a default number of steps: a beam that is as wide as the quota would choose nothing."""
+    bed = bench.Bed.make(24)
+    found = {
+        config.name: bench.measure(config, bed, "linear", seeds=1, steps=28)
+        for config in (RBF(budget=200), BoN(budget=200))
+    }
+    assert found["rbf"]["reward"] > 1.5 * found["bon"]["reward"]
 
 
 def test_the_command_writes_what_it_prints(

@@ -120,7 +120,9 @@ def test_scoring_beside_the_network(config: Any, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("path", ["linear", "vp"])
 def test_chunks_of_first_accept_what_one_by_one_would(path: Any, chunk: int) -> None:
     """Until the budget ends, which pays for what nobody looked at too."""
-    config = RBF(reward=REWARD, budget=400, particles=2, initial=3, commit="first", chunk=1, path=path, norm=1.5)
+    config = RBF(
+        reward=REWARD, budget=400, particles=2, initial=3, beam=1, commit="first", chunk=1, path=path, norm=1.5
+    )  # fmt: skip
     one, many = search(config), search(replace(config, chunk=chunk))
     for a, b in zip(one.decisions, many.decisions, strict=True):
         for chain in (0, 1):
@@ -156,14 +158,15 @@ def test_processes_share_every_row_once(count: int, size: int, rows: int) -> Non
 @pytest.mark.parametrize(
     "config",
     [
-        RBF(reward=REWARD, budget=50, particles=2, initial=3, chunk=4, path="linear"),
-        RBF(reward=REWARD, budget=50, particles=2, initial=3, chunk=4, path="linear", rule="threshold", threshold=1e9),
-        BoN(reward=REWARD, budget=50, wave=8),
+        RBF(reward=REWARD, particles=2, initial=3, beam=1, chunk=4, path="linear"),
+        RBF(reward=REWARD, particles=2, initial=3, beam=1, chunk=4, path="linear", rule="threshold", threshold=1e9),
+        RBF(reward=REWARD, particles=2, initial=3, beam=2, chunk=4, path="linear"),
+        BoN(reward=REWARD, wave=8),
     ],
-    ids=["rbf", "rbf-to-the-end", "bon"],
+    ids=["rbf", "rbf-to-the-end", "rbf-beam", "bon"],
 )
 def test_memory_does_not_follow_the_budget(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Latents of what is let go are given back; of a chain only its state, its best and one chunk are alive."""
+    """Latents of what is let go are given back; of a chain only its states, its best and one chunk are alive."""
     most: list[int] = []
     keep = Pool.put
 

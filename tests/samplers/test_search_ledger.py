@@ -14,7 +14,7 @@ from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
 from diffaccel.samplers.search.budget import Rollover
 from diffaccel.samplers.search.particles import Move
 
-PAPER = {"particles": 2, "initial": 25, "chunk": 1}  # at a budget of 500 and 10 levels (arXiv 2503.19385)
+PAPER = {"particles": 2, "initial": 25, "beam": 1, "chunk": 1}  # at a budget of 500 and 10 levels (arXiv 2503.19385)
 
 
 def never(move: Move) -> float:
@@ -147,10 +147,10 @@ def test_no_budget_is_overspent_and_little_is_left(config: Any, budget: int, tai
 
 
 def test_what_nobody_looked_at_is_counted_as_wasted() -> None:
-    played = play(RBF(particles=1, initial=1, chunk=8, commit="first"), 200, plan(6), always())
+    played = play(RBF(particles=1, initial=1, beam=1, chunk=8, commit="first"), 200, plan(6), always())
     assert played.search.ledger.nfe_wasted == 7 * 4  # the last level takes all
     assert [line["tried"] for line in played.search.log][:4] == [1] * 4
-    best = play(RBF(particles=1, initial=1, chunk=8, commit="best"), 200, plan(6), always())
+    best = play(RBF(particles=1, initial=1, beam=1, chunk=8, commit="best"), 200, plan(6), always())
     assert best.search.ledger.nfe_wasted == 0
     assert [line["tried"] for line in best.search.log][:4] == [8] * 4
 
@@ -161,7 +161,7 @@ def test_of_a_chunk_the_highest_is_what_the_next_must_beat() -> None:
     def script(move: Move) -> float:
         return 0.0 if not move.stage else (10.0 if move.stage == 1 else 8.0) - move.key.attempt
 
-    played = play(RBF(particles=1, initial=1, chunk=4), 200, plan(6), script)
+    played = play(RBF(particles=1, initial=1, beam=1, chunk=4), 200, plan(6), script)
     lines = played.search.log
     assert [line["accepted"] for line in lines] == [True, False, False, False, False]
     assert [line["reward"] for line in lines] == [10.0, 8.0, 8.0, 8.0, 8.0]
@@ -173,7 +173,7 @@ def test_wasted_tries_leave_one_for_every_level_after() -> None:
     def script(move: Move) -> float:
         return float(move.stage) if 0 < move.stage < 8 else -1.0
 
-    played = play(RBF(particles=1, initial=25, chunk=8, commit="first"), 250, plan(10), script)
+    played = play(RBF(particles=1, initial=25, beam=1, chunk=8, commit="first"), 250, plan(10), script)
     assert [line["tried"] for line in played.search.log] == [1] * 7 + [224 - 7 * 8 - 1, 1]
     assert played.search.ledger.nfe == 25 + 224
 
@@ -186,7 +186,7 @@ def test_chunks_of_first_accept_what_one_by_one_would(chunk: int) -> None:
         return 100.0 * move.stage + move.key.attempt if move.stage and move.key.attempt % 5 == 2 else -1.0
 
     def accepted(chunk: int) -> list[tuple[int, int]]:
-        played = play(RBF(particles=1, initial=1, chunk=chunk, commit="first"), 400, plan(8), script)
+        played = play(RBF(particles=1, initial=1, beam=1, chunk=chunk, commit="first"), 400, plan(8), script)
         return [(line["stage"], line["tried"]) for line in played.search.log][:-1]
 
     assert accepted(chunk) == accepted(1) == [(stage, 3) for stage in range(6)]
@@ -200,7 +200,8 @@ def test_never_improving_is_the_soft_value_decoder_s_way() -> None:
 
     k, stages, n = 6, 7, 2
     budget = n * k * stages + n * k  # Q = K, and as many first noises
-    forced = play(RBF(particles=n, initial=k, chunk=1, rule="threshold", threshold=1e9), budget, plan(stages), script)
+    config = RBF(particles=n, initial=k, beam=1, chunk=1, rule="threshold", threshold=1e9)
+    forced = play(config, budget, plan(stages), script)
     soft = play(SVDD(particles=n), n * k * stages, plan(stages), script)
     for chain in range(n):
         a, b = ([x["reward"] for x in p.search.log if x["chain"] == chain] for p in (forced, soft))
@@ -209,7 +210,8 @@ def test_never_improving_is_the_soft_value_decoder_s_way() -> None:
 
 
 def test_always_improving_is_the_plain_stochastic_walk() -> None:
-    played = play(RBF(particles=1, initial=1, chunk=1, rule="threshold", threshold=-1e9), 100, plan(9, 3), never)
+    config = RBF(particles=1, initial=1, beam=1, chunk=1, rule="threshold", threshold=-1e9)
+    played = play(config, 100, plan(9, 3), never)
     assert played.proposals() == [1] * 8
     assert played.search.ledger.nfe == 9 + 3
 
@@ -221,7 +223,7 @@ def test_a_beam_goes_on_from_its_best_children_in_turn() -> None:
         return 10.0 * move.stage + (move.key.attempt * 5) % 6 if move.stage < 5 else -1.0
 
     config = RBF(particles=1, beam=3, initial=6, chunk=1)
-    played = play(config, 6 + 5 * 12, plan(6), script)
+    played = play(config, 6 + 6 * 12, plan(6), script)
     asked: dict[int, list[Move]] = {}
     for move in played.moves[0]:
         if move.predict:
@@ -231,8 +233,18 @@ def test_a_beam_goes_on_from_its_best_children_in_turn() -> None:
     # of rewards 0 5 4 3 2 1, and then of the first three of them at every level
     assert parents[:4] == [[1, 2, 3]] + [[1, 2, 0]] * 3
     assert parents[4][:6] == [1, 2, 0] * 2
-    whole = play(replace(config, chunk=6), 6 + 5 * 12, plan(6), script)
+    whole = play(replace(config, chunk=6), 6 + 6 * 12, plan(6), script)
     assert [line["tried"] for line in whole.search.log][:4] == [6] * 4
+
+
+@pytest.mark.parametrize("quota, states", [(2, 1), (7, 1), (8, 2), (11, 2), (12, 3), (16, 4), (40, 4)])
+def test_every_state_of_a_beam_has_four_tries_a_level(quota: int, states: int) -> None:
+    """With fewer there would be nothing to choose from: a small budget has a small beam."""
+    stages, n = 6, 2
+    played = play(RBF(particles=n, initial=5, beam=4), n * (5 + stages * quota), plan(stages), never)
+    parents = {m.parent.key.attempt for m in played.moves[0] if m.parent and m.predict and m.stage == 1}
+    assert len(parents) == states
+    assert played.search.log[0]["quota"] == quota
 
 
 @pytest.mark.parametrize("chunk", [3, 8])
