@@ -26,6 +26,7 @@ from diffaccel.eval.extractors import as_clip, extractor
 from diffaccel.requests import Request
 
 REWARD, JUDGE = "emoji-clip-reward", "emoji-clip-judge"
+PROMPTS = "emoji-1000"
 UNSEEN = ("pair", "colour", "count", "colour_pair")  # categories whose combinations are in no training caption
 PATHS = ("native", "vp", "linear")
 METHODS = {
@@ -34,11 +35,12 @@ METHODS = {
     "smc": "smc:budget={budget},temperature=2,path={path}",
     "svdd": "svdd:budget={budget},path={path}",
     "code": "code:budget={budget},path={path}",
-    "rbf, chunk 1": "rbf:budget={budget},chunk=1,path={path}",
-    "rbf, chunk 8": "rbf:budget={budget},chunk=8,path={path}",
-    "rbf, beam 4": "rbf:budget={budget},particles=2,beam=4,begin=0.4,initial=0,chunk=16,path={path}",
+    "rbf, chunk 1": "rbf:budget={budget},particles=4,beam=1,chunk=1,path={path}",
+    "rbf, chunk 8": "rbf:budget={budget},particles=4,beam=1,chunk=8,path={path}",
+    "rbf": "rbf:budget={budget},path={path}",
+    "rbf, begin 0.4": "rbf:budget={budget},begin=0.4,initial=0,path={path}",
 }
-DEFAULT = "rbf, chunk 8, native"
+DEFAULT = "rbf, native"
 CHOICES = ("out", "budgets", "only", "variants", "fd", "fd_variants", "kind")  # options that change no row
 TAP = "tiny_features"  # what Fréchet distances are of
 
@@ -174,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", default="emoji-flux")
-    add("--set", default="emoji-1000", help="prompt set")
+    add("--set", default=PROMPTS, help="prompt set, or a file of prompts with categories")
     add("--prompts", type=int, default=48)
     add("--skip", type=int, default=0, help="prompts left out: options are chosen on others than are reported")
     add("--seeds", type=int, default=3)
@@ -203,7 +205,8 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
         "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
         "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
     }  # fmt: skip
-    file = args.out and args.out / f"bench_search_{args.model}_{args.kind or bench.device.type}.json"
+    prompts_of = "" if args.set == PROMPTS else f"_{Path(args.set).stem}"
+    file = args.out and args.out / f"bench_search_{args.model}{prompts_of}_{args.kind or bench.device.type}.json"
     if file and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["options"] != json.loads(json.dumps(options)):
