@@ -26,7 +26,7 @@ from diffaccel.eval.extractors import as_clip, extractor
 from diffaccel.requests import Request
 
 REWARD, JUDGE = "emoji-clip-reward", "emoji-clip-judge"
-PROMPTS = "emoji-1000"
+PROMPTS, STEPS = "emoji-1000", 8  # of the table; other ones have a record of their own
 UNSEEN = ("pair", "colour", "count", "colour_pair")  # categories whose combinations are in no training caption
 PATHS = ("native", "vp", "linear")
 METHODS = {
@@ -56,6 +56,14 @@ def plan(budgets: Sequence[int], only: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def rows_of(source: str, skip: int, count: int, seeds: int, first_seed: int = 0) -> list[tuple[str, int]]:
+    """Prompt and seed of every picture, kinds of prompts in turn."""
+    read = prompts.read(source)
+    kinds = [[t for t, c in zip(read.texts, read.categories, strict=True) if c == kind] for kind in UNSEEN]
+    every = [text for texts in itertools.zip_longest(*kinds) for text in texts if text is not None]
+    return [(text, first_seed + seed) for text in every[skip : skip + count] for seed in range(seeds)]
+
+
 class Bench:
     """One open pipeline, the two CLIPs and the pictures to be drawn."""
 
@@ -73,12 +81,7 @@ class Bench:
         self.texts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def rows(self, count: int, seeds: int, first_seed: int = 0) -> list[tuple[str, int]]:
-        """Prompt and seed of every picture, kinds of prompts in turn."""
-        read = prompts.read(self.args.set)
-        kinds = [[t for t, c in zip(read.texts, read.categories, strict=True) if c == kind] for kind in UNSEEN]
-        every = [text for texts in itertools.zip_longest(*kinds) for text in texts if text is not None]
-        chosen = every[self.args.skip : self.args.skip + count]
-        return [(text, first_seed + seed) for text in chosen for seed in range(seeds)]
+        return rows_of(self.args.set, self.args.skip, count, seeds, first_seed)
 
     def run(self, text: str, rows: list[tuple[str, int]]) -> dict[str, Any]:
         """Draw all rows by one variant, and measure."""
@@ -183,7 +186,7 @@ def main() -> None:
     add("--budgets", type=int, nargs="+", default=[100, 200, 500])
     add("--only", nargs="*", default=[], help="names of methods")
     add("--variants", nargs="*", default=[], help="further variants, such as rbf:budget=200,initial=4")
-    add("--steps", type=int, default=8, help="of the call")
+    add("--steps", type=int, default=STEPS, help="of the call")
     add("--size", type=int, default=128)
     add("--batch", type=int, default=144, help="pictures that are searched for in one call")
     add("--fd", type=int, default=0, metavar="N", help="prompts of the Fréchet distances; 0 leaves them out")
@@ -205,8 +208,10 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
         "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
         "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
     }  # fmt: skip
-    prompts_of = "" if args.set == PROMPTS else f"_{Path(args.set).stem}"
-    file = args.out and args.out / f"bench_search_{args.model}{prompts_of}_{args.kind or bench.device.type}.json"
+    apart = [Path(args.set).stem] if args.set != PROMPTS else []
+    apart += [f"{args.steps}-steps"] if args.steps != STEPS else []
+    name = "_".join(["bench_search", args.model, *apart, args.kind or bench.device.type])
+    file = args.out and args.out / f"{name}.json"
     if file and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         if before["options"] != json.loads(json.dumps(options)):
