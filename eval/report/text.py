@@ -48,7 +48,7 @@ def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
 
 def _line(row: Row) -> Line:
     def number(value: float | None, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.{digits(row.metric)}f}"
+        return "" if value is None else f"{value:{sign}z.{digits(row.metric)}f}"  # z: no -0.000
 
     value = number(row.value) + (f" {row.unit}" if row.unit and row.value is not None else "")
     if row.identical:
