@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _USUAL_FPS = 16.0
 _BINNED = (32, 64, 128, 256)  # latent sizes for which PixArt has a table of aspect ratios
+WAY = ("model", "methods", "steps", "size", "guidance", "negative")  # settings that say how, not what, is drawn
 _DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
 
 

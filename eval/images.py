@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import reading
+from diffaccel.eval.decode import Data
 from diffaccel.eval.reading import ahead
 
 _OVERSHOOT = 1 / 255  # of the declared range: what rounding in low precision may add, not another range
@@ -76,9 +77,7 @@ class Source:
     path: Path | None = None
     threads: bool = False
     image: Callable[[int], Tensor] = field(default=lambda index: _nothing(), repr=False)  # position to uint8 (3, H, W)
-    content: Callable[[int], bytes | bytearray] = field(
-        default=lambda index: _nothing(), repr=False
-    )  # what decides its pixels
+    content: Callable[[int], Data] = field(default=lambda index: _nothing(), repr=False)  # what decides its pixels
     block: Callable[[Sequence[int]], Tensor] | None = field(default=None, repr=False)  # several at once, if it is cheap
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 MANY, CORES = 2000, 4  # items and cores from which processes are worth their start
 _MOST = 16  # threads or processes
-_EACH = 4  # items that a thread takes at once: to hand one over costs as much as to read a small header
+_EACH = 4  # items that a thread takes at once: handed over one by one they keep threads waiting for each other
 _WAITING = 2  # batches of each process that nobody has taken yet
 _SHARED = Path("/dev/shm")  # what waits lies here; containers often have little of it
 
@@ -127,9 +127,5 @@ def _together(found: list[Any], pinned: bool = False) -> Any:
     """One tensor where all have one shape: a message costs by its tensors, not by its bytes."""
     if not all(isinstance(one, Tensor) for one in found) or len({one.shape for one in found}) > 1:
         return found
-    shape = (len(found), *found[0].shape)
-    return (
-        torch.stack(found, out=torch.empty(shape, dtype=found[0].dtype, pin_memory=True))
-        if pinned
-        else torch.stack(found)
-    )
+    out = torch.empty(len(found), *found[0].shape, dtype=found[0].dtype, pin_memory=True) if pinned else None
+    return torch.stack(found, out=out)

@@ -88,7 +88,9 @@ def take_turns(
         "images_a_call": images,
         "turns": turns,
         "variants": [
-            {"name": v.name, "folder": v.folder} | _entry(entries[v.name], entries[names[0]], images) for v in variants
+            {"name": v.name, "folder": v.folder, "drawn": _drawn(v.of(request), pipe)}
+            | _entry(entries[v.name], entries[names[0]], images)
+            for v in variants
         ],
     }
 
@@ -115,6 +117,12 @@ def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dic
     finally:
         diffaccel.remove(pipe)
     return cost, None if before is None or after is None else after - before
+
+
+def _drawn(request: Request, pipe: Any) -> dict[str, Any]:
+    """How a variant draws, as the record of a run of it has it: the run may have any name."""
+    settings = request.with_model_defaults().settings("", pipe.device, pipe.dtype)
+    return {key: settings[key] for key in requests.WAY}
 
 
 def _entry(timed: dict[str, Any], base: dict[str, Any], images: int) -> dict[str, Any]:

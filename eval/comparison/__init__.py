@@ -179,7 +179,7 @@ def compare_runs(
     pairs = {run.name: pair(baseline, run, partial=allow_mixed_n) for run in runs}
     found = Comparison(
         baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={},
-        warnings=[*said, *checks.warnings(baseline, runs, pairs)],
+        warnings=[*said, *checks.warnings(baseline, runs, pairs), *cost.doubts((baseline, *runs), timing)],
     )  # fmt: skip
     (_videos if baseline.is_video else _pictures)(found, others, distances, progress)
     if video is not None:

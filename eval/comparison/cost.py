@@ -7,8 +7,9 @@ from typing import Any
 
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.comparison.section import Section
-from diffaccel.eval.intervals import Interval
+from diffaccel.eval.intervals import median_ratio
 from diffaccel.eval.runs import Run
+from diffaccel.requests import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
@@ -26,11 +27,10 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
     """Rows of every run.
 
     With ``timing`` (of :mod:`diffaccel.eval.timing`, where variants took turns on one machine) seconds and ratios come
-    from there, for runs whose name is a variant's or that of its folder. Without it seconds are those of the runs
-    themselves, which may have met a machine in different moods: a ratio then has no interval, and its row says where
-    it comes from.
+    from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, which may
+    have met a machine in different moods: a ratio then has no interval, and its row says where it comes from.
     """
-    timed = _timed(timing)
+    timed = _timed(timing, (baseline, *runs))
     found: list[Row] = []
     for run in (baseline, *runs):
         found += _of_run(run, baseline) + _speed(run, baseline, timed) + _used(run, baseline, timed)
@@ -79,12 +79,11 @@ def _speed(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
     entry = timed.get(run.name)
     if entry is not None:
         seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
-        if run is baseline or "ratio" not in entry:
+        if run is baseline or (base := timed.get(baseline.name)) is None:
             return [seconds]
-        ratio = entry["ratio"]
-        interval = Interval(ratio["value"], ratio["low"], ratio["high"], method=ratio["method"], null=1.0)
+        interval = median_ratio(base["seconds"], entry["seconds"])  # whichever variant the timing's own ratios are to
         detail = {"from": TURNS, "turns": entry["turns"], "significant": interval.significant}
-        speedup = _row("speedup", run, ratio["value"], better="higher", unit="x", detail=detail)
+        speedup = _row("speedup", run, interval.value, better="higher", unit="x", detail=detail)
         speedup.interval = interval
         return [seconds, speedup]
     cost = run.record.get("cost")
@@ -115,7 +114,7 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
 
     None where no run says.
     """
-    timed, images = _timed(timing), (timing or {}).get("images_a_call", 1)
+    timed, images = _timed(timing, (baseline, *runs)), (timing or {}).get("images_a_call", 1)
     lines, data = [], {}
     for run in (baseline, *runs):
         found = _split(run, timed.get(run.name), images)
@@ -174,7 +173,7 @@ def _split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any
 
 def steps(run: Run, timing: dict[str, Any] | None) -> list[float]:
     """Seconds of every network call of one call of the pipeline: medians over turns, else over the run's batches."""
-    entry = _timed(timing).get(run.name)
+    entry = _timed(timing, [run]).get(run.name)
     return (entry or run.record.get("cost") or {}).get("steps") or []
 
 
@@ -182,6 +181,22 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def _timed(timing: dict[str, Any] | None) -> dict[str, Any]:
-    """The entries of timing, by the variant's name and by that of its folder."""
-    return {entry[key]: entry for entry in (timing or {}).get("variants", []) for key in ("name", "folder")}
+def doubts(runs: Sequence[Run], timing: dict[str, Any] | None) -> list[str]:
+    """Runs that a timing says nothing of."""
+    lacking = [run.name for run in runs if timing and run.name not in _timed(timing, runs)]
+    if not timing or not lacking:
+        return []
+    known = ", ".join(entry["name"] for entry in timing["variants"])
+    return [f"No variant of the timing drew {', '.join(lacking)}: it has {known}. Their seconds are the runs' own."]
+
+
+def _timed(timing: dict[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
+    """By a run's name the entry of the variant that drew it: of that name, or with the settings of its record."""
+    entries = (timing or {}).get("variants", [])
+    found = {entry[key]: entry for entry in entries for key in ("name", "folder")}
+    for run in runs:
+        settings = run.record.get("settings", {})
+        for entry in entries:
+            if (drawn := entry.get("drawn")) and all(key in settings and settings[key] == drawn[key] for key in WAY):
+                found.setdefault(run.name, entry)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffaccel.eval.comparison import cost
+from diffaccel.eval.intervals import median_ratio
 from diffaccel.eval.runs import Run
 from tests.eval import made_runs
 
@@ -42,10 +43,9 @@ def sides(tmp_path):
 
 @pytest.fixture
 def timing():
-    ratio = {"value": 2.0, "low": 1.9, "high": 2.1, "method": "m", "significant": True}
     variants = [
         entry("base", 4.0, 9.0, 100.0, 4 * GIB, [0.8] * 4),
-        entry("fast", 2.0, 2.05, 60.0, 3 * GIB, [0.6, 0.1]) | {"ratio": ratio},
+        entry("fast", 2.0, 2.05, 60.0, 3 * GIB, [0.6, 0.1]),
     ]
     return {"images_a_call": 2, "variants": variants}
 
@@ -68,7 +68,8 @@ def test_rows_of_the_runs_themselves(sides):
 
 def test_rows_of_turns(sides, timing):
     rows = rows_of(*sides, timing)
-    assert rows["seconds", "base"].value == 2.0 and rows["speedup", "fast"].interval.low == 1.9
+    assert rows["seconds", "base"].value == 2.0 and rows["speedup", "fast"].value == 2.0
+    assert rows["speedup", "fast"].interval == median_ratio([4.0, 4.1, 3.9], [2.0, 2.1, 1.9])
     assert rows["peak_memory", "base"].value == 4 and rows["peak_memory", "fast"].delta == -1
     assert rows["energy", "fast"].value == 60 and rows["energy", "fast"].delta == -40
     assert rows["first_call", "base"].value == 9 and rows["first_call", "fast"].delta == pytest.approx(-6.95)
@@ -78,6 +79,32 @@ def test_rows_of_turns(sides, timing):
     assert alone["peak_memory", "base"].value == 4 and alone["peak_memory", "fast"].value == 2
     assert alone["peak_memory", "fast"].delta is None and ("speedup", "fast") not in alone
     assert ("energy", "base") in alone and ("energy", "fast") not in alone
+
+
+def test_a_ratio_is_to_the_baseline_whichever_variant_was_timed_first(sides, timing):
+    base, fast = sides
+    assert rows_of(fast, base, timing)["speedup", "base"].value == 0.5
+    timing["variants"] = [entry("slow", 8.0, 9.0, 100.0, GIB, []), *timing["variants"]]
+    assert rows_of(base, fast, timing)["speedup", "fast"].value == 2.0
+
+
+def test_a_run_of_any_name_is_timed_by_the_variant_that_drew_it(sides, timing):
+    ways = [
+        {"model": "m", "methods": [{"name": name}], "steps": 4, "size": [8, 8], "guidance": 1.0, "negative": None}
+        for name in ("slow", "quick")
+    ]
+    for run, one, way in zip(sides, timing["variants"], ways, strict=True):
+        run.record["settings"] = {"seed": 0, **way}
+        one.update(name=way["methods"][0]["name"], folder="x", drawn=dict(way))
+    assert rows_of(*sides, timing)["speedup", "fast"].value == 2.0
+    assert cost.doubts(sides, timing) == []
+    timing["variants"][1]["drawn"]["steps"] = 5
+    rows = rows_of(*sides, timing)
+    assert ("speedup", "fast") not in rows and rows["seconds", "fast"].detail["from"] == cost.OWN
+    assert cost.doubts(sides, timing) == [
+        "No variant of the timing drew fast: it has slow, quick. Their seconds are the runs' own."
+    ]
+    assert cost.doubts(sides, None) == []
 
 
 def test_where_the_time_goes(sides, timing):
