@@ -137,12 +137,35 @@ def _network(name: str, options: Any) -> Any:
             f"'{options.extractor}' gives features and no classes, which the Inception Score is of. Take inception, or "
             "py: or torchscript: with a network that returns logits."
         )
+    if name == "fid" and (alone := _of_statistics_alone(options)) is not None:
+        return alone, None
     found = shared.network(options, DEFAULT.get(name, "tiny"))
     if name == "cmmd":
         from diffaccel.eval.extractors import as_clip
 
         as_clip(found[0])
     return found
+
+
+def _of_statistics_alone(options: Any) -> Any:
+    """What stands for the network of files of statistics that another one made: nothing has to be extracted.
+
+    None where there are images, or a network was named.
+    """
+    from diffaccel.eval import feature_statistics
+    from diffaccel.eval.extractors import Extractor
+
+    held = [feature_statistics.arrays(Path(path).expanduser()) for path in options.sets]
+    if options.extractor or options.protocol or not all({"mu", "sigma"} <= one and "arr_0" not in one for one in held):
+        return None
+    first = feature_statistics.read(Path(options.sets[0]).expanduser())
+    if first.feature_name == "tiny":
+        return None
+    return Extractor(
+        name=first.feature_name or "an unknown network", key=f"FD-{first.feature_name or 'unknown'}",
+        dim=first.moments.dim, weights_sha256=first.weights_sha256 or "", official=False,
+        protocol=first.protocol or "own", network=lambda images: images,
+    )  # fmt: skip
 
 
 def _spatial(extractor: Any, metrics: Sequence[Metric]) -> Any:

@@ -65,7 +65,7 @@ def decode(data: Data, name: str) -> Tensor:
         DiffAccelError: naming the file, as :func:`header` does, and for one that is cut off or not opaque.
     """
     if (found := _plain_png(data[:_PNG_START])) is not None and found.simple and _sound(data):
-        with contextlib.suppress(RuntimeError):  # a torchvision that was built without libpng
+        with contextlib.suppress(RuntimeError, ImportError):  # a torchvision without libpng, or one that gave it up
             return _by_torch(data)
     with _open(io.BytesIO(data), name) as image:
         try:
