@@ -155,8 +155,10 @@ def _of_statistics_alone(options: Any) -> Any:
     from diffaccel.eval import feature_statistics
     from diffaccel.eval.extractors import Extractor
 
+    if options.extractor or options.protocol:
+        return None
     held = [feature_statistics.arrays(Path(path).expanduser()) for path in options.sets]
-    if options.extractor or options.protocol or not all({"mu", "sigma"} <= one and "arr_0" not in one for one in held):
+    if not all({"mu", "sigma"} <= one and "arr_0" not in one for one in held):
         return None
     first = feature_statistics.read(Path(options.sets[0]).expanduser())
     if first.feature_name == "tiny":

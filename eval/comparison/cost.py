@@ -183,7 +183,8 @@ def _milliseconds(seconds: float | None) -> str:
 
 def doubts(runs: Sequence[Run], timing: dict[str, Any] | None) -> list[str]:
     """Runs that a timing says nothing of."""
-    lacking = [run.name for run in runs if timing and run.name not in _timed(timing, runs)]
+    timed = _timed(timing, runs)
+    lacking = [run.name for run in runs if run.name not in timed]
     if not timing or not lacking:
         return []
     known = ", ".join(entry["name"] for entry in timing["variants"])
