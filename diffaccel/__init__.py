@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffaccel.compose import accelerate, load, remove, summary
+    from diffaccel.compose import accelerate, remove, summary
     from diffaccel.errors import DiffAccelError
+    from diffaccel.opening import load
     from diffaccel.probe import open_session
 
 __version__ = "0.1.0"
@@ -20,7 +21,7 @@ _LAZY = {
     "accelerate": "diffaccel.compose",
     "remove": "diffaccel.compose",
     "summary": "diffaccel.compose",
-    "load": "diffaccel.compose",
+    "load": "diffaccel.opening",
     "open_session": "diffaccel.probe",
     "DiffAccelError": "diffaccel.errors",
 }

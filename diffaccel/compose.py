@@ -1,4 +1,4 @@
-"""``accelerate``, ``remove``, ``summary``, ``load``: methods on a pipeline, and off it again.
+"""``accelerate``, ``remove``, ``summary``: methods on a pipeline, and off it again.
 
 A loop method changes only the class of the pipeline instance, to a subclass of the same name whose ``__call__`` runs
 the stock call around the method's own loop. Weight and block methods change the network and return a handle.
@@ -137,39 +137,6 @@ def summary(pipe: Any) -> Summary:
     methods = [{**c.to_dict(), "touches": c.touches} for c in state.configs] if state else []
     last = state.stats.to_dict() if state and state.stats else None
     return Summary(cls.__name__, methods, last)
-
-
-def load(name_or_path: str | Path, **kwargs: Any) -> Any:
-    """A pipeline from a zoo name, a local folder or a hub id.
-
-    Args:
-        name_or_path: as ``diffaccel list`` shows, a folder made by ``save_pretrained``, or ``owner/name`` on the hub.
-        kwargs: passed to ``DiffusionPipeline.from_pretrained``.
-
-    Raises:
-        DiffAccelError: when there is no such model, with the nearest zoo name.
-    """
-    from diffusers import DiffusionPipeline
-
-    from diffaccel import zoo
-    from diffaccel.errors import unknown
-
-    name = str(name_or_path)
-    if name in zoo.names():
-        return DiffusionPipeline.from_pretrained(zoo.path(name), **kwargs)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise DiffAccelError(f"'{name}' is a folder without model_index.json. Give one made by save_pretrained.")
-        return DiffusionPipeline.from_pretrained(folder, **kwargs)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise unknown("model", name, zoo.names())
-    try:
-        return DiffusionPipeline.from_pretrained(name, **kwargs)
-    except OSError as error:
-        raise DiffAccelError(
-            f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
-        ) from error
 
 
 def _config(config: Any) -> Any:

@@ -77,16 +77,6 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     Console(file=sys.stdout).print(table)
 
 
-def quiet_libraries(quiet: bool) -> None:
-    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    if quiet or not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-
-
 def share_cpu() -> None:
     """Let CPU threads that wait spin for a moment and then sleep, unless the environment says otherwise.
 

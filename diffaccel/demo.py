@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from diffaccel import compose, opening, record, zoo
+from diffaccel.files import write_png, write_text
 from diffaccel.requests import Request
 from diffaccel.sampling import generate_run
 
@@ -104,8 +105,8 @@ def run_demo(
         device=first["device"],
     ).finish(call={k: v for k, v in first["call"].items() if k != "num_inference_steps"}, variants=rows)
     made.save(out / "record.json")
-    record.write_png(out / "contact_sheet.png", contact_sheet(out, request.prompts, rows))
-    record.write_text(out / "index.html", page(out, made.to_dict()))
+    write_png(out / "contact_sheet.png", contact_sheet(out, request.prompts, rows))
+    write_text(out / "index.html", page(out, made.to_dict()))
     return made.to_dict()
 
 

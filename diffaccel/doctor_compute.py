@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import console
 from diffaccel.doctor_host import Check, reason, tried
-from diffaccel.errors import DiffAccelError
-from diffaccel.requests import first_line
+from diffaccel.errors import DiffAccelError, first_line
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import record
-from diffaccel.errors import DiffAccelError
-from diffaccel.requests import first_line
+from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.files import Clip, write_mp4
 
 OPTIONAL = ("triton", "peft", "kernels", "flash-attn", "sageattention", "xformers")
 LOW_DISK = 2 << 30
@@ -218,5 +218,5 @@ def _encode() -> str:
     with tempfile.TemporaryDirectory(prefix="diffaccel-") as scratch:
         file = Path(scratch) / "two.mp4"
         frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-        record.write_mp4(file, record.Clip(frames, fps=8))
+        write_mp4(file, Clip(frames, fps=8))
         return f"{file.stat().st_size} bytes from two frames by ffmpeg {imageio_ffmpeg.get_ffmpeg_version()}"

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel import console, registry, zoo
+from diffaccel import console, registry
 from diffaccel.doctor_host import GIB, reason, tried
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError
+from diffaccel.opening import INDEX, find_folder
 
-INDEX = "model_index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".ckpt")
 _STEPS = 8
 
@@ -40,15 +40,9 @@ def read(name: str) -> Model:
     Raises:
         DiffAccelError: when there is no such model, or its index says nothing of a pipeline.
     """
-    complete = True
-    if name in zoo.names():
-        folder = zoo.path(name)
-    elif (folder := Path(name).expanduser()).is_dir():
-        pass
-    elif name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise unknown("model", name, zoo.names())
-    else:
-        folder, complete = _from_hub(name), False
+    folder = find_folder(name)
+    complete = folder is not None
+    folder = folder or _from_hub(name)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError:

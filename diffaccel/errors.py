@@ -20,3 +20,9 @@ def unknown(what: str, got: str, allowed: Iterable[str]) -> DiffAccelError:
     near = difflib.get_close_matches(got.lower(), names, n=1, cutoff=0.5)
     hint = f"Did you mean '{near[0]}'? " if near else ""
     return DiffAccelError(f"Unknown {what} '{got}'. {hint}Known: {', '.join(names) or 'none'}.")
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """An error's message on one line of readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

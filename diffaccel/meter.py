@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel import requests
+from diffaccel.families import networks
 
 TEXT, NETWORK, DECODE = "text", "network", "decode"
 PARTS = (TEXT, NETWORK, DECODE)
@@ -99,7 +99,7 @@ def measure(pipe: Any) -> Iterator[Measured]:
         if found.noise is None and first is not None:
             found.noise = first.detach().clone()
 
-    for network in requests.networks(pipe):
+    for network in networks(pipe):
         undo += [network.register_forward_pre_hook(count, with_kwargs=True).remove]
         undo += _span(network, enter, leave(NETWORK))
     for encoder in _encoders(pipe):

@@ -2,47 +2,107 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import record, zoo
-from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.requests import Request, call_parameters, check_subjects, first_line
+from diffaccel import zoo
+from diffaccel.compose import accelerate
+from diffaccel.errors import DiffAccelError, first_line, unknown
+from diffaccel.files import folder_digest
+from diffaccel.requests import Request, call_parameters, check_subjects
 
 if TYPE_CHECKING:
     import torch
 
 
-def locate(model: str) -> tuple[Path, str]:
-    """The local folder of a model, downloaded if need be, and a digest of its content.
+INDEX = "model_index.json"
+
+
+def find_folder(model: str) -> Path | None:
+    """Return the local folder that a model name means, or None for ``owner/name`` on the hub.
+
+    Raises:
+        DiffAccelError: when it is neither a zoo name nor a folder nor like a hub id, with the nearest zoo name.
+    """
+    if model in zoo.names():
+        return zoo.path(model)
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise unknown("model", model, zoo.names())
+    return None
+
+
+def check_pipeline(model: str, folder: Path) -> None:
+    """Raise when a model's folder holds no pipeline."""
+    if (folder / INDEX).is_file():
+        return
+    if model in zoo.names():
+        raise DiffAccelError(f"The embedded model '{model}' is no pipeline. Use one that makes images: {zoo.DEFAULT}.")
+    raise DiffAccelError(f"'{model}' is a folder without {INDEX}. Give one made by save_pretrained.")
+
+
+def load(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Load a pipeline from a zoo name, a local folder or a hub id.
+
+    Args:
+        name_or_path: as ``diffaccel list`` shows, a folder made by ``save_pretrained``, or ``owner/name`` on the hub.
+        kwargs: passed to ``DiffusionPipeline.from_pretrained``.
 
     Raises:
         DiffAccelError: when there is no such model, with the nearest zoo name.
     """
+    from diffusers import DiffusionPipeline
+
+    name = str(name_or_path)
+    folder = find_folder(name)
+    if folder is not None:
+        check_pipeline(name, folder)
+        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+    try:
+        return DiffusionPipeline.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise DiffAccelError(
+            f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
+        ) from error
+
+
+def locate(model: str) -> tuple[Path, str]:
+    """Return the local folder of a model, downloaded if need be, and a digest of its content.
+
+    Raises:
+        DiffAccelError: when there is no such model, with the nearest zoo name.
+    """
+    folder = _local(model)
     if model in zoo.names():
-        folder = zoo.path(model)
-        if not (folder / "model_index.json").is_file():
-            raise DiffAccelError(
-                f"The embedded model '{model}' is no pipeline. Use one that makes images: {zoo.DEFAULT}."
-            )
         return folder, folder.name.rpartition("-")[2]
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise DiffAccelError(f"'{model}' is a folder without model_index.json. Give one made by save_pretrained.")
-        return folder, record.folder_digest(folder)
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise unknown("model", model, zoo.names())
+    if Path(model).expanduser().is_dir():
+        return folder, folder_digest(folder)
+    return folder, folder.name  # a snapshot's folder is named by its commit
+
+
+def pipeline_class(model: str | Path) -> type[Any] | None:
+    """Return the diffusers class that a model's folder names; None where diffusers has no class of that name."""
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(_local(str(model))).get("_class_name")
+    return getattr(diffusers, name, None) if isinstance(name, str) else None
+
+
+def _local(model: str) -> Path:
+    if (folder := find_folder(model)) is not None:
+        check_pipeline(model, folder)
+        return folder
     from diffusers import DiffusionPipeline
 
     try:
-        folder = Path(DiffusionPipeline.download(model))
+        return Path(DiffusionPipeline.download(model))
     except Exception as error:
         raise DiffAccelError(
             f"The model '{model}' is neither in the zoo ({', '.join(zoo.names()) or 'none'}) nor a folder, and the hub "
             f"did not give it: {first_line(error)}"
         ) from error
-    return folder, folder.name  # a snapshot's folder is named by its commit
 
 
 def pick_device(name: str) -> torch.device:
@@ -80,8 +140,6 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
     Raises:
         DiffAccelError: for files that cannot be loaded, and a pipeline that does not make what was asked for.
     """
-    import diffaccel
-
     try:
         pipe = _load(request.model, folder, dtype)
     except DiffAccelError:
@@ -100,16 +158,24 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
         )
     check_subjects(pipe, request)
     if request.methods:
-        diffaccel.accelerate(pipe, *request.methods)
+        accelerate(pipe, *request.methods)
     return pipe.to(device)
 
 
 def _load(model: str, folder: Path, dtype: torch.dtype) -> Any:
-    import diffaccel
-
     try:
-        return diffaccel.load(folder, dtype=dtype)
+        return load(folder, dtype=dtype)
     except Exception:
         if model not in zoo.names():
             raise
-    return diffaccel.load(zoo.path(model, verify=True), dtype=dtype)  # a damaged cache is made again
+    return load(zoo.path(model, verify=True), dtype=dtype)  # a damaged cache is made again
+
+
+def quiet_libraries(quiet: bool) -> None:
+    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if quiet or not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

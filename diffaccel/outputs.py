@@ -18,12 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import (
+    TEMPORARY,
+    Clip,
+    clip_sha256,
+    pixels_sha256,
+    read_result,
+    sha256,
+    write_json,
+    write_mp4,
+    write_png,
+    write_tensor,
+)
 from diffaccel.requests import Item
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECORD = "run.json"
 MARKERS = ".chunks"
 LATENTS = ".safetensors"
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
@@ -77,7 +88,7 @@ class RunFolder:
             return
         strangers = sorted(p.name for p in self.path.iterdir() if _IMAGE.fullmatch(p.name))
         if overwrite:
-            ours = [name for name in strangers if record.read_result(self.path / name) is not None]
+            ours = [name for name in strangers if read_result(self.path / name) is not None]
             latents = {Path(name).with_suffix(LATENTS).name for name in ours}
             strangers = [name for name in strangers if name not in (*ours, *latents)]
         elif (old := self.old()) is not None:
@@ -92,24 +103,24 @@ class RunFolder:
 
     def old(self) -> dict[str, Any] | None:
         """The record that is here already."""
-        return record.read(self.path / RECORD, self.new.kind)
+        return record.read(self.path / record.RUN, self.new.kind)
 
     def prepare(self, overwrite: bool = False) -> None:
         """Make the folder, sweep up after a killed run, and say in ``run.json`` which run this is."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.path.glob(f".*{record.TEMPORARY}"):
+            for name in self.path.glob(f".*{TEMPORARY}"):
                 name.unlink()
             if overwrite:
                 self._clear()
             if self.old() is None:
-                self.new.save(self.path / RECORD)
+                self.new.save(self.path / record.RUN)
         except OSError as error:
             raise unwritable(self.path, error) from error
 
     def _clear(self) -> None:
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
-        (self.path / RECORD).unlink(missing_ok=True)
+        (self.path / record.RUN).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if _IMAGE.fullmatch(path.name):
                 path.unlink()  # all are ours: check() saw to that
@@ -142,7 +153,7 @@ class RunFolder:
             return False
         try:
             return all(
-                record.sha256(self.path / image[key]) == image[digest]
+                sha256(self.path / image[key]) == image[digest]
                 for image in entry["images"]
                 for key, digest in (("file", "sha256"), ("latents", "latents_sha256"))
                 if key in image
@@ -171,24 +182,24 @@ class RunFolder:
             for row, (item, image) in enumerate(zip(self.chunks[number], images, strict=True)):
                 about: dict[str, Any] = {"id": item.id, "prompt": item.prompt, "seed": item.seed}
                 file = self.path / f"{item.id:05d}"
-                if isinstance(image, record.Clip):
+                if isinstance(image, Clip):
                     about |= {"frames": len(image.frames), "fps": image.fps}
-                    file, pixels = file.with_suffix(".mp4"), record.clip_sha256(image)
-                    record.write_mp4(file, image, {**shared, **about})
+                    file, pixels = file.with_suffix(".mp4"), clip_sha256(image)
+                    write_mp4(file, image, {**shared, **about})
                 else:
-                    file, pixels = file.with_suffix(".png"), record.pixels_sha256(image)
-                    record.write_png(file, image, {**shared, **about})
-                entry = {**about, "file": file.name, "sha256": record.sha256(file), "pixels_sha256": pixels}
+                    file, pixels = file.with_suffix(".png"), pixels_sha256(image)
+                    write_png(file, image, {**shared, **about})
+                entry = {**about, "file": file.name, "sha256": sha256(file), "pixels_sha256": pixels}
                 if noise:
                     entry["noise_sha256"] = noise[row]
                 if latents is not None:
                     file = file.with_suffix(LATENTS)
-                    record.write_tensor(file, latents[row])
-                    entry |= {"latents": file.name, "latents_sha256": record.sha256(file)}
+                    write_tensor(file, latents[row])
+                    entry |= {"latents": file.name, "latents_sha256": sha256(file)}
                 entries.append(entry)
             marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
             (self.path / MARKERS).mkdir(exist_ok=True)
-            record.write_json(self.path / MARKERS / f"{number:05d}.json", marker)
+            write_json(self.path / MARKERS / f"{number:05d}.json", marker)
 
     @contextlib.contextmanager
     def _while_writing(self) -> Iterator[None]:
@@ -244,7 +255,7 @@ class RunFolder:
             chunks=[{"chunk": number, "cost": _without_steps(entry["cost"])} for number, entry in done.items()],
             **({} if until is None else {"until": until}),
         )
-        self.new.save(self.path / RECORD)
+        self.new.save(self.path / record.RUN)
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
-from diffaccel.families.base import Family, signature_of
+from diffaccel.families.base import Family
+from diffaccel.modules.stand_in import StandIn, TextMemo, clone, network_arguments, random_like, silent_bar, uncompiled
 from diffaccel.session import Session
 
 GUIDANCE_TOLERANCE = 1e-4
@@ -40,32 +41,6 @@ class Record:
     step_arguments: dict[str, Any] = field(default_factory=dict)
 
 
-class StandIn:
-    """Called in the place of a network. No Module, so that hooks and ``compile`` do not see it; it answers
-    ``isinstance`` and every attribute as the network does, since pipelines find their device by their modules."""
-
-    def __init__(self, module: Any, called: Callable[..., Any]) -> None:
-        self._module, self._called = module, called
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called(*args, **kwargs)
-
-
-def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A network call's arguments by name; pipelines reuse and mutate their dicts between calls, so these are copies."""
-    bound = signature_of(module).bind(module, *args, **kwargs).arguments
-    bound.pop("self")
-    bound.update(bound.pop("kwargs", {}))
-    return {k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()}
-
-
 def _recorder(module: Any, record: Record, family: Family) -> StandIn:
     """A network that answers at random, and notes what it was called with and what it answered."""
 
@@ -80,34 +55,8 @@ def _recorder(module: Any, record: Record, family: Family) -> StandIn:
     return StandIn(module, called)
 
 
-def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
-    """A network's made-up answer, fp32 so that the guidance fit is sharp; a list where its input is one."""
-    out = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return out.to(like.device) if isinstance(like, Tensor) else list(out.to(like[0].device).unbind())
-
-
 class _Stop(Exception):
     """Unwinds a probed call."""
-
-
-class TextMemo:
-    """Results of ``encode_prompt`` by the ordinal of the call: pipelines call it once per branch."""
-
-    def __init__(self) -> None:
-        self.results: list[Any] = []
-
-    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        ordinal = 0
-
-        @functools.wraps(encode)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            nonlocal ordinal
-            if ordinal == len(self.results):
-                self.results.append(encode(*args, **kwargs))
-            ordinal += 1
-            return self.results[ordinal - 1]
-
-        return encode_prompt
 
 
 @contextlib.contextmanager
@@ -120,7 +69,7 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
     record = Record()
     networks, scheduler = family.networks(pipe), pipe.scheduler
     for name, network in networks.items():
-        if hasattr(getattr(network, "_orig_mod", network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
+        if hasattr(uncompiled(network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
             raise DiffAccelError(
                 f"The {name} of {type(pipe).__name__} is split over devices by context parallelism, "
                 "which cannot be probed yet. Load it without parallel_config."
@@ -139,7 +88,7 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
         if "encode_prompt" in ours:
             object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
         if "progress_bar" in ours:  # the loop that follows brings its own bar
-            object.__setattr__(pipe, "progress_bar", functools.partial(_no_bar, pipe.progress_bar))
+            object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 
     def close() -> None:
         nonlocal open_now
@@ -180,12 +129,6 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
         yield
     finally:
         close()
-
-
-def _no_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(iterable, total=total, disable=True)
 
 
 def check_guidance(family: Family, pipe: Any, record: Record, arguments: dict[str, Any]) -> None:
@@ -230,15 +173,6 @@ def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwa
     arguments.pop("self")
     arguments.update(arguments.pop("kwargs", None) or {})
     return arguments
-
-
-def clone(generator: Any) -> Any:
-    """A generator, or a list of them, with the same state and nothing shared."""
-    if isinstance(generator, list):
-        return [clone(g) for g in generator]
-    if generator is None:
-        return None
-    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:

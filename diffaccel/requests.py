@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffaccel import record, zoo
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.families import find, network
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ class Request:
         """The request with what a zoo model's card recommends where nothing was asked for."""
         if self.model not in zoo.names():
             return self
-        defaults = card_defaults(self.model)
+        defaults = zoo.call_defaults(self.model)
         wanted: dict[str, Any] = {"steps": defaults.get("num_inference_steps")}
         wanted["guidance"] = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
         wanted["size"] = (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None
@@ -154,31 +155,11 @@ class Request:
         return json.loads(json.dumps(settings))  # as it will be read back: tuples become lists
 
 
-def card_defaults(model: str) -> dict[str, Any]:
-    """The call arguments that a zoo model's card recommends; none for other models."""
-    return zoo.card(model).get("defaults", {}) if model in zoo.names() else {}
-
-
 def call_parameters(pipe: Any) -> dict[str, Any]:
     """Names of a pipeline's call arguments and their defaults; of an instance or a class."""
     cls = pipe if isinstance(pipe, type) else type(pipe)
     parameters = inspect.signature(cls.__call__).parameters
     return {name: p.default for name, p in parameters.items() if name != "self"}
-
-
-def networks(pipe: Any) -> list[Any]:
-    """The network that a pipeline evaluates at every step, first; then others that take its place at some steps."""
-    from diffaccel.families import find
-
-    if (family := find(pipe)) is not None:
-        return list(family.networks(pipe).values())
-    found = [module for name in ("transformer", "unet") if (module := getattr(pipe, name, None)) is not None]
-    return found[:1]
-
-
-def network(pipe: Any) -> Any:
-    """The first of :func:`networks`, or None."""
-    return next(iter(networks(pipe)), None)
 
 
 def source_of(pipe: Any) -> Literal["text", "class", "nothing"]:
@@ -254,7 +235,7 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
         )
     if "use_resolution_binning" in accepted and network(pipe).config.sample_size not in _BINNED:
         chosen["use_resolution_binning"] = False  # there is no table for its size, and the call would say so
-    longest = card_defaults(request.model).get("max_sequence_length")
+    longest = zoo.call_defaults(request.model).get("max_sequence_length")
     if longest is not None:
         chosen["max_sequence_length"] = longest
     return chosen | guidance_arguments(pipe, request.guidance, request.negative)
@@ -262,8 +243,6 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
 
 def check_size(pipe: Any, arguments: dict[str, Any]) -> None:
     """Refuse a picture size that the stock pipeline would round in silence."""
-    from diffaccel.families import find
-
     family = find(pipe)
     if family is None:
         return
@@ -298,8 +277,6 @@ def check_frames(pipe: Any, frames: int) -> None:
 
 def frame_rate(pipe: Any, request: Request) -> float:
     """Frames a second of a request's videos: the request's, else what the model was trained at, else 16."""
-    from diffaccel.families import find
-
     family = find(pipe)
     return request.fps or (family.fps if family else _USUAL_FPS)
 
@@ -330,9 +307,3 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) 
     elif key == "true_cfg_scale" and scale > 1:
         chosen["negative_prompt"] = ""
     return chosen
-
-
-def first_line(error: BaseException, limit: int = 200) -> str:
-    """An error's message on one line of readable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

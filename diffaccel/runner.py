@@ -20,7 +20,8 @@ from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
 from diffaccel.families.generic import identify
 from diffaccel.families.generic.watching import NotIdentified
-from diffaccel.probe import Record, TextMemo, arguments_of, check_call, clone, intercept, make_session
+from diffaccel.modules.stand_in import TextMemo, clone
+from diffaccel.probe import Record, arguments_of, check_call, intercept, make_session
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffaccel import console, registry, zoo
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.opening import quiet_libraries
 from diffaccel.requests import DTYPES, Request
 from diffaccel.variants import parse_fields, parse_size
 
@@ -65,7 +66,7 @@ def run(argv: list[str]) -> int:
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip
-    console.quiet_libraries(options.json or options.model in zoo.names())
+    quiet_libraries(options.json or options.model in zoo.names())
 
     from diffaccel.sampling import generate_run
 

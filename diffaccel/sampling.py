@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import opening, record, requests
-from diffaccel.errors import DiffAccelError
+from diffaccel.compose import Active, active, summary
+from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.families import find
+from diffaccel.files import Clip
 from diffaccel.outputs import RunFailed, RunFolder, check_writable
-from diffaccel.requests import Item, Request, first_line
+from diffaccel.requests import Item, Request
 from diffaccel.world import World, join_world
 
 if TYPE_CHECKING:
     from diffaccel import meter
-    from diffaccel.compose import Active
 
-KIND = "sample"
 OUT = "out"
 SEARCH = "search"  # folder of a run where searches leave their traces, one for each call
 GO_ON = "go on"  # the verdict of a look that proves nothing yet
@@ -101,13 +102,11 @@ def generate_run(
             _check_class(source, request)
     else:
         requests.check_subjects(pipe, request)
-        from diffaccel.compose import active
-
         world, device, dtype, state = World(), pipe.device, pipe.dtype, active(pipe)
         request = replace(request, methods=tuple(state.configs) if state else ())
     with _threads(request.threads):
         settings, about = request.settings(digest, device, dtype), record.describe_device(device)
-        new = record.Record(kind=KIND, settings=settings, command=list(command or ()), device=about)
+        new = record.Record(kind=record.SAMPLE, settings=settings, command=list(command or ()), device=about)
         folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
         folder.check(overwrite)
         done = {} if overwrite else folder.finished()
@@ -181,8 +180,6 @@ def _make(
 
 def _search(pipe: Any) -> Active | None:
     """What is active on a pipeline whose loop is a search: it leaves files, and processes may share its calls."""
-    from diffaccel.compose import active
-
     state = active(pipe)
     return state if state is not None and state.loop is not None and state.loop.searches else None
 
@@ -200,10 +197,7 @@ def _name(request: Request, new: record.Record) -> str:
 
 def _check_class(source: Path, request: Request) -> None:
     """Missing prompts are worth a look at the pipeline's class before its weights are loaded."""
-    import diffusers
-
-    name = diffusers.DiffusionPipeline.load_config(source).get("_class_name")
-    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    cls = opening.pipeline_class(source)
     if cls is not None:
         requests.check_subjects(cls, request)
 
@@ -234,7 +228,7 @@ def generate_chunk(
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         made = pipe(generator=generators, **rows)
     frames = getattr(made, "frames", None)
-    images = made.images if frames is None else [record.Clip(list(clip), fps) for clip in frames]
+    images = made.images if frames is None else [Clip(list(clip), fps) for clip in frames]
     return images, _cost(pipe, rows, measured), measured
 
 
@@ -253,9 +247,7 @@ def _subjects(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
 def _cost(pipe: Any, call: dict[str, Any], measured: meter.Measured) -> dict[str, Any]:
     """Seconds, whole and by part and by network call; NFE (a guided prediction counts once), rows through the network,
     network calls; peak memory in bytes."""
-    import diffaccel
-
-    run = diffaccel.summary(pipe).last_run
+    run = summary(pipe).last_run
     peak = record.peak_memory(pipe.device)
     if run is not None:
         peak = max(peak or 0, run["peak_memory"]) or None
@@ -272,8 +264,6 @@ def _cost(pipe: Any, call: dict[str, Any], measured: meter.Measured) -> dict[str
 
 def _branches(pipe: Any, call: dict[str, Any]) -> int:
     """How many rows a stock loop sends through its network for one guided prediction."""
-    from diffaccel.families import find
-
     family = find(pipe)
     if family is not None:
         return 2 if family.guidance_scale(pipe, {**requests.call_parameters(pipe), **call}) is not None else 1

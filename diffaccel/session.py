@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.families.conditioning import Conditioning
 from diffaccel.flow import Path
 from diffaccel.schedules import Schedule
 
@@ -115,20 +116,6 @@ class Progress:
 
 Event = Eval | list[Eval] | Decode | Advance | Step | Progress
 Sampling = Generator[Event, Any, Tensor]
-
-
-@dataclass(eq=False)
-class Conditioning:
-    """The network's arguments for one prompt batch, one row per sample, and the guidance that joins its branches.
-
-    ``negative`` is None where the call is not guided by a second branch. ``joint`` keeps the pipeline's own batched
-    arguments (negative rows first) for families that evaluate both branches in one call.
-    """
-
-    positive: dict[str, Any]
-    negative: dict[str, Any] | None
-    joint: dict[str, Any] | None
-    arguments: dict[str, Any]
 
 
 @dataclass(eq=False)

@@ -14,11 +14,12 @@ from diffaccel import opening, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import report as reports
 from diffaccel.eval import statistics_rows, subjects
-from diffaccel.eval.comparison import Comparison, compare_runs
+from diffaccel.eval.comparison import compare_runs
+from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.extractors import as_clip, extractor
-from diffaccel.eval.images import open_source
 from diffaccel.eval.runs import Run, open_run
 from diffaccel.eval.sides import Side, is_pipeline, side
+from diffaccel.eval.sources import open_source
 from diffaccel.eval.timing import take_turns
 from diffaccel.requests import Request
 
@@ -177,7 +178,7 @@ def _request(
         return request
     pipeline = host
     if host is None and any(isinstance(each, Side) and each.variant is not None for each in sides):
-        pipeline = subjects.pipeline_class(request.model)
+        pipeline = opening.pipeline_class(request.model)
     texts = subjects.texts_of(prompts)
     if texts or not known:
         request = subjects.drawing(pipeline, request, texts)

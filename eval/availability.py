@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from diffaccel import record, zoo
+from diffaccel import zoo
 from diffaccel.eval import extractors, lpips, protocols, scorers, tiny_network, weights
+from diffaccel.files import sha256
 
 Kind = Literal["metric", "protocol", "extractor", "scorer"]
 YOURS = "a file of yours"
@@ -81,7 +82,7 @@ def _of_file(kind: str, what: str) -> Entry:
         kind="extractor", name=kind, what=what, needs=known.files[0], available=looked.path is not None,
         where=str(looked.path or ""), why="" if looked.path else "weights not found", looked=looked.places,
     )  # fmt: skip
-    if looked.path is not None and not record.sha256(looked.path).startswith(known.sha256):
+    if looked.path is not None and not sha256(looked.path).startswith(known.sha256):
         why = f"another sha256 than {known.sha256}...: only with --allow-unknown-weights"
         entry = replace(entry, available=False, why=why)
     return _packaged(entry, kind)

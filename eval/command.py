@@ -9,6 +9,7 @@ from diffaccel import console, zoo
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import command_pictures, command_sets
 from diffaccel.eval.failures import MetricFailed
+from diffaccel.opening import quiet_libraries
 
 # command -> function of its arguments that returns the exit status, and one line of help
 COMMANDS = {
@@ -78,9 +79,10 @@ def run_time(argv: list[str]) -> int:
     add("--out", type=Path, metavar="FILE", help="write the timing as JSON, for diffaccel eval compare --timing")
     add("--json", action="store_true", help="print it as one JSON object")
     options = parser.parse(argv)
-    from diffaccel import opening, record, variants
+    from diffaccel import opening, variants
     from diffaccel.eval.command_options import progress_of
     from diffaccel.eval.timing import take_turns
+    from diffaccel.files import write_json
     from diffaccel.requests import Request
 
     chosen = [variants.parse(text) for text in options.variants]
@@ -88,7 +90,7 @@ def run_time(argv: list[str]) -> int:
         prompts=(options.prompt,), num=options.batch, batch=options.batch, model=options.model, dtype=options.dtype,
         device=options.device,
     ).with_model_defaults()  # fmt: skip
-    console.quiet_libraries(options.json or options.model in zoo.names())
+    quiet_libraries(options.json or options.model in zoo.names())
     device = opening.pick_device(options.device)
     folder, _ = opening.locate(options.model)
     pipe = opening.open_pipeline(request, folder, device, opening.pick_dtype(options.dtype, device))
@@ -103,7 +105,7 @@ def run_time(argv: list[str]) -> int:
     timing["command"] = ["diffaccel", "eval", "time", *argv]
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json(options.out, timing)
+        write_json(options.out, timing)
     if options.json:
         console.write_json(timing)
         return 0

@@ -10,7 +10,7 @@ from diffaccel import console
 from diffaccel.errors import DiffAccelError
 
 if TYPE_CHECKING:
-    from diffaccel.eval.comparison import Comparison
+    from diffaccel.eval.comparison.result import Comparison
     from diffaccel.eval.gate import Gate
 
 GATE_FAILED = 5
@@ -76,11 +76,11 @@ def run_compare(argv: list[str]) -> int:
     from diffaccel.eval import gate as gates
     from diffaccel.eval import report
     from diffaccel.eval.command_options import progress_of
-    from diffaccel.eval.comparison import compare_runs, fidelity, networks
+    from diffaccel.eval.comparison import compare_runs, fidelity, networks, text
     from diffaccel.eval.extractors import as_clip, extractor
-    from diffaccel.eval.images import open_source
-    from diffaccel.eval.report import text
+    from diffaccel.eval.report.markdown import markdown
     from diffaccel.eval.runs import open_run
+    from diffaccel.eval.sources import open_source
     from diffaccel.eval.video import Sampling
 
     device = opening.pick_device(options.device)
@@ -112,7 +112,7 @@ def run_compare(argv: list[str]) -> int:
         made = report.write(comparison, options.report, command=command)
     else:
         made = comparison.to_dict() | {"command": command, "verdicts": text.verdicts(comparison)}
-    console.write_json(made) if options.json else console.write(text.markdown(comparison, made))
+    console.write_json(made) if options.json else console.write(markdown(comparison, made))
     for sentence in said:
         console.write_note(sentence)
     return GATE_FAILED if failed else 0

@@ -125,7 +125,7 @@ def finish(options: Any, command: Sequence[str], rows: Sequence[Row], warnings: 
 
 def write_json(options: Any, values: dict[str, Any]) -> bool:
     """``values`` as JSON to where ``--json`` says, else their warnings to stderr; returns whether stdout is free."""
-    from diffaccel import record
+    from diffaccel import files, record
 
     values = {**values, "made": record.now(), "versions": record.versions()}
     if options.json == STDOUT:
@@ -134,7 +134,7 @@ def write_json(options: Any, values: dict[str, Any]) -> bool:
     if options.json is not None:
         file = Path(options.json).expanduser()
         file.parent.mkdir(parents=True, exist_ok=True)
-        record.write_json(file, values)
+        files.write_json(file, values)
     for warning in values["warnings"]:
         console.write_note(f"warning: {warning}")
     return True

@@ -109,8 +109,8 @@ def run_paired(argv: list[str]) -> int:
 
 def _opened(path: str) -> Run:
     """A run, or any images by their names."""
-    from diffaccel.eval.images import open_source
     from diffaccel.eval.runs import Picture, Run, open_run
+    from diffaccel.eval.sources import open_source
 
     file = Path(path).expanduser()
     if not file.is_file():

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffaccel import console, zoo
 from diffaccel.errors import DiffAccelError
+from diffaccel.opening import quiet_libraries
 
 
 def _parser() -> console.Parser:
@@ -46,7 +47,7 @@ def _parser() -> console.Parser:
 def run(argv: list[str]) -> int:
     """The command; returns its exit status."""
     options = _parser().parse(argv)
-    from diffaccel import variants
+    from diffaccel import opening, variants
     from diffaccel.eval import subjects
     from diffaccel.requests import Request
     from diffaccel.sampling import generate_run
@@ -57,8 +58,8 @@ def run(argv: list[str]) -> int:
         device=options.device, threads=options.threads, latents=options.latents,
     )  # fmt: skip
     texts = subjects.texts_of(options.prompts, options.first)
-    request = variant.of(subjects.drawing(subjects.pipeline_class(options.model), request, texts))
-    console.quiet_libraries(options.json or options.model in zoo.names())
+    request = variant.of(subjects.drawing(opening.pipeline_class(options.model), request, texts))
+    quiet_libraries(options.json or options.model in zoo.names())
     record = generate_run(
         request, options.out, overwrite=options.overwrite, early=_early(options, request),
         progress=not options.json, command=["diffaccel", "eval", "run", *argv],

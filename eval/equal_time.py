@@ -18,7 +18,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval import alignment, frechet_intervals
 from diffaccel.eval.comparison import fidelity
 from diffaccel.eval.comparison.distribution import FEWEST, features
-from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.comparison.row import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.frechet import Moments

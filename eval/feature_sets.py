@@ -17,7 +17,7 @@ from diffaccel.eval.extractors.inception import TAPS, InceptionExtractor
 from diffaccel.eval.feature_statistics import StatisticsFile
 from diffaccel.eval.features import extract
 from diffaccel.eval.frechet import Moments
-from diffaccel.eval.images import open_source
+from diffaccel.eval.sources import open_source
 
 _INCEPTION = "inception"
 _PICKLED = {"fid": _INCEPTION, "fd_dinov2": "dinov2"}  # EDM2's entries, and how the names of their networks start

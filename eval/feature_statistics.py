@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval.frechet import Moments
+from diffaccel.files import atomic
 
 VERSION = 1
 TOLERANCE = 1e-6  # of the largest entry for symmetry, of the largest eigenvalue for negative ones
@@ -130,7 +130,7 @@ def write(path: str | Path, statistics: StatisticsFile) -> None:
     if statistics.spatial is not None:
         values["mu_s"] = statistics.spatial.mean.cpu().numpy()
         values["sigma_s"] = statistics.spatial.covariance.cpu().numpy()
-    with record.atomic(path) as file:
+    with atomic(path) as file:
         np.savez(file, **values)
 
 

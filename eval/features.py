@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.images import Source
+from diffaccel.files import read_tensor, write_tensor
 
 FORMAT = 1
 CHUNK = 1024  # images in a file of the cache: what a kill may lose
@@ -186,7 +186,7 @@ class _Chunks:
         missing: list[int] = []
         for rows, file in zip(self._all(len(values)), self.files, strict=True):
             try:
-                known = record.read_tensor(file)
+                known = read_tensor(file)
                 values[rows.start : rows.stop] = known
             except (OSError, SafetensorError, KeyError, RuntimeError):  # not there, or damaged: made again
                 missing += rows
@@ -198,7 +198,7 @@ class _Chunks:
             chunk = row // CHUNK
             self.left[chunk] -= 1
             if self.left[chunk] == 0:
-                record.write_tensor(self.files[chunk], values[chunk * CHUNK : (chunk + 1) * CHUNK].clone())
+                write_tensor(self.files[chunk], values[chunk * CHUNK : (chunk + 1) * CHUNK].clone())
 
 
 def _sent(found: Tensor) -> Callable[[], Tensor]:

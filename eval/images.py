@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -147,45 +145,6 @@ class Source:
         for one in ahead(lambda i: hashlib.sha256(self.content(i)).digest(), positions):
             total.update(one)
         return total.hexdigest()
-
-
-def open_source(
-    source: str | os.PathLike[str] | Tensor | np.ndarray[Any, Any],
-    *,
-    num: int | None = None,
-    ids: Sequence[str] | None = None,
-) -> Source:
-    """The images in a folder (recursive), a zip, an npz with ``arr_0`` (N, H, W, 3), or a tensor (N, 3, H, W).
-
-    An npz with ``mu`` and ``sigma`` instead is of kind "statistics". Floats in a tensor are taken as [0, 1].
-
-    Args:
-        source: a path, or the images themselves.
-        num: take the first ``num`` in the order of ids.
-        ids: of the images of a tensor.
-
-    Raises:
-        DiffAccelError: for what is not there or holds no images, for fewer than ``num``, for ids that are not unique,
-            and for files that have no exact RGB form, naming the first.
-    """
-    from diffaccel.eval import sources
-
-    if num is not None and num < 1:
-        raise DiffAccelError(f"The number of images must be at least 1; got {num}.")
-    if isinstance(source, Tensor | np.ndarray):
-        return sources.of_tensor(torch.as_tensor(source), num, ids)
-    if ids is not None:
-        raise DiffAccelError("Ids are given for tensors only; files are their own ids.")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return sources.of_folder(path, num)
-    if not path.is_file():
-        raise DiffAccelError(f"There is no '{source}'. Give a folder of images, a zip, an npz, or a tensor.")
-    if path.suffix.lower() == ".zip":
-        return sources.of_zip(path, num)
-    if path.suffix.lower() == ".npz":
-        return sources.of_npz(path, num)
-    raise DiffAccelError(f"'{source}' is neither a folder nor a zip nor an npz. Put single images into a folder.")
 
 
 def count_sizes(sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:

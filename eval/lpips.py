@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import weights
 from diffaccel.eval.extractors.base import exact_float32
 from diffaccel.eval.paired import check_pair
+from diffaccel.files import sha256
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load(path: str | Path | None = None, *, net: str = "alex", device: str | tor
     if net not in BACKBONES:
         raise unknown("LPIPS network", net, BACKBONES)
     file = weights.find(BACKBONES[net].file, path)
-    return Lpips(weights.load(file), net, device=device, weights_sha256=record.sha256(file))
+    return Lpips(weights.load(file), net, device=device, weights_sha256=sha256(file))
 
 
 def _convolutions(state: Mapping[str, Tensor], net: str, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel import console, opening, record, registry, zoo
-from diffaccel.errors import DiffAccelError
+from diffaccel import opening, record, registry, zoo
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval import equal_time, statistics_rows, time_budget
 from diffaccel.eval import report as reports
 from diffaccel.eval.api import measured, opened
@@ -25,12 +25,13 @@ from diffaccel.eval.extractors import Extractor, as_clip, extractor
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.features import extract
 from diffaccel.eval.frechet import Moments
-from diffaccel.eval.images import open_source
 from diffaccel.eval.report_plan import Made, Plan, could_not_run
 from diffaccel.eval.runs import Run, open_run
+from diffaccel.eval.sources import open_source
 from diffaccel.eval.timing import one_call, take_turns
-from diffaccel.outputs import RECORD
-from diffaccel.requests import Request, first_line
+from diffaccel.files import write_json
+from diffaccel.opening import quiet_libraries
+from diffaccel.requests import Request
 from diffaccel.sampling import generate_run
 from diffaccel.variants import Variant
 from diffaccel.world import join_world
@@ -129,7 +130,7 @@ class _Work:
         path = self.out / RUNS / (folder or way.folder)
         if not _finished(path):
             self.progress(f"{path.name}: {len(request)} pictures")
-        console.quiet_libraries(request.model in zoo.names())
+        quiet_libraries(request.model in zoo.names())
         generate_run(request, path)
         return open_run(path)
 
@@ -142,7 +143,7 @@ class _Work:
     @cached_property
     def pipe(self) -> Any:
         """The model, open and without methods."""
-        console.quiet_libraries(self.request.model in zoo.names())
+        quiet_libraries(self.request.model in zoo.names())
         pipe = opened(self.request)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -171,7 +172,7 @@ class _Work:
             if made is None or made.get("of") != about:
                 made = {**make(), "of": about}
                 path.parent.mkdir(parents=True, exist_ok=True)
-                record.write_json(path, made)
+                write_json(path, made)
         return self.world.share(made)
 
     def _about(self, ways: Sequence[Variant]) -> dict[str, Any]:
@@ -253,7 +254,7 @@ class _Work:
 
 
 def _finished(folder: Path) -> bool:
-    made = _read(folder / RECORD)
+    made = _read(folder / record.RUN)
     return made is not None and made.get("state") == "finished"
 
 

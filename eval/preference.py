@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval import weights
 from diffaccel.eval.alignment import pooled, prompt_cosine
 from diffaccel.eval.extractors.base import exact_float32, frozen
 from diffaccel.eval.resize import to_pil
-from diffaccel.requests import first_line
 
 AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"
 OPEN_CLIP = "open_clip_model.safetensors"

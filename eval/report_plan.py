@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.comparison.row import Section
 from diffaccel.eval.gate import Gate
 from diffaccel.requests import Request
 from diffaccel.variants import Variant

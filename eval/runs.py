@@ -17,9 +17,8 @@ from torch import Tensor
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import images, sources
+from diffaccel.eval.sources import open_source
 from diffaccel.eval.video_files import read_video
-from diffaccel.outputs import RECORD
-from diffaccel.sampling import KIND
 
 VIDEO = ".mp4"
 Pairs = list[tuple[int, int]]  # positions of pictures that belong together, in two runs
@@ -80,7 +79,7 @@ class Run:
     def source(self) -> images.Source:
         """The pictures, by their ids."""
         if not self.path.is_dir():  # an archive
-            return images.open_source(self.path)
+            return open_source(self.path)
         files = [picture.file.relative_to(self.path).as_posix() for picture in self.pictures]
         return sources.of_folder(self.path, files=files)
 
@@ -102,13 +101,13 @@ def open_run(path: str | Path) -> Run:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
-    made = record.read(folder / RECORD, KIND)
+    made = record.read(folder / record.RUN, record.SAMPLE)
     name = folder.resolve().name
     videos = {} if made else {file.stem: file.name for file in sorted(folder.glob(f"*{VIDEO}"))}
     if videos:
         return Run(name, folder, tuple(Picture(id=stem, file=folder / file) for stem, file in videos.items()))
     if made is None:
-        files = images.open_source(folder).files
+        files = open_source(folder).files
         return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
     sources.check_finished(made, path)
     return of_record(folder, made)

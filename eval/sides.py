@@ -19,12 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import diffaccel
-from diffaccel import console, record, registry, sampling, variants, zoo
+from diffaccel import record, registry, sampling, variants, zoo
+from diffaccel.compose import accelerate, remove, summary
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval.paired import check_images
 from diffaccel.eval.runs import Run, open_run
+from diffaccel.opening import quiet_libraries
 from diffaccel.outputs import RunFolder
 from diffaccel.requests import Item, Request
 from diffaccel.variants import Variant
@@ -115,7 +116,7 @@ def of_variant(variant: Variant, host: Any = None) -> Side:
 
 def _drawn(request: Request, out: Path, *, pipe: Any = None) -> Run:
     digest = "" if pipe is None else weights_digest(pipe)
-    console.quiet_libraries(request.model in zoo.names())
+    quiet_libraries(request.model in zoo.names())
     sampling.generate_run(request, out, pipe=pipe, digest=digest)
     return open_run(out)
 
@@ -123,7 +124,7 @@ def _drawn(request: Request, out: Path, *, pipe: Any = None) -> Run:
 def methods_of(pipe: Any) -> list[Any]:
     """The configs of the methods that are on a pipeline."""
     found = []
-    for values in diffaccel.summary(pipe).methods:
+    for values in summary(pipe).methods:
         options = {key: value for key, value in values.items() if key != "touches"}
         found.append(registry.config_class(options["name"]).from_dict(options))
     return found
@@ -142,15 +143,15 @@ def wearing(pipe: Any, methods: Sequence[Any]) -> Iterator[None]:
             f"The pipeline has '{lasting}' on its network, and another side is to be drawn without it. Compare with a "
             "pipeline that was loaded again, or name the model: model='...'."
         )
-    diffaccel.remove(pipe)
+    remove(pipe)
     try:
         if methods:
-            diffaccel.accelerate(pipe, *methods)
+            accelerate(pipe, *methods)
         yield
     finally:
-        diffaccel.remove(pipe)
+        remove(pipe)
         if before:
-            diffaccel.accelerate(pipe, *before)
+            accelerate(pipe, *before)
 
 
 def weights_digest(pipe: Any) -> str:
@@ -184,7 +185,7 @@ def draw_function(function: Function, request: Request, out: Path) -> Run:
         "num": request.num, "seed": request.seed, "batch": request.batch,
     }  # fmt: skip
     about = {"type": "function", "name": f"wherever {name} runs"}
-    new = record.Record(kind=sampling.KIND, settings=settings, device=about)
+    new = record.Record(kind=record.SAMPLE, settings=settings, device=about)
     folder = RunFolder(out, new, request.chunks())
     folder.check()
     done = folder.finished()

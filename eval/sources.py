@@ -20,13 +20,48 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode
 from diffaccel.eval.images import Source, count_sizes, to_uint8
 from diffaccel.eval.reading import ahead
-from diffaccel.outputs import RECORD
-from diffaccel.sampling import KIND
 
 _JUNK = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
 _AT_ONCE = 256  # headers that a thread reads
+
+
+def open_source(
+    source: str | os.PathLike[str] | Tensor | np.ndarray[Any, Any],
+    *,
+    num: int | None = None,
+    ids: Sequence[str] | None = None,
+) -> Source:
+    """The images in a folder (recursive), a zip, an npz with ``arr_0`` (N, H, W, 3), or a tensor (N, 3, H, W).
+
+    An npz with ``mu`` and ``sigma`` instead is of kind "statistics". Floats in a tensor are taken as [0, 1].
+
+    Args:
+        source: a path, or the images themselves.
+        num: take the first ``num`` in the order of ids.
+        ids: of the images of a tensor.
+
+    Raises:
+        DiffAccelError: for what is not there or holds no images, for fewer than ``num``, for ids that are not unique,
+            and for files that have no exact RGB form, naming the first.
+    """
+    if num is not None and num < 1:
+        raise DiffAccelError(f"The number of images must be at least 1; got {num}.")
+    if isinstance(source, Tensor | np.ndarray):
+        return of_tensor(torch.as_tensor(source), num, ids)
+    if ids is not None:
+        raise DiffAccelError("Ids are given for tensors only; files are their own ids.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return of_folder(path, num)
+    if not path.is_file():
+        raise DiffAccelError(f"There is no '{source}'. Give a folder of images, a zip, an npz, or a tensor.")
+    if path.suffix.lower() == ".zip":
+        return of_zip(path, num)
+    if path.suffix.lower() == ".npz":
+        return of_npz(path, num)
+    raise DiffAccelError(f"'{source}' is neither a folder nor a zip nor an npz. Put single images into a folder.")
 
 
 def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = None) -> Source:
@@ -50,7 +85,7 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
 def _of_run(path: Path) -> list[str] | None:
     """The pictures of a run of diffaccel, beside which plots and what a search kept may lie; None for other folders."""
     try:
-        made = record.read(path / RECORD, KIND)
+        made = record.read(path / record.RUN, record.SAMPLE)
     except DiffAccelError:  # a file of that name by someone else
         return None
     if made is None:

@@ -11,8 +11,8 @@ from diffaccel.eval.comparison.distribution import FEWEST, features
 from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.frechet import Moments
-from diffaccel.eval.images import open_source
 from diffaccel.eval.runs import Run, pair
+from diffaccel.eval.sources import open_source
 
 
 def is_statistics(reference: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffaccel import opening, requests, zoo
+from diffaccel import requests, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import prompts as prompt_sets
 from diffaccel.requests import Request
@@ -25,15 +25,6 @@ def texts_of(prompts: Prompts, first: int | None = None) -> tuple[str, ...]:
     if isinstance(prompts, str):
         return prompt_sets.read(prompts).first(first).texts
     return tuple(prompts)[:first]
-
-
-def pipeline_class(model: str) -> Any:
-    """The diffusers class of a model's folder; None where diffusers has no class of that name."""
-    import diffusers
-
-    folder, _ = opening.locate(model)
-    name = diffusers.DiffusionPipeline.load_config(folder).get("_class_name")
-    return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
 def drawing(pipeline: Any, request: Request, texts: Sequence[str]) -> Request:

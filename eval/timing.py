@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-import diffaccel
 from diffaccel import record, requests, sampling
+from diffaccel.compose import accelerate, remove, summary
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.intervals import median_ratio
 from diffaccel.requests import Request
@@ -63,7 +63,7 @@ def take_turns(
         )
     if len(set(names)) < len(names):
         raise DiffAccelError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice. Take one out.")
-    if diffaccel.summary(pipe).methods:
+    if summary(pipe).methods:
         raise DiffAccelError("The pipeline has methods on it already. Call diffaccel.remove(pipe) first.")
     pipe.set_progress_bar_config(disable=True)
     entries: dict[str, dict[str, Any]] = {name: {"seconds": [], "costs": [], "joules": []} for name in names}
@@ -100,7 +100,7 @@ def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dic
     request = request.with_model_defaults()
     start = time.perf_counter()
     if request.methods:
-        diffaccel.accelerate(pipe, *request.methods)
+        accelerate(pipe, *request.methods)
         _wait(pipe.device)
     set_up = time.perf_counter() - start
     try:
@@ -115,7 +115,7 @@ def one_call(pipe: Any, request: Request, then: Then | None = None) -> tuple[dic
         after = _joules(pipe.device)
         cost["set_up"] = set_up
     finally:
-        diffaccel.remove(pipe)
+        remove(pipe)
     return cost, None if before is None or after is None else after - before
 
 

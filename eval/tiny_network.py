@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.record import sha256
+from diffaccel.files import sha256
 
 FORMAT = "1"
 WEIGHTS = Path(__file__).parent / "weights" / "tiny.safetensors"

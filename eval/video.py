@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import frechet
 from diffaccel.eval.paired import check_images, check_pair, psnr, ssim
+from diffaccel.files import atomic, write_json
 
 NAME_BYTES = 255  # of a file name, on every common file system
 VBENCH_VIDEOS = 5  # a prompt
@@ -237,10 +237,10 @@ def vbench_export(
             copies.append((file, f"{names[prompt]}-{index}.mp4", prompt))
     folder.mkdir(parents=True, exist_ok=True)
     for file, name, _ in copies:
-        with open(file, "rb") as source, record.atomic(folder / name) as target:
+        with open(file, "rb") as source, atomic(folder / name) as target:
             shutil.copyfileobj(source, target)
     made = {name: prompt for _, name, prompt in copies}
-    record.write_json(folder / "prompts.json", made)
+    write_json(folder / "prompts.json", made)
     return made
 
 

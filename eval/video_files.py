@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
-from diffaccel.requests import first_line
+from diffaccel.errors import DiffAccelError, first_line
 
 
 def read_video(path: Path) -> Tensor:

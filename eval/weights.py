@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import urllib.request
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 import torch
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import atomic
+from diffaccel.files import sha256 as sha256_of
 
 VARIABLE = "DIFFACCEL_WEIGHTS"
 _TIMEOUT = 30  # seconds without an answer
@@ -142,24 +142,21 @@ def fetch(url: str, target: Path, sha256: str = "") -> Path:
     Raises:
         DiffAccelError: for another digest, naming both, and for a download that failed.
     """
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, open(partial, "wb") as file:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, atomic(target) as file:
             while piece := answer.read(_PIECE):
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())
-        got = record.sha256(partial)
-        if not got.startswith(sha256):
-            raise DiffAccelError(f"The download of '{url}' has sha256 {got}, expected {sha256}...; nothing was kept.")
-        os.replace(partial, target)
+            got = sha256_of(Path(file.name))
+            if not got.startswith(sha256):
+                raise DiffAccelError(
+                    f"The download of '{url}' has sha256 {got}, expected {sha256}...; nothing was kept."
+                )
     except OSError as error:  # of the network too
         raise DiffAccelError(
             f"'{url}' could not be downloaded to '{target}' ({error}). Fetch it by other means and put it there."
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

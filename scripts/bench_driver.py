@@ -17,7 +17,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import diffaccel
-from diffaccel.record import describe_device, write_json
+from diffaccel.files import write_json
+from diffaccel.record import describe_device
 from diffaccel.samplers import Euler
 
 SIZES = {

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.eval import frechet, manifold, mmd
+from diffaccel.files import write_json
 
 
 def features(n: int, d: int, seed: int, device: torch.device) -> Tensor:
@@ -100,7 +101,7 @@ def main() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         name = f"bench_eval_numerics_{args.kind or args.device}{'_small' if args.small else ''}.json"
-        record.write_json(args.out / name, values)
+        write_json(args.out / name, values)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from torch import Tensor
 from diffaccel.eval.extractors import Extractor, exact_float32
 from diffaccel.eval.extractors.inception import SIZE, InceptionNetwork, inception
 from diffaccel.eval.features import extract
-from diffaccel.eval.images import open_source
 from diffaccel.eval.protocols import protocol
 from diffaccel.eval.reading import groups
-from diffaccel.record import describe_device, write_json
+from diffaccel.eval.sources import open_source
+from diffaccel.files import write_json
+from diffaccel.record import describe_device
 
 PROTOCOLS = ("tf-fid", "clean-fid")
 DISTINCT = 2048  # pictures; more of them are these again, in files of their own

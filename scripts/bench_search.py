@@ -23,6 +23,7 @@ import diffaccel
 from diffaccel import opening, record, requests, variants
 from diffaccel.eval import alignment, distances, intervals, prompts
 from diffaccel.eval.extractors import as_clip, extractor
+from diffaccel.files import write_json
 from diffaccel.requests import Request
 
 REWARD, JUDGE = "emoji-clip-reward", "emoji-clip-judge"
@@ -237,7 +238,7 @@ def record_of(args: argparse.Namespace, bench: Bench) -> None:
         print(shown(made), flush=True)
         if file:
             args.out.mkdir(parents=True, exist_ok=True)
-            record.write_json(file, values)
+            write_json(file, values)
         return made
 
     rows = bench.rows(args.prompts, args.seeds)

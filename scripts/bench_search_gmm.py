@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_json
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
 from diffaccel.samplers.rewards import Reward
@@ -189,7 +190,7 @@ def main() -> None:
             "command": "python -m scripts.bench_search_gmm", "device": record.describe_device(torch.device("cpu")),
             "date": time.strftime("%Y-%m-%d"), "versions": record.versions(),
         }  # fmt: skip
-        record.write_json(args.json, {**made, "bed": about, "rows": rows})
+        write_json(args.json, {**made, "bed": about, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from torch import Tensor
 import diffaccel
 from diffaccel import meter
 from diffaccel.eval.intervals import median_ratio
-from diffaccel.record import describe_device, versions, write_json
+from diffaccel.files import write_json
+from diffaccel.record import describe_device, versions
 from diffaccel.samplers import RBF, SVDD
 from diffaccel.samplers.rewards import Reward
 from scripts.bench_driver import pipeline

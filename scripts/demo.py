@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from diffaccel import zoo
-from diffaccel.console import quiet_libraries, share_cpu
+from diffaccel.console import share_cpu
 from diffaccel.demo import run_demo, variants
 from diffaccel.errors import DiffAccelError
+from diffaccel.opening import quiet_libraries
 
 
 def main() -> int:

@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffaccel import console, variants, zoo
+from diffaccel import console, opening, variants, zoo
 from diffaccel.cli import FAILED, INTERRUPTED
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import gate, one_report, subjects
 from diffaccel.eval.api import JUDGE
 from diffaccel.eval.report_plan import Plan
+from diffaccel.opening import quiet_libraries
 from diffaccel.requests import Request
 
 REWARD = "emoji-clip-reward"
@@ -60,7 +61,7 @@ def plan_of(options: Any) -> Plan:
         device=options.device, threads=options.threads,
     )  # fmt: skip
     texts = subjects.texts_of(options.prompts, options.first)
-    request = subjects.drawing(subjects.pipeline_class(options.model), request, texts)
+    request = subjects.drawing(opening.pipeline_class(options.model), request, texts)
     ours = options.model in zoo.names() and bool(request.prompts)
     return Plan(
         request=request, baseline=variants.parse(options.baseline),
@@ -75,7 +76,7 @@ def run(argv: list[str]) -> int:
     """Make the report; 5 where the rule of ``--fail-if`` holds, or an acceleration that it is about could not run."""
     options = make_parser().parse(argv)
     rule = gate.parse(options.fail_if) if options.fail_if else None
-    console.quiet_libraries(options.json or options.model in zoo.names())
+    quiet_libraries(options.json or options.model in zoo.names())
 
     def progress(text: str) -> None:
         if not options.json:

@@ -11,7 +11,8 @@ import torch
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
-from diffaccel.probe import Record, TextMemo, arguments_of, check_guidance, stock_call
+from diffaccel.modules.stand_in import TextMemo
+from diffaccel.probe import Record, arguments_of, check_guidance, stock_call
 from diffaccel.samplers import Euler
 
 

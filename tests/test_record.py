@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import atomic, folder_digest, pixels_sha256, read_png, write_json, write_png
 
 
 def test_a_record_reads_back(tmp_path):
@@ -59,9 +60,9 @@ def test_differences_name_keys_old_and_new():
 
 def test_a_file_is_whole_or_not_there(tmp_path):
     file = tmp_path / "a"
-    with record.atomic(file) as out:
+    with atomic(file) as out:
         out.write(b"old")
-    with pytest.raises(KeyboardInterrupt), record.atomic(file) as out:
+    with pytest.raises(KeyboardInterrupt), atomic(file) as out:
         out.write(b"new, half-wri")
         assert file.read_bytes() == b"old"
         raise KeyboardInterrupt
@@ -70,20 +71,20 @@ def test_a_file_is_whole_or_not_there(tmp_path):
 
 def test_json_without_infinities(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record.write_json(tmp_path / "a", {"x": float("inf")})
+        write_json(tmp_path / "a", {"x": float("inf")})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_png_carries_text_and_loses_nothing(tmp_path):
     image = Image.effect_noise((9, 5), 64).convert("RGB")
-    record.write_png(tmp_path / "a.png", image, {"prompt": "größe 🍎", "seed": 3})
-    assert record.read_png(tmp_path / "a.png") == {"prompt": "größe 🍎", "seed": 3}
+    write_png(tmp_path / "a.png", image, {"prompt": "größe 🍎", "seed": 3})
+    assert read_png(tmp_path / "a.png") == {"prompt": "größe 🍎", "seed": 3}
     again = Image.open(tmp_path / "a.png")
     assert again.tobytes() == image.tobytes()
-    assert record.pixels_sha256(again) == record.pixels_sha256(image) != record.pixels_sha256(image.rotate(180))
+    assert pixels_sha256(again) == pixels_sha256(image) != pixels_sha256(image.rotate(180))
     image.save(tmp_path / "b.png")
     (tmp_path / "c.png").write_text("no picture")
-    assert record.read_png(tmp_path / "b.png") is record.read_png(tmp_path / "c.png") is None
+    assert read_png(tmp_path / "b.png") is read_png(tmp_path / "c.png") is None
 
 
 def test_folder_digest_sees_names_and_content_of_small_and_large_files(tmp_path):
@@ -91,15 +92,15 @@ def test_folder_digest_sees_names_and_content_of_small_and_large_files(tmp_path)
     (tmp_path / "sub" / "config.json").write_text(json.dumps({"a": 1}))
     large = bytearray(20 << 20)
     (tmp_path / "weights").write_bytes(large)
-    seen = {record.folder_digest(tmp_path)}
+    seen = {folder_digest(tmp_path)}
     (tmp_path / ".cache").write_text("not part of the model")
-    assert {record.folder_digest(tmp_path)} == seen
+    assert {folder_digest(tmp_path)} == seen
     for position in (0, len(large) - 1):
         large[position] = 1
         (tmp_path / "weights").write_bytes(large)
-        seen.add(record.folder_digest(tmp_path))
+        seen.add(folder_digest(tmp_path))
     (tmp_path / "sub" / "config.json").write_text(json.dumps({"a": 2}))
-    seen.add(record.folder_digest(tmp_path))
+    seen.add(folder_digest(tmp_path))
     (tmp_path / "weights").rename(tmp_path / "other")
-    seen.add(record.folder_digest(tmp_path))
+    seen.add(folder_digest(tmp_path))
     assert len(seen) == 5

@@ -11,8 +11,9 @@ import tiny
 import torch
 
 import diffaccel
-from diffaccel import requests, sampling, zoo
+from diffaccel import sampling, zoo
 from diffaccel.errors import DiffAccelError
+from diffaccel.families import network
 from diffaccel.requests import Request, call_arguments
 from diffaccel.samplers import Ancestral, Euler, Heun
 
@@ -174,6 +175,6 @@ def test_a_run_in_parts_is_the_run(pipes, tmp_path):
 
 
 def test_the_network_of_a_pipeline(pipes):
-    assert requests.network(pipes["sd"]) is pipes["sd"].unet
-    assert requests.network(pipes["flux"]) is pipes["flux"].transformer
-    assert requests.network(object()) is None
+    assert network(pipes["sd"]) is pipes["sd"].unet
+    assert network(pipes["flux"]) is pipes["flux"].transformer
+    assert network(object()) is None

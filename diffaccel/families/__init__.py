@@ -36,3 +36,16 @@ def find(pipe: Any) -> Family | None:
             module, _, name = FAMILIES[cls.__name__].partition(":")
             return getattr(import_module(f"diffaccel.families.{module}"), name)()
     return None
+
+
+def networks(pipe: Any) -> list[Any]:
+    """The network that a pipeline evaluates at every step, first; then others that take its place at some steps."""
+    if (family := find(pipe)) is not None:
+        return list(family.networks(pipe).values())
+    found = [module for name in ("transformer", "unet") if (module := getattr(pipe, name, None)) is not None]
+    return found[:1]
+
+
+def network(pipe: Any) -> Any:
+    """The first of :func:`networks`, or None."""
+    return next(iter(networks(pipe)), None)

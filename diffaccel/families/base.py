@@ -6,7 +6,6 @@ itself while it is probed.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -124,8 +123,3 @@ class Family(Guided):
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Pixels ``(B, 3, H, W)`` or ``(B, 3, F, H, W)`` in [-1, 1] of clean latents, as the pipeline decodes."""
         raise NotImplementedError
-
-
-def signature_of(module: Any) -> inspect.Signature:
-    """The signature of a network's forward, seen through ``torch.compile``."""
-    return inspect.signature(type(getattr(module, "_orig_mod", module)).forward)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import rows
-from diffaccel.session import Conditioning
+from diffaccel.families.conditioning import Conditioning
 
 
 class Guided:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.families.conditioning import Conditioning
 from diffaccel.families.sd import SD, SDImg2Img
 from diffaccel.families.sources import source_size
-from diffaccel.session import Conditioning
 
 
 class SDXL(SD):

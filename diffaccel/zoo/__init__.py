@@ -17,7 +17,7 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError, unknown
 
-__all__ = ["DEFAULT", "card", "names", "path"]
+__all__ = ["DEFAULT", "call_defaults", "card", "names", "path"]
 
 DEFAULT = "emoji-flux"
 _ROOT = Path(__file__).parent
@@ -55,3 +55,8 @@ def _packed(name: str) -> Path:
     if name not in known:
         raise unknown("zoo model", name, known)
     return _ROOT / name
+
+
+def call_defaults(name: str) -> dict[str, Any]:
+    """The call arguments that a zoo model's card recommends; none for other models."""
+    return card(name).get("defaults", {}) if name in names() else {}

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import alignment
-from diffaccel.eval.comparison import scored
+from diffaccel.eval.comparison import fidelity, scored
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.extractors.clip import ClipExtractor
 from diffaccel.eval.reading import ahead
-from diffaccel.eval.runs import Pairs, Run
+from diffaccel.eval.runs import Pairs, Run, pair_prompts
 from diffaccel.eval.scorers import Scorer
 
 BATCH = 32  # pictures that a scorer gets at once
 Found = tuple[list[Row], dict[str, Tensor]]
 
 
-def rows(
+def clip_scores(
     baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs], others: Run | None, clip: ClipExtractor
 ) -> Found:
     """CLIP score: the baseline's row and one of each run with paired differences; and every pair's score by run.
@@ -46,6 +46,30 @@ def rows(
     score = scored.Score(metric="clip_score", key=f"clip_score[{clip.name}]", family="alignment", detail=detail)
     values = {run.name: scores(run) for run in (baseline, *runs)}
     return scored.rows(score, values, baseline, runs, pairs, None if others is None else scores(others))
+
+
+def clip_similarity(
+    baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs], others: Run | None, clip: ClipExtractor
+) -> Found:
+    """CLIP-I (arXiv 2208.12242): a row of each run, and every pair's cosine of image features by run; exactly 1 where
+    features are equal to the bit."""
+    detail = {"extractor": clip.name, "weights_sha256": clip.weights_sha256}
+    distance = fidelity.Distance("clip_i", f"CLIP-I[{clip.name}]", "higher", "", alignment.clip_i, detail)
+    of_baseline = features(baseline, clip)
+
+    def cosines(run: Run, places: Pairs) -> Tensor:
+        one, other = of_baseline[[i for i, _ in places]], features(run, clip)[[j for _, j in places]]
+        found = distance.measure(one, other)
+        found[(one == other).all(1)] = 1.0  # without rounding
+        return found
+
+    floor = None if others is None else float(cosines(others, pair_prompts(baseline, others)).mean())
+    values = {run.name: cosines(run, pairs[run.name]) for run in runs}
+    found = [
+        fidelity.row(run, distance, values[run.name], clusters=scored.units(baseline, pairs[run.name]), floor=floor)
+        for run in runs
+    ]
+    return found, values
 
 
 def preferred(

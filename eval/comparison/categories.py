@@ -10,13 +10,12 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import intervals, prompts
-from diffaccel.eval.comparison.row import Row, digits
-from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.comparison.row import Row, Section, digits
 from diffaccel.eval.intervals import Interval
 from diffaccel.eval.runs import Run
 
 if TYPE_CHECKING:
-    from diffaccel.eval.comparison import Comparison
+    from diffaccel.eval.comparison.result import Comparison
 
 KEY = "categories"
 FAMILIES = ("fidelity", "alignment")

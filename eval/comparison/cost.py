@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffaccel.eval.comparison.row import Row
-from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.comparison.row import Row, Section
 from diffaccel.eval.intervals import median_ratio
 from diffaccel.eval.runs import Run
 from diffaccel.requests import WAY

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import intervals, paired
 from diffaccel.eval.comparison.row import Better, Row
 from diffaccel.eval.reading import ahead
 from diffaccel.eval.runs import Pairs, Run
+from diffaccel.files import read_tensor
 
 Measure = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,7 +82,7 @@ def _latent_errors(baseline: Run, run: Run, pairs: Pairs) -> Tensor | None:
         return None
     rows = []
     for one, other in files:
-        a, b = record.read_tensor(one), record.read_tensor(other)  # type: ignore[arg-type]
+        a, b = read_tensor(one), read_tensor(other)  # type: ignore[arg-type]
         if a.shape != b.shape:
             return None
         rows.append(paired.latent_error(a[None], b[None]))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.eval.comparison.distribution import features
-from diffaccel.eval.comparison.section import Section
+from diffaccel.eval.comparison.row import Section
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.features import extract
 from diffaccel.eval.images import Source

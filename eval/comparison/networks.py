@@ -6,20 +6,37 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import scorers, weights
-from diffaccel.eval.comparison.videos import Network
 from diffaccel.eval.extractors.base import exact_float32, frozen
 from diffaccel.eval.extractors.loaded import rows
 from diffaccel.eval.scorers import Scorer
 from diffaccel.eval.video import Sampling
+from diffaccel.files import sha256
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of videos.
+
+    Attributes:
+        name: as the metric's key shows it.
+        function: uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
+        sampling: which frames it sees.
+        weights_sha256: of its weights, or of its source.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    sampling: Sampling
+    weights_sha256: str = ""
 
 
 def scorer(spec: str, device: torch.device) -> Scorer:
@@ -54,7 +71,7 @@ def of_videos(spec: str, sampling: Sampling, device: torch.device) -> Network:
             module = torch.jit.load(file, map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise DiffAccelError(f"'{file}' is not a TorchScript file; save one with torch.jit.save.") from error
-        sha = record.sha256(file)
+        sha = sha256(file)
         return Network(f"{file.stem}@{sha[:8]}", _exact(module, device), sampling, sha)
     if kind == "py" and rest:
         function, sha = _imported(rest)
@@ -85,6 +102,6 @@ def _imported(target: str) -> tuple[Any, str]:
         return function, sha
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-        return function, record.sha256(Path(str(file)))
+        return function, sha256(Path(str(file)))
     except (OSError, TypeError):
         return function, hashlib.sha256(repr(function).encode()).hexdigest()

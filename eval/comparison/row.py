@@ -1,4 +1,4 @@
-"""One measured number of one run, with everything that a reader needs to judge it."""
+"""What a report is made of: a measured number of one run with all that a reader needs to judge it, and a table."""
 
 from __future__ import annotations
 
@@ -73,6 +73,31 @@ class Row:
         if self.identical and self.value is None:
             return math.inf  # the PSNR of pictures that are equal
         return self.value if self.delta is None else self.delta
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A titled table.
+
+    Attributes:
+        key: its name in ``report.json``.
+        title: as the page shows it.
+        note: one or two sentences on what the table says and how it was measured.
+        columns: heads of the columns.
+        rows: texts, one for each column.
+        data: the numbers behind the texts, JSON-ready.
+    """
+
+    key: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"title": self.title, "note": self.note, "columns": self.columns, "rows": self.rows, **self.data}
 
 
 def digits(metric: str) -> int:

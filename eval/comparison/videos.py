@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,30 +11,13 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval import intervals, video
 from diffaccel.eval.comparison import scored
 from diffaccel.eval.comparison.fidelity import Distance
+from diffaccel.eval.comparison.networks import Network
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.reading import ahead
 from diffaccel.eval.runs import Pairs, Run
-from diffaccel.eval.video import Sampling
 
 CUSTOMARY = 2048  # clips that published distances take
 Measured = list[tuple[Distance, list[Tensor]]]  # by distance, a curve (T,) of every pair
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of videos.
-
-    Attributes:
-        name: as the metric's key shows it.
-        function: uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
-        sampling: which frames it sees.
-        weights_sha256: of its weights, or of its source.
-    """
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-    sampling: Sampling
-    weights_sha256: str = ""
 
 
 def measure(baseline: Run, run: Run, pairs: Pairs, distances: Sequence[Distance]) -> Measured:

@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffaccel import record
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, first_line, unknown
 from diffaccel.eval import resize, weights
 from diffaccel.eval.extractors.base import Extractor, exact_float32, frozen
 from diffaccel.eval.extractors.transforms import normalise, split
-from diffaccel.requests import first_line
+from diffaccel.files import sha256
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -104,7 +103,7 @@ def clip(
                 f"'{name}{QUICK}' (OpenAI's weights, among others) or '{name}{PLAIN}'."
             )
         file = weights.find(Path(weight).name, weight, flag=f"open_clip:{architecture}:/path")
-        label = f"{architecture}/{file.stem}@{record.sha256(file)[:8]}"
+        label = f"{architecture}/{file.stem}@{sha256(file)[:8]}"
     return _build(name, file, label, preprocessing, protocol, torch.device(device), pretrained=str(file), **force)
 
 
@@ -165,7 +164,7 @@ def _build(
     image = scale if own else stretched
     suffix = "" if protocol == OWN else f"[{protocol}]"
     return ClipExtractor(
-        name=label, key=f"FD-clip[{label}]{suffix}", dim=dim, weights_sha256=record.sha256(file), official=False,
+        name=label, key=f"FD-clip[{label}]{suffix}", dim=dim, weights_sha256=sha256(file), official=False,
         protocol=protocol, device=device, module=model, clip=model, tokenizer=tokenizer,
         prepare=prepare if own else None, network=lambda x: model.encode_image(image(x)),
     )  # fmt: skip

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models import inception as blocks
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import resize, weights
 from diffaccel.eval.extractors.base import Extractor, frozen
+from diffaccel.files import sha256
 
 SIZE = (299, 299)
 CLASSES = 1008
@@ -205,7 +205,7 @@ def inception(
     if preprocessing not in PREPROCESSING:
         raise unknown("preprocessing of Inception", preprocessing, PREPROCESSING)
     file = weights.find("inception", path, download=download, flag=FLAG)
-    sha = record.sha256(file)
+    sha = sha256(file)
     expected = weights.KNOWN["inception"].sha256
     official = sha.startswith(expected)
     key = _key(sha, official, tap, protocol)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import weights
 from diffaccel.eval.extractors.base import Extractor, frozen
+from diffaccel.files import sha256
 
 _PROBE = (1, 3, 64, 64)
 _OUTPUTS = ("pooler_output", "image_embeds")
@@ -38,7 +38,7 @@ def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "c
     forward: Any = module.forward
     takes = [argument.name for argument in forward.schema.arguments]
     options = {"return_features": True} if "return_features" in takes else {}
-    sha = record.sha256(file)
+    sha = sha256(file)
 
     def network(x: Tensor) -> Tensor:
         return rows(module(x, **options))
@@ -112,6 +112,6 @@ def _dim(network: Callable[[Tensor], Tensor], device: torch.device, name: str) -
 def _source_sha256(function: Any) -> str:
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-        return record.sha256(Path(str(file)))
+        return sha256(Path(str(file)))
     except (OSError, TypeError):
         return hashlib.sha256(repr(function).encode()).hexdigest()

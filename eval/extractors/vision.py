@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval import resize, weights
 from diffaccel.eval.extractors.base import Extractor, frozen
 from diffaccel.eval.extractors.transforms import normalise, split
+from diffaccel.files import sha256
 
 SIZE = (224, 224)
 PATCH = 14
@@ -63,7 +63,7 @@ def dinov2(
     name, architecture = DINOV2[token.shape[-1]]
     model = timm.create_model(architecture, pretrained=False, img_size=SIZE, num_classes=0)
     _load(model, state, f"'{file}' is not a state dict of {architecture}")
-    sha, device = record.sha256(file), torch.device(device)
+    sha, device = sha256(file), torch.device(device)
     frozen(model, device)
     scale = normalise(_MEAN, _STD)
 
@@ -116,7 +116,7 @@ def timm_model(name: str, path: str | os.PathLike[str], *, device: str | torch.d
     _load(model, state, f"'{file}' is not a state dict of {name}")
     config = timm.data.resolve_model_data_config(model)
     prepare, scale = split(timm.data.create_transform(**config, is_training=False), tuple(config["input_size"][1:]))
-    sha, device = record.sha256(file), torch.device(device)
+    sha, device = sha256(file), torch.device(device)
     frozen(model, device)
     return Extractor(
         name=name, key=f"FD-{name}@{sha[:8]}", dim=model.num_features, weights_sha256=sha, official=False,

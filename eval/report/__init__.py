@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel import record
-from diffaccel.eval.comparison import Comparison
-from diffaccel.eval.comparison.section import Section
-from diffaccel.eval.report import charts, pictures, text
+from diffaccel.eval.comparison import text
+from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.report import charts, pictures
+from diffaccel.eval.report.markdown import markdown
+from diffaccel.files import write_json, write_text
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
 LARGEST = 10 * 2**20  # bytes of the page
@@ -28,13 +30,13 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
     """
     made = comparison.to_dict() | {"command": command or [], "verdicts": text.verdicts(comparison)}
     out.mkdir(parents=True, exist_ok=True)
-    record.write_json(out / "report.json", made)
-    record.write_text(out / "report.md", text.markdown(comparison, made))
+    write_json(out / "report.json", made)
+    write_text(out / "report.md", markdown(comparison, made))
     page = _page(comparison, made, pairs)
     while len(page.encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
         pairs //= 2
         page = _page(comparison, made, pairs)
-    record.write_text(out / "report.html", page)
+    write_text(out / "report.html", page)
     return made
 
 

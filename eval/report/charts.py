@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.comparison.result import Comparison
 
 PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # what the baseline is from itself
 WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 560, 300, 56, 40, 16

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffaccel.eval.comparison import Comparison
+from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.runs import Run
 
 SIDE = 256

@@ -10,8 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.requests import first_line
+from diffaccel.errors import DiffAccelError, first_line, unknown
 
 Function = Callable[[Tensor, list[str]], Any]
 Input = Literal["pixels", "latents", "video"]

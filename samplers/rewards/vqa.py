@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
-from diffaccel.requests import first_line
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.samplers.rewards.borrowed import borrow
 from diffaccel.samplers.rewards.reward import Reward
 

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from diffaccel.samplers.search.files import whole
+from diffaccel.config import SamplerConfig
+from diffaccel.files import atomic, write_text
 from diffaccel.samplers.search.judge import Judge
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import Plan
 from diffaccel.samplers.search.task import Search
 
-if TYPE_CHECKING:
-    from diffaccel.samplers.search.config import SearchConfig
-
 FORMAT = 1
 
 
-def report(config: SearchConfig, plan: Plan, searches: Sequence[Search], *, interrupted: bool) -> dict[str, Any]:
+def report(config: SamplerConfig, plan: Plan, searches: Sequence[Search], *, interrupted: bool) -> dict[str, Any]:
     """JSON-ready: the method, its levels, and for each picture the rewards, what it cost and every decision."""
     return {
         "format": FORMAT,
@@ -50,19 +47,23 @@ def write(
     folder: Path, found: dict[str, Any], judge: Judge, kept: Sequence[tuple[Search, Particle]], x0: Tensor
 ) -> None:
     """``trace.json``, ``reward.png`` and the kept samples, each beside its name first and renamed."""
+    from torchvision.utils import save_image
+
     folder.mkdir(parents=True, exist_ok=True)
-    whole(folder / "trace.json", lambda path: path.write_text(json.dumps(_finite(found), indent=1), encoding="utf-8"))
-    whole(folder / "reward.png", lambda path: plot(found, path))
+    write_text(folder / "trace.json", json.dumps(_finite(found), indent=1))
+    with atomic(folder / "reward.png") as file:
+        plot(found, file)
     place: dict[int, int] = {}
     for (search, sample), latents in zip(kept, x0, strict=True):
         place[search.row] = place.get(search.row, -1) + 1
         pixels = judge.pixels(latents[None])[0]
         picture = pixels[:, pixels.shape[1] // 2] if pixels.ndim == 4 else pixels  # of a clip, its middle
         name = f"{search.row:03d}-{place[search.row]}_{sample.reward:.4g}.png"
-        whole(folder / name, partial(_save, picture))
+        with atomic(folder / name) as file:
+            save_image(picture.cpu(), file, format="png")
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(found: dict[str, Any], file: BinaryIO) -> None:
     """The highest reward so far against NFE, a line a picture; a dot is the sample that came of it."""
     from matplotlib.figure import Figure
 
@@ -77,13 +78,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("NFE")
     axes.set_ylabel(f"highest reward so far ({found['method']['reward']})")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _save(picture: Tensor, path: Path) -> None:
-    from torchvision.utils import save_image
-
-    save_image(picture.cpu(), path, format="png")
+    figure.savefig(file, dpi=120, format="png")
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers.search import files
+from diffaccel.files import write_text
 from diffaccel.samplers.search.sharing import Processes
 from diffaccel.samplers.search.task import Task
 
@@ -53,7 +53,7 @@ class Trace:
             whole = json.dumps(about) + "\n"
         if self.writes and whole != text:
             folder.mkdir(parents=True, exist_ok=True)
-            files.whole(file, lambda part: part.write_text(whole, encoding="utf-8"))
+            write_text(file, whole)
 
     def _read(self, text: str, about: dict[str, Any]) -> None:
         first, *lines = text.splitlines()

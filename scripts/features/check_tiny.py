@@ -24,7 +24,8 @@ from torch import Tensor
 
 from diffaccel.eval.frechet import Moments, distance
 from diffaccel.eval.tiny_network import WEIGHTS, TinyNetwork, load_tiny, weights_sha256
-from diffaccel.record import now, versions, write_json
+from diffaccel.files import write_json
+from diffaccel.record import now, versions
 from scripts.features import degradations as spoil
 from scripts.features import pictures
 from scripts.features.pictures import Set

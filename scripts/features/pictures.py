@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffaccel.record import atomic
+from diffaccel.files import atomic
 from scripts.features.held_out import HELD_OUT
 from scripts.features.textures import sample
 

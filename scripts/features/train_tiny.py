@@ -29,7 +29,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 from diffaccel.eval.tiny_network import FORMAT, Residual, TinyNetwork
-from diffaccel.record import atomic, now
+from diffaccel.files import atomic
+from diffaccel.record import now
 from scripts.features.degradations import KINDS, luma
 from scripts.features.textures import FACTORS, FAMILIES, sample
 

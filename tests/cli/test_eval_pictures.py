@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffaccel.eval import alignment, lpips, paired, weights
 from diffaccel.eval.extractors import as_clip, extractor
-from diffaccel.eval.images import open_source
+from diffaccel.eval.sources import open_source
 
 PROMPTS = ["a red apple", "a blue heart", "a rocket", "two cats"]
 

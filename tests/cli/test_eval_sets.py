@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffaccel import record
 from diffaccel.eval import weights
 from diffaccel.eval.extractors import extractor
 from diffaccel.eval.features import extract
 from diffaccel.eval.frechet import Moments, distance
-from diffaccel.eval.images import open_source
 from diffaccel.eval.mmd import cmmd, cmmd_unbiased, kid_interval
+from diffaccel.eval.sources import open_source
+from diffaccel.files import sha256
 from tests.eval import random_inception
 
 
@@ -206,7 +206,7 @@ def test_clean_fids_features_are_a_set(run, sets, tmp_path):
 
 
 def test_a_protocol_is_part_of_the_key(run, sets, inception, tmp_path, monkeypatch):
-    sha = record.sha256(inception)
+    sha = sha256(inception)
     how = ("--extractor", f"inception:{inception}", "--num", 4, "--cache", tmp_path / "kept", "--json")
     refused = run("eval", "fid", sets / "a", sets / "b", *how)
     assert refused.status == 2 and sha in refused.err and "--allow-unknown-weights" in refused.err
@@ -258,7 +258,7 @@ def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets,
 
 
 def test_weights_are_fetched_when_that_is_allowed(run, sets, inception, tmp_path, monkeypatch):
-    sha = record.sha256(inception)
+    sha = sha256(inception)
     known = weights.Known(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])
     monkeypatch.setitem(weights.KNOWN, "inception", known)
     argv = ("eval", "kid", sets / "a", sets / "b", "--protocol", "clean-fid", "--num", 3, "--json")

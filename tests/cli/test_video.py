@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import diffaccel
-from diffaccel import record, requests
+from diffaccel import requests
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import Clip, clip_sha256, pixels_sha256, read_mp4, read_result, write_mp4
 from diffaccel.registry import config_class
 from diffaccel.requests import Request
 from tests.cli.test_processes import TIMEOUT, files, start, wait_for
@@ -69,7 +70,7 @@ def noise(frames=5, width=48, height=32, seed=0):
 
 def test_an_mp4_shows_the_frames(tmp_path):
     frames = noise()
-    record.write_mp4(tmp_path / "a.mp4", record.Clip(frames, fps=12.5))
+    write_mp4(tmp_path / "a.mp4", Clip(frames, fps=12.5))
     shown = iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
     assert shown.shape == (5, 32, 48, 3)
     assert np.abs(shown.astype(float) - np.stack([np.asarray(f) for f in frames])).mean() < 8
@@ -80,32 +81,32 @@ def test_an_mp4_shows_the_frames(tmp_path):
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        record.write_mp4(tmp_path / f"{name}.mp4", record.Clip(noise(), 8), {"prompt": "é 漢"})
-    record.write_mp4(tmp_path / "c.mp4", record.Clip(noise(seed=1), 8), {"prompt": "é 漢"})
+        write_mp4(tmp_path / f"{name}.mp4", Clip(noise(), 8), {"prompt": "é 漢"})
+    write_mp4(tmp_path / "c.mp4", Clip(noise(seed=1), 8), {"prompt": "é 漢"})
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
 
 
 def test_odd_sides_and_single_frames_are_kept(tmp_path):
-    record.write_mp4(tmp_path / "a.mp4", record.Clip([Image.new("RGB", (33, 17), "red")], 8))
+    write_mp4(tmp_path / "a.mp4", Clip([Image.new("RGB", (33, 17), "red")], 8))
     shown = iio.imread(tmp_path / "a.mp4", plugin="FFMPEG")
     assert shown.shape == (1, 17, 33, 3) and shown[..., 0].mean() > 245 and shown[..., 1:].mean() < 10
 
 
 def test_an_mp4_carries_its_record(tmp_path):
     values = {"prompt": "a 'quoted' = \\ é\n; # cat", "steps": 3, "long": "x" * 5000}
-    record.write_mp4(tmp_path / "a.mp4", record.Clip(noise(), 8), values)
-    record.write_mp4(tmp_path / "b.mp4", record.Clip(noise(), 8))
+    write_mp4(tmp_path / "a.mp4", Clip(noise(), 8), values)
+    write_mp4(tmp_path / "b.mp4", Clip(noise(), 8))
     (tmp_path / "c.mp4").write_bytes(b"\xa9cmt")
-    assert record.read_mp4(tmp_path / "a.mp4") == record.read_result(tmp_path / "a.mp4") == values
-    assert record.read_mp4(tmp_path / "b.mp4") is record.read_mp4(tmp_path / "c.mp4") is None
+    assert read_mp4(tmp_path / "a.mp4") == read_result(tmp_path / "a.mp4") == values
+    assert read_mp4(tmp_path / "b.mp4") is read_mp4(tmp_path / "c.mp4") is None
 
 
 def test_a_video_cut_short_is_no_file(tmp_path, monkeypatch):
     """ffmpeg's own failure, say on a full disk, does not reach its caller."""
     monkeypatch.setattr("imageio_ffmpeg.count_frames_and_secs", lambda path: (3, 1.0))
     with pytest.raises(OSError, match="wrote 3 of 5 frames"):
-        record.write_mp4(tmp_path / "a.mp4", record.Clip(noise(), 8))
+        write_mp4(tmp_path / "a.mp4", Clip(noise(), 8))
     assert not list(tmp_path.iterdir())
 
 
@@ -124,7 +125,7 @@ def test_videos_and_record(sample, tmp_path, model, fps):
         assert (image["frames"], image["fps"]) == (count, fps) and image["prompt"] == "a cat"
         assert hashlib.sha256(file.read_bytes()).hexdigest() == image["sha256"]
         assert iio.imread(file, plugin="FFMPEG").shape == (count, 32, 32, 3)
-        text = record.read_mp4(file)
+        text = read_mp4(file)
         assert (text["id"], text["seed"]) == (image["id"], image["seed"]) and text["fingerprint"] == made["fingerprint"]
     assert len(set(pixels(made))) == 2
     shown = sample(model, "a cat", *command).out
@@ -137,7 +138,7 @@ def test_no_sampler_is_the_stock_pipeline_and_the_record_tells_how(sample, model
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(made["images"][0]["seed"])
     frames = pipe("a cat", generator=generator, output_type="pil", **made["call"]).frames[0]
-    assert record.clip_sha256(record.Clip(frames, 4)) == pixels(made)[0]
+    assert clip_sha256(Clip(frames, 4)) == pixels(made)[0]
     assert {k: made["cost"][k] for k in ("nfe", "forwards", "calls")} == {"nfe": 2, "forwards": 4, "calls": 4}
     assert made["images"][0]["fps"] == 4 and made["settings"]["fps"] == 4
 
@@ -191,12 +192,12 @@ def test_resuming_does_not_ask_that_an_encoder_repeats_itself(sample, tmp_path, 
     first = video(sample, *command)
     kept = (tmp_path / "a" / "00000.mp4").read_bytes()
     (tmp_path / "a" / "00001.mp4").unlink()
-    write = record.write_mp4
+    write = write_mp4
 
     def other(path, clip, values=None):
         write(path, clip, {**values, "encoder": "another"})
 
-    monkeypatch.setattr(record, "write_mp4", other)
+    monkeypatch.setattr("diffaccel.outputs.write_mp4", other)
     again = video(sample, *command)
     assert again["state"] == "finished" and pixels(again) == pixels(first)
     assert again["images"][0] == first["images"][0] and again["images"][1]["sha256"] != first["images"][1]["sha256"]
@@ -222,7 +223,7 @@ def test_stopped_and_killed_runs_continue(start, models, run, tmp_path, monkeypa
 
 
 def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
-    write, calls = record.write_mp4, []
+    write, calls = write_mp4, []
 
     def full(path, clip, values):
         calls.append(path)
@@ -231,10 +232,10 @@ def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
         write(path, clip, values)
 
     command = ("wan", "a cat", "--frames", 5, "--num", 3, "--out", "run", "--json")
-    monkeypatch.setattr(record, "write_mp4", full)
+    monkeypatch.setattr("diffaccel.outputs.write_mp4", full)
     done = sample(*command)
     assert done.status == 3 and "No space left" in done.err and "same command continues" in done.err
-    monkeypatch.setattr(record, "write_mp4", write)
+    monkeypatch.setattr("diffaccel.outputs.write_mp4", write)
     assert len(sample(*command).json["images"]) == 3
 
 
@@ -250,7 +251,7 @@ def test_not_a_number(sample, tmp_path, monkeypatch):
 
 def test_videos_of_others_are_left_alone(sample, tmp_path):
     (tmp_path / "a").mkdir()
-    record.write_mp4(tmp_path / "a" / "00003.mp4", record.Clip(noise(), 8))
+    write_mp4(tmp_path / "a" / "00003.mp4", Clip(noise(), 8))
     for extra in ((), ("--overwrite",)):
         done = sample("wan", "a cat", "--frames", 5, "--out", "a", *extra)
         assert done.status == 2 and "00003.mp4" in done.err
@@ -302,7 +303,7 @@ def test_classes_by_number_and_name(sample, models):
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(3 + i) for i in range(4)]
     images = pipe(class_labels=[1, 1, 2, 2], generator=generators, **made["call"]).images
-    assert [record.pixels_sha256(image) for image in images] == pixels(made)
+    assert [pixels_sha256(image) for image in images] == pixels(made)
     assert {k: made["cost"][k] for k in ("nfe", "forwards", "calls")} == {"nfe": 8, "forwards": 16, "calls": 2}
     unguided = sample("dit", "--class", 1, "--guidance", 1, "--out", "c", "--json", size=None).json
     assert unguided["cost"]["nfe"] == unguided["cost"]["forwards"] == 2
@@ -324,7 +325,7 @@ def test_nothing_to_ask_for(sample, models, model):
     pipe = diffaccel.load(models / model)
     pipe.set_progress_bar_config(disable=True)
     image = pipe(generator=[torch.Generator().manual_seed(2)], **one["call"]).images[0]
-    assert record.pixels_sha256(image) == pixels(one)[0]
+    assert pixels_sha256(image) == pixels(one)[0]
 
 
 BAD = {

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.eval.runs import Picture, Run
+from diffaccel.files import Clip, write_mp4
 
 
 def blocks(seed: int, size: int = 32) -> Tensor:
@@ -40,6 +40,6 @@ def of_videos(folder: Path, videos: Sequence[Tensor], prompts: Sequence[str]) ->
     for seed, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
         file = folder / f"{seed:05d}.mp4"
         frames = [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in video]
-        record.write_mp4(file, record.Clip(frames, 8.0))
+        write_mp4(file, Clip(frames, 8.0))
         pictures.append(Picture(file.stem, file, prompt, seed))
     return Run(folder.name, folder, tuple(pictures))

@@ -15,8 +15,8 @@ from diffaccel.eval import frechet, mmd
 from diffaccel.eval.comparison import compare_runs, distribution
 from diffaccel.eval.extractors import as_clip, clips, extractor
 from diffaccel.eval.features import extract
-from diffaccel.eval.images import open_source
 from diffaccel.eval.runs import Picture, Run, open_run
+from diffaccel.eval.sources import open_source
 
 COUNT = 120
 WORDS = ("red apple, noto", "blue heart, noto", "rocket, noto", "two cats, noto")

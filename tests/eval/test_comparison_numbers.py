@@ -8,7 +8,7 @@ import torch
 from diffaccel.eval import frechet_intervals, mind, mmd
 from diffaccel.eval.comparison import compare_runs, distribution, nearest, numbers
 from diffaccel.eval.extractors import as_clip, extractor
-from diffaccel.eval.images import open_source
+from diffaccel.eval.sources import open_source
 from tests.eval import made_runs
 
 COUNT = 110

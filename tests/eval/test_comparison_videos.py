@@ -80,7 +80,7 @@ def test_flicker_is_read_as_a_difference(sets):
 
 
 def test_the_distance_by_a_network(sets):
-    network = videos.Network("colours", colours, SAMPLING, "0123")
+    network = networks.Network("colours", colours, SAMPLING, "0123")
     found = compare_runs(sets["base"], [sets["drifting"]], others=sets["other"], video=network)
     row = found.row("fvd", "drifting")
     x, y = (colours(pixels(sets[name])[:, :4]) for name in ("drifting", "base"))

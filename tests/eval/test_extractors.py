@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import resize, tiny_network, weights
 from diffaccel.eval.extractors import extractor
 from diffaccel.eval.extractors.base import Extractor, exact_float32
 from diffaccel.eval.extractors.inception import InceptionNetwork
 from diffaccel.eval.extractors.loaded import rows
+from diffaccel.files import sha256
 from tests.eval import random_inception
 
 
@@ -159,7 +159,7 @@ def inception_file(tmp_path_factory) -> Path:
 
 
 def test_only_verified_weights_are_called_fid(inception_file, monkeypatch):
-    sha = record.sha256(inception_file)
+    sha = sha256(inception_file)
     with pytest.raises(DiffAccelError, match=rf"sha256 {sha}, and the published .* 6726825d.*--allow-unknown-weights"):
         extractor(f"inception:{inception_file}")
     for spec, options, suffix in (
@@ -285,7 +285,7 @@ def test_a_scripted_network(tmp_path):
     found = extractor(f"torchscript:{tmp_path / 'mine.pt'}")
     images = pixels(3, 3, 8, 8)
     assert torch.allclose(found(images), module(images, True), atol=1e-6)
-    assert found.key == f"FD-mine@{record.sha256(tmp_path / 'mine.pt')[:8]}" and found.dim == 5
+    assert found.key == f"FD-mine@{sha256(tmp_path / 'mine.pt')[:8]}" and found.dim == 5
     torch.save(module.state_dict(), tmp_path / "plain.pt")
     with pytest.raises(DiffAccelError, match=r"plain.pt' is not a TorchScript file"):
         extractor(f"torchscript:{tmp_path / 'plain.pt'}")

@@ -14,11 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffaccel import record, zoo
+from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import weights
 from diffaccel.eval.extractors import as_clip, clips, extractor
 from diffaccel.eval.extractors.transforms import split
+from diffaccel.files import sha256
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -60,7 +61,7 @@ def test_the_activation_of_a_clip_is_said_not_guessed(clip_file, tmp_path):
     torch.manual_seed(0)
     ours = open_clip.create_model("small").eval()  # the weights of the file
     assert torch.allclose(exact(images), ours.encode_image(((images / 255) - mean()) / std()), atol=1e-5)
-    assert exact.key == f"FD-clip[small-gelu/mine@{record.sha256(clip_file)[:8]}]" and not exact.official
+    assert exact.key == f"FD-clip[small-gelu/mine@{sha256(clip_file)[:8]}]" and not exact.official
     assert torch.equal(extractor(f"open_clip:single:{clip_file}")(images), exact(images))  # nothing to say
     with pytest.raises(DiffAccelError, match=r"Unknown open_clip architecture 'smal'. Did you mean 'small'"):
         extractor(f"open_clip:smal:{clip_file}")

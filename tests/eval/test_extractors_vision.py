@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.extractors import extractor
 from diffaccel.eval.extractors.vision import resample_positions
+from diffaccel.files import sha256
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:
@@ -37,7 +37,7 @@ def test_a_timm_network_with_its_own_preprocessing(tmp_path):
         image = pixels(3, *size)
         expected = model.forward_head(model.forward_features(transform(pillow(image))[None]), pre_logits=True)
         assert torch.allclose(found(image[None]), expected, atol=1e-5)
-    assert found.key == f"FD-test_resnet@{record.sha256(tmp_path / 'weights.pth')[:8]}"
+    assert found.key == f"FD-test_resnet@{sha256(tmp_path / 'weights.pth')[:8]}"
     state = model.state_dict()
     del state["conv1.0.weight" if "conv1.0.weight" in state else next(iter(state))]
     torch.save(state, tmp_path / "less.pth")
@@ -58,7 +58,7 @@ def dinov2_file(tmp_path_factory) -> Path:
 def test_dinov2_is_the_class_token_at_224(dinov2_file, tmp_path):
     images = pixels(2, 3, 100, 140)
     pil, fast = (extractor(f"dinov2:{dinov2_file}", protocol=p) for p in ("dgm-dinov2", "edm2-dinov2"))
-    assert pil.key == f"FD-dinov2-vits14(sha={record.sha256(dinov2_file)[:8]})[dgm-dinov2]" and pil.dim == 384
+    assert pil.key == f"FD-dinov2-vits14(sha={sha256(dinov2_file)[:8]})[dgm-dinov2]" and pil.dim == 384
     centre, scale = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     resized = torch.stack([
         torch.from_numpy(np.array(pillow(i).resize((224, 224), Image.Resampling.BICUBIC))).permute(2, 0, 1)

@@ -12,7 +12,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval import features
 from diffaccel.eval.extractors.base import Extractor
 from diffaccel.eval.features import Features, extract, merge
-from diffaccel.eval.images import open_source
+from diffaccel.eval.sources import open_source
 
 
 def pixels(*shape: int, seed: int = 0) -> Tensor:

@@ -20,8 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import decode, reading
-from diffaccel.eval.images import Source, open_source, to_uint8
+from diffaccel.eval.images import Source, to_uint8
 from diffaccel.eval.reading import ahead
+from diffaccel.eval.sources import open_source
 
 
 def pixels(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import lpips, weights
 from diffaccel.eval.lpips import Lpips
+from diffaccel.files import sha256
 
 torchvision = pytest.importorskip("torchvision")
 BUILD = {"alex": "alexnet", "vgg": "vgg16"}
@@ -77,7 +77,7 @@ def test_a_file_of_weights_is_found_and_named(
     monkeypatch.setenv(weights.VARIABLE, str(tmp_path))
     for path in (file, None):
         measure = lpips.load(path)
-        assert measure.name == "lpips-alex" and measure.weights_sha256 == record.sha256(file)
+        assert measure.name == "lpips-alex" and measure.weights_sha256 == sha256(file)
         assert torch.equal(measure(a, b), Lpips(alex)(a, b))
     file.write_bytes(b"not weights")
     with pytest.raises(DiffAccelError, match=r"alexnet-owt-7be5be79.pth' cannot be read as plain weights"):

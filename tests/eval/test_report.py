@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from diffaccel.eval import report
-from diffaccel.eval.comparison import compare_runs
-from diffaccel.eval.comparison.section import Section
-from diffaccel.eval.report import charts, pictures, text
+from diffaccel.eval.comparison import compare_runs, text
+from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.report import charts, pictures
 from tests.eval import made_runs
 
 PROMPTS = ["a <b>cat</b>", "a | pipe", 'a "quoted" fish', "a house & a tree"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from tests.layout import tree
 
 # What a method's file may see: the language, the session's types, family facts, networks of ours, kernels.
-LANGUAGE = ("errors", "flow", "schedules", "config", "session", "families", "models", "kernels")
+LANGUAGE = ("errors", "files", "flow", "schedules", "config", "session", "families", "models", "kernels")
 SHARED = tuple(f"diffaccel.{name}" for name in LANGUAGE)
 METHODS = ("diffaccel.samplers", "diffaccel.quant", "diffaccel.distill")
 # The most specific entry decides; a package may always see its own modules. Names without an entry are the core.
@@ -19,8 +20,7 @@ MAY_SEE: dict[str, tuple[str, ...]] = {
     "diffaccel.flow": (),
     "diffaccel.kernels": (),
     "diffaccel.samplers": SHARED,
-    # which of the zoo's CLIPs may be a reward; how messages shorten the errors of others (requests.first_line)
-    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo", "diffaccel.requests"),
+    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo"),  # which of the zoo's CLIPs may be a reward
     "diffaccel.quant": SHARED,
     "diffaccel.distill": SHARED,
 }
@@ -28,7 +28,7 @@ MAY_SEE: dict[str, tuple[str, ...]] = {
 PUBLIC_MODULES = tuple(
     f"diffaccel.{name}"
     for name in (
-        "errors", "config", "zoo", "registry",
+        "errors", "files", "config", "zoo", "registry", "compose",
         "requests", "variants", "opening", "sampling", "world", "outputs", "record",  # how runs are made and kept
         "console",
     )
@@ -46,6 +46,7 @@ class Import:
     name: str
     line: int
     at_start: bool  # runs when the module is imported
+    typing_only: bool = False
 
 
 def within(name: str, package: str) -> bool:
@@ -55,15 +56,15 @@ def within(name: str, package: str) -> bool:
 def imports(file: Path, known: set[str]) -> Iterator[Import]:
     """Every module that a file names in an import, or in ``import_module`` with a literal."""
 
-    def visit(node: ast.AST, at_start: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, at_start: bool, typing_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, at_start)
+                yield Import(alias.name, node.lineno, at_start, typing_only)
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             for alias in node.names:
                 full = f"{module}.{alias.name}"
-                yield Import(full if full in known else module, node.lineno, at_start)
+                yield Import(full if full in known else module, node.lineno, at_start, typing_only)
         elif isinstance(node, ast.Call):
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if function in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
@@ -71,10 +72,10 @@ def imports(file: Path, known: set[str]) -> Iterator[Import]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             at_start = False
         for child in ast.iter_child_nodes(node):
-            typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
-            yield from visit(child, at_start and not typing_only)
+            hidden = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
+            yield from visit(child, at_start and not hidden, typing_only or hidden)
 
-    yield from visit(tree.parse(file), True)
+    yield from visit(tree.parse(file), True, False)
 
 
 def allowed(importer: str, imported: Import, methods: set[str], commands: set[str]) -> bool:
@@ -108,3 +109,18 @@ def violations(root: Path = tree.ROOT) -> list[str]:
         for imported in imports(file, set(found))
         if not allowed(importer, imported, methods, commands)
     ]
+
+
+def circles(root: Path = tree.ROOT) -> list[list[str]]:
+    """Modules that import each other, round by round; imports for types alone are no part of a circle."""
+    known = tree.modules(root)
+    sees = {
+        name: sorted({i.name for i in imports(file, set(known)) if not i.typing_only and i.name in known} - {name})
+        for name, file in known.items()
+    }
+    sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter(sees)
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        return [error.args[1]]
+    return []

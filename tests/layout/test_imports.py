@@ -47,6 +47,20 @@ def test_the_tree_keeps_the_rules():
     assert rules.violations() == []
 
 
+def test_no_module_imports_itself_over_others():
+    assert rules.circles() == []
+
+
+def test_a_planted_circle_is_found(plain_tree):
+    (plain_tree / "diffaccel" / "flow.py").write_text("def f():\n    from diffaccel.errors import DiffAccelError\n")
+    (plain_tree / "diffaccel" / "errors.py").write_text("import diffaccel.flow\n")
+    try:
+        assert {"diffaccel.flow", "diffaccel.errors"} == set(rules.circles(plain_tree)[0])
+    finally:
+        for name in ("flow", "errors"):
+            (plain_tree / "diffaccel" / f"{name}.py").write_text("")
+
+
 @pytest.fixture(scope="module")
 def plain_tree(tmp_path_factory):
     """The tree's modules without their contents, apart from the registry."""

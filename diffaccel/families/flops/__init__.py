@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.families.facts import facts_of, unwrap
+from diffaccel.families.facts import facts_of
 from diffaccel.families.flops import transformers, unets
 from diffaccel.families.flops.shared import Config
+from diffaccel.modules.stand_in import uncompiled
 
 # multiply-adds of one row by the network's class
 TRANSFORMERS: dict[str, Callable[[Config, int, int], int]] = {
@@ -50,7 +51,7 @@ def flops(network: Any, *, batch: int, height: int, width: int, frames: int = 1,
         DiffAccelError: unknown class or unsupported config, a size without tokens, or no text length where
             checkpoints differ.
     """
-    network = unwrap(network)
+    network = uncompiled(network)
     facts, config = facts_of(network), network.config
     text = facts.text_tokens if text is None else text
     if text is None:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.families.base import Family
+from diffaccel.families.conditioning import Conditioning
 from diffaccel.families.generic.findings import Findings
 from diffaccel.families.generic.latents_rule import CONDITION
 from diffaccel.families.generic.row_layout import join_layout, map_layout
 from diffaccel.families.generic.study import study
 from diffaccel.families.generic.watching import NotIdentified
-from diffaccel.probe import StandIn, TextMemo
-from diffaccel.session import Conditioning
+from diffaccel.modules.stand_in import StandIn, TextMemo
 
 
 class Generic(Family):

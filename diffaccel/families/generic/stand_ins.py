@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.probe import StandIn, TextMemo, _no_bar
+from diffaccel.modules.stand_in import StandIn, TextMemo, silent_bar
 
 # components that are no denoiser, and that must work while the call prepares itself
 NO_DENOISERS = ("encoder", "vae", "vocoder", "safety", "vqgan", "movq", "connector", "tokenizer", "feature")
@@ -60,7 +60,7 @@ def replace(
     if hasattr(pipe, "encode_prompt"):
         object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
     if hasattr(pipe, "progress_bar"):
-        object.__setattr__(pipe, "progress_bar", functools.partial(_no_bar, pipe.progress_bar))
+        object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 
 
 @contextlib.contextmanager

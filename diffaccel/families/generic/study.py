@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from diffaccel.families.base import signature_of
 from diffaccel.families.generic.findings import NO_TIME, Findings
 from diffaccel.families.generic.guidance_rule import GuidanceRule, fit_guidance
 from diffaccel.families.generic.latents_rule import CONDITION, LatentsRule, find_latents
@@ -15,7 +14,7 @@ from diffaccel.families.generic.row_layout import find_rows
 from diffaccel.families.generic.time_rule import TimeRule, fit_time
 from diffaccel.families.generic.values import frozen, same, scalar
 from diffaccel.families.generic.watching import DIFFERENT_STEPS, NotIdentified, Turn, watch
-from diffaccel.probe import TextMemo
+from diffaccel.modules.stand_in import TextMemo, signature_of, uncompiled
 
 
 class Student:
@@ -120,7 +119,7 @@ def answer_shape(turn: Turn) -> torch.Size:
     """The shape of a row of the network's output: that of the latents, with the tokens of other pictures where the
     input has them, or with a variance for each channel."""
     rule, row = find_latents(turn), turn.sample.shape[1:]
-    network = getattr(turn.network, "_orig_mod", turn.network)
+    network = uncompiled(turn.network)
     if "return_dict" not in signature_of(network).parameters:
         raise NotIdentified(f"its '{turn.denoiser}' has no argument 'return_dict'.")
     if hasattr(network, "_cp_config") or hasattr(network, "_cp_shard_fn"):

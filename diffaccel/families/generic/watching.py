@@ -18,7 +18,7 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.generic.stand_ins import no_trace, replace
 from diffaccel.families.generic.values import frozen, pictures, rounded
-from diffaccel.probe import TextMemo, clone, network_arguments, random_like
+from diffaccel.modules.stand_in import TextMemo, clone, network_arguments, random_like
 
 DIFFERENT_STEPS = 3  # this many steps get answers of their own
 

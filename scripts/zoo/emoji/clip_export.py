@@ -13,15 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_text
 
 _TOLERANCE = 1e-4  # of the text encoder's outputs against open_clip's, fp32
 
 
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _fresh(path: Path) -> Path:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_bytes
 from scripts.zoo.emoji import labels
 from scripts.zoo.emoji.sources import EMOJIBASE, FLUENT, NOTICE, NOTO, PACKAGES, TWEMOJI, Package, key
 
@@ -34,16 +35,9 @@ FORMAT = 1
 ICON = 128  # pixels
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside the name and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, lzma.compress(json.dumps(value, ensure_ascii=False, sort_keys=True).encode(), preset=9))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, lzma.compress(json.dumps(value, ensure_ascii=False, sort_keys=True).encode(), preset=9))
 
 
 def read_json(path: Path) -> Any:
@@ -149,7 +143,7 @@ def pack_fluent(archive: Path, names: Mapping[str, str], path: Path) -> None:
                 # A fixed date makes equal inputs give equal archives.
                 info = zipfile.ZipInfo(f"{wanted[member.name]}.webp", (1980, 1, 1, 0, 0, 0))
                 packed.writestr(info, _small_webp(tar.extractfile(member).read()))
-    write_atomically(path, buffer.getvalue())
+    write_bytes(path, buffer.getvalue())
 
 
 def fetch(out: Path, *, force: bool = False) -> dict[str, int]:
@@ -167,7 +161,7 @@ def fetch(out: Path, *, force: bool = False) -> dict[str, int]:
         keys = [emoji["key"] for emoji in chosen]
         write_json(files[1], {style: {k: found[k] for k in keys} for style, found in bodies.items()})
         pack_fluent(archives[FLUENT.name], {k: pictures[k] for k in keys}, files[2])
-        write_atomically(out / "NOTICE", NOTICE.encode())
+        write_bytes(out / "NOTICE", NOTICE.encode())
         write_json(files[0], world)  # last: its presence says that the others are complete
     return {file.name: file.stat().st_size for file in files}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diffaccel import zoo
 from diffaccel.eval import prompts
-from diffaccel.record import write_text
+from diffaccel.files import write_text
 from scripts.zoo.emoji import heldout, recipe_flow
 from scripts.zoo.emoji.data import restrict
 from scripts.zoo.emoji.world import load

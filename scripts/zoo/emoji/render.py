@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from diffaccel.errors import DiffAccelError
-from scripts.zoo.emoji.fetch import FLUENT_ZIP, ICON, SVG, WORLD, read_json, write_atomically
+from diffaccel.files import write_bytes
+from scripts.zoo.emoji.fetch import FLUENT_ZIP, ICON, SVG, WORLD, read_json
 from scripts.zoo.emoji.sources import STYLES
 
 ICONS = "icons.zip"
@@ -66,7 +67,7 @@ def render(folder: Path, *, force: bool = False) -> Path:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as packed:
         for name, data in zip(expected, pictures, strict=True):
             packed.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-    write_atomically(target, buffer.getvalue())
+    write_bytes(target, buffer.getvalue())
     return target
 
 

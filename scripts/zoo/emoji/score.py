@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffaccel.eval.frechet import distance_of_features as frechet
-from diffaccel.record import describe_device, write_json
+from diffaccel.files import write_json
+from diffaccel.record import describe_device
 from scripts.zoo.emoji import checks, clip_eval, heldout, recipe_flow, vae
 from scripts.zoo.emoji import recipe as data_recipe
 from scripts.zoo.emoji.data import restrict

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from diffaccel.eval.comparison import Comparison
 from diffaccel.eval.comparison.row import Row, digits
+
+if TYPE_CHECKING:
+    from diffaccel.eval.comparison.result import Comparison
 
 FAMILIES = {
     "fidelity": "Fidelity to the baseline at equal prompt and seed",
@@ -136,46 +138,3 @@ def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     kept = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
     widths = {i: max(len(text[i]) for text in (heads, *rows)) for i in kept}
     return ["  " + "  ".join(f"{text[i]:<{widths[i]}}" for i in kept).rstrip() for text in (heads, *rows)]
-
-
-def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
-    """The tables for a terminal, a pull request or a note."""
-    base = comparison.baseline
-    lines = [f"# {', '.join(run.name for run in comparison.runs)} against {base.name}", ""]
-    lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in made["verdicts"]]
-    device = base.record.get("device", {}).get("name")
-    lines += [
-        "",
-        f"{len(base)} {'videos' if base.is_video else 'pictures'} a run{f', {device}' if device else ''}, "
-        f"{made['made'][:10]}. 95 % intervals.",
-        "",
-    ]
-    for title, group in table(comparison):
-        cells = [
-            (
-                line.run,
-                f"{line.metric} {line.arrow}",
-                line.value,
-                line.interval,
-                line.delta,
-                line.floor,
-                line.n,
-                line.note,
-            )
-            for line in group
-        ]
-        lines += [f"## {title}", "", *_markdown_table((*HEADS, ""), cells), ""]
-    for section in comparison.sections:
-        lines += [f"## {section.title}", "", *_markdown_table(section.columns, section.rows), ""]
-        lines += [section.note, ""] if section.note else []
-    if made["warnings"]:
-        lines += ["## Warnings", "", *(f"- {warning}" for warning in made["warnings"]), ""]
-    if made["command"]:
-        lines += ["```", " ".join(made["command"]), "```", ""]
-    return "\n".join(lines)
-
-
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (heads, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], "|" + "---|" * len(heads), *lines[1:]]
