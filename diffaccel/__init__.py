@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffaccel.compose import accelerate, remove, summary
     from diffaccel.errors import DiffAccelError
-    from diffaccel.opening import load
-    from diffaccel.probe import open_session
+    from diffaccel.runs.loading import load
+    from diffaccel.runtime.probe import open_session
 
 __version__ = "0.1.0"
 __all__ = ["DiffAccelError", "__version__", "accelerate", "load", "open_session", "remove", "summary"]
@@ -21,8 +21,8 @@ _LAZY = {
     "accelerate": "diffaccel.compose",
     "remove": "diffaccel.compose",
     "summary": "diffaccel.compose",
-    "load": "diffaccel.opening",
-    "open_session": "diffaccel.probe",
+    "load": "diffaccel.runs.loading",
+    "open_session": "diffaccel.runtime.probe",
     "DiffAccelError": "diffaccel.errors",
 }
 

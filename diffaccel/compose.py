@@ -181,7 +181,7 @@ def _wrap_call(pipe: Any, state: Active) -> None:
 
     @functools.wraps(stock)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from diffaccel.runner import generate
+        from diffaccel.runtime.call import generate
 
         current = active(self)
         if current is None or current.loop is None:

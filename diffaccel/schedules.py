@@ -135,13 +135,13 @@ class Schedule:
 
     def from_pipeline(self, latents: Tensor) -> Tensor:
         """The pipeline's latents at the first noise level in this schedule's coordinates."""
-        return latents * self._state_scale(self.sigmas[0])
+        return latents * self.state_scale(self.sigmas[0])
 
     def to_pipeline(self, x: Tensor, sigma: Tensor) -> Tensor:
         """The inverse of :meth:`from_pipeline` at ``sigma``; at zero all coordinates agree."""
-        return x / self._state_scale(sigma)
+        return x / self.state_scale(sigma)
 
-    def _state_scale(self, sigma: Tensor) -> Tensor | float:
+    def state_scale(self, sigma: Tensor) -> Tensor | float:
         if not self.vp or self.path is VE_PATH:
             return 1.0
         return ((1 - sigma) ** 2 + sigma**2) ** 0.5

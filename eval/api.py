@@ -10,18 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffaccel import opening, zoo
+from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import report as reports
-from diffaccel.eval import statistics_rows, subjects
 from diffaccel.eval.comparison import compare_runs
+from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.extractors import as_clip, extractor
-from diffaccel.eval.runs import Run, open_run
-from diffaccel.eval.sides import Side, is_pipeline, side
-from diffaccel.eval.sources import open_source
-from diffaccel.eval.timing import take_turns
-from diffaccel.requests import Request
+from diffaccel.eval.sets import requests as subjects
+from diffaccel.eval.sets.candidates import Side, is_pipeline, side
+from diffaccel.eval.sets.run import Run, open_run
+from diffaccel.eval.timing.turns import take_turns
+from diffaccel.runs import loading as opening
+from diffaccel.runs.request import Request
 
 JUDGE, BATCH = "emoji-clip-judge", 8
 Progress = Callable[[str], None]
@@ -73,10 +73,10 @@ def compare(
         turns: time so many calls of every side in turns, where all of them are variants or configs; 0 for none, and
             seconds are then those of the runs themselves.
         progress: told what is done now.
-        measures: more keyword arguments of :func:`diffaccel.eval.comparison.compare_runs`.
+        measures: more of what :class:`diffaccel.eval.comparison.measures.Measures` has, such as ``distances``.
         call: ``steps``, ``size`` (height, width), ``guidance``, ``negative``, ``batch`` (default 8), ``dtype``,
             ``device``, ``threads`` and ``latents`` of every side that is drawn now, as
-            :class:`diffaccel.requests.Request` has them.
+            :class:`diffaccel.runs.request.Request` has them.
 
     Returns:
         What was measured: ``table()`` shows it, ``row(metric, run)`` finds a number.
@@ -102,10 +102,11 @@ def compare(
         timing = None
         if turns:
             timing = _timed(sides, host, request, turns, progress)
-        found = measured(
-            runs[0], runs[1:], others=others, extractors=extractors, clips=clips, reference=reference, timing=timing,
-            device=request.device, progress=progress, **(measures or {}),
+        chosen = Measures.named(
+            others=others, extractors=extractors, clips=clips, reference=reference, timing=timing,
+            device=request.device, **(measures or {}),
         )  # fmt: skip
+        found = compare_runs(runs[0], runs[1:], chosen, progress=progress)
         if report is not None:
             reports.write(found, Path(report))
     except BaseException:
@@ -114,33 +115,6 @@ def compare(
         raise
     if out is None:
         weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found
-
-
-def measured(
-    baseline: Run,
-    runs: Sequence[Run],
-    *,
-    others: Run | None = None,
-    extractors: Sequence[str] = (),
-    clips: Sequence[str] = (),
-    reference: Any = None,
-    device: str = "auto",
-    **more: Any,
-) -> Comparison:
-    """:func:`diffaccel.eval.comparison.compare_runs` with networks by their names."""
-    chosen = opening.pick_device(device)
-    networks = [extractor(name, device=chosen) for name in extractors]
-    known = statistics_rows.is_statistics(reference)
-    found = compare_runs(
-        baseline, runs, others=others, extractors=[] if known else networks,
-        clips=[as_clip(extractor(name, device=chosen)) for name in clips],
-        reference=None if known or reference is None else open_source(reference), **more,
-    )  # fmt: skip
-    for network in networks if known else ():
-        rows, warnings = statistics_rows.rows(found.baseline, found.runs, others, reference, network)
-        found.rows += rows
-        found.warnings += warnings
     return found
 
 
@@ -173,7 +147,7 @@ def _request(
     try:
         request = subjects.again(known, **changes) if known else Request(**{"batch": BATCH, **changes})
     except TypeError as error:
-        raise DiffAccelError(f"compare takes no such setting ({error}). See diffaccel.requests.Request.") from error
+        raise DiffAccelError(f"compare takes no such setting ({error}). See diffaccel.runs.request.Request.") from error
     if not any(isinstance(each, Side) for each in sides):
         return request
     pipeline = host
@@ -218,12 +192,5 @@ def _timed(sides: Sequence[Run | Side], host: Any, request: Request, turns: int,
     chosen = [each.variant for each in sides if isinstance(each, Side) and each.variant is not None]
     if len(chosen) < len(sides):
         raise DiffAccelError("Only variants and configs can be timed in turns. Leave turns out, or give only those.")
-    return take_turns(opened(request) if host is None else host, request, chosen, turns=turns, progress=progress)
-
-
-def opened(request: Request) -> Any:
-    """The request's pipeline as it is, on its device."""
-    device = opening.pick_device(request.device)
-    folder, _ = opening.locate(request.model)
-    plain = replace(request, methods=())
-    return opening.open_pipeline(plain, folder, device, opening.pick_dtype(request.dtype, device))
+    pipe = opening.open_plain(request) if host is None else host
+    return take_turns(pipe, request, chosen, turns=turns, progress=progress)

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import RULES
+from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
-from diffaccel.samplers.search.task import Chain, Search
 
 EACH = 4  # least tries a level for a state of a beam
 

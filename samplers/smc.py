@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.resampling import effective_size, softmax, systematic, uniform
-from diffaccel.samplers.search.task import Chain, Search
 
 # What a particle's weights have come to when r_0 ... r_k were seen, in units of 1/temperature; at the end all of them
 # come to r(x0), so that the particles follow p(x0) exp(r(x0) / temperature).

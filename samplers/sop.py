@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import SearchConfig
 from diffaccel.samplers.search.particles import Key
 from diffaccel.samplers.search.plan import at_level, descend
-from diffaccel.samplers.search.task import Chain, Search
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.resampling import draw
-from diffaccel.samplers.search.task import Chain, Search
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffaccel import record
-from diffaccel.eval import frechet, manifold, mmd
+from diffaccel.eval.metrics import frechet, manifold, mmd
 from diffaccel.files import write_json
 
 

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffaccel.eval.extractors import Extractor, exact_float32
-from diffaccel.eval.extractors.inception import SIZE, InceptionNetwork, inception
-from diffaccel.eval.features import extract
-from diffaccel.eval.protocols import protocol
-from diffaccel.eval.reading import groups
-from diffaccel.eval.sources import open_source
+from diffaccel.eval.features.extract import extract
+from diffaccel.eval.images.open import open_source
+from diffaccel.eval.images.prefetch import groups
+from diffaccel.eval.networks.extractors import Extractor, exact_float32
+from diffaccel.eval.networks.extractors.inception import SIZE, InceptionNetwork, inception
+from diffaccel.eval.networks.protocols import protocol
 from diffaccel.files import write_json
 from diffaccel.record import describe_device
 

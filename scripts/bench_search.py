@@ -20,11 +20,17 @@ import torch
 from torch import Tensor
 
 import diffaccel
-from diffaccel import opening, record, requests, variants
-from diffaccel.eval import alignment, distances, intervals, prompts
-from diffaccel.eval.extractors import as_clip, extractor
+from diffaccel import record
+from diffaccel.eval.comparison import printed_distances as distances
+from diffaccel.eval.metrics import clip_score as alignment
+from diffaccel.eval.networks.extractors import as_clip, extractor
+from diffaccel.eval.sets import prompts
+from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import write_json
-from diffaccel.requests import Request
+from diffaccel.runs import loading as opening
+from diffaccel.runs import variant as variants
+from diffaccel.runs.call_arguments import call_arguments
+from diffaccel.runs.request import Request
 
 REWARD, JUDGE = "emoji-clip-reward", "emoji-clip-judge"
 PROMPTS, STEPS = "emoji-1000", 8  # of the table; other ones have a record of their own
@@ -90,7 +96,7 @@ class Bench:
         request = variant.of(self.request)
         if request.methods:
             diffaccel.accelerate(self.pipe, *request.methods)
-        call = requests.call_arguments(self.pipe, request)
+        call = call_arguments(self.pipe, request)
         pictures, nfe, seconds = [], 0, 0.0
         try:
             for begin in range(0, len(rows), self.args.batch):

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffaccel.eval import intervals, prompts
+from diffaccel.eval.sets import prompts
+from diffaccel.eval.uncertainty import intervals
 from scripts.bench_search import UNSEEN, rows_of
 
 

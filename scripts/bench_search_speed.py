@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import diffaccel
-from diffaccel import meter
-from diffaccel.eval.intervals import median_ratio
+from diffaccel.eval.uncertainty.intervals import median_ratio
 from diffaccel.files import write_json
 from diffaccel.record import describe_device, versions
+from diffaccel.runs import profile as meter
 from diffaccel.samplers import RBF, SVDD
 from diffaccel.samplers.rewards import Reward
 from scripts.bench_driver import pipeline

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from diffaccel import record
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 
 def cell(contract, case, not_here: type[Exception]) -> tuple[str, str]:

@@ -12,14 +12,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffaccel import console, opening, variants, zoo
+from diffaccel import terminal as console
+from diffaccel import zoo
 from diffaccel.cli import FAILED, INTERRUPTED
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import gate, one_report, subjects
 from diffaccel.eval.api import JUDGE
-from diffaccel.eval.report_plan import Plan
-from diffaccel.opening import quiet_libraries
-from diffaccel.requests import Request
+from diffaccel.eval.comparison import gate
+from diffaccel.eval.report import accelerations as one_report
+from diffaccel.eval.report.plan import ReportPlan
+from diffaccel.eval.sets import requests as subjects
+from diffaccel.runs import loading as opening
+from diffaccel.runs import variant as variants
+from diffaccel.runs.loading import quiet_libraries
+from diffaccel.runs.request import Request
 
 REWARD = "emoji-clip-reward"
 GATE_FAILED = 5
@@ -54,7 +59,7 @@ def make_parser() -> console.Parser:
     return parser
 
 
-def plan_of(options: Any) -> Plan:
+def plan_of(options: Any) -> ReportPlan:
     """The report that the options ask for."""
     request = Request(
         model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
@@ -63,7 +68,7 @@ def plan_of(options: Any) -> Plan:
     texts = subjects.texts_of(options.prompts, options.first)
     request = subjects.drawing(opening.pipeline_class(options.model), request, texts)
     ours = options.model in zoo.names() and bool(request.prompts)
-    return Plan(
+    return ReportPlan(
         request=request, baseline=variants.parse(options.baseline),
         accelerated=tuple(variants.parse(text) for text in options.accel), everything=options.all,
         turns=options.turns, other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,

@@ -137,7 +137,7 @@ def test_diffusers_caches_work_under_a_sampler() -> None:
 
 def test_caches_forget_at_a_change_of_resolution() -> None:
     """High, low, high: neither an error nor a residual of another stage."""
-    from diffaccel.drivers import Native
+    from diffaccel.runtime.native import Native
     from diffaccel.session import Eval
 
     pipe, count = cached_flux(threshold=1e9)
@@ -158,7 +158,7 @@ def test_caches_forget_at_a_change_of_resolution() -> None:
 
 
 def test_particles_do_not_mix_in_a_cache() -> None:
-    from diffaccel.drivers import Native
+    from diffaccel.runtime.native import Native
     from diffaccel.session import Eval
 
     pipe, _ = cached_flux(threshold=1e9)

@@ -312,7 +312,7 @@ def test_one_euler_step_is_that_of_ddim(name: str, config: dict[str, Any], predi
     for i in range(len(schedule.timesteps)):
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         x, out = _draw(0), _draw(1)
-        mine = x * schedule._state_scale(sigma)
+        mine = x * schedule.state_scale(sigma)
         ours = mine + (sigma_next - sigma) * schedule.velocity(out, mine, sigma)
         own = scheduler.step(out, scheduler.timesteps[i], x, eta=0.0).prev_sample
         torch.testing.assert_close(schedule.to_pipeline(ours, sigma_next), own, rtol=1e-5, atol=1e-5)
@@ -328,7 +328,7 @@ def test_one_euler_step_is_the_transfer_of_pndm(prediction: str) -> None:
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         t = int(schedule.timesteps[i])
         x, out = _draw(0), _draw(1)
-        mine = x * schedule._state_scale(sigma)
+        mine = x * schedule.state_scale(sigma)
         ours = mine + (sigma_next - sigma) * schedule.velocity(out, mine, sigma)
         own = scheduler._get_prev_sample(x, t, t - 100, out)
         torch.testing.assert_close(schedule.to_pipeline(ours, sigma_next), own, rtol=1e-5, atol=1e-5)

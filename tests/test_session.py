@@ -7,9 +7,9 @@ import tiny
 import torch
 
 import diffaccel
-from diffaccel.drivers import Native
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
+from diffaccel.runtime.native import Native
 from diffaccel.samplers import Euler
 from diffaccel.session import Decode, Eval
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffaccel.families.base import Family
 from diffaccel.families.guidance import true_cfg_scale
-from diffaccel.families.sources import check_resizable
+from diffaccel.families.init_image import check_resizable
 
 
 class Flux(Family):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from diffaccel.families.base import Family
-from diffaccel.families.sources import resized_source, source_size
+from diffaccel.families.init_image import resized_source, source_size
 
 
 class SD(Family):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
-from diffaccel.families.sources import check_resizable
+from diffaccel.families.init_image import check_resizable
 
 
 class SD3(Family):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.conditioning import Conditioning
+from diffaccel.families.init_image import source_size
 from diffaccel.families.sd import SD, SDImg2Img
-from diffaccel.families.sources import source_size
 
 
 class SDXL(SD):

@@ -12,6 +12,7 @@ reward in search and tuning; the second only judges, and is used in neither.
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from diffaccel.errors import DiffAccelError, unknown
 __all__ = ["DEFAULT", "call_defaults", "card", "names", "path"]
 
 DEFAULT = "emoji-flux"
-_ROOT = Path(__file__).parent
+_ROOT = Path(str(files(__name__)))
 CARD = "card.json"
 
 

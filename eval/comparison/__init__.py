@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,31 +16,21 @@ from diffaccel.eval.comparison import (
     distribution,
     fidelity,
     nearest,
-    networks,
+    reference_statistics,
     videos,
 )
+from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.extractors.base import Extractor
-from diffaccel.eval.extractors.clip import ClipExtractor
-from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Run, first_pictures, pair, pair_prompts
-from diffaccel.eval.scorers import Scorer
+from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.images.source import Source
+from diffaccel.eval.sets.run import Run, first_pictures, pair, pair_prompts
 
 
 def compare_runs(
     baseline: Run,
     runs: Sequence[Run],
+    measures: Measures | None = None,
     *,
-    others: Run | None = None,
-    distances: Sequence[fidelity.Distance] = fidelity.BUILT_IN,
-    extractors: Sequence[Extractor] = (),
-    clips: Sequence[ClipExtractor] = (),
-    scorers: Sequence[Scorer] = (),
-    video: networks.Network | None = None,
-    reference: Source | None = None,
-    timing: dict[str, Any] | None = None,
-    prompts: str | None = None,
-    allow_mixed_n: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
     """Measure every run against the baseline.
@@ -48,62 +38,82 @@ def compare_runs(
     Args:
         baseline: what the others are compared with.
         runs: at least one, of the same prompts and seeds; all of pictures, or all of videos.
-        others: the baseline with other seeds: the noise floor of every metric.
-        distances: of paired pictures, or of the frames of videos; PSNR and SSIM need no network.
-        extractors: for distances of distributions of pictures.
-        clips: for the fit of pictures to prompts, which the runs must know, for CLIP-I and for CMMD.
-        scorers: of what people would like better.
-        video: for the Fréchet distance of videos.
-        reference: what distributions are compared with; the baseline's own pictures when there is none.
-        timing: turns on one machine; without it seconds are the runs' own.
-        prompts: a file or a packaged set that names the category of every prompt; None looks in the packaged sets.
-        allow_mixed_n: compare runs of different prompts and seeds on what they share, and distributions on all.
+        measures: what is measured; by default what needs no network.
         progress: told what is measured now.
 
     Raises:
         DiffAccelError: for no run, two of one name, runs that are not paired, pictures beside videos, networks of
             pictures for videos, and prompts without a category in a file that should name it.
     """
+    measures = measures or Measures()
+    baseline, runs, others, notes = _checked(baseline, runs, measures)
+    categories_of = categories.known(baseline, measures.prompts)
+    pairs = {run.name: pair(baseline, run, partial=measures.allow_mixed_n) for run in runs}
+    warnings = [*notes, *checks.warnings(baseline, runs, pairs), *cost.doubts((baseline, *runs), measures.timing)]
+    comparison = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
+    measure_pairs = _videos if baseline.is_video else _pictures
+    measure_pairs(comparison, others, measures.distances, progress)
+    _by_networks(comparison, others, measures, progress)
+    doubts = [f"{row.key}: {row.detail['warning']}" for row in comparison.rows if row.detail.get("warning")]
+    comparison.warnings += dict.fromkeys(doubts)
+    comparison.rows += cost.rows(baseline, list(runs), measures.timing)
+    comparison.steps = {run.name: cost.steps(run, measures.timing) for run in (baseline, *runs)}
+    tables = [
+        categories.section(comparison, categories_of) if categories_of else None,
+        cost.section(baseline, runs, measures.timing),
+        *_nearest(comparison, measures),
+    ]
+    comparison.sections = [table for table in tables if table is not None]
+    return comparison
+
+
+def _checked(baseline: Run, runs: Sequence[Run], measures: Measures) -> tuple[Run, list[Run], Run | None, list[str]]:
+    """The runs as they are compared, and what a reader must know of that; refuse what does not go together."""
     names = [baseline.name, *(run.name for run in runs)]
     if not runs:
         raise DiffAccelError("There is no run to compare with the baseline. Give at least one.")
     if len(set(names)) < len(names):
         raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
-    baseline, runs, others, said = first_pictures(baseline, runs, others)
-    checks.kinds(baseline, [*runs, *([others] if others is not None else [])])
+    baseline, compared, others, notes = first_pictures(baseline, runs, measures.others)
+    checks.kinds(baseline, [*compared, *([others] if others is not None else [])])
     if baseline.is_video:
-        checks.of_videos(extractors, clips, scorers, reference)
-    elif video is not None:
+        checks.of_videos(measures.extractors, measures.clips, measures.scorers, measures.reference)
+    elif measures.video is not None:
         raise DiffAccelError(f"'{baseline.name}' holds pictures, and a network of videos was given. Leave it out.")
-    categories_of = categories.known(baseline, prompts)
-    pairs = {run.name: pair(baseline, run, partial=allow_mixed_n) for run in runs}
-    found = Comparison(
-        baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={},
-        warnings=[*said, *checks.warnings(baseline, runs, pairs), *cost.doubts((baseline, *runs), timing)],
-    )  # fmt: skip
-    (_videos if baseline.is_video else _pictures)(found, others, distances, progress)
-    if video is not None:
-        progress(f"distributions by {video.name}")
-        found.rows += videos.distances(baseline, runs, others, video)
-    for clip in clips:
+    return baseline, compared, others, notes
+
+
+def _by_networks(
+    comparison: Comparison, others: Run | None, measures: Measures, progress: Callable[[str], None]
+) -> None:
+    """Add what networks say of the pictures or videos."""
+    baseline, runs, pairs = comparison.baseline, comparison.runs, comparison.pairs
+    if measures.video is not None:
+        progress(f"distributions by {measures.video.name}")
+        comparison.rows += videos.distances(baseline, runs, others, measures.video)
+    for clip in measures.clips:
         progress(f"fit to the prompts by {clip.name}")
-        found.add(*alignment.clip_similarity(baseline, runs, pairs, others, clip))
-        found.add(*alignment.clip_scores(baseline, runs, pairs, others, clip))
-    for scorer in scorers:
+        comparison.add(*alignment.clip_similarity(baseline, runs, pairs, others, clip))
+        comparison.add(*alignment.clip_scores(baseline, runs, pairs, others, clip))
+    for scorer in measures.scorers:
         progress(f"scores by {scorer.name}")
-        found.add(*alignment.preferred(baseline, runs, pairs, others, scorer))
-    for extractor in extractors:
+        comparison.add(*alignment.preferred(baseline, runs, pairs, others, scorer))
+    for extractor in measures.extractors:
         progress(f"distributions by {extractor.name}")
-        found.rows += distribution.rows(baseline, runs, pairs, others, reference, extractor)
-    doubts = [f"{row.key}: {row.detail['warning']}" for row in found.rows if row.detail.get("warning")]
-    found.warnings += dict.fromkeys(doubts)
-    if reference is not None:
-        found.sections += [nearest.section(baseline, runs, reference, extractor) for extractor in (*extractors, *clips)]
-    found.rows += cost.rows(baseline, list(runs), timing)
-    found.steps = {run.name: cost.steps(run, timing) for run in (baseline, *runs)}
-    more = (categories.section(found, categories_of) if categories_of else None, cost.section(baseline, runs, timing))
-    found.sections[:0] = [section for section in more if section is not None]
-    return found
+        if isinstance(measures.reference, Path):
+            rows, warnings = reference_statistics.rows(baseline, runs, others, measures.reference, extractor)
+            comparison.rows += rows
+            comparison.warnings += warnings
+        else:
+            comparison.rows += distribution.rows(baseline, runs, pairs, others, measures.reference, extractor)
+
+
+def _nearest(comparison: Comparison, measures: Measures) -> list[Section]:
+    """Tables of the nearest reference pictures, a network each."""
+    if not isinstance(measures.reference, Source):
+        return []
+    networks = (*measures.extractors, *measures.clips)
+    return [nearest.section(comparison.baseline, comparison.runs, measures.reference, network) for network in networks]
 
 
 def _pictures(

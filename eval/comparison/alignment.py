@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import alignment
-from diffaccel.eval.comparison import fidelity, scored
+from diffaccel.eval.comparison import fidelity
+from diffaccel.eval.comparison import paired_scores as scored
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Row
-from diffaccel.eval.extractors.clip import ClipExtractor
-from diffaccel.eval.reading import ahead
-from diffaccel.eval.runs import Pairs, Run, pair_prompts
-from diffaccel.eval.scorers import Scorer
+from diffaccel.eval.images.prefetch import ahead
+from diffaccel.eval.metrics import clip_score as alignment
+from diffaccel.eval.networks.extractors.clip import ClipExtractor
+from diffaccel.eval.networks.scorers import Scorer
+from diffaccel.eval.sets.run import Pairs, Run, pair_prompts
 
 BATCH = 32  # pictures that a scorer gets at once
 Found = tuple[list[Row], dict[str, Tensor]]

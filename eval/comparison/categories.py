@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import intervals, prompts
 from diffaccel.eval.comparison.row import Row, Section, digits
-from diffaccel.eval.intervals import Interval
-from diffaccel.eval.runs import Run
+from diffaccel.eval.sets import prompts
+from diffaccel.eval.sets.run import Run
+from diffaccel.eval.uncertainty import intervals
+from diffaccel.eval.uncertainty.intervals import Interval
 
 if TYPE_CHECKING:
     from diffaccel.eval.comparison.result import Comparison

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.extractors.base import Extractor
-from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Pairs, Run, same_noise
-from diffaccel.eval.scorers import Scorer
+from diffaccel.eval.images.source import Source
+from diffaccel.eval.networks.extractors.base import Extractor
+from diffaccel.eval.networks.scorers import Scorer
+from diffaccel.eval.sets.run import Pairs, Run, same_noise
 
 SAME = ("model", "model_digest", "dtype", "device", "size", "guidance")  # settings that runs should share
 
@@ -25,7 +26,10 @@ def kinds(baseline: Run, runs: Sequence[Run]) -> None:
 
 
 def of_videos(
-    extractors: Sequence[Extractor], clips: Sequence[Extractor], scorers: Sequence[Scorer], reference: Source | None
+    extractors: Sequence[Extractor],
+    clips: Sequence[Extractor],
+    scorers: Sequence[Scorer],
+    reference: Source | Path | None,
 ) -> None:
     """Refuse networks of pictures for runs of videos."""
     given = [*(network.name for network in (*extractors, *clips)), *(scorer.name for scorer in scorers)]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffaccel.eval.comparison.row import Row, Section
-from diffaccel.eval.intervals import median_ratio
-from diffaccel.eval.runs import Run
-from diffaccel.requests import WAY
+from diffaccel.eval.sets.run import Run
+from diffaccel.eval.uncertainty.intervals import median_ratio
+from diffaccel.runs.request import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
@@ -25,9 +25,9 @@ COUNTED = {
 def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[Row]:
     """Rows of every run.
 
-    With ``timing`` (of :mod:`diffaccel.eval.timing`, where variants took turns on one machine) seconds and ratios come
-    from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, which may
-    have met a machine in different moods: a ratio then has no interval, and its row says where it comes from.
+    With ``timing`` (of :mod:`diffaccel.eval.timing.turns`, where variants took turns on one machine) seconds and ratios
+    come from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, which
+    may have met a machine in different moods: a ratio then has no interval, and its row says where it comes from.
     """
     timed = _timed(timing, (baseline, *runs))
     found: list[Row] = []

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from diffaccel.eval import distances
-from diffaccel.eval.comparison import numbers
+from diffaccel.eval.comparison import distances as numbers
+from diffaccel.eval.comparison import printed_distances as distances
 from diffaccel.eval.comparison.row import Row, missing
-from diffaccel.eval.extractors.base import Extractor
-from diffaccel.eval.features import extract
-from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Pairs, Run
+from diffaccel.eval.features.extract import extract
+from diffaccel.eval.images.source import Source
+from diffaccel.eval.networks.extractors.base import Extractor
+from diffaccel.eval.sets.run import Pairs, Run
 
 CACHE = ".features"
 FEWEST = 100  # pictures; the jackknife needs ten shards of ten

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import intervals, paired
 from diffaccel.eval.comparison.row import Better, Row
-from diffaccel.eval.reading import ahead
-from diffaccel.eval.runs import Pairs, Run
+from diffaccel.eval.images.prefetch import ahead
+from diffaccel.eval.metrics import paired
+from diffaccel.eval.sets.run import Pairs, Run
+from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import read_tensor
 
 Measure = Callable[[Tensor, Tensor], Tensor]

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Section
-from diffaccel.eval.extractors.base import Extractor
-from diffaccel.eval.features import extract
-from diffaccel.eval.images import Source
-from diffaccel.eval.runs import Run
+from diffaccel.eval.features.extract import extract
+from diffaccel.eval.images.source import Source
+from diffaccel.eval.networks.extractors.base import Extractor
+from diffaccel.eval.sets.run import Run
 
 BLOCK = 2048
 SHOWN = 3  # of each run

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel import record
-from diffaccel.eval.comparison import scored, text
+from diffaccel.eval.comparison import paired_scores as scored
+from diffaccel.eval.comparison import text
 from diffaccel.eval.comparison.row import Row, Section
-from diffaccel.eval.runs import Pairs, Run
+from diffaccel.eval.sets.run import Pairs, Run
 
 FORMAT = 2  # of report.json: 1 had pairs by short names, and no curves or steps
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from diffaccel.eval.intervals import Interval
+from diffaccel.eval.uncertainty.intervals import Interval
 
 Family = Literal["fidelity", "video", "alignment", "distribution", "cost"]
 Better = Literal["lower", "higher"]

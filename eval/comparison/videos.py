@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import intervals, video
-from diffaccel.eval.comparison import scored
+from diffaccel.eval.comparison import paired_scores as scored
 from diffaccel.eval.comparison.fidelity import Distance
-from diffaccel.eval.comparison.networks import Network
 from diffaccel.eval.comparison.row import Row
-from diffaccel.eval.reading import ahead
-from diffaccel.eval.runs import Pairs, Run
+from diffaccel.eval.images.prefetch import ahead
+from diffaccel.eval.metrics import video
+from diffaccel.eval.networks.by_spec import Network
+from diffaccel.eval.sets.run import Pairs, Run
+from diffaccel.eval.uncertainty import intervals
 
 CUSTOMARY = 2048  # clips that published distances take
 Measured = list[tuple[Distance, list[Tensor]]]  # by distance, a curve (T,) of every pair

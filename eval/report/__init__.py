@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffaccel.eval.report import charts, pictures
 from diffaccel.eval.report.markdown import markdown
 from diffaccel.files import write_json, write_text
 
-TEMPLATE = Path(__file__).parents[1] / "templates" / "report.html.jinja"
+TEMPLATE = files(__name__) / "report.html.jinja"
 LARGEST = 10 * 2**20  # bytes of the page
 LONG = 44  # letters of a cell that wraps
 

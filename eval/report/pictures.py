@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.runs import Run
+from diffaccel.eval.sets.run import Run
 
 SIDE = 256
 SMALL = 128  # shown with its pixels, not smoothed

@@ -16,9 +16,9 @@ import torch
 
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.samplers.rewards import clip, compress, vqa
-from diffaccel.samplers.rewards.borrowed import published
 from diffaccel.samplers.rewards.callables import imported, of_callable
 from diffaccel.samplers.rewards.counting import counts
+from diffaccel.samplers.rewards.preference import published
 from diffaccel.samplers.rewards.reward import Reward
 from diffaccel.samplers.rewards.sums import terms, weighted
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffaccel import zoo
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.samplers.rewards.borrowed import borrow
+from diffaccel.eval.networks import extractors
 from diffaccel.samplers.rewards.reward import Reward
 
 # A model of the zoo: the CLIP of its world that may be a reward. The zoo's judge is none: it only judges.
@@ -40,8 +40,9 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
         DiffAccelError: for a model without a CLIP of its own, an unknown name, and weights that do not fit.
     """
     which = argument or default(model)
-    found = borrow("extractor")(_spec(which), device=device)
-    network, prepare = found.clip, preprocessing(found.clip)
+    found = extractors.as_clip(extractors.extractor(_spec(which), device=device))
+    network: Any = found.clip
+    prepare = preprocessing(network)
 
     @lru_cache(_TEXTS)
     def text(prompt: str) -> Tensor:
@@ -123,7 +124,7 @@ def cut(images: Tensor, target: tuple[int, int], fill: float) -> Tensor:
 
 def _spec(which: str) -> str:
     """As the evaluation's extractors are written."""
-    clips = borrow("clips")()
+    clips = extractors.clips()
     if which in clips:
         return which
     if ":" in which:

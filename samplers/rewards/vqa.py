@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line
-from diffaccel.samplers.rewards.borrowed import borrow
+from diffaccel.eval.networks import weights
 from diffaccel.samplers.rewards.reward import Reward
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
@@ -33,7 +33,7 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
     """
     if not argument:
         raise DiffAccelError("The reward 'vqa' names no model. Write vqa:/folder, of one that transformers loads.")
-    folder = borrow("find")("config.json", argument, flag="vqa:/folder").parent
+    folder = weights.find("config.json", argument, flag="vqa:/folder").parent
     processor, network = _load(folder, device)
     tokenizer: Any = processor.tokenizer
     # An answer goes on where its question ends, so padding comes before; an encoder would see the picture farther away.

@@ -12,14 +12,15 @@ import torch
 from diffaccel.config import Level, Machine, SamplerConfig
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import rewards
-from diffaccel.samplers.search import noise, outcome
+from diffaccel.samplers.search import noise
 from diffaccel.samplers.search import plan as plans
+from diffaccel.samplers.search import report as outcome
+from diffaccel.samplers.search.chains import Chain, Search, Task
 from diffaccel.samplers.search.engine import Engine
-from diffaccel.samplers.search.judge import Judge
-from diffaccel.samplers.search.plan import KernelName, PathName, Plan, ScaleName
-from diffaccel.samplers.search.sharing import Processes
-from diffaccel.samplers.search.task import Chain, Search, Task
-from diffaccel.samplers.search.trace import Trace
+from diffaccel.samplers.search.plan import KernelName, PathName, ScaleName, SearchPlan
+from diffaccel.samplers.search.processes import Processes
+from diffaccel.samplers.search.reward_log import Trace
+from diffaccel.samplers.search.scoring import Judge
 from diffaccel.session import Sampling, Session, Step
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class SearchConfig(SamplerConfig):
         """
         raise NotImplementedError
 
-    def plan(self, session: Session) -> Plan:
+    def plan(self, session: Session) -> SearchPlan:
         """Noise levels and kernels for one call: its own, without fresh noise."""
         return plans.make(session.schedule, path="linear", norm=0.0)
 
@@ -131,7 +132,7 @@ class PathSearchConfig(SearchConfig):
                 "kernel='cps', or path='linear' or 'vp' and another scale."
             )
 
-    def plan(self, session: Session) -> Plan:
+    def plan(self, session: Session) -> SearchPlan:
         return plans.make(
             session.schedule, path=self.path, kernel=self.kernel, scale=self.scale, norm=self.norm, stages=self.stages,
             tail_steps=self.tail_steps,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from diffaccel.samplers.search import noise
-from diffaccel.samplers.search.judge import Judge
+from diffaccel.samplers.search.chains import Search, Task
 from diffaccel.samplers.search.particles import Lineage, Move, Particle, Pool
-from diffaccel.samplers.search.sharing import Processes
-from diffaccel.samplers.search.task import Search, Task
-from diffaccel.samplers.search.trace import Trace
+from diffaccel.samplers.search.processes import Processes
+from diffaccel.samplers.search.reward_log import Trace
+from diffaccel.samplers.search.scoring import Judge
 from diffaccel.session import Eval, Progress, Session, bcast
 
 Events = Generator[Any, Any, Any]
@@ -55,7 +55,7 @@ class Engine:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="judge")
         self._stream: Any = None
         schedule, begin = session.schedule, float(session.sigmas[0])
-        scale = schedule._state_scale(torch.tensor(begin, dtype=torch.float64))
+        scale = schedule.state_scale(torch.tensor(begin, dtype=torch.float64))
         self.own_std = float(scale) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
 
     def run(self, tasks: Sequence[Task]) -> Events:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffaccel.samplers.search.moves import Coefficients
+from diffaccel.samplers.search.transitions import Coefficients
 
 
 class Key(NamedTuple):

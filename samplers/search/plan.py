@@ -18,7 +18,7 @@ import torch
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR, VE_PATH, VP, Path
-from diffaccel.samplers.search.moves import Coefficients, affine, cps
+from diffaccel.samplers.search.transitions import Coefficients, affine, cps
 from diffaccel.schedules import Schedule
 
 PathName = Literal["native", "vp", "linear"]
@@ -43,7 +43,7 @@ SCALES: dict[str, Callable[[float, Path], float]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search's way from noise to sample, in the session's coordinates.
 
     Attributes:
@@ -91,7 +91,7 @@ def make(
     norm: float = 3.0,
     stages: int = 10,
     tail_steps: int = -1,
-) -> Plan:
+) -> SearchPlan:
     """The plan for one call of a pipeline.
 
     Args:
@@ -137,7 +137,7 @@ def make(
             gamma = _fresh(searched, s, s_next, scale, norm) * _onto(searched, s_next, schedule.path)
             kernels.append(cps(schedule.path, sigma, sigma_next, min(gamma, sigma_next)))
     start = 1 / _sum(searched, times[0]) if path == "vp" and flow else None
-    return Plan(tuple(sigmas), tuple(kernels), tuple(tail), start, schedule.path, kind)
+    return SearchPlan(tuple(sigmas), tuple(kernels), tuple(tail), start, schedule.path, kind)
 
 
 # -- the searched path's own arithmetic --------------------------------------------------------------------------------

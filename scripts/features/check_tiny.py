@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffaccel.eval.frechet import Moments, distance
-from diffaccel.eval.tiny_network import WEIGHTS, TinyNetwork, load_tiny, weights_sha256
+from diffaccel.eval.metrics.frechet import Moments, distance
+from diffaccel.eval.networks.tiny_network import WEIGHTS, TinyNetwork, load_tiny, weights_sha256
 from diffaccel.files import write_json
 from diffaccel.record import now, versions
 from scripts.features import degradations as spoil

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from diffaccel.eval.tiny_network import FORMAT, Residual, TinyNetwork
+from diffaccel.eval.networks.tiny_network import FORMAT, Residual, TinyNetwork
 from diffaccel.files import atomic
 from diffaccel.record import now
 from scripts.features.degradations import KINDS, luma

@@ -14,9 +14,13 @@ from typing import ClassVar
 import pytest
 import torch
 
-from diffaccel import doctor, doctor_compute, doctor_host, doctor_model, registry
+from diffaccel import registry
+from diffaccel.cli import doctor
+from diffaccel.cli.doctor import compute as doctor_compute
+from diffaccel.cli.doctor import host as doctor_host
+from diffaccel.cli.doctor import model as doctor_model
+from diffaccel.cli.doctor.host import Check
 from diffaccel.config import Config, Machine
-from diffaccel.doctor_host import Check
 from diffaccel.errors import DiffAccelError
 from tests.layout import tree
 

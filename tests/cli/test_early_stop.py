@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import early_stop, paired
-from diffaccel.eval.runs import open_run
+from diffaccel.eval.metrics import paired
+from diffaccel.eval.sets.run import open_run
+from diffaccel.eval.timing import early_stop
 
 COUNT = 40
 
@@ -157,7 +158,7 @@ def test_bad_input(draw, root, tmp_path, words, message):
 
 
 def test_the_level_is_shared_by_conditions(root):
-    from diffaccel.requests import Request
+    from diffaccel.runs.request import Request
 
     request = Request(prompts=tuple(f"prompt {i}" for i in range(COUNT)), batch=4)
     early = early_stop.early("ssim within 0.5 and clip_score[emoji-clip-judge] within 90", root / "base", request)

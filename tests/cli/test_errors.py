@@ -161,11 +161,11 @@ def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     command = ("a cat", "--num", 4, "--batch", 2, "--out", "run", "--json")
     whole = sample(*command).json
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr("diffaccel.outputs.write_png", full)
+    monkeypatch.setattr("diffaccel.runs.folder.write_png", full)
     done = sample(*command)
     assert done.status == 3 and "No space left" in done.err and "same command continues" in done.err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "running"
-    monkeypatch.setattr("diffaccel.outputs.write_png", write)
+    monkeypatch.setattr("diffaccel.runs.folder.write_png", write)
     assert sample(*command).json["images"] == whole["images"]
 
 

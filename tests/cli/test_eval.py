@@ -64,8 +64,8 @@ def test_runs_know_their_pictures(made):
 
 
 def test_what_lies_beside_a_runs_pictures_is_none_of_them(made, tmp_path, run):
-    from diffaccel.eval.runs import open_run
-    from diffaccel.eval.sources import open_source
+    from diffaccel.eval.images.open import open_source
+    from diffaccel.eval.sets.run import open_run
 
     folder = tmp_path / "searched"
     shutil.copytree(made / "base", folder)

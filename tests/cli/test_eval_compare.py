@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from diffaccel import opening
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import lpips
-from diffaccel.eval.sides import draw_function
-from diffaccel.requests import Request
-from tests.eval import made_runs
+from diffaccel.eval.networks import lpips
+from diffaccel.eval.sets.candidates import draw_function
+from diffaccel.runs import loading as opening
+from diffaccel.runs.request import Request
+from tests.support import made_runs
 
 PROMPTS = ("a cat", "a dog", "a fish")
 HERE = "tests.cli.test_eval_compare"

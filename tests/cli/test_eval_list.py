@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffaccel.eval import extractors, protocols, scorers, weights
-from tests.eval import random_inception
+from diffaccel.eval.networks import extractors, protocols, scorers, weights
+from tests.support import random_inception
 
 
 @pytest.fixture(autouse=True)

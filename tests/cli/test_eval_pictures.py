@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffaccel.eval import alignment, lpips, paired, weights
-from diffaccel.eval.extractors import as_clip, extractor
-from diffaccel.eval.sources import open_source
+from diffaccel.eval.images.open import open_source
+from diffaccel.eval.metrics import clip_score as alignment
+from diffaccel.eval.metrics import paired
+from diffaccel.eval.networks import lpips, weights
+from diffaccel.eval.networks.extractors import as_clip, extractor
 
 PROMPTS = ["a red apple", "a blue heart", "a rocket", "two cats"]
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffaccel.eval import weights
-from diffaccel.eval.extractors import extractor
-from diffaccel.eval.features import extract
-from diffaccel.eval.frechet import Moments, distance
-from diffaccel.eval.mmd import cmmd, cmmd_unbiased, kid_interval
-from diffaccel.eval.sources import open_source
+from diffaccel.eval.features.extract import extract
+from diffaccel.eval.images.open import open_source
+from diffaccel.eval.metrics.frechet import Moments, distance
+from diffaccel.eval.metrics.mmd import cmmd, cmmd_unbiased, kid_interval
+from diffaccel.eval.networks import weights
+from diffaccel.eval.networks.extractors import extractor
 from diffaccel.files import sha256
-from tests.eval import random_inception
+from tests.support import random_inception
 
 
 def draw(folder: Path, count: int, seed: int, size: int = 32) -> None:
@@ -149,7 +149,7 @@ def test_a_zip_and_an_npz_are_the_folder(run, sets, tmp_path):
 def test_features_are_kept(run, sets, tmp_path, monkeypatch):
     first = values(run("eval", "fid", sets / "a", sets / "b", "--cache", tmp_path, "--json"))
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
-    monkeypatch.setattr("diffaccel.eval.tiny_network.TinyNetwork.forward", None)  # no network any more
+    monkeypatch.setattr("diffaccel.eval.networks.tiny_network.TinyNetwork.forward", None)  # no network any more
     assert values(run("eval", "fid", sets / "a", sets / "b", "--cache", tmp_path, "--json")) == first
 
 
@@ -374,12 +374,12 @@ def test_a_network_that_raises_is_a_metric_that_failed(run, sets, monkeypatch):
     def broken(self, images):
         raise RuntimeError("out of ideas")
 
-    monkeypatch.setattr("diffaccel.eval.tiny_network.TinyNetwork.forward", broken)
+    monkeypatch.setattr("diffaccel.eval.networks.tiny_network.TinyNetwork.forward", broken)
     done = run("eval", "fid", sets / "a", sets / "b")
     assert done.status == 4 and "'eval fid' failed: RuntimeError: out of ideas" in done.err and not done.out
-    monkeypatch.setattr("diffaccel.eval.frechet.between", lambda x, y: 1 / 0)
+    monkeypatch.setattr("diffaccel.eval.metrics.frechet.between", lambda x, y: 1 / 0)
     monkeypatch.undo()
-    monkeypatch.setattr("diffaccel.eval.frechet.between", lambda x, y: 1 / 0)
+    monkeypatch.setattr("diffaccel.eval.metrics.frechet.between", lambda x, y: 1 / 0)
     assert run("eval", "fid", sets / "a", sets / "b").status == 4
 
 
@@ -387,7 +387,7 @@ def test_features_that_are_not_finite_name_the_image(run, sets, monkeypatch):
     def broken(self, images):
         return torch.full((len(images), 192), torch.nan)
 
-    monkeypatch.setattr("diffaccel.eval.tiny_network.TinyNetwork.forward", broken)
+    monkeypatch.setattr("diffaccel.eval.networks.tiny_network.TinyNetwork.forward", broken)
     done = run("eval", "fid", sets / "a", sets / "b")
     assert done.status == 2 and "not finite for 12 of 12 images, the first '000'" in done.err
 
@@ -396,5 +396,5 @@ def test_an_interrupt_says_so(run, sets, monkeypatch):
     def interrupted(self, images):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffaccel.eval.tiny_network.TinyNetwork.forward", interrupted)
+    monkeypatch.setattr("diffaccel.eval.networks.tiny_network.TinyNetwork.forward", interrupted)
     assert run("eval", "fid", sets / "a", sets / "b").status == 130

@@ -9,9 +9,10 @@ import pytest
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import one_report, report_plan
-from diffaccel.requests import Request
-from diffaccel.variants import parse
+from diffaccel.eval.report import accelerations as one_report
+from diffaccel.eval.report import plan as report_plan
+from diffaccel.runs.request import Request
+from diffaccel.runs.variant import parse
 from scripts import fid_report
 
 FEW = ["--batch", "3", "--threads", "1", "--turns", "2"]

@@ -105,7 +105,7 @@ def test_readable_summary(sample):
 
 def test_finished_run_is_not_made_again(sample, monkeypatch):
     first = sample("two cats", "--out", "a", "--json").json
-    monkeypatch.setattr("diffaccel.opening.open_pipeline", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr("diffaccel.runs.loading.open_pipeline", lambda *a: pytest.fail("the model was opened"))
     assert sample("two cats", "--out", "a", "--json").json == first
 
 

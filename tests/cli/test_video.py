@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import diffaccel
-from diffaccel import requests
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import Clip, clip_sha256, pixels_sha256, read_mp4, read_result, write_mp4
 from diffaccel.registry import config_class
-from diffaccel.requests import Request
+from diffaccel.runs.call_arguments import check_frames, class_labels
+from diffaccel.runs.request import Request
 from tests.cli.test_processes import TIMEOUT, files, start, wait_for
 
 __all__ = ["start"]  # a fixture
@@ -155,10 +155,10 @@ def test_the_rule_for_frames_is_the_pipelines_own(models, model, wrong, near):
 
     assert count(wrong) != wrong
     with pytest.raises(DiffAccelError, match=f"{wrong} frames do not fit") as said:
-        requests.check_frames(pipe, wrong)
+        check_frames(pipe, wrong)
     offered = int(str(said.value).rstrip(".").rpartition(" ")[2])
     assert offered in (near if isinstance(near, tuple) else (near,)) and count(offered) == offered
-    requests.check_frames(pipe, offered)
+    check_frames(pipe, offered)
 
 
 def test_a_sampler_on_video(sample):
@@ -182,7 +182,7 @@ def test_finished_and_damaged_videos(sample, tmp_path, monkeypatch):
     assert again["images"] == first["images"] and not list(folder.glob(".*"))
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.mp4")}
     assert {name for name in before if after[name] == before[name]} == {"00000.mp4", "00001.mp4"}
-    monkeypatch.setattr("diffaccel.opening.open_pipeline", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr("diffaccel.runs.loading.open_pipeline", lambda *a: pytest.fail("the model was opened"))
     assert video(sample, *command)["images"] == first["images"]
 
 
@@ -197,7 +197,7 @@ def test_resuming_does_not_ask_that_an_encoder_repeats_itself(sample, tmp_path, 
     def other(path, clip, values=None):
         write(path, clip, {**values, "encoder": "another"})
 
-    monkeypatch.setattr("diffaccel.outputs.write_mp4", other)
+    monkeypatch.setattr("diffaccel.runs.folder.write_mp4", other)
     again = video(sample, *command)
     assert again["state"] == "finished" and pixels(again) == pixels(first)
     assert again["images"][0] == first["images"][0] and again["images"][1]["sha256"] != first["images"][1]["sha256"]
@@ -232,10 +232,10 @@ def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
         write(path, clip, values)
 
     command = ("wan", "a cat", "--frames", 5, "--num", 3, "--out", "run", "--json")
-    monkeypatch.setattr("diffaccel.outputs.write_mp4", full)
+    monkeypatch.setattr("diffaccel.runs.folder.write_mp4", full)
     done = sample(*command)
     assert done.status == 3 and "No space left" in done.err and "same command continues" in done.err
-    monkeypatch.setattr("diffaccel.outputs.write_mp4", write)
+    monkeypatch.setattr("diffaccel.runs.folder.write_mp4", write)
     assert len(sample(*command).json["images"]) == 3
 
 
@@ -353,7 +353,7 @@ def test_bad_classes(sample, tmp_path, case):
 
 @pytest.mark.parametrize(("model", "asked"), [("cogvideox", ("a cat", "--frames", 9)), ("dit", ("1",)), ("ddim", ())])
 def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypatch):
-    from diffaccel import doctor
+    from diffaccel.cli import doctor
 
     monkeypatch.setattr(doctor, "examine", lambda full: {})
     says = run("doctor", "--json", "--model", models / model).json["model"]["methods"]
@@ -368,12 +368,12 @@ def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypat
 
 
 def test_missing_prompts_are_told_before_weights_are_loaded(sample, monkeypatch):
-    monkeypatch.setattr("diffaccel.opening.open_pipeline", lambda *a: pytest.fail("the model was opened"))
+    monkeypatch.setattr("diffaccel.runs.loading.open_pipeline", lambda *a: pytest.fail("the model was opened"))
     assert "No prompt was given" in sample("wan").err and "No class was given" in sample("dit").err
 
 
 def test_an_open_pipeline_is_asked_the_same(tmp_path):
-    from diffaccel.sampling import generate_run
+    from diffaccel.runs.generate import generate_run
 
     pipe = tiny_more.make("dit")
     made = generate_run(Request(classes=("goldfish",), model="mine", steps=1), tmp_path / "a", pipe=pipe)
@@ -382,7 +382,7 @@ def test_an_open_pipeline_is_asked_the_same(tmp_path):
         generate_run(Request(model="mine"), tmp_path / "b", pipe=pipe)
     with pytest.raises(DiffAccelError, match="must be a tuple"):
         Request(classes="goldfish")
-    assert requests.class_labels(pipe, ["0", "Carassius auratus"]) == [0, 1]
+    assert class_labels(pipe, ["0", "Carassius auratus"]) == [0, 1]
 
 
 def test_settings_of_image_runs_are_what_they_were(models):

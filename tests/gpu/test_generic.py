@@ -9,7 +9,7 @@ import tiny_others as others
 import torch
 
 import diffaccel
-from diffaccel import stock
+from diffaccel.runtime import stock_loop as stock
 from diffaccel.samplers import Euler
 
 pytestmark = [

@@ -1,4 +1,7 @@
-"""Who may import whom, read from the syntax tree: what is written in a file counts, even when it runs later."""
+"""Who may import whom, read from the syntax tree: what is written in a file counts, even when it runs later.
+
+``python -m tests.layout.rules`` prints the table of CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,38 @@ from pathlib import Path
 
 from tests.layout import tree
 
-# What a method's file may see: the language, the session's types, family facts, networks of ours, kernels.
-LANGUAGE = ("errors", "files", "flow", "schedules", "config", "session", "families", "models", "kernels")
-SHARED = tuple(f"diffaccel.{name}" for name in LANGUAGE)
-METHODS = ("diffaccel.samplers", "diffaccel.quant", "diffaccel.distill")
-# The most specific entry decides; a package may always see its own modules. Names without an entry are the core.
-MAY_SEE: dict[str, tuple[str, ...]] = {
-    "diffaccel.errors": (),
-    "diffaccel.flow": (),
-    "diffaccel.kernels": (),
-    "diffaccel.samplers": SHARED,
-    "diffaccel.samplers.rewards": (*SHARED, "diffaccel.zoo"),  # which of the zoo's CLIPs may be a reward
-    "diffaccel.quant": SHARED,
-    "diffaccel.distill": SHARED,
-}
-# The public API, which is all that the evaluation sees: these modules, and the names the packages export.
-PUBLIC_MODULES = tuple(
-    f"diffaccel.{name}"
-    for name in (
-        "errors", "files", "config", "zoo", "registry", "compose",
-        "requests", "variants", "opening", "sampling", "world", "outputs", "record",  # how runs are made and kept
-        "console",
-    )
-)  # fmt: skip
-PUBLIC_PACKAGES = ("diffaccel", *METHODS)
-# The core reaches methods through the registry's strings; nothing reaches the command line or the tests.
-CORE_NEVER = (*METHODS, "diffaccel.eval", "diffaccel.cli")
-COMMAND_LINE = ("diffaccel.cli", "diffaccel.__main__")
+# The floors of the house, from the ground up. A module sees lower floors and its own room; rooms of one floor do not
+# see each other. A room is a module or a package by its name under ``diffaccel``; the longest name that fits counts.
+FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("errors", "files", "flow", "kernels"), "the one exception, whole files, noise paths, GPU operations"),
+    (("record", "schedules", "zoo", "modules", "training", "eval.errors"), "records, noise levels, embedded models"),
+    (("eval.images", "eval.uncertainty"), "sets of images, intervals and tests"),
+    (("eval.metrics",), "numbers of features and pairs"),
+    (("eval.networks",), "networks that look at pictures"),
+    (("families",), "what is known of a pipeline"),
+    (("session",), "what a sampler sees"),
+    (("config",), "what a method's options are"),
+    (("registry", "samplers.rewards"), "names to methods; what a search climbs"),
+    (("samplers.search",), "what all searches share"),
+    (("samplers", "quant", "distill"), "the methods: none sees another, and nothing but the registry names one"),
+    (("runtime",), "one pipeline call"),
+    (("compose",), "methods on a pipeline, and off it"),
+    (("runs", "terminal"), "one run: many calls into a folder; what commands share"),
+    (("eval.features",), "features of a set of images, and files of their statistics"),
+    (("eval.sets",), "runs, prompts and candidates of a comparison"),
+    (("eval.comparison",), "runs against a baseline"),
+    (("eval.timing",), "turns on one machine, early stop, equal time"),
+    (("eval.report",), "pages and files of a comparison"),
+    (("eval.api",), "compare"),
+    (("eval", "eval.commands"), "the commands of the evaluation"),
+    (("cli",), "the command line"),
+)
+# Names that moved, kept for code that was written against them; and the package's own, which load everything lazily.
+DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.requests", "diffaccel.sampling")
+DOORS += ("diffaccel.eval", "diffaccel.eval.frechet", "diffaccel.eval.tiny_network", "diffaccel.samplers")
 LIGHT = ("diffaccel.errors", "diffaccel.cli")  # what may load before a command is known
 OUTSIDE = ("tests", "scripts", *tree.FOLDERS)
+ROOMS = {f"diffaccel.{room}": number for number, (rooms, _) in enumerate(FLOORS) for room in rooms}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,11 @@ class Import:
 
 def within(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
+
+
+def room_of(name: str) -> str | None:
+    """The room that a module lies in."""
+    return max((room for room in ROOMS if within(name, room)), key=len, default=None)
 
 
 def imports(file: Path, known: set[str]) -> Iterator[Import]:
@@ -78,36 +89,35 @@ def imports(file: Path, known: set[str]) -> Iterator[Import]:
     yield from visit(tree.parse(file), True, False)
 
 
-def allowed(importer: str, imported: Import, methods: set[str], commands: set[str]) -> bool:
+def allowed(importer: str, imported: Import, methods: set[str]) -> bool:
     name = imported.name
     if name.startswith(".") or name.partition(".")[0] in OUTSIDE:
         return False
     if not within(name, "diffaccel"):
         return True
-    if importer in methods and name in methods and name != importer:
+    if name in methods and importer not in DOORS and importer != name:
         return False
-    if within(importer, "diffaccel.eval"):
-        public = any(within(name, module) for module in PUBLIC_MODULES) or name in PUBLIC_PACKAGES
-        return public or within(name, "diffaccel.eval")
-    if importer in COMMAND_LINE:
-        return name in ("diffaccel", *LIGHT) or not imported.at_start
-    if importer in commands:
-        return name not in COMMAND_LINE
-    owner = max((rule for rule in MAY_SEE if within(importer, rule)), key=len, default=None)
-    if owner is not None:
-        return within(name, owner) or any(within(name, package) for package in MAY_SEE[owner])
-    return not any(within(name, package) for package in CORE_NEVER)
+    if importer in ("diffaccel.cli", "diffaccel.__main__") and name not in LIGHT and imported.at_start:
+        return False
+    if importer in DOORS:
+        return True
+    mine, theirs = room_of(importer), room_of(name)
+    if name == "diffaccel":
+        return mine == "diffaccel.cli"
+    if mine is None or theirs is None or name in DOORS:
+        return False
+    return mine == theirs or ROOMS[theirs] < ROOMS[mine]
 
 
 def violations(root: Path = tree.ROOT) -> list[str]:
     """Every import that breaks a rule, as ``importer:line imports what``."""
     found = tree.modules(root)
-    methods, commands = tree.method_modules(root), tree.command_modules(root)
+    methods = tree.method_modules(root)
     return [
         f"{importer}:{imported.line} imports {imported.name}"
         for importer, file in found.items()
         for imported in imports(file, set(found))
-        if not allowed(importer, imported, methods, commands)
+        if not allowed(importer, imported, methods)
     ]
 
 
@@ -124,3 +134,52 @@ def circles(root: Path = tree.ROOT) -> list[list[str]]:
     except graphlib.CycleError as error:
         return [error.args[1]]
     return []
+
+
+def private_names_across_rooms(root: Path = tree.ROOT) -> list[str]:
+    """Uses of an underscored name of ours in a module that does not define it, as ``module:line name``."""
+    trees = {name: tree.parse(file) for name, file in tree.modules(root).items()}
+    defined = {name: _private_definitions(module) for name, module in trees.items()}
+    rooms: dict[str | None, set[str]] = {}
+    for name, names in defined.items():
+        rooms.setdefault(room_of(name), set()).update(names)
+    everywhere = set().union(*rooms.values())
+    return [
+        f"{name}:{line} {used}"
+        for name, module in trees.items()
+        for used, line in _private_uses(module)
+        if used in everywhere and used not in rooms[room_of(name)]
+    ]
+
+
+def _private_definitions(module: ast.Module) -> set[str]:
+    """Underscored functions, classes, and names that are assigned to, of a module and on ``self`` in it."""
+    names = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else set()
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
+
+
+def _private_uses(module: ast.Module) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(module):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            yield node.attr, node.lineno
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffaccel"):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name.startswith("_"))
+
+
+def table() -> str:
+    """The floors as CONTRIBUTING.md shows them, from the top down."""
+    lines = ["| floor | rooms | what lies there |", "|---|---|---|"]
+    for number, (rooms, what) in reversed(list(enumerate(FLOORS, 1))):
+        lines.append(f"| {number} | {', '.join(f'`{room}`' for room in rooms)} | {what} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

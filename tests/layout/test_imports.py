@@ -12,7 +12,7 @@ import pytest
 
 from tests.layout import rules, tree
 
-COMMAND = 'COMMANDS = {"planted": "diffaccel.command:run"}\n'
+COMMANDS = 'COMMANDS = {"planted": "diffaccel.cli.planted:run"}\n'
 PLANTED = {
     "flow.py": ("diffaccel/flow.py", "from diffaccel.session import Session"),
     "errors.py": ("diffaccel/errors.py", "import diffaccel.flow"),
@@ -20,27 +20,34 @@ PLANTED = {
     "sampler to quantizer": ("samplers/planted.py", "from diffaccel.quant import MixDQ"),
     "quantizer to sampler": ("quant/planted.py", "def f():\n    from diffaccel.samplers import euler"),
     "sampler to sampler": ("samplers/euler.py", "from diffaccel.samplers.heun import heun"),
-    "sampler to driver": ("samplers/planted.py", "from diffaccel.drivers import Native"),
+    "sampler to driver": ("samplers/planted.py", "from diffaccel.runtime.native import Native"),
     "evaluator in distillation": ("distill/planted.py", "import diffaccel.eval"),
     "core to method": ("diffaccel/compose.py", "def f():\n    import diffaccel.samplers.euler"),
-    "core to method by name": ("diffaccel/compose.py", "importlib.import_module('diffaccel.quant')"),
-    "evaluation past the public API": ("eval/planted.py", "from diffaccel.session import Session"),
-    "evaluation past the public names": ("eval/planted.py", "from diffaccel.samplers.euler import euler"),
-    "core to evaluation": ("diffaccel/planted.py", "from diffaccel.eval import compare"),
-    "command line at start": ("diffaccel/cli.py", COMMAND + "from diffaccel import eval"),
-    "types only": ("samplers/planted.py", "if TYPE_CHECKING:\n    from diffaccel.runner import generate"),
+    "core to method by name": ("diffaccel/compose.py", "importlib.import_module('diffaccel.samplers.euler')"),
+    "evaluation to method": ("eval/planted.py", "from diffaccel.samplers.euler import euler"),
+    "upwards in the evaluation": ("eval/metrics/planted.py", "from diffaccel.eval.comparison import compare_runs"),
+    "rooms of one floor": ("eval/images/planted.py", "from diffaccel.eval.uncertainty import intervals"),
+    "core to evaluation": ("diffaccel/compose.py", "from diffaccel.eval import compare"),
+    "a module without a room": ("diffaccel/planted.py", "from diffaccel import errors"),
+    "command line at start": ("diffaccel/cli/__init__.py", COMMANDS + "from diffaccel import eval"),
+    "types only": ("samplers/planted.py", "if TYPE_CHECKING:\n    from diffaccel.runtime.call import generate"),
+    "a former name": ("eval/planted.py", "from diffaccel.requests import Request"),
+    "the package itself": ("diffaccel/compose.py", "import diffaccel"),
     "relative": ("samplers/planted.py", "from . import euler"),
     "folder by its own name": ("samplers/planted.py", "from samplers import euler"),
-    "tests": ("diffaccel/planted.py", "import tests.tiny"),
+    "tests": ("diffaccel/compose.py", "import tests.support.tiny"),
 }
 PERMITTED = {
     "leaf": ("diffaccel/flow.py", "import torch"),
-    "own package": ("kernels/planted.py", "from diffaccel.kernels import other"),
-    "shared module": ("samplers/planted.py", "from diffaccel.session import Eval\nfrom diffaccel.kernels import op"),
-    "command line when it runs": ("diffaccel/cli.py", COMMAND + "def f():\n    from diffaccel.eval import compare"),
-    "command": ("diffaccel/command.py", "from diffaccel.eval import compare\nfrom diffaccel.samplers import Euler"),
-    "public names": ("eval/planted.py", "import diffaccel\nfrom diffaccel.samplers import Euler"),
-}
+    "own room": ("kernels/planted.py", "from diffaccel.kernels import other"),
+    "lower floor": ("samplers/planted.py", "from diffaccel.session import Eval\nfrom diffaccel.kernels import op"),
+    "what searches share": ("samplers/planted.py", "from diffaccel.samplers.search import engine"),
+    "command line when it runs": (
+        "diffaccel/cli/__init__.py", COMMANDS + "def f():\n    from diffaccel.eval.api import compare",
+    ),
+    "command": ("diffaccel/cli/planted.py", "import diffaccel\nfrom diffaccel.eval.api import compare"),
+    "evaluation downwards": ("eval/planted.py", "from diffaccel.compose import accelerate"),
+}  # fmt: skip
 
 
 def test_the_tree_keeps_the_rules():
@@ -71,10 +78,14 @@ def plain_tree(tmp_path_factory):
     (root / "diffaccel").mkdir()
     for folder in tree.FOLDERS:
         (root / "diffaccel" / folder).symlink_to(f"../{folder}")
-    for name in ("__init__", "errors", "flow", "session", "drivers", "runner", "compose"):
+    (root / "diffaccel" / "cli").mkdir()
+    for name in ("images", "metrics"):
+        (root / "eval" / name).mkdir()
+        (root / "eval" / name / "__init__.py").touch()
+    for name in ("__init__", "errors", "flow", "session", "compose", "requests"):
         (root / "diffaccel" / f"{name}.py").touch()
     shutil.copy(tree.ROOT / "diffaccel" / "registry.py", root / "diffaccel")
-    (root / "diffaccel" / "cli.py").write_text(COMMAND)
+    (root / "diffaccel" / "cli" / "__init__.py").write_text(COMMANDS)
     for name in ("euler", "heun"):
         (root / "samplers" / f"{name}.py").touch()
     return root
@@ -94,12 +105,30 @@ def with_file(root: Path, name: str, text: str) -> list[str]:
 def test_a_planted_violation_is_found(plain_tree, case):
     name, text = PLANTED[case]
     found = with_file(plain_tree, name, text)
-    assert len(found) == 1 and Path(name).stem in found[0]
+    assert len(found) == 1 and tree.import_name(Path(name)) in found[0]
 
 
 @pytest.mark.parametrize("case", PERMITTED)
 def test_a_permitted_import_is_left_alone(plain_tree, case):
     assert with_file(plain_tree, *PERMITTED[case]) == []
+
+
+def test_every_module_has_a_room():
+    assert {name for name in tree.modules() if rules.room_of(name) is None} <= set(rules.DOORS)
+
+
+def test_every_room_is_there():
+    """Rooms come with what lies in them; none is listed in advance."""
+    found = tree.modules()
+    assert {room for room in rules.ROOMS if room not in found} == set()
+
+
+def test_no_private_name_is_used_in_another_room():
+    assert rules.private_names_across_rooms() == []
+
+
+def test_contributing_shows_the_floors():
+    assert rules.table() in (tree.ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_third_party_imports_are_declared():

@@ -11,7 +11,7 @@ from tests.layout import tree
 
 DOCUMENTED = tuple(f"diffaccel.{name}" for name in tree.FOLDERS)
 ARXIV = re.compile(r"arXiv[: ]\d{4}\.\d{4,5}")
-LONGEST = 500
+LONGEST = 400
 
 
 def undocumented(module: ast.Module) -> list[str]:

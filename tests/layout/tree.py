@@ -37,6 +37,13 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
     }
 
 
+def import_name(file: Path) -> str:
+    """The import name of a file given by its place in the tree."""
+    parts = file.with_suffix("").parts
+    parts = parts if parts[0] == "diffaccel" else ("diffaccel", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
@@ -44,11 +51,6 @@ def parse(file: Path) -> ast.Module:
 def method_modules(root: Path = ROOT) -> set[str]:
     """The modules that the registry names: one method each."""
     return named_in(root / "diffaccel" / "registry.py")
-
-
-def command_modules(root: Path = ROOT) -> set[str]:
-    """The modules that the command line names: loaded when a command runs."""
-    return named_in(root / "diffaccel" / "cli.py")
 
 
 def named_in(file: Path) -> set[str]:

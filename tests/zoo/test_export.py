@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
 from diffaccel.zoo import packing
 from scripts.zoo.emoji import export, finish, flow, recipe_flow, score, tokenizers, vae
-from scripts.zoo.training import Deadline, Plan, Run
 
 CAPTIONS = ["red apple, noto", "blue cat left of green dog, twemoji", "three bananas in fluent 3d style"]
 RECIPE = recipe_flow.Recipe(
@@ -18,7 +18,7 @@ RECIPE = recipe_flow.Recipe(
     default_size=32,
     default_steps=2,
     vae=recipe_flow.VAERecipe(
-        channels=(4, 4, 4, 8), groups=2, batch=dict.fromkeys(vae.STEPS, 2), plan=Plan(lr=1e-3, samples=4)
+        channels=(4, 4, 4, 8), groups=2, batch=dict.fromkeys(vae.STEPS, 2), plan=TrainingPlan(lr=1e-3, samples=4)
     ),
     flow=recipe_flow.FlowRecipe(
         heads=2,
@@ -33,7 +33,7 @@ RECIPE = recipe_flow.Recipe(
         cycle=(64,),
         lengths={16: 1.0},
         tokens=256,
-        plan=Plan(lr=1e-2, samples=64, warmup=1),
+        plan=TrainingPlan(lr=1e-2, samples=64, warmup=1),
     ),
 )
 OPEN_CLIP = {
@@ -203,7 +203,7 @@ def test_training_resumes_from_packed_models(work, zoo, tmp_path):
     for name, module in first.items():
         for a, b in zip(module.parameters(), second[name].parameters(), strict=True):
             assert (a - b).abs().max() <= 0.02 * a.abs().max()
-    run = Run(tmp_path, "flow", second, RECIPE.flow.plan)
+    run = TrainingRun(tmp_path, "flow", second, RECIPE.flow.plan)
     assert run.step == run.restarted_at == 8 and run.samples == 64
     assert json.loads((tmp_path / "clip_b.json").read_text()) == {"pair_order": 0.5}
     assert (tmp_path / "clip_b" / "open_clip_config.json").is_file() and vae.load(tmp_path, "cpu") is not None

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.training.loop import Deadline, TrainingPlan
 from scripts.zoo.emoji import flow, recipe_flow, vae
-from scripts.zoo.training import Deadline, Plan
 
 
 def _images(index, size):
@@ -23,7 +23,7 @@ VAE_RECIPE = recipe_flow.VAERecipe(
     groups=2,
     cycle=vae.STEPS,
     batch=dict.fromkeys(vae.STEPS, 2),
-    plan=Plan(lr=1e-3, samples=20),
+    plan=TrainingPlan(lr=1e-3, samples=20),
 )
 FLOW_RECIPE = recipe_flow.FlowRecipe(
     heads=2,
@@ -38,7 +38,7 @@ FLOW_RECIPE = recipe_flow.FlowRecipe(
     cycle=(64, 128),
     lengths={8: 0.5, 48: 0.5},
     tokens=8 * 24,
-    plan=Plan(lr=1e-3, samples=100),
+    plan=TrainingPlan(lr=1e-3, samples=100),
 )
 
 

@@ -21,6 +21,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.training.checkpoint import save_weights
+from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
 from scripts.zoo.emoji import clip_eval, clip_export, heldout, recipe, tokenizers, world
 from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
 from scripts.zoo.emoji.scenes import KINDS, Scenes, build
-from scripts.zoo.training import Deadline, Plan, Run, save_weights
 
 NAMES = ("clip_a", "clip_b")
 _MAX_SCALE = math.log(100)
@@ -204,14 +206,14 @@ def train_one(
     *,
     deadline: Deadline,
     seed: int,
-) -> Run:
+) -> TrainingRun:
     """Train one CLIP until its time or the job's is over; the run's checkpoint is in ``work``."""
     device = data.scenes.device
     torch.manual_seed(seed + NAMES.index(name))
     model = make(config).to(device)
     if "timm_model_name" in clip.vision:
         model.visual.to(memory_format=torch.channels_last)
-    plan = Plan(
+    plan = TrainingPlan(
         lr=clip.lr,
         seconds=clip.seconds,
         betas=(0.9, 0.98),
@@ -221,7 +223,16 @@ def train_one(
         ema=clip.ema,
         log_seconds=min(10.0, clip.seconds / 10),
     )
-    run = Run(work, name, {"model": model}, plan, seed=seed + NAMES.index(name), deadline=deadline, device=device)
+    run = TrainingRun(
+        work,
+        name,
+        {"model": model},
+        plan,
+        seed=seed + NAMES.index(name),
+        deadline=deadline,
+        device=device,
+        tell=partial(print, flush=True),
+    )
     for _ in run:
         found = loss_of(model, data, clip, run.generator)
         run.update(found.pop("loss"), samples=clip.batch, **found)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffaccel.eval.frechet import distance_of_features as frechet
+from diffaccel.eval.metrics.frechet import distance_of_features as frechet
 from scripts.zoo.emoji import captions as words
 from scripts.zoo.emoji.recipe import Recipe
 from scripts.zoo.emoji.scenes import FILLED, Row, Scenes

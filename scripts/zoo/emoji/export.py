@@ -23,9 +23,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from safetensors.torch import load_file
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.training.checkpoint import save_weights
 from diffaccel.zoo import packing
 from scripts.zoo.emoji import card, flow, recipe_flow
-from scripts.zoo.training import save_weights
 
 CLIPS = {"emoji-clip-reward": "clip_a", "emoji-clip-judge": "clip_b"}
 PIPELINE = "emoji-flux"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
+from diffaccel.training.loop import Deadline, TrainingRun
 from scripts.zoo.emoji.recipe_flow import FlowRecipe, Recipe, get
 from scripts.zoo.emoji.vae import Images, encode
-from scripts.zoo.training import Deadline, Run
 
 TABLE_LENGTH = 32  # tokens kept of a caption; the longest has 27
 COMPILE_PROBE_SECONDS = 240
@@ -139,12 +140,12 @@ def train(
     deadline: Deadline,
     device: str,
     seed: int = 0,
-) -> Run:
+) -> TrainingRun:
     """Train (or continue) ``work/flow.safetensors``, drawing scenes with ``weights`` (N,)."""
     torch.manual_seed(seed)
     flow = recipe.flow
     modules = build(flow, table.pooled.shape[1], vocabulary_of(work))
-    run = Run(
+    run = TrainingRun(
         work,
         "flow",
         {name: module.to(device) for name, module in modules.items()},
@@ -152,6 +153,7 @@ def train(
         seed=seed + 1,
         deadline=deadline,
         device=device,
+        tell=partial(print, flush=True),
     )
     compiled = run.device.type == "cuda" and bool(flow.compiled) and compile_blocks(run.module, work, recipe.name)
     # The host decides shapes: asking the device for them would empty its queue in every step.

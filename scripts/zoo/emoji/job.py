@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.training.loop import Deadline
 from scripts.zoo.emoji import clip, data, export, flow, recipe_flow, scenes, score, vae, world
 from scripts.zoo.emoji import recipe as data_recipe
-from scripts.zoo.training import Deadline
 
 STAGES = ("clip", "vae", "flow", "export", "score")
 _EXPORT_SECONDS = 20  # kept free at the end of a job, so that what was trained comes back

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from diffaccel import zoo
-from diffaccel.eval import prompts
+from diffaccel.eval.sets import prompts
 from diffaccel.files import write_text
 from scripts.zoo.emoji import heldout, recipe_flow
 from scripts.zoo.emoji.data import restrict

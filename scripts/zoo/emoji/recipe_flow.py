@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diffaccel.errors import unknown
-from scripts.zoo.training import Plan
+from diffaccel.training.loop import TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class VAERecipe:
     cycle: tuple[str, ...] = ("full", "half", "pooled", "crop", "up")
     batch: dict[str, int] = field(default_factory=dict)
     kl: float = 1e-4
-    plan: Plan
+    plan: TrainingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class FlowRecipe:
     shares: dict[str, float] = field(
         default_factory=lambda: {"single": 0.40, "colour": 0.12, "pair": 0.18, "colour_pair": 0.10, "count": 0.20}
     )  # how often training draws from each kind of scene; small things, of which counts are made, take longest
-    plan: Plan
+    plan: TrainingPlan
 
     @property
     def width(self) -> int:
@@ -102,7 +102,7 @@ FULL = Recipe(
         channels=(32, 64, 128, 128),
         groups=16,
         batch={"full": 64, "pooled": 64, "up": 64, "half": 192, "crop": 192},
-        plan=Plan(lr=8e-4, seconds=250, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, flat=0.3, ema=0.999),
+        plan=TrainingPlan(lr=8e-4, seconds=250, betas=(0.9, 0.99), weight_decay=0.0, warmup=100, flat=0.3, ema=0.999),
     ),
     flow=FlowRecipe(
         heads=6,
@@ -116,7 +116,7 @@ FULL = Recipe(
         lengths={32: 0.965, 64: 0.01, 128: 0.01, 512: 0.015},
         tokens=1024 * 96,
         compiled=((128, 32), (64, 32)),
-        plan=Plan(lr=1e-3, samples=60e6, seconds=1400, warmup=300, flat=0.45, ema=0.9995),
+        plan=TrainingPlan(lr=1e-3, samples=60e6, seconds=1400, warmup=300, flat=0.45, ema=0.9995),
     ),
 )
 
@@ -129,7 +129,7 @@ CPU = Recipe(
         groups=8,
         cycle=("half", "crop", "half", "full", "half", "crop", "half", "pooled", "half", "up"),
         batch={"full": 8, "pooled": 8, "up": 8, "half": 32, "crop": 32},
-        plan=Plan(lr=2e-3, seconds=1800, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, flat=0.3, ema=0.995),
+        plan=TrainingPlan(lr=2e-3, seconds=1800, betas=(0.9, 0.99), weight_decay=0.0, warmup=50, flat=0.3, ema=0.995),
     ),
     flow=FlowRecipe(
         heads=4,
@@ -145,7 +145,7 @@ CPU = Recipe(
         lengths={16: 0.55, 32: 0.4, 128: 0.03, 512: 0.02},
         tokens=64 * 40,
         shares={"single": 0.62, "colour": 0.16, "pair": 0.08, "colour_pair": 0.04, "count": 0.10},
-        plan=Plan(lr=2e-3, seconds=2400, warmup=100, flat=0.4, ema=0.998),
+        plan=TrainingPlan(lr=2e-3, seconds=2400, warmup=100, flat=0.4, ema=0.998),
     ),
 )
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffaccel.eval.frechet import distance_of_features as frechet
+from diffaccel.eval.metrics.frechet import distance_of_features as frechet
 from diffaccel.files import write_json
 from diffaccel.record import describe_device
 from scripts.zoo.emoji import checks, clip_eval, heldout, recipe_flow, vae

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from diffaccel.training.loop import Deadline, TrainingRun
 from scripts.zoo.emoji.recipe_flow import VAERecipe
-from scripts.zoo.training import Deadline, Run
 
 SIZE = 128
 HELD_OUT = 64  # every 64th scene is never trained on
@@ -128,7 +129,8 @@ def train(
     """Train (or continue) and save to ``work/vae``; None while the run is not finished."""
     torch.manual_seed(seed)
     vae = build(recipe).to(device)
-    run = Run(work, "vae", {"vae": vae}, recipe.plan, seed=seed, deadline=deadline, device=device)
+    tell = partial(print, flush=True)
+    run = TrainingRun(work, "vae", {"vae": vae}, recipe.plan, seed=seed, deadline=deadline, device=device, tell=tell)
     # Asking the device for a crop's place would empty its queue in every step.
     host = torch.Generator()
     for step in run:

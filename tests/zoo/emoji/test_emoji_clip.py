@@ -220,7 +220,7 @@ def test_a_reopened_clip_goes_on_where_it_ended(work, scenes, shared, tmp_path):
 
 
 def test_a_job_without_time_says_that_it_is_not_done(scenes, shared, tmp_path):
-    from scripts.zoo.training import Deadline
+    from diffaccel.training.loop import Deadline
 
     tokenizers.build([*scenes.captions[0], *scenes.captions[1]], tmp_path, size=1024)
     assert not clip.train(scenes, shared, tmp_path, deadline=Deadline(0))

@@ -1,0 +1,190 @@
+"""From the name of a model to an open pipeline: where its files are, on which device, in which dtype."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import zoo
+from diffaccel.compose import accelerate
+from diffaccel.errors import DiffAccelError, first_line, unknown
+from diffaccel.files import folder_digest
+from diffaccel.runs.call_arguments import call_parameters, check_subjects
+from diffaccel.runs.request import Request
+
+if TYPE_CHECKING:
+    import torch
+
+
+INDEX = "model_index.json"
+
+
+def find_folder(model: str) -> Path | None:
+    """Return the local folder that a model name means, or None for ``owner/name`` on the hub.
+
+    Raises:
+        DiffAccelError: when it is neither a zoo name nor a folder nor like a hub id, with the nearest zoo name.
+    """
+    if model in zoo.names():
+        return zoo.path(model)
+    if (folder := Path(model).expanduser()).is_dir():
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise unknown("model", model, zoo.names())
+    return None
+
+
+def check_pipeline(model: str, folder: Path) -> None:
+    """Raise when a model's folder holds no pipeline."""
+    if (folder / INDEX).is_file():
+        return
+    if model in zoo.names():
+        raise DiffAccelError(f"The embedded model '{model}' is no pipeline. Use one that makes images: {zoo.DEFAULT}.")
+    raise DiffAccelError(f"'{model}' is a folder without {INDEX}. Give one made by save_pretrained.")
+
+
+def load(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Load a pipeline from a zoo name, a local folder or a hub id.
+
+    Args:
+        name_or_path: as ``diffaccel list`` shows, a folder made by ``save_pretrained``, or ``owner/name`` on the hub.
+        kwargs: passed to ``DiffusionPipeline.from_pretrained``.
+
+    Raises:
+        DiffAccelError: when there is no such model, with the nearest zoo name.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = str(name_or_path)
+    folder = find_folder(name)
+    if folder is not None:
+        check_pipeline(name, folder)
+        return DiffusionPipeline.from_pretrained(folder, **kwargs)
+    try:
+        return DiffusionPipeline.from_pretrained(name, **kwargs)
+    except OSError as error:
+        raise DiffAccelError(
+            f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
+        ) from error
+
+
+def locate(model: str) -> tuple[Path, str]:
+    """Return the local folder of a model, downloaded if need be, and a digest of its content.
+
+    Raises:
+        DiffAccelError: when there is no such model, with the nearest zoo name.
+    """
+    folder = _local(model)
+    if model in zoo.names():
+        return folder, folder.name.rpartition("-")[2]
+    if Path(model).expanduser().is_dir():
+        return folder, folder_digest(folder)
+    return folder, folder.name  # a snapshot's folder is named by its commit
+
+
+def pipeline_class(model: str | Path) -> type[Any] | None:
+    """Return the diffusers class that a model's folder names; None where diffusers has no class of that name."""
+    import diffusers
+
+    name = diffusers.DiffusionPipeline.load_config(_local(str(model))).get("_class_name")
+    return getattr(diffusers, name, None) if isinstance(name, str) else None
+
+
+def _local(model: str) -> Path:
+    if (folder := find_folder(model)) is not None:
+        check_pipeline(model, folder)
+        return folder
+    from diffusers import DiffusionPipeline
+
+    try:
+        return Path(DiffusionPipeline.download(model))
+    except Exception as error:
+        raise DiffAccelError(
+            f"The model '{model}' is neither in the zoo ({', '.join(zoo.names()) or 'none'}) nor a folder, and the hub "
+            f"did not give it: {first_line(error)}"
+        ) from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes the first of CUDA, MPS and CPU that is there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DiffAccelError(
+            f"The device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+            ". Use --device cpu, or install a torch that fits the GPU's driver."
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DiffAccelError("The device 'mps' is not there. Use --device cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, name)
+
+
+def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The request's pipeline on its device, accelerated.
+
+    Raises:
+        DiffAccelError: for files that cannot be loaded, and a pipeline that does not make what was asked for.
+    """
+    try:
+        pipe = _load(request.model, folder, dtype)
+    except DiffAccelError:
+        raise
+    except Exception as error:
+        advice = "Reinstall diffaccel." if request.model in zoo.names() else "Copy or download it again."
+        raise DiffAccelError(
+            f"The model '{request.model}' cannot be loaded from '{folder}', whose files are damaged, incomplete or of "
+            f"another version ({type(error).__name__}: {first_line(error)}). {advice}"
+        ) from error
+    missing = {"generator", "num_inference_steps"} - call_parameters(pipe).keys()
+    if missing:
+        raise DiffAccelError(
+            f"The model '{request.model}' is a {type(pipe).__name__}, whose call takes no {', '.join(sorted(missing))}."
+            " Give one that makes images or video."
+        )
+    check_subjects(pipe, request)
+    if request.methods:
+        accelerate(pipe, *request.methods)
+    return pipe.to(device)
+
+
+def open_plain(request: Request) -> Any:
+    """Open a request's pipeline without its methods, on its device."""
+    device = pick_device(request.device)
+    folder, _ = locate(request.model)
+    return open_pipeline(replace(request, methods=()), folder, device, pick_dtype(request.dtype, device))
+
+
+def _load(model: str, folder: Path, dtype: torch.dtype) -> Any:
+    try:
+        return load(folder, dtype=dtype)
+    except Exception:
+        if model not in zoo.names():
+            raise
+    return load(zoo.path(model, verify=True), dtype=dtype)  # a damaged cache is made again
+
+
+def quiet_libraries(quiet: bool) -> None:
+    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    if quiet or not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()

@@ -1,0 +1,149 @@
+"""What to generate: a request, checked before anything is loaded.
+
+Image ``id`` of a request belongs to prompt ``id // num`` and is drawn from a CPU generator seeded with ``seed + id``:
+it depends on its own seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import record, zoo
+from diffaccel.errors import DiffAccelError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+WAY = ("model", "methods", "steps", "size", "guidance", "negative")  # settings that say how, not what, is drawn
+_DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image or video: its number, its prompt or class (None where nothing is asked for), its generator's seed."""
+
+    id: int
+    prompt: str | None
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Everything that decides the pixels of a run.
+
+    Args:
+        prompts: what to draw; ``num`` images of each. Empty for a pipeline that draws from nothing, and for one that
+            draws from classes, numbers or names of them.
+        classes: the same for a pipeline that draws from classes, and an error for any other.
+        model: a name of the zoo, a local folder, or ``owner/name`` on the hub.
+        seed: image ``id`` uses ``seed + id``.
+        methods: configs to accelerate the pipeline with; none is the plain pipeline.
+        steps, size, guidance, negative: None leaves the model's own default; ``size`` is (height, width) in pixels.
+        frames, fps: of a video; None leaves the model's own.
+        batch: images in one pipeline call. It belongs to the result, since kernels round by shape.
+        dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        threads: of a CPU run; 0 leaves torch's own number. They change how sums are split, and so the last bits.
+        latents: keep what the decoder was given as well, a safetensors file an image.
+    """
+
+    prompts: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    model: str = zoo.DEFAULT
+    num: int = 1
+    seed: int = 0
+    methods: tuple[Any, ...] = ()
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    frames: int | None = None
+    fps: float | None = None
+    batch: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int = 0
+    latents: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "classes"):
+            if isinstance(getattr(self, name), str):
+                raise DiffAccelError(f"{name} is one text; it must be a tuple of texts. Write ({name[:-1]},).")
+        if self.prompts and self.classes:
+            raise DiffAccelError(f"Got a prompt and a class, '{self.prompts[0]}' and '{self.classes[0]}'. Give one.")
+        for number, prompt in enumerate(self.prompts, 1):
+            if not prompt.strip():
+                raise DiffAccelError(f"Prompt {number} is empty. Say what to draw, or leave it out.")
+        for name, least in (("num", 1), ("batch", 1), ("seed", 0), ("threads", 0), ("steps", 1), ("frames", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise DiffAccelError(f"{name} is {value}; it must be at least {least}.")
+        if self.seed + len(self) > 2**63:
+            raise DiffAccelError(f"seed is {self.seed}; it must be below 2**63 for every image.")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise DiffAccelError(f"guidance is {self.guidance}; it must be 0 or more, and 1 switches it off.")
+        if self.fps is not None and not (math.isfinite(self.fps) and 0 < self.fps <= 1000):
+            raise DiffAccelError(f"fps is {self.fps}; it must be above 0 and at most 1000 frames a second.")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+
+    @property
+    def subjects(self) -> tuple[str | None, ...]:
+        """What is drawn: the prompts or classes, or one None."""
+        return self.prompts or self.classes or (None,)
+
+    def __len__(self) -> int:
+        return len(self.subjects) * self.num
+
+    def items(self) -> list[Item]:
+        """The images in the order of their ids: all of the first prompt, then all of the second."""
+        return [Item(i, self.subjects[i // self.num], self.seed + i) for i in range(len(self))]
+
+    def chunks(self) -> list[list[Item]]:
+        """Consecutive images that share a pipeline call; they are the same however many processes share the run."""
+        items = self.items()
+        return [items[i : i + self.batch] for i in range(0, len(items), self.batch)]
+
+    def with_model_defaults(self) -> Request:
+        """The request with what a zoo model's card recommends where nothing was asked for."""
+        if self.model not in zoo.names():
+            return self
+        defaults = zoo.call_defaults(self.model)
+        wanted: dict[str, Any] = {"steps": defaults.get("num_inference_steps")}
+        wanted["guidance"] = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
+        wanted["size"] = (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None
+        wanted = {key: value for key, value in wanted.items() if getattr(self, key) is None}
+        return replace(self, **wanted)
+
+    def settings(self, digest: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """The request as JSON, with the model's content and the versions that decide bits as well."""
+        import torch
+
+        versions = {name: version for name, version in record.versions().items() if name in _DECIDES}
+        model = Path(self.model).name if Path(self.model).is_dir() and self.model not in zoo.names() else self.model
+        settings: dict[str, Any] = {
+            "model": model,
+            "model_digest": digest,
+            "prompts": list(self.prompts),
+            "num": self.num,
+            "seed": self.seed,
+            "methods": [config.to_dict() for config in self.methods],
+            "steps": self.steps,
+            "size": list(self.size) if self.size else None,
+            "guidance": self.guidance,
+            "negative": self.negative,
+            "batch": self.batch,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "versions": versions,
+        }
+        optional = {"classes": self.classes, "frames": self.frames, "fps": self.fps, "latents": self.latents}
+        settings |= {name: value for name, value in optional.items() if value}  # absent: older runs stay the same runs
+        if device.type == "cpu":
+            settings["threads"] = self.threads or torch.get_num_threads()
+        return json.loads(json.dumps(settings))  # as it will be read back: tuples become lists

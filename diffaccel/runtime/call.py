@@ -1,0 +1,110 @@
+"""One accelerated call: the pipeline's own ``__call__`` with its loop replaced by a sampler's.
+
+The stock call prepares everything, and after our loop decodes, checks and packs the result, so that safety checkers,
+watermarks, output types and offloading are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel.config import SamplerConfig
+from diffaccel.errors import DiffAccelError, UnsupportedBySampler
+from diffaccel.families import find
+from diffaccel.families.generic import identify
+from diffaccel.families.generic.watching import NotIdentified
+from diffaccel.modules.stand_in import TextMemo, clone
+from diffaccel.runtime.callbacks import Callback
+from diffaccel.runtime.native import Native, Stats
+from diffaccel.runtime.probe import Recording, arguments_of, check_call, intercept, make_session
+
+logger = logging.getLogger(__name__)
+
+
+def generate(
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    folder: Path | None = None,
+    shared: bool = False,
+) -> tuple[Any, Stats]:
+    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost.
+
+    ``folder`` is where a sampler may leave files; ``shared``: all processes of the launch make this one call together.
+    """
+    family = find(pipe)
+    arguments = arguments_of(call, pipe, args, kwargs)
+    memo = TextMemo()
+    if family is None:
+        try:
+            family = identify(pipe, call, arguments, memo)
+        except NotIdentified as reason:
+            return _generate_stock(pipe, config, call, arguments, reason)
+    check_call(family, pipe, arguments)
+    start = clone(arguments.get("generator"))
+    callback = _callback(arguments)
+    finished: list[Stats] = []
+    interrupted, interruptible = False, hasattr(type(pipe), "interrupt")
+
+    def on_first_step(recording: Recording) -> torch.Tensor:
+        prepared = {**arguments, "generator": start}
+        session = make_session(pipe, family, call, recording, prepared, memo, arguments.get("generator"))
+        session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
+        driver = Native(
+            session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
+        )
+        latents = driver.run(config.sample(session))  # in the pipeline's own coordinates
+        nonlocal interrupted
+        finished.append(driver.stats)
+        interrupted = bool(getattr(pipe, "_interrupt", False))
+        if interruptible:  # the stock loop's remaining iterations are skipped, then it decodes
+            pipe._interrupt = True
+        return latents
+
+    given = {**arguments, "callback_on_step_end": None}
+    given = {k: v for k, v in given.items() if k in arguments}
+    try:
+        with intercept(pipe, family, memo, on_first_step):
+            result = call(pipe, **given)
+    except torch.OutOfMemoryError as error:
+        raise DiffAccelError(
+            f"{error} Out of memory: try a smaller batch or size, {type(config).__name__}(max_batch=1), "
+            "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
+        ) from error
+    finally:
+        if interruptible:
+            pipe._interrupt = interrupted
+    if not finished:
+        raise DiffAccelError(
+            f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
+        )
+    return result, finished[0]
+
+
+def _generate_stock(
+    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any], reason: NotIdentified
+) -> tuple[Any, Stats]:
+    """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
+    from diffaccel.runtime.stock_loop import generate_stock
+
+    logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
+    try:
+        return generate_stock(pipe, config, call, arguments)
+    except UnsupportedBySampler as error:
+        raise UnsupportedBySampler(f"{error} It was not identified either: {reason}") from error
+
+
+def _callback(arguments: dict[str, Any]) -> Callback | None:
+    function = arguments.get("callback_on_step_end")
+    if function is None:
+        return None
+    inputs = getattr(function, "tensor_inputs", None) or arguments["callback_on_step_end_tensor_inputs"]
+    return Callback(function, inputs)

@@ -1,0 +1,40 @@
+"""Averages of weights over training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Exponential moving average of parameters, fp32, with decay min(decay, (1 + n) / (10 + n)) at update n."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.live = [p for p in module.parameters() if p.requires_grad]
+        self.names = [n for n, p in module.named_parameters() if p.requires_grad]
+        self.shadow = [p.detach().float().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange live and averaged values; a second call restores them."""
+        for live, shadow in zip(self.live, self.shadow, strict=True):
+            held = live.detach().clone()
+            live.copy_(shadow)
+            shadow.copy_(held)
+
+    def __enter__(self) -> EMA:
+        self.swap()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.swap()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return dict(zip(self.names, self.shadow, strict=True))

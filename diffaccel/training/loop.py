@@ -1,0 +1,255 @@
+"""What every training shares: learning-rate schedule, time budget, and the resumable step loop.
+
+    run = TrainingRun(folder, "flow", {"transformer": transformer, "t5": t5}, plan, seed=0, deadline=Deadline(540))
+    for step in run:
+        noise = torch.randn(shape, generator=run.generator)    # depends on (seed, step) alone
+        run.update(loss(noise), samples=len(noise))
+
+A run may be killed at any moment: the last checkpoint is complete, and the steps after it are repeated with the same
+randomness. With the optimiser's moments in the checkpoint the repetition is exact; weights and EMA that travelled
+without them restart with a short warm-up (``plan.restart_warmup``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.training.checkpoint import STATE_VERSION, save_tensors
+from diffaccel.training.ema import EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How long to train and how fast to learn.
+
+    A run is over when ``samples`` samples were seen or ``seconds`` were spent on it, all jobs together; progress, and
+    with it the learning rate, follows whichever is nearer to its end.
+    """
+
+    lr: float
+    samples: float = math.inf
+    seconds: float = math.inf
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    warmup: int = 300
+    restart_warmup: int = 200
+    flat: float = 0.35  # share of the run at full learning rate; cosine to ``floor`` after it
+    floor: float = 0.01
+    ema: float = 0.9995
+    save_seconds: float = 60.0
+    log_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if math.isinf(self.samples) and math.isinf(self.seconds):
+            raise DiffAccelError("TrainingPlan has neither samples nor seconds: give one, or the run never ends.")
+        if not 0 <= self.flat < 1:
+            raise DiffAccelError(f"TrainingPlan.flat is {self.flat}; it is the share before the decay, in [0, 1).")
+
+    def progress(self, samples: float, seconds: float) -> float:
+        """0 at the start, 1 when the run is over."""
+        return min(1.0, max(samples / self.samples, seconds / self.seconds))
+
+    def rate(self, step: int, progress: float, restarted_at: int | None = None) -> float:
+        """The learning rate of a step: warm-up times (flat, then cosine to ``floor``)."""
+        warm = min(1.0, (step + 1) / max(self.warmup, 1))
+        if restarted_at is not None:
+            warm = min(warm, (step - restarted_at + 1) / max(self.restart_warmup, 1))
+        decay = max(0.0, progress - self.flat) / (1 - self.flat)
+        return self.lr * warm * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * decay)))
+
+
+class Deadline:
+    """The end of one job, by the monotonic clock: a job stops before it is stopped."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def over(self) -> bool:
+        return self.left() <= 0
+
+
+class TrainingRun:
+    """One model's training: iterate over it for step numbers, call ``update`` once in every step."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        modules: dict[str, nn.Module],
+        plan: TrainingPlan,
+        *,
+        seed: int = 0,
+        deadline: Deadline | None = None,
+        device: str | torch.device = "cpu",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.folder, self.name, self.plan, self.seed = Path(folder), name, plan, seed
+        self.deadline, self.device, self.tell = deadline, torch.device(device), tell
+        self.module = nn.ModuleDict(modules)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.generator = torch.Generator(self.device)
+        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.restarted_at: int | None = None
+        self.ema = EMA(self.module, plan.ema)
+        decayed = [p for p in self.parameters if p.dim() >= 2]
+        plain = [p for p in self.parameters if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=plan.lr,
+            betas=plan.betas,
+            fused=self.device.type == "cuda",
+        )
+        self._reset_window()
+        if self.checkpoint.exists():
+            self.load(self.checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def progress(self) -> float:
+        return self.plan.progress(self.samples, self.seconds)
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
+    def __iter__(self) -> Iterator[int]:
+        """Steps until the run is finished or the job's time is up; the state is saved on the way and at the end."""
+        last = saved = time.monotonic()
+        self.module.train()
+        try:
+            while not self.finished and not (self.deadline and self.deadline.over()):
+                self.generator.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+                step = self.step
+                yield step
+                if self.step != step + 1:
+                    raise DiffAccelError(f"Step {step} of '{self.name}' made no update; call update() in every step.")
+                now = time.monotonic()
+                self.seconds += now - last
+                last = now
+                if now - self._window_start >= self.plan.log_seconds:
+                    self.log()
+                if now - saved >= self.plan.save_seconds:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            self.log()
+            self.save()
+
+    def update(self, loss: torch.Tensor, samples: int, **details: float) -> None:
+        """One optimiser step; a gradient that is not finite counts as zero, and the log counts it as ``bad``."""
+        rate = self.plan.rate(self.step, self.progress, self.restarted_at)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
+        # Scaling by 0 or 1 on the device keeps the queue full; asking the host whether the norm is finite would not.
+        finite = torch.isfinite(norm)
+        for p in self.parameters:
+            if p.grad is not None:
+                torch.where(finite, p.grad, torch.zeros_like(p.grad), out=p.grad)
+        self.optimizer.step()
+        self.ema.update()
+        self._record({"loss": loss.detach(), "bad": (~finite).float(), **details})
+        self.step += 1
+        self.samples += samples
+        self._window_samples += samples
+
+    def _record(self, values: dict[str, torch.Tensor | float]) -> None:
+        for key, value in values.items():
+            total, count = self._window.get(key, (0.0, 0))
+            self._window[key] = (total + value, count + 1)
+
+    def _reset_window(self) -> None:
+        self._window: dict[str, tuple[torch.Tensor | float, int]] = {}
+        self._window_start, self._window_samples = time.monotonic(), 0
+
+    def log(self) -> None:
+        """Append the means since the last entry to ``<name>.jsonl``, and tell them."""
+        if not self._window:
+            return
+        seconds = max(time.monotonic() - self._window_start, 1e-9)
+        means = {key: round(float(total) / count, 5) for key, (total, count) in self._window.items()}
+        entry = {
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": round(self.seconds, 1),
+            "progress": round(self.progress, 4),
+            "per_second": round(self._window_samples / seconds, 1),
+            "lr": round(self.optimizer.param_groups[0]["lr"], 7),
+            **means,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"{self.name}.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.tell(" ".join([self.name, *(f"{key}={value}" for key, value in entry.items())]))
+        self._reset_window()
+
+    def save(self, path: Path | None = None, *, moments: bool = True) -> None:
+        """Write weights, EMA and, unless they shall travel light, the optimiser's moments."""
+        # Parameters rather than state_dict(): each once, however many names it has (T5 ties its embedding).
+        tensors = {f"live.{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
+        if moments:
+            for index, parameter in enumerate(self.parameters):
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    tensors[f"moment.{index}.{key}"] = torch.as_tensor(value)
+        state = {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "updates": self.ema.updates,
+            "restarted_at": self.restarted_at,
+        }
+        save_tensors(tensors, path or self.checkpoint, {"state": json.dumps(state)})
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; without moments in it, with fresh ones and a warm-up."""
+        with safe_open(path, framework="pt", device=str(self.device)) as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            if state.get("version") != STATE_VERSION:
+                raise DiffAccelError(f"'{path}' is no checkpoint of version {STATE_VERSION}; remove it or start anew.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        for name, parameter in self.module.named_parameters():
+            value = tensors.get(f"live.{name}")
+            if value is None or value.shape != parameter.shape:
+                raise DiffAccelError(f"'{path}' belongs to a model of another shape (see '{name}'); remove it.")
+            parameter.copy_(value)
+        for name, shadow in zip(self.ema.names, self.ema.shadow, strict=True):
+            shadow.copy_(tensors[f"ema.{name}"])
+        self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
+        self.ema.updates, self.restarted_at = state["updates"], state["restarted_at"]
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("moment."):
+                _, index, what = key.split(".", 2)
+                # AdamW keeps its step count on the host unless it is fused.
+                moments.setdefault(int(index), {})[what] = value if what != "step" or self._fused else value.cpu()
+        if moments:
+            for index, entry in moments.items():
+                self.optimizer.state[self.parameters[index]] = entry
+        elif self.step:
+            self.restarted_at = self.step
+
+    @property
+    def _fused(self) -> bool:
+        return bool(self.optimizer.defaults.get("fused"))

@@ -1,0 +1,261 @@
+"""Videos: flicker, drift over frames, the Fréchet distance of features that a user gives, and files for VBench.
+
+A video is uint8 ``(T, 3, H, W)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.metrics import frechet
+from diffaccel.eval.metrics.paired import check_images, check_pair, psnr, ssim
+from diffaccel.files import atomic, write_json
+
+NAME_BYTES = 255  # of a file name, on every common file system
+VBENCH_VIDEOS = 5  # a prompt
+UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]' if os.name == "nt" else r"[\x00-\x1f\x7f/]")
+
+
+def temporal_flicker(video: Tensor) -> float:
+    """``mean |x_{t+1} - x_t|`` over frames, channels and pixels, in levels 0 to 255.
+
+    It counts motion too: compare it with the baseline's, at equal prompt and seed.
+
+    Raises:
+        DiffAccelError: unless ``video`` is uint8 ``(T, 3, H, W)`` with ``T >= 2``.
+    """
+    check_images(video, "frames")
+    if len(video) < 2:
+        raise DiffAccelError(f"Flicker is between frames, and the video has {len(video)}.")
+    frames = video.to(torch.int32)
+    total = (frames[1:] - frames[:-1]).abs().sum(dtype=torch.int64)
+    return int(total) / frames[1:].numel()
+
+
+def frame_curves(a: Tensor, b: Tensor, *, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """PSNR and SSIM, and LPIPS where it is given, of each frame of ``b`` to that of the baseline ``a``: (T,) float64.
+
+    Raises:
+        DiffAccelError: unless both are uint8 ``(T, 3, H, W)`` of one shape.
+    """
+    check_pair(a, b)
+    curves = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
+    if lpips is not None:
+        curves["lpips"] = lpips(a, b)
+    return curves
+
+
+def drift(curve: Tensor) -> float | None:
+    """Slope a frame of the least-squares line through a curve; errors that accumulate show as a slope.
+
+    ``inf``, the PSNR of identical frames, is left out; None where fewer than two other frames are left.
+
+    Raises:
+        DiffAccelError: for another shape than (T,), or NaN.
+    """
+    y = curve.detach().cpu().to(torch.float64)
+    if y.ndim != 1 or bool(y.isnan().any()):
+        raise DiffAccelError(f"A curve is (T,) without NaN; got {tuple(y.shape)}, {int(y.isnan().sum())} of them NaN.")
+    t = torch.arange(len(y), dtype=torch.float64)[y.isfinite()]
+    y = y[y.isfinite()]
+    if len(y) < 2:
+        return None
+    t = t - t.mean()
+    return float((t * y).sum() / (t * t).sum())
+
+
+# -- Fréchet video distance -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video a feature network sees, and how large. Numbers of different samplings do not compare.
+
+    Attributes:
+        frames: in a clip.
+        stride: from one of them to the next, in frames of the video.
+        start: the first one.
+        resolution: height and width: the shorter side is resized by antialiased bilinear, the centre cut out;
+            None leaves frames as they are.
+    """
+
+    frames: int = 16
+    stride: int = 1
+    start: int = 0
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            self.frames < 1
+            or self.stride < 1
+            or self.start < 0
+            or (self.resolution is not None and self.resolution < 1)
+        ):
+            raise DiffAccelError(f"A clip needs frames, stride and resolution >= 1 and start >= 0; got {self}.")
+
+    def clip(self, video: Tensor) -> Tensor:
+        """uint8 ``(frames, 3, H, W)`` of a video.
+
+        Raises:
+            DiffAccelError: for a video that is too short, or no uint8 ``(T, 3, H, W)``.
+        """
+        check_images(video, "frames")
+        needed = self.start + (self.frames - 1) * self.stride + 1
+        if len(video) < needed:
+            raise DiffAccelError(f"{self} needs {needed} frames, and the video has {len(video)}. Take fewer.")
+        clip = video[self.start : needed : self.stride]
+        return clip if self.resolution is None else _square(clip, self.resolution)
+
+
+@dataclass(frozen=True)
+class VideoDistance:
+    """A Fréchet distance of videos, with what must be printed beside it.
+
+    Attributes:
+        key: with the network, such as ``FVD[i3d-kinetics400]``.
+        value: the distance.
+        n, m: clips on both sides.
+        extractor, weights_sha256: the feature network.
+        sampling: frames, stride, start and resolution.
+    """
+
+    key: str
+    value: float
+    n: int
+    m: int
+    extractor: str
+    weights_sha256: str
+    sampling: FrameSampling
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def clip_features(
+    videos: Iterable[Tensor], network: Callable[[Tensor], Tensor], sampling: FrameSampling, *, batch: int = 8
+) -> Tensor:
+    """Features ``(n, d)`` of one clip a video, by ``network``: uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
+
+    Raises:
+        DiffAccelError: for no video, clips of different sizes in one batch, or a network of another output.
+    """
+    found: list[Tensor] = []
+    waiting: list[Tensor] = []
+
+    def flush() -> None:
+        if len({clip.shape for clip in waiting}) > 1:
+            raise DiffAccelError("Videos differ in size. Give the sampling a resolution.")
+        with torch.no_grad():
+            features = network(torch.stack(waiting))
+        if features.ndim != 2 or len(features) != len(waiting):
+            raise DiffAccelError(f"A video network must return ({len(waiting)}, d); got {tuple(features.shape)}.")
+        found.append(features.cpu())
+        waiting.clear()
+
+    for video in videos:
+        waiting.append(sampling.clip(video))
+        if len(waiting) == batch:
+            flush()
+    if waiting:
+        flush()
+    if not found:
+        raise DiffAccelError("There is no video to take features of.")
+    return torch.cat(found)
+
+
+def fvd(
+    features_a: Tensor, features_b: Tensor, *, sampling: FrameSampling, extractor: str, weights_sha256: str
+) -> VideoDistance:
+    """The Fréchet distance of clip features ``(n, d)`` and ``(m, d)`` (arXiv 1812.01717; VideoMAE: 2404.12391).
+
+    Public implementations differ by some 10 % in resizing and sampling alone, so the result carries both.
+
+    Raises:
+        DiffAccelError: whatever :func:`diffaccel.eval.metrics.frechet.distance_of_features` refuses.
+    """
+    value = frechet.distance_of_features(features_a, features_b)
+    return VideoDistance(
+        f"FVD[{extractor}]", value, len(features_a), len(features_b), extractor, weights_sha256, sampling
+    )
+
+
+def _square(clip: Tensor, size: int) -> Tensor:
+    height, width = clip.shape[-2:]
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    if shape != (height, width):
+        resized = F.interpolate(clip.to(torch.float32), shape, mode="bilinear", antialias=True)
+        clip = resized.round().clamp(0, 255).to(torch.uint8)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return clip[..., top : top + size, left : left + size]
+
+
+# -- VBench -----------------------------------------------------------------------------------------------------------
+
+
+def vbench_export(
+    videos: Mapping[str, Sequence[str | Path]], folder: str | Path, *, a_prompt: int = VBENCH_VIDEOS
+) -> dict[str, str]:
+    """Copy videos to ``<prompt>-<index>.mp4``, as VBench (arXiv 2311.17982) finds them, with ``prompts.json`` beside.
+
+    VBench reads prompts from names of files. Where a prompt cannot be one (a slash, too long), a safe name takes its
+    place, which VBench's own prompts hardly need; ``prompts.json`` maps every file to its prompt.
+
+    Args:
+        videos: files of every prompt, in the order of their index.
+        folder: made if need be; files of the same names are replaced.
+        a_prompt: videos that every prompt must have; VBench wants 5.
+
+    Returns:
+        What ``prompts.json`` holds: file name to prompt.
+
+    Raises:
+        DiffAccelError: for no prompt, another number of videos, a file that is missing, or one that is no ``.mp4``.
+    """
+    if not videos:
+        raise DiffAccelError("There is no prompt to export videos of.")
+    folder, names, copies = Path(folder), _safe_names(list(videos)), []
+    for prompt, files in videos.items():
+        if len(files) != a_prompt:
+            raise DiffAccelError(f"'{prompt}' has {len(files)} videos, and {a_prompt} are wanted of every prompt.")
+        for index, file in enumerate(map(Path, files)):
+            if file.suffix.lower() != ".mp4" or not file.is_file():
+                raise DiffAccelError(f"'{file}' of '{prompt}' is no .mp4 file. VBench reads .mp4 only.")
+            copies.append((file, f"{names[prompt]}-{index}.mp4", prompt))
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, name, _ in copies:
+        with open(file, "rb") as source, atomic(folder / name) as target:
+            shutil.copyfileobj(source, target)
+    made = {name: prompt for _, name, prompt in copies}
+    write_json(folder / "prompts.json", made)
+    return made
+
+
+def _safe_names(prompts: Sequence[str]) -> dict[str, str]:
+    """A file name without its index for every prompt: the prompt itself where it can be one."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for prompt in prompts:
+        name = UNSAFE.sub("_", prompt).strip()
+        longest = NAME_BYTES - len("-999.mp4") - len(".") - len(".12345678.tmp")  # and of the file while it is written
+        # some file systems do not tell case apart
+        if name != prompt or not name or name[0] == "." or len(name.encode()) > longest or name.casefold() in taken:
+            digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
+            stem = name.lstrip(".").encode()[: longest - 9].decode(errors="ignore")
+            name = f"{stem} {digest}".strip()
+        taken.add(name.casefold())
+        found[prompt] = name
+    return found

@@ -1,0 +1,232 @@
+"""What the same wall time buys: fewer steps of the baseline, or several accelerated pictures and the best of them.
+
+An acceleration that is worse than the baseline with fewer steps, at the same time, is no acceleration; one that is
+twice as fast may draw two pictures where the baseline draws one. Both are answered from times that were measured in
+turns on one machine. The best picture is chosen by one CLIP, the reward, whose own time counts; what that bought is
+told by another one, the judge, which never chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison import fidelity
+from diffaccel.eval.comparison.distribution import FEWEST, features
+from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.metrics import clip_score as alignment
+from diffaccel.eval.metrics import frechet_intervals
+from diffaccel.eval.metrics.frechet import Moments
+from diffaccel.eval.networks.extractors.base import Extractor
+from diffaccel.eval.networks.extractors.clip import ClipExtractor
+from diffaccel.eval.sets.run import Run, pair
+from diffaccel.eval.uncertainty.intervals import Interval, Paired, paired_difference
+
+KEY = "equal_time"
+_SSIM = next(distance for distance in fidelity.BUILT_IN if distance.metric == "ssim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Two ways to spend the same time, the accelerated one first.
+
+    Attributes:
+        accelerated, instead: what is compared.
+        time: how their times were made equal, in words.
+        ratio: of times, with its interval.
+        judge: the difference of the judge's scores, accelerated minus instead.
+        ssim: the difference of the similarity to the whole baseline's picture; None for other pictures than its.
+        fd: the difference of Fréchet distances; None where there are too few pictures, or nothing to measure from.
+        why: where there is no answer, why.
+    """
+
+    accelerated: str
+    instead: str
+    time: str = ""
+    ratio: dict[str, Any] | None = None
+    judge: Paired | None = None
+    ssim: Paired | None = None
+    fd: Interval | None = None
+    why: str = ""
+
+
+def best_by(reward: ClipExtractor, run: Run, count: int) -> Run:
+    """Of every ``count`` consecutive pictures, which must be of one prompt, the one with the highest reward.
+
+    Raises:
+        DiffAccelError: for a run without prompts, or another number of pictures of each.
+    """
+    prompts = run.prompts
+    groups = [] if prompts is None else [prompts[i : i + count] for i in range(0, len(prompts), count)]
+    if not groups or any(len(group) < count or len(set(group)) > 1 for group in groups):
+        raise DiffAccelError(f"'{run.name}' does not hold {count} pictures of every prompt in a row. Draw it so.")
+    best = scores(reward, run).view(-1, count).argmax(1).tolist()
+    chosen = tuple(run.pictures[i * count + k] for i, k in enumerate(best))
+    return replace(run, name=f"best-of-{count}", pictures=chosen)
+
+
+def scores(clip: ClipExtractor, run: Run) -> Tensor:
+    """``100 max(cos, 0)`` of every picture and its prompt, (n,) float64."""
+    prompts = run.prompts or []
+    texts = list(dict.fromkeys(prompts))
+    place, embedded = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
+    return alignment.clip_score(features(run, clip), embedded[[place[prompt] for prompt in prompts]])
+
+
+def against_fewer_steps(
+    plan: Mapping[str, Any],
+    baseline: Run,
+    accelerated: Run,
+    fewer: Run | None,
+    *,
+    judge: ClipExtractor | None,
+    extractor: Extractor | None = None,
+    target: Tensor | Moments | None = None,
+) -> Answer:
+    """The acceleration against the baseline with so few steps that it costs no more: the same prompts and seeds.
+
+    Args:
+        plan: of :func:`diffaccel.eval.timing.budget.fewer_steps`.
+        baseline: the whole one, for the similarity to its pictures.
+        accelerated, fewer: the two runs; ``fewer`` is None where the plan has none.
+        judge: a CLIP, where there are prompts.
+        extractor: for the Fréchet distance to ``target``, where there are 100 pictures.
+        target: features of a reference set; None for the baseline's own.
+    """
+    if fewer is None:
+        return Answer(accelerated=accelerated.name, instead="fewer steps", why=plan["why"])
+    places = {run.name: [j for _, j in pair(baseline, run)] for run in (accelerated, fewer)}
+    clusters = baseline.prompts
+    alike, theirs_alike = (
+        fidelity.measure(baseline, run, pair(baseline, run), [_SSIM])[0][1] for run in (accelerated, fewer)
+    )
+    judged = None
+    if judge is not None and clusters is not None:
+        mine, theirs = (scores(judge, run)[places[run.name]] for run in (accelerated, fewer))
+        judged = _paired(mine, theirs, clusters)
+    fd = None
+    if extractor is not None and len(baseline) >= FEWEST:
+        mine, theirs = (features(run, extractor)[places[run.name]] for run in (accelerated, fewer))
+        to = features(baseline, extractor) if target is None else target
+        fd = frechet_intervals.difference(mine, theirs, to)
+    return Answer(
+        accelerated=accelerated.name, instead=f"{baseline.name}, {plan['steps']} steps", ratio=plan["ratio"],
+        time=f"{plan['steps']} steps fit: the acceleration takes {_times(plan['ratio'])} their time", judge=judged,
+        ssim=_paired(alike, theirs_alike, clusters), fd=fd,
+    )  # fmt: skip
+
+
+def against_baseline(
+    plan: Mapping[str, Any],
+    baseline: Run,
+    accelerated: Run,
+    many: Run | None,
+    *,
+    reward: ClipExtractor,
+    judge: ClipExtractor,
+    extractor: Extractor | None = None,
+    target: Tensor | Moments | None = None,
+) -> Answer:
+    """The best of as many accelerated pictures as fit into the baseline's time, against the baseline: equal prompts.
+
+    Args:
+        plan: of :func:`diffaccel.eval.timing.budget.pictures_that_fit`.
+        baseline, accelerated: the runs of the report.
+        many: ``plan["pictures"]`` accelerated pictures for each of the baseline's; None where only one fits.
+        reward: chooses.
+        judge: tells what it bought, and must be another network.
+        extractor: for the Fréchet distance to ``target``.
+        target: features of a reference set; without one there is no such distance.
+
+    Raises:
+        DiffAccelError: for a judge that is the reward.
+    """
+    check_judge(reward, judge)
+    count, name = plan["pictures"], accelerated.name
+    if many is None:
+        why = f"no second picture fits: the baseline takes {_times(plan['ratio'])} as long as one with its reward"
+        return Answer(accelerated=f"{name}, best of several", instead=baseline.name, why=why)
+    best = best_by(reward, many, count)
+    if best.prompts != baseline.prompts:
+        raise DiffAccelError(f"'{many.name}' was not drawn from the prompts of '{baseline.name}'. Draw it again.")
+    fd = None
+    if extractor is not None and target is not None and len(baseline) >= FEWEST:
+        fd = frechet_intervals.difference(features(best, extractor), features(baseline, extractor), target)
+    return Answer(
+        accelerated=f"{name}, best of {count} by {reward.name}", instead=baseline.name, ratio=plan["ratio"],
+        time=f"{count} pictures fit: the baseline takes {_times(plan['ratio'])} the time of one with its reward",
+        judge=_paired(scores(judge, best), scores(judge, baseline), baseline.prompts), fd=fd,
+    )  # fmt: skip
+
+
+def check_judge(reward: ClipExtractor, judge: ClipExtractor) -> None:
+    """Refuse a judge that chooses: what it thinks of its own choice says nothing."""
+    if reward.weights_sha256 == judge.weights_sha256:
+        raise DiffAccelError(
+            f"'{reward.name}' would choose pictures and then judge its own choice. Give a judge of other weights."
+        )
+
+
+def section(answers: Sequence[Answer], *, judge: str = "", reward: str = "", device: str = "") -> Section:
+    """The table of a report."""
+    note = "Differences are the first column's value minus the second's, with 95 % intervals over prompts. Times were "
+    note += f"measured in turns{f' on {device}' if device else ''}."
+    if judge and reward:
+        note += f" The best picture is chosen by {reward}, whose own time counts, and judged by {judge}."
+    rows = [_texts(answer) for answer in answers]
+    columns = ("accelerated", "instead", "time", f"clip_score[{judge}]" if judge else "clip score", "preferred",
+               "SSIM to the baseline", "Fréchet distance")  # fmt: skip
+    return Section(
+        key=KEY, title="What the same time buys", note=note, columns=columns, rows=tuple(rows),
+        data={"answers": [_numbers(answer) for answer in answers], "judge": judge, "reward": reward},
+    )  # fmt: skip
+
+
+def _texts(answer: Answer) -> tuple[str, ...]:
+    if answer.why:
+        return answer.accelerated, answer.instead, answer.why, "", "", "", ""
+    wins = answer.judge.wins if answer.judge else None
+    return (
+        answer.accelerated,
+        answer.instead,
+        answer.time,
+        _signed(answer.judge.interval if answer.judge else None, 2),
+        f"{wins.value:.0%} ({wins.low:.0%} to {wins.high:.0%})" if wins else "",
+        _signed(answer.ssim.interval if answer.ssim else None, 4),
+        _signed(answer.fd, 3),
+    )
+
+
+def _signed(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return ""
+    value, low, high = (f"{x:+.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high})" + ("" if interval.significant else ", within noise")
+
+
+def _numbers(answer: Answer) -> dict[str, Any]:
+    found: dict[str, Any] = {"accelerated": answer.accelerated, "instead": answer.instead, "why": answer.why}
+    found["time_ratio"] = answer.ratio
+    for key, paired in (("judge", answer.judge), ("ssim", answer.ssim)):
+        found[key] = None if paired is None else {**_ends(paired.interval), "wins": _ends(paired.wins), "n": paired.n}
+    found["fd"] = None if answer.fd is None else _ends(answer.fd)
+    return found
+
+
+def _ends(interval: Interval) -> dict[str, Any]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "method": interval.method}
+
+
+def _times(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _paired(one: Tensor, other: Tensor, clusters: Sequence[str] | None) -> Paired | None:
+    """The paired difference; None where there is a single prompt, or picture, to draw from."""
+    if len(set(clusters if clusters is not None else range(len(one)))) < 2:
+        return None
+    return paired_difference(one, other, clusters=clusters)

@@ -1,0 +1,32 @@
+"""Published preference scorers as rewards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffaccel.eval.networks import scorers
+from diffaccel.samplers.rewards.reward import Reward
+
+NO_TEXT = ("aesthetic",)  # of the scorers: looks at the picture alone
+
+
+def published(name: str, path: str, device: torch.device, model: str) -> Reward:
+    """Return a scorer of :mod:`diffaccel.eval.networks.scorers` as a reward, on pictures rounded to 8 bits.
+
+    Args:
+        name: "aesthetic", "image-reward", "hpsv2" or "pickscore".
+        path: of its weights; "" looks for them as :mod:`diffaccel.eval.networks.weights` says.
+        device: of its networks.
+        model: not used.
+
+    Raises:
+        MissingWeights: where they are not found.
+    """
+    score = scorers.scorer(name, path or None, device=device)
+
+    def rounded(images: Tensor, prompts: list[str]) -> Tensor:
+        return score((images.clamp(0, 1) * 255).round().to(torch.uint8), prompts)
+
+    full = f"{name}:{path}" if path else name
+    return Reward(name=full, function=rounded, batch_size=16, needs_prompts=name not in NO_TEXT)

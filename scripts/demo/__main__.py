@@ -1,0 +1,45 @@
+"""The embedded model by the plain pipeline and by every sampler: ``python -m scripts.demo.__main__ --out out/demo``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from diffaccel import zoo
+from diffaccel.errors import DiffAccelError
+from diffaccel.runs.loading import quiet_libraries
+from diffaccel.terminal import share_cpu
+from scripts.demo.page import run_demo, variants
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of images, record.json, index.html")
+    parser.add_argument("--model", default=zoo.DEFAULT, help=f"zoo name or folder (default {zoo.DEFAULT})")
+    parser.add_argument("--steps", type=int, default=28, help="steps of the baseline (default 28)")
+    parser.add_argument("--few", type=int, default=8, help="steps of the fast variants (default 8)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    options = parser.parse_args()
+    share_cpu()
+    quiet_libraries(True)
+    size = (options.size, options.size) if options.size else None
+    chosen = variants(options.steps, options.few)
+    command = ["python", "-m", "scripts.demo.__main__", *map(shlex.quote, sys.argv[1:])]
+    try:
+        made = run_demo(options.out, model=options.model, chosen=chosen, size=size, seed=options.seed, command=command)
+    except DiffAccelError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    print(f"{'variant':<26}{'s an image':>11}{'faster':>8}{'NFE':>6}{'difference':>13}")
+    for row in made["variants"]:
+        apart = "identical" if row["identical"] else f"{row['difference']:.2f} / 255"
+        print(f"{row['label']:<26}{row['seconds']:>11.2f}{row['speedup']:>7.2f}x{row['nfe']:>6g}{apart:>13}")
+    print(f"Open {options.out / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

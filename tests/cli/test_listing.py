@@ -1,0 +1,141 @@
+"""``diffaccel list`` and ``diffaccel explain``: they tell what the registry and the zoo hold, and load little."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffaccel import registry, zoo
+from diffaccel.cli import listing as catalogue
+from tests.layout import tree
+
+CARD = {
+    "title": "A tiny text-to-image pipeline",
+    "state": "interim",
+    "pipeline": "FluxPipeline",
+    "defaults": {"num_inference_steps": 3},
+    "quality": {"top1": 0.5, "notes": ["coarse", {"seen": True}]},
+}
+
+
+@pytest.fixture
+def embedded(monkeypatch, tmp_path):
+    """One zoo model with a card and a packed file."""
+    folder = tmp_path / "tiny-flux"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    (folder / "weights").write_bytes(b"x" * 2_000_000)
+    (folder / "card.json").write_text(json.dumps(CARD))
+    monkeypatch.setattr(zoo, "_ROOT", tmp_path)
+    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "__init__.py"))
+
+
+def test_list_names_every_method_and_model(run, embedded):
+    found = run("list", "--json").json
+    assert {m["name"]: m["kind"] for m in found["methods"]} == dict.fromkeys(registry.METHODS, "sampler")
+    for method in found["methods"]:
+        assert method["summary"] and method["paper"] == registry.config_class(method["name"]).paper
+    size = 2_000_000 + len("{}") + len(json.dumps(CARD))
+    assert found["models"] == [{"name": "tiny-flux", "bytes": size, "state": "interim", "summary": CARD["title"]}]
+    shown = run("list").out
+    assert all(name in shown for name in (*registry.METHODS, "tiny-flux", "2.0 MB", "interim"))
+
+
+def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):
+    package = tmp_path / "planted_plugin"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "method.py").write_text('"""Draws faster. Really."""\nclass M:\n    paper: str = "P, arXiv 1"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "names", lambda: {"fast": "planted_plugin.method:M", "gone": "nowhere.at_all:M"})
+    methods = run("list", "--json").json["methods"]
+    assert methods[0] == {"name": "fast", "kind": "plugin", "summary": "Draws faster", "paper": "P, arXiv 1"}
+    assert methods[1]["summary"] == "(not importable)"
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_explain_a_method(run, name):
+    about = run("explain", name, "--json").json
+    cls = registry.config_class(name)
+    assert about["paper"] == cls.paper and about["touches"] == "loop" and about["description"]
+    assert "Args:" not in about["description"]
+    assert [o["name"] for o in about["options"]] == [f.name for f in dataclasses.fields(cls)]
+    assert all(o["help"] and o["type"] and o["default"] for o in about["options"])
+    shown = run("explain", name).out
+    assert f"--{name}.state" in shown and f"--sampler {name}" in shown and "arXiv" in shown
+
+
+def test_explained_python_runs(models):
+    import diffaccel
+
+    pipe = diffaccel.load(models / "flux")
+    for name in registry.METHODS:
+        about = catalogue.explain_method(name)
+        namespace = {"diffaccel": diffaccel, "pipe": pipe}
+        exec(f"{about['import']}\n{about['python']}", namespace)
+        assert diffaccel.summary(pipe).methods[0]["name"] == name
+        diffaccel.remove(pipe)
+
+
+def test_explain_a_model(run, embedded):
+    assert run("explain", "tiny-flux", "--json").json["card"] == CARD
+    shown = run("explain", "tiny-flux").out
+    assert (
+        "state: interim" in shown
+        and "  top1: 0.5" in shown
+        and "    - coarse" in shown
+        and "--model tiny-flux" in shown
+    )
+
+
+def test_argument_texts_run_over_lines_and_share_entries():
+    doc = "What.\n\nArgs:\n    a: first\n        and more.\n    b, c: both.\n\nRaises:\n    E: never."
+    assert catalogue.documented_arguments(doc) == {"a": "first and more.", "b": "both.", "c": "both."}
+
+
+def test_method_options_are_in_the_help(run):
+    with pytest.raises(SystemExit) as done:
+        run("sample", "--help")
+    assert done.value.code == 0
+
+
+def test_nothing_heavy_is_loaded(tmp_path):
+    """Naming the commands, listing and reading help need no torch."""
+    code = """
+import sys
+from diffaccel.cli import main
+for words in ("--help", "list --help", "explain --help", "list", "list --json", "--version", "explain nothing"):
+    try:
+        main(words.split())
+    except SystemExit:
+        pass
+    heavy = {"torch", "diffusers", "transformers", "numpy", "jsonargparse"} & set(sys.modules)
+    if heavy:
+        sys.exit(f"diffaccel {words} loads {heavy}")
+"""
+    out = tree.python("-c", code, cwd=tmp_path).stdout
+    assert "generate images from prompts" in out and "dpmpp2m" in out
+
+
+def test_threads_are_told_to_share_before_torch_loads(tmp_path, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)  # make sets it for the whole suite
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    code = """
+import os, sys
+import diffaccel.sample_command, diffaccel.demo, diffaccel.sampling
+assert "torch" not in sys.modules
+diffaccel.terminal.share_cpu()
+print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    assert tree.python("-c", code, cwd=tmp_path).stdout == "5000\n"
+    assert tree.python("-c", code, cwd=tmp_path, GOMP_SPINCOUNT="7").stdout == "7\n"
+    assert tree.python("-c", code, cwd=tmp_path, OMP_WAIT_POLICY="ACTIVE").stdout == "None\n"
+
+
+def test_python_dash_m(tmp_path):
+    assert "dpmpp2m" in tree.python("-m", "diffaccel", "list", cwd=tmp_path).stdout
+    assert Path(sys.executable).with_name("diffaccel").exists()

@@ -1,0 +1,129 @@
+"""Rows and tables of cost, from records and timings whose numbers are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffaccel.eval.comparison import cost
+from diffaccel.eval.sets.run import Run
+from diffaccel.eval.uncertainty.intervals import median_ratio
+from tests.support import made_runs
+
+GIB = 2**30
+DEVICE = {"type": "cuda", "name": "x"}
+
+
+def entry(name, seconds, first, energy, peak, steps):
+    parts = {"text": 0.2, "network": seconds - 0.8, "decode": 0.4}
+    return {
+        "name": name, "folder": name, "turns": 3, "seconds": [seconds, seconds + 0.1, seconds - 0.1],
+        "seconds_per_image": seconds / 2, "first_call_seconds": first,
+        "set_up_seconds": 0.25, "parts": parts, "steps": steps, "nfe": 4,
+        "peak_memory": peak, "energy_joules": energy,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def sides(tmp_path):
+    texts = ["a", "b"]
+    images = [made_runs.blocks(i) for i in range(2)]
+    record = {
+        "seconds": 6.0, "nfe": 16, "forwards": 32, "peak_memory": 3 * GIB, "steps": [0.5] * 4,
+        "parts": {"text": 1.0, "network": 4.0, "decode": 0.5},
+    }  # fmt: skip
+    base = made_runs.of_images(
+        tmp_path / "base", images, texts, {"cost": record, "device": {"type": "cuda", "name": "x"}}
+    )
+    faster = {**record, "seconds": 3.0, "nfe": 8, "peak_memory": 2 * GIB, "parts": {}}
+    fast = made_runs.of_images(
+        tmp_path / "fast", images, texts, {"cost": faster, "device": {"type": "cuda", "name": "x"}}
+    )
+    return base, fast
+
+
+@pytest.fixture
+def timing():
+    variants = [
+        entry("base", 4.0, 9.0, 100.0, 4 * GIB, [0.8] * 4),
+        entry("fast", 2.0, 2.05, 60.0, 3 * GIB, [0.6, 0.1]),
+    ]
+    return {"images_a_call": 2, "variants": variants}
+
+
+def rows_of(base: Run, fast: Run, timing=None):
+    return {(row.metric, row.run): row for row in cost.rows(base, [fast], timing)}
+
+
+def test_rows_of_the_runs_themselves(sides):
+    rows = rows_of(*sides)
+    assert (
+        rows["seconds", "fast"].value == 1.5
+        and rows["speedup", "fast"].value == 2
+        and not rows["speedup", "fast"].interval
+    )
+    assert rows["nfe", "fast"].value == 4 and rows["nfe", "fast"].delta == -4 and rows["nfe", "fast"].key == "NFE"
+    assert rows["peak_memory", "base"].value == 3 and rows["peak_memory", "fast"].delta == -1
+    assert ("energy", "base") not in rows and ("first_call", "base") not in rows
+
+
+def test_rows_of_turns(sides, timing):
+    rows = rows_of(*sides, timing)
+    assert rows["seconds", "base"].value == 2.0 and rows["speedup", "fast"].value == 2.0
+    assert rows["speedup", "fast"].interval == median_ratio([4.0, 4.1, 3.9], [2.0, 2.1, 1.9])
+    assert rows["peak_memory", "base"].value == 4 and rows["peak_memory", "fast"].delta == -1
+    assert rows["energy", "fast"].value == 60 and rows["energy", "fast"].delta == -40
+    assert rows["first_call", "base"].value == 9 and rows["first_call", "fast"].delta == pytest.approx(-6.95)
+    assert rows["set_up", "fast"].value == 0.25 and rows["set_up", "fast"].delta == 0
+    timing["variants"].pop()  # one side alone was timed: no difference between two ways of measuring
+    alone = rows_of(*sides, timing)
+    assert alone["peak_memory", "base"].value == 4 and alone["peak_memory", "fast"].value == 2
+    assert alone["peak_memory", "fast"].delta is None and ("speedup", "fast") not in alone
+    assert ("energy", "base") in alone and ("energy", "fast") not in alone
+
+
+def test_a_ratio_is_to_the_baseline_whichever_variant_was_timed_first(sides, timing):
+    base, fast = sides
+    assert rows_of(fast, base, timing)["speedup", "base"].value == 0.5
+    timing["variants"] = [entry("slow", 8.0, 9.0, 100.0, GIB, []), *timing["variants"]]
+    assert rows_of(base, fast, timing)["speedup", "fast"].value == 2.0
+
+
+def test_a_run_of_any_name_is_timed_by_the_variant_that_drew_it(sides, timing):
+    ways = [
+        {"model": "m", "methods": [{"name": name}], "steps": 4, "size": [8, 8], "guidance": 1.0, "negative": None}
+        for name in ("slow", "quick")
+    ]
+    for run, one, way in zip(sides, timing["variants"], ways, strict=True):
+        run.record["settings"] = {"seed": 0, **way}
+        one.update(name=way["methods"][0]["name"], folder="x", drawn=dict(way))
+    assert rows_of(*sides, timing)["speedup", "fast"].value == 2.0
+    assert cost.doubts(sides, timing) == []
+    timing["variants"][1]["drawn"]["steps"] = 5
+    rows = rows_of(*sides, timing)
+    assert ("speedup", "fast") not in rows and rows["seconds", "fast"].detail["from"] == cost.OWN
+    assert cost.doubts(sides, timing) == [
+        "No variant of the timing drew fast: it has slow, quick. Their seconds are the runs' own."
+    ]
+    assert cost.doubts(sides, None) == []
+
+
+def test_where_the_time_goes(sides, timing):
+    base, fast = sides
+    section = cost.section(base, [fast], timing)
+    of = section.data["runs"]
+    assert of["base"]["text"] == 0.1 and of["base"]["network"] == pytest.approx(1.6) and of["base"]["decode"] == 0.2
+    assert of["base"]["other"] == pytest.approx(2.0 - 1.9) and of["base"]["calls"] == 4
+    assert of["base"]["one_off"] == pytest.approx(5) and not of["base"]["noise"]
+    assert of["base"]["set_up"] == 0.25 and "250.0" in section.rows[0]
+    assert of["fast"]["noise"]  # 0.05 s where turns differ by 0.2 s
+    assert section.rows[0][:3] == ("base", "100.0", "1600.0") and "within noise" in section.rows[1]
+    own = cost.section(base, [fast], None)
+    assert list(own.data["runs"]) == ["base"] and own.data["runs"]["base"]["other"] == pytest.approx(0.25)
+    assert cost.section(fast, [fast], None) is None
+
+
+def test_steps_are_those_of_turns_where_there_are_some(sides, timing):
+    base, fast = sides
+    assert cost.steps(base, timing) == [0.8] * 4 and cost.steps(base, None) == [0.5] * 4
+    assert cost.steps(fast, timing) == [0.6, 0.1]
+    assert cost.steps(Run("x", base.path, base.pictures), None) == []

@@ -1,0 +1,142 @@
+"""CLIP-I, scorers, categories and runs of different pictures: closed forms on pictures made here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison import categories, compare_runs
+from diffaccel.eval.comparison.measures import Measures
+from diffaccel.eval.networks.extractors import as_clip, extractor
+from diffaccel.eval.networks.scorers import Scorer
+from diffaccel.eval.sets import prompts
+from tests.support import made_runs
+
+WORDS = [f"thing {i // 2}" for i in range(24)]  # two pictures of each prompt
+
+
+def brightness(images, texts):
+    return images.double().mean((1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pairs")
+    pictures = [made_runs.blocks(i) // 2 for i in range(24)]
+    changed = [picture + (20 if i < 12 else 10) for i, picture in enumerate(pictures)]
+    made = {
+        "base": pictures,
+        "same": pictures,
+        "brighter": changed,
+        "other": [made_runs.blocks(99 + i) for i in range(24)],
+    }
+    return {name: made_runs.of_images(root / name, images, WORDS) for name, images in made.items()}
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return as_clip(extractor("emoji-clip-judge"))
+
+
+def test_clip_i_is_the_cosine_to_the_pair(sets, judge):
+    found = compare_runs(sets["base"], [sets["same"], sets["brighter"]], Measures(others=sets["other"], clips=[judge]))
+    same, brighter = found.row("clip_i", "same"), found.row("clip_i", "brighter")
+    assert same.value == 1 and same.identical and brighter.key == "CLIP-I[emoji-clip-judge]"
+    one, other = (judge(torch.stack([sets[name].image(i) for i in range(24)])) for name in ("base", "brighter"))
+    expected = torch.cosine_similarity(one.double(), other.double())
+    assert brighter.value == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert found.of_pairs(brighter).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert brighter.floor < brighter.value < 1 and brighter.interval.low < brighter.value < brighter.interval.high
+
+
+def test_a_scorer_gives_paired_differences(sets):
+    found = compare_runs(sets["base"], [sets["brighter"]], Measures(scorers=[Scorer("brightness", brightness, "none")]))
+    base, row = found.row("brightness", "base"), found.row("brightness", "brighter")
+    assert base.delta is None and row.value - base.value == pytest.approx(15) and row.delta == pytest.approx(15)
+    assert 10 <= row.delta_interval.low < 15 < row.delta_interval.high <= 20 and row.detail["wins"]["share"] == 1
+    assert found.gate_values("brighter")["brightness"] == pytest.approx(15) and row.detail["licence"] == "none"
+
+
+def test_a_scorer_sees_the_prompt_of_each_picture(sets):
+    seen = []
+
+    def watched(images, texts):
+        seen.extend(texts)
+        return brightness(images, texts)
+
+    compare_runs(sets["base"], [sets["same"]], Measures(scorers=[Scorer("watched", watched)]))
+    assert seen == WORDS * 2
+
+
+def test_categories_split_what_the_pairs_are(sets, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    kinds = {text: "early" if i < 12 else "late" for i, text in enumerate(WORDS)}
+    file.write_text("\n".join(json.dumps({"prompt": text, "category": kinds[text]}) for text in kinds))
+    scorer = Scorer("brightness", brightness)
+    found = compare_runs(sets["base"], [sets["brighter"]], Measures(scorers=[scorer], prompts=str(file)))
+    section = next(section for section in found.sections if section.key == categories.KEY)
+    early, late = section.data["categories"]
+    assert (early["category"], early["n"], late["n"]) == ("early", 12, 12)
+    assert early["metrics"]["brightness"]["value"] == pytest.approx(20) and "low" not in early["metrics"]["brightness"]
+    assert late["metrics"]["brightness"]["value"] == pytest.approx(10)
+    assert late["metrics"]["PSNR"]["value"] == pytest.approx(20 * torch.log10(torch.tensor(255 / 10)).item(), rel=1e-6)
+    assert section.columns[-1] == "brightness, difference" and section.rows[0][-1] == "+20.000"
+
+
+def test_intervals_of_categories_need_ten_prompts(tmp_path):
+    texts = [f"{'a' if i < 12 else 'b'} {i}" for i in range(21)]
+    images = [made_runs.blocks(i) // 2 for i in range(21)]
+    base = made_runs.of_images(tmp_path / "base", images, texts)
+    run = made_runs.of_images(tmp_path / "run", [x + i for i, x in enumerate(images)], texts)
+    file = tmp_path / "p.csv"
+    file.write_text("prompt,category\n" + "\n".join(f"{text},{text[0]}" for text in texts))
+    found = compare_runs(base, [run], Measures(scorers=[Scorer("brightness", brightness)], prompts=str(file)))
+    a, b = (entry["metrics"]["brightness"] for entry in found.sections[0].data["categories"])
+    assert a["value"] == pytest.approx(5.5) and a["low"] < 5.5 < a["high"]
+    assert b["value"] == pytest.approx(16) and "low" not in b
+
+
+def test_a_packaged_set_is_recognised(tmp_path):
+    texts = prompts.read("emoji-1000").texts[:3]
+    base = made_runs.of_images(tmp_path / "base", [made_runs.blocks(i) for i in range(3)], texts)
+    assert categories.known(base) == dict(zip(texts, prompts.read("emoji-1000").categories[:3], strict=True))
+    mine = made_runs.of_images(tmp_path / "mine", [made_runs.blocks(0)], ["no such prompt"])
+    assert categories.known(mine) == {}
+    with pytest.raises(DiffAccelError, match="names no category of 1 of 1 prompts of 'mine', such as 'no such prompt'"):
+        categories.known(mine, "emoji-1000")
+
+
+def test_runs_of_different_pictures_share_pairs_only_when_asked(sets, tmp_path):
+    images = [made_runs.blocks(i) // 2 + 5 for i in range(2, 30)]
+    texts = [*WORDS[2:], *["later"] * 6]
+    more = made_runs.of_images(tmp_path / "more", images, texts)
+    moved = type(more)("more", more.path, tuple(type(p)(p.id, p.file, p.prompt, p.seed + 2) for p in more.pictures))
+    with pytest.raises(DiffAccelError, match=r"2 of 24 pictures of the baseline are missing.*--allow-mixed-n"):
+        compare_runs(sets["base"], [moved])
+    measures = Measures(scorers=[Scorer("brightness", brightness)], allow_mixed_n=True)
+    found = compare_runs(sets["base"], [moved], measures)
+    assert found.pairs["more"] == [(i + 2, i) for i in range(22)] and found.row("psnr", "more").n == 22
+    assert found.row("brightness", "more").delta == pytest.approx(5)
+    assert any("28 pictures, base 24, and 22 are in both" in said for said in found.warnings)
+    nothing = type(more)("none", more.path, tuple(type(p)(p.id, p.file, "x", p.seed) for p in more.pictures))
+    with pytest.raises(DiffAccelError, match="24 of 24 pictures"):
+        compare_runs(sets["base"], [nothing], Measures(allow_mixed_n=True))
+
+
+def test_a_short_name_that_two_rows_share_is_no_gate(sets, judge):
+    found = compare_runs(sets["base"], [sets["same"]], Measures(clips=[judge]))
+    row = found.row("clip_score", "same")
+    found.rows.append(type(row)(**{**vars(row), "key": "clip_score[another]"}))
+    values = found.gate_values("same")
+    assert "clip_score" not in values and {"clip_score[another]", "clip_score[emoji-clip-judge]"} <= values.keys()
+
+
+def test_pictures_beside_videos_are_refused(sets, tmp_path):
+    video = made_runs.of_videos(tmp_path / "video", [made_runs.blocks(0).expand(3, 3, 32, 32)], ["thing 0"])
+    with pytest.raises(DiffAccelError, match="'video' holds videos and 'base' pictures"):
+        compare_runs(sets["base"], [video])
+    assert not Path(video.path / ".features").exists()

@@ -1,0 +1,57 @@
+"""Prompt files in every format, and what is no prompt file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.sets import prompts
+
+TEXTS, KINDS = ("a cat", 'two dogs, "fast"'), ("animals", "count")
+FILES = {
+    "p.txt": 'a cat\n\ntwo dogs, "fast"\n',
+    "p.jsonl": "".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in zip(TEXTS, KINDS, strict=True)),
+    "p.json": json.dumps(list(TEXTS)),
+    "p.tsv": 'Prompt\tCategory\na cat\tanimals\ntwo dogs, "fast"\tcount\n',
+    "p.csv": 'prompt,challenge\na cat,animals\n"two dogs, ""fast""",count\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_formats(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    found = prompts.read(str(tmp_path / name))
+    assert found.texts == TEXTS and found.categories == (("", "") if name in ("p.txt", "p.json") else KINDS)
+    assert found.first(1).texts == TEXTS[:1] and len(found.first(None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.txt", "\n", "holds no prompt"),
+        ("p.json", '["a", " "]', "Prompt 2 of .* is empty"),
+        ("p.json", '{"a": 1}', "must hold a list"),
+        ("p.jsonl", '{"text_": 1}\n', "has no prompt or text"),
+        ("p.jsonl", "{", "cannot be read"),
+        ("p.csv", "a,b\n1,2\n", "has no prompt"),
+    ],
+)
+def test_what_is_none(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DiffAccelError, match=said):
+        prompts.read(str(tmp_path / name))
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(DiffAccelError, match="no prompt file"):
+        prompts.read("folder/none.txt")
+    with pytest.raises(DiffAccelError, match="Unknown prompt set"):
+        prompts.read("none")
+
+
+def test_the_packaged_set():
+    found = prompts.read("emoji-1000")
+    assert len(found) == 1000 and len(set(found.texts)) == 1000
+    assert set(found.first(5).categories) == {"style", "colour", "count", "pair", "colour_pair"}

@@ -1,0 +1,182 @@
+"""Requests and runs as a library: what a request means for each family, and how runs use an open pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import tiny
+import torch
+
+import diffaccel
+from diffaccel import zoo
+from diffaccel.errors import DiffAccelError
+from diffaccel.families import network
+from diffaccel.runs import generate as sampling
+from diffaccel.runs.call_arguments import call_arguments
+from diffaccel.runs.request import Request
+from diffaccel.samplers import Ancestral, Euler, Heun
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    return {family: tiny.make(family) for family in tiny.FAMILIES} | {"dev": tiny.make("flux", guidance_embeds=True)}
+
+
+def guidance(pipe, **wanted):
+    chosen = call_arguments(pipe, Request(prompts=("a",), model="mine", steps=2, **wanted))
+    chosen.pop("num_inference_steps")
+    return chosen
+
+
+GUIDANCE = [
+    ("flux", {}, {}),
+    ("flux", {"guidance": 3.0}, {"true_cfg_scale": 3.0, "negative_prompt": ""}),
+    ("flux", {"guidance": 1.0}, {"true_cfg_scale": 1.0}),
+    ("flux", {"guidance": 3.0, "negative": "dull"}, {"true_cfg_scale": 3.0, "negative_prompt": "dull"}),
+    ("dev", {}, {}),
+    ("dev", {"guidance": 3.0}, {"guidance_scale": 3.0}),
+    ("sd3", {"guidance": 3.0, "negative": "dull"}, {"guidance_scale": 3.0, "negative_prompt": "dull"}),
+    ("sdxl", {"guidance": 3.0}, {"guidance_scale": 3.0}),
+    ("sd", {"negative": "dull"}, {"negative_prompt": "dull"}),
+]
+
+
+@pytest.mark.parametrize(("family", "wanted", "expected"), GUIDANCE)
+def test_guidance_is_asked_for_as_the_family_wants_it(pipes, family, wanted, expected):
+    assert guidance(pipes[family], **wanted) == expected
+
+
+@pytest.mark.parametrize(("family", "wanted", "branches"), [(f, w, 2 if len(e) > 1 else 1) for f, w, e in GUIDANCE[:6]])
+def test_guidance_has_the_effect_that_was_asked_for(pipes, family, wanted, branches, tmp_path):
+    """The network sees both branches exactly when the request is guided by two."""
+    request = Request(prompts=("a cat",), model="mine", steps=1, size=(32, 32), **wanted)
+    cost = sampling.generate_run(request, tmp_path, pipe=pipes[family])["cost"]
+    assert cost["forwards"] == branches * cost["nfe"] and cost["nfe"] == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "message"),
+    [
+        ("dev", {"negative": "dull"}, "guidance embedded"),
+        ("flux", {"negative": "dull"}, "no effect at guidance 1"),
+        ("sd", {"guidance": 1.0, "negative": "dull"}, "no effect at guidance 1"),
+        ("sd", {"size": (36, 32)}, "size 32x36"),
+        ("sd3", {"size": (40, 40)}, "multiples of 16"),
+    ],
+)
+def test_what_a_family_cannot_do(pipes, family, wanted, message):
+    with pytest.raises(DiffAccelError, match=message):
+        call_arguments(pipes[family], Request(prompts=("a",), model="mine", **wanted))
+
+
+def test_a_pipeline_without_guidance(pipes):
+    class Plain:
+        def __call__(self, prompt, num_inference_steps=5, generator=None):
+            raise NotImplementedError
+
+    assert call_arguments(Plain(), Request(prompts=("a",), model="mine")) == {"num_inference_steps": 5}
+    with pytest.raises(DiffAccelError, match="Plain takes no guidance"):
+        call_arguments(Plain(), Request(prompts=("a",), model="mine", guidance=3.0))
+
+
+def test_items_are_prompt_by_prompt_with_their_own_seeds():
+    request = Request(prompts=("a", "b"), num=2, seed=5, batch=3)
+    assert [(i.id, i.prompt, i.seed) for i in request.items()] == [(0, "a", 5), (1, "a", 6), (2, "b", 7), (3, "b", 8)]
+    assert [[i.id for i in chunk] for chunk in request.chunks()] == [[0, 1, 2], [3]]
+
+
+def test_a_bare_text_is_no_tuple_of_prompts():
+    with pytest.raises(DiffAccelError, match="must be a tuple"):
+        Request(prompts="a cat")
+
+
+def test_a_zoo_card_gives_defaults_that_a_request_overrides(pipes, monkeypatch):
+    defaults = {"height": 48, "width": 32, "num_inference_steps": 6, "true_cfg_scale": 3.0, "max_sequence_length": 24}
+    monkeypatch.setattr(zoo, "names", lambda: ["tiny-flux"])
+    monkeypatch.setattr(zoo, "card", lambda name: {"defaults": {**defaults, "negative_prompt": ""}})
+    request = Request(prompts=("a",), model="tiny-flux").with_model_defaults()
+    expected = {**defaults, "negative_prompt": ""}
+    assert call_arguments(pipes["flux"], request) == expected
+    request = Request(prompts=("a",), model="tiny-flux", steps=2, size=(32, 32), guidance=1.0).with_model_defaults()
+    changed = {"height": 32, "width": 32, "num_inference_steps": 2, "true_cfg_scale": 1.0, "max_sequence_length": 24}
+    assert call_arguments(pipes["flux"], request) == changed
+
+
+def test_an_open_pipeline_is_used_as_it_is(pipes, tmp_path):
+    """Its methods go into the settings, so that one folder cannot hold two methods' images."""
+    pipe = pipes["flux"]
+    request = Request(prompts=("a cat",), model="mine", steps=2, size=(32, 32))
+    plain = sampling.generate_run(request, tmp_path / "plain", pipe=pipe)
+    diffaccel.accelerate(pipe, Heun())
+    try:
+        heun = sampling.generate_run(request, tmp_path / "heun", pipe=pipe)
+        with pytest.raises(DiffAccelError, match="methods"):
+            sampling.generate_run(request, tmp_path / "plain", pipe=pipe)
+    finally:
+        diffaccel.remove(pipe)
+    assert plain["settings"]["methods"] == [] and heun["settings"]["methods"] == [Heun().to_dict()]
+    assert plain["settings"]["model"] == "mine" and (plain["cost"]["nfe"], heun["cost"]["nfe"]) == (2, 3)
+
+
+@pytest.mark.parametrize("config", [Euler(), Ancestral()], ids=lambda config: config.name)
+def test_rows_of_a_batch_do_not_depend_on_each_other(pipes, tmp_path, config):
+    """A row differs from the same image alone by rounding, never by its neighbours' prompts or seeds."""
+    pipe = diffaccel.accelerate(pipes["sd3"], config)
+    try:
+        images = []
+        for other in ("two cats", "a red apple"):
+            request = Request(prompts=("a house", other), model="mine", steps=2, size=(32, 32), batch=2, threads=1)
+            images.append(sampling.generate_run(request, tmp_path / other, pipe=pipe)["images"])
+    finally:
+        diffaccel.remove(pipe)
+    assert images[0][0]["pixels_sha256"] == images[1][0]["pixels_sha256"]
+    assert images[0][1]["pixels_sha256"] != images[1][1]["pixels_sha256"]
+
+
+def test_threads_are_put_back(pipes, tmp_path):
+    before = torch.get_num_threads()
+    request = Request(prompts=("a cat",), model="mine", steps=1, size=(32, 32), threads=before + 1)
+    made = sampling.generate_run(request, tmp_path, pipe=pipes["flux"])
+    assert made["settings"]["threads"] == before + 1 and torch.get_num_threads() == before
+
+
+def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
+    """Ctrl-C in the third call, and the next run makes that chunk and no other."""
+    pipe, calls = pipes["flux"], []
+
+    def press(module, args):
+        calls.append(module)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    request = Request(prompts=("a cat",), model="mine", num=4, steps=1, size=(32, 32), threads=1)
+    hook = pipe.transformer.register_forward_pre_hook(press)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="same command continues"):
+            sampling.generate_run(request, tmp_path / "run", pipe=pipe)
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "running"
+        continued = sampling.generate_run(request, tmp_path / "run", pipe=pipe)
+    finally:
+        hook.remove()
+    assert len(calls) == 3 + 2
+    assert continued["images"] == sampling.generate_run(request, tmp_path / "whole", pipe=pipe)["images"]
+
+
+def test_a_run_in_parts_is_the_run(pipes, tmp_path):
+    request = Request(prompts=("a cat",), model="mine", num=5, batch=2, steps=1, size=(32, 32), threads=1)
+    states = []
+    for _ in range(3):
+        record = sampling.generate_run(request, tmp_path / "parts", pipe=pipes["flux"], stop_after=1)
+        states.append((record["state"], len(list((tmp_path / "parts").glob("*.png")))))
+    assert states == [("running", 2), ("running", 4), ("finished", 5)]
+    whole = sampling.generate_run(request, tmp_path / "whole", pipe=pipes["flux"])
+    assert record["images"] == whole["images"]
+
+
+def test_the_network_of_a_pipeline(pipes):
+    assert network(pipes["sd"]) is pipes["sd"].unet
+    assert network(pipes["flux"]) is pipes["flux"].transformer
+    assert network(object()) is None

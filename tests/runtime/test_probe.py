@@ -1,0 +1,201 @@
+"""A probe is invisible, whatever happens while it runs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import diffaccel
+from diffaccel.errors import DiffAccelError
+from diffaccel.families import find
+from diffaccel.modules.stand_in import TextMemo
+from diffaccel.runtime.probe import Recording, arguments_of, check_guidance, stock_call
+from diffaccel.samplers import Euler
+
+
+def snapshot(pipe) -> dict:
+    denoiser = getattr(pipe, find(pipe).denoiser)
+    return {
+        "pipe": {k: v for k, v in pipe.__dict__.items()},
+        "class": type(pipe),
+        "config": copy.deepcopy(dict(pipe.config)),
+        "scheduler": copy.deepcopy({k: v for k, v in pipe.scheduler.__dict__.items()}),
+        "denoiser": set(denoiser.__dict__),
+        "weights": {k: v.clone() for k, v in denoiser.state_dict().items()},
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    assert before["pipe"].keys() == after["pipe"].keys()
+    assert all(before["pipe"][k] is after["pipe"][k] or before["pipe"][k] == after["pipe"][k] for k in before["pipe"])
+    assert before["class"] is after["class"]
+    assert before["config"] == after["config"]
+    assert before["denoiser"] == after["denoiser"]
+    assert before["scheduler"].keys() == after["scheduler"].keys()
+    for key, value in before["scheduler"].items():
+        other = after["scheduler"][key]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    assert all(torch.equal(v, after["weights"][k]) for k, v in before["weights"].items())
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_open_session_leaves_no_trace(family: str) -> None:
+    pipe = tiny.make(family)
+    pipe(**tiny.call_kwargs(family))  # so that everything lazy exists
+    kwargs = tiny.call_kwargs(family)
+    states = [g.get_state() for g in kwargs["generator"]]
+    torch.manual_seed(3)
+    global_state = torch.random.get_rng_state()
+    before = snapshot(pipe)
+    with diffaccel.open_session(pipe, **kwargs) as session:
+        session.at(64, 64)
+        session.add_cond(prompt=["a cup", "a hat"])
+    assert_same(before, snapshot(pipe))
+    assert all(torch.equal(g.get_state(), s) for g, s in zip(kwargs["generator"], states, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), global_state)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_open_session_without_a_generator_keeps_the_global_state(family: str) -> None:
+    pipe = tiny.make(family)
+    kwargs = {**tiny.call_kwargs(family), "generator": None}
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    with diffaccel.open_session(pipe, **kwargs):
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["session", "call"])
+def test_an_exception_while_preparing_leaves_no_trace(family: str, wrapped: bool, monkeypatch) -> None:
+    pipe = tiny.make(family)
+    stock = pipe(**tiny.call_kwargs(family)).images
+    if wrapped:
+        diffaccel.accelerate(pipe, Euler())
+
+    class Broken(Exception):
+        pass
+
+    def broken(*args, **kwargs):
+        raise Broken
+
+    scheduler = dict(pipe.scheduler.__dict__)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe), "encode_prompt", broken)
+        with pytest.raises(Broken):
+            if wrapped:
+                pipe(**tiny.call_kwargs(family))
+            else:
+                with diffaccel.open_session(pipe, **tiny.call_kwargs(family)):
+                    pass
+    assert "encode_prompt" not in pipe.__dict__ and "progress_bar" not in pipe.__dict__
+    assert "step" not in pipe.scheduler.__dict__ and scheduler.keys() == pipe.scheduler.__dict__.keys()
+    assert isinstance(getattr(pipe, find(pipe).denoiser), torch.nn.Module)
+    diffaccel.remove(pipe)
+    assert torch.equal(pipe(**tiny.call_kwargs(family)).images, stock)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_an_exception_in_the_network_leaves_no_trace(family: str) -> None:
+    pipe = tiny.make(family)
+    stock = pipe(**tiny.call_kwargs(family)).images
+    diffaccel.accelerate(pipe, Euler())
+    denoiser = getattr(pipe, find(pipe).denoiser)
+
+    class Broken(Exception):
+        pass
+
+    def hook(*args) -> None:
+        raise Broken
+
+    handle = denoiser.register_forward_pre_hook(hook)
+    with pytest.raises(Broken):
+        pipe(**tiny.call_kwargs(family))
+    handle.remove()
+    assert torch.equal(pipe(**tiny.call_kwargs(family)).images, stock)
+    assert "encode_prompt" not in pipe.__dict__ and "step" not in pipe.scheduler.__dict__
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_text_memo_keeps_positive_and_negative_apart(family: str) -> None:
+    pipe = tiny.make(family)
+    with diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as session:
+        for opened in (session, session.at(64, 64)):
+            cond = opened.conds[0]
+            positive, negative = cond.positive["encoder_hidden_states"], cond.negative["encoder_hidden_states"]
+            assert positive.shape == negative.shape and not torch.equal(positive, negative)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_text_is_encoded_once_for_all_resolutions(family: str) -> None:
+    pipe = tiny.make(family)
+    count = 0
+
+    def hook(*args) -> None:
+        nonlocal count
+        count += 1
+
+    handle = pipe.text_encoder.register_forward_pre_hook(hook)
+    with diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as session:
+        once = count
+        session.at(64, 64)
+        session.at(64, 32)
+        assert count == once
+    handle.remove()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_declared_guidance_is_what_the_pipeline_does(family: str) -> None:
+    """Fitted weights equal (1 - s, s) to 1e-5; a wrong scale is found out."""
+    pipe = tiny.make(family)
+    fam = find(pipe)
+    kwargs = tiny.call_kwargs(family)
+    arguments = arguments_of(stock_call(type(pipe)), pipe, (), kwargs)
+    seen: list[Recording] = []
+    from diffaccel.runtime.probe import intercept
+
+    class Stop(Exception):
+        pass
+
+    def stop(record: Recording) -> None:
+        seen.append(record)
+        check_guidance(fam, pipe, record, arguments)
+        record.guided = record.guided * 1.01
+        with pytest.raises(DiffAccelError, match="does not combine its predictions by classifier-free guidance"):
+            check_guidance(fam, pipe, record, arguments)
+        raise Stop
+
+    with pytest.raises(Stop), intercept(pipe, fam, TextMemo(), stop):
+        pipe(**kwargs)
+    assert len(seen[0].calls) == (2 if family == "flux" else 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "extra", "match"),
+    [
+        ("sd3", {"skip_guidance_layers": [0]}, "skip_guidance_layers"),
+        ("sdxl", {"denoising_end": 0.5}, "denoising_end"),
+        ("sd", {"callback": print, "callback_steps": 1}, "callback_on_step_end"),
+        ("flux", {"height": 40}, "nearest valid size is 32x32"),
+        ("sd", {"height": 36}, "nearest valid size is 32x32"),
+        ("flux", {"output_type": "jpeg"}, "output_type 'jpeg' is unknown"),
+        ("sd", {"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+)
+def test_what_a_sampler_cannot_follow_is_refused_before_any_work(family: str, extra: dict, match: str) -> None:
+    pipe = tiny.make(family)
+    diffaccel.accelerate(pipe, Euler())
+    with pytest.raises(DiffAccelError, match=match):
+        pipe(**{**tiny.call_kwargs(family), **extra})
+
+
+def test_an_unknown_network_argument_is_refused_by_name() -> None:
+    pipe = tiny.make("flux")
+    fam = find(pipe)
+    with pytest.raises(DiffAccelError, match="controlnet_block_samples"):
+        fam.conditioning(
+            pipe, [{"hidden_states": 0, "controlnet_block_samples": torch.zeros(1)}], {"true_cfg_scale": 1.0}
+        )

@@ -1,0 +1,102 @@
+"""The demo on a tiny pipeline: what it writes, that its numbers are the runs' own, and that the page stands alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+from scripts.demo import page as demo
+from scripts.demo.page import Variant, findings, run_demo
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "samplers.md"
+PROMPTS = ("a red apple", "<b>two</b> & a half cats")
+CHOSEN = (Variant(None, 3), Variant("euler", 3), Variant("heun", 3), Variant("dpmpp2m", 1))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    tiny.make("flux").save_pretrained(root / "model")
+    arguments = {"model": str(root / "model"), "prompts": PROMPTS, "chosen": CHOSEN, "size": (32, 48), "guidance": 3.0}
+    return root / "out", run_demo(root / "out", progress=False, **arguments), arguments
+
+
+def test_files_and_record(made):
+    out, record, _ = made
+    assert json.loads((out / "record.json").read_text()) == record
+    assert {path.name for path in out.iterdir()} == {
+        "record.json", "index.html", "contact_sheet.png", *(variant.name for variant in CHOSEN),
+    }  # fmt: skip
+    rows = {row["name"]: row for row in record["variants"]}
+    assert [rows[v.name]["nfe"] for v in CHOSEN] == [3, 3, 5, 1]
+    assert [rows[v.name]["forwards"] for v in CHOSEN] == [6, 6, 10, 2]
+    assert rows["plain-3"]["identical"] and rows["euler-3"]["identical"] and rows["euler-3"]["difference"] == 0
+    assert not rows["heun-3"]["identical"] and rows["heun-3"]["difference"] > 0
+    for row in record["variants"]:
+        run = json.loads((out / row["name"] / "run.json").read_text())
+        assert row["seconds"] == round(run["cost"]["seconds"] / len(PROMPTS), 3)
+        assert [image["seed"] for image in row["images"]] == [0, 1]
+        assert all((out / image["file"]).is_file() for image in row["images"])
+    assert Image.open(out / "contact_sheet.png").width > len(CHOSEN) * 128
+
+
+def test_page_stands_alone(made):
+    text = (made[0] / "index.html").read_text()
+    assert text.count("data:image/png;base64,") == len(CHOSEN) * len(PROMPTS)
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text and "<script" not in text
+    assert "&lt;b&gt;two&lt;/b&gt; &amp; a half cats" in text and "<b>two" not in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+
+
+def test_a_second_call_uses_what_is_there(made, monkeypatch):
+    out, record, arguments = made
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
+    again = run_demo(out, progress=False, **arguments)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again["variants"] == record["variants"]
+
+
+def test_difference_is_in_levels(tmp_path):
+    for name, level in (("a", 10), ("b", 14)):
+        Image.new("RGB", (8, 8), (level, 10, 10)).save(tmp_path / f"{name}.png")
+    assert demo.difference(tmp_path / "a.png", tmp_path / "b.png") == pytest.approx(4 / 3, abs=1e-3)
+    assert demo.difference(tmp_path / "a.png", tmp_path / "a.png") == 0
+
+
+def test_published_numbers_are_the_records():
+    """The table of docs/samplers.md, line by line, from the record beside it."""
+    record = json.loads((DOCS / "results" / "demo_emoji-flux_cpu.json").read_text())
+    rows = re.findall(
+        r"^\| `?([a-z0-9 ]+?)`? \| (\d+) \| (\d+) \| ([\d.]+) \| (.*?) ?\|$", PAGE.read_text(), re.MULTILINE
+    )
+    expected = []
+    for i, r in enumerate(record["variants"]):
+        apart = "identical" if r["identical"] else f"{r['difference']:.2f} / 255"
+        time, apart = (f"{1 / r['speedup']:.2f}", apart) if i else ("1", "")
+        expected.append((r["sampler"] or "plain pipeline", str(r["steps"]), f"{r['nfe']:g}", time, apart))
+    assert rows == expected
+    assert record["device"]["name"] in PAGE.read_text() and record["started"][:10] in PAGE.read_text()
+
+
+def row(**changes):
+    plain = {"sampler": None, "steps": 28, "label": "plain", "nfe": 28, "seconds": 2.0, "difference": 0.0,
+             "identical": True, "speedup": 1.0, "speedup_range": [0.9, 1.1]}  # fmt: skip
+    return {**plain, **changes}
+
+
+def test_sentences_say_what_the_numbers_say():
+    euler = row(sampler="euler")
+    fast = [row(sampler=s, steps=8, nfe=8, label=s, difference=d, speedup=3.4) for s, d in (("a", 5.0), ("b", 2.0))]
+    same, few = findings([row(), euler, *fast])
+    assert "pixel for pixel" in same and "in the same time" in same
+    slower = row(sampler="euler", speedup=0.8, speedup_range=[0.7, 0.9])
+    assert "0.80 times as fast" in findings([row(), slower])[0]
+    assert "b stays closest" in few and "3.4 times faster" in few
+    assert "0.40 levels off" in findings([row(), row(sampler="euler", identical=False, difference=0.4)])[0]
+    assert findings([row()]) == []

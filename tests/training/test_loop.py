@@ -1,0 +1,148 @@
+"""Schedule, EMA, deadlines and resuming of the step loop."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.training.ema import EMA
+from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
+
+
+def _plan(**changes):
+    return TrainingPlan(**{"lr": 0.05, "samples": 80, "warmup": 3, "restart_warmup": 4, "ema": 0.9, **changes})
+
+
+def _run(folder, plan=None, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    return TrainingRun(folder, "toy", {"model": model}, plan or _plan(), seed=7, **options)
+
+
+def _train(run, stop_at=None):
+    for step in run:
+        x = torch.randn(8, 4, generator=run.generator)
+        target = torch.stack([x[:, 0] * x[:, 1], x.sum(1)], 1)
+        run.update(nn.functional.mse_loss(run.module["model"](x), target), samples=8)
+        if stop_at is not None and step + 1 == stop_at:
+            break
+    return run
+
+
+def test_rate_is_warmup_then_flat_then_cosine_to_the_floor():
+    plan = TrainingPlan(lr=2.0, samples=100, warmup=10, flat=0.5, floor=0.1)
+    assert plan.rate(0, 0) == pytest.approx(0.2) and plan.rate(4, 0.1) == pytest.approx(1.0)
+    assert plan.rate(50, 0.5) == 2.0
+    assert plan.rate(50, 0.75) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert plan.rate(50, 1.0) == pytest.approx(0.2)
+    assert plan.rate(60, 0.5, restarted_at=60) == pytest.approx(2.0 / plan.restart_warmup)
+
+
+def test_progress_follows_the_nearer_end():
+    plan = TrainingPlan(lr=1.0, samples=100, seconds=50)
+    assert plan.progress(10, 25) == 0.5 and plan.progress(80, 25) == 0.8 and plan.progress(200, 0) == 1
+    with pytest.raises(DiffAccelError, match="neither samples nor seconds"):
+        TrainingPlan(lr=1.0)
+    with pytest.raises(DiffAccelError, match="flat"):
+        TrainingPlan(lr=1.0, samples=1, flat=1.0)
+
+
+def test_ema_is_the_weighted_sum_of_what_it_saw():
+    module = nn.Linear(1, 1, bias=False)
+    values = [3.0, -1.0, 2.0, 5.0]
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    ema, expected = EMA(module, 0.2), 1.0
+    for n, value in enumerate(values):
+        with torch.no_grad():
+            module.weight.fill_(value)
+        ema.update()
+        decay = min(0.2, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    assert ema.shadow[0].item() == pytest.approx(expected, rel=1e-6)
+    with ema:
+        assert module.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert module.weight.item() == 5.0 and ema.shadow[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_model_learns_and_the_log_counts(tmp_path):
+    run = _train(_run(tmp_path, _plan(samples=4000, log_seconds=0.0)))
+    entries = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
+    assert run.finished and run.step == 500 and entries[-1]["samples"] == 4000 and entries[-1]["progress"] == 1
+    assert sum(e["loss"] for e in entries[-50:]) < 0.2 * sum(e["loss"] for e in entries[:50])
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_an_interrupted_run_ends_bit_equal(tmp_path, stop):
+    whole = _train(_run(tmp_path / "whole"))
+    _train(_run(tmp_path / "cut"), stop_at=stop)
+    resumed = _run(tmp_path / "cut")
+    assert resumed.step in (stop - 1, stop)
+    _train(resumed)
+    assert resumed.step == whole.step == 10
+    for a, b in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(whole.ema.shadow, resumed.ema.shadow, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_weights_that_travelled_without_moments_restart_with_a_warmup(tmp_path):
+    run = _train(_run(tmp_path / "first"), stop_at=5)
+    run.save(tmp_path / "second" / "toy.safetensors", moments=False)
+    again = _run(tmp_path / "second")
+    assert again.restarted_at == again.step == run.step
+    assert not again.optimizer.state
+    _train(again, stop_at=again.step + 1)
+    assert again.optimizer.param_groups[0]["lr"] <= 0.05 / 4 + 1e-12
+
+
+def test_a_deadline_stops_and_saves(tmp_path):
+    run = _train(_run(tmp_path, _plan(samples=10**9), deadline=Deadline(0.3)))
+    assert 0 < run.samples < 10**9
+    assert _run(tmp_path, _plan(samples=10**9)).step == run.step
+    assert _train(_run(tmp_path / "none", deadline=Deadline(-1))).step == 0
+
+
+def test_seconds_end_a_run_and_add_up_over_jobs(tmp_path):
+    run = _train(_run(tmp_path, _plan(samples=math.inf, seconds=0.2)))
+    assert run.finished and _run(tmp_path, _plan(samples=math.inf, seconds=0.2)).finished
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero(tmp_path):
+    run = _run(tmp_path, _plan(weight_decay=0.0))
+    before = [p.detach().clone() for p in run.parameters]
+    for _ in run:
+        run.update(sum(p.sum() for p in run.parameters) * math.nan, samples=8)
+        break
+    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters, strict=True))
+    assert _run(tmp_path).step in (0, 1)
+
+
+def test_a_step_without_update_is_an_error(tmp_path):
+    with pytest.raises(DiffAccelError, match="made no update"):
+        for _ in _run(tmp_path):
+            pass
+
+
+def test_a_save_killed_halfway_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    run = _train(_run(tmp_path), stop_at=3)
+    good = run.checkpoint.read_bytes()
+
+    def killed(descriptor):
+        os.truncate(descriptor, 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffaccel.files.os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save()
+    assert run.checkpoint.read_bytes() == good
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    _train(_run(tmp_path), stop_at=2)
+    with pytest.raises(DiffAccelError, match="another shape"):
+        TrainingRun(tmp_path, "toy", {"model": nn.Linear(3, 3)}, _plan())
