@@ -1,6 +1,6 @@
-# make test     set up, then run the test suite       make demo    set up, then the main job, with its report
-# make test-all also the slow tests, and the GPU tests where there is a GPU
-# make lint     ruff and mypy                         make clean   remove the environment and build outputs
+# make test      set up, then the tests that take minutes     make demo    set up, then the main job, with its report
+# make test-slow the slow tests, those alone                  make lint    ruff and mypy
+# make test-all  all of them, on the GPU too if there is one  make clean   remove the environment and build outputs
 #
 # PYTHON=...       the interpreter to use (3.11 or 3.12; the first usable one on PATH is taken)
 # CONSTRAINTS=...  another set of versions (CONSTRAINTS=/dev/null: the newest that pyproject.toml allows)
@@ -11,7 +11,7 @@
 export GOMP_SPINCOUNT ?= 5000
 
 .DEFAULT_GOAL := test
-.PHONY: setup test test-all demo lint clean
+.PHONY: setup test test-slow test-all demo lint clean
 
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
@@ -36,7 +36,10 @@ $(venv)/.ready: pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 test: setup
-	$(python) -m pytest $(workers) $(PYTEST_ARGS)
+	$(python) -m pytest $(workers) -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(python) -m pytest $(workers) -m "slow and not gpu" $(PYTEST_ARGS)
 
 test-all: setup
 	$(python) -m pytest $(workers) -m "" $(PYTEST_ARGS)

@@ -1,12 +1,14 @@
 """diffaccel: diffusion and flow pipelines, faster, smaller and better, in one line and with proof.
 
 ``accelerate(pipe, ...)`` applies methods to a diffusers pipeline, ``remove(pipe)`` takes them off again to the bit,
-``summary(pipe)`` says what is active, ``load(name)`` opens a model of the zoo, a folder or a hub id.
+``summary(pipe)`` lists the active methods, ``load(name)`` opens a model of the zoo, a folder or a hub id.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from diffaccel.former import install
 
 if TYPE_CHECKING:
     from diffaccel.compose import accelerate, remove, summary
@@ -25,6 +27,9 @@ _LAZY = {
     "open_session": "diffaccel.runtime.probe",
     "DiffAccelError": "diffaccel.errors",
 }
+
+
+install()  # module names of version 0.1
 
 
 def __getattr__(name: str) -> Any:

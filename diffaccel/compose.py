@@ -7,6 +7,7 @@ the stock call around the method's own loop. Weight and block methods change the
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,15 @@ _KEY = "_diffaccel"
 
 @dataclass
 class Active:
-    """What is active on one pipeline: the methods in the order they were applied, and the last run's cost.
+    """State of the methods on one pipeline.
 
-    ``folder`` and ``shared`` are the next call's: where it may leave files, and whether all processes make it together.
+    Attributes:
+        original_class: the pipeline's class before :func:`accelerate`.
+        configs: configs of the active methods, weights first, then blocks, then the loop.
+        handles: of the methods that changed a network, in the order in which they were applied.
+        stats: cost of the last run.
+        folder: where the next call may leave files.
+        shared: whether all processes of the launch make the next call together.
     """
 
     original_class: type
@@ -39,7 +46,7 @@ class Active:
 
 
 def active(pipe: Any) -> Active | None:
-    """What is active on ``pipe``, or None."""
+    """Return the state of the methods on ``pipe``, or None."""
     return pipe.__dict__.get(_KEY)
 
 
@@ -63,27 +70,27 @@ def accelerate(pipe: Any, *configs: Any) -> Any:
     _check_pipeline(pipe)
     if not configs:
         raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
-    new = [_config(c) for c in configs]
+    new_configs = [_config(config) for config in configs]
     state = active(pipe)
-    _check_clashes([*(state.configs if state else []), *new])
+    _check_clashes([*(state.configs if state else []), *new_configs])
     state = state or Active(type(pipe))
-    before = (list(state.configs), list(state.handles))
+    old_configs, old_handles = list(state.configs), list(state.handles)
     object.__setattr__(pipe, _KEY, state)
     try:
-        for config in sorted(new, key=lambda c: ORDER.index(c.touches)):
+        for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
             if config.touches == "loop":
                 _wrap_call(pipe, state)
             else:
                 state.handles.append(config.apply(pipe))
             state.configs.append(config)
     except Exception:
-        for handle in reversed(state.handles[len(before[1]) :]):
+        for handle in reversed(state.handles[len(old_handles) :]):
             handle.remove()
-        state.configs, state.handles = before
+        state.configs, state.handles = old_configs, old_handles
         if not state.configs:
             _restore(pipe, state)
         raise
-    state.configs.sort(key=lambda c: ORDER.index(c.touches))
+    state.configs.sort(key=lambda config: ORDER.index(config.touches))
     return pipe
 
 
@@ -102,14 +109,14 @@ def remove(pipe: Any) -> Any:
 
 @dataclass
 class Summary:
-    """What is active on a pipeline and what its last run cost; prints as a table."""
+    """The active methods of a pipeline and the cost of its last run; prints as a table."""
 
     pipeline: str
     methods: list[dict[str, Any]]
     last_run: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For records."""
+        """Return the fields as a dict for records."""
         return {"pipeline": self.pipeline, "methods": self.methods, "last_run": self.last_run}
 
     def __str__(self) -> str:
@@ -130,7 +137,7 @@ class Summary:
 
 
 def summary(pipe: Any) -> Summary:
-    """What is active on ``pipe``, with the cost of its last run."""
+    """Return the active methods of ``pipe`` and the cost of its last run."""
     _check_pipeline(pipe)
     state = active(pipe)
     cls = state.original_class if state else type(pipe)
@@ -160,38 +167,37 @@ def _check_pipeline(pipe: Any) -> None:
 
 
 def _check_clashes(configs: list[Any]) -> None:
-    for i, one in enumerate(configs):
-        for other in configs[i + 1 :]:
-            if one.name == other.name:
-                raise DiffAccelError(
-                    f"'{one.name}' is already active. diffaccel.remove(pipe) first to change its options."
-                )
-            if other.name in one.conflicts or one.name in other.conflicts:
-                raise DiffAccelError(f"'{one.name}' and '{other.name}' cannot be active together. Use one.")
-            if one.touches == other.touches == "loop":
-                raise DiffAccelError(
-                    f"'{one.name}' and '{other.name}' both replace the sampling loop. Use one of them, "
-                    "or diffaccel.remove(pipe) in between."
-                )
+    for first, second in itertools.combinations(configs, 2):
+        if first.name == second.name:
+            raise DiffAccelError(
+                f"'{first.name}' is already active. diffaccel.remove(pipe) first to change its options."
+            )
+        if second.name in first.conflicts or first.name in second.conflicts:
+            raise DiffAccelError(f"'{first.name}' and '{second.name}' cannot be active together. Use one.")
+        if first.touches == second.touches == "loop":
+            raise DiffAccelError(
+                f"'{first.name}' and '{second.name}' both replace the sampling loop. Use one of them, "
+                "or diffaccel.remove(pipe) in between."
+            )
 
 
 def _wrap_call(pipe: Any, state: Active) -> None:
     original = state.original_class
-    stock = original.__call__
+    stock_call = original.__call__
 
-    @functools.wraps(stock)
+    @functools.wraps(stock_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         from diffaccel.runtime.call import generate
 
         current = active(self)
         if current is None or current.loop is None:
-            return stock(self, *args, **kwargs)
+            return stock_call(self, *args, **kwargs)
         result, current.stats = generate(
-            self, current.loop, stock, args, kwargs, folder=current.folder, shared=current.shared
+            self, current.loop, stock_call, args, kwargs, folder=current.folder, shared=current.shared
         )
         return result
 
-    __call__.stock_call = stock  # type: ignore[attr-defined]
+    __call__.stock_call = stock_call  # type: ignore[attr-defined]
     members = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
     object.__setattr__(pipe, "__class__", type(original.__name__, (original,), members))
 

@@ -20,15 +20,15 @@ Level = Literal["fast", "slow", "unsupported", "unknown"]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What ``diffaccel doctor`` found by trying it, for a method's :meth:`Config.support`.
+    """Abilities of a machine as measured by ``diffaccel doctor``, for a method's :meth:`Config.support`.
 
     Attributes:
         device: "cuda", "mps" or "cpu", the best that works.
-        capability: of a CUDA device, such as (9, 0).
-        memory: bytes, of the device.
+        capability: compute capability of a CUDA device, such as (9, 0).
+        memory: memory of the device in bytes.
         attention: names of the attention backends that work, as ``diffaccel doctor`` lists them.
         dtypes: names of the dtypes whose matrix products work.
-        triton: whether Triton can be imported and there is a device that it compiles for.
+        triton: whether Triton can be imported and a device is present that it compiles for.
         compiles: whether ``torch.compile`` works; None when that was not tried (``doctor --compile``).
     """
 
@@ -43,7 +43,7 @@ class Machine:
 
 @runtime_checkable
 class Handle(Protocol):
-    """What a weight or block method returns when applied to a network."""
+    """Undoes a weight or block method that was applied to a network."""
 
     def remove(self) -> None:
         """Restore the network to the bit."""
@@ -55,7 +55,7 @@ class Config:
 
     Class attributes:
         name: the registry name, also the prefix of command line options.
-        touches: what the method acts on; ``accelerate`` applies weights, then blocks, then the loop.
+        touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
         conflicts: names of methods that cannot be active at the same time.
         paper: title and arXiv id.
     """
@@ -80,31 +80,31 @@ class Config:
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
-        """How the method fares on a machine, and why: on its fast path, on a slower one, or not at all."""
+        """Return how well the method runs on a machine, and why: on its fast path, on a slower one, or not at all."""
         return "unknown", "the method does not say what it needs"
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"name": ..., field: value}``, JSON-ready."""
+        """Return ``{"name": ..., field: value}``, JSON-ready."""
         return {"name": self.name, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_dict`, also after JSON; an unknown key raises with the nearest match."""
+        """Invert :meth:`to_dict`, also after JSON; an unknown key raises with the nearest match."""
         if values.get("name", cls.name) != cls.name:
             raise DiffAccelError(f"These are options of '{values['name']}', not of '{cls.name}' ({cls.__name__}).")
-        given = {k: v for k, v in values.items() if k != "name"}
+        options = {k: v for k, v in values.items() if k != "name"}
         hints = typing.get_type_hints(cls)
         names = [f.name for f in fields(cls)]
-        for key, value in given.items():
+        for key, value in options.items():
             if key not in names:
                 raise unknown(f"option of {cls.__name__}", key, names)
             if isinstance(value, list) and not _fits(value, hints[key]) and _fits(tuple(value), hints[key]):
-                given[key] = tuple(value)  # JSON has no tuples
+                options[key] = tuple(value)  # JSON has no tuples
         required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-        missing = [name for name in required if name not in given]
+        missing = [name for name in required if name not in options]
         if missing:
-            raise DiffAccelError(f"{cls.__name__} needs {', '.join(missing)}; got {', '.join(given) or 'nothing'}.")
-        return cls(**given)
+            raise DiffAccelError(f"{cls.__name__} needs {', '.join(missing)}; got {', '.join(options) or 'nothing'}.")
+        return cls(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,24 +114,24 @@ class SamplerConfig(Config):
     Args:
         state: keep latents in fp32 between steps ("float32"), or round them to the pipeline's dtype after every step
             as the stock loop does ("stock").
-        max_batch: most rows in one network call; 0 for no limit.
+        max_batch: maximum number of rows in one network call; 0 for no limit.
     """
 
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
-    searches: ClassVar[bool] = False  # one call may keep many processes busy, and leaves files of its own
+    searches: ClassVar[bool] = False  # one call may use many processes, and writes files of its own
 
     state: State = "float32"
     max_batch: int = 0
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
-        """Plain arithmetic between predictions: no machine is too small for it."""
-        each = "one prediction" if cls.evals_per_step == 1 else f"{cls.evals_per_step} predictions"
-        return "fast", f"works everywhere: time follows NFE, {each} a step"
+        """Return "fast": arithmetic between predictions runs on every machine."""
+        predictions = "one prediction" if cls.evals_per_step == 1 else f"{cls.evals_per_step} predictions"
+        return "fast", f"works everywhere: time follows NFE, {predictions} a step"
 
     def sample(self, session: Session) -> Sampling:
-        """The sampler's generator for one session."""
+        """Return the sampler's generator for one session."""
         raise NotImplementedError
 
     def validate(self) -> None:
@@ -142,7 +142,7 @@ class SamplerConfig(Config):
 
 
 class ModuleConfig(Protocol):
-    """What ``accelerate`` needs of a config that acts on the network itself."""
+    """The interface of a config that acts on the network itself."""
 
     name: str
     touches: Touches

@@ -1,4 +1,4 @@
-"""The one exception users see: what was wrong, what was given, what is allowed, what to do."""
+"""The one exception that users see; its message says what is wrong, what was given, what is allowed and the fix."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from collections.abc import Iterable
 
 
 class DiffAccelError(ValueError):
-    """Bad input or an impossible request, said in one sentence that names the fix."""
+    """Bad input or an impossible request; the message names the fix."""
 
 
 class UnsupportedBySampler(DiffAccelError):
-    """A sampler asked its driver for something that this pipeline or driver cannot give."""
+    """A sampler's request that this pipeline or driver cannot answer."""
 
 
-def unknown(what: str, got: str, allowed: Iterable[str]) -> DiffAccelError:
-    """An error for a name that is not in ``allowed``, with the nearest match first."""
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> DiffAccelError:
+    """Return the error for a name that is not in ``allowed``, with the nearest match first."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(got.lower(), names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'? " if near else ""
-    return DiffAccelError(f"Unknown {what} '{got}'. {hint}Known: {', '.join(names) or 'none'}.")
+    matches = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{matches[0]}'? " if matches else ""
+    return DiffAccelError(f"Unknown {kind} '{name}'. {hint}Known: {', '.join(names) or 'none'}.")
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:
-    """An error's message on one line of readable length."""
+    """Return an error's message on one line, cut to ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def size_text(height: int, width: int) -> str:
+    """Return a picture's size as people read it everywhere: ``WIDTHxHEIGHT``; Python takes ``(height, width)``."""
+    return f"{width}x{height}"

@@ -1,6 +1,6 @@
-"""Files that are either whole or not there, and what pictures and videos carry of how they were made.
+"""Atomically written files, with metadata in pictures and videos, and digests of files.
 
-Everything is written beside its name, flushed, and renamed.
+Everything is written under a temporary name in the same folder, flushed, and renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK, _BLOCKS = 1 << 16, 128
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes ``path`` when the block ends well, and leaves nothing when it does not."""
+    """Open a file that becomes ``path`` when the block succeeds and is deleted when it fails."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
@@ -41,23 +41,23 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """``values`` as readable JSON; not-a-number and infinity, which JSON lacks, raise ``ValueError``."""
+    """Write ``values`` as readable JSON; not-a-number and infinity, which JSON lacks, raise ``ValueError``."""
     write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` in UTF-8."""
+    """Write ``text`` in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """``data`` as it is."""
+    """Write ``data`` unchanged."""
     with atomic(path) as file:
         file.write(data)
 
 
 def write_png(path: Path, image: Image, values: dict[str, Any] | None = None) -> None:
-    """A lossless picture that carries ``values``, if any, as JSON text under the key ``diffaccel``."""
+    """Write a lossless picture that carries ``values``, if any, as JSON text under the key ``diffaccel``."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -68,7 +68,7 @@ def write_png(path: Path, image: Image, values: dict[str, Any] | None = None) ->
 
 
 def read_png(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_png` stored in a picture, or None for any other file."""
+    """Return the values that :func:`write_png` stored in a picture, or None for any other file."""
     from PIL import Image
 
     try:
@@ -80,7 +80,7 @@ def read_png(path: Path) -> dict[str, Any] | None:
 
 
 def write_tensor(path: Path, tensor: Tensor) -> None:
-    """One tensor as safetensors, under the name of the file."""
+    """Write one tensor as safetensors, under the name of the file."""
     from safetensors.torch import save
 
     with atomic(path) as file:
@@ -88,7 +88,7 @@ def write_tensor(path: Path, tensor: Tensor) -> None:
 
 
 def read_tensor(path: Path) -> Tensor:
-    """The inverse of :func:`write_tensor`."""
+    """Read the tensor of :func:`write_tensor`."""
     from safetensors.torch import load_file
 
     return load_file(path)[path.stem]
@@ -96,17 +96,17 @@ def read_tensor(path: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: its frames in order, and how many of them make a second."""
+    """A video: its frames in order, and the frame rate."""
 
     frames: list[Image]
     fps: float
 
 
 def write_mp4(path: Path, clip: Clip, values: dict[str, Any] | None = None) -> None:
-    """An H.264 video that carries ``values``, if any, as JSON text in its comment.
+    """Write an H.264 video that carries ``values``, if any, as JSON text in its comment.
 
     One thread and no dates: the same frames give the same bytes with the same ffmpeg. Frames are not resized; odd sides
-    are kept by storing colours at full resolution. Loss is small (CRF 14), but it is there.
+    are kept by storing colours at full resolution. Compression is lossy (CRF 14).
     """
     import imageio_ffmpeg
 
@@ -132,12 +132,12 @@ def write_mp4(path: Path, clip: Clip, values: dict[str, Any] | None = None) -> N
             written = imageio_ffmpeg.count_frames_and_secs(file.name)[0]
         except RuntimeError:
             written = 0
-        if written != len(clip.frames):  # ffmpeg's exit status does not come through
+        if written != len(clip.frames):  # imageio_ffmpeg does not pass on ffmpeg's exit status
             raise OSError(f"ffmpeg wrote {written} of {len(clip.frames)} frames; is the disk full?")
 
 
 def read_mp4(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_mp4` stored in a video, or None for any other file."""
+    """Return the values that :func:`write_mp4` stored in a video, or None for any other file."""
     try:
         data = path.read_bytes()
         start = data.index(b"\xa9cmt")  # an atom: its size, this name, a header of 16 bytes, the text
@@ -148,48 +148,48 @@ def read_mp4(path: Path) -> dict[str, Any] | None:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """What is stored in a picture or a video of ours, or None for any other file."""
+    """Return the values stored in a picture or video of diffaccel, or None for any other file."""
     return read_mp4(path) if path.suffix == ".mp4" else read_png(path)
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return the sha256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def pixels_sha256(image: Image) -> str:
-    """Of a picture's size and pixels alone, whatever file it is in."""
-    head = f"{image.mode} {image.width} {image.height} ".encode()
-    return hashlib.sha256(head + image.tobytes()).hexdigest()
+    """Return the sha256 of a picture's mode, size and pixels, whatever file it is in."""
+    header = f"{image.mode} {image.width} {image.height} ".encode()
+    return hashlib.sha256(header + image.tobytes()).hexdigest()
 
 
 def clip_sha256(clip: Clip) -> str:
-    """Of a video's frames alone, as they were before they were encoded."""
-    total = hashlib.sha256()
+    """Return the sha256 of a video's frames before encoding."""
+    digest = hashlib.sha256()
     for frame in clip.frames:
-        total.update(f"{frame.mode} {frame.width} {frame.height} ".encode() + frame.tobytes())
-    return total.hexdigest()
+        digest.update(f"{frame.mode} {frame.width} {frame.height} ".encode() + frame.tobytes())
+    return digest.hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
-    """Twelve hex digits that change when a model folder's files change.
+    """Return twelve hex digits that change when a model folder's files change.
 
-    Names and sizes of all files, and of each file its bytes: all of them up to 8 MiB, else 128 blocks spread evenly,
-    since tens of gigabytes would take longer to read than to use.
+    Digested are names and sizes of all files and their bytes: all bytes of a file up to 8 MiB, else 128 blocks spread
+    evenly, since tens of gigabytes would take longer to read than to use.
     """
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if any(part.startswith(".") for part in name.parts) or not path.is_file():
             continue
         size = path.stat().st_size
-        total.update(f"{name.as_posix()} {size} ".encode())
+        digest.update(f"{name.as_posix()} {size} ".encode())
         with open(path, "rb") as file:
             if size <= _BLOCK * _BLOCKS:
-                total.update(file.read())
+                digest.update(file.read())
                 continue
             for i in range(_BLOCKS):
                 file.seek((size - _BLOCK) * i // (_BLOCKS - 1))
-                total.update(file.read(_BLOCK))
-    return total.hexdigest()[:12]
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:12]

@@ -1,11 +1,11 @@
-"""Noise paths and prediction types: the one language that samplers speak.
+"""Noise paths and prediction types, and conversions between them.
 
 A noise path mixes a clean sample with noise, ``x_t = alpha(t) x0 + sigma(t) eps``, with ``t`` growing towards noise.
 Its velocity is ``v = dx_t/dt = alpha'(t) x0 + sigma'(t) eps`` and its score ``-eps / sigma(t)``. Given ``x_t`` and any
 one of eps, x0, v, the variance-preserving v-prediction or the score, all others follow; two paths at equal
 signal-to-noise ratio differ by a scale only (Karras et al., arXiv 2206.00364; Lipman et al., arXiv 2210.02747).
 
-All functions take floats or tensors that broadcast against ``x`` and keep the dtype that they are given.
+All functions take floats or tensors that broadcast against ``x``, and keep their dtype.
 """
 
 from __future__ import annotations
@@ -29,44 +29,44 @@ class Path:
     """``x_t = alpha(t) x0 + sigma(t) eps``; subclasses give the two coefficients and their derivatives."""
 
     def alpha(self, t: Scalar) -> Scalar:
-        """Weight of the clean sample at ``t``."""
+        """Return the weight of the clean sample at ``t``."""
         raise NotImplementedError
 
     def sigma(self, t: Scalar) -> Scalar:
-        """Standard deviation of the noise at ``t``."""
+        """Return the standard deviation of the noise at ``t``."""
         raise NotImplementedError
 
     def d_alpha(self, t: Scalar) -> Scalar:
-        """``d alpha / dt``."""
+        """Return ``d alpha / dt``."""
         raise NotImplementedError
 
     def d_sigma(self, t: Scalar) -> Scalar:
-        """``d sigma / dt``."""
+        """Return ``d sigma / dt``."""
         raise NotImplementedError
 
     def at(self, rho: Scalar) -> Scalar:
-        """The time ``t`` at which ``log(alpha/sigma) = rho``: the inverse of :meth:`rho`."""
+        """Return the time ``t`` at which ``log(alpha/sigma) = rho``: the inverse of :meth:`rho`."""
         raise NotImplementedError
 
     def rho(self, t: Scalar) -> Tensor:
-        """``log(alpha(t)/sigma(t))``, half the log signal-to-noise ratio."""
+        """Return ``log(alpha(t)/sigma(t))``, half the log signal-to-noise ratio."""
         return torch.log(_tensor(self.alpha(t))) - torch.log(_tensor(self.sigma(t)))
 
     def mix(self, x0: Tensor, eps: Tensor, t: Scalar) -> Tensor:
-        """``alpha(t) x0 + sigma(t) eps``."""
+        """Return ``alpha(t) x0 + sigma(t) eps``."""
         return self.alpha(t) * x0 + self.sigma(t) * eps
 
     def velocity(self, x0: Tensor, eps: Tensor, t: Scalar) -> Tensor:
-        """``alpha'(t) x0 + sigma'(t) eps``."""
+        """Return ``alpha'(t) x0 + sigma'(t) eps``."""
         return self.d_alpha(t) * x0 + self.d_sigma(t) * eps
 
     def x0(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
-        """The clean sample from the velocity: ``(sigma v - sigma' x) / (alpha' sigma - alpha sigma')``."""
+        """Return the clean sample for a velocity: ``(sigma v - sigma' x) / (alpha' sigma - alpha sigma')``."""
         a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
         return (s * v - ds * x) / (da * s - a * ds)
 
     def eps(self, x: Tensor, v: Tensor, t: Scalar) -> Tensor:
-        """The noise from the velocity: ``(alpha v - alpha' x) / (alpha sigma' - alpha' sigma)``."""
+        """Return the noise for a velocity: ``(alpha v - alpha' x) / (alpha sigma' - alpha' sigma)``."""
         a, s, da, ds = self.alpha(t), self.sigma(t), self.d_alpha(t), self.d_sigma(t)
         return (a * v - da * x) / (a * ds - da * s)
 
@@ -171,7 +171,7 @@ class Tabulated(Path):
     """The path of a scheduler with a table of cumulative alphas: ``alpha^2 = alphas_cumprod[t]``, ``t`` in train steps.
 
     Between two integer times ``log(alpha/sigma)`` is linear in ``t``. A zero terminal ratio (arXiv 2305.08891) gives
-    ``rho = -inf`` at the last entry, which is exact there; up to it the path stays at the last finite ratio.
+    ``rho = -inf`` at the last entry, which is exact there; before it the path stays at the last finite ratio.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -203,7 +203,7 @@ class Tabulated(Path):
 
     def at(self, rho: Scalar) -> Tensor:
         rho = _tensor(rho).to("cpu", torch.float64)
-        # rho falls with t; searchsorted wants it rising
+        # rho falls with t; searchsorted needs it rising
         rising = self._rho.flip(0).contiguous()
         last = len(rising) - 1
         high = torch.searchsorted(rising, rho.contiguous()).clamp(1, last)
@@ -218,7 +218,7 @@ VE_PATH = VE()
 
 
 def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar) -> tuple[Tensor, Tensor]:
-    """``(x0, eps)`` from a network output of type ``kind`` at ``x = alpha x0 + sigma eps``.
+    """Return ``(x0, eps)`` for a network output of type ``kind`` at ``x = alpha x0 + sigma eps``.
 
     epsilon: ``eps = out``; sample: ``x0 = out``; score: ``eps = -sigma out``; velocity of the linear path:
     ``out = eps - x0``; v_prediction: ``out = alpha eps - sigma x0`` (arXiv 2202.00512, where alpha^2 + sigma^2 = 1).
@@ -240,7 +240,7 @@ def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scala
 
 
 def output(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
-    """What a network of type ``kind`` has to return for ``(x0, eps)``: the inverse of :func:`x0_eps`."""
+    """Return the output of a network of type ``kind`` for ``(x0, eps)``: the inverse of :func:`x0_eps`."""
     if kind == "epsilon":
         return eps
     if kind == "sample":
@@ -255,12 +255,12 @@ def output(kind: Prediction, x0: Tensor, eps: Tensor, alpha: Scalar, sigma: Scal
 
 
 def convert(out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar, *, source: Prediction, target: Prediction) -> Tensor:
-    """A network output of type ``source`` as one of type ``target``, at ``x = alpha x0 + sigma eps``."""
+    """Convert a network output of type ``source`` to type ``target``, at ``x = alpha x0 + sigma eps``."""
     return output(target, *x0_eps(source, out, x, alpha, sigma), alpha, sigma)
 
 
 def transport(x: Tensor, t: Scalar, source: Path, target: Path) -> tuple[Tensor, Scalar]:
-    """``(x', t')`` on ``target`` with the clean sample, noise and signal-to-noise ratio of ``(x, t)`` on ``source``.
+    """Return ``(x', t')`` on ``target`` with the clean sample, noise and log SNR of ``(x, t)`` on ``source``.
 
     ``rho'(t') = rho(t)`` and ``x' = c x`` with ``c = sigma'(t') / sigma(t) = alpha'(t') / alpha(t)``, taken as the
     ratio of their norms, which is finite at pure noise and at zero noise too (arXiv 2503.19385).
@@ -275,7 +275,7 @@ def _norm(path: Path, t: Scalar) -> Tensor:
 
 
 def karras_preconditioning(sigma: Scalar, sigma_data: float) -> tuple[Scalar, Scalar, Scalar, Scalar]:
-    """``(c_skip, c_out, c_in, c_noise)`` of EDM: ``x0 = c_skip x + c_out F(c_in x; c_noise)`` on the VE path.
+    """Return ``(c_skip, c_out, c_in, c_noise)`` of EDM: ``x0 = c_skip x + c_out F(c_in x; c_noise)`` on the VE path.
 
     ``sigma_data`` is the standard deviation of the data (arXiv 2206.00364, table 1).
     """

@@ -1,4 +1,4 @@
-"""Records of what was run: plain JSON that says what decided the result, what it was run with, and what came out."""
+"""Records of runs in plain JSON: the settings that decide the result, the environment, and the results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import read_mp4 as read_mp4  # its former place
 from diffaccel.files import write_json
 
 if TYPE_CHECKING:
@@ -22,20 +23,20 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RUN = "run.json"  # the record in a folder of generated pictures
-SAMPLE = "sample"  # and its kind
+SAMPLE = "sample"  # the kind of that record
 PACKAGES = ("diffaccel", "torch", "diffusers", "transformers", "accelerate")
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What one run did.
+    """The record of one run.
 
     Attributes:
-        kind: the command or function that made it, such as "sample".
+        kind: the command or function that was run, such as "sample".
         settings: everything that decides the result; its sha256 is the fingerprint.
-        command: the command line, or nothing when called from Python.
+        command: the command line, empty when called from Python.
         state: "running", or "finished" once the results are complete.
-        results: what came out, in the words of ``kind``.
+        results: results under keys that depend on ``kind``.
     """
 
     kind: str
@@ -50,27 +51,27 @@ class Record:
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that name the settings."""
+        """Sixteen hex digits that identify the settings."""
         return fingerprint(self.settings)
 
     def finish(self, **results: Any) -> Self:
-        """The same record with its results, finished now."""
+        """Set the results and the finishing time, and return the record."""
         self.results, self.state, self.finished = results, "finished", now()
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, results at the top level."""
+        """Return the record JSON-ready, results at the top level."""
         values = asdict(self)
         results = values.pop("results")
         return {"format": FORMAT, "fingerprint": self.fingerprint, **values, **results}
 
     def save(self, path: Path) -> None:
-        """Write it to ``path``, atomically."""
+        """Write the record to ``path``, atomically."""
         write_json(path, self.to_dict())
 
 
 def read(path: Path, kind: str) -> dict[str, Any] | None:
-    """The record in a file, or None where there is no file.
+    """Return the record in a file, or None where there is no file.
 
     Raises:
         DiffAccelError: for a file that is no record, of another kind, or of a format from the future.
@@ -91,20 +92,20 @@ def read(path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """Sixteen hex digits of the sha256 of ``settings`` as canonical JSON."""
+    """Return sixteen hex digits of the sha256 of ``settings`` as canonical JSON."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[str]:
-    """``key: old -> new`` for every setting that differs, nested keys dotted."""
-    found = []
+    """Return ``key: old -> new`` for every setting that differs, nested keys dotted."""
+    changes = []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{key}.")
+            changes += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
-    return found
+            changes.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
+    return changes
 
 
 def _short(value: Any, limit: int = 60) -> str:
@@ -113,21 +114,21 @@ def _short(value: Any, limit: int = 60) -> str:
 
 
 def now() -> str:
-    """The time in UTC, to the second."""
+    """Return the time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result; none of them is imported."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that decide a result, without importing them."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Type and name of a device, and the threads used on a CPU."""
+    """Return type and name of a device, and for a CPU its cores and the threads in use."""
     import torch
 
     if device.type == "cuda":
@@ -138,7 +139,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's model name as the system tells it."""
+    """Return the processor's model name as the system reports it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -147,7 +148,7 @@ def cpu_name() -> str:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the highest so far: device memory on a GPU, resident memory of the process on a CPU."""
+    """Return peak memory in bytes: allocated on a GPU, resident memory of the process on a CPU."""
     if device.type == "cuda":
         import torch
 

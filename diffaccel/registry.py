@@ -1,4 +1,4 @@
-"""Names to methods: one plain dict of lazy references, and the entry-point group ``diffaccel.plugins``.
+"""Registry of methods by name: a dict of lazy references, and the entry-point group ``diffaccel.plugins``.
 
 A plugin package adds methods by entry points of that group, ``name = "package.module:ConfigClass"``.
 """
@@ -29,39 +29,40 @@ PLUGINS = "diffaccel.plugins"
 
 
 def names() -> dict[str, str]:
-    """Every known method and where its config class lives; nothing is imported."""
-    found = dict(METHODS)
+    """Return every known method and the reference of its config class; nothing is imported."""
+    references = dict(METHODS)
     for point in entry_points(group=PLUGINS):
         if point.name in METHODS:
             raise DiffAccelError(
                 f"The plugin {point.value} names its method '{point.name}', which diffaccel has already. Rename it."
             )
-        if found.get(point.name, point.value) != point.value:
+        if references.get(point.name, point.value) != point.value:
             raise DiffAccelError(
-                f"Two plugins name their method '{point.name}': {found[point.name]} and {point.value}. Uninstall one."
+                f"Two plugins name their method '{point.name}': {references[point.name]} and {point.value}. "
+                "Uninstall one."
             )
-        found[point.name] = point.value
-    return found
+        references[point.name] = point.value
+    return references
 
 
 def config_class(name: str) -> type[Any]:
-    """The config class of a method.
+    """Return the config class of a method.
 
     Raises:
         DiffAccelError: for an unknown name, with the nearest match; for a plugin that cannot be imported, or whose
             class is no config of that name.
     """
-    known = names()
-    if name not in known:
-        raise unknown("method", name, known)
-    module, _, attribute = known[name].partition(":")
+    references = names()
+    if name not in references:
+        raise unknown("method", name, references)
+    module, _, attribute = references[name].partition(":")
     try:
-        found = getattr(import_module(module), attribute)
+        cls = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise DiffAccelError(f"The method '{name}' ({known[name]}) cannot be imported: {error}.") from error
-    if getattr(found, "name", None) != name or getattr(found, "touches", None) not in ORDER:
+        raise DiffAccelError(f"The method '{name}' ({references[name]}) cannot be imported: {error}.") from error
+    if getattr(cls, "name", None) != name or getattr(cls, "touches", None) not in ORDER:
         raise DiffAccelError(
-            f"The method '{name}' ({known[name]}) is no config class of that name. It needs name = '{name}', and "
+            f"The method '{name}' ({references[name]}) is no config class of that name. It needs name = '{name}', and "
             f"touches one of {', '.join(ORDER)}, as subclasses of diffaccel.config.Config have."
         )
-    return found
+    return cls

@@ -1,4 +1,4 @@
-"""What a diffusers scheduler means: its noise path, its grid, its timesteps, and how the network is fed.
+"""The noise schedule of a diffusers scheduler: its path, levels, timesteps, and the scaling of the network's input.
 
 A scheduler object mixes a noise schedule with a solver. Samplers bring their own solver, so only the schedule is read
 here, once, after ``set_timesteps``. Three conventions exist among diffusers' schedulers:
@@ -51,11 +51,11 @@ class Schedule:
         path: the coordinates that samplers see, linear or VE; both are parametrised by ``sigma`` itself.
         sigmas: ``(n + 1,)`` fp32 on the CPU, falling, from the first noise level of the call to the scheduler's
             last, which is zero unless its config says otherwise.
-        timesteps: ``(n,)`` what the pipeline tells its network at ``sigmas[:-1]``, on the pipeline's device.
-        prediction: what the network returns.
+        timesteps: ``(n,)`` times that the pipeline passes to its network at ``sigmas[:-1]``, on the pipeline's device.
+        prediction: type of the network's output.
         vp: whether the network's input is variance preserving, ``x0 + sigma eps`` over ``sqrt(1 + sigma^2)``.
         device: where the scheduler itself keeps its noise levels. It matters to the bit: a level on a GPU is rounded to
-            the dtype of what it multiplies, one on the CPU is not.
+            the dtype of the tensor that it multiplies, one on the CPU is not.
         table: the trained noise levels, for times between those of the grid; None for flow models.
         continuous: whether the network's time is ``log(sigma) / 4`` (EDM, arXiv 2206.00364) and not a train step.
     """
@@ -76,21 +76,21 @@ class Schedule:
 
     @cached_property
     def stock_sigmas(self) -> Tensor:
-        """``sigmas`` where the scheduler keeps them."""
+        """``sigmas`` on the device where the scheduler keeps them."""
         return self.sigmas.to(self.device, copy=True)
 
     def since(self, index: int) -> Schedule:
-        """The schedule without its first ``index`` steps."""
+        """Return the schedule without its first ``index`` steps."""
         return replace(self, sigmas=self.sigmas[index:], timesteps=self.timesteps[index:], _index={})
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """The network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid, interpolated off it.
+        """Return the network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid.
 
-        Off the grid the linear path of a flow model gives ``sigma * num_train_timesteps``, a continuous model
-        ``log(sigma) / 4``; a tabulated model is asked at the time of equal log signal-to-noise ratio.
+        Off the grid the time of a flow model is ``sigma * num_train_timesteps``, of a continuous model
+        ``log(sigma) / 4``, and of a tabulated model the (fractional) train step of equal log signal-to-noise ratio.
         """
         if sigma.ndim == 0 and _same_memory(sigma, self.stock_sigmas):
-            return self.timesteps[sigma.storage_offset()]  # a view knows its place, and no device is waited for
+            return self.timesteps[sigma.storage_offset()]  # the index of a view needs no device sync
         index = [self._index.get(level, -1) for level in sigma.reshape(-1).tolist()]
         if -1 not in index:
             return self.timesteps[index if sigma.ndim else index[0]]
@@ -101,13 +101,13 @@ class Schedule:
         else:
             time = self.table.at(self.path.rho(sigma.double())).to(torch.float32)
         time = time.to(self.timesteps.device)
-        known = [row for row, i in enumerate(index) if i >= 0]  # a row's time must not depend on the other rows
-        if known:
-            time[known] = self.timesteps[[index[row] for row in known]].to(time.dtype)
+        on_grid = [row for row, i in enumerate(index) if i >= 0]  # a row's time must not depend on the other rows
+        if on_grid:
+            time[on_grid] = self.timesteps[[index[row] for row in on_grid]].to(time.dtype)
         return time
 
     def network_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``x`` as the network wants it: unchanged for flow models, over ``sqrt(alpha^2 + sigma^2)`` for VP models."""
+        """Return the network's input: ``x`` for flow models, ``x / sqrt(alpha^2 + sigma^2)`` for VP models."""
         if not self.vp:
             return x
         if self.path is VE_PATH:
@@ -115,7 +115,7 @@ class Schedule:
         return x / ((1 - sigma) ** 2 + sigma**2) ** 0.5
 
     def velocity(self, out: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The path's velocity from the network's output. ``sigma`` broadcasts against ``x``.
+        """Return the path's velocity from the network's output. ``sigma`` broadcasts against ``x``.
 
         In VE coordinates the arithmetic is that of ``EulerDiscreteScheduler.step``, so that Euler is equal to the bit.
         """
@@ -134,21 +134,22 @@ class Schedule:
         return eps - x0
 
     def from_pipeline(self, latents: Tensor) -> Tensor:
-        """The pipeline's latents at the first noise level in this schedule's coordinates."""
+        """Convert the pipeline's latents at the first noise level to this schedule's coordinates."""
         return latents * self.state_scale(self.sigmas[0])
 
     def to_pipeline(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The inverse of :meth:`from_pipeline` at ``sigma``; at zero all coordinates agree."""
+        """Convert latents at ``sigma`` to the pipeline's coordinates; at zero all coordinates agree."""
         return x / self.state_scale(sigma)
 
     def state_scale(self, sigma: Tensor) -> Tensor | float:
+        """Return the factor from the pipeline's latents at ``sigma`` to this schedule's coordinates."""
         if not self.vp or self.path is VE_PATH:
             return 1.0
         return ((1 - sigma) ** 2 + sigma**2) ** 0.5
 
 
 def read(scheduler: Any, first: Any = None) -> Schedule:
-    """The schedule of a diffusers scheduler on which ``set_timesteps`` was called.
+    """Return the schedule of a diffusers scheduler on which ``set_timesteps`` was called.
 
     Args:
         first: the timestep of the pipeline's first ``scheduler.step``, where the schedule begins: image-to-image calls
@@ -157,65 +158,83 @@ def read(scheduler: Any, first: Any = None) -> Schedule:
     Raises:
         DiffAccelError: for a scheduler or prediction type whose convention is not known here.
     """
-    name = type(scheduler).__name__
-    config = scheduler.config
-    start = begin(scheduler, first)
-    train = int(config.num_train_timesteps)
-    kind, flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
-    flow = name in FLOW_STATE or flow_sigmas or kind == "flow_prediction"
-    if not flow and name not in VE_STATE | VP_STATE:
-        known = ", ".join(sorted(FLOW_STATE | VE_STATE | VP_STATE))
-        raise DiffAccelError(f"The scheduler {name} is not supported. Set pipe.scheduler to one of: {known}.")
+    name, config = type(scheduler).__name__, scheduler.config
+    start = start_index(scheduler, first)
+    kind = config.get("prediction_type")
+    is_flow = name in FLOW_STATE or bool(config.get("use_flow_sigmas")) or kind == "flow_prediction"
+    if not is_flow and name not in VE_STATE | VP_STATE:
+        supported = ", ".join(sorted(FLOW_STATE | VE_STATE | VP_STATE))
+        raise DiffAccelError(f"The scheduler {name} is not supported. Set pipe.scheduler to one of: {supported}.")
     for flag in ("clip_sample", "thresholding"):
         if config.get(flag):
             raise DiffAccelError(
                 f"{name} has {flag}=True, a rule of its own solver that other samplers do not follow. "
                 f"Set pipe.scheduler = {name}.from_config(pipe.scheduler.config, {flag}=False)."
             )
-    if flow:
-        if config.get("invert_sigmas"):
-            raise DiffAccelError(
-                f"{name} with invert_sigmas=True runs its noise level backwards, which no sampler here can follow; "
-                "use a pipeline whose scheduler config has invert_sigmas=False."
-            )
-        if name not in FLOW_STATE and not (flow_sigmas and kind == "flow_prediction"):
-            raise DiffAccelError(
-                f"{name} has prediction_type '{kind}' with use_flow_sigmas={flow_sigmas}: a flow model needs both. Set "
-                f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, prediction_type='flow_prediction', "
-                "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
-            )
-        sigmas, timesteps = _once(scheduler.sigmas[start:], scheduler.timesteps[start:])
-        # the VE and VP schedulers keep their levels on the CPU, these where the pipeline runs
-        return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=scheduler.sigmas.device)
+    if is_flow:
+        return _read_flow(scheduler, start)
     prediction = PREDICTIONS.get(config.prediction_type)
     if prediction is None:
         raise DiffAccelError(
             f"{name} has prediction_type '{config.prediction_type}'; supported are {', '.join(PREDICTIONS)}."
         )
+    return (_read_ve if name in VE_STATE else _read_vp)(scheduler, start, prediction)
+
+
+def _read_flow(scheduler: Any, start: int) -> Schedule:
+    """Return the schedule of a flow model, in its own coordinates."""
+    name, config = type(scheduler).__name__, scheduler.config
+    kind, has_flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
+    if config.get("invert_sigmas"):
+        raise DiffAccelError(
+            f"{name} with invert_sigmas=True runs its noise level backwards, which no sampler here can follow; "
+            "use a pipeline whose scheduler config has invert_sigmas=False."
+        )
+    if name not in FLOW_STATE and not (has_flow_sigmas and kind == "flow_prediction"):
+        raise DiffAccelError(
+            f"{name} has prediction_type '{kind}' with use_flow_sigmas={has_flow_sigmas}: a flow model needs both. Set "
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, prediction_type='flow_prediction', "
+            "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
+        )
+    sigmas, timesteps = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
+    train = int(config.num_train_timesteps)
+    # the VE and VP schedulers keep their levels on the CPU, these where the pipeline runs
+    return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=scheduler.sigmas.device)
+
+
+def _read_ve(scheduler: Any, start: int, prediction: Prediction) -> Schedule:
+    """Return the schedule of a scheduler with VE state, in its own coordinates."""
+    config = scheduler.config
     table = Tabulated(scheduler.alphas_cumprod)
-    if name in VE_STATE:
-        sigmas, timesteps = _once(scheduler.sigmas[start:], scheduler.timesteps[start:])
-        continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-        return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous=continuous)
+    sigmas, timesteps = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
+    train = int(config.num_train_timesteps)
+    continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
+    return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous=continuous)
+
+
+def _read_vp(scheduler: Any, start: int, prediction: Prediction) -> Schedule:
+    """Return the schedule of a scheduler with VP state, on the linear path at equal signal-to-noise ratio."""
+    name = type(scheduler).__name__
+    table = Tabulated(scheduler.alphas_cumprod)
     timesteps = scheduler.timesteps
     if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
-        ve = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
-        sigmas, timesteps = (ve / (1 + ve))[start:], timesteps[start:]
+        ve_sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
+        sigmas, timesteps = (ve_sigmas / (1 + ve_sigmas))[start:], timesteps[start:]
     else:
         timesteps = _whole_steps(scheduler, start)
         last = Tabulated(torch.as_tensor(scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0)[None])
         sigmas = LINEAR.at(torch.cat([table.rho(timesteps), last.rho(0.0)[None]]))
-    sigmas, timesteps = _once(sigmas, timesteps)
+    sigmas, timesteps = _distinct_levels(sigmas, timesteps)
     if prediction == "epsilon" and bool(sigmas[0] == 1):
         raise DiffAccelError(
             f"{name} has a zero terminal signal-to-noise ratio, where an epsilon prediction says nothing about the "
             "sample. Use a v_prediction model, or a schedule without rescale_betas_zero_snr."
         )
-    return Schedule(LINEAR, sigmas, timesteps, prediction, True, train, table)
+    return Schedule(LINEAR, sigmas, timesteps, prediction, True, int(scheduler.config.num_train_timesteps), table)
 
 
-def begin(scheduler: Any, first: Any) -> int:
-    """The place of a pipeline's first step in ``scheduler.timesteps``: image-to-image calls start in the middle.
+def start_index(scheduler: Any, first: Any) -> int:
+    """Return the index of a pipeline's first step in ``scheduler.timesteps``; image-to-image starts in the middle.
 
     Args:
         first: the timestep that the pipeline passed to its first ``scheduler.step``; None for a whole grid.
@@ -242,7 +261,7 @@ def begin(scheduler: Any, first: Any) -> int:
 
 
 def _whole_steps(scheduler: Any, start: int) -> Tensor:
-    """The timesteps from ``start`` on without the midpoints of PNDM's Runge-Kutta steps, which make four calls each."""
+    """Return the timesteps from ``start`` on, one for each Runge-Kutta step of PNDM, which makes four calls."""
     timesteps: Tensor = scheduler.timesteps
     midpoints = len(getattr(scheduler, "prk_timesteps", ()))
     if start < midpoints and start % 4:
@@ -257,12 +276,12 @@ def _same_memory(view: Tensor, base: Tensor) -> bool:
     return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
-def _once(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """The noise levels, each once, and the network's times at all but the last of them.
+def _distinct_levels(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the noise levels without repetition, and the network's times at all but the last of them.
 
-    Heun, KDPM2 and PNDM stand on a level twice, the second time at its own time; a last step that changes no level is
-    none. Times rounded to integers may repeat although their levels differ.
+    Heun, KDPM2 and PNDM evaluate a level twice, of which the second entry is kept; a last step between equal levels is
+    dropped. Times rounded to integers may repeat although their levels differ.
     """
     levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float32)[: len(timesteps) + 1]
-    leaves = torch.cat([levels[1:] != levels[:-1], torch.ones(1, dtype=torch.bool)]).nonzero()[:, 0]
-    return levels[leaves], timesteps[leaves[:-1].to(timesteps.device)]
+    last_entries = torch.cat([levels[1:] != levels[:-1], torch.ones(1, dtype=torch.bool)]).nonzero()[:, 0]
+    return levels[last_entries], timesteps[last_entries[:-1].to(timesteps.device)]

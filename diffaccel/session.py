@@ -1,4 +1,4 @@
-"""What a sampler sees: a session (one prepared pipeline call) and the events that it may yield.
+"""The interface of samplers: a session (one prepared pipeline call) and the events that they yield.
 
 A sampler is a generator. It yields :class:`Eval` and receives a :class:`Pred`, yields :class:`Decode` and receives
 pixels, yields :class:`Step` once per step and receives the latents to go on with, and returns the final latents::
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families.conditioning import Conditioning
 from diffaccel.flow import Path
 from diffaccel.schedules import Schedule
@@ -38,13 +38,13 @@ Branch = Literal["guided", "positive", "negative"]
 
 @dataclass(frozen=True, eq=False)
 class Eval:
-    """Ask for a prediction at ``x``.
+    """A request for a prediction at ``x``.
 
     Attributes:
         x: ``(R, C, H, W)`` latents in the session's coordinates.
         sigma: noise level, scalar or one per row ``(R,)``, on the CPU.
         cond: a handle from :meth:`Session.add_cond`; 0 is the call's own prompt.
-        branch: the guided prediction, or one conditioning alone, as superposition needs it.
+        branch: the guided prediction, or that of one conditioning alone, as superposition needs it.
         rows: for each row of ``x`` the row of the call (prompt) that it belongs to; None when they are the call's own.
         at: the session of another resolution, from :meth:`Session.at`.
     """
@@ -59,7 +59,7 @@ class Eval:
 
 @dataclass(frozen=True, eq=False)
 class Decode:
-    """Ask for pixels ``(R, 3, H, W)`` in [-1, 1] of clean latents ``x0``."""
+    """A request for pixels ``(R, 3, H, W)`` in [-1, 1] of clean latents ``x0``."""
 
     x0: Tensor
     at: Session | None = None
@@ -67,11 +67,11 @@ class Decode:
 
 @dataclass(frozen=True, eq=False)
 class Advance:
-    """Ask for one step of the pipeline's own scheduler, in the pipeline's own coordinates, layout and dtype.
+    """A request for one step of the pipeline's own scheduler, in the pipeline's own coordinates, layout and dtype.
 
     Attributes:
-        latents: as :attr:`Session.latents` has them, or as the last such step replied.
-        index: of the scheduler's timesteps; they are walked in order.
+        latents: :attr:`Session.latents`, or the reply to the previous request of this kind.
+        index: of the step's timestep in :attr:`Session.timesteps`, which are taken in order.
     """
 
     latents: Tensor
@@ -80,7 +80,7 @@ class Advance:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A step is done: the state is now ``x`` at ``sigma``. Progress, callbacks and interruption happen here."""
+    """A finished step: the state is now ``x`` at ``sigma``. Progress, callbacks and interruption happen here."""
 
     x: Tensor
     sigma: Tensor
@@ -108,7 +108,7 @@ class Pred:
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """So many of so many predictions are done, where they are not the steps; the reply is whether the user stops."""
+    """Progress counted in predictions instead of steps; the reply is whether the user interrupts the run."""
 
     done: int
     total: int
@@ -120,19 +120,22 @@ Sampling = Generator[Event, Any, Tensor]
 
 @dataclass(eq=False)
 class Session:
-    """One prepared call of one pipeline at one resolution: where a sampler starts and what it may ask about.
+    """One prepared call of one pipeline at one resolution.
 
     Attributes:
+        conds: the call's own conditioning, then those added by :meth:`add_cond`.
         latents: the pipeline's own initial latents, in its layout and dtype.
-        timesteps: what the scheduler will be stepped with, on the pipeline's device.
+        timesteps: the timesteps that the scheduler will be stepped with, on the pipeline's device.
         step_arguments: further arguments of the scheduler's step, such as ``eta``.
-        generator: the caller's generator or list of generators, or None for torch's global one.
+        read_schedule: the scheduler's noise schedule, or the reason why samplers cannot follow it.
         dtype: the dtype in which the pipeline itself keeps its latents.
-        height, width: of the picture, in pixels.
-        stock_levels: whether noise levels lie where the scheduler keeps them, for equality to the bit.
-        folder: where a sampler may leave files beside the pictures; None where the caller keeps none.
+        height, width: size of the picture in pixels.
+        generator: the caller's generator or list of generators, or None for torch's global one.
+        reopen: probes the call again with changed arguments; ``fresh_text=True`` encodes its prompts anew.
+        stock_levels: whether noise levels are kept on the scheduler's device, for equality to the bit.
+        folder: where a sampler may leave files beside the pictures; None for nowhere.
         shared: whether all processes of the launch make this one call together.
-        report: what a sampler wants to be known about the run, JSON-ready.
+        report: the sampler's report on the run, JSON-ready.
     """
 
     pipe: Any
@@ -159,7 +162,7 @@ class Session:
         """Noise levels, timesteps and prediction type of the call.
 
         Raises:
-            DiffAccelError: for a scheduler whose rule only its own steps follow.
+            DiffAccelError: for a scheduler whose convention samplers cannot follow.
         """
         if isinstance(self.read_schedule, DiffAccelError):
             raise self.read_schedule
@@ -179,7 +182,7 @@ class Session:
 
     @cached_property
     def sigmas(self) -> Tensor:
-        """``(n + 1,)`` noise levels of the call, fp32 on the CPU; in stock state where the scheduler keeps them."""
+        """``(n + 1,)`` noise levels of the call, fp32 on the CPU; with ``stock_levels`` on the scheduler's device."""
         return self.schedule.stock_sigmas if self.stock_levels else self.schedule.sigmas
 
     @property
@@ -189,30 +192,33 @@ class Session:
 
     @property
     def device(self) -> torch.device:
+        """The device of the pipeline's latents."""
         return self.latents.device
 
     @property
     def prompts(self) -> list[str]:
-        """The prompt of every row; "" where the call was given embeddings, or draws without any."""
-        given = self.conds[0].arguments.get("prompt")
-        texts = [given] if isinstance(given, str) else list(given or [""])
-        each = len(self.x) // len(texts)
-        return [text or "" for text in texts for _ in range(each)]
+        """The prompt of every row; "" where the call was given embeddings, or takes no prompt."""
+        prompt = self.conds[0].arguments.get("prompt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [""])
+        rows_per_prompt = len(self.x) // len(prompts)
+        return [text or "" for text in prompts for _ in range(rows_per_prompt)]
 
     def decoder(self, device: torch.device | str | None = None) -> Callable[[Tensor], Tensor]:
-        """A function from clean latents ``(R, C, H, W)`` to pixels in [-1, 1], that any thread may call.
+        """Return a thread-safe function from clean latents ``(R, C, H, W)`` to pixels in [-1, 1].
 
         Args:
-            device: where it decodes, with a copy of the decoder if that is not the pipeline's own.
+            device: where it decodes, with a copy of the decoder if that is not the pipeline's own device.
         """
         family, arguments = self.family, self.conds[0].arguments
-        where = self.device if device is None else torch.device(device)
-        pipe = self.pipe if where == self.device else _with_decoder_on(self.pipe, where)
-        return lambda x0: family.decode(pipe, x0.to(where), arguments)
+        target = self.device if device is None else torch.device(device)
+        pipe = self.pipe if target == self.device else _with_decoder_on(self.pipe, target)
+        return lambda x0: family.decode(pipe, x0.to(target), arguments)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal noise of the shape of ``x``, from the caller's generator: row i from its own where a list was
-        given, drawn on the generator's device as diffusers does."""
+        """Draw standard normal noise of the shape of ``x`` from the caller's generator.
+
+        Of a list of generators row i uses the i-th. Noise is drawn on the generator's device, as diffusers does.
+        """
         from diffusers.utils.torch_utils import randn_tensor
 
         generator = self.generator
@@ -223,8 +229,10 @@ class Session:
         return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
 
     def at(self, height: int, width: int) -> Session:
-        """The same call at another resolution (pixels). Text encodings, network and generator are shared; sessions are
-        kept for the life of the run.
+        """Return the session of the same call at another resolution (pixels).
+
+        Text encodings and network are shared, noise is drawn from the generator's initial state, and each resolution is
+        probed once.
 
         Raises:
             DiffAccelError: when the call fixed its latents, or the size does not fit the model.
@@ -234,7 +242,8 @@ class Session:
         if (height, width) not in self._siblings:
             if self.conds[0].arguments.get("latents") is not None:
                 raise DiffAccelError(
-                    f"`latents` were passed for {self.height}x{self.width}; it also works at {height}x{width}. "
+                    f"`latents` were passed for {size_text(self.height, self.width)}; it also works at "
+                    f"{size_text(height, width)}. "
                     "Leave `latents` out and pass a `generator`."
                 )
             self.family.check_size(self.pipe, height, width)
@@ -245,7 +254,7 @@ class Session:
         return self._siblings[height, width]
 
     def add_cond(self, **arguments: Any) -> int:
-        """Another conditioning for the same latents: the call's arguments, ``arguments`` (say ``prompt=``) replaced.
+        """Add a conditioning for the same latents: that of the call with ``arguments`` (say ``prompt=``) replaced.
 
         Returns:
             The handle to pass as ``Eval.cond``.
@@ -262,22 +271,22 @@ class Session:
 
 
 def _with_decoder_on(pipe: Any, device: torch.device) -> Any:
-    """The pipeline as decoding sees it, its decoder copied to another device."""
+    """Return a view of the pipeline whose VAE is a copy on another device."""
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return pipe
 
-    class Decoding:
+    class View:
         def __getattr__(self, name: str) -> Any:
             return getattr(pipe, name)
 
-    view: Any = Decoding()
+    view: Any = View()
     view.vae = copy.deepcopy(vae).to(device)
     return view
 
 
 def bcast(sigma: Tensor, x: Tensor) -> Tensor:
-    """``sigma`` shaped to multiply ``x``: a scalar stays on the CPU (no device sync), ``(R,)`` is ``(R, 1, ...)``."""
+    """Reshape ``sigma`` to multiply ``x``: a scalar stays on the CPU (no device sync), ``(R,)`` is ``(R, 1, ...)``."""
     if sigma.ndim == 0:
         return sigma
     return sigma.to(x.device).reshape(-1, *[1] * (x.ndim - 1))

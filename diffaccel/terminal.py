@@ -1,4 +1,4 @@
-"""What the commands share: reading options, and writing results to stdout and errors to stderr."""
+"""Shared by all commands: a parser of options, results on stdout, errors and notes on stderr."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from diffaccel.errors import DiffAccelError, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors: one sentence, and the nearest match for an unknown option."""
+    """An argparse parser whose errors are one sentence, with the nearest match for an unknown option."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse(self, argv: list[str], extra: list[str] | None = None) -> argparse.Namespace:
-        """Options and positionals in any order; ``extra`` are further option names to suggest."""
-        namespace, rest = self.parse_known_intermixed_args(argv)
-        if rest:
-            wrong = next((word for word in rest if word.startswith("-")), rest[0])
-            known = {name for name in self._option_string_actions if name not in ("-h", "--help")}
-            raise unknown("option", wrong.partition("=")[0], known.union(extra or ()))
+        """Parse options and positionals in any order.
+
+        Args:
+            argv: the words after the command.
+            extra: further option names that an unknown option may be meant to be.
+        """
+        namespace, unparsed = self.parse_known_intermixed_args(argv)
+        if unparsed:
+            wrong = next((word for word in unparsed if word.startswith("-")), unparsed[0])
+            names = {name for name in self._option_string_actions if name not in ("-h", "--help")}
+            raise unknown("option", wrong.partition("=")[0], names.union(extra or ()))
         return namespace
 
     def error(self, message: str) -> NoReturn:
+        """Raise argparse's own error as a :class:`DiffAccelError`."""
         raise DiffAccelError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
 
 
 def add_model_options(parser: Parser) -> None:
-    """Which model to open, in which dtype, on which device."""
+    """Add the options that choose the model, its dtype and its device."""
     from diffaccel import zoo
 
     add = parser.add_argument
@@ -42,30 +48,30 @@ def add_model_options(parser: Parser) -> None:
 
 
 def write(text: str) -> None:
-    """A line of result."""
+    """Write a line of the result to stdout."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def write_json(values: Any) -> None:
-    """One JSON value, on one line."""
+    """Write one JSON value to stdout, on one line."""
     write(json.dumps(values, ensure_ascii=False, allow_nan=False))
 
 
 def write_error(text: str) -> None:
-    """One sentence about what went wrong."""
+    """Write one sentence about what went wrong to stderr."""
     sys.stderr.write(f"diffaccel: {' '.join(text.split())}\n")
     sys.stderr.flush()
 
 
 def write_note(text: str) -> None:
-    """A line about what is going on, apart from the results."""
+    """Write a line about progress to stderr, apart from the results."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table as wide as the terminal."""
+    """Write a table to stdout, as wide as the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -78,12 +84,12 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def share_cpu() -> None:
-    """Let CPU threads that wait spin for a moment and then sleep, unless the environment says otherwise.
+    """Let waiting CPU threads spin for a moment before they sleep, unless the environment says otherwise.
 
-    While a spinning thread waits for one that a busy neighbour has put off its core, both lose a time slice at every
-    parallel region; a thread that sleeps at once is woken late on an idle machine. 5,000 rounds cost little of either
-    (``scripts/bench_threads.py``). GNU's OpenMP, which torch brings on Linux, reads this when torch loads; results
-    are the same.
+    On a busy machine, spinning threads lose a time slice at every parallel region to a thread that another process has
+    displaced; on an idle machine, threads that sleep at once wake late. 5,000 rounds of spinning cost little in either
+    case (``scripts/bench_threads.py``). GNU's OpenMP, which torch ships on Linux, reads the variable when torch loads;
+    results do not change.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -1,4 +1,4 @@
-"""diffaccel.distill"""
+"""Distillation methods."""
 
 if "." not in __name__:
     raise ImportError("'distill' is a folder of diffaccel: import diffaccel.distill instead")

@@ -1,7 +1,7 @@
 """The evaluation: what an acceleration costs, and what it buys.
 
 ``compare(baseline, candidate)`` draws the same prompts and seeds in two or more ways and measures them side by side;
-``diffaccel eval`` does the same in steps, from a shell. The numerics stand alone, in modules of their own.
+``diffaccel eval`` does the same in steps, from a shell. The metrics stand alone, in modules of their own.
 """
 
 from __future__ import annotations

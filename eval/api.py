@@ -6,21 +6,22 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval import report as reports
 from diffaccel.eval.comparison import compare_runs
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.sets import requests as subjects
-from diffaccel.eval.sets.candidates import Side, is_pipeline, side
+from diffaccel.eval.report import write as write_report
+from diffaccel.eval.sets import requests
+from diffaccel.eval.sets.candidates import Candidate, is_pipeline
+from diffaccel.eval.sets.candidates import candidate as to_candidate
 from diffaccel.eval.sets.run import Run, open_run
 from diffaccel.eval.timing.turns import take_turns
-from diffaccel.runs import loading as opening
+from diffaccel.runs import loading
 from diffaccel.runs.request import Request
 
 JUDGE, BATCH = "emoji-clip-judge", 8
@@ -48,118 +49,147 @@ def compare(
     """Draw the same prompts and seeds in every way, and measure what each costs and how it differs from the baseline.
 
     >>> import diffaccel.eval
-    >>> found = diffaccel.eval.compare("plain:steps=8", "dpmpp2m:steps=4", prompts=["a red apple", "two cats"])
-    >>> print(found.table())
+    >>> comparison = diffaccel.eval.compare("plain:steps=8", "dpmpp2m:steps=4", prompts=["a red apple", "two cats"])
+    >>> print(comparison.table())
 
     Args:
         baseline, candidate, more: each a run's folder, a variant such as ``"plain:steps=8"``, a config or a list of
             configs, an open pipeline (with methods on it or without), or a function ``(prompts, seeds) -> uint8
             (N, 3, H, W)``.
         prompts: texts, a file of them, or a packaged set; class names for a model that draws classes. None takes those
-            of a run among the sides, else the first 100 of ``emoji-1000``.
+            of a run among the candidates, else the first 100 of ``emoji-1000``.
         seeds: of the first picture, and picture ``i`` takes ``seeds + i``; or consecutive seeds, one a picture, so many
-            that every prompt gets as many. The same on all sides. None takes those of a run among them, else 0.
+            that every prompt gets as many. The same for all candidates. None takes those of a run among them, else 0.
         model: what variants and configs run on: a name of the zoo, a folder, a hub id, or an open pipeline. None takes
-            the first open pipeline among the sides, else the model of a run among them, else the zoo's default.
+            the first open pipeline among the candidates, else the model of a run among them, else the zoo's default.
         out: a folder that keeps the pictures; the same call goes on where it was stopped. None uses a temporary one
             that lives as long as what is returned.
         report: a folder for ``report.json``, ``report.md`` and ``report.html``.
-        extractors: networks for distances of distributions, which need 100 pictures a side; None takes "tiny", and
+        extractors: networks for distances of distributions, which need 100 pictures a run; None takes "tiny", and
             none for videos.
         clips: CLIPs for the fit to the prompts; None takes the zoo's judge for the zoo's models, and none for others.
         reference: images, or a file of statistics, that distributions are compared with; None for the baseline's own.
-        other_seeds: draw the baseline with other seeds too, for what chance alone does; or that run's folder. A
-            baseline that is a folder already is not drawn again.
-        turns: time so many calls of every side in turns, where all of them are variants or configs; 0 for none, and
-            seconds are then those of the runs themselves.
-        progress: told what is done now.
-        measures: more of what :class:`diffaccel.eval.comparison.measures.Measures` has, such as ``distances``.
+        other_seeds: draw the baseline with other seeds too, as the noise floor of every metric; or that run's folder.
+            A baseline that is a folder already is not drawn again.
+        turns: number of timed calls of every candidate, in turns, where all of them are variants or configs; 0 for
+            none, and seconds are then those of the runs themselves.
+        progress: called with a line of text at every step.
+        measures: further attributes of :class:`diffaccel.eval.comparison.measures.Measures`, such as ``distances``.
         call: ``steps``, ``size`` (height, width), ``guidance``, ``negative``, ``batch`` (default 8), ``dtype``,
-            ``device``, ``threads`` and ``latents`` of every side that is drawn now, as
+            ``device``, ``threads`` and ``latents`` of every candidate that is drawn now, as
             :class:`diffaccel.runs.request.Request` has them.
 
     Returns:
         What was measured: ``table()`` shows it, ``row(metric, run)`` finds a number.
 
     Raises:
-        DiffAccelError: for a side that is none of these, runs that are not of the same pictures, and whatever the
+        DiffAccelError: for a candidate that is none of these, runs that are not of the same pictures, and whatever the
             model cannot do.
     """
-    given = (baseline, candidate, *more)
-    host = model if is_pipeline(model) else None
-    if model is None:
-        host = next((what for what in given if is_pipeline(what)), None)
-    sides = named([side(what, host=host) for what in given])
-    request = _request(sides, host, model, prompts, seeds, call)
-    if clips is None:
-        clips = (JUDGE,) if request.model in zoo.names() and request.prompts else ()
+    values = (baseline, candidate, *more)
+    host = _host(model, values)
+    candidates = with_unique_names([to_candidate(value, host=host) for value in values])
+    request = _request(candidates, host, model, prompts, seeds, call)
+    plan = ComparisonPlan(
+        candidates=candidates, host=host, request=request, other_seeds=other_seeds, turns=turns, extractors=extractors,
+        clips=_default_clips(request) if clips is None else clips, reference=reference, measures=measures or {},
+    )  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="diffaccel-")) if out is None else Path(out)
     try:
-        runs = [_drawn(each, request, folder, progress) for each in sides]
-        others = _others(other_seeds, sides[0], request, folder, progress)
-        if extractors is None:
-            extractors = () if runs[0].is_video else ("tiny",)
-        timing = None
-        if turns:
-            timing = _timed(sides, host, request, turns, progress)
-        chosen = Measures.named(
-            others=others, extractors=extractors, clips=clips, reference=reference, timing=timing,
-            device=request.device, **(measures or {}),
-        )  # fmt: skip
-        found = compare_runs(runs[0], runs[1:], chosen, progress=progress)
+        runs, others = _draw(plan, folder, progress)
+        comparison = _measure(plan, runs, others, progress)
         if report is not None:
-            reports.write(found, Path(report))
+            write_report(comparison, Path(report))
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if out is None:
-        weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
-    return found
+        weakref.finalize(comparison, shutil.rmtree, folder, ignore_errors=True)
+    return comparison
 
 
-def named(sides: Sequence[Run | Side]) -> list[Run | Side]:
-    """The sides with a name each that no other has: a second ``plain`` becomes ``plain-2``."""
-    found: list[Run | Side] = []
+@dataclass(frozen=True, kw_only=True)
+class ComparisonPlan:
+    """What is compared, what it is drawn from, and how it is measured.
+
+    Attributes:
+        candidates: the baseline, then the others, each of another name.
+        host: an open pipeline that variants and configs are put on; None opens the request's model.
+        request: prompts, seeds and call settings of every candidate that is drawn now.
+        other_seeds: whether the baseline is drawn with other seeds too; or the folder of that run.
+        turns: timed calls of every candidate; 0 for none.
+        extractors: networks for distances of distributions; None for the default of the runs' kind.
+        clips: CLIPs for the fit to the prompts.
+        reference: images, or a file of statistics, that distributions are compared with.
+        measures: further attributes of :class:`Measures`.
+    """
+
+    candidates: Sequence[Run | Candidate]
+    host: Any
+    request: Request
+    other_seeds: bool | str | Path
+    turns: int
+    extractors: Sequence[str] | None
+    clips: Sequence[str]
+    reference: Any
+    measures: dict[str, Any]
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def _host(model: Any, values: Sequence[Any]) -> Any:
+    """Return the open pipeline that variants and configs are put on: the model, else the first one among the values."""
+    if model is None:
+        return next((value for value in values if is_pipeline(value)), None)
+    return model if is_pipeline(model) else None
+
+
+def with_unique_names(candidates: Sequence[Run | Candidate]) -> list[Run | Candidate]:
+    """Rename candidates so that no two share a name: a second ``plain`` becomes ``plain-2``."""
+    renamed: list[Run | Candidate] = []
     taken: set[str] = set()
-    for each in sides:
-        name = next(n for n in (each.name, *(f"{each.name}-{i}" for i in range(2, 1000))) if n not in taken)
+    for item in candidates:
+        name = next(n for n in (item.name, *(f"{item.name}-{i}" for i in range(2, 1000))) if n not in taken)
         taken.add(name)
-        found.append(each if name == each.name else replace(each, name=name))
-    return found
+        renamed.append(item if name == item.name else replace(item, name=name))
+    return renamed
 
 
 def _request(
-    sides: Sequence[Run | Side],
+    candidates: Sequence[Run | Candidate],
     host: Any,
     model: Any,
     prompts: str | Sequence[str] | None,
     seeds: int | Sequence[int] | None,
     call: dict[str, Any],
 ) -> Request:
-    """The pictures that all sides show."""
-    known = next((each.record["settings"] for each in sides if isinstance(each, Run) and each.record), None)
+    """Return the request of the pictures that all candidates show: that of a run among them, with what was changed."""
+    settings = next((run.record["settings"] for run in candidates if isinstance(run, Run) and run.record), None)
     changes = dict(call)
     if host is not None:
-        changes["model"] = subjects.name_of(host)
+        changes["model"] = requests.pipeline_name(host)
     elif model is not None:
         changes["model"] = str(model)
     try:
-        request = subjects.again(known, **changes) if known else Request(**{"batch": BATCH, **changes})
+        request = requests.from_settings(settings, **changes) if settings else Request(**{"batch": BATCH, **changes})
     except TypeError as error:
         raise DiffAccelError(f"compare takes no such setting ({error}). See diffaccel.runs.request.Request.") from error
-    if not any(isinstance(each, Side) for each in sides):
+    drawn = [item for item in candidates if isinstance(item, Candidate)]
+    if not drawn:
         return request
     pipeline = host
-    if host is None and any(isinstance(each, Side) and each.variant is not None for each in sides):
-        pipeline = opening.pipeline_class(request.model)
-    texts = subjects.texts_of(prompts)
-    if texts or not known:
-        request = subjects.drawing(pipeline, request, texts)
+    if host is None and any(item.variant is not None for item in drawn):
+        pipeline = loading.pipeline_class(request.model)
+    texts = requests.load_texts(prompts)
+    if texts or not settings:
+        request = requests.with_texts(request, texts, pipeline)
     return request if seeds is None else _with_seeds(request, seeds)
 
 
 def _with_seeds(request: Request, seeds: int | Sequence[int]) -> Request:
+    """Return the request with a first seed, or with as many pictures of each prompt as consecutive seeds are for."""
     if isinstance(seeds, int):
         return replace(request, seed=seeds)
     numbers, count = list(seeds), len(request.subjects)
@@ -170,27 +200,56 @@ def _with_seeds(request: Request, seeds: int | Sequence[int]) -> Request:
     return replace(request, seed=numbers[0], num=len(numbers) // count)
 
 
-def _drawn(each: Run | Side, request: Request, folder: Path, progress: Progress) -> Run:
-    if isinstance(each, Run):
-        return each
-    progress(f"{each.name}: {len(request)} pictures")
-    return replace(each.draw(request, folder / each.name), name=each.name)
+def _default_clips(request: Request) -> tuple[str, ...]:
+    return (JUDGE,) if request.model in zoo.names() and request.prompts else ()
 
 
-def _others(
-    wanted: bool | str | Path, baseline: Run | Side, request: Request, folder: Path, progress: Progress
-) -> Run | None:
-    if not isinstance(wanted, bool):
-        return open_run(wanted)
-    if not wanted or isinstance(baseline, Run):
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(plan: ComparisonPlan, folder: Path, progress: Progress) -> tuple[list[Run], Run | None]:
+    """Draw every candidate into a folder of its own; return the runs, and the baseline's run of other seeds."""
+    runs = [_draw_candidate(item, plan.request, folder, progress) for item in plan.candidates]
+    return runs, _draw_other_seeds(plan, folder, progress)
+
+
+def _draw_candidate(item: Run | Candidate, request: Request, folder: Path, progress: Progress) -> Run:
+    if isinstance(item, Run):
+        return item
+    progress(f"{item.name}: {len(request)} pictures")
+    return replace(item.draw(request, folder / item.name), name=item.name)
+
+
+def _draw_other_seeds(plan: ComparisonPlan, folder: Path, progress: Progress) -> Run | None:
+    if not isinstance(plan.other_seeds, bool):
+        return open_run(plan.other_seeds)
+    baseline, request = plan.candidates[0], plan.request
+    if not plan.other_seeds or isinstance(baseline, Run):
         return None
-    again = replace(baseline, name=f"{baseline.name}-other-seeds")
-    return _drawn(again, replace(request, seed=request.seed + len(request)), folder, progress)
+    renamed = replace(baseline, name=f"{baseline.name}-other-seeds")
+    return _draw_candidate(renamed, replace(request, seed=request.seed + len(request)), folder, progress)
 
 
-def _timed(sides: Sequence[Run | Side], host: Any, request: Request, turns: int, progress: Progress) -> dict[str, Any]:
-    chosen = [each.variant for each in sides if isinstance(each, Side) and each.variant is not None]
-    if len(chosen) < len(sides):
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _measure(plan: ComparisonPlan, runs: Sequence[Run], others: Run | None, progress: Progress) -> Comparison:
+    """Time the candidates in turns where that is asked for, load the networks and measure every run."""
+    extractors = plan.extractors
+    if extractors is None:
+        extractors = () if runs[0].is_video else ("tiny",)
+    timing = _time(plan, progress) if plan.turns else None
+    measures = Measures.load(
+        others=others, extractors=extractors, clips=plan.clips, reference=plan.reference, timing=timing,
+        device=plan.request.device, **plan.measures,
+    )  # fmt: skip
+    return compare_runs(runs[0], runs[1:], measures, progress=progress)
+
+
+def _time(plan: ComparisonPlan, progress: Progress) -> dict[str, Any]:
+    """Time the variants of the candidates in turns on one pipeline."""
+    variants = [item.variant for item in plan.candidates if isinstance(item, Candidate) and item.variant is not None]
+    if len(variants) < len(plan.candidates):
         raise DiffAccelError("Only variants and configs can be timed in turns. Leave turns out, or give only those.")
-    pipe = opening.open_plain(request) if host is None else host
-    return take_turns(pipe, request, chosen, turns=turns, progress=progress)
+    pipe = loading.open_plain(plan.request) if plan.host is None else plan.host
+    return take_turns(pipe, plan.request, variants, turns=plan.turns, progress=progress)

@@ -1,4 +1,4 @@
-"""What goes wrong inside a metric, as opposed to its input."""
+"""Failures inside a metric, as opposed to bad input."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from diffaccel.errors import DiffAccelError
 
 
 class MetricFailed(DiffAccelError):
-    """Something raised while measuring that no input explains."""
+    """An exception while measuring that no input explains."""
 
     exit_code = 4

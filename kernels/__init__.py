@@ -1,4 +1,4 @@
-"""diffaccel.kernels"""
+"""GPU operations of diffaccel."""
 
 if __name__ == "kernels":  # the repository root is on sys.path, where this folder hides the hub's package `kernels`
     import os

@@ -1,4 +1,4 @@
-"""Ancestral sampling in its coefficient-preserving form: part of every step's noise is drawn afresh."""
+"""Ancestral sampling in its coefficient-preserving form: every step replaces part of the noise by fresh noise."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ class Ancestral(SamplerConfig):
 
 
 def ancestral(session: Session, eta: float) -> Sampling:
-    """Walk the session's noise levels, renewing noise at every step (arXiv 2010.02502, eq. 12 and 16)."""
+    """Sample by ``x' = alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``, with ``z ~ N(0, I)``.
+
+    ``gamma = eta sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)`` (arXiv 2010.02502, eq. 12 and 16). The step to
+    ``sigma' = 0`` draws no noise.
+    """
     x, path = session.x, session.path
     for sigma, sigma_next in pairwise(session.sigmas):
         pred = yield Eval(x, sigma)
@@ -54,23 +58,29 @@ def ancestral(session: Session, eta: float) -> Sampling:
 
 
 def ancestral_std(path: Path, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """``sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``: fresh noise of DDPM's posterior (arXiv 2010.02502)."""
-    kept = (path.alpha(sigma) * sigma_next) / (path.alpha(sigma_next) * sigma)
-    return sigma_next * torch.sqrt((1 - kept**2).clamp(min=0))
+    """Return the fresh noise of DDPM's posterior, ``sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``.
+
+    It is the standard deviation of arXiv 2010.02502, eq. 16, at ``eta = 1``.
+    """
+    ratio = (path.alpha(sigma) * sigma_next) / (path.alpha(sigma_next) * sigma)
+    return sigma_next * torch.sqrt((1 - ratio**2).clamp(min=0))
 
 
 def cps(path: Path, pred: Pred, sigma_next: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
-    """The coefficient-preserving kernel ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z`` (arXiv 2509.05952).
+    """Return ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``, the coefficient-preserving kernel.
+
+    See Flow-CPS, arXiv 2509.05952.
 
     Args:
-        gamma: standard deviation of fresh noise, ``0 <= gamma <= sigma_next``.
+        gamma: standard deviation of the fresh noise, ``0 <= gamma <= sigma_next``.
+        noise: ``z``, of the shape of the latents.
 
     Raises:
-        DiffAccelError: for a gamma above ``sigma_next``, whose remaining variance would be negative.
+        DiffAccelError: for a gamma above ``sigma_next``: the variance left for ``eps`` would be negative.
     """
     if bool((gamma > sigma_next * (1 + 1e-6)).any()):
         raise DiffAccelError(
             f"The fresh noise gamma = {gamma} exceeds the next noise level {sigma_next}. Use 0 <= gamma <= sigma'."
         )
-    kept = torch.sqrt((sigma_next**2 - gamma**2).clamp(min=0))
-    return path.alpha(sigma_next) * pred.x0 + kept * pred.eps + gamma * noise
+    eps_scale = torch.sqrt((sigma_next**2 - gamma**2).clamp(min=0))
+    return path.alpha(sigma_next) * pred.x0 + eps_scale * pred.eps + gamma * noise

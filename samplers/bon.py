@@ -13,13 +13,13 @@ from diffaccel.samplers.search.particles import Particle
 
 @dataclass(frozen=True, kw_only=True)
 class BoN(SearchConfig):
-    """Best of N: ``argmax_i r(x_i)`` over ``N = floor(budget / steps)`` samples of the call's own deterministic walk.
+    """Best of N: ``argmax_i r(x_i)`` over ``N = floor(budget / steps)`` samples of the call's own deterministic steps.
 
-    The baseline of every search (random search in arXiv 2501.09732). The first sample is that of the call without a
-    search, so the result is never worse by the reward. Latents ``(B, C, H, W)``.
+    The baseline of every search (random search in arXiv 2501.09732). The first sample is the one that the call gives
+    without a search, so the result is never worse by the reward. Latents ``(B, C, H, W)``.
 
     Args:
-        wave: samples of a picture that are drawn side by side; it bounds memory and changes nothing else.
+        wave: samples of one picture that are drawn in parallel; it bounds memory and changes nothing else.
     """
 
     name: ClassVar[str] = "bon"
@@ -31,7 +31,7 @@ class BoN(SearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(wave=1)
+        self.require_at_least(wave=1)
 
     def chains(self, search: Search) -> list[Chain]:
         steps = search.plan.stages
@@ -43,13 +43,16 @@ class BoN(SearchConfig):
 
 
 def bon(search: Search, count: int, wave: int) -> Chain:
-    """Draw ``count`` samples, some at a time, and keep the best of them."""
-    kept: list[Particle] = []
+    """Draw ``x_1 ... x_count``, ``wave`` at a time, and return ``argmax_i r(x_i)`` first (arXiv 2501.09732).
+
+    Every sample follows ``x' = x + (sigma' - sigma) v`` from its own noise.
+    """
+    best: list[Particle] = []
     for begin in range(0, count, wave):
         states = yield [search.start(i, score=False) for i in range(begin, min(begin + wave, count))]
         for _ in range(search.plan.stages - 1):
             states = yield [search.walk(state) for state in states]
-        kept += yield from search.finish(states)
+        best += yield from search.finish(states)
         search.note(samples=begin + len(states))
-        kept = search.ranked(kept)
-    return kept
+        best = search.ranked(best)
+    return best

@@ -1,4 +1,4 @@
-"""Blockwise best of N: trajectories run apart for some levels, then the best one is copied."""
+"""Blockwise best of N: trajectories run independently for some levels, then all continue from the best one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from diffaccel.samplers.search.config import PathSearchConfig
 class CoDe(PathSearchConfig):
     """CoDe, blockwise control for denoising (Singh et al., arXiv 2502.00968).
 
-    Each chain runs ``K = floor((budget - tail) / (particles stages))`` trajectories side by side, and at every
-    ``block``-th level all go on from the one with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
+    Each chain runs ``K = floor((budget - tail) / (particles stages))`` trajectories in parallel, and at every
+    ``block``-th level all of them continue from the one with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
 
     Args:
-        particles: chains of a picture.
+        particles: chains per picture.
         block: levels between two selections; with 1 it is SVDD at temperature 0.
     """
 
@@ -29,15 +29,19 @@ class CoDe(PathSearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(particles=1, block=1)
+        self.require_at_least(particles=1, block=1)
 
     def chains(self, search: Search) -> list[Chain]:
-        trajectories = self.each(search, self.particles)
+        trajectories = self.tries_per_level(search, self.particles)
         return [code(search, chain, trajectories, self.block) for chain in range(self.particles)]
 
 
 def code(search: Search, chain: int, trajectories: int, block: int) -> Chain:
-    """One chain: at the end of every block, and at the last level, all go on from the best."""
+    """Run one chain: ``x_j' = K(x_j, z_j)``, and ``x_j = argmax_i r(x0_i)`` after every block (arXiv 2502.00968).
+
+    ``K`` is the plan's kernel, such as ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``. The last level always
+    ends a block.
+    """
     last = search.plan.stages - 1
 
     def selects(stage: int) -> bool:

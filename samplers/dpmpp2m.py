@@ -1,4 +1,4 @@
-"""DPM-Solver++(2M): second order from one prediction a step, by remembering the last one."""
+"""DPM-Solver++(2M): a multistep solver, second order with one prediction per step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffaccel.session import Eval, Sampling, Session, Step
 
 @dataclass(frozen=True, kw_only=True)
 class DPMpp2M(SamplerConfig):
-    """With ``lambda = log(alpha/sigma)``, ``h = lambda' - lambda``, ``r = h_last / h`` and
-    ``D = x0 + (x0 - x0_last) / (2 r)``: ``x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) D``.
+    """``x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) D`` with ``D = x0 + (x0 - x0_last) / (2 r)``,
+    ``r = h_last / h``, ``h = lambda' - lambda`` and ``lambda = log(alpha/sigma)``.
 
     Second order; the first step and the step to zero noise use ``D = x0`` (Lu et al., arXiv 2211.01095, algorithm 2).
     The coefficient of ``D`` is ``-alpha' (exp(-h) - 1)``, written so that it stays finite at pure noise. Latents
@@ -30,7 +30,10 @@ class DPMpp2M(SamplerConfig):
 
 
 def dpmpp2m(session: Session) -> Sampling:
-    """Walk the session's noise levels by DPM-Solver++(2M) steps (arXiv 2211.01095)."""
+    """Sample by ``x' = (sigma'/sigma) x + (alpha' - alpha sigma'/sigma) D`` (arXiv 2211.01095, algorithm 2).
+
+    ``D = x0 + (x0 - x0_last) h / (2 h_last)``, or ``x0`` where ``h = lambda' - lambda`` is infinite or the first one.
+    """
     x, path = session.x, session.path
     last_x0 = last_h = None
     for sigma, sigma_next in pairwise(session.sigmas):

@@ -12,7 +12,7 @@ from diffaccel.session import Eval, Sampling, Session, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(SamplerConfig):
-    """``x' = x + (sigma' - sigma) v``, first order, one prediction a step.
+    """``x' = x + (sigma' - sigma) v``, first order, one prediction per step.
 
     On the linear path this is the stock step of flow models, on the VE path that of ``EulerDiscreteScheduler``
     (Karras et al., arXiv 2206.00364, algorithm 1 without correction), and on a VP model it equals DDIM
@@ -27,7 +27,7 @@ class Euler(SamplerConfig):
 
 
 def euler(session: Session) -> Sampling:
-    """Walk the session's noise levels by Euler steps (arXiv 2206.00364)."""
+    """Sample by ``x' = x + (sigma' - sigma) v(x, sigma)`` (arXiv 2206.00364, algorithm 1 without correction)."""
     x = session.x
     for sigma, sigma_next in pairwise(session.sigmas):
         pred = yield Eval(x, sigma)

@@ -1,4 +1,4 @@
-"""Heun's method: an Euler step corrected by the slope at its end."""
+"""Heun's method: an Euler step corrected by the velocity at its end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffaccel.session import Eval, Sampling, Session, Step
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(SamplerConfig):
-    """``x' = x + (sigma' - sigma) (v + v(x_euler, sigma')) / 2``, second order, two predictions a step.
+    """``x' = x + (sigma' - sigma) (v + v(x_euler, sigma')) / 2``, second order, two predictions per step.
 
-    The last step, to ``sigma' = 0``, is plain Euler, since a network says nothing at zero noise
+    The last step, to ``sigma' = 0``, is plain Euler, since no network is trained at zero noise
     (Karras et al., arXiv 2206.00364, algorithm 1). Latents ``(B, C, H, W)``.
     """
 
@@ -27,7 +27,10 @@ class Heun(SamplerConfig):
 
 
 def heun(session: Session) -> Sampling:
-    """Walk the session's noise levels by Heun steps (arXiv 2206.00364, algorithm 1)."""
+    """Sample by ``x' = x + h (v + v(x + h v, sigma')) / 2`` with ``h = sigma' - sigma``.
+
+    The last step, to ``sigma' = 0``, is ``x' = x + h v`` (arXiv 2206.00364, algorithm 1).
+    """
     x = session.x
     for sigma, sigma_next in pairwise(session.sigmas):
         dt = sigma_next - sigma

@@ -1,4 +1,4 @@
-"""Rollover Budget Forcing: go on at the first child that beats all before it, and take the unspent tries along."""
+"""Rollover Budget Forcing: continue from the first child that beats the best so far and carry unspent tries over."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import RULES
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
+from diffaccel.samplers.search.particles import Particle
 
-EACH = 4  # least tries a level for a state of a beam
+MIN_TRIES = 4  # per level and state of a beam
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,35 +19,37 @@ class RBF(PathSearchConfig):
     """Rollover Budget Forcing (Kim et al., arXiv 2503.19385, algorithm 1).
 
     Every chain starts from the best of ``initial`` noises by ``r(x0)``. At each noise level it tries children
-    ``x' = alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z`` and moves on at the first with ``r(x0') > r*``, the
-    highest reward of the chain so far; what is left of the level's quota goes to the next one. A level whose quota is
-    spent moves on with its best child. The last level is searched until the budget is spent, then the chain's best
-    goes down the deterministic tail, and the best of all chains is the result. Latents ``(B, C, H, W)``, rewards (B,).
+    ``x' = alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z`` and continues from the first with ``r(x0') > r*``, the
+    highest reward of the chain so far; the rest of the level's quota is added to the next level's. A level that spends
+    its quota continues from its best child. The last level is searched until the budget is spent, then the chain's best
+    state follows the deterministic tail, and the best of all chains is the result. Latents ``(B, C, H, W)``, rewards
+    (B,).
 
-    Two options go beyond the paper, which has one state a chain (``beam=1``). A chain goes on with its ``beam`` best
-    children, which have the next ones in turn: what falls behind is dropped. And near noise ``r(x0)`` tells little of
-    the sample, so the first noises may walk to the level ``begin`` without fresh noise and be compared there for the
-    first time: that climbs the reward furthest, and what is its own taste with it.
+    Two options go beyond the paper, which keeps one state per chain (``beam=1``). A chain continues from its ``beam``
+    best children, which take turns as parents of the next ones; all others are dropped. And since ``r(x0)`` says little
+    of the sample near pure noise, the first noises may be denoised to the level ``begin`` without fresh noise and
+    scored there for the first time. That raises the reward most, and with it what is peculiar to this reward.
 
-    The budget is split alike: ``Q = floor((budget - tail - first) / levels)`` tries a level and chain, of the levels
-    from ``begin`` on.
+    The budget is split equally: ``Q = floor((budget - tail - first) / levels)`` tries per level and chain, over the
+    levels from ``begin`` on.
 
     Args:
-        particles: chains of a picture.
-        initial: noises that a chain begins from the best of; 0 for as many as a third of the budget pays for,
-            whose latents are held at once.
-        beam: most states that a chain goes on with: fewer where a level's quota has less than 4 tries for each of
-            them, which would choose nothing. 1 is the paper's.
-        begin: of the levels, the share that lies before the first that is scored.
+        particles: chains per picture.
+        initial: number of noises of which a chain starts from the best; 0 for as many as a third of the budget pays
+            for. Their latents are held in memory at once.
+        beam: maximum number of states that a chain continues from. It is lowered where a level's quota has less than 4
+            tries for each of them, which would select nothing. 1 is the paper's.
+        begin: share of the levels that lie before the first one that is scored.
         chunk: children that are predicted together.
-        commit: of a chunk, "first": the first that is better, as if they had been tried one by one (what came after
-            it is wasted, and charged); "best": all of them count.
-        against: what a child must beat: the highest reward that the chain was at, or that of the state it is at.
+        commit: which children of a chunk count. "first": those up to the first accepted one, as if they had been tried
+            one by one; the rest is wasted, and charged. "best": all of them.
+        against: what a child must beat: "running_max", the highest reward of the chain so far, or "last_accepted", the
+            reward of the current state.
         rule: "rollover" (the paper's), or "threshold": a level ends at the first child whose reward reaches
-            ``threshold`` and passes nothing on.
-        threshold: a reward that is good enough; for the rule of that name, where it is required.
+            ``threshold``, and carries nothing over.
+        threshold: a reward that is good enough; required by the rule "threshold".
         leftover: unspent tries go to the "next" level, or "spread" over all that remain.
-        cap: most tries that a level takes over; -1 for no limit.
+        cap: maximum number of tries carried over to one level; -1 for no limit.
     """
 
     name: ClassVar[str] = "rbf"
@@ -68,7 +71,7 @@ class RBF(PathSearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(particles=1, beam=1, begin=0, initial=0, chunk=1, cap=-1)
+        self.require_at_least(particles=1, beam=1, begin=0, initial=0, chunk=1, cap=-1)
         if self.begin >= 1:
             raise DiffAccelError(f"RBF.begin is {self.begin}; it is a share of the levels and must be below 1.")
         if self.rule == "threshold" and self.threshold is None:
@@ -76,48 +79,54 @@ class RBF(PathSearchConfig):
 
     def chains(self, search: Search) -> list[Chain]:
         plan, n = search.plan, self.particles
-        begin = min(int(self.begin * plan.stages), plan.stages - 2)  # one move is left at least
+        begin = min(int(self.begin * plan.stages), plan.stages - 2)  # leaves at least one transition to search
         initial = self.initial or max(1, search.budget // (3 * n * (begin + 1)))
-        each = initial * (begin + 1) + plan.tail_nfe  # what a chain spends beside its levels
-        self.check(
-            search, n * (each + plan.stages - begin),
+        overhead = initial * (begin + 1) + plan.tail_nfe  # predictions of a chain outside its searched levels
+        self.check_budget(
+            search, n * (overhead + plan.stages - begin),
             f"{n} chains of {initial} noises at {begin + 1} of the levels, {plan.stages - begin} levels and "
             f"{plan.tail_nfe} steps of the tail",
         )  # fmt: skip
-        quota = (search.budget - n * each) // (n * (plan.stages - begin))
+        quota = (search.budget - n * overhead) // (n * (plan.stages - begin))
         tries = -(-(search.budget - n * plan.tail_nfe) // n) - 1 - initial * (begin + 1)
-        beam = max(1, min(self.beam, quota // EACH))
+        beam = max(1, min(self.beam, quota // MIN_TRIES))
         return [rbf(search, chain, self, begin, initial, beam, quota, tries) for chain in range(n)]
 
 
-def rbf(search: Search, chain: int, config: RBF, begin: int, initial: int, beam: int, each: int, tries: int) -> Chain:
-    """One chain (arXiv 2503.19385, algorithm 1): ``each`` children a level, and ``tries`` in all."""
-    found = yield [search.start(chain, i, score=begin == 0) for i in range(initial)]
+def rbf(
+    search: Search, chain: int, config: RBF, begin: int, initial: int, beam: int, base_quota: int, tries: int
+) -> Chain:
+    """Run one chain: ``x = x'_i``, ``i = min {i : r(x0'_i) > r*}``, or the argmax where no child passes.
+
+    ``x'_i = alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z_i`` (arXiv 2503.19385, algorithm 1). There are
+    ``base_quota`` children per level and what is carried over, and ``tries`` in all.
+    """
+    noises = yield [search.start(chain, i, score=begin == 0) for i in range(initial)]
     for stage in range(begin):
-        found = yield [search.walk(state, score=stage == begin - 1) for state in found]
-    states = search.ranked(found, beam)
+        noises = yield [search.walk(state, score=stage == begin - 1) for state in noises]
+    states = search.ranked(noises, beam)
     best, last = states[0].reward, search.plan.stages - 2
-    rule = RULES[config.rule](config, each, last - begin + 1)
+    rule = RULES[config.rule](config, base_quota, last - begin + 1)
     for stage in range(begin, last + 1):
-        # the last level is searched to the end, and every level before it leaves one try to each after it
+        # Every level leaves one try for each later one; the last level takes all that are left.
         quota = tries if stage == last else min(rule.quota(stage - begin), tries - (last - stage))
-        end, tried, accepted = quota, 0, False
-        found = []
-        while tried < end:
+        stop, tried, accepted = quota, 0, False
+        survivors: list[Particle] = []
+        while tried < stop:
             count = min(config.chunk, quota - tried)
             children = yield [search.propose(states[i % len(states)], i) for i in range(tried, tried + count)]
             tries -= count
-            fits = [tried + i for i, child in enumerate(children, 1) if rule.accepts(child.reward, best)]
-            if fits and not accepted and (stage < last or config.rule == "threshold"):
-                accepted, end = True, max(fits[0], min(len(states), quota))  # but every state has a child
+            passing = [tried + i for i, child in enumerate(children, 1) if rule.accepts(child.reward, best)]
+            if passing and not accepted and (stage < last or config.rule == "threshold"):
+                accepted, stop = True, max(passing[0], min(len(states), quota))  # one child of every state at least
             if config.commit == "first":
-                children = children[: end - tried]
+                children = children[: stop - tried]
             search.ledger.nfe_wasted += count - len(children)
             tried += len(children)
-            found = search.ranked([*found, *children], beam)  # all others are let go
+            survivors = search.ranked([*survivors, *children], beam)  # the latents of all others are freed
             best = max(best, *(child.reward for child in children))
         rule.close(stage - begin, quota - tried)
-        states = found
+        states = survivors
         best = best if config.against == "running_max" else states[0].reward
         search.note(chain=chain, stage=stage, tried=tried, quota=quota, reward=states[0].reward, accepted=accepted)
     return (yield from search.finish(states[:1] if search.plan.tail_nfe else states[: search.keep + 1]))

@@ -1,4 +1,4 @@
-"""The pipeline's own scheduler, step by step: what its stock loop computes, driven by diffaccel's."""
+"""The pipeline's own scheduler, step by step: the result of the stock loop, driven by diffaccel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffaccel.session import Advance, Sampling, Session
 class Scheduler(SamplerConfig):
     """The rule of ``pipe.scheduler`` (UniPC, DPM-Solver++, DDIM, DDPM, ...) with its own history, to the bit.
 
-    For pipelines whose solver is to stay while the rest of diffaccel acts: caches are told the step and its noise
-    level, cost is counted, rows are cut to ``max_batch``. It is also what every family is tested with against the
-    stock loop. Latents stay in the pipeline's layout and dtype.
+    For pipelines that keep their solver while the rest of diffaccel applies: caches receive the step and its noise
+    level, cost is counted, and network calls have at most ``max_batch`` rows. Every family is tested against the stock
+    loop with it. Latents stay in the pipeline's layout and dtype.
     """
 
     name: ClassVar[str] = "scheduler"
@@ -36,7 +36,7 @@ class Scheduler(SamplerConfig):
 
 
 def own_steps(session: Session) -> Sampling:
-    """Walk the scheduler's own timesteps by its own step."""
+    """Sample by ``x' = scheduler.step(model(x, t), t, x)``: UniPC (arXiv 2302.04867), DDIM (arXiv 2010.02502), ..."""
     latents = session.latents
     for index in range(len(session.timesteps)):
         latents = yield Advance(latents, index)

@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo: particles are weighted by what they promise, and resampled when few of them matter."""
+"""Sequential Monte Carlo: particles are weighted by their rewards, and resampled when few of them carry the weight."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.resampling import effective_size, softmax, systematic, uniform
 
-# What a particle's weights have come to when r_0 ... r_k were seen, in units of 1/temperature; at the end all of them
-# come to r(x0), so that the particles follow p(x0) exp(r(x0) / temperature).
+# Accumulated log weight of a particle with the rewards r_0 ... r_k, times the temperature. At the end it is r(x0) for
+# every potential, so that the particles follow p(x0) exp(r(x0) / temperature).
 POTENTIALS: dict[str, Callable[[list[float]], float]] = {
-    "difference": lambda seen: seen[-1],
-    "max": lambda seen: sum(max(seen[: k + 1]) for k in range(len(seen))),
-    "sum": lambda seen: sum(sum(seen[: k + 1]) for k in range(len(seen))),
-    "last": lambda seen: 0.0,
+    "difference": lambda rewards: rewards[-1],
+    "max": lambda rewards: sum(max(rewards[: k + 1]) for k in range(len(rewards))),
+    "sum": lambda rewards: sum(sum(rewards[: k + 1]) for k in range(len(rewards))),
+    "last": lambda rewards: 0.0,
 }
 
 
@@ -27,18 +27,18 @@ POTENTIALS: dict[str, Callable[[list[float]], float]] = {
 class SMC(PathSearchConfig):
     """Feynman-Kac steering (Singhal et al., arXiv 2501.06848; Wu et al., arXiv 2306.17775).
 
-    ``N = floor(budget / (stages + tail))`` particles follow the path's kernel. At every level their log weights grow by
-    that of the potential, and when the effective number ``1 / sum w^2`` falls below ``resample N`` all are drawn anew,
-    systematically, and their weights are equal again. The target is ``p(x0) exp(r(x0) / temperature)``; the result is
-    its particle with the highest reward. Latents ``(B, C, H, W)``.
+    ``N = floor(budget / (stages + tail))`` particles follow the path's kernel. At every level the potential is added to
+    their log weights. When the effective sample size ``1 / sum w^2`` falls below ``resample N``, all particles are
+    resampled systematically and their weights become equal. The target is ``p(x0) exp(r(x0) / temperature)``; the
+    result is the particle with the highest reward. Latents ``(B, C, H, W)``.
 
     Args:
-        temperature: of the target, in units of the reward: the size of a difference that matters, so about the standard
-            deviation of rewards is a start.
-        potential: "difference": ``(r_k - r_{k-1}) / temperature``; "max" and "sum": of all rewards so far; "last":
-            weights at the end alone.
-        resample: share of particles below which the effective number makes them be drawn anew; 1 at every level, 0
-            never.
+        temperature: of the target, in units of the reward. A good start is the size of a difference that matters,
+            about the standard deviation of the rewards.
+        potential: log weight that a level adds. "difference": ``(r_k - r_{k-1}) / temperature``; "max" and "sum": of
+            all rewards so far; "last": zero at every level but the end.
+        resample: resample when the effective sample size falls below this share of the particles; 1: at every level,
+            0: never.
     """
 
     name: ClassVar[str] = "smc"
@@ -61,42 +61,51 @@ class SMC(PathSearchConfig):
             raise DiffAccelError(f"SMC.resample is {self.resample}; it must lie in [0, 1].")
 
     def chains(self, search: Search) -> list[Chain]:
-        each = search.plan.stages + search.plan.tail_nfe
-        self.check(search, 2 * each, f"2 particles of {search.plan.stages} levels and {search.plan.tail_nfe} steps")
-        return [smc(search, search.budget // each, self)]
+        nfe = search.plan.stages + search.plan.tail_nfe  # of one particle
+        self.check_budget(
+            search, 2 * nfe, f"2 particles of {search.plan.stages} levels and {search.plan.tail_nfe} steps"
+        )
+        return [smc(search, search.budget // nfe, self)]
 
 
 def smc(search: Search, count: int, config: SMC) -> Chain:
-    """All particles of a prompt (arXiv 2501.06848, algorithm 1)."""
+    """Run ``count`` particles with weights ``w_k ~ exp((G(r_0 ... r_k) - G(r_0 ... r_m)) / temperature)``.
+
+    ``G`` is the accumulated potential and ``m`` the level of the last resampling. Where ``1 / sum w^2 < resample
+    count`` the particles are resampled by ``w``; then each moves by the plan's kernel, such as ``x' = alpha' x0 +
+    sqrt(sigma'^2 - gamma^2) eps + gamma z`` (arXiv 2501.06848, algorithm 1).
+    """
     potential = POTENTIALS[config.potential]
     states = yield [search.start(i) for i in range(count)]
-    seen: list[list[float]] = [[] for _ in states]
-    since = [0.0] * count  # the potential when the particles were last drawn anew
+    histories: list[list[float]] = [[] for _ in states]
+    resampled = [0.0] * count  # each particle's potential at the last resampling
     for stage in range(search.plan.stages):
-        seen = [[*rewards, p.reward] for rewards, p in zip(seen, states, strict=True)]
-        now = [potential(rewards) for rewards in seen]
-        weights = _weights(now, since, config.temperature)
+        histories = [[*rewards, p.reward] for rewards, p in zip(histories, states, strict=True)]
+        potentials = [potential(rewards) for rewards in histories]
+        weights = _weights(potentials, resampled, config.temperature)
         size = effective_size(weights)
         search.note(stage=stage, effective=size, reward=max(p.reward for p in states))
         if size < config.resample * count or config.resample == 1:
-            chosen = systematic(weights, uniform(search.seed, 0, stage))
-            states, seen, since = [states[i] for i in chosen], [seen[i] for i in chosen], [now[i] for i in chosen]
+            ancestors = systematic(weights, uniform(search.seed, 0, stage))
+            states, histories = [states[i] for i in ancestors], [histories[i] for i in ancestors]
+            resampled = [potentials[i] for i in ancestors]
         if stage < search.plan.stages - 1:
             states = yield [search.propose(state, 0, chain=i) for i, state in enumerate(states)]
-    samples = yield from _to_the_end(search, states)
+    samples = yield from _finish_once(search, states)
     rewards = [p.reward for p in samples]
-    search.note(samples=rewards, weights=_weights(rewards, since, config.temperature))
+    search.note(samples=rewards, weights=_weights(rewards, resampled, config.temperature))
     return search.ranked(samples)
 
 
-def _weights(now: list[float], since: list[float], temperature: float) -> list[float]:
-    """``exp((now - since) / temperature)``, normalised; where nothing was finite before, all of it is new."""
-    return softmax([(n - (b if math.isfinite(b) else 0.0)) / temperature for n, b in zip(now, since, strict=True)])
+def _weights(potentials: list[float], resampled: list[float], temperature: float) -> list[float]:
+    """Return ``exp((potential - resampled) / temperature)``, normalised; a ``resampled`` that is not finite is 0."""
+    differences = [p - (r if math.isfinite(r) else 0.0) for p, r in zip(potentials, resampled, strict=True)]
+    return softmax([difference / temperature for difference in differences])
 
 
-def _to_the_end(search: Search, states: list[Particle]) -> Chain:
-    """The tail of every particle; those drawn twice go on together and come out as often."""
-    once = list(dict.fromkeys(states))
-    samples = yield from search.finish(once)
-    of = dict(zip(once, samples, strict=True))
-    return [of[state] for state in states]
+def _finish_once(search: Search, states: list[Particle]) -> Chain:
+    """Walk the tail of every distinct state once, and return the sample of each of ``states``, repeats included."""
+    distinct = list(dict.fromkeys(states))
+    samples = yield from search.finish(distinct)
+    sample_of = dict(zip(distinct, samples, strict=True))
+    return [sample_of[state] for state in states]

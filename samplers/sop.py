@@ -1,4 +1,4 @@
-"""Search over paths: noise a sample again and come back, several times, each time with the best of the ways back."""
+"""Search over paths: add noise to a sample and denoise it again several times, keeping the best candidate each time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from diffaccel.samplers.search.plan import at_level, descend
 class SoP(SearchConfig):
     """Search over paths (Ma et al., arXiv 2501.09732, section 3.2).
 
-    Each chain walks from noise to the level ``seed_level`` by ``walk`` deterministic steps, K times, and keeps the best
-    by ``r(x0)``; then, until the level is 0, it adds noise up by ``forward`` (the path's exact forward kernel), K
-    times, walks back by ``backward`` and keeps the best. Levels are those of the linear path, 1 is noise. It costs
+    Each chain denoises K noises to the level ``seed_level`` by ``walk`` deterministic steps and keeps the best by
+    ``r(x0)``. Then, until the level is 0, it adds noise up by ``forward`` (the path's exact forward kernel) K times,
+    denoises each by ``backward`` and keeps the best. Levels are those of the linear path, 1 is noise. It costs
     ``walk K particles (ceil(seed_level / (backward - forward)) + 1)`` predictions, from which K follows.
 
     Args:
-        particles: chains of a picture.
-        walk: deterministic steps of every way.
-        seed_level: where the first ways end.
-        forward, backward: how far a way goes up, and down.
+        particles: chains per picture.
+        walk: deterministic steps of one denoising.
+        seed_level: level at which the first denoising ends.
+        forward, backward: distance in level by which noise is added, and removed.
     """
 
     name: ClassVar[str] = "sop"
@@ -42,7 +42,7 @@ class SoP(SearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(particles=1, walk=1)
+        self.require_at_least(particles=1, walk=1)
         if not 0 < self.seed_level < 1 or not 0 < self.forward < self.backward or self.seed_level + self.forward > 1:
             raise DiffAccelError(
                 f"SoP goes up by forward < backward from seed_level in (0, 1) to at most 1; got {self.forward}, "
@@ -51,35 +51,39 @@ class SoP(SearchConfig):
 
     @property
     def rounds(self) -> int:
-        """Ways up and back after the first."""
+        """Rounds of noising and denoising after the first denoising."""
         return math.ceil(round(self.seed_level / (self.backward - self.forward), 6))
 
     def chains(self, search: Search) -> list[Chain]:
-        each = self.walk * self.particles * (self.rounds + 1)
-        if search.budget < each:
+        nfe = self.walk * self.particles * (self.rounds + 1)  # of one candidate in every chain and round
+        if search.budget < nfe:
             raise DiffAccelError(
                 f"SoP: a budget of {search.budget} NFE is too small for {self.particles} chains of {self.rounds + 1} "
-                f"ways of {self.walk} steps. Give at least {each}."
+                f"ways of {self.walk} steps. Give at least {nfe}."
             )
-        return [sop(search, chain, search.budget // each, self) for chain in range(self.particles)]
+        return [sop(search, chain, search.budget // nfe, self) for chain in range(self.particles)]
 
 
-def sop(search: Search, chain: int, copies: int, config: SoP) -> Chain:
-    """One chain: the first ways from noise, then up and back until nothing is left to go down."""
+def sop(search: Search, chain: int, count: int, config: SoP) -> Chain:
+    """Run one chain of ``count`` candidates per round (arXiv 2501.09732, section 3.2).
+
+    Noise: ``x' = (alpha'/alpha) x + sqrt(sigma'^2 - (alpha'/alpha)^2 sigma^2) z``; then ``walk`` steps of
+    ``x' = x + (sigma' - sigma) v``, and ``x = argmax_i r(x0_i)``.
+    """
     path, top, level, walk = search.plan.path, search.plan.sigmas[0], config.seed_level, config.walk
-    states = yield [search.start(chain, i, score=walk == 1) for i in range(copies)]
-    for way in range(config.rounds + 1):
-        if way > 0:
-            up = min(at_level(path, level + config.forward), top)
-            level = level - (config.backward - config.forward) if way < config.rounds else 0.0
-            keys = [Key(chain, way * (walk + 1), i) for i in range(copies)]
-            states = yield [search.renoise(states[0], up, key, score=walk == 1) for key in keys]
+    states = yield [search.start(chain, i, score=walk == 1) for i in range(count)]
+    for number in range(config.rounds + 1):
+        if number > 0:
+            noised = min(at_level(path, level + config.forward), top)
+            level = level - (config.backward - config.forward) if number < config.rounds else 0.0
+            keys = [Key(chain, number * (walk + 1), i) for i in range(count)]
+            states = yield [search.renoise(states[0], noised, key, score=walk == 1) for key in keys]
         *between, bottom = descend(path, states[0].sigma, level, walk)
         for i, sigma in enumerate(between, 2):
             states = yield [search.step(state, sigma, score=i == walk) for state in states]
         best = max(states, key=lambda p: p.reward)
-        search.note(chain=chain, way=way, tried=copies, reward=best.reward)
-        if way < config.rounds:
+        search.note(chain=chain, way=number, tried=count, reward=best.reward)
+        if number < config.rounds:
             states = yield [search.step(best, bottom, predict=False)]
     samples = yield [search.end(state) for state in states]
     return search.ranked(samples)

@@ -1,4 +1,4 @@
-"""Soft value-based decoding: at every level several children, of which one by its value goes on."""
+"""Soft value-based decoding: at every level several children are tried, and one chosen by its value continues."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from diffaccel.samplers.search.resampling import draw
 class SVDD(PathSearchConfig):
     """Soft value-based decoding in diffusion models (Li et al., arXiv 2408.08252), with ``r(x0)`` as the value.
 
-    At every level each chain tries ``K = floor((budget - tail) / (particles stages))`` children and goes on with
-    ``argmax r(x0')``, or with one drawn from ``softmax(r / temperature)``. Latents ``(B, C, H, W)``.
+    At every level each chain tries ``K = floor((budget - tail) / (particles stages))`` children and continues from
+    ``argmax r(x0')``, or from one drawn from ``softmax(r / temperature)``. Latents ``(B, C, H, W)``.
 
     Args:
-        particles: chains of a picture.
-        temperature: of the draw; 0 takes the best.
+        particles: chains per picture.
+        temperature: of the softmax; 0 takes the best child.
     """
 
     name: ClassVar[str] = "svdd"
@@ -33,19 +33,23 @@ class SVDD(PathSearchConfig):
 
     def validate(self) -> None:
         super().validate()
-        self.at_least(particles=1, temperature=0)
+        self.require_at_least(particles=1, temperature=0)
 
     def chains(self, search: Search) -> list[Chain]:
-        children = self.each(search, self.particles)
-        return [svdd(search, chain, children, self.temperature) for chain in range(self.particles)]
+        count = self.tries_per_level(search, self.particles)
+        return [svdd(search, chain, count, self.temperature) for chain in range(self.particles)]
 
 
-def svdd(search: Search, chain: int, children: int, temperature: float) -> Chain:
-    """One chain (arXiv 2408.08252, algorithm 1)."""
-    found = yield [search.start(chain, i) for i in range(children)]
+def svdd(search: Search, chain: int, count: int, temperature: float) -> Chain:
+    """Run one chain: ``x = x_i`` with ``i ~ softmax(r(x0_i) / temperature)``, ``x_i = K(x, z_i)``, ``i = 1 ... count``.
+
+    ``K`` is the plan's kernel, such as ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``, and temperature 0 takes
+    the argmax (arXiv 2408.08252, algorithm 1).
+    """
+    children = yield [search.start(chain, i) for i in range(count)]
     for stage in range(search.plan.stages):
-        state = found[draw([p.reward for p in found], temperature, search.seed, chain, stage)]
-        search.note(chain=chain, stage=stage, tried=children, reward=state.reward)
+        state = children[draw([p.reward for p in children], temperature, search.seed, chain, stage)]
+        search.note(chain=chain, stage=stage, tried=count, reward=state.reward)
         if stage < search.plan.stages - 1:
-            found = yield [search.propose(state, i) for i in range(children)]
+            children = yield [search.propose(state, i) for i in range(count)]
     return (yield from search.finish([state]))

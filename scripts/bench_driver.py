@@ -1,4 +1,4 @@
-"""What the native driver costs beside the stock loop: the same call, stock and wrapped in turn, in one run.
+"""Time the native driver against the stock loop: the same call, stock and wrapped in turn, in one run.
 
     python -m scripts.bench_driver --model flux --out docs/results
 
@@ -30,7 +30,7 @@ SIZES = {
 
 
 def pipeline(model: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """A pipeline without encoders and autoencoder, and the arguments of its call."""
+    """Return a pipeline without encoders and autoencoder, and the arguments of its call."""
     size, steps, config = SIZES[model]
     with torch.device(device):
         before = torch.get_default_dtype()
@@ -48,50 +48,50 @@ def pipeline(model: str, device: str, dtype: torch.dtype) -> tuple[Any, dict[str
 
 
 def timed(pipe: Any, call: dict[str, Any], device: str) -> tuple[float, torch.Tensor]:
-    """Seconds of one whole call, and its latents."""
+    """Return the seconds of one whole call, and its latents."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    images = pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).images
+    latents = pipe(**call, generator=torch.Generator("cpu").manual_seed(0)).images
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start, images
+    return time.perf_counter() - start, latents
 
 
 def measure(model: str, device: str, turns: int) -> dict[str, Any]:
-    """Alternate stock and wrapped calls."""
+    """Alternate stock and wrapped calls, and compare their times."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipe, call = pipeline(model, device, dtype)
     steps = call["num_inference_steps"]
-    ways = {"stock": None, "fp32 state": Euler(), "stock state": Euler(state="stock")}
-    rows: dict[str, list[float]] = {name: [] for name in ways}
-    images = {}
+    methods = {"stock": None, "fp32 state": Euler(), "stock state": Euler(state="stock")}
+    times: dict[str, list[float]] = {name: [] for name in methods}
+    latents = {}
     for turn in range(turns + 1):
-        for name in list(ways) if turn % 2 else reversed(ways):
-            if ways[name] is not None:
-                diffaccel.accelerate(pipe, ways[name])
-            seconds, images[name] = timed(pipe, call, device)
+        for name in list(methods) if turn % 2 else reversed(methods):
+            if methods[name] is not None:
+                diffaccel.accelerate(pipe, methods[name])
+            seconds, latents[name] = timed(pipe, call, device)
             diffaccel.remove(pipe)
             if turn:  # the first turn warms up
-                rows[name].append(seconds / steps)
+                times[name].append(seconds / steps)
     return {
         "model": model,
         "steps": steps,
         "turns": turns,
-        "ways": {name: compare(rows[name], rows["stock"], images[name], images["stock"]) for name in ways},
+        "ways": {name: compare(times[name], times["stock"], latents[name], latents["stock"]) for name in methods},
     }
 
 
-def compare(seconds: list[float], stock: list[float], images: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
-    """Median time and the median of the ratios turn by turn, with its bootstrap interval."""
+def compare(seconds: list[float], stock: list[float], latents: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    """Return the median time and the median of the ratios turn by turn, with its bootstrap interval."""
     ratios = torch.tensor(seconds, dtype=torch.float64) / torch.tensor(stock, dtype=torch.float64)
     draws = torch.randint(0, len(ratios), (10_000, len(ratios)), generator=torch.Generator().manual_seed(0))
-    spread = ratios[draws].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    interval = ratios[draws].median(1).values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return {
         "ms_per_step": 1000 * float(torch.tensor(seconds, dtype=torch.float64).median()),
         "ratio": float(ratios.median()),
-        "ratio_interval": [float(s) for s in spread],
-        "same_latents": bool(torch.equal(images, reference)),
+        "ratio_interval": [float(bound) for bound in interval],
+        "same_latents": bool(torch.equal(latents, reference)),
     }
 
 
@@ -106,22 +106,22 @@ def main() -> None:
     result = measure(args.model, args.device, args.turns)
     import diffusers
 
-    name = describe_device(torch.device(args.device))["name"]
+    device = describe_device(torch.device(args.device))["name"]
     record = {
         "command": f"python -m scripts.bench_driver --model {args.model} --device {args.device} --turns {args.turns}",
-        "device": name,
+        "device": device,
         "kind": args.kind,
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         **result,
     }
-    print(f"| {args.model}, {name} | ratio to stock (95 % interval) | ms per step | latents |")
+    print(f"| {args.model}, {device} | ratio to stock (95 % interval) | ms per step | latents |")
     print("|---|---|---|---|")
-    for way, row in result["ways"].items():
+    for name, row in result["ways"].items():
         low, high = row["ratio_interval"]
         same = "equal" if row["same_latents"] else "differ"
-        print(f"| {way} | {row['ratio']:.4f} ({low:.4f} to {high:.4f}) | {row['ms_per_step']:.3f} | {same} |")
+        print(f"| {name} | {row['ratio']:.4f} ({low:.4f} to {high:.4f}) | {row['ms_per_step']:.3f} | {same} |")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         path = args.out / f"bench_driver_{args.model}_{args.kind or args.device}.json"

@@ -1,4 +1,4 @@
-"""Time and memory of the distribution metrics at the sizes papers use, features already in memory.
+"""Measure time and memory of the distribution metrics at the sizes papers use, features already in memory.
 
     python -m scripts.bench_eval_numerics --device cuda --kind nvidia-h100-x1 --out docs/results
 
@@ -23,14 +23,14 @@ from diffaccel.files import write_json
 
 
 def features(n: int, d: int, seed: int, device: torch.device) -> Tensor:
-    """Correlated and not centred, with a falling spectrum, as features of networks are."""
+    """Draw rows that are correlated and not centred, with a falling spectrum, as features of networks are."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.arange(1, d + 1).float() ** -0.5
     return (torch.randn(n, d, generator=generator) * spread + 0.4).to(device)
 
 
 def timed(name: str, call: Callable[[], Any], device: torch.device, runs: int) -> dict[str, Any]:
-    """Median seconds after a call that warms up (none for a single run), and memory beyond what was there before."""
+    """Return the median seconds of a call, after one that warms up unless ``runs`` is 1, and its additional memory."""
     seconds, value, peak = [], None, None
     for turn in range(runs + (runs > 1)):
         if device.type == "cuda":
@@ -51,22 +51,27 @@ def timed(name: str, call: Callable[[], Any], device: torch.device, runs: int) -
 
 
 def shown(value: Any) -> str:
+    """Return a number, or a tuple of them, as text."""
     return ", ".join(f"{v:.6g}" for v in (value if isinstance(value, tuple) else (value,)))
 
 
 def measure(device: torch.device, small: bool, runs: int) -> list[dict[str, Any]]:
-    d, few, some, many = (256, 100, 1000, 5000) if small else (2048, 1000, 10_000, 50_000)
-    x, y = (features(many, d, seed, device) for seed in (0, 1))
+    """Print a row per metric and return all rows."""
+    d, n_short, n_kid, n = (256, 100, 1000, 5000) if small else (2048, 1000, 10_000, 50_000)
+    x, y = (features(n, d, seed, device) for seed in (0, 1))
     y *= 1.05
     print("| what | seconds | GiB beyond the features | value |\n|---|---|---|---|")
     a, b = frechet.Moments.of(x), frechet.Moments.of(y)
     rows = [
-        timed(f"moments, n={many} d={d}", lambda: float(frechet.Moments.of(x).mean[0]), device, runs),
+        timed(f"moments, n={n} d={d}", lambda: float(frechet.Moments.of(x).mean[0]), device, runs),
         timed(f"FD from statistics, d={d}", lambda: frechet.distance(a, b), device, runs),
         timed(
-            f"FD from features, n=m={few} d={d}", lambda: frechet.distance_of_features(x[:few], y[:few]), device, runs
+            f"FD from features, n=m={n_short} d={d}",
+            lambda: frechet.distance_of_features(x[:n_short], y[:n_short]),
+            device,
+            runs,
         ),
-        timed(f"KID, n=m={some} d={d}", lambda: mmd.kid(x[:some], y[:some]), device, 1),
+        timed(f"KID, n=m={n_kid} d={d}", lambda: mmd.kid(x[:n_kid], y[:n_kid]), device, 1),
     ]
     if device.type == "cuda":
         root = torch.linalg.cholesky(a.covariance).T @ torch.linalg.cholesky(b.covariance)
@@ -75,8 +80,8 @@ def measure(device: torch.device, small: bool, runs: int) -> list[dict[str, Any]
             rows.append(timed(f"singular values by {driver}, d={d}", call, device, 1))
     return [
         *rows,
-        timed(f"precision and recall, n=m={many} d={d}", lambda: manifold.precision_recall(x, y), device, 1),
-        timed(f"density and coverage, n=m={many} d={d}", lambda: manifold.density_coverage(x, y), device, 1),
+        timed(f"precision and recall, n=m={n} d={d}", lambda: manifold.precision_recall(x, y), device, 1),
+        timed(f"density and coverage, n=m={n} d={d}", lambda: manifold.density_coverage(x, y), device, 1),
     ]
 
 

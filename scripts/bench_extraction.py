@@ -1,11 +1,11 @@
-"""How fast features come out: images a second from memory, from PNGs, and of the bare network.
+"""Measure feature extraction: images a second from memory, from PNGs, and of the network alone.
 
     python -m scripts.bench_extraction --device cuda --kind nvidia-h100-x1 --out docs/results
 
-Inception with random weights, float32 without TF32. The bare network gets normalised tensors that are on the device
-already, in batches of the same size; what it is faster by is what reading, resizing and copying cost. PNGs are also
-opened (every header is looked at) and read without a network. Nothing of a way is left out: files are found, opened and
-read, processes start and end.
+Inception with random weights, float32 without TF32. The network alone gets normalised tensors that are on the device
+already, in batches of the same size; its lead is what reading, resizing and copying cost. PNGs are also opened (every
+header is read) and decoded without a network. Times are of everything: files are listed, opened and read, processes
+start and end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.open import open_source
-from diffaccel.eval.images.prefetch import groups
+from diffaccel.eval.images.prefetch import map_batches
 from diffaccel.eval.networks.extractors import Extractor, exact_float32
 from diffaccel.eval.networks.extractors.inception import SIZE, InceptionNetwork, inception
 from diffaccel.eval.networks.protocols import protocol
@@ -32,36 +32,36 @@ from diffaccel.files import write_json
 from diffaccel.record import describe_device
 
 PROTOCOLS = ("tf-fid", "clean-fid")
-DISTINCT = 2048  # pictures; more of them are these again, in files of their own
-WARM = 2048  # pictures of the call before the first that counts
+DISTINCT = 2048  # different pictures; a larger set repeats them, in files of their own
+WARM_UP = 2048  # pictures of the call that warms up
 
 
 def pictures(n: int, side: int) -> Tensor:
-    """Noise over smooth colours, uint8 (n, 3, side, side): as costly to decode as a photograph."""
+    """Draw noise over smooth colours, uint8 (n, 3, side, side): as costly to decode as a photograph."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(n, 3, 8, 8, generator=generator)
-    found = torch.empty(n, 3, side, side, dtype=torch.uint8)
+    images = torch.empty(n, 3, side, side, dtype=torch.uint8)
     for i in range(n):
         smooth = torch.nn.functional.interpolate(coarse[i : i + 1], (side, side), mode="bilinear")[0]
-        found[i] = (220 * smooth + 30 * torch.rand(3, side, side, generator=generator)).to(torch.uint8)
-    return found
+        images[i] = (220 * smooth + 30 * torch.rand(3, side, side, generator=generator)).to(torch.uint8)
+    return images
 
 
 def seconds(work: Callable[[int], Any], n: int, device: str, turns: int) -> list[float]:
-    """Of ``turns`` calls for ``n`` pictures, after one for fewer that warms up."""
-    found = []
+    """Return the seconds of ``turns`` calls for ``n`` pictures, after one for fewer that warms up."""
+    times = []
     for turn in range(turns + 1):
         start = time.perf_counter()
-        work(n if turn else min(n, WARM))
+        work(n if turn else min(n, WARM_UP))
         if device == "cuda":
             torch.cuda.synchronize()
         if turn:
-            found.append(time.perf_counter() - start)
-    return found
+            times.append(time.perf_counter() - start)
+    return times
 
 
 def bare(extractor: Extractor, batch: int) -> Callable[[int], None]:
-    """The network alone, on tensors of its own size that are on the device."""
+    """Return a call of the network alone, on tensors of its own size that are on the device."""
     module: Any = extractor.module
     x = torch.rand(batch, 3, *SIZE, device=extractor.device) * 2 - 1
 
@@ -74,7 +74,7 @@ def bare(extractor: Extractor, batch: int) -> Callable[[int], None]:
 
 
 def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path) -> dict[str, Any]:
-    """Images a second of every way."""
+    """Return the images a second of every source, with and without the network."""
     images = pictures(min(n, DISTINCT), side)
     images = images.repeat(-(-n // len(images)), 1, 1, 1)[:n]
     pngs = folder / "pngs"
@@ -83,19 +83,19 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
     def save(i: int) -> None:
         Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(pngs / f"{i:05d}.png", compress_level=1)
 
-    for _ in groups(save, range(n), 64):
+    for _ in map_batches(save, range(n), 64):
         pass
     torch.manual_seed(0)
     torch.save(InceptionNetwork().state_dict(), folder / "random.pth")
-    built = {
+    extractors = {
         name: inception(
             folder / "random.pth", preprocessing=protocol(name).preprocessing, protocol=name, device=device,
             allow_unknown_weights=True,
         )
         for name in PROTOCOLS
     }  # fmt: skip
-    ways: dict[str, Callable[[int], Any]] = {"network alone": bare(built["tf-fid"], batch)}
-    for name, extractor in built.items():
+    ways: dict[str, Callable[[int], Any]] = {"network alone": bare(extractors["tf-fid"], batch)}
+    for name, extractor in extractors.items():
         for kind, source in (("memory", images), ("PNGs", pngs)):
             ways[f"{name}, from {kind}"] = lambda k, e=extractor, s=source: extract(
                 open_source(s, num=k), e, batch=batch
@@ -108,9 +108,9 @@ def measure(device: str, n: int, side: int, batch: int, turns: int, folder: Path
     ways |= {"PNGs, opening alone": lambda k: open_source(pngs, num=k), "PNGs, opening and reading alone": read}
     rows = {}
     for way, work in ways.items():
-        taken = torch.tensor(seconds(work, n, device, turns), dtype=torch.float64)
-        print(f"{way}: {n / float(taken.median()):.0f} images/s", flush=True)
-        rows[way] = {"images_per_second": n / float(taken.median()), "seconds": taken.tolist()}
+        times = torch.tensor(seconds(work, n, device, turns), dtype=torch.float64)
+        print(f"{way}: {n / float(times.median()):.0f} images/s", flush=True)
+        rows[way] = {"images_per_second": n / float(times.median()), "seconds": times.tolist()}
     alone = rows["network alone"]["images_per_second"]
     for row in rows.values():
         row["of_the_network"] = row["images_per_second"] / alone

@@ -1,4 +1,4 @@
-"""Searches on a mixture of Gaussians, whose velocity is exact: reward and likelihood of the samples at equal NFE.
+"""Compare searches on a mixture of Gaussians, whose velocity is exact: reward and likelihood at equal NFE.
 
     python -m scripts.bench_search_gmm --budgets 50 100 200 500 1000 --prompts 64 --seeds 3 --json gmm.json
 
@@ -37,7 +37,7 @@ REWARDS = {"linear": lambda r: r, "saturating": lambda r: torch.sigmoid(3 * r - 
 
 @dataclass(frozen=True)
 class Bed:
-    """The data and the prompts.
+    """A distribution of data, and prompts that ask for directions in it.
 
     Attributes:
         means: of the modes, ``(MODES, DIM)``.
@@ -49,68 +49,69 @@ class Bed:
 
     @classmethod
     def make(cls, prompts: int, seed: int = 0) -> Bed:
-        draw = torch.Generator().manual_seed(seed)
-        means = torch.randn(MODES, DIM, generator=draw)
-        directions = torch.randn(prompts, DIM, generator=draw)
+        """Draw the means and the directions."""
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.randn(MODES, DIM, generator=generator)
+        directions = torch.randn(prompts, DIM, generator=generator)
         return cls(means, directions / directions.norm(dim=1, keepdim=True))
 
     def velocity(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``E[eps - x0 | x]`` on the linear path, ``(R, DIM, 1, 1)``; ``sigma`` broadcasts against ``x``."""
+        """Return ``E[eps - x0 | x]`` on the linear path, ``(R, DIM, 1, 1)``; ``sigma`` broadcasts against ``x``."""
         flat, sigma = x.flatten(1)[:, None], sigma.reshape(-1, 1, 1)
         alpha, variance = 1 - sigma, (1 - sigma) ** 2 * STD**2 + sigma**2
-        apart = flat - alpha * self.means
-        share = (-(apart**2).sum(-1, keepdim=True) / (2 * variance)).softmax(1)
-        x0 = (share * (self.means + alpha * STD**2 / variance * apart)).sum(1)
-        eps = (share * (sigma / variance * apart)).sum(1)
+        offset = flat - alpha * self.means
+        weight = (-(offset**2).sum(-1, keepdim=True) / (2 * variance)).softmax(1)  # posterior of the mode
+        x0 = (weight * (self.means + alpha * STD**2 / variance * offset)).sum(1)
+        eps = (weight * (sigma / variance * offset)).sum(1)
         return (eps - x0).reshape(x.shape)
 
     def nll(self, x: Tensor) -> Tensor:
-        """``-log p`` of samples, ``(R,)`` nats."""
-        apart = (x.flatten(1)[:, None] - self.means).pow(2).sum(-1) / (2 * STD**2)
-        each = -apart - DIM / 2 * math.log(2 * math.pi * STD**2) - math.log(MODES)
-        return -each.logsumexp(1)
+        """Return ``-log p`` of samples, ``(R,)`` nats."""
+        exponent = (x.flatten(1)[:, None] - self.means).pow(2).sum(-1) / (2 * STD**2)
+        log_joint = -exponent - DIM / 2 * math.log(2 * math.pi * STD**2) - math.log(MODES)
+        return -log_joint.logsumexp(1)
 
     def data(self, count: int) -> Tensor:
-        """Samples of the data, ``(count, DIM, 1, 1)``."""
-        draw = torch.Generator().manual_seed(1)
-        modes = torch.randint(MODES, (count,), generator=draw)
-        return (self.means[modes] + STD * torch.randn(count, DIM, generator=draw))[..., None, None]
+        """Draw samples of the data, ``(count, DIM, 1, 1)``."""
+        generator = torch.Generator().manual_seed(1)
+        modes = torch.randint(MODES, (count,), generator=generator)
+        return (self.means[modes] + STD * torch.randn(count, DIM, generator=generator))[..., None, None]
 
     def reward(self, name: str) -> Reward:
-        """Of clean latents, by the prompt's number."""
+        """Return the reward of that name, of clean latents; a prompt is the number of its direction."""
 
         def score(x0: Tensor, prompts: list[str]) -> Tensor:
-            chosen = self.directions[[int(prompt) for prompt in prompts]]
-            return REWARDS[name]((x0.flatten(1) * chosen).sum(1).double())
+            directions = self.directions[[int(prompt) for prompt in prompts]]
+            return REWARDS[name]((x0.flatten(1) * directions).sum(1).double())
 
         return Reward(name=name, function=score, input="latents", batch_size=4096)
 
 
-def session(prompts: int, seed: int, steps: int) -> Session:
-    """A call without a pipeline: a row a prompt, each with its own generator, and even noise levels."""
+def open_session(prompts: int, seed: int, steps: int) -> Session:
+    """Return the session of a call without a pipeline: a row per prompt with its own generator, even noise levels."""
     generators = [torch.Generator().manual_seed(seed * 100_003 + row) for row in range(prompts)]
     x = torch.stack([torch.randn(DIM, 1, 1, generator=generator) for generator in generators])
     sigmas = torch.linspace(1, 0, steps + 1)
     schedule = Schedule(LINEAR, sigmas, sigmas[:-1] * 1000, "velocity", False, 1000)
     conds: Any = [SimpleNamespace(arguments={"prompt": [str(row) for row in range(prompts)]})]
-    made = Session(
+    session = Session(
         pipe=SimpleNamespace(config=SimpleNamespace()), family=SimpleNamespace(), scheduler=None, conds=conds,  # type: ignore[arg-type]
         latents=x, timesteps=schedule.timesteps, step_arguments={}, read_schedule=schedule, dtype=x.dtype, height=1,
         width=1, generator=generators, reopen=lambda **arguments: None,
     )  # fmt: skip
-    made.__dict__["x"] = x  # no family whose layout the latents have
-    return made
+    session.__dict__["x"] = x  # set directly: there is no family that knows the layout of latents
+    return session
 
 
 def run(config: Any, bed: Bed, seed: int, steps: int) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The samples of all prompts, and what each search tells."""
-    here, reply = session(len(bed.directions), seed, steps), None
-    sampling = config.sample(here)
+    """Run a search for every prompt and return the samples, and the search's report of each."""
+    session, reply = open_session(len(bed.directions), seed, steps), None
+    sampling = config.sample(session)
     while True:
         try:
             event = sampling.send(reply)
         except StopIteration as end:
-            return end.value, here.report["search"]["pictures"]
+            return end.value, session.report["search"]["pictures"]
         if isinstance(event, Eval):
             sigma = bcast(event.sigma, event.x)
             reply = Pred(LINEAR, event.x, sigma, bed.velocity(event.x, sigma))
@@ -119,26 +120,26 @@ def run(config: Any, bed: Bed, seed: int, steps: int) -> tuple[Tensor, list[dict
 
 
 def methods(budget: int, temperature: float) -> dict[str, Any]:
-    """The searches by name; the share of first noises is that of 25 in 500 for two chains."""
+    """Return the searches by name; initial noises take the same share of every budget: 25 of 500 for two chains."""
     initial = max(1, min(25, budget // 20))
-    found: dict[str, Any] = {
+    configs: dict[str, Any] = {
         "bon": BoN(budget=budget),
         "sop": SoP(budget=budget, particles=1 if budget < 80 else 2),
     }
     for path in PATHS:
         common: dict[str, Any] = {"budget": budget, "path": path, "tail_steps": TAIL}
-        found[f"smc {path}"] = SMC(temperature=temperature, **common)
-        found[f"code {path}"] = CoDe(particles=2, **common)
-        found[f"svdd {path}"] = SVDD(particles=2, **common)
+        configs[f"smc {path}"] = SMC(temperature=temperature, **common)
+        configs[f"code {path}"] = CoDe(particles=2, **common)
+        configs[f"svdd {path}"] = SVDD(particles=2, **common)
         for chunk in (1, 8, 16):
-            found[f"rbf {path} m={chunk}"] = RBF(particles=2, initial=initial, beam=1, chunk=chunk, **common)
-        found[f"rbf {path}"] = RBF(**common)
-        found[f"rbf {path} begin=0.4"] = RBF(begin=0.4, initial=0, **common)
-    return found
+            configs[f"rbf {path} m={chunk}"] = RBF(particles=2, initial=initial, beam=1, chunk=chunk, **common)
+        configs[f"rbf {path}"] = RBF(**common)
+        configs[f"rbf {path} begin=0.4"] = RBF(begin=0.4, initial=0, **common)
+    return configs
 
 
 def measure(config: Any, bed: Bed, name: str, seeds: int, steps: int) -> dict[str, float]:
-    """Means over prompts and seeds."""
+    """Return means over prompts and seeds of one search."""
     rewards, nlls, nfe = [], [], []
     config = replace(config, reward=bed.reward(name))
     for seed in range(seeds):
@@ -175,22 +176,22 @@ def main() -> None:
                 if args.only and method not in args.only:
                     continue
                 try:
-                    found = measure(config, bed, name, args.seeds, args.steps)
+                    row = measure(config, bed, name, args.seeds, args.steps)
                 except DiffAccelError as error:
                     print(f"  {method:<28} {error}")
                     continue
-                rows.append({"reward_name": name, "budget": budget, "method": method, **found})
+                rows.append({"reward_name": name, "budget": budget, "method": method, **row})
                 print(
-                    f"  {method:<28} {found['reward']:8.3f} {found['reward_error']:6.3f} {found['nll']:8.2f} "
-                    f"{found['nfe']:6.0f}"
+                    f"  {method:<28} {row['reward']:8.3f} {row['reward_error']:6.3f} {row['nll']:8.2f} "
+                    f"{row['nfe']:6.0f}"
                 )
     if args.json:
-        about = {k: v for k, v in vars(args).items() if k != "json"}
-        made = {
+        options = {k: v for k, v in vars(args).items() if k != "json"}
+        environment = {
             "command": "python -m scripts.bench_search_gmm", "device": record.describe_device(torch.device("cpu")),
             "date": time.strftime("%Y-%m-%d"), "versions": record.versions(),
         }  # fmt: skip
-        write_json(args.json, {**made, "bed": about, "rows": rows})
+        write_json(args.json, {**environment, "bed": options, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where a search's lead over best of N comes from: the differences of a record of ``bench_search`` by kind of prompt.
+"""Split a search's lead over best of N, from a record of ``bench_search``, by kind of prompt.
 
     python -m scripts.bench_search_kinds docs/results/bench_search_emoji-flux_nvidia-h100-x1.json --pictures 1050
 
@@ -18,14 +18,15 @@ from scripts.bench_search import UNSEEN, rows_of
 
 
 def leads(row: dict[str, Any], base: dict[str, Any], texts: list[str], kinds: list[str], score: str) -> dict[str, str]:
-    """The difference to ``base`` over all pictures and over those of each kind of prompt."""
-    found = {}
+    """Return the difference to ``base`` over all pictures and over those of each kind of prompt, as text."""
+    cells = {}
     for kind in ("all", *UNSEEN):
-        at = [i for i in range(len(texts)) if kind in ("all", kinds[i])]
-        ours, theirs = ([one["scores"][score][i] for i in at] for one in (row, base))
-        apart = intervals.paired_difference(ours, theirs, clusters=[texts[i] for i in at]).interval
-        found[kind] = f"{apart.value:+.2f} ({apart.low:+.2f} to {apart.high:+.2f}), n = {len(at)}"
-    return found
+        pictures = [i for i in range(len(texts)) if kind in ("all", kinds[i])]
+        scores, base_scores = ([r["scores"][score][i] for i in pictures] for r in (row, base))
+        clusters = [texts[i] for i in pictures]
+        lead = intervals.paired_difference(scores, base_scores, clusters=clusters).interval
+        cells[kind] = f"{lead.value:+.2f} ({lead.low:+.2f} to {lead.high:+.2f}), n = {len(pictures)}"
+    return cells
 
 
 def main() -> None:
@@ -34,21 +35,21 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, help="rows of so many pictures; by default those with most")
     parser.add_argument("--score", choices=("judge", "reward"), default="judge")
     args = parser.parse_args()
-    made = json.loads(args.record.read_text(encoding="utf-8"))
-    options = made["options"]
-    count = args.pictures or max(row["pictures"] for row in made["rows"])
-    rows = [row for row in made["rows"] if row["pictures"] == count]
+    record = json.loads(args.record.read_text(encoding="utf-8"))
+    options = record["options"]
+    count = args.pictures or max(row["pictures"] for row in record["rows"])
+    rows = [row for row in record["rows"] if row["pictures"] == count]
     texts = [text for text, _ in rows_of(options["set"], options["skip"], count // options["seeds"], options["seeds"])]
-    read = prompts.read(options["set"])
-    kind_of = dict(zip(read.texts, read.categories, strict=True))
+    prompt_set = prompts.read(options["set"])
+    kind_of = dict(zip(prompt_set.texts, prompt_set.categories, strict=True))
     print(
         f"| {args.score}, against best of N | all | " + " | ".join(UNSEEN) + " |\n" + "|---" * (len(UNSEEN) + 2) + "|"
     )
     for row in rows:
-        base = next((one for one in rows if one["variant"] == row.get("against")), None)
+        base = next((other for other in rows if other["variant"] == row.get("against")), None)
         if base is not None:
-            found = leads(row, base, texts, [kind_of[text] for text in texts], args.score)
-            print(f"| {row['variant']} | " + " | ".join(found.values()) + " |")
+            cells = leads(row, base, texts, [kind_of[text] for text in texts], args.score)
+            print(f"| {row['variant']} | " + " | ".join(cells.values()) + " |")
 
 
 if __name__ == "__main__":

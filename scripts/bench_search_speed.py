@@ -1,12 +1,12 @@
-"""What a search costs beside its predictions, what scoring elsewhere saves, and what a second GPU brings.
+"""Time searches: the engine's own share, scoring on another device, and several processes on one search.
 
     python -m scripts.bench_search_speed --model flux --out docs/results
     accelerate launch --num_processes 2 -m scripts.bench_search_speed --model flux --out docs/results
 
 A FLUX.1-dev-size transformer (random weights, bf16, 1024x1024) or a small one for a CPU. Alone it measures the engine's
 own share and overlapped scoring, with a reward that takes a third of a prediction, on the CPU and on a second GPU where
-there is one. With several processes it measures one of them alone and all of them together on 8 chains. Ways take
-turns.
+there is one. With several processes it measures one of them alone and all of them together on 8 chains. What is
+compared takes turns.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import diffaccel
 from diffaccel.eval.uncertainty.intervals import median_ratio
 from diffaccel.files import write_json
 from diffaccel.record import describe_device, versions
-from diffaccel.runs import profile as meter
+from diffaccel.runs import profile
 from diffaccel.samplers import RBF, SVDD
 from diffaccel.samplers.rewards import Reward
 from scripts.bench_driver import pipeline
@@ -35,12 +35,12 @@ CHAINS, STEPS = 8, 4
 
 
 def latents_mean(x0: Tensor, prompts: list[str]) -> Tensor:
-    """A reward that costs nothing."""
+    """Score samples by their mean: a reward that costs nothing."""
     return x0.float().flatten(1).mean(1)
 
 
 def busy(seconds: float, device: torch.device) -> Callable[[Tensor, list[str]], Tensor]:
-    """A reward that computes for about so long a sample, on its own device."""
+    """Return a reward that computes for about ``seconds`` per sample, on its own device."""
     side = 512 if device.type == "cpu" else 4096
     a = torch.randn(side, side, device=device)
 
@@ -72,10 +72,10 @@ class Bench:
         self.call |= {"num_inference_steps": STEPS}
 
     def seconds(self, config: Any) -> tuple[float, float, int]:
-        """Of one search: all of it, that of the network, and its NFE."""
+        """Run one search and return its seconds, those of the network, and its NFE."""
         diffaccel.accelerate(self.pipe, config)
         try:
-            with meter.measure(self.pipe) as measured:
+            with profile.measure(self.pipe) as measured:
                 self.pipe(**self.call, generator=torch.Generator().manual_seed(0))
             nfe = diffaccel.summary(self.pipe).last_run["nfe"]  # type: ignore[index]
         finally:
@@ -84,55 +84,56 @@ class Bench:
 
 
 def overhead(bench: Bench, turns: int) -> dict[str, Any]:
-    """The engine's share: whatever a search takes beside the network's own time."""
+    """Measure the engine's share: the time of a search beside the network's own."""
     config = RBF(reward=Reward("mean", latents_mean, input="latents"), budget=40, particles=2, initial=4, chunk=4,
                  max_batch=4)  # fmt: skip
-    shares, each = [], []
+    shares, per_nfe = [], []
     for turn in range(turns + 1):
         seconds, network, nfe = bench.seconds(config)
         if turn:
             shares.append(seconds / network - 1)
-            each.append(seconds / nfe)
-    return {"overhead": median(shares), "overheads": shares, "seconds_per_nfe": median(each)}
+            per_nfe.append(seconds / nfe)
+    return {"overhead": median(shares), "overheads": shares, "seconds_per_nfe": median(per_nfe)}
 
 
 def overlapped(bench: Bench, step: float, where: torch.device, turns: int) -> dict[str, Any]:
-    """The same search scored in between, and scored elsewhere while the next chains are predicted."""
+    """Time one search scored between predictions, and scored on ``where`` while the next chains are predicted."""
     function = busy(step / 3, where)
-    ways = {
+    configs = {
         name: SVDD(reward=Reward("busy", function, input="latents", device=device), budget=64, particles=4, max_batch=4)
         for name, device in (("in between", None), ("elsewhere", where))
     }
-    rows: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in configs}
     for turn in range(turns + 1):
-        for name in list(ways) if turn % 2 else reversed(ways):
-            seconds, _, _ = bench.seconds(ways[name])
+        for name in list(configs) if turn % 2 else reversed(configs):
+            seconds, _, _ = bench.seconds(configs[name])
             if turn:
-                rows[name].append(seconds)
-    return {"where": str(where), "seconds": rows, "ratio": ratio(rows["in between"], rows["elsewhere"])}
+                times[name].append(seconds)
+    return {"where": str(where), "seconds": times, "ratio": ratio(times["in between"], times["elsewhere"])}
 
 
 def scaled(bench: Bench, state: Any, turns: int) -> dict[str, Any]:
-    """One process alone, the others waiting, and all of them together."""
+    """Time one process alone, the others waiting, and all of them together."""
     reward = Reward("mean", latents_mean, input="latents")
-    rows: dict[str, list[float]] = {"alone": [], "together": []}
+    times: dict[str, list[float]] = {"alone": [], "together": []}
     for turn in range(turns + 1):
-        for name in list(rows) if turn % 2 else reversed(rows):
+        for name in list(times) if turn % 2 else reversed(times):
             config = SVDD(reward=reward, budget=8 * STEPS, particles=CHAINS, shared=name == "together")
             state.wait_for_everyone()
             if name == "together" or state.process_index == 0:
                 seconds, _, _ = bench.seconds(config)
                 if turn:
-                    rows[name].append(seconds)
+                    times[name].append(seconds)
             state.wait_for_everyone()
     if state.process_index:
         return {}
-    return {"processes": state.num_processes, "seconds": rows, "ratio": ratio(rows["alone"], rows["together"])}
+    return {"processes": state.num_processes, "seconds": times, "ratio": ratio(times["alone"], times["together"])}
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    found = median_ratio(slow, fast)
-    return {"value": found.value, "low": found.low, "high": found.high}
+    """Return the median of the ratios turn by turn, with its interval."""
+    interval = median_ratio(slow, fast)
+    return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
 def main() -> None:
@@ -153,11 +154,11 @@ def main() -> None:
         "versions": versions(), "processes": state.num_processes,
     }  # fmt: skip
 
-    def keep(**found: Any) -> None:
-        """Print, and write what there is so far."""
-        values.update(found)
+    def keep(**results: Any) -> None:
+        """Print results and write all results so far."""
+        values.update(results)
         if state.process_index == 0:
-            print(json.dumps(found, indent=1), flush=True)
+            print(json.dumps(results, indent=1), flush=True)
             if args.out:
                 args.out.mkdir(parents=True, exist_ok=True)
                 name = f"bench_search_speed_{args.model}_{args.kind or state.device.type}_{state.num_processes}.json"
@@ -167,10 +168,10 @@ def main() -> None:
         keep(scaling=scaled(bench, state, args.turns))
         return
     keep(engine=overhead(bench, args.turns))
-    found: list[dict[str, Any]] = []
+    overlaps: list[dict[str, Any]] = []
     for where in [torch.device("cpu")] + [torch.device("cuda", 1)] * (torch.cuda.device_count() > 1):
-        found.append(overlapped(bench, values["engine"]["seconds_per_nfe"], where, args.turns))
-        keep(overlap=found)
+        overlaps.append(overlapped(bench, values["engine"]["seconds_per_nfe"], where, args.turns))
+        keep(overlap=overlaps)
 
 
 if __name__ == "__main__":

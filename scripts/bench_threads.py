@@ -1,9 +1,9 @@
-"""How waiting CPU threads should wait: one picture by rounds of spinning, on an idle machine and beside a busy process.
+"""Time one picture by how long CPU threads spin while they wait, on an idle machine and beside a busy process.
 
     python -m scripts.bench_threads --out docs/results
 
-The picture is the embedded model's at 128 px, 28 steps, with guidance. ``GOMP_SPINCOUNT`` is how often a waiting thread
-of GNU's OpenMP looks again before it sleeps; "default" leaves it to OpenMP. A process is started for every row, since
+The picture is the embedded model's at 128 px, 28 steps, with guidance. ``GOMP_SPINCOUNT`` is how many rounds a waiting
+thread of GNU's OpenMP spins before it sleeps; "default" leaves it to OpenMP. Every row has a process of its own, since
 the value is read when torch loads; the first call of a process is not counted.
 """
 
@@ -24,7 +24,7 @@ ROUNDS = ("0", "1000", "5000", "20000", "default")
 
 
 def calls(count: int) -> list[float]:
-    """Seconds of whole calls, text encoders and decoder included."""
+    """Return the seconds of whole calls, text encoders and decoder included."""
     import torch
 
     import diffaccel
@@ -49,7 +49,7 @@ def calls(count: int) -> list[float]:
 
 
 def measure(rounds: str, busy: bool, count: int) -> dict:
-    """One process with that many rounds of spinning, and beside it one that never rests."""
+    """Time a process with that many rounds of spinning, alone or beside a busy one."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     if rounds != "default":
         environment["GOMP_SPINCOUNT"] = rounds
@@ -76,17 +76,17 @@ def main() -> None:
     import torch
 
     command = ["python", "-m", "scripts.bench_threads", "--calls", str(options.calls)]
-    made = record.Record(kind="bench_threads", settings={"calls": options.calls}, command=command)
-    made.device = record.describe_device(torch.device("cpu"))
+    report = record.Record(kind="bench_threads", settings={"calls": options.calls}, command=command)
+    report.device = record.describe_device(torch.device("cpu"))
     rows = [measure(rounds, busy, options.calls) for busy in (False, True) for rounds in ROUNDS]
-    made.finish(rows=rows)
-    print(f"{made.device['name']}, {made.device['threads']} threads, {made.finished[:10]}: median s of a call")
+    report.finish(rows=rows)
+    print(f"{report.device['name']}, {report.device['threads']} threads, {report.finished[:10]}: median s of a call")
     print("| rounds | idle machine | one busy process beside it |\n|---|---|---|")
     for rounds in ROUNDS:
         idle, busy = (median(row["seconds"]) for row in rows if row["rounds"] == rounds)
         print(f"| {rounds} | {idle:.2f} | {busy:.2f} |")
     if options.out:
-        made.save(options.out / "bench_threads_cpu.json")
+        report.save(options.out / "bench_threads_cpu.json")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The contract matrix as a table: families down, contracts across, on this machine's CPU or GPU.
+"""Run the contract matrix on this machine's CPU or GPU and print it: families down, contracts across.
 
     python -m scripts.contract_matrix --device cuda --kind h100 --out docs/results
 
-A cell is "yes", "no" (with what went wrong in the record) or "-" where the pipeline has no such thing (with the
-reason). The record is written after every family.
+A cell is "yes", "no" (the record says why) or "-" where the contract does not apply to the pipeline (the record says
+why). The record is written after every family.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 
 def cell(contract, case, not_here: type[Exception]) -> tuple[str, str]:
-    """What the table shows, and why where it is not "yes"."""
+    """Run one contract and return its cell in the table, and why where it is not "yes"."""
     try:
         contract(case)
     except not_here as reason:
@@ -45,10 +45,11 @@ def main() -> int:
     logging.disable(logging.WARNING)  # libraries on tiny models: LoRA without keys for text encoders, and the like
     contracts = matrix.CONTRACTS if options.device == "cpu" else matrix.GPU_CONTRACTS
     command = ["python", "-m", "scripts.contract_matrix", "--device", options.device]
-    made = record.Record(kind="contract_matrix", settings={"device": options.device}, command=command)
-    made.device = record.describe_device(torch.device(options.device))
+    report = record.Record(kind="contract_matrix", settings={"device": options.device}, command=command)
+    report.device = record.describe_device(torch.device(options.device))
+    file = options.out and options.out / f"contract_matrix_{options.kind or options.device}.json"
     rows: dict[str, dict[str, dict[str, str]]] = {}
-    print(f"{made.device['name']}, {made.started[:10]}, diffusers {made.versions['diffusers']}")
+    print(f"{report.device['name']}, {report.started[:10]}, diffusers {report.versions['diffusers']}")
     print(f"| family | method | {' | '.join(contracts)} |\n|{'---|' * (len(contracts) + 2)}")
     failed = 0
     for family in matrix.FAMILIES:
@@ -64,13 +65,13 @@ def main() -> int:
             for contract, entry in row.items():
                 if entry["cell"] == "no":
                     print(f"  {contract}: {entry['why']}", file=sys.stderr)
-            if options.out:
-                made.results = {"rows": rows}
+            if file:
+                report.results = {"rows": rows}
                 options.out.mkdir(parents=True, exist_ok=True)
-                made.save(options.out / f"contract_matrix_{options.kind or options.device}.json")
-    made.finish(rows=rows)
-    if options.out:
-        made.save(options.out / f"contract_matrix_{options.kind or options.device}.json")
+                report.save(file)
+    report.finish(rows=rows)
+    if file:
+        report.save(file)
     return 1 if failed else 0
 
 

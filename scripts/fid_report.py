@@ -2,7 +2,7 @@
 
     python -m scripts.fid_report --accel dpmpp2m:steps=8 --prompts emoji-1000 --first 100 --out out/report
 
-draws the baseline, the baseline with other seeds and every acceleration, times them in turns, answers what the same
+draws the baseline, the baseline with other seeds and every acceleration, times them in turns, measures what the same
 wall time buys, and writes ``report.json``, ``report.md`` and ``report.html`` into the folder.
 """
 
@@ -12,29 +12,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from diffaccel import terminal as console
-from diffaccel import zoo
+from diffaccel import terminal, zoo
 from diffaccel.cli import FAILED, INTERRUPTED
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.api import JUDGE
 from diffaccel.eval.comparison import gate
-from diffaccel.eval.report import accelerations as one_report
+from diffaccel.eval.report.accelerations import make_report
 from diffaccel.eval.report.plan import ReportPlan
-from diffaccel.eval.sets import requests as subjects
-from diffaccel.runs import loading as opening
-from diffaccel.runs import variant as variants
+from diffaccel.eval.sets import requests
+from diffaccel.runs import loading
 from diffaccel.runs.loading import quiet_libraries
 from diffaccel.runs.request import Request
+from diffaccel.runs.variant import parse
 
 REWARD = "emoji-clip-reward"
 GATE_FAILED = 5
 
 
-def make_parser() -> console.Parser:
-    """The options."""
-    parser = console.Parser(prog="python -m scripts.fid_report", description=__doc__.partition("\n")[0])
+def make_parser() -> terminal.Parser:
+    """Return the parser of the options."""
+    parser = terminal.Parser(prog="python -m scripts.fid_report", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    console.add_model_options(parser)
+    terminal.add_model_options(parser)
     add("--baseline", default="plain", metavar="VARIANT", help="the way that others are compared with (default: plain)")
     add("--accel", action="append", default=[], metavar="VARIANT", help="a way to compare, as dpmpp2m:steps=8; several")
     add("--all", action="store_true", help="every registered method too; what cannot run is named with the reason")
@@ -60,59 +59,60 @@ def make_parser() -> console.Parser:
 
 
 def plan_of(options: Any) -> ReportPlan:
-    """The report that the options ask for."""
+    """Return the plan of the report that the options ask for."""
     request = Request(
         model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip
-    texts = subjects.texts_of(options.prompts, options.first)
-    request = subjects.drawing(opening.pipeline_class(options.model), request, texts)
-    ours = options.model in zoo.names() and bool(request.prompts)
+    texts = requests.load_texts(options.prompts, options.first)
+    request = requests.with_texts(request, texts, loading.pipeline_class(options.model))
+    zoo_with_prompts = options.model in zoo.names() and bool(request.prompts)
     return ReportPlan(
-        request=request, baseline=variants.parse(options.baseline),
-        accelerated=tuple(variants.parse(text) for text in options.accel), everything=options.all,
+        request=request, baseline=parse(options.baseline),
+        accelerated=tuple(parse(text) for text in options.accel), everything=options.all,
         turns=options.turns, other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
-        extractors=tuple(options.extractor or ["tiny"]), judges=tuple(options.clip or ([JUDGE] if ours else [])),
-        reward=options.reward or (REWARD if ours else ""), reference=options.reference,
+        extractors=tuple(options.extractor or ["tiny"]),
+        judges=tuple(options.clip or ([JUDGE] if zoo_with_prompts else [])),
+        reward=options.reward or (REWARD if zoo_with_prompts else ""), reference=options.reference,
     )  # fmt: skip
 
 
 def run(argv: list[str]) -> int:
-    """Make the report; 5 where the rule of ``--fail-if`` holds, or an acceleration that it is about could not run."""
+    """Make the report; return 5 where ``--fail-if`` holds, or an acceleration that was asked for could not run."""
     options = make_parser().parse(argv)
     rule = gate.parse(options.fail_if) if options.fail_if else None
     quiet_libraries(options.json or options.model in zoo.names())
 
     def progress(text: str) -> None:
         if not options.json:
-            console.write_note(text)
+            terminal.write_note(text)
 
     command = ["python", "-m", "scripts.fid_report", *argv]
     plan = plan_of(options)
-    made = one_report.make(plan, options.out, command=command, progress=progress)
-    if made is None:  # another process tells
+    report = make_report(plan, options.out, command=command, progress=progress)
+    if report is None:  # the first of several processes prints
         return 0
-    console.write_json(made.report) if options.json else console.write(made.comparison.table())
-    console.write_note(f"Open {options.out / 'report.html'}")
-    failed, said = made.judged(rule, [variant.name for variant in plan.accelerated])
-    for sentence in said:
-        console.write_note(sentence)
+    terminal.write_json(report.report) if options.json else terminal.write(report.comparison.table())
+    terminal.write_note(f"Open {options.out / 'report.html'}")
+    failed, sentences = report.check_gate(rule, [variant.name for variant in plan.accelerated])
+    for sentence in sentences:
+        terminal.write_note(sentence)
     return GATE_FAILED if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; errors are one sentence on stderr, as of ``diffaccel``."""
-    console.share_cpu()
+    """Run, with errors as one sentence on stderr, as ``diffaccel`` does."""
+    terminal.share_cpu()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt as stop:
-        console.write_error(str(stop) or "Stopped. The same command goes on.")
+        terminal.write_error(str(stop) or "Stopped. The same command goes on.")
         return INTERRUPTED
     except DiffAccelError as error:
-        console.write_error(f"error: {error}")
+        terminal.write_error(f"error: {error}")
         return getattr(error, "exit_code", 2)
     except OSError as error:
-        console.write_error(f"error: {error}")
+        terminal.write_error(f"error: {error}")
         return FAILED
 
 

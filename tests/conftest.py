@@ -38,21 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def loaded_twice() -> list[str]:
-    """Files of the project that stand in ``sys.modules`` as more than one module object."""
+    """Return files of the project that are in ``sys.modules`` as more than one module object."""
     names: dict[str, dict[int, str]] = defaultdict(dict)
     folders = tuple(f"{ROOT / name}{os.sep}" for name in OURS)
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if isinstance(file, str) and (real := os.path.realpath(file)).startswith(folders):
             names[real][id(module)] = name
-    return sorted(f"{file}: {', '.join(sorted(found.values()))}" for file, found in names.items() if len(found) > 1)
+    return sorted(f"{file}: {', '.join(sorted(copies.values()))}" for file, copies in names.items() if len(copies) > 1)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Two copies of one module mean two registries, two sets of classes and isinstance checks that fail."""
+    """Fail when a module is loaded twice: that means two registries, and isinstance checks that fail."""
     twice = sorted({*session.config.stash.get(TWICE, []), *loaded_twice()})
-    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the main process tells
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist: the main process reports it
         session.config.workeroutput["loaded_twice"] = twice
     elif twice and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -61,9 +61,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """What a worker of pytest-xdist found, in the main process."""
-    found = getattr(node, "workeroutput", {}).get("loaded_twice", [])  # a worker that died said nothing
-    node.config.stash[TWICE] = [*node.config.stash.get(TWICE, []), *found]
+    """Collect the findings of a worker of pytest-xdist in the main process."""
+    twice = getattr(node, "workeroutput", {}).get("loaded_twice", [])  # a worker that crashed has no output
+    node.config.stash[TWICE] = [*node.config.stash.get(TWICE, []), *twice]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -131,10 +131,10 @@ def test_only_pipelines_and_one_at_a_time() -> None:
 
 def test_the_pipe_stays_what_it_was(tmp_path) -> None:
     pipe = tiny.make("flux")
-    signature, shown = inspect.signature(pipe.__call__), repr(pipe)
+    signature, text = inspect.signature(pipe.__call__), repr(pipe)
     diffaccel.accelerate(pipe, "euler")
     assert isinstance(pipe, FluxPipeline) and type(pipe).__name__ == "FluxPipeline"
-    assert inspect.signature(pipe.__call__) == signature and repr(pipe) == shown
+    assert inspect.signature(pipe.__call__) == signature and repr(pipe) == text
     assert type(pipe).__module__ == FluxPipeline.__module__
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -146,18 +146,18 @@ def test_the_pipe_stays_what_it_was(tmp_path) -> None:
 
 
 def test_two_pipelines_of_the_same_parts_do_not_interact() -> None:
-    one = tiny.make("flux")
-    two = FluxPipeline(**one.components)
-    two.set_progress_bar_config(disable=True)
-    stock = run(two)
-    diffaccel.accelerate(one, Heun())
-    heun = run(one)
-    assert type(two) is FluxPipeline and torch.equal(run(two), stock)
-    diffaccel.accelerate(two, Euler())
-    assert torch.equal(run(one), heun) and torch.equal(run(two), stock) and not torch.equal(heun, stock)
-    diffaccel.remove(one)
-    assert torch.equal(run(one), stock)
-    assert diffaccel.summary(two).methods[0]["name"] == "euler"
+    first = tiny.make("flux")
+    second = FluxPipeline(**first.components)
+    second.set_progress_bar_config(disable=True)
+    stock = run(second)
+    diffaccel.accelerate(first, Heun())
+    heun = run(first)
+    assert type(second) is FluxPipeline and torch.equal(run(second), stock)
+    diffaccel.accelerate(second, Euler())
+    assert torch.equal(run(first), heun) and torch.equal(run(second), stock) and not torch.equal(heun, stock)
+    diffaccel.remove(first)
+    assert torch.equal(run(first), stock)
+    assert diffaccel.summary(second).methods[0]["name"] == "euler"
 
 
 def test_remove_without_methods_changes_nothing() -> None:

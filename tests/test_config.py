@@ -48,8 +48,8 @@ FULL = Everything(
 
 
 def _other_values(config: Config) -> list[Config]:
-    """Configs that differ from ``config`` in one field, of the values that it accepts."""
-    hints, made = typing.get_type_hints(type(config)), []
+    """Return configs that differ from ``config`` in one field, of the values that it accepts."""
+    hints, others = typing.get_type_hints(type(config)), []
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         choices: list[Any] = list(typing.get_args(hint)) if typing.get_origin(hint) is Literal else []
@@ -63,8 +63,8 @@ def _other_values(config: Config) -> list[Config]:
             except DiffAccelError:
                 continue
             if other != config:
-                made.append(other)
-    return made
+                others.append(other)
+    return others
 
 
 def _through_json(config: Config) -> Config:
@@ -92,8 +92,8 @@ def test_unknown_option_names_the_nearest(cls: type[Config]) -> None:
         DiffAccelError, match=rf"Unknown option of {cls.__name__} '{field}s'.*Did you mean '{field}'"
     ) as error:
         cls.from_dict({f"{field}s": 1})
-    for known in dataclasses.fields(cls):
-        assert known.name in str(error.value)
+    for option in dataclasses.fields(cls):
+        assert option.name in str(error.value)
 
 
 @every_config
@@ -103,11 +103,11 @@ def test_a_value_of_the_wrong_type_is_one_sentence(cls: type[Config]) -> None:
         if hints[field.name] is Any:
             continue
         with pytest.raises(DiffAccelError) as error:
-            cls(**{field.name: (wrong := [object()])})
-        said = str(error.value)
-        assert said.startswith(f"{cls.__name__}.{field.name} is {wrong!r}; it must be ")
-        assert said.endswith(".")
-        assert "\n" not in said
+            cls(**{field.name: (value := [object()])})
+        message = str(error.value)
+        assert message.startswith(f"{cls.__name__}.{field.name} is {value!r}; it must be ")
+        assert message.endswith(".")
+        assert "\n" not in message
 
 
 @every_config

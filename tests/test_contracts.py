@@ -28,7 +28,7 @@ def run(pipe: Any, family: str, size: int = 32, **extra: Any) -> torch.Tensor:
 
 
 def lora_folder(family: str, folder: Path, seed: int) -> Path:
-    """A LoRA file of the family's own format, with weights large enough to be seen."""
+    """Save a LoRA file of the family's own format, with weights large enough to be seen."""
     pipe = tiny.make(family)
     denoiser = getattr(pipe, find(pipe).denoiser)
     denoiser.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False))
@@ -42,12 +42,12 @@ def lora_folder(family: str, folder: Path, seed: int) -> Path:
 
 
 def test_lora_before_after_swapped_and_fused(family: str, tmp_path: Path) -> None:
-    one, two = (lora_folder(family, tmp_path / str(seed), seed) for seed in (1, 2))
+    first_lora, second_lora = (lora_folder(family, tmp_path / str(seed), seed) for seed in (1, 2))
     pipe = tiny.make(family)
     bare = run(pipe, family)
-    pipe.load_lora_weights(one, adapter_name="one")
+    pipe.load_lora_weights(first_lora, adapter_name="one")
     with_one = run(pipe, family)
-    pipe.load_lora_weights(two, adapter_name="two")
+    pipe.load_lora_weights(second_lora, adapter_name="two")
     pipe.set_adapters(["two"])
     with_two = run(pipe, family)
     assert not torch.equal(bare, with_one) and not torch.equal(with_one, with_two)
@@ -66,7 +66,7 @@ def test_lora_before_after_swapped_and_fused(family: str, tmp_path: Path) -> Non
     # Loading and unloading can move a stock pipeline's last bits (other CPU kernels), so stock does the same here.
     stock, fresh = tiny.make(family), diffaccel.accelerate(tiny.make(family), Euler())
     for pipe in (stock, fresh):
-        pipe.load_lora_weights(one, adapter_name="one")  # loaded after wrapping
+        pipe.load_lora_weights(first_lora, adapter_name="one")  # loaded after wrapping
         assert torch.equal(run(pipe, family), with_one)
         pipe.unload_lora_weights()
     assert torch.equal(run(fresh, family), run(stock, family))
@@ -83,7 +83,7 @@ def test_the_lora_scale_of_a_call(family: str, tmp_path: Path) -> None:
     assert torch.equal(run(pipe, family, **{key: {"scale": 0.25}}), stock)
 
 
-COMPILED = [*tiny.FLOW, *[pytest.param(name, marks=pytest.mark.slow) for name in tiny.UNET]]
+COMPILED = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in tiny.FAMILIES]
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])
@@ -111,7 +111,7 @@ def test_torch_compile(family: str, how: str) -> None:
 
 
 def cached_flux(threshold: float) -> tuple[Any, list[int]]:
-    """A Flux with first-block caching, and a count of the calls of a block that the cache can skip."""
+    """Return a Flux with first-block caching, and a count of the calls of a block that the cache can skip."""
     from diffusers import FirstBlockCacheConfig
 
     pipe = tiny.make("flux")
@@ -146,11 +146,11 @@ def test_caches_forget_at_a_change_of_resolution() -> None:
         low = session.at(32, 32)
         driver = Native(session)
         sigma = session.sigmas[1]
-        for opened in (session, session, low, low, session):
+        for resolution in (session, session, low, low, session):
             before = count[0]
-            v = driver.predict([Eval(opened.x, sigma, at=opened)])[0].v
+            v = driver.predict([Eval(resolution.x, sigma, at=resolution)])[0].v
             ran = count[0] - before
-            with diffaccel.open_session(plain, **tiny.call_kwargs("flux", opened.height)) as fresh:
+            with diffaccel.open_session(plain, **tiny.call_kwargs("flux", resolution.height)) as fresh:
                 expected = Native(fresh).predict([Eval(fresh.x, sigma)])[0].v
             # the second call in a row at one resolution is served from the cache, the others are computed
             assert torch.equal(v, expected) and ran in (0, 2)

@@ -64,11 +64,11 @@ def test_every_prediction_type_gives_back_the_clean_sample_and_the_noise(
 ) -> None:
     x0, eps, alpha, sigma = _draw(0), _draw(1), path.alpha(t), path.sigma(t)
     x = path.mix(x0, eps, t)
-    got = x0_eps(kind, output(kind, x0, eps, alpha, sigma), x, alpha, sigma)
+    pair = x0_eps(kind, output(kind, x0, eps, alpha, sigma), x, alpha, sigma)
     # a network that predicts one of the pair leaves the other to a division by alpha or sigma
     scale = max(1.0, float(abs(x).max())) / min(float(alpha), float(sigma), 1.0)
-    for ours, theirs in zip(got, (x0, eps), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=1e-15 * scale + 1e-13)
+    for value, expected in zip(pair, (x0, eps), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0.0, atol=1e-15 * scale + 1e-13)
 
 
 @pytest.mark.parametrize("source", KINDS)
@@ -124,10 +124,10 @@ def test_short_forms_are_the_general_ones(name: str) -> None:
 @pytest.mark.parametrize("path, t", [p for p in ON_PATHS if p.values[1] not in (0.0, 999.0)])
 def test_derivatives_of_the_coefficients(path: Path, t: float) -> None:
     time = torch.tensor(t, dtype=torch.float64, requires_grad=True)
-    for value, ours in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
+    for value, derivative in ((path.alpha, path.d_alpha), (path.sigma, path.d_sigma)):
         out = value(time)
         exact = torch.autograd.grad(out, time)[0] if out.requires_grad else torch.zeros(())
-        assert float(ours(t)) == pytest.approx(float(exact), rel=1e-12, abs=1e-15)
+        assert float(derivative(t)) == pytest.approx(float(exact), rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize("path, t", ON_PATHS)
@@ -140,8 +140,8 @@ def test_time_of_a_signal_to_noise_ratio(path: Path, t: float) -> None:
 def test_coefficients_do_not_depend_on_the_kind_of_number(path: Path, t: float) -> None:
     rows = torch.tensor([t, t], dtype=torch.float64)
     for value in (path.alpha, path.sigma, path.d_alpha, path.d_sigma, path.rho):
-        one, two = (torch.as_tensor(value(time), dtype=torch.float64).expand(2) for time in (t, rows))
-        torch.testing.assert_close(one, two, **EXACT)
+        from_float, from_rows = (torch.as_tensor(value(time), dtype=torch.float64).expand(2) for time in (t, rows))
+        torch.testing.assert_close(from_float, from_rows, **EXACT)
 
 
 def test_rho_is_half_the_log_signal_to_noise_ratio() -> None:
@@ -209,12 +209,10 @@ def test_score_is_the_gradient_of_the_log_density(path: Path, t: float, data) ->
     x = path.mix(0.8 * _draw(0), _draw(1), t).requires_grad_(True)
     gradient = torch.autograd.grad(data.log_density(x, alpha, sigma).sum(), x)[0]
     x = x.detach()
-    ours = convert(
-        data.velocity(LINEAR, x, 0.5), x, alpha, sigma, source="score", target="score"
-    )  # type passes through
+    convert(data.velocity(LINEAR, x, 0.5), x, alpha, sigma, source="score", target="score")  # type passes through
     v = data.velocity(path, x, t)
-    ours = output("score", path.x0(x, v, t), path.eps(x, v, t), alpha, sigma)
-    torch.testing.assert_close(ours, gradient, rtol=1e-9, atol=1e-9)
+    score = output("score", path.x0(x, v, t), path.eps(x, v, t), alpha, sigma)
+    torch.testing.assert_close(score, gradient, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(path.x0(x, v, t), (x + sigma**2 * gradient) / alpha, rtol=1e-9, atol=1e-9)  # Tweedie
 
 
@@ -239,8 +237,8 @@ def test_vp_in_linear_coordinates_in_numbers() -> None:
     assert 1 / float(x) == pytest.approx(1.006550, abs=5e-7)
     grid = torch.tensor([math.sqrt(1 - (k / 10) ** 2) for k in range(11)], dtype=torch.float64)
     times = transport(torch.ones(11, dtype=torch.float64), grid, VP_PATH, LINEAR)[1]
-    known = [0.9935, 0.9931, 0.9920, 0.9898, 0.9856, 0.9776, 0.9617, 0.9289, 0.8591, 0.7087, 0.0]
-    torch.testing.assert_close(times, torch.tensor(known, dtype=torch.float64), rtol=0.0, atol=5.1e-5)
+    expected = [0.9935, 0.9931, 0.9920, 0.9898, 0.9856, 0.9776, 0.9617, 0.9289, 0.8591, 0.7087, 0.0]
+    torch.testing.assert_close(times, torch.tensor(expected, dtype=torch.float64), rtol=0.0, atol=5.1e-5)
 
 
 @pytest.mark.parametrize("source, t", AWAY)
@@ -271,9 +269,9 @@ def test_transport_takes_one_time_per_row_and_keeps_the_dtype() -> None:
     rows, times = transport(x, t, VP_PATH, LINEAR)
     assert rows.dtype == torch.float32
     for i in range(3):
-        one, t_one = transport(x[i : i + 1], float(t[i]), VP_PATH, LINEAR)
-        assert torch.equal(one, rows[i : i + 1])
-        assert float(t_one) == float(times[i])
+        row, row_time = transport(x[i : i + 1], float(t[i]), VP_PATH, LINEAR)
+        assert torch.equal(row, rows[i : i + 1])
+        assert float(row_time) == float(times[i])
 
 
 @pytest.mark.parametrize("s", [0.1, 0.5, 0.9, 1.0])

@@ -17,11 +17,13 @@ import sys
 import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {"docs/doctor.md", "docs/eval.md", "docs/sample.md", "docs/search.md"}  # a dozen processes, or many predictions
 LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}
 FENCE = re.compile(r"^\s*(`{3,}|~{3,})\s*([\w+-]*)")
 NO_RUN = re.compile(r"^\s*<!--\s*no-run:\s*(.*?)\s*-->\s*$")
@@ -51,29 +53,29 @@ class Block:
 
 
 def blocks(text: str) -> list[Block]:
-    """The python and shell blocks of a Markdown page."""
-    found, lines = [], text.splitlines()
-    said, i = None, 0
+    """Return the python and shell blocks of a Markdown page."""
+    page_blocks, lines = [], text.splitlines()
+    reason, i = None, 0
     while i < len(lines):
-        opening = FENCE.match(lines[i])
-        if opening is None:
+        fence = FENCE.match(lines[i])
+        if fence is None:
             marker = NO_RUN.match(lines[i])
-            said = marker[1] if marker else said if not lines[i].strip() else None
+            reason = marker[1] if marker else reason if not lines[i].strip() else None
             i += 1
             continue
         start = i = i + 1
-        while i < len(lines) and not lines[i].strip().startswith(opening[1]):
+        while i < len(lines) and not lines[i].strip().startswith(fence[1]):
             i += 1
-        if language := LANGUAGES.get(opening[2].lower()):
+        if language := LANGUAGES.get(fence[2].lower()):
             code = textwrap.dedent("\n".join(lines[start:i])) + "\n"
-            found.append(Block(language, code, start + 1, said))
-        said = None
+            page_blocks.append(Block(language, code, start + 1, reason))
+        reason = None
         i += 1
-    return found
+    return page_blocks
 
 
 def compile_only(block: Block) -> None:
-    """What can be checked of a block that is not run."""
+    """Check a block that is not run: its syntax, and that its imports from diffaccel exist."""
     if block.language == "shell":
         subprocess.run(["bash", "-n", "-c", block.code], check=True, capture_output=True)
         return
@@ -86,7 +88,7 @@ def compile_only(block: Block) -> None:
             assert not missing, f"{node.module} has no {', '.join(missing)}"
 
 
-def run_page(page: str, found: list[Block], folder: Path) -> subprocess.CompletedProcess[str]:
+def run_page(page: str, page_blocks: list[Block], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a page's blocks one after another in one new process."""
     env = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -96,7 +98,7 @@ def run_page(page: str, found: list[Block], folder: Path) -> subprocess.Complete
     }
     return subprocess.run(
         [sys.executable, "-c", DRIVER],
-        input=json.dumps([page, [asdict(block) for block in found if block.no_run is None]]),
+        input=json.dumps([page, [asdict(block) for block in page_blocks if block.no_run is None]]),
         cwd=folder,
         env=env,
         stdout=subprocess.PIPE,
@@ -107,16 +109,21 @@ def run_page(page: str, found: list[Block], folder: Path) -> subprocess.Complete
     )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def page_params() -> list[Any]:
+    names = {str(page.relative_to(ROOT)): page for page in PAGES}
+    return [pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in LONG)) for name, page in names.items()]
+
+
+@pytest.mark.parametrize("page", page_params())
 def test_page(page, tmp_path):
-    found = blocks(page.read_text(encoding="utf-8"))
-    for block in found:
+    page_blocks = blocks(page.read_text(encoding="utf-8"))
+    for block in page_blocks:
         if block.no_run is not None:
             assert REASONS.match(block.no_run), f"{page.name}:{block.line}: '{block.no_run}' is no reason not to run"
             compile_only(block)
-    if all(block.no_run is not None for block in found):
+    if all(block.no_run is not None for block in page_blocks):
         return
-    done = run_page(str(page), found, tmp_path)
+    done = run_page(str(page), page_blocks, tmp_path)
     assert done.returncode == 0, done.stdout[-8000:]
 
 
@@ -145,15 +152,15 @@ assert x == 1 and open("two.txt").read() == "2\\n"
 
 
 def test_blocks_are_found_and_run_in_order(tmp_path):
-    found = blocks(PAGE)
-    assert [(b.language, b.line, b.no_run) for b in found] == [
+    page_blocks = blocks(PAGE)
+    assert [(b.language, b.line, b.no_run) for b in page_blocks] == [
         ("python", 4, None),
         ("shell", 11, None),
         ("python", 17, "needs the hub"),
         ("python", 20, None),
     ]
-    compile_only(found[2])
-    done = run_page("page.md", found, tmp_path)
+    compile_only(page_blocks[2])
+    done = run_page("page.md", page_blocks, tmp_path)
     assert done.returncode == 0, done.stdout
 
 

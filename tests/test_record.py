@@ -13,21 +13,21 @@ from diffaccel.files import atomic, folder_digest, pixels_sha256, read_png, writ
 
 
 def test_a_record_reads_back(tmp_path):
-    made = record.Record(kind="sample", settings={"steps": 4, "scale": 0.1}, command=["diffaccel"])
-    made.save(tmp_path / "a.json")
+    running = record.Record(kind="sample", settings={"steps": 4, "scale": 0.1}, command=["diffaccel"])
+    running.save(tmp_path / "a.json")
     stored = record.read(tmp_path / "a.json", "sample")
-    assert stored["state"] == "running" and stored["fingerprint"] == made.fingerprint
-    made.finish(images=[1, 2]).save(tmp_path / "a.json")
+    assert stored["state"] == "running" and stored["fingerprint"] == running.fingerprint
+    running.finish(images=[1, 2]).save(tmp_path / "a.json")
     stored = record.read(tmp_path / "a.json", "sample")
     assert stored["state"] == "finished" and stored["images"] == [1, 2] and stored["finished"] >= stored["started"]
     assert {"python", "torch", "diffaccel"} <= stored["versions"].keys()
 
 
 def test_fingerprint_is_of_the_settings_alone():
-    one, same = (record.Record(kind="sample", settings=s) for s in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    original, same = (record.Record(kind="sample", settings=s) for s in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
     same.command = ["other"]
-    assert one.fingerprint == same.fingerprint
-    assert one.fingerprint != record.Record(kind="sample", settings={"a": 1, "b": 3}).fingerprint
+    assert original.fingerprint == same.fingerprint
+    assert original.fingerprint != record.Record(kind="sample", settings={"a": 1, "b": 3}).fingerprint
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,11 @@ def test_built_in_names() -> None:
         assert f"{cls.__module__}:{cls.__qualname__}" == where
 
 
-@pytest.mark.parametrize("got, near", [("eular", "euler"), ("Heun", "heun"), ("dpmpp", "dpmpp2m")])
-def test_unknown_name_gives_the_nearest(got: str, near: str) -> None:
-    with pytest.raises(DiffAccelError, match=rf"Unknown method '{got}'. Did you mean '{near}'\? Known: .*ancestral"):
-        registry.config_class(got)
+@pytest.mark.parametrize("name, nearest", [("eular", "euler"), ("Heun", "heun"), ("dpmpp", "dpmpp2m")])
+def test_unknown_name_gives_the_nearest(name: str, nearest: str) -> None:
+    message = rf"Unknown method '{name}'. Did you mean '{nearest}'\? Known: .*ancestral"
+    with pytest.raises(DiffAccelError, match=message):
+        registry.config_class(name)
 
 
 def test_a_name_like_no_other_gives_the_list() -> None:
@@ -116,10 +117,10 @@ def test_an_installed_plugin_is_found_by_a_fresh_interpreter_without_importing_i
         text=True,
         check=True,
     )
-    found, loaded, made = run.stdout.splitlines()
-    assert found == "acme_halfway:Halfway"
+    reference, loaded, options = run.stdout.splitlines()
+    assert reference == "acme_halfway:Halfway"
     assert loaded == "False False"
-    assert made == "{'name': 'acme-halfway', 'state': 'float32', 'max_batch': 0, 'factor': 0.5}"
+    assert options == "{'name': 'acme-halfway', 'state': 'float32', 'max_batch': 0, 'factor': 0.5}"
 
 
 def test_a_plugin_may_not_take_a_built_in_name(install: Install) -> None:

@@ -35,7 +35,7 @@ def _draw(seed: int) -> Tensor:
 
 
 def _index(scheduler: Any, i: int) -> int:
-    """Where the i-th level stands in the scheduler's own tables: second order solvers count every step twice."""
+    """Return the index of the i-th level in the scheduler's own tables: second order solvers count every step twice."""
     if hasattr(scheduler, "prk_timesteps"):
         times = scheduler.timesteps.tolist()
         return times.index(read(scheduler).timesteps[i].item())
@@ -43,14 +43,14 @@ def _index(scheduler: Any, i: int) -> int:
 
 
 def _at(scheduler: Any, index: int) -> Any:
-    """A copy that stands at a step of its own."""
+    """Copy a scheduler and set its step index."""
     scheduler = copy.deepcopy(scheduler)
     scheduler._step_index = index
     return scheduler
 
 
 def _noised(scheduler: Any, i: int, x0: Tensor, eps: Tensor) -> Tensor:
-    """The scheduler's own forward process at its i-th level."""
+    """Noise a sample by the scheduler's own forward process at its i-th level."""
     index = _index(scheduler, i)
     t = scheduler.timesteps[index]
     if type(scheduler).__name__ == "FlowMatchLCMScheduler":  # takes one step for the whole batch
@@ -72,19 +72,19 @@ def test_forward_process_and_network_input(name: str, config: dict[str, Any]) ->
     schedule, x0, eps = read(scheduler), _draw(0), _draw(1)
     assert schedule.path is (VE_PATH if name in VE_STATE else LINEAR)
     for i, sigma in enumerate(schedule.sigmas[:-1]):
-        own = _noised(scheduler, i, x0, eps)
-        ours = schedule.path.mix(x0, eps, sigma)
+        noised = _noised(scheduler, i, x0, eps)
+        x = schedule.path.mix(x0, eps, sigma)
         # fp32: the scheduler rounds alpha and sigma, and VE states grow with sigma
         close = {"rtol": 2e-6, "atol": 2e-6 * max(1.0, float(sigma))}
-        torch.testing.assert_close(schedule.to_pipeline(ours, sigma), own, **close)
+        torch.testing.assert_close(schedule.to_pipeline(x, sigma), noised, **close)
         if i == 0:
-            torch.testing.assert_close(schedule.from_pipeline(own), ours, **close)
+            torch.testing.assert_close(schedule.from_pipeline(noised), x, **close)
         here = _at(scheduler, _index(scheduler, i))
         t = scheduler.timesteps[_index(scheduler, i)]
-        fed = here.scale_model_input(own, t) if hasattr(here, "scale_model_input") else own
+        fed = here.scale_model_input(noised, t) if hasattr(here, "scale_model_input") else noised
         if schedule.path is VE_PATH:
-            assert torch.equal(schedule.network_input(own, sigma), fed)
-        torch.testing.assert_close(schedule.network_input(ours, sigma), fed, rtol=2e-6, atol=2e-6)
+            assert torch.equal(schedule.network_input(noised, sigma), fed)
+        torch.testing.assert_close(schedule.network_input(x, sigma), fed, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("name, config", ALL)
@@ -98,13 +98,13 @@ def test_levels_and_times_of_the_grid(name: str, config: dict[str, Any]) -> None
     steps = len(sigmas) - 1
     assert len(schedule.timesteps) == steps
     # a last step that changes no level is dropped: some schedulers end on their smallest trained level twice
-    own = scheduler.timesteps
+    timesteps = scheduler.timesteps
     if hasattr(scheduler, "prk_timesteps"):
-        expected = torch.from_numpy(scheduler._timesteps[::-1].copy()).to(own.dtype)
-    elif len(own) == 2 * STEPS - 1:  # second order solvers: the network's time at a level is at even places
-        expected = own[::2]
+        expected = torch.from_numpy(scheduler._timesteps[::-1].copy()).to(timesteps.dtype)
+    elif len(timesteps) == 2 * STEPS - 1:  # second order solvers: the network's time at a level is at even places
+        expected = timesteps[::2]
     else:
-        expected = own
+        expected = timesteps
     assert steps in (STEPS, STEPS - 1)
     assert torch.equal(schedule.timesteps, expected[:steps])
     for i in range(steps):
@@ -156,8 +156,8 @@ def test_between_the_levels_log_snr_is_linear_in_time(name: str, config: dict[st
     if hasattr(scheduler, "_sigma_to_t"):
         ve = (between / (1 - between) if schedule.path is LINEAR else between).double().numpy()
         logs = torch.log(((1 - alphas) / alphas) ** 0.5).numpy()
-        own = torch.tensor([float(scheduler._sigma_to_t(s, logs)) for s in ve])
-        torch.testing.assert_close(times[inside], own[inside].float(), rtol=0.0, atol=2e-3)
+        expected_times = torch.tensor([float(scheduler._sigma_to_t(s, logs)) for s in ve])
+        torch.testing.assert_close(times[inside], expected_times[inside].float(), rtol=0.0, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", sorted(FLOW_STATE))
@@ -191,7 +191,7 @@ NO_SAMPLE = {  # diffusers: "prediction_type not implemented yet: sample"
 
 
 def _own_x0(scheduler: Any, i: int, out: Tensor, x: Tensor) -> Tensor:
-    """The clean sample that the scheduler itself makes of a network's output."""
+    """Return the clean sample that the scheduler itself computes from a network's output."""
     index, name = _index(scheduler, i), type(scheduler).__name__
     here, t = _at(scheduler, index), scheduler.timesteps[index]
     if name == "PNDMScheduler":  # its transfer formula to zero noise gives the clean sample
@@ -226,12 +226,12 @@ def test_predictions_are_the_schedulers_own(name: str, prediction: str) -> None:
     schedule, out = read(scheduler), _draw(3)
     for i, sigma in enumerate(schedule.sigmas[:-1]):
         x = schedule.path.mix(_draw(0), _draw(1), sigma)
-        own = _own_x0(scheduler, i, out, schedule.to_pipeline(x, sigma))
+        expected = _own_x0(scheduler, i, out, schedule.to_pipeline(x, sigma))
         v = schedule.velocity(out, x, sigma)
         x0, eps = schedule.path.x0(x, v, sigma), schedule.path.eps(x, v, sigma)
         # epsilon at sigma 14 in fp32: x0 is the difference of numbers of size 15 (x over alpha for VP states)
         torch.testing.assert_close(
-            x0, own, rtol=1e-4, atol=3e-6 * max(1.0, float(torch.exp(-schedule.path.rho(sigma))))
+            x0, expected, rtol=1e-4, atol=3e-6 * max(1.0, float(torch.exp(-schedule.path.rho(sigma))))
         )
         torch.testing.assert_close(schedule.path.mix(x0, eps, sigma), x, rtol=1e-5, atol=1e-5)
         # and the network's output again, at the variance-preserving weights
@@ -263,8 +263,8 @@ def test_one_euler_step_is_that_of_euler_discrete_to_the_bit(config: dict[str, A
         x, out = _draw(0) * (1 + sigma), _draw(1)
         here = _at(scheduler, i)
         here.is_scale_input_called = True
-        own = here.step(out, scheduler.timesteps[i], x).prev_sample
-        assert torch.equal(x + (sigma_next - sigma) * schedule.velocity(out, x, sigma), own)
+        expected = here.step(out, scheduler.timesteps[i], x).prev_sample
+        assert torch.equal(x + (sigma_next - sigma) * schedule.velocity(out, x, sigma), expected)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +283,9 @@ def test_one_euler_step_is_that_of_flow_match_euler_to_the_bit(config: dict[str,
     schedule = read(scheduler)
     for i in range(STEPS):
         x, out = _draw(0), _draw(1)
-        own = _at(scheduler, i).step(out, scheduler.timesteps[i], x).prev_sample
-        ours = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * schedule.velocity(out, x, schedule.sigmas[i])
-        assert torch.equal(ours, own)
+        expected = _at(scheduler, i).step(out, scheduler.timesteps[i], x).prev_sample
+        stepped = x + (schedule.sigmas[i + 1] - schedule.sigmas[i]) * schedule.velocity(out, x, schedule.sigmas[i])
+        assert torch.equal(stepped, expected)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -312,10 +312,10 @@ def test_one_euler_step_is_that_of_ddim(name: str, config: dict[str, Any], predi
     for i in range(len(schedule.timesteps)):
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         x, out = _draw(0), _draw(1)
-        mine = x * schedule.state_scale(sigma)
-        ours = mine + (sigma_next - sigma) * schedule.velocity(out, mine, sigma)
-        own = scheduler.step(out, scheduler.timesteps[i], x, eta=0.0).prev_sample
-        torch.testing.assert_close(schedule.to_pipeline(ours, sigma_next), own, rtol=1e-5, atol=1e-5)
+        state = x * schedule.state_scale(sigma)
+        stepped = state + (sigma_next - sigma) * schedule.velocity(out, state, sigma)
+        expected = scheduler.step(out, scheduler.timesteps[i], x, eta=0.0).prev_sample
+        torch.testing.assert_close(schedule.to_pipeline(stepped, sigma_next), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -328,10 +328,10 @@ def test_one_euler_step_is_the_transfer_of_pndm(prediction: str) -> None:
         sigma, sigma_next = schedule.sigmas[i], schedule.sigmas[i + 1]
         t = int(schedule.timesteps[i])
         x, out = _draw(0), _draw(1)
-        mine = x * schedule.state_scale(sigma)
-        ours = mine + (sigma_next - sigma) * schedule.velocity(out, mine, sigma)
-        own = scheduler._get_prev_sample(x, t, t - 100, out)
-        torch.testing.assert_close(schedule.to_pipeline(ours, sigma_next), own, rtol=1e-5, atol=1e-5)
+        state = x * schedule.state_scale(sigma)
+        stepped = state + (sigma_next - sigma) * schedule.velocity(out, state, sigma)
+        expected = scheduler._get_prev_sample(x, t, t - 100, out)
+        torch.testing.assert_close(schedule.to_pipeline(stepped, sigma_next), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_velocity_takes_one_level_per_row() -> None:
@@ -341,10 +341,10 @@ def test_velocity_takes_one_level_per_row() -> None:
         x, out = _draw(0), _draw(1)
         rows, fed = schedule.velocity(out, x, levels), schedule.network_input(x, levels)
         for i in range(2):
-            one = slice(i, i + 1)
+            row = slice(i, i + 1)
             sigma = levels[i, 0, 0, 0]
-            torch.testing.assert_close(rows[one], schedule.velocity(out[one], x[one], sigma), rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(fed[one], schedule.network_input(x[one], sigma), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(rows[row], schedule.velocity(out[row], x[row], sigma), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(fed[row], schedule.network_input(x[row], sigma), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DDIMScheduler"])
@@ -376,7 +376,7 @@ def test_shifts_are_read_and_not_applied_again() -> None:
 
 
 def _shifted(plain: Tensor, shift: float) -> Tensor:
-    """The scheduler's grid runs evenly between its ends, which are shifted already."""
+    """Return the scheduler's grid, which is even between ends that are shifted already."""
     low = shift * plain[-1] / (1 + (shift - 1) * plain[-1])
     return torch.linspace(1.0, float(low), len(plain), dtype=torch.float64)
 
@@ -424,9 +424,9 @@ def test_a_level_of_the_schedulers_own_device_knows_its_time() -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(5)
     schedule = read(scheduler)
-    own = schedule.stock_sigmas
-    assert torch.equal(own, schedule.sigmas) and own.data_ptr() != schedule.sigmas.data_ptr()
-    own_times = [schedule.timestep(level) for level in own[:-1]]
-    assert torch.equal(torch.stack(own_times), schedule.timesteps)
-    own.mul_(0)  # the values are not looked at
-    assert torch.equal(torch.stack([schedule.timestep(level) for level in own[:-1]]), schedule.timesteps)
+    levels = schedule.stock_sigmas
+    assert torch.equal(levels, schedule.sigmas) and levels.data_ptr() != schedule.sigmas.data_ptr()
+    times = [schedule.timestep(level) for level in levels[:-1]]
+    assert torch.equal(torch.stack(times), schedule.timesteps)
+    levels.mul_(0)  # the values are not looked at
+    assert torch.equal(torch.stack([schedule.timestep(level) for level in levels[:-1]]), schedule.timesteps)

@@ -24,8 +24,8 @@ def family(request) -> str:
 @pytest.fixture
 def session(family: str):
     pipe = tiny.make(family)
-    with torch.no_grad(), diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as opened:
-        yield opened
+    with torch.no_grad(), diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as opened_session:
+        yield opened_session
 
 
 def ask(session, *evals: Eval, **driver):
@@ -73,13 +73,13 @@ def test_branches_combine_to_the_guided_prediction(session, family: str) -> None
 def test_several_requests_share_a_call_and_keep_their_order(session) -> None:
     a, b = session.sigmas[0], session.sigmas[1]
     driver = Native(session)
-    one, two, three = driver.predict([Eval(session.x, a), Eval(session.x, b), Eval(session.x[:1], b, rows=[1])])
+    first, second, third = driver.predict([Eval(session.x, a), Eval(session.x, b), Eval(session.x[:1], b, rows=[1])])
     merged_calls = driver.stats.calls
     assert driver.stats.nfe == 5
     for pred, request in (
-        (one, Eval(session.x, a)),
-        (two, Eval(session.x, b)),
-        (three, Eval(session.x[:1], b, rows=[1])),
+        (first, Eval(session.x, a)),
+        (second, Eval(session.x, b)),
+        (third, Eval(session.x[:1], b, rows=[1])),
     ):
         torch.testing.assert_close(pred.v, ask(session, request)[0].v, **CLOSE)
     driver.predict([Eval(session.x, a)])
@@ -90,15 +90,15 @@ def test_many_particles_in_chunks(session) -> None:
     sigma = session.sigmas[0]
     rows = [0, 0, 1, 1, 0]
     x = torch.randn(5, *session.x.shape[1:], generator=torch.Generator().manual_seed(0))
-    whole = ask(session, Eval(x, sigma, rows=rows))[0].v
+    unchunked = ask(session, Eval(x, sigma, rows=rows))[0].v
     chunked = ask(session, Eval(x, sigma, rows=rows), max_batch=2)[0].v
-    torch.testing.assert_close(chunked, whole, **CLOSE)
+    torch.testing.assert_close(chunked, unchunked, **CLOSE)
 
 
 def test_another_conditioning_by_handle(session, family: str) -> None:
     handle = session.add_cond(prompt=["a cup", "a hat"])
     sigma = session.sigmas[0]
-    own, other = ask(session, Eval(session.x, sigma, branch="positive")), None
+    own = ask(session, Eval(session.x, sigma, branch="positive"))
     other = ask(session, Eval(session.x, sigma, cond=handle, branch="positive"))
     assert handle == 1 and not torch.equal(own[0].v, other[0].v)
     kwargs = {**tiny.call_kwargs(family), "prompt": ["a cup", "a hat"]}
@@ -128,6 +128,13 @@ def test_another_resolution_is_a_fresh_call_there(session, family: str) -> None:
         assert torch.equal(inside, ask(other, Eval(other.x, sigma))[0].v)
 
 
+def test_cost_is_counted_by_width_and_height(session) -> None:
+    driver, portrait = Native(session), session.at(64, 32)
+    driver.predict([Eval(session.x, session.sigmas[0])])
+    driver.predict([Eval(portrait.x, session.sigmas[0], at=portrait)])
+    assert driver.stats.nfe_by_resolution == {"32x32": 2, "32x64": 2}
+
+
 def test_fixed_latents_cannot_change_resolution(family: str) -> None:
     pipe = tiny.make(family)
     with diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as session:
@@ -135,9 +142,9 @@ def test_fixed_latents_cannot_change_resolution(family: str) -> None:
     kwargs = {**tiny.call_kwargs(family), "latents": fixed}
     with (
         diffaccel.open_session(pipe, **kwargs) as session,
-        pytest.raises(DiffAccelError, match="`latents` were passed"),
+        pytest.raises(DiffAccelError, match="`latents` were passed for 32x32; it also works at 48x64"),
     ):
-        session.at(64, 64)
+        session.at(64, 48)
 
 
 def test_decode_is_the_pipelines_own(session, family: str) -> None:

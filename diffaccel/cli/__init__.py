@@ -1,4 +1,4 @@
-"""The command line: names to functions, each imported when its command runs."""
+"""The command line: a table of commands, each imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from importlib import import_module
 
 from diffaccel.errors import DiffAccelError, unknown
 
-# command -> function of its arguments that returns the exit status, and one line of help
+# command -> function from its arguments to the exit status, and one line of help
 COMMANDS = {
     "sample": ("diffaccel.cli.sample:run", "generate images from prompts, or video"),
-    "eval": ("diffaccel.eval.commands:run", "what an acceleration costs and buys: runs, comparisons, reports"),
+    "eval": ("diffaccel.eval.commands:main", "what an acceleration costs and buys: runs, comparisons, reports"),
     "doctor": ("diffaccel.cli.doctor:run", "what this machine can do, which methods are fast here, and why"),
     "list": ("diffaccel.cli.listing:run_list", "the methods and the embedded models"),
     "explain": ("diffaccel.cli.listing:run_explain", "one method or one model: what it is, its options, an example"),
@@ -20,7 +20,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns 0, 2 for bad input, 3 for a failure while running, 130 when interrupted."""
+    """Run a command and return 0, 2 for bad input, 3 for a failure while running, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         from diffaccel.terminal import share_cpu
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         share_cpu()
         return _run(argv)
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "Stopped.")
+        _report(str(stop) or "Stopped.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     except DiffAccelError as error:
         if os.environ.get("DIFFACCEL_DEBUG"):
             raise
-        _say(f"error: {error}")
+        _report(f"error: {error}")
         return getattr(error, "exit_code", BAD_INPUT)
     except Exception as error:
         if os.environ.get("DIFFACCEL_DEBUG"):
             raise
-        _say(f"error: {type(error).__name__}: {error} (DIFFACCEL_DEBUG=1 shows where)")
+        _report(f"error: {type(error).__name__}: {error} (DIFFACCEL_DEBUG=1 shows where)")
         return FAILED
 
 
@@ -69,8 +69,8 @@ def _run(argv: list[str]) -> int:
     return getattr(import_module(module), function)(argv[first + 1 :])
 
 
-def _say(text: str) -> None:
-    """Under a launcher every process meets the same bad input: the first one tells."""
+def _report(text: str) -> None:
+    """Write an error to stderr; of processes that a launcher started, only the first one writes it."""
     from diffaccel.terminal import write_error
 
     if os.environ.get("RANK", "0") == "0" or "Out of memory" in text:

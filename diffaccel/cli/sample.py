@@ -1,4 +1,4 @@
-"""``diffaccel sample``: options to a request, and a finished run to a few lines."""
+"""``diffaccel sample``: a request from options, and a summary of the finished run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from diffaccel import registry, zoo
-from diffaccel import terminal as console
+from diffaccel import registry, terminal, zoo
+from diffaccel.cli import config_source
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.runs.loading import quiet_libraries
 from diffaccel.runs.request import DTYPES, Request
@@ -25,9 +25,9 @@ A run that was stopped goes on when its command is repeated. Images carry what m
 output folder holds all of it, with times, cost and sha256."""
 
 
-def make_parser() -> console.Parser:
-    """The options that every method shares."""
-    parser = console.Parser(
+def make_parser() -> terminal.Parser:
+    """Return the parser of the options that all methods share."""
+    parser = terminal.Parser(
         prog="diffaccel sample", description="Generate images from prompts, or video.", epilog=_EXAMPLES
     )
     add = parser.add_argument
@@ -35,7 +35,7 @@ def make_parser() -> console.Parser:
     add("--class", action="append", dest="classes", metavar="C", help="number or name, for a model that draws classes")
     add("--num", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="image i of the run uses seed S + i (default 0)")
-    console.add_model_options(parser)
+    terminal.add_model_options(parser)
     add("--sampler", metavar="NAME", help="the sampler; without it the pipeline's own loop runs. See diffaccel list")
     add("--steps", type=int, metavar="N", help="inference steps (default: the model's own)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
@@ -52,18 +52,18 @@ def make_parser() -> console.Parser:
 
 
 def run(argv: list[str]) -> int:
-    """The command; returns its exit status."""
-    rest, given = split_method_options(argv)
+    """Run the command and return its exit status."""
+    words, method_options = split_method_options(argv)
     parser = make_parser()
-    if {"-h", "--help"} & set(rest):
-        parser.epilog = f"{_method_help()}\n\n{_EXAMPLES}"
-    options = parser.parse(rest, [f"--{name}.FIELD" for name in registry.names()])
+    if {"-h", "--help"} & set(words):
+        parser.epilog = f"{_sampler_help()}\n\n{_EXAMPLES}"
+    options = parser.parse(words, [f"--{name}.FIELD" for name in registry.names()])
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
     request = Request(
         prompts=tuple(options.prompts), classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
-        methods=methods(options.sampler, given), steps=options.steps, size=parse_size(options.size),
+        methods=methods(options.sampler, method_options), steps=options.steps, size=parse_size(options.size),
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip
@@ -74,80 +74,84 @@ def run(argv: list[str]) -> int:
     command = ["diffaccel", "sample", *argv]
     record = generate_run(request, options.out, overwrite=options.overwrite, progress=not options.json, command=command)
     if record["rank"] == 0:
-        console.write_json(record) if options.json else console.write(describe(record))
+        terminal.write_json(record) if options.json else terminal.write(describe(record))
     return 0
 
 
 def split_method_options(argv: list[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """``--NAME.FIELD VALUE`` apart from all other words, as ``{name: {field: value}}``."""
-    rest, given = [], {}  # type: ignore[var-annotated]
+    """Split ``--NAME.FIELD VALUE`` off from all other words, as ``{name: {field: value}}``."""
+    others: list[str] = []
+    options: dict[str, dict[str, str]] = {}
     words = iter(argv)
     for word in words:
         if word == "--":
-            rest += [word, *words]
+            others += [word, *words]
             break
         match = _METHOD_OPTION.fullmatch(word)
         if match is None:
-            rest.append(word)
+            others.append(word)
             continue
         name, field, value = match.groups()
         if value is None:
             value = next(words, None)
         if value is None or value.startswith("--"):
             raise DiffAccelError(f"The option --{name}.{field} needs a value.")
-        given.setdefault(name, {})[field.replace("-", "_")] = value
-    return rest, given
+        options.setdefault(name, {})[field.replace("-", "_")] = value
+    return others, options
 
 
-def methods(sampler: str | None, given: dict[str, dict[str, str]]) -> tuple[Any, ...]:
-    """The chosen sampler's config from its options.
+def methods(sampler: str | None, options: dict[str, dict[str, str]]) -> tuple[Any, ...]:
+    """Return the chosen sampler's config, made from its options.
 
     Raises:
         DiffAccelError: for an unknown sampler or option (with the nearest match), and options of another method.
     """
-    known = registry.names()
-    for name in given:
-        if name not in known:
-            raise unknown("method", name, known)
+    names = registry.names()
+    for name in options:
+        if name not in names:
+            raise unknown("method", name, names)
         if name != sampler:
-            chosen = f"the sampler is '{sampler}'" if sampler else "no sampler was chosen"
+            choice = f"the sampler is '{sampler}'" if sampler else "no sampler was chosen"
             raise DiffAccelError(
-                f"--{name}.{next(iter(given[name]))} is an option of '{name}', but {chosen}. "
+                f"--{name}.{next(iter(options[name]))} is an option of '{name}', but {choice}. "
                 f"Pass --sampler {name}, or leave the option out."
             )
     if sampler is None:
         return ()
-    if sampler not in known:
-        raise unknown("sampler", sampler, known)
+    if sampler not in names:
+        raise unknown("sampler", sampler, names)
     config_class = registry.config_class(sampler)
     if config_class.touches != "loop":
         raise DiffAccelError(f"'{sampler}' is no sampler: it works on the {config_class.touches}.")
-    return (config_class.from_dict(parse_fields(config_class, given.get(sampler, {}))),)
+    return (config_class.from_dict(parse_fields(config_class, options.get(sampler, {}))),)
 
 
 def describe(record: dict[str, Any]) -> str:
-    """What a run made, in three lines."""
+    """Summarise a run in three lines: its files, its method and NFE, its time."""
     settings, cost, images = record["settings"], record["cost"], record["images"]
-    how = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
+    method = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
     files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
     steps = record["call"]["num_inference_steps"]
-    what = "video" if "frames" in images[0] else "image"
-    seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (what == 'image')} {what}"
+    noun = "video" if "frames" in images[0] else "image"
+    seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (noun == 'image')} {noun}"
     return (
-        f"{len(images)} {what}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
-        f"{settings['model']} by {how}: {steps} steps, {cost['nfe']} NFE, {cost['forwards']} rows through the network\n"
-        f"{seconds} on {record['device']['name']} ({settings['dtype']})"
+        f"{len(images)} {noun}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
+        f"{settings['model']} by {method}: {steps} steps, {cost['nfe']} NFE, {cost['forwards']} rows through the "
+        f"network\n{seconds} on {record['device']['name']} ({settings['dtype']})"
     )
 
 
-def _method_help() -> str:
-    """The options of every sampler, from its config dataclass."""
-    from diffaccel.cli.listing import options_of
-
+def _sampler_help() -> str:
+    """Return the options of every sampler, read from its source; of one without readable source, only its name."""
     blocks = []
-    for name in registry.names():
-        config_class = registry.config_class(name)
-        if config_class.touches == "loop":
-            rows = [f"  --{name}.{o['name']} ({o['type']}, default {o['default']})" for o in options_of(config_class)]
-            blocks.append("\n".join([f"options of --sampler {name} (diffaccel explain {name}):", *rows]))
+    for name, reference in registry.names().items():
+        source = config_source.read(reference)
+        if source is not None and source.variables.get("touches", "loop") != "loop":
+            continue
+        title = f"options of --sampler {name} (diffaccel explain {name})"
+        if source is None or source.options is None:
+            blocks.append(title)
+            continue
+        rows = [f"  --{name}.{o['name']} ({o['type']}, default {o['default']})" for o in source.options]
+        blocks.append("\n".join([f"{title}:", *rows]))
     return "\n\n".join(blocks)

@@ -1,4 +1,4 @@
-"""Pipeline families, found by the pipeline's class or one of its bases."""
+"""Families of pipelines, looked up by the pipeline's class or one of its bases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffaccel.families.base import Family
 
-# diffusers class name -> module and class here
+# class name in diffusers: module and class in this package
 FAMILIES = {
     "FluxPipeline": "flux:Flux",
     "FluxImg2ImgPipeline": "flux:Flux",
@@ -30,7 +30,7 @@ FAMILIES = {
 
 
 def find(pipe: Any) -> Family | None:
-    """The family of a pipeline, or None. A subclass belongs to the family of its nearest listed base."""
+    """Return the family of a pipeline or None; a subclass belongs to the family of its nearest listed base."""
     for cls in type(pipe).__mro__:
         if cls.__name__ in FAMILIES:
             module, _, name = FAMILIES[cls.__name__].partition(":")
@@ -39,13 +39,13 @@ def find(pipe: Any) -> Family | None:
 
 
 def networks(pipe: Any) -> list[Any]:
-    """The network that a pipeline evaluates at every step, first; then others that take its place at some steps."""
+    """Return the networks that a pipeline evaluates: the one of the first step, then those that replace it later."""
     if (family := find(pipe)) is not None:
         return list(family.networks(pipe).values())
-    found = [module for name in ("transformer", "unet") if (module := getattr(pipe, name, None)) is not None]
-    return found[:1]
+    modules = [getattr(pipe, name, None) for name in ("transformer", "unet")]
+    return [module for module in modules if module is not None][:1]
 
 
 def network(pipe: Any) -> Any:
-    """The first of :func:`networks`, or None."""
+    """Return the first of :func:`networks`, or None."""
     return next(iter(networks(pipe)), None)

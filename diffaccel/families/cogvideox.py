@@ -11,8 +11,10 @@ from diffaccel.families.base import Family
 
 
 class CogVideoX(Family):
-    """The pipeline's latents are ``(B, F, C, H, W)``; those of samplers ``(B, C, F, H, W)``. 1.5 pads the frames at the
-    front to a multiple of its temporal patch and drops what these decode to."""
+    """CogVideoX; the pipeline's latents are ``(B, F, C, H, W)``, those of samplers ``(B, C, F, H, W)``.
+
+    CogVideoX 1.5 pads the latent frames at the front to a multiple of its temporal patch, and drops the padding again.
+    """
 
     name = "cogvideox"
     pipelines = ("CogVideoXPipeline",)
@@ -52,6 +54,6 @@ class CogVideoX(Family):
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         config = pipe.transformer.config
         frames = arguments.get("num_frames") or config.sample_frames
-        wanted = (frames - 1) // pipe.vae_scale_factor_temporal + 1
-        padding = -wanted % config.patch_size_t if config.patch_size_t else 0
+        latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
+        padding = -latent_frames % config.patch_size_t if config.patch_size_t else 0
         return pipe.decode_latents(x0.transpose(1, 2)[:, padding:])

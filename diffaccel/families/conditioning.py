@@ -1,4 +1,4 @@
-"""What a network is told beside latents and time: the arguments of one prompt batch, by guidance branch."""
+"""The network's arguments beside latents and time, for one prompt batch, by guidance branch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 
 @dataclass(eq=False)
 class Conditioning:
-    """The network's arguments for one prompt batch, one row per sample, and the guidance that joins its branches.
+    """The network's arguments for one prompt batch, one row per sample.
 
-    ``negative`` is None where the call is not guided by a second branch. ``joint`` keeps the pipeline's own batched
-    arguments (negative rows first) for families that evaluate both branches in one call.
+    Attributes:
+        positive: arguments of the positive branch.
+        negative: arguments of the negative branch; None where the call is not guided by a second branch.
+        joint: the pipeline's own arguments of both branches, for families that evaluate them in one call, else None.
+        arguments: of the pipeline's call, which guidance depends on.
     """
 
     positive: dict[str, Any]

@@ -11,7 +11,7 @@ from diffaccel.families.pixart import LearnedVariance
 
 
 class DiT(LearnedVariance):
-    """One size, that of its network. Under guidance the pipeline's latents are ``[x, x]``."""
+    """DiT; it draws at the size of its network only. Under guidance the pipeline's latents are ``[x, x]``."""
 
     name = "dit"
     pipelines = ("DiTPipeline",)

@@ -1,8 +1,8 @@
-"""What every method must know of a denoising network, as data: blocks, layers to keep, tokens, time convention.
+"""Facts about denoising networks, as data: blocks, layers to keep in high precision, tokens, time convention.
 
-Quantizers, caches, samplers and the evaluation read it here and nowhere else. Names are dotted module names inside the
-network, without the ``_orig_mod.`` that ``torch.compile`` puts before them. Every entry is tested against a network
-of its class and against what the stock pipeline passes to it.
+Quantizers, caches, samplers and the evaluation read them here and nowhere else. Names are dotted module names inside
+the network, without the prefix ``_orig_mod.`` of ``torch.compile``. Every entry is tested against a network of its
+class and against the arguments that the stock pipeline passes to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["Facts", "facts_of"]
 
 
 def facts_of(network: Any) -> Facts:
-    """The facts of a network, by its class or the nearest listed base.
+    """Return the facts about a network, by its class or the nearest listed base.
 
     Raises:
         DiffAccelError: no base of the class is listed; names the nearest and all known classes.

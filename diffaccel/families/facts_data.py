@@ -1,4 +1,4 @@
-"""The facts of each class of denoisers, by the class name in diffusers, and what each field means."""
+"""The facts about each class of denoisers, by its name in diffusers, and the meaning of each field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.modules.stand_in import uncompiled
 
 Patch = tuple[int, int, int]
@@ -23,13 +23,14 @@ class Facts:
         blocks: attribute paths of the repeated blocks in execution order, each a list of blocks or one block.
         attention: regex that fully matches the names of the attention modules inside the blocks.
         modulation: regex that fully matches the linears that turn the time embedding into shifts, scales and gates:
-            they run at one row a sample and their output does not depend on the sample.
-        never_quantize: regexes of what stays in high precision; each covers the modules it matches and all inside.
-        patch: from the network's config, how many (frames, rows, columns) of latent pixels make one token.
-        vae_scale: pixels to a latent pixel along height and width, where the pipeline's VAE is the usual one.
-        vae_frames: frames of video to a latent frame after the first.
-        text_tokens: text tokens the stock pipeline always passes; 0 without text, None where checkpoints differ.
-        timestep_range: smallest and largest time the network is told, for clean and for pure noise.
+            they run once per sample and their output does not depend on the sample.
+        never_quantize: regexes of modules that stay in high precision; each covers the modules that it matches and all
+            modules inside them.
+        patch: function of the network's config: the (frames, rows, columns) of latent pixels in one token.
+        vae_scale: pixels per latent pixel along height and width, with the pipeline's usual VAE.
+        vae_frames: frames of video per latent frame after the first.
+        text_tokens: number of text tokens in the stock pipeline; 0 without text, None where checkpoints differ.
+        timestep_range: the network's time argument for clean data and for pure noise.
     """
 
     blocks: tuple[str, ...]
@@ -52,7 +53,7 @@ class Facts:
         vae_scale: int | None = None,
         vae_frames: int | None = None,
     ) -> int:
-        """Image or video tokens of one sample of ``height x width`` pixels and ``frames`` frames.
+        """Return the image or video tokens of one sample of ``height x width`` pixels and ``frames`` frames.
 
         A video of F frames has ``(F - 1) // vae_frames + 1`` latent frames. A UNet counts its latent pixels.
 
@@ -63,37 +64,38 @@ class Facts:
         return self.latent_tokens(config, height // scale, width // scale, (frames - 1) // stride + 1)
 
     def latent_tokens(self, config: Mapping[str, Any], height: int, width: int, frames: int = 1) -> int:
-        """The same from the size in latent pixels and latent frames."""
+        """Return :meth:`tokens` from the size in latent pixels and latent frames."""
         t, h, w = self.patch(config)
         count = -(-frames // t) * (height // h) * (width // w)  # pipelines fill the last patch of frames, never a side
         if min(height, width, frames) <= 0 or count <= 0:
             raise DiffAccelError(
-                f"{frames} latent frames of {height}x{width} hold no token: sides must be at least {h}x{w} latent "
-                "pixels, with one frame or more. Ask for a larger size."
+                f"{frames} latent frames of {size_text(height, width)} hold no token: sides must be at least "
+                f"{size_text(h, w)} latent pixels, with one frame or more. Ask for a larger size."
             )
         return count
 
     def keeps(self, name: str) -> bool:
-        """Whether the module called ``name`` must stay in high precision."""
+        """Return whether the module called ``name`` must stay in high precision."""
         return any(re.match(rf"(?:{pattern})(?:\.|$)", name) for pattern in self.never_quantize)
 
     def block_names(self, network: nn.Module) -> list[str]:
-        """Names of the network's blocks, in execution order."""
+        """Return the names of the network's blocks, in execution order."""
         names: list[str] = []
         for path in self.blocks:
-            found = getattr(uncompiled(network), path, None)
-            if isinstance(found, nn.ModuleList):
-                names += [f"{path}.{i}" for i in range(len(found))]
-            elif found is not None:  # a UNet may lack its middle
+            module = getattr(uncompiled(network), path, None)
+            if isinstance(module, nn.ModuleList):
+                names += [f"{path}.{i}" for i in range(len(module))]
+            elif module is not None:  # a UNet may have no middle block
                 names.append(path)
         return names
 
 
-# Kept everywhere: the embedders and the first and last layer, a small share of the work through which all of the signal
-# goes (conv_out and conv_in are the most sensitive layers of SDXL-turbo, arXiv 2405.17873), and these:
+# Never quantized in any network: the embedders and the first and last layer, a small share of the work through which
+# the whole signal passes (conv_out and conv_in are the most sensitive layers of SDXL-turbo, arXiv 2405.17873), and the
+# following.
 #
-# Norms have no product to quantize. The adaptive ones hold the modulation linears, which run at one row a sample, where
-# a quantized product gains no time, and whose errors shift every feature of a timestep (arXiv 2311.16503).
+# Norms have no product to quantize. The adaptive ones hold the modulation linears, which run once per sample, where a
+# quantized product gains no time, and whose errors shift every feature of a timestep (arXiv 2311.16503).
 NORMS = r"(?:.*\.)?(?:\w+_)?norm\w*"
 TIME_IN_RESNETS = r".*\.time_emb_proj"  # a UNet's modulation linears
 
@@ -150,7 +152,7 @@ FACTS: dict[str, Facts] = {
     "WanTransformer3DModel": Facts(
         blocks=("blocks",),
         attention=r"blocks\.\d+\.attn[12]",
-        modulation=r"condition_embedder\.time_proj",  # one for all blocks, which only add their own tables
+        modulation=r"condition_embedder\.time_proj",  # shared by all blocks, which only add tables of their own
         never_quantize=("patch_embedding", "condition_embedder", NORMS, "proj_out"),
         patch=_as_listed,
         vae_frames=4,
@@ -161,7 +163,7 @@ FACTS: dict[str, Facts] = {
         attention=r"(?:single_)?transformer_blocks\.\d+\.attn",
         modulation=r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear|single_transformer_blocks\.\d+\.norm\.linear"
         r"|context_embedder\.token_refiner\.refiner_blocks\.\d+\.norm_out\.linear|norm_out\.linear",
-        # context_embedder has two small attention blocks of its own over the text: an embedder all the same
+        # context_embedder counts as an embedder, although it has two small attention blocks over the text
         never_quantize=("x_embedder", "context_embedder", "time_text_embed", NORMS, "proj_out"),
         patch=_cube,
         vae_frames=4,
@@ -179,7 +181,7 @@ FACTS: dict[str, Facts] = {
     "PixArtTransformer2DModel": Facts(
         blocks=("transformer_blocks",),
         attention=r"transformer_blocks\.\d+\.attn[12]",
-        modulation=r"adaln_single\.linear",  # one for all blocks, which only add their own tables
+        modulation=r"adaln_single\.linear",  # shared by all blocks, which only add tables of their own
         never_quantize=("pos_embed", "adaln_single", "caption_projection", NORMS, "proj_out"),
         patch=_square,
         text_tokens=None,  # 120 for Alpha, 300 for Sigma

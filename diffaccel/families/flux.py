@@ -13,7 +13,7 @@ from diffaccel.families.init_image import check_resizable
 
 
 class Flux(Family):
-    """A packed token holds a 2x2 patch of latents, channel order (c, dy, dx); the network's time is sigma itself."""
+    """FLUX.1; a token packs a 2x2 patch of latents, channel order (c, dy, dx), and the network's time is sigma."""
 
     name = "flux"
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")

@@ -12,7 +12,7 @@ from diffaccel.families.guidance import true_cfg_scale
 
 
 class HunyuanVideo(Family):
-    """State in fp32; the network is told the schedule's timestep, ``1000 sigma``."""
+    """HunyuanVideo; its latents are fp32, and the network's time is the schedule's timestep, ``1000 sigma``."""
 
     name = "hunyuan-video"
     pipelines = ("HunyuanVideoPipeline",)

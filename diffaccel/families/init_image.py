@@ -1,4 +1,4 @@
-"""The image that an image-to-image call starts from: its size, and the same image at another size."""
+"""The initial image of an image-to-image call: its size, and resizing it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from diffaccel.errors import DiffAccelError
 
 
 def source_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-    """Height and width in pixels of a call whose picture has the size of its ``image``, pixels or latents."""
+    """Return height and width in pixels of a call whose picture has the size of its ``image`` (pixels or latents)."""
     height, width = pipe.image_processor.preprocess(arguments["image"]).shape[-2:]
     scale = pipe.vae_scale_factor if is_latent(arguments["image"]) else 1
     return height * scale, width * scale
 
 
 def resized_source(arguments: dict[str, Any], height: int, width: int, multiple: int) -> Tensor:
-    """The call's image at another size, ``(B, 3, H, W)`` in [0, 1], as pipelines resize images themselves."""
+    """Resize the call's image to ``(B, 3, H, W)`` in [0, 1], as pipelines resize images themselves."""
     from diffusers.image_processor import VaeImageProcessor
 
     check_resizable(arguments)
@@ -27,7 +27,7 @@ def resized_source(arguments: dict[str, Any], height: int, width: int, multiple:
 
 
 def check_resizable(arguments: dict[str, Any]) -> None:
-    """Refuse another resolution for an image that came as latents, which cannot be resized like pixels."""
+    """Raise for an image that was given as latents, which cannot be resized like pixels."""
     if is_latent(arguments.get("image")):
         raise DiffAccelError(
             "The call's `image` is latents, which fit one resolution; the sampler also works at another. "
@@ -36,6 +36,6 @@ def check_resizable(arguments: dict[str, Any]) -> None:
 
 
 def is_latent(image: Any) -> bool:
-    """Whether an image argument is latents, alone or in a list: pictures have at most three channels."""
+    """Return whether an image argument is latents, alone or in a list: pictures have at most three channels."""
     first = image[0] if isinstance(image, list | tuple) and image else image
     return isinstance(first, Tensor) and first.ndim >= 3 and first.shape[-3] > 3

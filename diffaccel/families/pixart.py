@@ -10,7 +10,7 @@ from diffaccel.families.base import Family
 
 
 class LearnedVariance(Family):
-    """A network whose output has further channels with a variance that samplers do not use."""
+    """A family whose network also outputs a variance, in further channels, which samplers do not use."""
 
     def output_shape(self, network: Any, like: Tensor) -> tuple[int, ...]:
         return (len(like), network.config.out_channels, *like.shape[2:])
@@ -20,7 +20,7 @@ class LearnedVariance(Family):
 
 
 class PixArt(LearnedVariance):
-    """With ``use_resolution_binning`` the pipeline draws at the nearest trained size and resizes the picture."""
+    """PixArt; with ``use_resolution_binning`` the pipeline draws at the nearest trained size and resizes."""
 
     name = "pixart"
     pipelines = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")

@@ -11,7 +11,7 @@ from diffaccel.families.base import Family
 
 
 class Pixels(Family):
-    """One size, that of its network; there is nothing to guide, and the latents are the picture."""
+    """Diffusion on pixels without guidance; it draws at the size of its network only."""
 
     name = "pixels"
     pipelines = ("DDPMPipeline", "DDIMPipeline")

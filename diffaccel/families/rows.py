@@ -1,6 +1,6 @@
-"""Network arguments as rows: the same change to every tensor with one row per sample, and sets of them joined.
+"""Network arguments with one row per sample: changing all of them alike, and joining several sets.
 
-Names are dotted into dicts (``added_cond_kwargs.time_ids``); a list of tensors counts by its tensors.
+Names are dotted into dicts (``added_cond_kwargs.time_ids``); a name of a list stands for all tensors in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def map_rows(kwargs: dict[str, Any], names: Iterable[str], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """``kwargs`` with ``change`` applied to every tensor of ``names``."""
+    """Return ``kwargs`` with ``change`` applied to every tensor of ``names``."""
     changed = dict(kwargs)
     for dotted in names:
         name, _, inner = dotted.partition(".")
@@ -28,7 +28,7 @@ def map_rows(kwargs: dict[str, Any], names: Iterable[str], change: Callable[[Ten
 
 
 def join_rows(parts: list[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
-    """Several sets of network arguments as one, the rows of ``names`` concatenated in order."""
+    """Join several sets of network arguments, the rows of ``names`` concatenated in order."""
     joined = dict(parts[0])
     for dotted in names:
         name, _, inner = dotted.partition(".")

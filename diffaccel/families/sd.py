@@ -11,7 +11,7 @@ from diffaccel.families.init_image import resized_source, source_size
 
 
 class SD(Family):
-    """The UNet's time is the scheduler's train step; guidance may be rescaled (arXiv 2305.08891, section 3.4)."""
+    """Stable Diffusion; the UNet's time is the train step, guidance may be rescaled (arXiv 2305.08891, section 3.4)."""
 
     name = "sd"
     pipelines = ("StableDiffusionPipeline",)
@@ -35,9 +35,9 @@ class SD(Family):
 
     def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         sample = pipe.unet.config.sample_size
-        sides = (sample, sample) if isinstance(sample, int) else tuple(sample)
+        latent_size = (sample, sample) if isinstance(sample, int) else tuple(sample)
         if not arguments.get("height") or not arguments.get("width"):
-            return sides[0] * pipe.vae_scale_factor, sides[1] * pipe.vae_scale_factor
+            return latent_size[0] * pipe.vae_scale_factor, latent_size[1] * pipe.vae_scale_factor
         return int(arguments["height"]), int(arguments["width"])
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -46,7 +46,7 @@ class SD(Family):
 
 
 class SDImg2Img(SD):
-    """The picture has the size of the image that it starts from."""
+    """Stable Diffusion, image to image: the picture has the size of the initial image."""
 
     pipelines = ("StableDiffusionImg2ImgPipeline",)
 

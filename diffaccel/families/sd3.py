@@ -12,7 +12,7 @@ from diffaccel.families.init_image import check_resizable
 
 
 class SD3(Family):
-    """The network's time is ``1000 sigma``; skip-layer guidance depends on the step index and is refused."""
+    """Stable Diffusion 3; the network's time is ``1000 sigma``. Skip-layer guidance, tied to steps, is refused."""
 
     name = "sd3"
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")

@@ -14,8 +14,11 @@ from diffaccel.families.sd import SD, SDImg2Img
 
 
 class SDXL(SD):
-    """Another resolution keeps ``original_size`` and ``target_size`` of the final picture, since a smaller stage of it
-    is not a thumbnail."""
+    """Stable Diffusion XL.
+
+    At another resolution ``original_size`` and ``target_size`` stay those of the final picture, since the network would
+    draw a thumbnail when it is conditioned on a smaller size.
+    """
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
@@ -49,7 +52,7 @@ class SDXL(SD):
         }
 
     def conditioning(self, pipe: Any, calls: list[dict[str, Any]], arguments: dict[str, Any]) -> Conditioning:
-        height, width = self.size(pipe, arguments)  # a call may leave them to the pipeline, a resized one asks for them
+        height, width = self.size(pipe, arguments)  # resized() needs them, a call may omit them
         return super().conditioning(pipe, calls, {**arguments, "height": height, "width": width})
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -71,7 +74,7 @@ class SDXL(SD):
 
 
 class SDXLImg2Img(SDXL, SDImg2Img):
-    """As SDXL, with the size of the image that the call starts from."""
+    """Stable Diffusion XL, image to image: the picture has the size of the initial image."""
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
 

@@ -12,8 +12,11 @@ from diffaccel.families.base import Family
 
 
 class Wan(Family):
-    """State in fp32. In 2.2's 14B pair ``transformer`` has the timesteps from ``boundary_ratio`` up, ``transformer_2``
-    those below, each with its own scale; 2.2's 5B is told the time once per token."""
+    """Wan; its latents are fp32.
+
+    In the 14B pair of Wan 2.2 ``transformer`` has the timesteps from ``boundary_ratio`` up and ``transformer_2`` those
+    below, each with its own guidance scale. The time of Wan 2.2 5B is given once per token.
+    """
 
     name = "wan"
     pipelines = ("WanPipeline",)
@@ -33,7 +36,7 @@ class Wan(Family):
         return float(pipe._guidance_scale if high else pipe._guidance_scale_2)
 
     def _is_high(self, pipe: Any, timestep: Tensor) -> bool:
-        """Whether the noise is high enough for the first network; the stock loop asks the device the same."""
+        """Return whether the timestep belongs to the first network; syncs with the device, as the stock loop does."""
         if pipe.config.boundary_ratio is None:
             return True
         high = timestep >= pipe.config.boundary_ratio * pipe.scheduler.config.num_train_timesteps

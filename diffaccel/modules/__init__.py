@@ -1,1 +1,1 @@
-"""What is done to a network: put something in its place, hook it, record it."""
+"""Replacing, hooking and recording a network."""

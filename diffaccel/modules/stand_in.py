@@ -1,4 +1,4 @@
-"""Things that stand in the place of a pipeline's network, text encoder and bar while its call is looked at."""
+"""Single stand-ins: objects that replace one network, one text encoder or one progress bar, wherever they are put."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from torch import Tensor
 
 
 def uncompiled(network: Any) -> Any:
-    """The network itself, seen through ``torch.compile``."""
+    """Return the network below ``torch.compile``."""
     return getattr(network, "_orig_mod", network)
 
 
 def signature_of(module: Any) -> inspect.Signature:
-    """The signature of a network's forward, seen through ``torch.compile``."""
+    """Return the signature of a network's forward, below ``torch.compile``."""
     return inspect.signature(type(uncompiled(module)).forward)
 
 
 class StandIn:
-    """Called in the place of a network. No Module, so that hooks and ``compile`` do not see it; it answers
-    ``isinstance`` and every attribute as the network does, since pipelines find their device by their modules."""
+    """A callable in the place of a network.
+
+    It is no Module, so that hooks and ``compile`` do not see it. ``isinstance`` and attributes are those of the
+    network, since pipelines find their device by their modules.
+    """
 
     def __init__(self, module: Any, called: Callable[..., Any]) -> None:
         self._module, self._called = module, called
@@ -40,7 +43,7 @@ class StandIn:
 
 
 def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A network call's arguments by name; pipelines reuse and mutate their dicts between calls, so these are copies."""
+    """Return a network call's arguments by name; dicts, which pipelines change between calls, are copied."""
     bound = signature_of(module).bind(module, *args, **kwargs).arguments
     bound.pop("self")
     bound.update(bound.pop("kwargs", {}))
@@ -48,18 +51,19 @@ def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
-    """A network's made-up answer, fp32 so that the guidance fit is sharp; a list where its input is one."""
+    """Draw a random network output, fp32 so that the guidance fit is sharp; a list where ``like`` is one."""
     out = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return out.to(like.device) if isinstance(like, Tensor) else list(out.to(like[0].device).unbind())
 
 
 class TextMemo:
-    """Results of ``encode_prompt`` by the ordinal of the call: pipelines call it once per branch."""
+    """Cached results of ``encode_prompt`` by the ordinal of the call: pipelines call it once per branch."""
 
     def __init__(self) -> None:
         self.results: list[Any] = []
 
     def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``encode`` with the i-th call answered from the cache where it has an i-th result."""
         ordinal = 0
 
         @functools.wraps(encode)
@@ -74,13 +78,14 @@ class TextMemo:
 
 
 def silent_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+    """Return a disabled progress bar in the place of ``original(iterable, total)``."""
     from tqdm.auto import tqdm
 
     return tqdm(iterable, total=total, disable=True)
 
 
 def clone(generator: Any) -> Any:
-    """A generator, or a list of them, with the same state and nothing shared."""
+    """Return an independent generator of the same state, or a list of them for a list."""
     if isinstance(generator, list):
         return [clone(g) for g in generator]
     if generator is None:

@@ -1,7 +1,7 @@
-"""What a request means for one pipeline: the arguments of its call.
+"""Translate a request into the arguments of one pipeline's call.
 
-Pipelines differ in what they draw from (text, classes, nothing), whether they make video, and how guidance is asked
-for; all of it is read from the pipeline's signature and its network's config.
+Pipelines differ in what they draw from (text, classes, nothing), whether they make video, and how they take guidance;
+all of it is read from the pipeline's signature and its network's config.
 """
 
 from __future__ import annotations
@@ -11,36 +11,38 @@ import inspect
 from typing import Any, Literal
 
 from diffaccel import zoo
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families import find, network
 from diffaccel.runs.request import Request
 
-_USUAL_FPS = 16.0
-_BINNED = (32, 64, 128, 256)  # latent sizes for which PixArt has a table of aspect ratios
+_DEFAULT_FPS = 16.0
+_BINNED_SIZES = (32, 64, 128, 256)  # latent sizes for which PixArt has a table of aspect ratios
 
 
 def call_parameters(pipe: Any) -> dict[str, Any]:
-    """Names of a pipeline's call arguments and their defaults; of an instance or a class."""
+    """Return the call arguments of a pipeline, or a class of them, with their defaults."""
     cls = pipe if isinstance(pipe, type) else type(pipe)
     parameters = inspect.signature(cls.__call__).parameters
     return {name: p.default for name, p in parameters.items() if name != "self"}
 
 
 def source_of(pipe: Any) -> Literal["text", "class", "nothing"]:
-    """What a pipeline, or a class of them, draws from."""
+    """Return what a pipeline, or a class of them, draws from."""
     accepted = call_parameters(pipe)
     return "text" if "prompt" in accepted else "class" if "class_labels" in accepted else "nothing"
 
 
 def check_subjects(pipe: Any, request: Request) -> None:
-    """Refuse prompts and classes that a pipeline, or a class of them, cannot draw from, and missing ones."""
+    """Raise for prompts or classes that a pipeline, or a class of them, cannot draw from, and for missing ones."""
     cls, source = pipe if isinstance(pipe, type) else type(pipe), source_of(pipe)
-    name = f"The model '{request.model}' is a {cls.__name__}, whose call takes no"
+    takes_no = f"The model '{request.model}' is a {cls.__name__}, whose call takes no"
     if source == "nothing" and request.subjects != (None,):
-        what = "class" if request.classes else "prompt"
-        raise DiffAccelError(f"{name} {what}: it draws from noise alone. Leave the {what} out, or give another model.")
+        kind = "class" if request.classes else "prompt"
+        raise DiffAccelError(
+            f"{takes_no} {kind}: it draws from noise alone. Leave the {kind} out, or give another model."
+        )
     if source == "text" and request.classes:
-        raise DiffAccelError(f"{name} class. Say what to draw as a prompt.")
+        raise DiffAccelError(f"{takes_no} class. Say what to draw as a prompt.")
     if source == "text" and not request.prompts:
         raise DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
     if source == "class" and request.subjects == (None,):
@@ -50,7 +52,7 @@ def check_subjects(pipe: Any, request: Request) -> None:
 
 
 def class_labels(pipe: Any, texts: list[str]) -> list[int]:
-    """The class numbers of numbers and names.
+    """Return the class numbers of class numbers and names.
 
     Raises:
         DiffAccelError: for a class that the model does not know, with the nearest name.
@@ -66,90 +68,103 @@ def _class_label(pipe: Any, text: str) -> int:
         return int(text)
     if text.lower() in names:
         return names[text.lower()]
-    near = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
-    hint = f"Did you mean '{near[0]}'? " if near else ""
-    known = f" and {len(names)} names, such as {', '.join(sorted(names)[:3])}" if names else ""
+    nearest = difflib.get_close_matches(text.lower(), names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{nearest[0]}'? " if nearest else ""
+    examples = f" and {len(names)} names, such as {', '.join(sorted(names)[:3])}" if names else ""
     raise DiffAccelError(
-        f"Unknown class '{text}'. {hint}{type(pipe).__name__} knows the numbers 0 to {count - 1}{known}."
+        f"Unknown class '{text}'. {hint}{type(pipe).__name__} knows the numbers 0 to {count - 1}{examples}."
     )
 
 
 def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
-    """The arguments of every pipeline call of a request, apart from prompts and generators.
+    """Return the arguments of every pipeline call of a request, apart from prompts and generators.
 
     Raises:
         DiffAccelError: for a size or a number of frames that does not fit (with the nearest that does), or something
-            that the pipeline lacks.
+            that the pipeline does not take.
     """
-    accepted, name = call_parameters(pipe), type(pipe).__name__
-    chosen: dict[str, Any] = {"num_inference_steps": request.steps or accepted["num_inference_steps"]}
-    if request.size is not None:
-        if "height" not in accepted:
-            raise DiffAccelError(f"{name} draws at one size only, that of its network. Leave the size out.")
-        chosen["height"], chosen["width"] = request.size
-    check_size(pipe, {**accepted, **chosen})
-    if "num_frames" in accepted:
-        if request.frames is not None:
-            check_frames(pipe, request.frames)
-            chosen["num_frames"] = request.frames
-    elif request.frames is not None or request.fps is not None:
-        what = "fps" if request.frames is None else "frames"
+    accepted = call_parameters(pipe)
+    arguments: dict[str, Any] = {"num_inference_steps": request.steps or accepted["num_inference_steps"]}
+    arguments |= _size_arguments(pipe, request, accepted)
+    check_size(pipe, {**accepted, **arguments})
+    arguments |= _video_arguments(pipe, request, accepted)
+    if "use_resolution_binning" in accepted and network(pipe).config.sample_size not in _BINNED_SIZES:
+        arguments["use_resolution_binning"] = False  # no table for its size: the call would raise
+    max_length = zoo.call_defaults(request.model).get("max_sequence_length")
+    if max_length is not None:
+        arguments["max_sequence_length"] = max_length
+    return arguments | guidance_arguments(pipe, request.guidance, request.negative)
+
+
+def _size_arguments(pipe: Any, request: Request, accepted: dict[str, Any]) -> dict[str, Any]:
+    if request.size is None:
+        return {}
+    if "height" not in accepted:
+        raise DiffAccelError(f"{type(pipe).__name__} draws at one size only, that of its network. Leave the size out.")
+    height, width = request.size
+    return {"height": height, "width": width}
+
+
+def _video_arguments(pipe: Any, request: Request, accepted: dict[str, Any]) -> dict[str, Any]:
+    if "num_frames" not in accepted:
+        if request.frames is None and request.fps is None:
+            return {}
+        option = "fps" if request.frames is None else "frames"
         raise DiffAccelError(
-            f"{name} makes images, and takes no {what}. Leave it out, or give a model that makes video."
+            f"{type(pipe).__name__} makes images, and takes no {option}. Leave it out, or give a model that makes "
+            "video."
         )
-    if "use_resolution_binning" in accepted and network(pipe).config.sample_size not in _BINNED:
-        chosen["use_resolution_binning"] = False  # there is no table for its size, and the call would say so
-    longest = zoo.call_defaults(request.model).get("max_sequence_length")
-    if longest is not None:
-        chosen["max_sequence_length"] = longest
-    return chosen | guidance_arguments(pipe, request.guidance, request.negative)
+    if request.frames is None:
+        return {}
+    check_frames(pipe, request.frames)
+    return {"num_frames": request.frames}
 
 
 def check_size(pipe: Any, arguments: dict[str, Any]) -> None:
-    """Refuse a picture size that the stock pipeline would round in silence."""
+    """Raise for a picture size that the stock pipeline would round without saying so."""
     family = find(pipe)
     if family is None:
         return
     height, width = family.size(pipe, arguments)
     step = family.multiple(pipe)
     if height % step or width % step or min(height, width) <= 0:
-        near = [max(step, round(side / step) * step) for side in (width, height)]
+        nearest = [max(step, round(side / step) * step) for side in (height, width)]
         raise DiffAccelError(
-            f"The size {width}x{height} (width x height) does not fit {type(pipe).__name__}: both sides must be "
-            f"multiples of {step}. The nearest valid size is {near[0]}x{near[1]}."
+            f"The size {size_text(height, width)} (width x height) does not fit {type(pipe).__name__}: both sides "
+            f"must be multiples of {step}. The nearest valid size is {size_text(*nearest)}."
         )
     family.check_size(pipe, height, width)
 
 
 def check_frames(pipe: Any, frames: int) -> None:
-    """Refuse a number of frames that the stock pipeline would change in silence.
+    """Raise for a number of frames that the stock pipeline would change without saying so.
 
-    A causal video VAE packs all frames but the first by its stride. That of CogVideoX also unpacks latent frames two at
-    a time, and gives three frames too many when a pair is left over.
+    A causal video VAE compresses all frames but the first by its temporal stride. That of CogVideoX also decodes latent
+    frames two at a time, and gives three frames too many when one is left over.
     """
     names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    stride = next((found for name in names if (found := getattr(pipe, name, None))), 1)
+    stride = next((value for name in names if (value := getattr(pipe, name, None))), 1)
     if type(getattr(pipe, "vae", None)).__name__ == "AutoencoderKLCogVideoX":
         stride *= pipe.vae.num_latent_frames_batch_size
     if (frames - 1) % stride:
-        near = 1 + max(0, round((frames - 1) / stride)) * stride
+        nearest = 1 + max(0, round((frames - 1) / stride)) * stride
         raise DiffAccelError(
             f"{frames} frames do not fit {type(pipe).__name__}: they must be one more than a multiple of {stride}. "
-            f"The nearest valid number is {near}."
+            f"The nearest valid number is {nearest}."
         )
 
 
 def frame_rate(pipe: Any, request: Request) -> float:
-    """Frames a second of a request's videos: the request's, else what the model was trained at, else 16."""
+    """Return the frames a second of a request's videos: its own, else those the model was trained at, else 16."""
     family = find(pipe)
-    return request.fps or (family.fps if family else _USUAL_FPS)
+    return request.fps or (family.fps if family else _DEFAULT_FPS)
 
 
 def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) -> dict[str, Any]:
-    """How this pipeline is asked for guidance.
+    """Return the call arguments that ask this pipeline for guidance.
 
     A network with an embedded scale (FLUX.1-dev) takes ``guidance_scale`` and no negative prompt. One of the same kind
-    without it takes ``true_cfg_scale``, which acts only when a negative prompt is given, so an empty one is. All others
+    without it takes ``true_cfg_scale``, which acts only with a negative prompt, so an empty one is passed. All others
     take ``guidance_scale`` and ``negative_prompt``.
     """
     accepted, name = call_parameters(pipe), type(pipe).__name__
@@ -165,9 +180,9 @@ def guidance_arguments(pipe: Any, guidance: float | None, negative: str | None) 
     scale = accepted[key] if guidance is None else guidance
     if negative and not scale > 1:
         raise DiffAccelError(f"A negative prompt has no effect at guidance {scale:g}. Ask for guidance above 1.")
-    chosen: dict[str, Any] = {} if guidance is None else {key: guidance}
+    arguments: dict[str, Any] = {} if guidance is None else {key: guidance}
     if negative is not None:
-        chosen["negative_prompt"] = negative
+        arguments["negative_prompt"] = negative
     elif key == "true_cfg_scale" and scale > 1:
-        chosen["negative_prompt"] = ""
-    return chosen
+        arguments["negative_prompt"] = ""
+    return arguments

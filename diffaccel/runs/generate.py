@@ -1,7 +1,7 @@
 """Run a request into a folder, resumable, by any number of processes: images, or videos.
 
-Work is cut into chunks of consecutive images, one pipeline call each. A run that was stopped makes its unfinished
-chunks anew and nothing else, and processes take whole chunks, so the files come out the same however often a run was
+Work is cut into chunks of consecutive images, one pipeline call each. A run that was stopped draws its unfinished
+chunks again and nothing else, and processes take whole chunks, so the files are the same however often a run was
 stopped and however many processes shared it.
 """
 
@@ -11,18 +11,15 @@ import contextlib
 import itertools
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import record
-from diffaccel.compose import Active, active, summary
-from diffaccel.errors import DiffAccelError, first_line
-from diffaccel.families import find
-from diffaccel.files import Clip
-from diffaccel.runs import loading as opening
+from diffaccel.compose import Active, active
+from diffaccel.processes import Processes, join
+from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import (
     call_arguments,
     call_parameters,
@@ -31,17 +28,17 @@ from diffaccel.runs.call_arguments import (
     frame_rate,
     source_of,
 )
-from diffaccel.runs.folder import RunFailed, RunFolder, check_writable
-from diffaccel.runs.processes import World, join_world
-from diffaccel.runs.request import Item, Request
+from diffaccel.runs.chunk import generate_chunk
+from diffaccel.runs.failures import failures
+from diffaccel.runs.folder import RunFolder, check_writable
+from diffaccel.runs.request import Request
 
 if TYPE_CHECKING:
-    from diffaccel.runs import profile as meter
+    import torch
 
 OUT = "out"
-SEARCH = "search"  # folder of a run where searches leave their traces, one for each call
-GO_ON = "go on"  # the verdict of a look that proves nothing yet
-_NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
+SEARCH = "search"  # subfolder of a run where searches leave their traces, one for each call
+GO_ON = "go on"  # verdict of a look that proves nothing yet
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class Early:
     """When a run may end before its last picture.
 
     Attributes:
-        rule: what is to be proven, as the record tells it.
+        rule: what is to be proven, as the record states it.
         looks: numbers of pictures after which to look, growing; each is rounded up to whole chunks.
-        look: from the run's folder and a record of the pictures so far to what they prove, JSON-ready: its "verdict" is
+        look: maps the run's folder and a record of the pictures so far to a verdict, JSON-ready: its "verdict" is
             :data:`GO_ON` while nothing is proven.
     """
 
@@ -60,10 +57,59 @@ class Early:
     look: Callable[[Path, dict[str, Any]], dict[str, Any]]
 
     def stages(self, folder: RunFolder) -> list[int]:
-        """The looks as numbers of chunks; the last is that of the whole run."""
+        """Return the looks as numbers of chunks; the last is that of the whole run."""
         ends = list(itertools.accumulate(map(len, folder.chunks)))
-        found = {next((i for i, end in enumerate(ends, 1) if end >= look), len(ends)) for look in self.looks}
-        return sorted(found | {len(ends)})
+        stages = {next((i for i, end in enumerate(ends, 1) if end >= look), len(ends)) for look in self.looks}
+        return sorted(stages | {len(ends)})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Where a run's weights are and how they compute.
+
+    Attributes:
+        folder: of the model's files; unused for an open pipeline.
+        digest: of the weights.
+    """
+
+    folder: Path
+    digest: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Chunks that are not finished.
+
+    Attributes:
+        pending: to be drawn now.
+        later: left to a later call.
+        needs_pipeline: whether the pipeline must be open: to draw, or for the arguments that the record lacks.
+    """
+
+    pending: list[int]
+    later: list[int]
+    needs_pipeline: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that a pipeline call of a run needs; ``pipe`` is None when nothing is left to be drawn."""
+
+    request: Request
+    folder: RunFolder
+    processes: Processes
+    pipe: Any
+    call: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _End:
+    """Where a run ended: after how many chunks, and by which verdict."""
+
+    chunks: int
+    verdict: dict[str, Any] | None
 
 
 def generate_run(
@@ -78,251 +124,57 @@ def generate_run(
     progress: bool = False,
     command: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Generate a request's images into a folder and return the record that is also in its ``run.json``, with the
-    folder itself as ``"out"``, and how many processes shared the work and which one this is.
+    """Generate a request's images into a folder and return the record that is also in its ``run.json``.
 
-    A folder with part of the same run is continued; only its missing or damaged chunks are made.
+    The returned record also names the folder ("out"), the number of processes and the rank of this one. A folder with
+    part of the same run is continued; only its missing or damaged chunks are drawn.
 
     Args:
         request: what to generate.
         out: the folder; images are named by their id. None names one in ``./out`` after the request.
         pipe: an open pipeline to use as it is, its methods included, under the name ``request.model``. None opens one.
         digest: of an open pipeline's weights, so that a folder does not mix images of two; "" when there is no need.
-        overwrite: throw away what another run left in ``out``.
-        stop_after: make at most so many chunks now and leave the rest to a later call; the record is then unfinished.
-        early: end the run as soon as this is proven; what was proven is the record's "until". The same request without
-            it goes on to the last picture.
+        overwrite: discard another run's files in ``out``.
+        stop_after: draw at most this many chunks now and leave the rest to a later call; the record is then unfinished.
+        early: end the run as soon as this is proven; the record's "until" holds the verdict. The same request without
+            it continues to the last picture.
         progress: show a bar on stderr.
         command: the command line, for the record.
 
     Raises:
         DiffAccelError: for a folder that holds another run (naming what differs) or cannot be written, and for
             whatever in the request the model cannot do. Nothing is written then.
-        RunFailed: when generation cannot go on, say for want of memory. Finished images stay.
+        RunFailed: when generation cannot go on, for example for lack of memory. Finished images are kept.
     """
     request = request.with_model_defaults()
     check_writable(out or Path(OUT))
-    source = Path()
-    if pipe is None:
-        world, device = join_world(request.device)
-        dtype = opening.pick_dtype(request.dtype, device)
-        source, digest = opening.locate(request.model)
-        if not request.prompts:
-            _check_class(source, request)
-    else:
-        check_subjects(pipe, request)
-        world, device, dtype, state = World(), pipe.device, pipe.dtype, active(pipe)
-        request = replace(request, methods=tuple(state.configs) if state else ())
+    request, model, processes = _resolve(request, pipe, digest)
     with _threads(request.threads):
-        settings, about = request.settings(digest, device, dtype), record.describe_device(device)
-        new = record.Record(kind=record.SAMPLE, settings=settings, command=list(command or ()), device=about)
-        folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
-        folder.check(overwrite)
-        done = {} if overwrite else folder.finished()
-        old = {} if overwrite else folder.old() or {}
-        known = early is None or old.get("until", {}).get("rule") == early.rule
-        wanted = old["until"]["chunks"] if early is not None and known else len(folder.chunks)
-        if known and old.get("state") == "finished" and all(number in done for number in range(wanted)):
-            return _result(folder, world)
-        missing = [number for number in range(len(folder.chunks)) if number not in done]
-        pending = missing[:stop_after]
-        left = missing[len(pending) :]
+        folder = _checked_folder(request, model, out, overwrite, command)
+        work = _remaining(folder, early, stop_after, overwrite)
+        if work is None:
+            return _result(folder, processes)
         call: dict[str, Any] = {}
-        if pending or not old.get("call"):
-            with _failures(request, folder):
-                if pipe is None:
-                    pipe = opening.open_pipeline(request, source, device, dtype)
-                    steps = progress and sys.stderr.isatty()
-                    pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
-                call = call_arguments(pipe, request)
-                if source_of(pipe) == "class":
-                    class_labels(pipe, [item.prompt or "" for chunk in folder.chunks for item in chunk])
-        world.wait()
-        if world.rank == 0:
+        if work.needs_pipeline:
+            with failures(request, folder):
+                pipe = _open(request, model, progress) if pipe is None else pipe
+                call = _checked_call(pipe, request)
+        run = _Run(request, folder, processes, pipe, call)
+        processes.wait()
+        if processes.rank == 0:
             folder.prepare(overwrite)
-        world.wait()
-        stages = [len(folder.chunks)] if early is None else early.stages(folder)
-        proven: dict[str, Any] | None = None
-        with _bar(pipe, folder, pending, world, progress) as bar:
-            for upto in stages:
-                now = [number for number in pending if number < upto]
-                pending = pending[len(now) :]
-                if now:
-                    _make(pipe, request, call, folder, now, world, bar)
-                if left and left[0] < upto:
-                    return _result(folder, world)
-                if early is not None:
-                    found = early.look(folder.path, folder.so_far(upto)) if world.rank == 0 else None
-                    proven = {**world.share(found), "rule": early.rule, "chunks": upto}
-                    if proven["verdict"] != GO_ON:
-                        break
-        if world.rank == 0:
-            folder.close(call, upto=upto, until=proven)
-        world.wait()
-    return _result(folder, world)
-
-
-def _make(
-    pipe: Any,
-    request: Request,
-    call: dict[str, Any],
-    folder: RunFolder,
-    numbers: list[int],
-    world: World,
-    bar: Any,
-) -> None:
-    """This process's share of some chunks; all of them are there when it returns."""
-    with _failures(request, folder, folder.abandon if world.size == 1 else None):
-        search = _search(pipe)
-        together = search is not None and len(numbers) < world.size  # they share each call of a search
-        for number in numbers if together else numbers[world.rank :: world.size]:
-            chunk = folder.chunks[number]
-            if search is not None:
-                search.folder, search.shared = folder.path / SEARCH / f"{number:05d}", together
-            images, cost, measured = generate_chunk(pipe, chunk, call, frame_rate(pipe, request))
-            latents = measured.latents if request.latents else None
-            if world.rank == 0 or not together:
-                folder.add(number, images, call, cost, noise=measured.noise_sha256(len(chunk)), latents=latents)
-            bar.update(len(images))
-    world.wait()
-
-
-def _search(pipe: Any) -> Active | None:
-    """What is active on a pipeline whose loop is a search: it leaves files, and processes may share its calls."""
-    state = active(pipe)
-    return state if state is not None and state.loop is not None and state.loop.searches else None
-
-
-def _result(folder: RunFolder, world: World) -> dict[str, Any]:
-    return {"out": str(folder.path), "rank": world.rank, "processes": world.size, **(folder.old() or {})}
-
-
-def _name(request: Request, new: record.Record) -> str:
-    """A folder name that tells runs apart: the same request finds its folder again."""
-    about = request.subjects[0] or Path(request.model).name
-    words = re.sub(r"[^a-z0-9]+", "-", about.lower()).strip("-")[:40].strip("-")
-    return f"{words or 'images'}-{new.fingerprint[:8]}"
-
-
-def _check_class(source: Path, request: Request) -> None:
-    """Missing prompts are worth a look at the pipeline's class before its weights are loaded."""
-    cls = opening.pipeline_class(source)
-    if cls is not None:
-        check_subjects(cls, request)
-
-
-def generate_chunk(
-    pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float
-) -> tuple[list[Any], dict[str, Any], meter.Measured]:
-    """The pictures, or clips, of one chunk by one pipeline call, what it cost, and what was measured inside it.
-
-    Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
-    device.
-    """
-    import torch
-
-    from diffaccel.runs import profile as meter
-
-    rows = dict(call)
-    if "negative_prompt" in rows:
-        rows["negative_prompt"] = [rows["negative_prompt"]] * len(chunk)
-    rows |= _subjects(pipe, chunk)
-    if "num_frames" in call_parameters(pipe):
-        rows["output_type"] = "pil"  # some give arrays by default
-    generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
-    if pipe.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(pipe.device)
-    with meter.measure(pipe) as measured, warnings.catch_warnings():
-        # how diffusers tells of not-a-number in a picture, which it then draws black
-        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
-        made = pipe(generator=generators, **rows)
-    frames = getattr(made, "frames", None)
-    images = made.images if frames is None else [Clip(list(clip), fps) for clip in frames]
-    return images, _cost(pipe, rows, measured), measured
-
-
-def _subjects(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
-    """The arguments that say what each row of a call shows."""
-    source = source_of(pipe)
-    if source == "nothing":
-        return {"batch_size": len(chunk)}
-    texts = [item.prompt or "" for item in chunk]
-    return {"prompt": texts} if source == "text" else {"class_labels": class_labels(pipe, texts)}
-
-
-# -- what it cost -----------------------------------------------------------------------------------------------------
-
-
-def _cost(pipe: Any, call: dict[str, Any], measured: meter.Measured) -> dict[str, Any]:
-    """Seconds, whole and by part and by network call; NFE (a guided prediction counts once), rows through the network,
-    network calls; peak memory in bytes."""
-    run = summary(pipe).last_run
-    peak = record.peak_memory(pipe.device)
-    if run is not None:
-        peak = max(peak or 0, run["peak_memory"]) or None
-    return {
-        "seconds": round(measured.seconds, 4),
-        "nfe": measured.forwards // _branches(pipe, call) if run is None else run["nfe"],
-        "forwards": measured.forwards,
-        "calls": measured.calls,
-        "peak_memory": peak,
-        "parts": {part: round(seconds, 4) for part, seconds in measured.parts.items()},
-        "steps": [round(seconds, 5) for seconds in measured.steps],
-    }
-
-
-def _branches(pipe: Any, call: dict[str, Any]) -> int:
-    """How many rows a stock loop sends through its network for one guided prediction."""
-    family = find(pipe)
-    if family is not None:
-        return 2 if family.guidance_scale(pipe, {**call_parameters(pipe), **call}) is not None else 1
-    return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1
-
-
-# -- how it can end ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _failures(request: Request, folder: RunFolder, abandon: Callable[[], None] | None = None) -> Iterator[None]:
-    """Say in one sentence why a run stopped; one without a finished chunk leaves nothing behind."""
-    kept = f"Finished images stay in '{folder.path}', and the same command continues."
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Stopped. {kept}") from None
-    except Exception as error:
-        if abandon is not None:
-            abandon()
-        kept = kept if folder.path.is_dir() else ""
-        what, smaller = ("video", "--batch, --frames or --size") if request.frames else ("image", "--batch or --size")
-        if _out_of_memory(error):
-            raise RunFailed(
-                f"Out of memory with {request.batch} {what}s a call on {folder.new.device['type']} "
-                f"({first_line(error, 90)}). Try a smaller {smaller}, or --dtype bfloat16. {kept}"
-            ) from error
-        if isinstance(error, DiffAccelError):
-            raise
-        if isinstance(error, RuntimeWarning):
-            raise RunFailed(
-                f"The model gave not-a-number instead of pixels in {folder.new.settings['dtype']}. "
-                f"Try another --dtype, --size or --guidance. {kept}"
-            ) from error
-        what = f"{type(error).__name__} while generating: {first_line(error)}"
-        raise RunFailed(f"{what} (DIFFACCEL_DEBUG=1 shows where). {kept}") from error
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    if isinstance(error, kinds) or isinstance(error.__cause__, kinds):
-        return True
-    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+        processes.wait()
+        end = _draw_stages(run, work, early, progress)
+        if end is not None:
+            if processes.rank == 0:
+                folder.close(call, upto=end.chunks, until=end.verdict)
+            processes.wait()
+    return _result(folder, processes)
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Torch's CPU threads inside the block; 0 leaves them."""
+    """Set torch's number of CPU threads inside the block; 0 leaves it."""
     import torch
 
     before = torch.get_num_threads()
@@ -335,11 +187,139 @@ def _threads(count: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _bar(pipe: Any, folder: RunFolder, pending: list[int], world: World, shown: bool) -> Any:
-    """Images of this process's share, on rank 0; appears when they take longer than a second."""
+# -- before anything is written ---------------------------------------------------------------------------------------
+
+
+def _resolve(request: Request, pipe: Any, digest: str) -> tuple[Request, _Model, Processes]:
+    """Find the model and the processes that share the run, and check what the model draws from.
+
+    The methods of an open pipeline become those of the request.
+    """
+    if pipe is not None:
+        check_subjects(pipe, request)
+        state = active(pipe)
+        request = replace(request, methods=tuple(state.configs) if state else ())
+        return request, _Model(Path(), digest, pipe.device, pipe.dtype), Processes()
+    processes, device = join(loading.pick_device(request.device))
+    dtype = loading.pick_dtype(request.dtype, device)
+    files, digest = loading.locate(request.model)
+    if not request.prompts:  # worth a look at the pipeline's class before its weights are loaded
+        cls = loading.pipeline_class(files)
+        if cls is not None:
+            check_subjects(cls, request)
+    return request, _Model(files, digest, device, dtype), processes
+
+
+def _checked_folder(
+    request: Request, model: _Model, out: Path | None, overwrite: bool, command: list[str] | None
+) -> RunFolder:
+    """Return the run's folder with its started record, after checking that the run fits into it."""
+    settings = request.settings(model.digest, model.device, model.dtype)
+    device = record.describe_device(model.device)
+    new = record.Record(kind=record.SAMPLE, settings=settings, command=list(command or ()), device=device)
+    folder = RunFolder(out or Path(OUT) / _name(request, new), new, request.chunks())
+    folder.check(overwrite)
+    return folder
+
+
+def _name(request: Request, new: record.Record) -> str:
+    """Return a folder name that tells runs apart: the same request finds its folder again."""
+    subject = request.subjects[0] or Path(request.model).name
+    words = re.sub(r"[^a-z0-9]+", "-", subject.lower()).strip("-")[:40].strip("-")
+    return f"{words or 'images'}-{new.fingerprint[:8]}"
+
+
+def _remaining(folder: RunFolder, early: Early | None, stop_after: int | None, overwrite: bool) -> _Work | None:
+    """Return the chunks that are left to be drawn; None when the run is finished."""
+    finished = {} if overwrite else folder.finished()
+    old = {} if overwrite else folder.old() or {}
+    same_rule = early is None or old.get("until", {}).get("rule") == early.rule
+    required = old["until"]["chunks"] if early is not None and same_rule else len(folder.chunks)
+    if same_rule and old.get("state") == "finished" and all(number in finished for number in range(required)):
+        return None
+    missing = [number for number in range(len(folder.chunks)) if number not in finished]
+    pending = missing[:stop_after]
+    return _Work(pending, missing[len(pending) :], needs_pipeline=bool(pending) or not old.get("call"))
+
+
+def _open(request: Request, model: _Model, progress: bool) -> Any:
+    """Open the request's pipeline; its own bar of steps is shown below that of images on a terminal."""
+    pipe = loading.open_pipeline(request, model.folder, model.device, model.dtype)
+    steps = progress and sys.stderr.isatty()
+    pipe.set_progress_bar_config(disable=not steps, desc="steps", position=1, leave=False, delay=2)
+    return pipe
+
+
+def _checked_call(pipe: Any, request: Request) -> dict[str, Any]:
+    """Return the arguments of every pipeline call, after checking them and the request's classes."""
+    call = call_arguments(pipe, request)
+    if source_of(pipe) == "class":
+        class_labels(pipe, [item.prompt or "" for item in request.items()])
+    return call
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def _draw_stages(run: _Run, work: _Work, early: Early | None, progress: bool) -> _End | None:
+    """Draw the pending chunks from look to look; None when chunks were left to a later call."""
+    folder, pending = run.folder, work.pending
+    end: _End | None = None
+    stages = [len(folder.chunks)] if early is None else early.stages(folder)
+    with _bar(run, pending, progress) as bar:
+        for upto in stages:
+            numbers = [number for number in pending if number < upto]
+            pending = pending[len(numbers) :]
+            if numbers:
+                _draw(run, numbers, bar)
+            if work.later and work.later[0] < upto:
+                return None
+            end = _End(upto, None if early is None else _look(run, early, upto))
+            if end.verdict is not None and end.verdict["verdict"] != GO_ON:
+                break
+    return end
+
+
+def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
+    """Draw this process's share of some chunks; all of them are there when it returns."""
+    folder, processes = run.folder, run.processes
+    with failures(run.request, folder, folder.abandon if processes.size == 1 else None):
+        search = _search(run.pipe)
+        shared = search is not None and len(numbers) < processes.size  # all processes share each call of a search
+        for number in numbers if shared else numbers[processes.rank :: processes.size]:
+            chunk = folder.chunks[number]
+            if search is not None:
+                search.folder, search.shared = folder.path / SEARCH / f"{number:05d}", shared
+            images, cost, profile = generate_chunk(run.pipe, chunk, run.call, frame_rate(run.pipe, run.request))
+            latents = profile.latents if run.request.latents else None
+            if processes.rank == 0 or not shared:
+                folder.add(number, images, run.call, cost, noise=profile.noise_sha256(len(chunk)), latents=latents)
+            bar.update(len(images))
+    processes.wait()
+
+
+def _look(run: _Run, early: Early, upto: int) -> dict[str, Any]:
+    """Return the verdict on the first ``upto`` chunks, found by the first process and shared with all."""
+    verdict = early.look(run.folder.path, run.folder.so_far(upto)) if run.processes.rank == 0 else None
+    return {**run.processes.share(verdict), "rule": early.rule, "chunks": upto}
+
+
+def _search(pipe: Any) -> Active | None:
+    """Return the state of a pipeline whose loop is a search: it leaves files, and processes may share its calls."""
+    state = active(pipe)
+    return state if state is not None and state.loop is not None and state.loop.searches else None
+
+
+def _result(folder: RunFolder, processes: Processes) -> dict[str, Any]:
+    return {"out": str(folder.path), "rank": processes.rank, "processes": processes.size, **(folder.old() or {})}
+
+
+def _bar(run: _Run, pending: list[int], shown: bool) -> Any:
+    """Return a bar of this process's share of images, shown by the first process after a second."""
     from tqdm import tqdm
 
-    total = sum(len(folder.chunks[number]) for number in pending[:: world.size])
-    label = None if world.size == 1 else f"1 of {world.size} processes"
-    unit = "video" if pipe is not None and "num_frames" in call_parameters(pipe) else "image"
-    return tqdm(total=total, desc=label, unit=unit, disable=not shown or world.rank > 0, delay=1)
+    processes = run.processes
+    total = sum(len(run.folder.chunks[number]) for number in pending[:: processes.size])
+    label = None if processes.size == 1 else f"1 of {processes.size} processes"
+    unit = "video" if run.pipe is not None and "num_frames" in call_parameters(run.pipe) else "image"
+    return tqdm(total=total, desc=label, unit=unit, disable=not shown or processes.rank > 0, delay=1)

@@ -1,4 +1,4 @@
-"""From the name of a model to an open pipeline: where its files are, on which device, in which dtype."""
+"""Load a pipeline from the name of its model: locate its files, choose its device and dtype, accelerate it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from diffaccel.runs.request import Request
 if TYPE_CHECKING:
     import torch
 
-
 INDEX = "model_index.json"
 
 
 def find_folder(model: str) -> Path | None:
-    """Return the local folder that a model name means, or None for ``owner/name`` on the hub.
+    """Return the local folder of a model name, or None for ``owner/name`` on the hub.
 
     Raises:
         DiffAccelError: when it is neither a zoo name nor a folder nor like a hub id, with the nearest zoo name.
@@ -76,7 +75,7 @@ def locate(model: str) -> tuple[Path, str]:
     Raises:
         DiffAccelError: when there is no such model, with the nearest zoo name.
     """
-    folder = _local(model)
+    folder = _local_folder(model)
     if model in zoo.names():
         return folder, folder.name.rpartition("-")[2]
     if Path(model).expanduser().is_dir():
@@ -88,11 +87,11 @@ def pipeline_class(model: str | Path) -> type[Any] | None:
     """Return the diffusers class that a model's folder names; None where diffusers has no class of that name."""
     import diffusers
 
-    name = diffusers.DiffusionPipeline.load_config(_local(str(model))).get("_class_name")
+    name = diffusers.DiffusionPipeline.load_config(_local_folder(str(model))).get("_class_name")
     return getattr(diffusers, name, None) if isinstance(name, str) else None
 
 
-def _local(model: str) -> Path:
+def _local_folder(model: str) -> Path:
     if (folder := find_folder(model)) is not None:
         check_pipeline(model, folder)
         return folder
@@ -108,7 +107,7 @@ def _local(model: str) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes the first of CUDA, MPS and CPU that is there."""
+    """Return the device of a name; "auto" takes the first available of CUDA, MPS and CPU."""
     import torch
 
     if name == "auto":
@@ -128,7 +127,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    """Return the dtype of a name; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     import torch
 
     if name == "auto":
@@ -137,13 +136,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The request's pipeline on its device, accelerated.
+    """Open the request's pipeline on its device, accelerated by the request's methods.
 
     Raises:
-        DiffAccelError: for files that cannot be loaded, and a pipeline that does not make what was asked for.
+        DiffAccelError: for files that cannot be loaded, and for a pipeline that cannot make what the request asks for.
     """
     try:
-        pipe = _load(request.model, folder, dtype)
+        pipe = _load_verified(request.model, folder, dtype)
     except DiffAccelError:
         raise
     except Exception as error:
@@ -171,17 +170,17 @@ def open_plain(request: Request) -> Any:
     return open_pipeline(replace(request, methods=()), folder, device, pick_dtype(request.dtype, device))
 
 
-def _load(model: str, folder: Path, dtype: torch.dtype) -> Any:
+def _load_verified(model: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
         return load(folder, dtype=dtype)
     except Exception:
         if model not in zoo.names():
             raise
-    return load(zoo.path(model, verify=True), dtype=dtype)  # a damaged cache is made again
+    return load(zoo.path(model, verify=True), dtype=dtype)  # unpacks a damaged cache again
 
 
 def quiet_libraries(quiet: bool) -> None:
-    """Loading bars of the libraries are worth their lines for a large model at a terminal."""
+    """Disable the loading bars of diffusers and transformers when ``quiet``, or when stderr is no terminal."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""What happens inside one pipeline call: network calls and rows, where the time goes, first noise, last latents.
+"""Profile one pipeline call: network calls and rows, time by part, initial noise, final latents.
 
 Nothing waits for a GPU while the call runs: times are events on its stream, read when the call is over.
 """
@@ -19,20 +19,21 @@ from diffaccel.families import networks
 
 TEXT, NETWORK, DECODE = "text", "network", "decode"
 PARTS = (TEXT, NETWORK, DECODE)
+_Span = tuple[Any, Any]  # moments of a clock: start and end
 
 
 @dataclass
-class Measured:
-    """One call, measured.
+class Profile:
+    """Measurements of one pipeline call.
 
     Attributes:
-        calls: how often the network was called.
-        forwards: rows that went through it.
+        calls: number of network calls.
+        forwards: rows that went through the network.
         seconds: of the whole call.
         parts: seconds in the text (and image) encoders, in the network, and in the VAE's decoder.
         steps: seconds of each network call, in order.
-        noise: the first rows that the network saw, a tensor a row.
-        latents: what the decoder was given, in its own scale; None where there is no decoder.
+        noise: the rows of the first network call.
+        latents: the decoder's input, in its own scale; None where there is no decoder.
     """
 
     calls: int = 0
@@ -44,7 +45,7 @@ class Measured:
     latents: Tensor | None = None
 
     def noise_sha256(self, count: int) -> list[str]:
-        """Sixteen hex digits for each of the first ``count`` rows: equal where two calls started from equal noise."""
+        """Hash each of the first ``count`` rows of noise to sixteen hex digits: equal noise has equal hashes."""
         if self.noise is None or len(self.noise) < count:
             return []
         rows = self.noise[:count].detach().cpu().float().contiguous()
@@ -52,7 +53,7 @@ class Measured:
 
 
 class _Clock:
-    """Moments on a CPU, or on a GPU's stream."""
+    """Moments in time on a CPU, or on a GPU's stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,48 +77,52 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def measure(pipe: Any) -> Iterator[Measured]:
-    """Measure the one pipeline call that is made in the block; everything is taken off again."""
-    found, clock = Measured(), _Clock(pipe.device)
-    spans: dict[str, list[tuple[Any, Any]]] = {part: [] for part in PARTS}
+def measure(pipe: Any) -> Iterator[Profile]:
+    """Profile the one pipeline call made in the block; all hooks are removed at its end."""
+    profile, clock = Profile(), _Clock(pipe.device)
+    spans: dict[str, list[_Span]] = {part: [] for part in PARTS}
     undo: list[Callable[[], None]] = []
-    open_spans: list[Any] = []
-
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        open_spans.append(clock.now())
-
-    def leave(part: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, out: Any) -> None:
-            spans[part].append((open_spans.pop(), clock.now()))
-
-        return hook
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        found.calls += 1
-        found.forwards += 1 if first is None else len(first)
-        if found.noise is None and first is not None:
-            found.noise = first.detach().clone()
-
     for network in networks(pipe):
-        undo += [network.register_forward_pre_hook(count, with_kwargs=True).remove]
-        undo += _span(network, enter, leave(NETWORK))
+        undo += _count_calls(network, profile)
+        undo += _time_calls(network, clock, spans[NETWORK])
     for encoder in _encoders(pipe):
-        undo += _span(encoder, enter, leave(TEXT))
-    undo += _watch_decoder(pipe, found, clock, spans[DECODE])
+        undo += _time_calls(encoder, clock, spans[TEXT])
+    undo += _watch_decoder(pipe, profile, clock, spans[DECODE])
     start = time.perf_counter()
     try:
-        yield found
+        yield profile
         clock.wait()
-        found.seconds = time.perf_counter() - start
-        found.parts = {part: sum(clock.between(*span) for span in spans[part]) for part in PARTS}
-        found.steps = [clock.between(*span) for span in spans[NETWORK]]
+        profile.seconds = time.perf_counter() - start
+        profile.parts = {part: sum(clock.between(*span) for span in spans[part]) for part in PARTS}
+        profile.steps = [clock.between(*span) for span in spans[NETWORK]]
     finally:
         for function in undo:
             function()
 
 
-def _span(module: Any, enter: Callable[..., None], leave: Callable[..., None]) -> list[Callable[[], None]]:
+def _count_calls(network: torch.nn.Module, profile: Profile) -> list[Callable[[], None]]:
+    """Count calls and rows of a network, and keep the rows of the first call; returns what undoes it."""
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        profile.calls += 1
+        profile.forwards += 1 if rows is None else len(rows)
+        if profile.noise is None and rows is not None:
+            profile.noise = rows.detach().clone()
+
+    return [network.register_forward_pre_hook(count, with_kwargs=True).remove]
+
+
+def _time_calls(module: torch.nn.Module, clock: _Clock, spans: list[_Span]) -> list[Callable[[], None]]:
+    """Append the start and end of every call of a module to ``spans``; returns what undoes it."""
+    starts: list[Any] = []
+
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        starts.append(clock.now())
+
+    def leave(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        spans.append((starts.pop(), clock.now()))
+
     before = module.register_forward_pre_hook(enter, with_kwargs=True)
     return [before.remove, module.register_forward_hook(leave, with_kwargs=True).remove]
 
@@ -127,7 +132,8 @@ def _encoders(pipe: Any) -> list[torch.nn.Module]:
     return [module for name in names if isinstance(module := getattr(pipe, name, None), torch.nn.Module)]
 
 
-def _watch_decoder(pipe: Any, found: Measured, clock: _Clock, spans: list[tuple[Any, Any]]) -> list[Callable[[], None]]:
+def _watch_decoder(pipe: Any, profile: Profile, clock: _Clock, spans: list[_Span]) -> list[Callable[[], None]]:
+    """Time the VAE's ``decode`` and keep its input; returns what undoes it."""
     vae: Any = getattr(pipe, "vae", None)
     decode = getattr(vae, "decode", None)
     if decode is None:
@@ -135,11 +141,11 @@ def _watch_decoder(pipe: Any, found: Measured, clock: _Clock, spans: list[tuple[
 
     def watched(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         start = clock.now()
-        out = decode(latents, *args, **kwargs)
+        output = decode(latents, *args, **kwargs)
         spans.append((start, clock.now()))
-        more = latents.detach()  # some pipelines decode row by row
-        found.latents = more if found.latents is None else torch.cat([found.latents, more])
-        return out
+        rows = latents.detach()  # some pipelines decode row by row
+        profile.latents = rows if profile.latents is None else torch.cat([profile.latents, rows])
+        return output
 
     def restore() -> None:
         del vae.decode

@@ -1,7 +1,7 @@
 """What to generate: a request, checked before anything is loaded.
 
-Image ``id`` of a request belongs to prompt ``id // num`` and is drawn from a CPU generator seeded with ``seed + id``:
-it depends on its own seed alone.
+Image ``id`` of a request shows prompt ``id // num`` and is drawn from a CPU generator seeded with ``seed + id``: it
+depends on its own seed alone.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-WAY = ("model", "methods", "steps", "size", "guidance", "negative")  # settings that say how, not what, is drawn
-_DECIDES = ("diffaccel", "torch", "diffusers", "transformers")  # versions that may change bits
+WAY = ("model", "methods", "steps", "size", "guidance", "negative")  # settings of how, not what, is drawn
+_VERSIONED = ("diffaccel", "torch", "diffusers", "transformers")  # packages whose version may change bits
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image or video: its number, its prompt or class (None where nothing is asked for), its generator's seed."""
+    """One image or video: its number, its prompt or class (None for a model that takes none), its generator's seed."""
 
     id: int
     prompt: str | None
@@ -37,19 +37,18 @@ class Request:
     """Everything that decides the pixels of a run.
 
     Args:
-        prompts: what to draw; ``num`` images of each. Empty for a pipeline that draws from nothing, and for one that
-            draws from classes, numbers or names of them.
-        classes: the same for a pipeline that draws from classes, and an error for any other.
+        prompts: what to draw; ``num`` images of each. Empty for a pipeline that draws from classes or from noise alone.
+        classes: numbers or names of classes to draw, for a pipeline that draws from classes; an error for any other.
         model: a name of the zoo, a local folder, or ``owner/name`` on the hub.
         seed: image ``id`` uses ``seed + id``.
         methods: configs to accelerate the pipeline with; none is the plain pipeline.
         steps, size, guidance, negative: None leaves the model's own default; ``size`` is (height, width) in pixels.
         frames, fps: of a video; None leaves the model's own.
-        batch: images in one pipeline call. It belongs to the result, since kernels round by shape.
+        batch: images in one pipeline call. It is part of the result, since rounding in kernels depends on the shape.
         dtype: "auto" is float32 on a CPU and bfloat16 elsewhere.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         threads: of a CPU run; 0 leaves torch's own number. They change how sums are split, and so the last bits.
-        latents: keep what the decoder was given as well, a safetensors file an image.
+        latents: keep the decoder's input as well, one safetensors file per image.
     """
 
     prompts: tuple[str, ...] = ()
@@ -94,37 +93,45 @@ class Request:
 
     @property
     def subjects(self) -> tuple[str | None, ...]:
-        """What is drawn: the prompts or classes, or one None."""
+        """The prompts or classes to draw, or one None."""
         return self.prompts or self.classes or (None,)
 
     def __len__(self) -> int:
         return len(self.subjects) * self.num
 
     def items(self) -> list[Item]:
-        """The images in the order of their ids: all of the first prompt, then all of the second."""
+        """Return the images in the order of their ids: all of the first prompt, then all of the second."""
         return [Item(i, self.subjects[i // self.num], self.seed + i) for i in range(len(self))]
 
     def chunks(self) -> list[list[Item]]:
-        """Consecutive images that share a pipeline call; they are the same however many processes share the run."""
+        """Return the images of each pipeline call, consecutive and independent of the number of processes."""
         items = self.items()
         return [items[i : i + self.batch] for i in range(0, len(items), self.batch)]
 
     def with_model_defaults(self) -> Request:
-        """The request with what a zoo model's card recommends where nothing was asked for."""
+        """Return the request with the recommendations of a zoo model's card in place of None."""
         if self.model not in zoo.names():
             return self
         defaults = zoo.call_defaults(self.model)
-        wanted: dict[str, Any] = {"steps": defaults.get("num_inference_steps")}
-        wanted["guidance"] = defaults.get("true_cfg_scale", defaults.get("guidance_scale"))
-        wanted["size"] = (defaults["height"], defaults["width"]) if {"height", "width"} <= defaults.keys() else None
-        wanted = {key: value for key, value in wanted.items() if getattr(self, key) is None}
-        return replace(self, **wanted)
+        has_size = {"height", "width"} <= defaults.keys()
+        recommended: dict[str, Any] = {
+            "steps": defaults.get("num_inference_steps"),
+            "guidance": defaults.get("true_cfg_scale", defaults.get("guidance_scale")),
+            "size": (defaults["height"], defaults["width"]) if has_size else None,
+        }
+        return replace(self, **{key: value for key, value in recommended.items() if getattr(self, key) is None})
 
     def settings(self, digest: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """The request as JSON, with the model's content and the versions that decide bits as well."""
+        """Return everything that decides the result as JSON: the request, the model's digest and package versions.
+
+        Args:
+            digest: of the model's weights.
+            device: that the run computes on.
+            dtype: that it computes in.
+        """
         import torch
 
-        versions = {name: version for name, version in record.versions().items() if name in _DECIDES}
+        versions = {name: version for name, version in record.versions().items() if name in _VERSIONED}
         model = Path(self.model).name if Path(self.model).is_dir() and self.model not in zoo.names() else self.model
         settings: dict[str, Any] = {
             "model": model,

@@ -1,7 +1,7 @@
-"""A way to draw the same pictures: methods and the settings that go with them, written in one word.
+"""Variants: one way to draw the same pictures, methods and call settings, written in one word.
 
 ``plain``, ``plain:steps=8``, ``dpmpp2m:steps=8``, ``euler:steps=4,state=stock``: names of methods joined by ``+``, or
-``plain`` for the pipeline as it is; after a colon settings of the call (steps, guidance, size, negative) and options
+``plain`` for the pipeline as it is; after a colon, settings of the call (steps, guidance, size, negative) and options
 of the method, written ``name.option`` where there are several methods.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import registry
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, size_text, unknown
 from diffaccel.runs.request import Request
 
 PLAIN = "plain"
@@ -35,37 +35,36 @@ class Variant:
     call: dict[str, Any] = field(default_factory=dict)
 
     def of(self, request: Request) -> Request:
-        """The request drawn this way."""
+        """Return the request with this variant's methods and call settings."""
         return replace(request, methods=self.methods, **self.call)
 
     @property
     def name(self) -> str:
-        """What :func:`parse` reads back, where options differ from their defaults; also names its folder in tables."""
+        """The word that :func:`parse` reads back: methods, call settings, and options that differ from the defaults."""
         options = [f"{key}={_word(value)}" for key, value in self.call.items()]
-        many = len(self.methods) > 1
+        several = len(self.methods) > 1
         for config in self.methods:
-            default = {option.name: option.default for option in fields(config)}
-            changed = {key: v for key, v in config.to_dict().items() if key in default and v != default[key]}
-            options += [
-                f"{config.name}.{key}={_word(v)}" if many else f"{key}={_word(v)}" for key, v in changed.items()
-            ]
+            defaults = {option.name: option.default for option in fields(config)}
+            changed = {key: v for key, v in config.to_dict().items() if key in defaults and v != defaults[key]}
+            prefix = f"{config.name}." if several else ""
+            options += [f"{prefix}{key}={_word(value)}" for key, value in changed.items()]
         head = "+".join(config.name for config in self.methods) or PLAIN
         return f"{head}:{','.join(options)}" if options else head
 
     @property
     def folder(self) -> str:
-        """The name as a folder can be called."""
+        """The name in characters that a folder's name may have."""
         return re.sub(r"[^A-Za-z0-9._+=-]+", "-", self.name).strip("-")
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, tuple | list):  # a size is (height, width)
-        return f"{value[1]}x{value[0]}"
+    if isinstance(value, tuple | list):  # a size
+        return size_text(value[0], value[1])
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse(text: str) -> Variant:
-    """The variant that a word, or a YAML or JSON file, describes.
+    """Return the variant that a word, or a YAML or JSON file, describes.
 
     A file holds a list of configs such as ``- {name: dpmpp2m}``, or ``{methods: [...], steps: 8}``.
 
@@ -76,7 +75,7 @@ def parse(text: str) -> Variant:
         return _from_file(Path(text))
     head, _, tail = text.partition(":")
     names = [] if head in (PLAIN, "") else head.split("+")
-    given: dict[str, dict[str, str]] = {name: {} for name in names}
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
     for name in names:
         if name not in registry.names():
             raise unknown("method", name, [PLAIN, *registry.names()])
@@ -90,15 +89,15 @@ def parse(text: str) -> Variant:
         owner, _, option = key.rpartition(".")
         if key in CALL:
             call[key] = _call_value(key, value)
-        elif owner in given or (not owner and len(names) == 1):
-            given[owner or names[0]][option] = value
+        elif owner in options or (not owner and len(names) == 1):
+            options[owner or names[0]][option] = value
         else:
             allowed = [*CALL, *(f"{name}.OPTION" for name in names)]
             raise unknown(f"setting of the variant '{text}'", key, allowed)
     methods = []
     for name in names:
         config_class = registry.config_class(name)
-        methods.append(config_class.from_dict(parse_fields(config_class, given[name])))
+        methods.append(config_class.from_dict(parse_fields(config_class, options[name])))
     return Variant(tuple(methods), call)
 
 
@@ -141,7 +140,10 @@ def _call_value(key: str, text: str) -> Any:
 
 
 def parse_fields(config_class: type[Any], texts: dict[str, str]) -> dict[str, Any]:
-    """Option texts as values of a config's fields; what does not fit stays text, and the config itself says so."""
+    """Parse option texts into values of a config's fields.
+
+    A text that does not fit its field is returned as it is; the config itself then raises a better error.
+    """
     import typing
 
     from jsonargparse import ArgumentError, ArgumentParser
@@ -161,7 +163,7 @@ def parse_fields(config_class: type[Any], texts: dict[str, str]) -> dict[str, An
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of ``128`` or ``WIDTHxHEIGHT``."""
+    """Parse ``128`` or ``WIDTHxHEIGHT`` into (height, width)."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())

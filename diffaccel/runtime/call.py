@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
+from diffaccel.families.base import Family
 from diffaccel.families.generic import identify
 from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.callbacks import Callback
-from diffaccel.runtime.native import Native, Stats
-from diffaccel.runtime.probe import Recording, arguments_of, check_call, intercept, make_session
+from diffaccel.runtime.interception import Recording, intercept
+from diffaccel.runtime.native import Native
+from diffaccel.runtime.probe import arguments_of, check_call, make_session
+from diffaccel.runtime.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +40,15 @@ def generate(
     folder: Path | None = None,
     shared: bool = False,
 ) -> tuple[Any, Stats]:
-    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``; returns its result and the loop's cost.
+    """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``.
 
-    ``folder`` is where a sampler may leave files; ``shared``: all processes of the launch make this one call together.
+    Args:
+        call: the pipeline's stock ``__call__``.
+        folder: where a sampler may leave files; None for nowhere.
+        shared: whether all processes of the launch make this one call together.
+
+    Returns:
+        The call's result and the cost of the loop.
     """
     family = find(pipe)
     arguments = arguments_of(call, pipe, args, kwargs)
@@ -49,44 +59,63 @@ def generate(
         except NotIdentified as reason:
             return _generate_stock(pipe, config, call, arguments, reason)
     check_call(family, pipe, arguments)
-    start = clone(arguments.get("generator"))
+    initial_generator = clone(arguments.get("generator"))
     callback = _callback(arguments)
-    finished: list[Stats] = []
-    interrupted, interruptible = False, hasattr(type(pipe), "interrupt")
+    stats: list[Stats] = []
 
-    def on_first_step(recording: Recording) -> torch.Tensor:
-        prepared = {**arguments, "generator": start}
+    def run_sampler(recording: Recording) -> Tensor:
+        prepared = {**arguments, "generator": initial_generator}
         session = make_session(pipe, family, call, recording, prepared, memo, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
         driver = Native(
             session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
         )
-        latents = driver.run(config.sample(session))  # in the pipeline's own coordinates
-        nonlocal interrupted
-        finished.append(driver.stats)
-        interrupted = bool(getattr(pipe, "_interrupt", False))
-        if interruptible:  # the stock loop's remaining iterations are skipped, then it decodes
-            pipe._interrupt = True
+        latents = driver.run(config.sample(session))
+        stats.append(driver.stats)
         return latents
 
-    given = {**arguments, "callback_on_step_end": None}
-    given = {k: v for k, v in given.items() if k in arguments}
     try:
-        with intercept(pipe, family, memo, on_first_step):
-            result = call(pipe, **given)
+        result = _call_with_loop(pipe, family, call, arguments, memo, run_sampler)
     except torch.OutOfMemoryError as error:
         raise DiffAccelError(
             f"{error} Out of memory: try a smaller batch or size, {type(config).__name__}(max_batch=1), "
             "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
         ) from error
-    finally:
-        if interruptible:
-            pipe._interrupt = interrupted
-    if not finished:
+    if not stats:
         raise DiffAccelError(
             f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
         )
-    return result, finished[0]
+    return result, stats[0]
+
+
+def _call_with_loop(
+    pipe: Any,
+    family: Family,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    memo: TextMemo,
+    loop: Callable[[Recording], Tensor],
+) -> Any:
+    """Run the stock call with ``loop(recording)``, which returns final latents, in the place of its own loop."""
+    interrupted, interruptible = False, hasattr(type(pipe), "interrupt")
+
+    def on_first_step(recording: Recording) -> Tensor:
+        nonlocal interrupted
+        latents = loop(recording)
+        interrupted = bool(getattr(pipe, "_interrupt", False))
+        if interruptible:  # the stock loop's remaining iterations are skipped, then it decodes
+            pipe._interrupt = True
+        return latents
+
+    stock_arguments = {**arguments}
+    if "callback_on_step_end" in arguments:  # the loop calls it itself
+        stock_arguments["callback_on_step_end"] = None
+    try:
+        with intercept(pipe, family, memo, on_first_step):
+            return call(pipe, **stock_arguments)
+    finally:
+        if interruptible:
+            pipe._interrupt = interrupted
 
 
 def _generate_stock(

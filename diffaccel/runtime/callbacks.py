@@ -14,37 +14,43 @@ from diffaccel.session import Session
 
 @dataclass
 class Callback:
-    """A user's function and the tensors it asked for."""
+    """A user's function and the names of the tensors that it asks for."""
 
     function: Any
     inputs: Sequence[str]
 
     def __call__(self, session: Session, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
-        """Show a finished step; returns latents if the function changed them. Other tensors are changed in place."""
+        """Call the function after a step; return latents if it changed them. Other tensors are replaced in place."""
         family, cond = session.family, session.conds[0]
-        kept = cond.joint if cond.joint is not None else cond.positive
-        offered: dict[str, Any] = {}
+        offered = self._tensors(session, latents)
+        before = dict(offered)  # the function may change the dict
+        returned = self.function(session.pipe, index, timestep, offered) or {}
+        edited_latents = None
+        for name, value in returned.items():
+            if value is before.get(name):
+                continue
+            if name == "latents":
+                edited_latents = value
+            elif name in family.callback_args:
+                _replace(family, cond, family.callback_args[name], value)
+        return edited_latents
+
+    def _tensors(self, session: Session, latents: Callable[[], Tensor]) -> dict[str, Any]:
+        """Return the tensors that the function asks for, by name."""
+        family, cond = session.family, session.conds[0]
+        kwargs = cond.joint if cond.joint is not None else cond.positive
+        tensors: dict[str, Any] = {}
         for name in self.inputs:
             if name == "latents":
-                offered[name] = latents()
+                tensors[name] = latents()
             elif name in family.callback_args:
-                offered[name] = _get(kept, family.callback_args[name])
+                tensors[name] = _get(kwargs, family.callback_args[name])
             else:
                 raise DiffAccelError(
                     f"callback_on_step_end asked for '{name}', which has no meaning under a sampler of diffaccel. "
                     f"It may ask for: latents, {', '.join(family.callback_args)}."
                 )
-        given = dict(offered)
-        returned = self.function(session.pipe, index, timestep, offered) or {}
-        edited = None
-        for name, value in returned.items():
-            if value is given.get(name):
-                continue
-            if name == "latents":
-                edited = value
-            elif name in family.callback_args:
-                _replace(family, cond, family.callback_args[name], value)
-        return edited
+        return tensors
 
 
 def _get(kwargs: dict[str, Any], dotted: str) -> Any:
@@ -53,11 +59,11 @@ def _get(kwargs: dict[str, Any], dotted: str) -> Any:
 
 
 def _replace(family: Any, cond: Any, dotted: str, value: Tensor) -> None:
-    """A callback's new tensor, for both branches when it has their rows, else for the positive one."""
+    """Set a callback's new tensor for both branches where it has the rows of both, else for the positive one."""
     name, _, inner = dotted.partition(".")
 
-    def put(kwargs: dict[str, Any], new: Tensor) -> None:
-        kwargs[name] = {**kwargs[name], inner: new} if inner else new
+    def put(kwargs: dict[str, Any], tensor: Tensor) -> None:
+        kwargs[name] = {**kwargs[name], inner: tensor} if inner else tensor
 
     if cond.joint is not None and len(value) == len(_get(cond.joint, dotted)):
         put(cond.joint, value)

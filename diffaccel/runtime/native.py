@@ -1,62 +1,35 @@
-"""Drivers run a sampler's generator: the native loop against the real network, and a fallback inside the stock loop."""
+"""The native driver: runs a sampler's generator against the pipeline's real network."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffaccel.config import State
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
+from diffaccel.runtime.batching import Batch, join, share_calls
 from diffaccel.runtime.callbacks import Callback
-from diffaccel.runtime.row_selection import Picked, rows_of
-from diffaccel.session import Advance, Decode, Eval, Pred, Progress, Sampling, Session, Step, bcast
+from diffaccel.runtime.row_selection import RowSelection
+from diffaccel.runtime.stats import Stats
+from diffaccel.session import Advance, Branch, Decode, Eval, Event, Pred, Progress, Sampling, Session, Step, bcast
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Stats:
-    """What a run cost.
-
-    Attributes:
-        nfe: predictions, one per row and noise level; a guided one counts once.
-        forwards: rows that went through the network; a guided prediction counts twice.
-        calls: network calls.
-        seconds: wall time of the loop.
-        peak_memory: bytes of device memory at the highest, 0 on a CPU.
-        report: what the sampler tells of the run, JSON-ready.
-    """
-
-    nfe: int = 0
-    forwards: int = 0
-    calls: int = 0
-    steps: int = 0
-    decodes: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-    nfe_by_resolution: dict[str, int] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For records."""
-        return asdict(self)
-
-
 class Native:
-    """The native loop: it owns the step counter, guidance, cache contexts, callbacks and the account.
+    """The native driver: it owns the step counter, guidance, cache contexts, callbacks and the cost account.
 
     Args:
         session: the prepared call.
         state: keep latents in fp32 between steps, or round them to the pipeline's own dtype as the stock loop does
             (equal to it to the bit for Euler).
-        max_batch: most rows in one network call; None for no limit.
+        max_batch: maximum number of rows in one network call; None for no limit.
         callback: called after every step with the pipeline's own contract.
         halves: whether a network call that does not fit in memory is tried again with half its rows, once a run.
     """
@@ -76,8 +49,8 @@ class Native:
         self.max_batch = max_batch
         self.callback = callback
         self.stats = Stats()
-        self.sigma: Tensor | None = None  # of the last step
-        self._own_steps = False  # the latents are the pipeline's own, stepped by its scheduler
+        self.sigma: Tensor | None = None  # noise level after the last step
+        self._scheduler_steps = False  # the latents are the pipeline's own, stepped by its scheduler
         self._previous_x0: Tensor | None = None
         self._cache_key: object = None
         self.dtype = session.dtype  # of the pipeline's latents; in stock state it can change with the first step
@@ -86,147 +59,159 @@ class Native:
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
         session = self.session
-        cuda = session.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(session.device)
-            torch.cuda.synchronize(session.device)
+        with self._timed(), session.pipe.progress_bar(total=len(session.timesteps)) as bar:
+            x = self._drive(sampling, bar)
+        self.stats.report = session.report
+        return self.native_latents(x)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Note wall time and peak device memory of a block that ends well."""
+        device = self.session.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            self.stats.peak_memory = torch.cuda.max_memory_allocated(device)
+        self.stats.seconds = time.perf_counter() - start
+
+    def _drive(self, sampling: Sampling, bar: Any) -> Tensor:
+        """Answer the sampler's events until it returns its latents, or the user interrupts it after a step."""
         reply: Any = None
-        total = len(session.timesteps)
-        with session.pipe.progress_bar(total=total) as bar:
-            try:
-                while True:
-                    event = sampling.send(reply)
-                    if isinstance(event, Step | Advance):
-                        reply = self._step(event) if isinstance(event, Step) else self._advance(event)
-                        if self.stats.steps <= total:
-                            bar.update()
-                        if getattr(session.pipe, "_interrupt", False):
-                            sampling.close()
-                            result = reply
-                            break
-                    elif isinstance(event, Progress):
-                        bar.total, bar.n = event.total, event.done
-                        bar.refresh()
-                        reply = bool(getattr(session.pipe, "_interrupt", False))
-                    elif isinstance(event, Decode):
-                        reply = self._decode(event)
-                    elif isinstance(event, Eval):
-                        reply = self.predict([event])[0]
-                    else:
-                        reply = self.predict(event)
-            except StopIteration as stop:
-                result = stop.value
-        if cuda:
-            torch.cuda.synchronize(session.device)
-            self.stats.peak_memory = torch.cuda.max_memory_allocated(session.device)
-        self.stats.seconds, self.stats.report = time.perf_counter() - start, session.report
-        return self.native_latents(result)
+        try:
+            while True:
+                event = sampling.send(reply)
+                reply = self._answer(event, bar)
+                if isinstance(event, Step | Advance) and self._is_interrupted:
+                    sampling.close()
+                    return reply
+        except StopIteration as stop:
+            return stop.value
+
+    def _answer(self, event: Event, bar: Any) -> Any:
+        """Return what the sampler receives for one event."""
+        if isinstance(event, Step | Advance):
+            latents = self._step(event) if isinstance(event, Step) else self._advance(event)
+            if self.stats.steps <= len(self.session.timesteps):
+                bar.update()
+            return latents
+        if isinstance(event, Progress):
+            bar.total, bar.n = event.total, event.done
+            bar.refresh()
+            return self._is_interrupted
+        if isinstance(event, Decode):
+            return self._decode(event)
+        if isinstance(event, Eval):
+            return self.predict([event])[0]
+        return self.predict(event)
+
+    @property
+    def _is_interrupted(self) -> bool:
+        return bool(getattr(self.session.pipe, "_interrupt", False))
 
     # -- predictions -----------------------------------------------------------------------------------------------
 
     def predict(self, evals: list[Eval]) -> list[Pred]:
         """Answer a list of requests in order; those that fit together share network calls."""
-        first = evals[0].at or self.session
-        together = all((e.at or self.session) is first and e.branch == evals[0].branch for e in evals)
-        if len(evals) > 1 and not (together and all(e.x.shape[1:] == evals[0].x.shape[1:] for e in evals)):
-            return [self.predict([e])[0] for e in evals]
-        session, branch = first, evals[0].branch
-        rows = [rows_of(session, e) for e in evals]
-        x = torch.cat([e.x for e in evals]) if len(evals) > 1 else evals[0].x
-        sigma = evals[0].sigma
-        if len(evals) > 1 and not (sigma.ndim == 0 and all(e.sigma.ndim == 0 and e.sigma == sigma for e in evals)):
-            sigma = torch.cat([e.sigma.expand(len(e.x)) for e in evals])
-        self._reset_caches((id(session), len(x), branch, tuple((e.cond, r) for e, r in zip(evals, rows, strict=True))))
-        conds = [(e.cond, r) for e, r in zip(evals, rows, strict=True)]
+        if not share_calls(self.session, evals):
+            return [self.predict([request])[0] for request in evals]
+        batch = join(self.session, evals)
+        session, x = batch.session, batch.x
+        self._reset_caches((id(session), len(x), batch.branch, tuple(batch.conds)))
+        velocities = self._velocity_in_memory(batch).split([len(request.x) for request in evals])
+        self._count(session, len(x))
+        return [
+            Pred(session.path, request.x, bcast(request.sigma, request.x), velocity)
+            for request, velocity in zip(evals, velocities, strict=True)
+        ]
 
-        def ask() -> list[Tensor]:
-            parts = []
-            for pick, name in self._chunks(len(x), evals[0].cond):
-                part_sigma = sigma if sigma.ndim == 0 else sigma[pick]
-                picked = Picked(session, conds, pick, len(x))
-                parts.append(self._guided(session, x[pick], part_sigma, branch, picked, name))
-            return parts
-
+    def _velocity_in_memory(self, batch: Batch) -> Tensor:
+        """Return :meth:`_velocity`; out of memory, go on with half the rows in a call where ``halves`` allows it."""
         try:
-            parts = ask()
+            return self._velocity(batch)
         except torch.OutOfMemoryError:
-            rows_together = min(len(x), self.max_batch or len(x))
-            if not self.halves or rows_together < 2:
+            rows_in_call = min(len(batch.x), self.max_batch or len(batch.x))
+            if not self.halves or rows_in_call < 2:
                 raise
-            self.halves, self.max_batch = False, rows_together // 2
+            self.halves, self.max_batch = False, rows_in_call // 2
             logger.warning(
-                "Out of memory with %d rows in a network call: going on with %d.", rows_together, self.max_batch
+                "Out of memory with %d rows in a network call: going on with %d.", rows_in_call, self.max_batch
             )
             torch.cuda.empty_cache()
-            parts = ask()
-        v = torch.cat(parts) if len(parts) > 1 else parts[0]
-        self._count(session, len(x))
-        lengths = [len(e.x) for e in evals]
-        preds = []
-        for e, part in zip(evals, v.split(lengths), strict=True):
-            preds.append(Pred(session.path, e.x, bcast(e.sigma, e.x), part))
-        return preds
+        return self._velocity(batch)
 
-    def _guided(self, session: Session, x: Tensor, sigma: Tensor, branch: str, picked: Picked, name: str) -> Tensor:
-        """The velocity of one batch of rows, guided or of one branch."""
-        family, schedule = session.family, session.schedule
-        bsigma = bcast(sigma, x)
-        network_x = family.to_network(schedule.network_input(x, bsigma).to(family.input_dtype(session)))
-        timestep = schedule.timestep(sigma)
-        out = self._branches(session, network_x, timestep, sigma, branch, picked, name)
-        return schedule.velocity(family.from_network(out, x), x, bsigma)
+    def _velocity(self, batch: Batch) -> Tensor:
+        """Return the velocity ``(R, C, H, W)`` of a batch, in as many network calls as ``max_batch`` asks for."""
+        parts = []
+        for part, suffix in self._chunks(len(batch.x), batch.conds[0][0]):
+            selection = RowSelection(batch.session, batch.conds, part, len(batch.x))
+            sigma = batch.sigma if batch.sigma.ndim == 0 else batch.sigma[part]
+            parts.append(self._velocity_of_rows(batch.x[part], sigma, batch.branch, selection, suffix))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _branches(
-        self,
-        session: Session,
-        x: Tensor,
-        timestep: Tensor,
-        sigma: Tensor | None,
-        branch: str,
-        picked: Picked,
-        name: str,
+    def _velocity_of_rows(
+        self, x: Tensor, sigma: Tensor, branch: Branch, selection: RowSelection, suffix: str
     ) -> Tensor:
-        """The network's prediction at ``x`` in its own layout, guided or of one branch."""
-        family, pipe = session.family, session.pipe
-        arguments = session.conds[picked.first].arguments
-        scale = family.guidance_scale(pipe, arguments, timestep) if branch == "guided" else None
+        session = selection.session
+        family, schedule = session.family, session.schedule
+        row_sigma = bcast(sigma, x)
+        network_x = family.to_network(schedule.network_input(x, row_sigma).to(family.input_dtype(session)))
+        output = self._prediction(network_x, schedule.timestep(sigma), sigma, branch, selection, suffix)
+        return schedule.velocity(family.from_network(output, x), x, row_sigma)
 
-        def ask(x: Tensor, which: str, label: str) -> Tensor:
-            return self._upcast(self._network(session, x, timestep, sigma, picked.kwargs(which), label + name))
+    def _prediction(
+        self, x: Tensor, timestep: Tensor, sigma: Tensor | None, branch: Branch, selection: RowSelection, suffix: str
+    ) -> Tensor:
+        """Return the network's prediction at ``x``, both in its own layout: guided, or of one branch.
 
-        if branch == "negative" and session.conds[picked.first].negative is None:
+        Args:
+            selection: the conditioning of the rows of ``x``.
+            suffix: appended to the branch's name to name the cache context.
+        """
+        session = selection.session
+        family, pipe, cond = session.family, session.pipe, session.conds[selection.first_cond]
+        scale = family.guidance_scale(pipe, cond.arguments, timestep) if branch == "guided" else None
+
+        def predict(x: Tensor, branch: str, context: str) -> Tensor:
+            kwargs = selection.kwargs(branch)
+            return self._upcast(self._call_network(session, x, timestep, sigma, kwargs, context + suffix))
+
+        if branch == "negative" and cond.negative is None:
             raise DiffAccelError(
                 "The negative branch was asked of a call without guidance. "
                 "Call the pipeline with a guidance scale above 1 (and a negative prompt where the family needs one)."
             )
         if scale is None:
-            return ask(x, "negative", "uncond") if branch == "negative" else ask(x, "positive", "cond")
+            return predict(x, "negative", "uncond") if branch == "negative" else predict(x, "positive", "cond")
         if family.joint_branches:
-            negative, positive = family.branches(ask(torch.cat([x] * 2), "joint", "cond_uncond"))
+            negative, positive = family.branches(predict(torch.cat([x] * 2), "joint", "cond_uncond"))
         else:
-            positive = ask(x, "positive", "cond")
-            negative = ask(x, "negative", "uncond")
+            positive = predict(x, "positive", "cond")
+            negative = predict(x, "negative", "uncond")
         return family.combine(pipe, negative, positive, scale)
 
-    def _network(
-        self, session: Session, x: Tensor, timestep: Tensor, sigma: Tensor | None, kwargs: dict[str, Any], name: str
+    def _call_network(
+        self, session: Session, x: Tensor, timestep: Tensor, sigma: Tensor | None, kwargs: dict[str, Any], context: str
     ) -> Tensor:
+        """Evaluate the network once, in the cache context called ``context`` where it has caches."""
         family = session.family
         denoiser = family.network(session.pipe, timestep)
         if timestep.ndim and len(timestep) < len(x):
             timestep = torch.cat([timestep] * 2)  # both branches of a joint call
         time_arg = family.time(session.pipe, timestep, x, self.dtype)
-        context: Any = contextlib.nullcontext()
+        cache_context: Any = contextlib.nullcontext()
         if hasattr(denoiser, "cache_context"):
-            context = denoiser.cache_context(
-                name,
+            cache_context = denoiser.cache_context(
+                context,
                 step_index=self.stats.steps,
                 num_inference_steps=len(session.timesteps),
                 sigma=sigma,
                 timestep=timestep,
             )
-        with context:
+        with cache_context:
             out = denoiser(**{family.latent_arg: x, family.time_arg: time_arg, **kwargs, "return_dict": False})[0]
         self.stats.calls += 1
         self.stats.forwards += len(x)
@@ -238,7 +223,7 @@ class Native:
         return out if self.state == "stock" else out.to(torch.promote_types(out.dtype, torch.float32))
 
     def _reset_caches(self, key: object) -> None:
-        """Stateful caches hold one trajectory at one shape: forget it when another begins."""
+        """Clear stateful caches, which hold one trajectory at one shape, when another trajectory begins."""
         if key != self._cache_key and self._cache_key is not None:
             for denoiser in self.session.family.networks(self.session.pipe).values():
                 if hasattr(denoiser, "_reset_stateful_cache"):
@@ -246,18 +231,18 @@ class Native:
         self._cache_key = key
 
     def _chunks(self, rows: int, cond: int) -> list[tuple[slice, str]]:
-        """Rows of each network call, and what its cache context is called beside the branch."""
+        """Return the rows of each network call and the suffix that names its cache context beside the branch."""
         size = self.max_batch or rows
-        whole = rows <= size and cond == 0
+        is_plain = rows <= size and cond == 0
         return [
-            (slice(begin, begin + size), "" if whole else f"/{cond}.{chunk}")
+            (slice(begin, begin + size), "" if is_plain else f"/{cond}.{chunk}")
             for chunk, begin in enumerate(range(0, rows, size))
         ]
 
     def _count(self, session: Session, rows: int) -> None:
-        key = f"{session.height}x{session.width}"
+        size = size_text(session.height, session.width)
         self.stats.nfe += rows
-        self.stats.nfe_by_resolution[key] = self.stats.nfe_by_resolution.get(key, 0) + rows
+        self.stats.nfe_by_resolution[size] = self.stats.nfe_by_resolution.get(size, 0) + rows
 
     # -- the other events ------------------------------------------------------------------------------------------
 
@@ -267,35 +252,48 @@ class Native:
         return session.family.decode(session.pipe, event.x0, session.conds[0].arguments)
 
     def _advance(self, event: Advance) -> Tensor:
-        """One step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""
-        session, family = self.session, self.session.family
-        scheduler, arguments = session.scheduler, session.conds[0].arguments
-        timestep, latents = session.timesteps[event.index], event.latents
-        self._own_steps = True
-        x = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
-        x = family.unwrap(x, arguments).to(family.input_dtype(session))
+        """Take one step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""
+        self._scheduler_steps = True
+        latents = self._step_scheduler(event, self._scheduler_prediction(event))
+        edited = self._end_step(event.index, self.session.timesteps[event.index], lambda: latents)
+        return latents if edited is None else edited
+
+    def _scheduler_prediction(self, event: Advance) -> Tensor:
+        """Return the guided prediction at the pipeline's own latents, one row per sample."""
+        session, family, scheduler = self.session, self.session.family, self.session.scheduler
+        timestep, x = session.timesteps[event.index], event.latents
+        if hasattr(scheduler, "scale_model_input"):
+            x = scheduler.scale_model_input(x, timestep)
+        x = family.unwrap(x, session.conds[0].arguments).to(family.input_dtype(session))
         self._reset_caches((id(session), len(x)))
         place = len(scheduler.timesteps) - len(session.timesteps) + event.index
         levels = getattr(scheduler, "sigmas", ())
         sigma = levels[place] if place < len(levels) else None
         parts = []
-        for pick, name in self._chunks(len(x), 0):
-            picked = Picked(session, [(0, None)], pick, len(x))
-            parts.append(self._branches(session, x[pick], timestep, sigma, "guided", picked, name))
+        for part, suffix in self._chunks(len(x), 0):
+            selection = RowSelection(session, [(0, None)], part, len(x))
+            parts.append(self._prediction(x[part], timestep, sigma, "guided", selection, suffix))
         self._count(session, len(x))
-        given = dict(session.step_arguments)
-        if "old_pred_original_sample" in given:  # CogVideoXDPMScheduler keeps its history with the pipeline
-            before = session.timesteps[event.index - 1] if event.index else None
-            given |= {"old_pred_original_sample": self._previous_x0, "timestep_back": before}
-        out = family.wrap(torch.cat(parts) if len(parts) > 1 else parts[0], arguments)
-        stepped = scheduler.step(model_output=out, timestep=timestep, sample=latents, return_dict=False, **given)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _step_scheduler(self, event: Advance, prediction: Tensor) -> Tensor:
+        """Return the pipeline's next latents from its scheduler."""
+        session, family = self.session, self.session.family
+        timestep, arguments = session.timesteps[event.index], dict(session.step_arguments)
+        if "old_pred_original_sample" in arguments:  # CogVideoXDPMScheduler keeps its history with the pipeline
+            previous = session.timesteps[event.index - 1] if event.index else None
+            arguments |= {"old_pred_original_sample": self._previous_x0, "timestep_back": previous}
+        output = family.wrap(prediction, session.conds[0].arguments)
+        stepped = session.scheduler.step(
+            model_output=output, timestep=timestep, sample=event.latents, return_dict=False, **arguments
+        )
         self._previous_x0 = stepped[1] if len(stepped) > 1 else None
         latents = stepped[0].to(session.dtype) if family.casts_latents else stepped[0]
         self.dtype = latents.dtype
-        edited = self._end_step(event.index, timestep, lambda: latents)
-        return latents if edited is None else edited
+        return latents
 
     def _step(self, event: Step) -> Tensor:
+        """Finish a step of the sampler and return the latents to go on with."""
         session = self.session
         x, self.sigma = event.x, event.sigma
         if self.state == "stock":
@@ -311,7 +309,7 @@ class Native:
         return state * session.schedule.state_scale(event.sigma)
 
     def _end_step(self, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
-        """Count, tell the pipeline and the user; returns latents if the callback changed them."""
+        """Count a step and report it to pipeline and callback; return latents if the callback changed them."""
         pipe = self.session.pipe
         self.stats.steps += 1
         if hasattr(pipe, "_current_timestep"):
@@ -319,9 +317,9 @@ class Native:
         return None if self.callback is None else self.callback(self.session, index, timestep, latents)
 
     def native_latents(self, x: Tensor) -> Tensor:
-        """The sampler's latents as the pipeline's own loop would hold them."""
+        """Return the sampler's latents as the pipeline's own loop would hold them."""
         session, family = self.session, self.session.family
-        if self._own_steps:
+        if self._scheduler_steps:
             return x
         sigma = session.sigmas[0] if self.sigma is None else self.sigma
         rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(self.dtype))

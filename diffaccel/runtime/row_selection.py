@@ -1,4 +1,4 @@
-"""Which rows of which conditionings a network call is about, gathered as its arguments."""
+"""Rows of conditionings, selected and gathered as the arguments of one network call."""
 
 from __future__ import annotations
 
@@ -11,60 +11,77 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.session import Eval, Session
 
+CondRows = tuple[int, tuple[int, ...] | None]  # handle of a conditioning, and which of its rows; None for all in order
+
 
 @dataclass
-class Picked:
-    """Rows of one or several conditionings, gathered as network arguments and kept while they stay the same."""
+class RowSelection:
+    """The rows of one network call: a slice of the rows of one or several conditionings.
+
+    Attributes:
+        conds: the conditionings whose rows are concatenated.
+        part: the slice of the concatenated rows that this call evaluates.
+        total: number of concatenated rows.
+    """
 
     session: Session
-    conds: list[tuple[int, tuple[int, ...] | None]]
-    pick: slice
-    rows: int
+    conds: list[CondRows]
+    part: slice
+    total: int
 
     @property
-    def first(self) -> int:
+    def first_cond(self) -> int:
+        """Handle of the first conditioning, whose call arguments decide the guidance scale."""
         return self.conds[0][0]
 
     @property
-    def _everything(self) -> bool:
-        return self.pick.start == 0 and self.pick.stop >= self.rows
+    def _is_everything(self) -> bool:
+        return self.part.start == 0 and self.part.stop >= self.total
 
-    def kwargs(self, which: str) -> dict[str, Any]:
-        if which == "joint":
-            cond = self.session.conds[self.first]
-            whole = len(self.conds) == 1 and self.conds[0][1] is None and self._everything
-            if whole and cond.joint is not None:
-                return cond.joint
-            return self.session.family.join_branches(self.kwargs("negative"), self.kwargs("positive"))
+    def kwargs(self, branch: str) -> dict[str, Any]:
+        """Return the network's keyword arguments for the "positive", the "negative" or the "joint" branch.
+
+        The pipeline's own joint arguments are passed on as they are when all their rows are evaluated.
+        """
+        if branch == "joint":
+            return self._joint_kwargs()
         family = self.session.family
         parts = []
         for handle, rows in self.conds:
-            kwargs = getattr(self.session.conds[handle], which)
+            kwargs = getattr(self.session.conds[handle], branch)
             if rows is not None:
-                kwargs = family.map_rows(kwargs, functools.partial(_take, list(rows)))
+                kwargs = family.map_rows(kwargs, functools.partial(_take_rows, list(rows)))
             parts.append(kwargs)
         joined = family.join_rows(parts) if len(parts) > 1 else parts[0]
-        if self._everything:
+        if self._is_everything:
             return joined
-        return family.map_rows(joined, lambda t: t[self.pick])
+        return family.map_rows(joined, lambda tensor: tensor[self.part])
+
+    def _joint_kwargs(self) -> dict[str, Any]:
+        cond = self.session.conds[self.first_cond]
+        is_whole_cond = len(self.conds) == 1 and self.conds[0][1] is None and self._is_everything
+        if is_whole_cond and cond.joint is not None:
+            return cond.joint
+        return self.session.family.join_branches(self.kwargs("negative"), self.kwargs("positive"))
 
 
-def rows_of(session: Session, e: Eval) -> tuple[int, ...] | None:
-    """The call's row of every row of an Eval; None when they are the same, in order."""
+def rows_of(session: Session, request: Eval) -> tuple[int, ...] | None:
+    """Return the call's row of every row of a request; None when they are the call's rows in order."""
     batch = len(session.x)
-    if e.rows is None:
-        if len(e.x) != batch:
+    if request.rows is None:
+        if len(request.x) != batch:
             raise DiffAccelError(
-                f"An Eval has {len(e.x)} rows, the call {batch}. Say with `rows` which row of the call each belongs to."
+                f"An Eval has {len(request.x)} rows, the call {batch}. Say with `rows` which row of the call each "
+                "belongs to."
             )
         return None
-    rows = tuple(int(r) for r in e.rows)
-    if len(rows) != len(e.x) or not all(0 <= r < batch for r in rows):
+    rows = tuple(int(row) for row in request.rows)
+    if len(rows) != len(request.x) or not all(0 <= row < batch for row in rows):
         raise DiffAccelError(
-            f"Eval.rows must name a row below {batch} for each of the {len(e.x)} rows of x, got {rows}."
+            f"Eval.rows must name a row below {batch} for each of the {len(request.x)} rows of x, got {rows}."
         )
     return None if rows == tuple(range(batch)) else rows
 
 
-def _take(rows: list[int], tensor: Tensor) -> Tensor:
+def _take_rows(rows: list[int], tensor: Tensor) -> Tensor:
     return tensor[rows]

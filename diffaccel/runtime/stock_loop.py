@@ -1,13 +1,13 @@
 """The fallback driver: a sampler inside a stock loop, for a pipeline that no family describes.
 
 The stock loop calls its network once per entry of ``scheduler.timesteps`` and then ``scheduler.step``. Here the entries
-are the noise levels at which the sampler will ask, found by rehearsing it on one number, and ``step`` hands the guided
-output to the sampler and returns where it wants to look next. One guided prediction at a time, at the call's own batch
-and resolution: anything else raises :class:`UnsupportedBySampler`.
+are the noise levels at which the sampler will ask for predictions, found by rehearsing it on one number, and ``step``
+hands the guided output to the sampler and returns the latents of its next request. One guided prediction at a time, at
+the call's own batch and resolution: anything else raises :class:`UnsupportedBySampler`.
 
-Whatever else the loop does goes on as ever: a ControlNet answers at every entry, and inpainting mixes the latents with
-the noised original after every step, which the sampler receives as the user's edit. Where a pipeline cuts the entries
-(``strength`` of image-to-image) the sampler starts at the level that is first stepped from.
+The rest of the loop is unchanged: a ControlNet is evaluated at every entry, and inpainting mixes the latents with the
+noised original after every step, which the sampler receives as if a callback had edited them. Where a pipeline drops
+the first entries (``strength`` of image-to-image) the sampler starts at the first level that is left.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
-from diffaccel.runtime.native import Stats
+from diffaccel.runtime.stats import Stats
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Sampling, Step, bcast
 
 
 class StockSession:
-    """The part of a session that a stock loop can give: where to start, the noise levels, and noise."""
+    """The part of a session that a stock loop can provide: initial latents, noise levels, and noise."""
 
     def __init__(self, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
         self.schedule, self.x, self.generator = schedule, x, generator
@@ -42,14 +42,16 @@ class StockSession:
 
     @property
     def sigmas(self) -> Tensor:
+        """``(n + 1,)`` noise levels of the call."""
         return self.schedule.sigmas
 
     @property
     def path(self) -> Any:
+        """The noise path whose coordinates ``x`` has."""
         return self.schedule.path
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Noise from the caller's generator, as a full session draws it."""
+        """Draw noise from the caller's generator, as a full session does."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(tuple(x.shape), generator=self.generator, device=x.device, dtype=x.dtype)
@@ -62,61 +64,70 @@ class StockSession:
 
 
 def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
-    """The noise levels at which a sampler will ask for predictions, in order."""
+    """Return the noise levels at which a sampler will ask for predictions, in order."""
     x = torch.zeros(1, 1, 1, 1)
     sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator()))  # type: ignore[arg-type]
-    asked: list[Tensor] = []
+    requested: list[Tensor] = []
     reply: Any = None
     while True:
         try:
             event = sampling.send(reply)
         except StopIteration:
-            return asked
+            return requested
         if isinstance(event, Step):
             reply = event.x
         else:
             _check_single(event, config, pipe)
-            asked.append(event.sigma)  # type: ignore[union-attr]
+            requested.append(event.sigma)  # type: ignore[union-attr]
             reply = Pred(schedule.path, event.x, event.sigma, torch.zeros_like(x))  # type: ignore[union-attr]
 
 
 class _Loop:
-    """``scheduler.step`` of one call: feeds the sampler and remembers what the network will see next."""
+    """``scheduler.step`` of one call: feeds the sampler and keeps its pending request.
+
+    Attributes:
+        requested: noise levels at which the sampler asks for predictions, one per entry of ``scheduler.timesteps``.
+        has_own_entries: whether the entries are the scheduler's own, so that an index means the same in both.
+        start: index of the first entry that the loop visits; None before it visits one.
+        event: the sampler's latest event: a finished step, or a request within a step.
+        returned: the latents that the pipeline was given last.
+    """
 
     def __init__(self, pipe: Any, config: SamplerConfig, generator: Any) -> None:
         self.pipe, self.config, self.generator = pipe, config, generator
         self.stats = Stats()
         self.schedule: Schedule | None = None
-        self.asked: list[Tensor] = []
-        self.own_entries = False  # the entries are the scheduler's own, so that a place means the same in both
-        self.start: int | None = None  # place of the first entry that the loop visits
+        self.requested: list[Tensor] = []
+        self.has_own_entries = False
+        self.start: int | None = None
         self.sampling: Sampling | None = None
         self.event: Any = None
         self.returned: Tensor | None = None
 
     def begin(self, scheduler: Any) -> None:
-        """After the pipeline set its timesteps: replace them by the sampler's."""
+        """Replace the timesteps that the pipeline has just set by the sampler's."""
         self.schedule = schedules.read(scheduler)
-        self.asked = rehearse(self.config, self.pipe, self.schedule)
-        own, self.start = scheduler.timesteps, None
-        scheduler.timesteps = torch.stack([self.schedule.timestep(s) for s in self.asked])
-        self.own_entries = _same(scheduler.timesteps, own)
-        self.pipe._num_timesteps = len(self.asked)
+        self.requested = rehearse(self.config, self.pipe, self.schedule)
+        own_timesteps, self.start = scheduler.timesteps, None
+        scheduler.timesteps = torch.stack([self.schedule.timestep(sigma) for sigma in self.requested])
+        self.has_own_entries = _same(scheduler.timesteps, own_timesteps)
+        self.pipe._num_timesteps = len(self.requested)
 
     def enter(self, scheduler: Any, timestep: Any) -> Schedule:
-        """The schedule from where the loop stands when it first asks; samplers do not see what came before."""
+        """Return the schedule from the first entry that the loop visits; the sampler does not see earlier ones."""
         if self.schedule is None:
             raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
         if self.start is None:
-            self.start = schedules.begin(scheduler, timestep)
+            self.start = schedules.start_index(scheduler, timestep)
             if self.start:
-                self.schedule, whole = self.schedule.since(self.start), self.asked
-                self.asked = rehearse(self.config, self.pipe, self.schedule) if self.own_entries else []
-                if self.asked != whole[self.start :]:
+                self.schedule, uncut = self.schedule.since(self.start), self.requested
+                self.requested = rehearse(self.config, self.pipe, self.schedule) if self.has_own_entries else []
+                if self.requested != uncut[self.start :]:
                     raise self.cannot_cut(scheduler)
         return self.schedule
 
     def cannot_cut(self, scheduler: Any) -> UnsupportedBySampler:
+        """Return the error for a loop that drops first steps which the sampler cannot drop."""
         return UnsupportedBySampler(
             f"{type(self.pipe).__name__} leaves out the first steps of {type(scheduler).__name__} (`strength` or "
             f"`denoising_start`), which '{self.config.name}' cannot follow here: it does not ask once per timestep of "
@@ -125,26 +136,31 @@ class _Loop:
         )
 
     def input_at(self, scheduler: Any, sample: Tensor, timestep: Any) -> Tensor:
-        """``scale_model_input``: the network's input from the pipeline's latents at the current noise level."""
+        """Return the network's input for the pipeline's latents (``scale_model_input``) at the current noise level."""
         if self.schedule is None or self.schedule.path is not VE_PATH:
             return sample  # pipeline latents are the network's input already
         schedule = self.enter(scheduler, timestep)
-        return schedule.network_input(sample, self.asked[min(self.stats.calls, len(self.asked) - 1)])
+        return schedule.network_input(sample, self.requested[min(self.stats.calls, len(self.requested) - 1)])
 
-    def place(self, scheduler: Any, given: list[Any]) -> None:
-        """Before the pipeline noises something: inside its loop index schedulers do that at their own step index."""
+    def before_noising(self, scheduler: Any, arguments: list[Any]) -> None:
+        """Set the scheduler's step index, where it has one, before the pipeline adds noise to something.
+
+        Args:
+            arguments: those of ``add_noise`` or ``scale_noise``.
+        """
         if self.sampling is None:
-            if any(isinstance(value, Tensor) and not value.numel() for value in given):
-                raise self.cannot_cut(scheduler)  # cut to nothing
+            if any(isinstance(value, Tensor) and not value.numel() for value in arguments):
+                raise self.cannot_cut(scheduler)  # no timestep is left
             return
-        indexed = hasattr(scheduler, "_step_index")
-        needs_own = indexed or scheduler.timesteps.is_floating_point()  # others index a table by whole timesteps
-        if not isinstance(self.event, Step) or (needs_own and not self.own_entries):
+        is_indexed = hasattr(scheduler, "_step_index")
+        needs_own_entries = is_indexed or scheduler.timesteps.is_floating_point()  # others look up integer timesteps
+        if not isinstance(self.event, Step) or (needs_own_entries and not self.has_own_entries):
             raise self.cannot_mix()
-        if indexed:
+        if is_indexed:
             scheduler._step_index = (self.start or 0) + self.stats.calls
 
     def cannot_mix(self) -> UnsupportedBySampler:
+        """Return the error for a loop that changes latents within a step of the sampler."""
         return UnsupportedBySampler(
             f"{type(self.pipe).__name__} changes the latents after every entry of its scheduler, as inpainting does, "
             f"also between the predictions of one step of '{self.config.name}'. Use a sampler with one prediction a "
@@ -153,46 +169,50 @@ class _Loop:
         )
 
     def step(self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-        """One prediction in, the next latents out."""
+        """Answer the sampler's request with the guided ``output`` and return the latents of its next request."""
         schedule = self.enter(scheduler, timestep)
-        sigma = self.asked[self.stats.calls]
-        wide = torch.promote_types(sample.dtype, torch.float32)
-        kept = self.returned is not None and _same(sample, self.returned)
-        if self.sampling is None:
-            x = schedule.from_pipeline(sample.to(wide))
-            session = StockSession(self.pipe, schedule, x, self.generator)
-            self.sampling = self.config.sample(session)  # type: ignore[arg-type]
-            event: Any = next(self.sampling)
-        elif isinstance(self.event, Step):
-            x = self.event.x if kept else sample.to(wide) * schedule.state_scale(sigma)
-            if self.config.state == "stock":
-                x = x.to(sample.dtype).to(wide)
-            event = self.sampling.send(x)
-        elif kept:
-            x, event = self.event.x, self.event
-        else:
-            raise self.cannot_mix()
-        _check_single(event, self.config, self.pipe)
-        if event.sigma != sigma or not (event.x is x or torch.equal(event.x, x)):
+        sigma = self.requested[self.stats.calls]
+        x, request, sampling = self._request(schedule, sigma, sample)
+        _check_single(request, self.config, self.pipe)
+        if request.sigma != sigma or not (request.x is x or torch.equal(request.x, x)):
             raise UnsupportedBySampler(
                 f"'{self.config.name}' asks where the loop of {type(self.pipe).__name__} does not stand. It needs a "
                 f"pipeline with a family: {', '.join(sorted(FAMILIES))}."
             )
-        output = output if self.config.state == "stock" else output.to(wide)
+        if self.config.state != "stock":
+            output = output.to(_wide_dtype(sample))
         v = schedule.velocity(output, x, bcast(sigma, x))
         self.stats.calls += 1
         self.stats.nfe += len(x)
         try:
-            self.event = self.sampling.send(Pred(schedule.path, x, sigma, v))
+            self.event = sampling.send(Pred(schedule.path, x, sigma, v))
         except StopIteration as stop:
             self.event = Step(stop.value, schedule.sigmas[-1])
         self.stats.steps += isinstance(self.event, Step)
         self.returned = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
         return self.returned
 
+    def _request(self, schedule: Schedule, sigma: Tensor, sample: Tensor) -> tuple[Tensor, Any, Sampling]:
+        """Return the latents that the loop stands at, the sampler's request for them, and the sampler."""
+        wide = _wide_dtype(sample)
+        is_unchanged = self.returned is not None and _same(sample, self.returned)
+        if self.sampling is None:
+            x = schedule.from_pipeline(sample.to(wide))
+            session = StockSession(self.pipe, schedule, x, self.generator)
+            self.sampling = self.config.sample(session)  # type: ignore[arg-type]
+            return x, next(self.sampling), self.sampling
+        if isinstance(self.event, Step):
+            x = self.event.x if is_unchanged else sample.to(wide) * schedule.state_scale(sigma)
+            if self.config.state == "stock":
+                x = x.to(sample.dtype).to(wide)
+            return x, self.sampling.send(x), self.sampling
+        if is_unchanged:
+            return self.event.x, self.event, self.sampling
+        raise self.cannot_mix()
+
     def end(self, scheduler: Any) -> None:
-        """After the call: a loop that was cut elsewhere than between two steps gave something else than asked."""
-        if self.sampling is None and self.own_entries:
+        """Raise after a call whose loop made no step, or ended within a step of the sampler."""
+        if self.sampling is None and self.has_own_entries:
             raise DiffAccelError(
                 f"{type(self.pipe).__name__} finished without a single scheduler step. Ask for at least one."
             )
@@ -208,7 +228,7 @@ class _Loop:
 def generate_stock(
     pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[Any, Stats]:
-    """Run a pipeline's own loop with a sampler in the place of its solver; returns its result and the cost."""
+    """Run a pipeline's own loop with a sampler in the place of its solver; return its result and the cost."""
     loop = _Loop(pipe, config, arguments.get("generator"))
     start = time.perf_counter()
     with _patched(pipe.scheduler, loop):
@@ -220,7 +240,7 @@ def generate_stock(
 
 @contextmanager
 def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
-    """The scheduler's methods redirected; signatures stay, since pipelines inspect them."""
+    """Redirect the scheduler's methods to ``loop``; signatures stay, since pipelines inspect them."""
     before = dict(scheduler.__dict__)
     set_timesteps, step, scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
 
@@ -230,12 +250,12 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
         loop.begin(scheduler)
 
     @functools.wraps(step)
-    def take(*args: Any, **kwargs: Any) -> Any:
+    def step_sampler(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(step).bind(*args, **kwargs).arguments
         latents = loop.step(scheduler, bound["model_output"], bound["timestep"], bound["sample"])
         return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents,)
 
-    scheduler.set_timesteps, scheduler.step = begin, take
+    scheduler.set_timesteps, scheduler.step = begin, step_sampler
     if scale is not None:
 
         @functools.wraps(scale)
@@ -245,7 +265,7 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
         scheduler.scale_model_input = input_at
     for name in ("add_noise", "scale_noise"):
         if hasattr(scheduler, name):
-            setattr(scheduler, name, _placed(getattr(scheduler, name), scheduler, loop))
+            setattr(scheduler, name, _announced(getattr(scheduler, name), scheduler, loop))
     try:
         yield
     finally:
@@ -253,13 +273,20 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
         scheduler.__dict__.update(before)
 
 
-def _placed(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:
+def _announced(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:
+    """Wrap ``add_noise`` or ``scale_noise`` so that the loop hears of a call before it is made."""
+
     @functools.wraps(noise)
-    def at_this_step(*args: Any, **kwargs: Any) -> Any:
-        loop.place(scheduler, [*args, *kwargs.values()])
+    def noise_at_this_step(*args: Any, **kwargs: Any) -> Any:
+        loop.before_noising(scheduler, [*args, *kwargs.values()])
         return noise(*args, **kwargs)
 
-    return at_this_step
+    return noise_at_this_step
+
+
+def _wide_dtype(sample: Tensor) -> torch.dtype:
+    """Return the dtype in which the sampler keeps latents: float32 or wider."""
+    return torch.promote_types(sample.dtype, torch.float32)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -1,1 +1,1 @@
-"""Train a network: the step loop, averages of weights, checkpoints that resume to the same bits."""
+"""Train a network: the step loop, averages of weights, checkpoints from which a run resumes to the same bits."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: safetensors with the state in its metadata."""
+"""Checkpoints of a training run: safetensors files with the state in their metadata."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STATE_VERSION = "1"
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is whole or not there."""
+    """Write a safetensors file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as file:
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path, *, step: int, samples: int, seconds: float) -> None:
-    """A checkpoint of finished weights, live and averaged alike: a ``TrainingRun`` continues it with a warm-up."""
+    """Write a checkpoint of finished weights, live and averaged alike; a ``TrainingRun`` resumes it with a warm-up."""
     tensors = {f"{kind}.{name}": value.float().clone() for kind in ("live", "ema") for name, value in weights.items()}
     state = {"step": step, "samples": samples, "seconds": seconds, "updates": step, "restarted_at": None}
     save_tensors(tensors, path, {"state": json.dumps({"version": STATE_VERSION, **state})})

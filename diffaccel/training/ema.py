@@ -1,4 +1,4 @@
-"""Averages of weights over training."""
+"""Averages of weights over a training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import nn
 
 
 class EMA:
-    """Exponential moving average of parameters, fp32, with decay min(decay, (1 + n) / (10 + n)) at update n."""
+    """Exponential moving average of parameters in fp32, with decay min(decay, (1 + n) / (10 + n)) at update n.
+
+    As a context manager, it puts the averages in place of the live values inside the block.
+    """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -17,6 +20,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the averages towards the live values."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(self.shadow, [p.detach() for p in self.live], 1 - decay)
@@ -25,9 +29,9 @@ class EMA:
     def swap(self) -> None:
         """Exchange live and averaged values; a second call restores them."""
         for live, shadow in zip(self.live, self.shadow, strict=True):
-            held = live.detach().clone()
+            before = live.detach().clone()
             live.copy_(shadow)
-            shadow.copy_(held)
+            shadow.copy_(before)
 
     def __enter__(self) -> EMA:
         self.swap()
@@ -37,4 +41,5 @@ class EMA:
         self.swap()
 
     def state(self) -> dict[str, torch.Tensor]:
+        """Return the averages by parameter name."""
         return dict(zip(self.names, self.shadow, strict=True))

@@ -1,4 +1,4 @@
-"""What every training shares: learning-rate schedule, time budget, and the resumable step loop.
+"""Training runs: learning-rate schedule, time budget, and the resumable step loop.
 
     run = TrainingRun(folder, "flow", {"transformer": transformer, "t5": t5}, plan, seed=0, deadline=Deadline(540))
     for step in run:
@@ -6,8 +6,8 @@
         run.update(loss(noise), samples=len(noise))
 
 A run may be killed at any moment: the last checkpoint is complete, and the steps after it are repeated with the same
-randomness. With the optimiser's moments in the checkpoint the repetition is exact; weights and EMA that travelled
-without them restart with a short warm-up (``plan.restart_warmup``).
+random numbers. With the optimiser's moments in the checkpoint the repetition is exact; a checkpoint saved without them
+restarts with a short warm-up (``plan.restart_warmup``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,23 @@ from diffaccel.training.ema import EMA
 class TrainingPlan:
     """How long to train and how fast to learn.
 
-    A run is over when ``samples`` samples were seen or ``seconds`` were spent on it, all jobs together; progress, and
-    with it the learning rate, follows whichever is nearer to its end.
+    A run is over when ``samples`` samples were seen or ``seconds`` were spent on it, over all jobs; progress, and with
+    it the learning rate, follows whichever is nearer to its end.
+
+    Attributes:
+        lr: peak learning rate.
+        samples: of the whole run.
+        seconds: of the whole run.
+        betas: of AdamW.
+        weight_decay: of matrices; vectors have none.
+        clip: maximum norm of the gradient.
+        warmup: steps of linear warm-up at the start.
+        restart_warmup: steps of linear warm-up after a restart without the optimiser's moments.
+        flat: share of the run at the full learning rate; a cosine to ``floor`` follows.
+        floor: final learning rate, as a share of ``lr``.
+        ema: decay of the average of weights.
+        save_seconds: time between two checkpoints.
+        log_seconds: time between two entries of the log.
     """
 
     lr: float
@@ -44,7 +59,7 @@ class TrainingPlan:
     clip: float = 1.0
     warmup: int = 300
     restart_warmup: int = 200
-    flat: float = 0.35  # share of the run at full learning rate; cosine to ``floor`` after it
+    flat: float = 0.35
     floor: float = 0.01
     ema: float = 0.9995
     save_seconds: float = 60.0
@@ -57,11 +72,11 @@ class TrainingPlan:
             raise DiffAccelError(f"TrainingPlan.flat is {self.flat}; it is the share before the decay, in [0, 1).")
 
     def progress(self, samples: float, seconds: float) -> float:
-        """0 at the start, 1 when the run is over."""
+        """Return the share of the run that is done: 0 at the start, 1 when it is over."""
         return min(1.0, max(samples / self.samples, seconds / self.seconds))
 
     def rate(self, step: int, progress: float, restarted_at: int | None = None) -> float:
-        """The learning rate of a step: warm-up times (flat, then cosine to ``floor``)."""
+        """Return the learning rate of a step: warm-up times (flat, then cosine to ``floor``)."""
         warm = min(1.0, (step + 1) / max(self.warmup, 1))
         if restarted_at is not None:
             warm = min(warm, (step - restarted_at + 1) / max(self.restart_warmup, 1))
@@ -70,20 +85,33 @@ class TrainingPlan:
 
 
 class Deadline:
-    """The end of one job, by the monotonic clock: a job stops before it is stopped."""
+    """The time at which one job must end, by the monotonic clock, so that it stops before it is killed."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
 
     def left(self) -> float:
+        """Return the seconds that are left."""
         return self.end - time.monotonic()
 
     def over(self) -> bool:
+        """Return whether no time is left."""
         return self.left() <= 0
 
 
 class TrainingRun:
-    """One model's training: iterate over it for step numbers, call ``update`` once in every step."""
+    """One training run: iterate over it for step numbers, and call ``update`` once in every step.
+
+    Args:
+        folder: of the checkpoint and the log; an existing checkpoint is resumed.
+        name: of both files.
+        modules: to train, by name.
+        plan: of the run.
+        seed: of the generator, which is seeded anew for every step.
+        deadline: of this job.
+        device: of the generator, and of the checkpoint's tensors.
+        tell: called with every entry of the log as text.
+    """
 
     def __init__(
         self,
@@ -119,18 +147,21 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
+        """File of the checkpoint."""
         return self.folder / f"{self.name}.safetensors"
 
     @property
     def progress(self) -> float:
+        """Share of the run that is done."""
         return self.plan.progress(self.samples, self.seconds)
 
     @property
     def finished(self) -> bool:
+        """Whether the run is over."""
         return self.progress >= 1
 
     def __iter__(self) -> Iterator[int]:
-        """Steps until the run is finished or the job's time is up; the state is saved on the way and at the end."""
+        """Yield steps until the run is finished or the job's time is up; save the state on the way and at the end."""
         last = saved = time.monotonic()
         self.module.train()
         try:
@@ -153,14 +184,20 @@ class TrainingRun:
             self.save()
 
     def update(self, loss: torch.Tensor, samples: int, **details: float) -> None:
-        """One optimiser step; a gradient that is not finite counts as zero, and the log counts it as ``bad``."""
+        """Take one optimiser step; a gradient that is not finite is replaced by zero and logged as ``bad``.
+
+        Args:
+            loss: a scalar to differentiate.
+            samples: number of samples in the loss.
+            details: further values for the log.
+        """
         rate = self.plan.rate(self.step, self.progress, self.restarted_at)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
-        # Scaling by 0 or 1 on the device keeps the queue full; asking the host whether the norm is finite would not.
+        # Selecting on the device keeps its queue full; asking on the host whether the norm is finite would drain it.
         finite = torch.isfinite(norm)
         for p in self.parameters:
             if p.grad is not None:
@@ -182,7 +219,7 @@ class TrainingRun:
         self._window_start, self._window_samples = time.monotonic(), 0
 
     def log(self) -> None:
-        """Append the means since the last entry to ``<name>.jsonl``, and tell them."""
+        """Append the means since the last entry to ``<name>.jsonl``, and pass them to ``tell``."""
         if not self._window:
             return
         seconds = max(time.monotonic() - self._window_start, 1e-9)
@@ -203,8 +240,8 @@ class TrainingRun:
         self._reset_window()
 
     def save(self, path: Path | None = None, *, moments: bool = True) -> None:
-        """Write weights, EMA and, unless they shall travel light, the optimiser's moments."""
-        # Parameters rather than state_dict(): each once, however many names it has (T5 ties its embedding).
+        """Write a checkpoint: weights, EMA and, with ``moments``, the optimiser's moments."""
+        # Parameters, not state_dict(), which repeats tied parameters under each of their names (T5's embedding).
         tensors = {f"live.{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
         if moments:
@@ -223,7 +260,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; without moments in it, with fresh ones and a warm-up."""
+        """Resume from a checkpoint; one without moments restarts the optimiser with a warm-up."""
         with safe_open(path, framework="pt", device=str(self.device)) as file:
             state = json.loads((file.metadata() or {}).get("state", "{}"))
             if state.get("version") != STATE_VERSION:
@@ -238,17 +275,21 @@ class TrainingRun:
             shadow.copy_(tensors[f"ema.{name}"])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.ema.updates, self.restarted_at = state["updates"], state["restarted_at"]
+        moments = self._moments(tensors)
+        for index, entry in moments.items():
+            self.optimizer.state[self.parameters[index]] = entry
+        if not moments and self.step:
+            self.restarted_at = self.step
+
+    def _moments(self, tensors: dict[str, torch.Tensor]) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the optimiser's state of each parameter, by its number, from a checkpoint's tensors."""
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("moment."):
-                _, index, what = key.split(".", 2)
+                _, index, moment = key.split(".", 2)
                 # AdamW keeps its step count on the host unless it is fused.
-                moments.setdefault(int(index), {})[what] = value if what != "step" or self._fused else value.cpu()
-        if moments:
-            for index, entry in moments.items():
-                self.optimizer.state[self.parameters[index]] = entry
-        elif self.step:
-            self.restarted_at = self.step
+                moments.setdefault(int(index), {})[moment] = value if moment != "step" or self._fused else value.cpu()
+        return moments
 
     @property
     def _fused(self) -> bool:

@@ -1,4 +1,4 @@
-"""Embedded models: small, really trained, offline.
+"""Embedded models: small, trained, and available offline.
 
 >>> import diffaccel.zoo
 >>> from diffusers import FluxPipeline
@@ -26,12 +26,12 @@ CARD = "card.json"
 
 
 def names() -> list[str]:
-    """Names of the models that ship with this installation."""
+    """Return the names of the models that ship with this installation."""
     return sorted(p.parent.name for p in _ROOT.glob("*/manifest.json"))
 
 
 def card(name: str) -> dict[str, Any]:
-    """What is known about a model: licence, attribution, recipe, data, measured quality, state, sizes, defaults."""
+    """Return a model's card: licence, attribution, recipe, data, measured quality, state, sizes, defaults."""
     file = _packed(name) / CARD
     try:
         return json.loads(file.read_text())
@@ -40,10 +40,10 @@ def card(name: str) -> dict[str, Any]:
 
 
 def path(name: str = DEFAULT, *, verify: bool = False) -> Path:
-    """The folder of a model, as stock ``from_pretrained`` (or open_clip's ``local-dir:``) loads it.
+    """Return the folder of a model, as stock ``from_pretrained`` (or open_clip's ``local-dir:``) loads it.
 
     The packed weights are written once to the user's cache folder (``DIFFACCEL_CACHE`` names another one) as plain
-    bf16 files. No network is used. ``verify=True`` compares every cached file with its sha256 and makes a damaged
+    bf16 files. No network is used. ``verify=True`` compares every cached file with its sha256 and unpacks a damaged
     folder again.
     """
     from diffaccel.zoo.store import materialise
@@ -52,12 +52,11 @@ def path(name: str = DEFAULT, *, verify: bool = False) -> Path:
 
 
 def _packed(name: str) -> Path:
-    known = names()
-    if name not in known:
-        raise unknown("zoo model", name, known)
+    if name not in names():
+        raise unknown("zoo model", name, names())
     return _ROOT / name
 
 
 def call_defaults(name: str) -> dict[str, Any]:
-    """The call arguments that a zoo model's card recommends; none for other models."""
+    """Return the call arguments that a zoo model's card recommends; none for other models."""
     return card(name).get("defaults", {}) if name in names() else {}

@@ -1,10 +1,10 @@
-"""Packed model folders: int8 rows with scales, a sha256 manifest, and the way back to plain weight files.
+"""Packed model folders: weights as int8 rows with scales, a sha256 manifest; packing and unpacking.
 
 A packed folder is flat and holds
 
 - ``weights-00001-of-0000N.zip``: every tensor of the model, cut into shards, each one deflated safetensors file,
 - ``files.zip``: configurations, tokenizers and other small files, as they are,
-- ``manifest.json``: format version, sizes and sha256 of both, and the dtype every tensor goes back to.
+- ``manifest.json``: format version, sizes and sha256 of both, and the dtype that every tensor is unpacked to.
 
 A matrix W is stored as ``q = round(W / s)`` in int8 with one scale ``s = max|row| / 127`` per output row; convolutions
 are flattened to (out, in * kernel). Tensors of fewer than two dimensions stay fp32: they are small and sensitive.
@@ -41,8 +41,14 @@ _SKIPPED = (".gitattributes", ".DS_Store")
 def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard_bytes: int = SHARD_BYTES) -> Path:
     """Pack a plain model folder (safetensors and text files) into ``out`` and return ``out``.
 
-    ``keep``: patterns such as ``"vae/*"``; safetensors files that match are stored in their own dtype, not int8.
-    ``shard_bytes``: no packed file of weights is larger than this.
+    Args:
+        folder: the plain folder.
+        out: the packed folder; an older packing in it is replaced.
+        keep: patterns such as ``"vae/*"``; safetensors files that match are stored in their own dtype, not int8.
+        shard_bytes: largest size of a packed file of weights.
+
+    Raises:
+        DiffAccelError: for a folder without files, a tensor that is not finite, or one larger than a shard.
     """
     folder, out = Path(folder), Path(out)
     sources = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _SKIPPED)
@@ -74,7 +80,7 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
 
 
 def unpack(packed: str | Path, out: str | Path) -> Path:
-    """Write the plain model folder that ``packed`` stands for to ``out``; the packed files are verified first."""
+    """Unpack a packed folder into the plain folder ``out`` and return ``out``; the packed files are verified first."""
     from safetensors.torch import save_file
 
     packed, out = Path(packed), Path(out)
@@ -92,7 +98,7 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
 
 
 def read_manifest(packed: str | Path) -> dict[str, Any]:
-    """The manifest of a packed folder, checked for format and version."""
+    """Read the manifest of a packed folder, checked for format and version."""
     path = Path(packed) / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -111,28 +117,35 @@ def read_manifest(packed: str | Path) -> dict[str, Any]:
 
 
 def fingerprints(folder: str | Path, files: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of files below ``folder`` (all of them by default), by relative name."""
+    """Return size and sha256 of files below ``folder`` (all of them by default), by relative name."""
     folder = Path(folder)
     names = files if files is not None else (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return {name: _fingerprint(folder / name) for name in sorted(names)}
 
 
-def verify(folder: str | Path, expected: dict[str, dict[str, Any]], what: str, fix: str) -> None:
-    """Compare files with their recorded size and sha256; the first difference is an error that names the file."""
+def verify(folder: str | Path, expected: dict[str, dict[str, Any]], kind: str, fix: str) -> None:
+    """Compare files with their recorded size and sha256, and raise for the first that differs.
+
+    Args:
+        folder: that holds the files.
+        expected: size and sha256 by relative name.
+        kind: what the files are, for the message.
+        fix: what to do about it, for the message.
+    """
     for name, entry in expected.items():
         path = _inside(Path(folder), name)
         if not path.is_file():
-            raise DiffAccelError(f"{what} '{path}' is missing; {fix}.")
+            raise DiffAccelError(f"{kind} '{path}' is missing; {fix}.")
         size = path.stat().st_size
         if size != entry["size"]:
-            raise DiffAccelError(f"{what} '{path}' has {size} bytes, expected {entry['size']}; {fix}.")
+            raise DiffAccelError(f"{kind} '{path}' has {size} bytes, expected {entry['size']}; {fix}.")
         digest = _sha256(path)
         if digest != entry["sha256"]:
-            raise DiffAccelError(f"{what} '{path}' has sha256 {digest[:12]}, expected {entry['sha256'][:12]}; {fix}.")
+            raise DiffAccelError(f"{kind} '{path}' has sha256 {digest[:12]}, expected {entry['sha256'][:12]}; {fix}.")
 
 
 def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes of ``weight``'s shape and fp32 scales of shape (rows,), such that weight ~= codes * scale."""
+    """Quantize a weight to int8 codes of its shape and fp32 scales ``(rows,)``, with weight ~= codes * scale."""
     import torch
 
     rows = weight.detach().float().flatten(1)
@@ -144,11 +157,12 @@ def quantize_rows(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The fp32 matrix of int8 codes and row scales."""
+    """Return the fp32 matrix of int8 codes and row scales."""
     return codes.float() * scale.view(-1, *[1] * (codes.dim() - 1))
 
 
 def _encode_file(source: Path, relative: str, exact: bool, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Add the encoded tensors of a safetensors file to ``tensors`` and return its entry in the manifest."""
     from safetensors import safe_open
 
     dtypes: dict[str, str] = {}
@@ -205,8 +219,7 @@ def _write_shards(out: Path, tensors: dict[str, torch.Tensor], limit: int) -> li
         room -= size
     names = [f"weights-{i:05d}-of-{len(shards):05d}.zip" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        # int8 codes of weights use little more than seven of their eight bits
-        _write_zip(out / name, {_SHARD: save(shard)})
+        _write_zip(out / name, {_SHARD: save(shard)})  # deflated: int8 codes of weights hold about seven bits each
     return names
 
 
@@ -241,7 +254,7 @@ def _read_zip(path: Path, out: Path, names: Sequence[str]) -> None:
 
 
 def _inside(folder: Path, relative: str) -> Path:
-    """``folder / relative``, refusing names that would leave the folder."""
+    """Return ``folder / relative``; raise for a name that would leave the folder."""
     parts = PurePosixPath(relative)
     if parts.is_absolute() or ".." in parts.parts or "\\" in relative or ":" in relative:
         raise DiffAccelError(f"A manifest names '{relative}', which is outside its folder; restore the packed folder.")

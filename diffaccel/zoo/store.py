@@ -1,4 +1,4 @@
-"""From a packed model to a plain folder in the user's cache: once, atomically, safe with several processes."""
+"""The cache of unpacked models: each is written once, atomically, safely with several processes."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ _STALE_SECONDS = 24 * 3600
 
 
 def cache_dir() -> Path:
-    """The folder that holds materialised models: ``$DIFFACCEL_CACHE``, else the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser() / "zoo"
+    """Return the folder of unpacked models: in ``$DIFFACCEL_CACHE``, else in the user's cache folder."""
+    root = os.environ.get(CACHE_VARIABLE)
+    if root:
+        return Path(root).expanduser() / "zoo"
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("diffaccel", appauthor=False)) / "zoo"
 
 
 def materialise(packed: str | Path, name: str, *, verify: bool = False) -> Path:
-    """The plain folder of a packed model, made on the first call and found on later ones.
+    """Return the plain folder of a packed model, unpacked on the first call.
 
-    Every call compares the folder's file sizes with what was recorded when it was made; ``verify=True`` compares
-    sha256 as well. A folder that differs is made again. Two processes may come here at once: each builds its own
-    copy beside the target and the first rename wins.
+    Every call compares the folder's file sizes with those recorded when it was written; ``verify=True`` compares
+    sha256 as well. A folder that differs is unpacked again. Two processes may do so at once: each writes its own copy
+    beside the target, and the first rename wins.
+
+    Raises:
+        DiffAccelError: when the cache folder cannot be written, or the packed files are damaged.
     """
     packed = Path(packed)
     manifest = packing.read_manifest(packed)
@@ -64,7 +67,7 @@ def materialise(packed: str | Path, name: str, *, verify: bool = False) -> Path:
 
 
 def _publish(fresh: Path, target: Path) -> None:
-    """Rename ``fresh`` to ``target``; a damaged target steps aside, an intact one made meanwhile stays."""
+    """Rename ``fresh`` to ``target``; a damaged target is moved away, one that another process completed stays."""
     for _ in range(8):
         try:
             os.rename(fresh, target)
@@ -92,7 +95,7 @@ def _intact(target: Path, verify: bool) -> bool:
 
 
 def _sweep(root: Path) -> None:
-    """Remove half-made folders that a killed process left a day or more ago."""
+    """Remove incomplete folders that a killed process left a day or more ago."""
     for path in root.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:

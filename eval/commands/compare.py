@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import terminal as console
+from diffaccel import terminal
 from diffaccel.errors import DiffAccelError
 
 if TYPE_CHECKING:
-    from diffaccel.eval.comparison.gate import Gate
+    from diffaccel.eval.comparison.fidelity import Distance
+    from diffaccel.eval.comparison.measures import Measures
     from diffaccel.eval.comparison.result import Comparison
+    from diffaccel.eval.sets.run import Run
 
 GATE_FAILED = 5
 DIFF_TITLES = {
@@ -23,8 +25,8 @@ DIFF_TITLES = {
 }
 
 
-def _compare_parser() -> console.Parser:
-    parser = console.Parser(
+def _compare_parser() -> terminal.Parser:
+    parser = terminal.Parser(
         prog="diffaccel eval compare",
         description="Compare runs of the same prompts and seeds with a baseline.",
         epilog="example:\n  diffaccel eval compare runs/base runs/dpm8 --other-seeds runs/base2 --report report"
@@ -74,59 +76,86 @@ def _compare_parser() -> console.Parser:
 
 
 def run_compare(argv: list[str]) -> int:
-    """``eval compare``; returns its exit status: 5 when the rule of ``--fail-if`` holds."""
+    """Run ``eval compare`` and return its exit status: 5 when the rule of ``--fail-if`` holds."""
     options = _compare_parser().parse(argv)
-    from diffaccel.eval import report
-    from diffaccel.eval.commands.options import progress_of
-    from diffaccel.eval.comparison import compare_runs, fidelity, text
-    from diffaccel.eval.comparison import gate as gates
-    from diffaccel.eval.comparison.measures import Measures, open_reference
-    from diffaccel.eval.metrics.video import FrameSampling
-    from diffaccel.eval.networks import by_spec as networks
-    from diffaccel.eval.networks.extractors import as_clip, extractor
+    from diffaccel.eval.commands.options import progress_printer
+    from diffaccel.eval.comparison import compare_runs, gate
     from diffaccel.eval.report.markdown import markdown
     from diffaccel.eval.sets.run import open_run
-    from diffaccel.runs import loading as opening
+    from diffaccel.runs import loading
 
-    device = opening.pick_device(options.device)
-    gate = gates.parse(options.fail_if) if options.fail_if else None
-    timing = _timing(options.timing)
-    distances = list(fidelity.BUILT_IN)
-    if options.lpips is not None:
-        from diffaccel.eval.networks.lpips import load
-
-        lpips = load(options.lpips or None, device=device)
-        detail = {"weights_sha256": lpips.weights_sha256}
-        distances.append(fidelity.Distance("lpips", "LPIPS-Alex", "lower", "", lpips, detail))
+    device = loading.pick_device(options.device)
+    rule = gate.parse(options.fail_if) if options.fail_if else None
+    timing = _read_timing(options.timing)
+    distances = _distances(options, device)
     baseline = open_run(options.baseline)
-    named = options.extractor or ([] if baseline.is_video else ["tiny"])
-    sampling = FrameSampling(frames=options.clip_frames, stride=options.clip_stride, resolution=options.clip_size)
-    measures = Measures(
-        others=open_run(options.other_seeds) if options.other_seeds else None,
-        extractors=[extractor(name, device=device, protocol=options.protocol) for name in named],
-        clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
-        scorers=[networks.scorer(name, device) for name in options.scorer or ()],
-        video=networks.of_videos(options.fvd, sampling, device) if options.fvd else None,
-        reference=open_reference(options.reference), prompts=options.prompts, distances=distances, timing=timing,
-        allow_mixed_n=options.allow_mixed_n,
-    )  # fmt: skip
+    measures = _measures(options, device, baseline, timing, distances)
     runs = [open_run(path) for path in options.runs]
-    comparison = compare_runs(baseline, runs, measures, progress=progress_of(options))
-    failed, said = _judge(gate, comparison)
-    command = ["diffaccel", "eval", "compare", *argv]
-    if options.report is not None:
-        made = report.write(comparison, options.report, command=command)
-    else:
-        made = comparison.to_dict() | {"command": command, "verdicts": text.verdicts(comparison)}
-    console.write_json(made) if options.json else console.write(markdown(comparison, made))
-    for sentence in said:
-        console.write_note(sentence)
+    comparison = compare_runs(baseline, runs, measures, progress=progress_printer(options))
+    failed, sentences = gate.check_runs(rule, comparison)
+    report = _report(comparison, options.report, ["diffaccel", "eval", "compare", *argv])
+    terminal.write_json(report) if options.json else terminal.write(markdown(comparison, report))
+    for sentence in sentences:
+        terminal.write_note(sentence)
     return GATE_FAILED if failed else 0
 
 
+def _distances(options: Any, device: Any) -> list[Distance]:
+    """Return the distances of paired pictures: the built-in ones, and LPIPS where it is asked for."""
+    from diffaccel.eval.comparison.fidelity import BUILT_IN, lpips_distance
+
+    if options.lpips is None:
+        return list(BUILT_IN)
+    from diffaccel.eval.networks.lpips import load
+
+    return [*BUILT_IN, lpips_distance(load(options.lpips or None, device=device))]
+
+
+def _measures(
+    options: Any, device: Any, baseline: Run, timing: dict[str, Any] | None, distances: list[Distance]
+) -> Measures:
+    """Load the networks that the options name, and open the other runs and the reference."""
+    from diffaccel.eval.comparison.measures import Measures, open_reference
+    from diffaccel.eval.metrics.video import FrameSampling
+    from diffaccel.eval.networks import by_spec
+    from diffaccel.eval.networks.extractors import as_clip, extractor
+    from diffaccel.eval.sets.run import open_run
+
+    extractors = options.extractor or ([] if baseline.is_video else ["tiny"])
+    sampling = FrameSampling(frames=options.clip_frames, stride=options.clip_stride, resolution=options.clip_size)
+    return Measures(
+        others=open_run(options.other_seeds) if options.other_seeds else None,
+        extractors=[extractor(name, device=device, protocol=options.protocol) for name in extractors],
+        clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
+        scorers=[by_spec.scorer(name, device) for name in options.scorer or ()],
+        video=by_spec.of_videos(options.fvd, sampling, device) if options.fvd else None,
+        reference=open_reference(options.reference), prompts=options.prompts, distances=distances, timing=timing,
+        allow_mixed_n=options.allow_mixed_n,
+    )  # fmt: skip
+
+
+def _report(comparison: Comparison, folder: Path | None, command: list[str]) -> dict[str, Any]:
+    """Return what is in ``report.json``; write the report's files where a folder is given."""
+    from diffaccel.eval import report
+    from diffaccel.eval.comparison import text
+
+    if folder is not None:
+        return report.write(comparison, folder, command=command)
+    return comparison.to_dict() | {"command": command, "verdicts": text.verdicts(comparison)}
+
+
+def _read_timing(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffAccelError(f"The timing file '{path}' cannot be read ({error}).") from error
+
+
 def run_diff(argv: list[str]) -> int:
-    """``eval diff``; returns its exit status."""
-    parser = console.Parser(
+    """Run ``eval diff`` and return its exit status."""
+    parser = terminal.Parser(
         prog="diffaccel eval diff",
         description="What changed between two reports, beyond the intervals of the old one.",
         epilog="example:\n  diffaccel eval diff before/report.json after/report.json",
@@ -137,32 +166,13 @@ def run_diff(argv: list[str]) -> int:
     options = parser.parse(argv)
     from diffaccel.eval.report import changes
 
-    found = changes.changes(changes.read(options.old), changes.read(options.new))
+    sentences = changes.changes(changes.read(options.old), changes.read(options.new))
     if options.json:
-        console.write_json(found)
+        terminal.write_json(sentences)
         return 0
     for kind, title in DIFF_TITLES.items():
-        if found[kind]:
-            console.write("\n".join([title, *(f"  {sentence}" for sentence in found[kind])]))
-    if not any(found.values()):
-        console.write("Nothing changed.")
+        if sentences[kind]:
+            terminal.write("\n".join([title, *(f"  {sentence}" for sentence in sentences[kind])]))
+    if not any(sentences.values()):
+        terminal.write("Nothing changed.")
     return 0
-
-
-def _judge(gate: Gate | None, comparison: Comparison) -> tuple[bool, list[str]]:
-    """Whether the rule holds for a run, and what it found of each."""
-    failed, said = False, []
-    for run in comparison.runs if gate else ():
-        fails, sentences = gate.check(comparison.gate_values(run.name))  # type: ignore[union-attr]
-        failed |= fails
-        said += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in sentences]
-    return failed, said
-
-
-def _timing(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffAccelError(f"The timing file '{path}' cannot be read ({error}).") from error

@@ -8,12 +8,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import terminal as console
+from diffaccel import terminal
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.commands import options as shared
+from diffaccel.eval.commands.options import (
+    add_image_options,
+    add_network_options,
+    extraction_arguments,
+    load_network,
+    parse,
+    write_json,
+    write_rows,
+)
 
 if TYPE_CHECKING:
-    from diffaccel.eval.networks.protocols import Metric
+    from torch import Tensor
+
+    from diffaccel.eval.comparison.row import Row
+    from diffaccel.eval.comparison.set_metrics import MetricSettings
+    from diffaccel.eval.features.sets import FeatureSet
+    from diffaccel.eval.metrics.frechet import Moments
+    from diffaccel.eval.networks.extractors.base import Extractor
+    from diffaccel.eval.networks.protocols import Metric, Protocol
 
 COMMANDS = {
     "fid": "Fréchet distance of sets of images (or statistics), named after its network",
@@ -31,42 +46,30 @@ _EXAMPLES = {
 }
 
 
+# -- fid, kid, is, prdc, cmmd -----------------------------------------------------------------------------------------
+
+
 def run_distance(name: str, argv: list[str]) -> int:
-    """One of :data:`COMMANDS`; returns its exit status."""
-    options = shared.checked(_parser(name).parse(argv))
-    from diffaccel.eval.comparison import set_metrics
-    from diffaccel.eval.comparison.set_metrics import Setting
-    from diffaccel.eval.features import sets as feature_sets
+    """Run one of :data:`COMMANDS` and return its exit status."""
+    options = parse(_parser(name), argv)
+    from diffaccel.eval.comparison.set_metrics import MetricSettings
     from diffaccel.eval.networks import protocols
 
-    alone = name == "is"
-    if not alone and len(options.sets) < 2:
+    if name != "is" and len(options.sets) < 2:
         raise DiffAccelError(f"'eval {name}' compares sets with a reference, the last one. Give at least two.")
-    chosen = protocols.protocol(options.protocol) if options.protocol else None
-    metrics = protocols.metrics(name, chosen)
-    extractor, chosen = _network(name, options)
-    fid = name == "fid"
-    setting = Setting(
-        extractor=extractor, spatial=_spatial(extractor, metrics), protocol=chosen,
-        interval=fid and options.interval, infinity=fid and options.infinity,
+    protocol = protocols.protocol(options.protocol) if options.protocol else None
+    metrics = protocols.metrics(name, protocol)
+    extractor, protocol = _load_network(name, options)
+    settings = MetricSettings(
+        extractor=extractor, spatial=_spatial(extractor, metrics), protocol=protocol,
+        interval=name == "fid" and options.interval, infinity=name == "fid" and options.infinity,
     )  # fmt: skip
-    how = shared.extraction(options)
-    sets = [
-        feature_sets.load(path, extractor, spatial=setting.spatial is not None, statistics=fid, **how)
-        for path in options.sets
-    ]
-    if len({one.name for one in sets}) < len(sets):  # folders of one name in different places
-        sets = [replace(one, name=path) for one, path in zip(sets, options.sets, strict=True)]
-    reference = None if alone else sets.pop()
-    feature_sets.check_counts(sets, mixed=options.allow_mixed_n)
-    rows, warnings = [], [text for one in (*sets, *([reference] if reference else [])) for text in one.warnings]
-    for samples in sets:
-        found, said = set_metrics.measure(metrics, samples, reference, setting)
-        rows += found
-        warnings += said
-    if chosen is not None and chosen.name == "cmmd" and not extractor.name.startswith(protocols.CMMD_NETWORK):
+    sets = _load_sets(options, settings, statistics=name == "fid")
+    reference = None if name == "is" else sets.pop()
+    rows, warnings = _measure(options, metrics, sets, reference, settings)
+    if protocol is not None and protocol.name == "cmmd" and not extractor.name.startswith(protocols.CMMD_NETWORK):
         warnings.append(f"CMMD is published with {protocols.CMMD_NETWORK}; this is {extractor.name}.")
-    shared.report(options, [name, *argv], rows, warnings)
+    write_rows(options, [name, *argv], rows, warnings)
     return 0
 
 
@@ -77,55 +80,17 @@ run_prdc = partial(run_distance, "prdc")
 run_cmmd = partial(run_distance, "cmmd")
 
 
-def run_stats(argv: list[str]) -> int:
-    """``eval stats``; returns its exit status."""
-    parser = console.Parser(
-        prog="diffaccel eval stats",
-        description="Mean and covariance of a set's features as npz, which pytorch-fid can read too.",
-        epilog="example:\n  diffaccel eval stats photos -o photos.npz --protocol tf-fid",
-    )
-    parser.add_argument("images", metavar="IMAGES", help="folder, zip, or npz of images")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the npz to write")
-    shared.add_network(parser, "tiny")
-    shared.add_images(parser)
-    options = shared.checked(parser.parse(argv))
-    from diffaccel.eval.features import sets as feature_sets
-    from diffaccel.eval.features import statistics_files as feature_statistics
-    from diffaccel.eval.metrics.frechet import Moments
-
-    extractor, chosen = shared.network(options, "tiny")
-    spatial = chosen is not None and _spatial(extractor, chosen.metrics) is not None
-    found = feature_sets.load(
-        options.images, extractor, spatial=spatial, statistics=False, **shared.extraction(options)
-    )
-    written = feature_statistics.StatisticsFile(
-        moments=Moments.of(found.features), feature_name=extractor.name, weights_sha256=extractor.weights_sha256,
-        protocol=extractor.protocol if chosen is None else chosen.name,
-        spatial=None if found.spatial is None else _moments(found.spatial),
-    )  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    feature_statistics.write(options.out, written)
-    made = {
-        "command": ["diffaccel", "eval", "stats", *argv], "file": str(options.out), "n": found.n, "dim": extractor.dim,
-        "extractor": extractor.name, "protocol": written.protocol, "weights_sha256": extractor.weights_sha256,
-        "warnings": found.warnings,
-    }  # fmt: skip
-    if shared.write_json(options, made):
-        console.write(f"{options.out}: {found.n} images, {extractor.dim} features of {extractor.name}")
-    return 0
-
-
-def _parser(name: str) -> console.Parser:
+def _parser(name: str) -> terminal.Parser:
     text = COMMANDS[name]
-    parser = console.Parser(prog=f"diffaccel eval {name}", description=f"{text[:1].upper()}{text[1:]}.")
+    parser = terminal.Parser(prog=f"diffaccel eval {name}", description=f"{text[:1].upper()}{text[1:]}.")
     if name in _EXAMPLES:
         parser.epilog = f"example:\n  {_EXAMPLES[name]}"
     add = parser.add_argument
-    takes = "folders, zips, npz of images" + (", or npz or pkl of statistics (mu, sigma)" if name == "fid" else "")
+    kinds = "folders, zips, npz of images" + (", or npz or pkl of statistics (mu, sigma)" if name == "fid" else "")
     last = "" if name == "is" else "; the last is the reference"
-    add("sets", nargs="+", metavar="SET", help=takes + last)
-    shared.add_network(parser, DEFAULT.get(name, "tiny"))
-    shared.add_images(parser)
+    add("sets", nargs="+", metavar="SET", help=kinds + last)
+    add_network_options(parser, DEFAULT.get(name, "tiny"))
+    add_image_options(parser)
     add("--allow-mixed-n", action="store_true", help="several sets of different numbers of images in one table")
     if name == "fid":
         add("--infinity", action="store_true", help="also extrapolate to infinitely many images (arXiv 1911.07023)")
@@ -133,37 +98,43 @@ def _parser(name: str) -> console.Parser:
     return parser
 
 
-def _network(name: str, options: Any) -> Any:
-    kind = (options.extractor or DEFAULT.get(name, "tiny")).partition(":")[0]
+def _load_network(name: str, options: Any) -> tuple[Extractor, Protocol | None]:
+    """Load the extractor that the options name for a command, and look up its protocol.
+
+    Raises:
+        DiffAccelError: for an Inception Score without classes, and a CMMD without a CLIP.
+    """
+    default = DEFAULT.get(name, "tiny")
+    kind = (options.extractor or default).partition(":")[0]
     if name == "is" and kind not in _CLASSIFIERS:
         raise DiffAccelError(
             f"'{options.extractor}' gives features and no classes, which the Inception Score is of. Take inception, or "
             "py: or torchscript: with a network that returns logits."
         )
-    if name == "fid" and (alone := _of_statistics_alone(options)) is not None:
-        return alone, None
-    found = shared.network(options, DEFAULT.get(name, "tiny"))
+    if name == "fid" and (stand_in := _statistics_extractor(options)) is not None:
+        return stand_in, None
+    extractor, protocol = load_network(options, default)
     if name == "cmmd":
         from diffaccel.eval.networks.extractors import as_clip
 
-        as_clip(found[0])
-    return found
+        as_clip(extractor)
+    return extractor, protocol
 
 
-def _of_statistics_alone(options: Any) -> Any:
-    """What stands for the network of files of statistics that another one made: nothing has to be extracted.
+def _statistics_extractor(options: Any) -> Extractor | None:
+    """Return a stand-in for the network of files of statistics, from which nothing has to be extracted any more.
 
-    None where there are images, or a network was named.
+    None where a set holds images, a network was named, or the statistics are of the default network.
     """
-    from diffaccel.eval.features import statistics_files as feature_statistics
+    from diffaccel.eval.features import statistics_files
     from diffaccel.eval.networks.extractors import Extractor
 
     if options.extractor or options.protocol:
         return None
-    held = [feature_statistics.arrays(Path(path).expanduser()) for path in options.sets]
-    if not all({"mu", "sigma"} <= one and "arr_0" not in one for one in held):
+    arrays = [statistics_files.arrays(Path(path).expanduser()) for path in options.sets]
+    if not all({"mu", "sigma"} <= names and "arr_0" not in names for names in arrays):
         return None
-    first = feature_statistics.read(Path(options.sets[0]).expanduser())
+    first = statistics_files.read(Path(options.sets[0]).expanduser())
     if first.feature_name == "tiny":
         return None
     return Extractor(
@@ -173,12 +144,90 @@ def _of_statistics_alone(options: Any) -> Any:
     )  # fmt: skip
 
 
+def _load_sets(options: Any, settings: MetricSettings, *, statistics: bool) -> list[FeatureSet]:
+    """Load the features, or where ``statistics`` allows it the moments, of every set of the command line."""
+    from diffaccel.eval.features.sets import load
+
+    arguments = extraction_arguments(options)
+    sets = [
+        load(path, settings.extractor, spatial=settings.spatial is not None, statistics=statistics, **arguments)
+        for path in options.sets
+    ]
+    if len({images.name for images in sets}) < len(sets):  # folders of one name in different places
+        sets = [replace(images, name=path) for images, path in zip(sets, options.sets, strict=True)]
+    return sets
+
+
+def _measure(
+    options: Any,
+    metrics: Sequence[Metric],
+    sets: Sequence[FeatureSet],
+    reference: FeatureSet | None,
+    settings: MetricSettings,
+) -> tuple[list[Row], list[str]]:
+    """Measure every set against the reference; return the rows, and warnings about sets and measures."""
+    from diffaccel.eval.comparison import set_metrics
+    from diffaccel.eval.features.sets import check_counts
+
+    check_counts(sets, mixed=options.allow_mixed_n)
+    rows: list[Row] = []
+    warnings = [text for images in (*sets, *([reference] if reference else [])) for text in images.warnings]
+    for samples in sets:
+        set_rows, set_warnings = set_metrics.measure(metrics, samples, reference, settings)
+        rows += set_rows
+        warnings += set_warnings
+    return rows, warnings
+
+
 def _spatial(extractor: Any, metrics: Sequence[Metric]) -> Any:
-    """The extractor of sFID's features, where it is wanted."""
+    """Return the extractor of sFID's spatial features; None where no metric needs them."""
     return extractor.at("spatial") if any(metric.tap == "spatial" for metric in metrics) else None
 
 
-def _moments(found: Any) -> Any:
+# -- stats ------------------------------------------------------------------------------------------------------------
+
+
+def run_stats(argv: list[str]) -> int:
+    """Run ``eval stats`` and return its exit status."""
+    options = parse(_stats_parser(), argv)
+    from diffaccel.eval.features.sets import load
+    from diffaccel.eval.features.statistics_files import StatisticsFile, write
     from diffaccel.eval.metrics.frechet import Moments
 
-    return found if isinstance(found, Moments) else Moments.of(found)
+    extractor, protocol = load_network(options, "tiny")
+    spatial = protocol is not None and _spatial(extractor, protocol.metrics) is not None
+    images = load(options.images, extractor, spatial=spatial, statistics=False, **extraction_arguments(options))
+    statistics = StatisticsFile(
+        moments=Moments.of(images.features), feature_name=extractor.name, weights_sha256=extractor.weights_sha256,
+        protocol=extractor.protocol if protocol is None else protocol.name,
+        spatial=None if images.spatial is None else _moments(images.spatial),
+    )  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write(options.out, statistics)
+    values = {
+        "command": ["diffaccel", "eval", "stats", *argv], "file": str(options.out), "n": images.n,
+        "dim": extractor.dim, "extractor": extractor.name, "protocol": statistics.protocol,
+        "weights_sha256": extractor.weights_sha256, "warnings": images.warnings,
+    }  # fmt: skip
+    if write_json(options, values):
+        terminal.write(f"{options.out}: {images.n} images, {extractor.dim} features of {extractor.name}")
+    return 0
+
+
+def _stats_parser() -> terminal.Parser:
+    parser = terminal.Parser(
+        prog="diffaccel eval stats",
+        description="Mean and covariance of a set's features as npz, which pytorch-fid can read too.",
+        epilog="example:\n  diffaccel eval stats photos -o photos.npz --protocol tf-fid",
+    )
+    parser.add_argument("images", metavar="IMAGES", help="folder, zip, or npz of images")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the npz to write")
+    add_network_options(parser, "tiny")
+    add_image_options(parser)
+    return parser
+
+
+def _moments(features: Tensor | Moments) -> Moments:
+    from diffaccel.eval.metrics.frechet import Moments
+
+    return features if isinstance(features, Moments) else Moments.of(features)

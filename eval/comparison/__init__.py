@@ -1,4 +1,4 @@
-"""Runs against a baseline: every metric that can be measured, with its interval, beside what chance alone does."""
+"""Runs against a baseline: every metric that can be measured, with its interval and its noise floor."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from diffaccel.eval.comparison import (
     reference_statistics,
     videos,
 )
+from diffaccel.eval.comparison.fidelity import Distance
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.comparison.row import Section
 from diffaccel.eval.images.source import Source
-from diffaccel.eval.sets.run import Run, first_pictures, pair, pair_prompts
+from diffaccel.eval.sets.run import Run, cut_to_shortest, pair, pair_by_prompt
+
+Progress = Callable[[str], None]
 
 
 def compare_runs(
@@ -31,73 +34,134 @@ def compare_runs(
     runs: Sequence[Run],
     measures: Measures | None = None,
     *,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> Comparison:
     """Measure every run against the baseline.
 
     Args:
-        baseline: what the others are compared with.
+        baseline: the run that the others are compared with.
         runs: at least one, of the same prompts and seeds; all of pictures, or all of videos.
         measures: what is measured; by default what needs no network.
-        progress: told what is measured now.
+        progress: called with a line of text before every step.
 
     Raises:
         DiffAccelError: for no run, two of one name, runs that are not paired, pictures beside videos, networks of
             pictures for videos, and prompts without a category in a file that should name it.
     """
     measures = measures or Measures()
-    baseline, runs, others, notes = _checked(baseline, runs, measures)
-    categories_of = categories.known(baseline, measures.prompts)
+    baseline, runs, others, notes = _check(baseline, runs, measures)
+    category_of_prompt = categories.category_of_prompts(baseline, measures.prompts)
     pairs = {run.name: pair(baseline, run, partial=measures.allow_mixed_n) for run in runs}
-    warnings = [*notes, *checks.warnings(baseline, runs, pairs), *cost.doubts((baseline, *runs), measures.timing)]
+    warnings = [
+        *notes,
+        *checks.warnings(baseline, runs, pairs),
+        *cost.timing_warnings((baseline, *runs), measures.timing),
+    ]
     comparison = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
-    measure_pairs = _videos if baseline.is_video else _pictures
+    measure_pairs = _measure_videos if baseline.is_video else _measure_pictures
     measure_pairs(comparison, others, measures.distances, progress)
-    _by_networks(comparison, others, measures, progress)
-    doubts = [f"{row.key}: {row.detail['warning']}" for row in comparison.rows if row.detail.get("warning")]
-    comparison.warnings += dict.fromkeys(doubts)
+    _measure_by_networks(comparison, others, measures, progress)
+    row_warnings = [f"{row.key}: {row.detail['warning']}" for row in comparison.rows if row.detail.get("warning")]
+    comparison.warnings += dict.fromkeys(row_warnings)
     comparison.rows += cost.rows(baseline, list(runs), measures.timing)
     comparison.steps = {run.name: cost.steps(run, measures.timing) for run in (baseline, *runs)}
-    tables = [
-        categories.section(comparison, categories_of) if categories_of else None,
+    sections = [
+        categories.section(comparison, category_of_prompt) if category_of_prompt else None,
         cost.section(baseline, runs, measures.timing),
-        *_nearest(comparison, measures),
+        *_nearest_sections(comparison, measures),
     ]
-    comparison.sections = [table for table in tables if table is not None]
+    comparison.sections = [section for section in sections if section is not None]
     return comparison
 
 
-def _checked(baseline: Run, runs: Sequence[Run], measures: Measures) -> tuple[Run, list[Run], Run | None, list[str]]:
-    """The runs as they are compared, and what a reader must know of that; refuse what does not go together."""
+def _check(baseline: Run, runs: Sequence[Run], measures: Measures) -> tuple[Run, list[Run], Run | None, list[str]]:
+    """Raise for runs and measures that do not go together, and cut the runs to the pictures that are compared.
+
+    Returns:
+        The baseline, the runs, the baseline with other seeds, and notes on pictures that were left out.
+    """
     names = [baseline.name, *(run.name for run in runs)]
     if not runs:
         raise DiffAccelError("There is no run to compare with the baseline. Give at least one.")
     if len(set(names)) < len(names):
         raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
-    baseline, compared, others, notes = first_pictures(baseline, runs, measures.others)
-    checks.kinds(baseline, [*compared, *([others] if others is not None else [])])
+    baseline, cut_runs, others, notes = cut_to_shortest(baseline, runs, measures.others)
+    checks.check_same_kind(baseline, [*cut_runs, *([others] if others is not None else [])])
     if baseline.is_video:
-        checks.of_videos(measures.extractors, measures.clips, measures.scorers, measures.reference)
+        checks.check_no_picture_networks(measures.extractors, measures.clips, measures.scorers, measures.reference)
     elif measures.video is not None:
         raise DiffAccelError(f"'{baseline.name}' holds pictures, and a network of videos was given. Leave it out.")
-    return baseline, compared, others, notes
+    return baseline, cut_runs, others, notes
 
 
-def _by_networks(
-    comparison: Comparison, others: Run | None, measures: Measures, progress: Callable[[str], None]
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def _measure_pictures(
+    comparison: Comparison, others: Run | None, distances: Sequence[Distance], progress: Progress
 ) -> None:
-    """Add what networks say of the pictures or videos."""
+    """Add the distances of every pair of pictures."""
+    baseline, floors = comparison.baseline, {}
+    if others is not None:
+        floors = _means(fidelity.measure(baseline, others, pair_by_prompt(baseline, others), distances))
+    for run in comparison.runs:
+        progress(f"{run.name}: pairs")
+        for distance, values in fidelity.measure(baseline, run, comparison.pairs[run.name], distances):
+            _add_distance(comparison, run, distance, values, floors)
+
+
+def _measure_videos(
+    comparison: Comparison, others: Run | None, distances: Sequence[Distance], progress: Progress
+) -> None:
+    """Add the distances of every pair of videos, their curves over frames and drifts, and flicker."""
+    baseline, floors = comparison.baseline, {}
+    if others is not None:
+        other_curves = videos.measure(baseline, others, pair_by_prompt(baseline, others), distances)
+        floors = _means([(distance, videos.video_values(distance, curves)) for distance, curves in other_curves])
+    for run in comparison.runs:
+        progress(f"{run.name}: pairs of videos")
+        measured = videos.measure(baseline, run, comparison.pairs[run.name], distances)
+        for distance, curves in measured:
+            _add_distance(comparison, run, distance, videos.video_values(distance, curves), floors)
+            comparison.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(curves)
+        comparison.rows += videos.drift_rows(run, measured, comparison.clusters(run.name))
+    comparison.add(*videos.flicker_rows(baseline, comparison.runs, comparison.pairs, others))
+
+
+def _add_distance(
+    comparison: Comparison, run: Run, distance: Distance, values: Tensor, floors: dict[str, float]
+) -> None:
+    """Add the row of a distance, and its value of every pair."""
+    floor = floors.get(distance.metric)
+    comparison.rows.append(fidelity.row(run, distance, values, clusters=comparison.clusters(run.name), floor=floor))
+    comparison.values.setdefault(distance.key, {})[run.name] = values
+
+
+def _means(measured: Sequence[tuple[Distance, Tensor]]) -> dict[str, float]:
+    """Return by metric the mean over finite values, of every distance that has some."""
+    return {
+        distance.metric: float(values[values.isfinite()].mean())
+        for distance, values in measured
+        if values.isfinite().any()
+    }
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+def _measure_by_networks(comparison: Comparison, others: Run | None, measures: Measures, progress: Progress) -> None:
+    """Add what networks measure: fit to the prompts, preference scores, and distances of distributions."""
     baseline, runs, pairs = comparison.baseline, comparison.runs, comparison.pairs
     if measures.video is not None:
         progress(f"distributions by {measures.video.name}")
-        comparison.rows += videos.distances(baseline, runs, others, measures.video)
+        comparison.rows += videos.frechet_rows(baseline, runs, others, measures.video)
     for clip in measures.clips:
         progress(f"fit to the prompts by {clip.name}")
         comparison.add(*alignment.clip_similarity(baseline, runs, pairs, others, clip))
         comparison.add(*alignment.clip_scores(baseline, runs, pairs, others, clip))
     for scorer in measures.scorers:
         progress(f"scores by {scorer.name}")
-        comparison.add(*alignment.preferred(baseline, runs, pairs, others, scorer))
+        comparison.add(*alignment.preference_scores(baseline, runs, pairs, others, scorer))
     for extractor in measures.extractors:
         progress(f"distributions by {extractor.name}")
         if isinstance(measures.reference, Path):
@@ -108,59 +172,9 @@ def _by_networks(
             comparison.rows += distribution.rows(baseline, runs, pairs, others, measures.reference, extractor)
 
 
-def _nearest(comparison: Comparison, measures: Measures) -> list[Section]:
-    """Tables of the nearest reference pictures, a network each."""
+def _nearest_sections(comparison: Comparison, measures: Measures) -> list[Section]:
+    """Return a table of the nearest reference pictures for every network, where the reference holds images."""
     if not isinstance(measures.reference, Source):
         return []
     networks = (*measures.extractors, *measures.clips)
     return [nearest.section(comparison.baseline, comparison.runs, measures.reference, network) for network in networks]
-
-
-def _pictures(
-    found: Comparison,
-    others: Run | None,
-    distances: Sequence[fidelity.Distance],
-    progress: Callable[[str], None],
-) -> None:
-    base, floors = found.baseline, {}
-    if others is not None:
-        floors = _means(fidelity.measure(base, others, pair_prompts(base, others), distances))
-    for run in found.runs:
-        progress(f"{run.name}: pairs")
-        for distance, numbers in fidelity.measure(base, run, found.pairs[run.name], distances):
-            _add(found, run, distance, numbers, floors)
-
-
-def _videos(
-    found: Comparison,
-    others: Run | None,
-    distances: Sequence[fidelity.Distance],
-    progress: Callable[[str], None],
-) -> None:
-    base, floors = found.baseline, {}
-    if others is not None:
-        of_others = videos.measure(base, others, pair_prompts(base, others), distances)
-        floors = _means([(distance, videos.whole(distance, curves)) for distance, curves in of_others])
-    for run in found.runs:
-        progress(f"{run.name}: pairs of videos")
-        measured = videos.measure(base, run, found.pairs[run.name], distances)
-        for distance, curves in measured:
-            _add(found, run, distance, videos.whole(distance, curves), floors)
-            found.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(curves)
-        found.rows += videos.drifts(run, measured, found.units(run.name))
-    found.add(*videos.flicker(base, found.runs, found.pairs, others))
-
-
-def _add(found: Comparison, run: Run, distance: fidelity.Distance, numbers: Tensor, floors: dict[str, float]) -> None:
-    floor = floors.get(distance.metric)
-    found.rows.append(fidelity.row(run, distance, numbers, clusters=found.units(run.name), floor=floor))
-    found.values.setdefault(distance.key, {})[run.name] = numbers
-
-
-def _means(measured: Sequence[tuple[fidelity.Distance, Tensor]]) -> dict[str, float]:
-    """The mean of every distance that has one."""
-    return {
-        distance.metric: float(numbers[numbers.isfinite()].mean())
-        for distance, numbers in measured
-        if numbers.isfinite().any()
-    }

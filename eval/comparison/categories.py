@@ -1,4 +1,4 @@
-"""Paired metrics by category of prompt: where an acceleration costs, and where it does not."""
+"""Paired metrics by category of prompt: on which prompts an acceleration costs quality, and on which it does not."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FAMILIES = ("fidelity", "alignment")
 FEWEST = 10  # prompts of a category; intervals of fewer are far too narrow
 
 
-def known(baseline: Run, source: str | None = None) -> dict[str, str]:
-    """The category of every prompt of a run; empty where there are none.
+def category_of_prompts(baseline: Run, source: str | None = None) -> dict[str, str]:
+    """Look up the category of every prompt of a run; empty where there are none.
 
     Args:
         baseline: the run.
@@ -34,39 +34,46 @@ def known(baseline: Run, source: str | None = None) -> dict[str, str]:
     Raises:
         DiffAccelError: for a file without categories, or without a prompt of the run.
     """
-    wanted = set(baseline.prompts or ())
-    for name in [source] if source is not None else prompts.names() if wanted else []:
-        found = prompts.read(name)
-        of = {text: category for text, category in zip(found.texts, found.categories, strict=True) if category}
-        if wanted <= of.keys():
-            return {text: of[text] for text in wanted}
+    run_prompts = set(baseline.prompts or ())
+    for name in [source] if source is not None else prompts.names() if run_prompts else []:
+        prompt_set = prompts.read(name)
+        categories = {
+            text: category for text, category in zip(prompt_set.texts, prompt_set.categories, strict=True) if category
+        }
+        if run_prompts <= categories.keys():
+            return {text: categories[text] for text in run_prompts}
         if source is not None:
-            lacking = sorted(wanted - of.keys())
+            lacking = sorted(run_prompts - categories.keys())
             raise DiffAccelError(
-                f"'{source}' names no category of {len(lacking)} of {len(wanted)} prompts of '{baseline.name}', such "
-                f"as '{lacking[0]}'. Give the file that the run was drawn from, with a category of every prompt."
+                f"'{source}' names no category of {len(lacking)} of {len(run_prompts)} prompts of '{baseline.name}', "
+                f"such as '{lacking[0]}'. Give the file that the run was drawn from, with a category of every prompt."
             )
     return {}
 
 
-def section(comparison: Comparison, of: Mapping[str, str]) -> Section | None:
-    """A line for every run and category, with each paired metric's mean and each score's difference to the baseline.
+def section(comparison: Comparison, categories: Mapping[str, str]) -> Section | None:
+    """Tabulate by run and category the mean of every distance, and the difference of every score to the baseline.
 
-    None where all prompts are of one category.
+    Args:
+        comparison: with its rows and the values of every pair.
+        categories: by prompt, of :func:`category_of_prompts`.
+
+    Returns:
+        The table; None where all prompts are of one category.
     """
-    names = sorted(set(of.values()))
+    names = sorted(set(categories.values()))
     keys = dict.fromkeys(row.key for row in comparison.rows if row.family in FAMILIES and not row.missing)
     if len(names) < 2 or not keys:
         return None
     lines, data = [], []
     for run in comparison.runs:
-        texts = comparison.units(run.name)
+        texts = comparison.clusters(run.name)
         for name in names:
-            at = [i for i, text in enumerate(texts) if of[text] == name]
-            found = {key: _of(comparison, key, run.name, at, [texts[i] for i in at]) for key in keys}
-            lines.append((run.name, name, str(len(at)), *(text for text, _ in found.values())))
-            values = {key: numbers for key, (_, numbers) in found.items()}
-            data.append({"run": run.name, "category": name, "n": len(at), "metrics": values})
+            positions = [i for i, text in enumerate(texts) if categories[text] == name]
+            cells = {key: _category_cell(comparison, key, run.name, positions) for key in keys}
+            lines.append((run.name, name, str(len(positions)), *(text for text, _ in cells.values())))
+            metrics = {key: numbers for key, (_, numbers) in cells.items()}
+            data.append({"run": run.name, "category": name, "n": len(positions), "metrics": metrics})
     heads = [f"{key}, difference" if _is_score(comparison, key) else key for key in keys]
     note = (
         f"Means over the pairs of a category, with 95 % intervals over its prompts where it has {FEWEST}; scores are "
@@ -83,24 +90,27 @@ def _is_score(comparison: Comparison, key: str) -> bool:
     return any(row.key == key and row.family == "alignment" for row in comparison.rows)
 
 
-def _of(comparison: Comparison, key: str, run: str, at: Sequence[int], texts: Sequence[str]) -> tuple[str, Any]:
+def _category_cell(comparison: Comparison, key: str, run: str, positions: Sequence[int]) -> tuple[str, Any]:
+    """Return the text and the numbers of a metric at the pairs of one category; "" and None where there are none."""
     row = next((row for row in comparison.rows if (row.key, row.run) == (key, run)), None)
-    if row is None or not at or (values := comparison.of_pairs(row)) is None:
+    if row is None or not positions or (values := comparison.pair_values(row)) is None:
         return "", None
     if row.family == "alignment":
-        base = comparison.values[key][comparison.baseline.name]
-        values = values - base[[i for i, _ in comparison.pairs[run]]]
-    return _text(row, values[list(at)], texts)
+        base_values = comparison.values[key][comparison.baseline.name]
+        values = values - base_values[[i for i, _ in comparison.pairs[run]]]
+    prompts_of_pairs = comparison.clusters(run)
+    return _cell(row, values[list(positions)], [prompts_of_pairs[i] for i in positions])
 
 
-def _text(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
+def _cell(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
+    """Return the mean of values as text and as numbers, with its interval where there are enough prompts."""
     finite = torch.isfinite(values)
-    kept = [text for text, kept in zip(texts, finite.tolist(), strict=True) if kept]
-    if not kept:
+    clusters = [text for text, is_finite in zip(texts, finite.tolist(), strict=True) if is_finite]
+    if not clusters:
         return "identical", {"value": None, "identical": True}
     values, sign, places = values[finite], "+" if row.family == "alignment" else "", digits(row.metric)
-    if len(set(kept)) < FEWEST:
+    if len(set(clusters)) < FEWEST:
         return f"{float(values.mean()):{sign}.{places}f}", {"value": float(values.mean())}
-    found: Interval = intervals.bootstrap_mean(values, clusters=kept)
-    text = f"{found.value:{sign}.{places}f} ({found.low:{sign}.{places}f} to {found.high:{sign}.{places}f})"
-    return text, {"value": found.value, "low": found.low, "high": found.high}
+    mean: Interval = intervals.bootstrap_mean(values, clusters=clusters)
+    text = f"{mean.value:{sign}.{places}f} ({mean.low:{sign}.{places}f} to {mean.high:{sign}.{places}f})"
+    return text, {"value": mean.value, "low": mean.low, "high": mean.high}

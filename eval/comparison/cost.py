@@ -1,4 +1,4 @@
-"""What a picture costs: time, network evaluations, memory, energy; and the ratio to the baseline."""
+"""Cost of a picture: time, network evaluations, memory, energy; and the speed-up over the baseline."""
 
 from __future__ import annotations
 
@@ -23,44 +23,50 @@ COUNTED = {
 
 
 def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[Row]:
-    """Rows of every run.
+    """Return the cost rows of the baseline and of every run.
 
     With ``timing`` (of :mod:`diffaccel.eval.timing.turns`, where variants took turns on one machine) seconds and ratios
-    come from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, which
-    may have met a machine in different moods: a ratio then has no interval, and its row says where it comes from.
+    come from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, during
+    which the machine may have been busy with other work: a ratio then has no interval, and its row names the source.
     """
-    timed = _timed(timing, (baseline, *runs))
-    found: list[Row] = []
+    entries = _entries_by_run(timing, (baseline, *runs))
+    cost_rows: list[Row] = []
     for run in (baseline, *runs):
-        found += _of_run(run, baseline) + _speed(run, baseline, timed) + _used(run, baseline, timed)
-    return found
+        cost_rows += _counted_rows(run, baseline)
+        cost_rows += _speed_rows(run, baseline, entries)
+        cost_rows += _resource_rows(run, baseline, entries)
+    return cost_rows
 
 
-def _of_run(run: Run, baseline: Run) -> list[Row]:
-    cost = run.record.get("cost")
+def _counted_rows(run: Run, baseline: Run) -> list[Row]:
+    """Return the rows of network evaluations; a user's function is drawn without counting them."""
+    cost, base_cost = run.record.get("cost"), baseline.record.get("cost")
     if not cost:
         return []
-    base, found = baseline.record.get("cost"), []
-    for metric, what in COUNTED.items():
-        if metric not in cost:  # nobody counted them in a function of the user's
+    counted = []
+    for metric, description in COUNTED.items():
+        if metric not in cost:
             continue
-        row = _row(metric, run, cost[metric] / len(run), detail={"what": what})
-        if run is not baseline and base and metric in base:
-            row.delta = cost[metric] / len(run) - base[metric] / len(baseline)
-        found.append(row)
-    return found
+        row = _row(metric, run, cost[metric] / len(run), detail={"what": description})
+        if run is not baseline and base_cost and metric in base_cost:
+            row.delta = cost[metric] / len(run) - base_cost[metric] / len(baseline)
+        counted.append(row)
+    return counted
 
 
-def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
-    """Peak memory, energy and the first call, of turns or else of the runs; differences where both are of one kind."""
-    entry, base = timed.get(run.name), timed.get(baseline.name)
-    found: list[Row] = []
+def _resource_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
+    """Return peak memory, energy, first call and set-up, from turns or else from the runs themselves.
+
+    There is a difference to the baseline where both come from the same source.
+    """
+    entry, base_entry = entries.get(run.name), entries.get(baseline.name)
     if entry is None:
         entry = run.record.get("cost") or {}
-        base = {} if base is not None else baseline.record.get("cost") or {}
-    where = "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process"
+        base_entry = {} if base_entry is not None else baseline.record.get("cost") or {}
+    scope = "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process"
+    resources = []
     for metric, key, unit, scale, source in (
-        ("peak_memory", "peak_memory", "GiB", 2.0**30, where),
+        ("peak_memory", "peak_memory", "GiB", 2.0**30, scope),
         ("energy", "energy_joules", "J", 1.0, "NVML"),
         ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
         ("set_up", "set_up_seconds", "s", 1.0, "once: putting the methods on, with weights converted and calibrated"),
@@ -68,33 +74,38 @@ def _used(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
         if entry.get(key) is None:
             continue
         row = _row(metric, run, entry[key] / scale, unit=unit, detail={"from": source})
-        if run is not baseline and base is not None and base.get(key) is not None:
-            row.delta = (entry[key] - base[key]) / scale
-        found.append(row)
-    return found
+        if run is not baseline and base_entry is not None and base_entry.get(key) is not None:
+            row.delta = (entry[key] - base_entry[key]) / scale
+        resources.append(row)
+    return resources
 
 
-def _speed(run: Run, baseline: Run, timed: dict[str, Any]) -> list[Row]:
-    entry = timed.get(run.name)
-    if entry is not None:
-        seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
-        if run is baseline or (base := timed.get(baseline.name)) is None:
-            return [seconds]
-        interval = median_ratio(base["seconds"], entry["seconds"])  # whichever variant the timing's own ratios are to
-        detail = {"from": TURNS, "turns": entry["turns"], "significant": interval.significant}
-        speedup = _row("speedup", run, interval.value, better="higher", unit="x", detail=detail)
-        speedup.interval = interval
-        return [seconds, speedup]
-    cost = run.record.get("cost")
+def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
+    """Return seconds a picture and the speed-up, from turns where a variant drew the run."""
+    if run.name in entries:
+        return _timed_speed_rows(run, baseline, entries)
+    cost, base_cost = run.record.get("cost"), baseline.record.get("cost")
     if not cost:
         return []
-    where = {"from": OWN}
-    found = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=where)]
-    base = baseline.record.get("cost")
-    if run is not baseline and base and not timed and _same_machine(run, baseline):
-        ratio = base["seconds"] / len(baseline) / (cost["seconds"] / len(run))
-        found.append(_row("speedup", run, ratio, better="higher", unit="x", detail=where))
-    return found
+    detail = {"from": OWN}
+    speed_rows = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=detail)]
+    if run is not baseline and base_cost and not entries and _same_machine(run, baseline):
+        ratio = base_cost["seconds"] / len(baseline) / (cost["seconds"] / len(run))
+        speed_rows.append(_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
+    return speed_rows
+
+
+def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
+    entry = entries[run.name]
+    seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
+    if run is baseline or (base_entry := entries.get(baseline.name)) is None:
+        return [seconds]
+    # the timing's own ratios are to its first variant, which may be another one than this baseline's
+    interval = median_ratio(base_entry["seconds"], entry["seconds"])
+    detail = {"from": TURNS, "turns": entry["turns"], "significant": interval.significant}
+    speedup = _row("speedup", run, interval.value, better="higher", unit="x", detail=detail)
+    speedup.interval = interval
+    return [seconds, speedup]
 
 
 def _same_machine(run: Run, baseline: Run) -> bool:
@@ -109,22 +120,22 @@ def _row(metric: str, run: Run, value: float, *, better: Any = "lower", unit: st
 
 
 def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -> Section | None:
-    """Where the time of a call goes: text encoders, network, decoder, the rest; and what a first call takes.
+    """Tabulate where the time of a call goes: text encoders, network, decoder, the rest; and the first call.
 
-    None where no run says.
+    None where neither the timing nor a record of a run has it.
     """
-    timed, images = _timed(timing, (baseline, *runs)), (timing or {}).get("images_a_call", 1)
+    entries, images = _entries_by_run(timing, (baseline, *runs)), (timing or {}).get("images_a_call", 1)
     lines, data = [], {}
     for run in (baseline, *runs):
-        found = _split(run, timed.get(run.name), images)
-        if found is None:
+        split = _time_split(run, entries.get(run.name), images)
+        if split is None:
             continue
-        data[run.name] = found
+        data[run.name] = split
         lines.append((
-            run.name, *(_milliseconds(found[part]) for part in (*PARTS, "other", "seconds")),
-            _milliseconds(found["first_call"]), "within noise" if found["noise"] else _milliseconds(found["one_off"]),
-            _milliseconds(found["set_up"]),
-            str(found["calls"] or ""), found["from"],
+            run.name, *(_milliseconds(split[part]) for part in (*PARTS, "other", "seconds")),
+            _milliseconds(split["first_call"]), "within noise" if split["noise"] else _milliseconds(split["one_off"]),
+            _milliseconds(split["set_up"]),
+            str(split["calls"] or ""), split["from"],
         ))  # fmt: skip
     if not lines:
         return None
@@ -139,40 +150,41 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
     )  # fmt: skip
 
 
-def _split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any] | None:
-    """Seconds a picture by part; of a first call, and what it took beyond a later one."""
+def _time_split(run: Run, entry: dict[str, Any] | None, images: int) -> dict[str, Any] | None:
+    """Return seconds a picture by part; those of a first call, and what it took beyond a later one.
+
+    Args:
+        run: the run.
+        entry: of the variant that drew it, in a timing; None takes the run's own record.
+        images: pictures in a call of the timing.
+    """
     cost = run.record.get("cost") or {}
     if entry is not None:
-        parts, seconds, source = {p: s / images for p, s in entry["parts"].items()}, entry["seconds_per_image"], TURNS
+        parts = {part: part_seconds / images for part, part_seconds in entry["parts"].items()}
+        seconds, source = entry["seconds_per_image"], TURNS
         first = entry["first_call_seconds"]
         one_off = first - seconds * images
-        noise = one_off <= max(entry["seconds"]) - min(entry["seconds"])
-        more = {
+        start = {
             "first_call": first,
             "one_off": one_off,
-            "noise": noise,
+            "noise": one_off <= max(entry["seconds"]) - min(entry["seconds"]),
             "set_up": entry.get("set_up_seconds"),
             "calls": len(entry["steps"]),
         }
     elif cost.get("parts"):
-        parts = {part: seconds / len(run) for part, seconds in cost["parts"].items()}
+        parts = {part: part_seconds / len(run) for part, part_seconds in cost["parts"].items()}
         seconds, source = cost["seconds"] / len(run), OWN
-        more = {
-            "first_call": None,
-            "one_off": None,
-            "noise": False,
-            "set_up": None,
-            "calls": len(cost.get("steps") or ()),
-        }
+        calls = len(cost.get("steps") or ())
+        start = {"first_call": None, "one_off": None, "noise": False, "set_up": None, "calls": calls}
     else:
         return None
     other = seconds - sum(parts.values())
-    return {part: parts.get(part) for part in PARTS} | {"other": other, "seconds": seconds, "from": source, **more}
+    return {part: parts.get(part) for part in PARTS} | {"other": other, "seconds": seconds, "from": source, **start}
 
 
 def steps(run: Run, timing: dict[str, Any] | None) -> list[float]:
-    """Seconds of every network call of one call of the pipeline: medians over turns, else over the run's batches."""
-    entry = _timed(timing, [run]).get(run.name)
+    """Return seconds of every network call of a pipeline call: medians over turns, else over the run's batches."""
+    entry = _entries_by_run(timing, [run]).get(run.name)
     return (entry or run.record.get("cost") or {}).get("steps") or []
 
 
@@ -180,23 +192,26 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def doubts(runs: Sequence[Run], timing: dict[str, Any] | None) -> list[str]:
-    """Runs that a timing says nothing of."""
-    timed = _timed(timing, runs)
-    lacking = [run.name for run in runs if run.name not in timed]
+def timing_warnings(runs: Sequence[Run], timing: dict[str, Any] | None) -> list[str]:
+    """Return a warning that names the runs which no variant of the timing drew."""
+    entries = _entries_by_run(timing, runs)
+    lacking = [run.name for run in runs if run.name not in entries]
     if not timing or not lacking:
         return []
-    known = ", ".join(entry["name"] for entry in timing["variants"])
-    return [f"No variant of the timing drew {', '.join(lacking)}: it has {known}. Their seconds are the runs' own."]
+    names = ", ".join(entry["name"] for entry in timing["variants"])
+    return [f"No variant of the timing drew {', '.join(lacking)}: it has {names}. Their seconds are the runs' own."]
 
 
-def _timed(timing: dict[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
-    """By a run's name the entry of the variant that drew it: of that name, or with the settings of its record."""
+def _entries_by_run(timing: dict[str, Any] | None, runs: Sequence[Run]) -> dict[str, Any]:
+    """Return by a run's name the timing's entry of the variant that drew it.
+
+    It is the entry of that name, or the one whose settings are those of the run's record.
+    """
     entries = (timing or {}).get("variants", [])
-    found = {entry[key]: entry for entry in entries for key in ("name", "folder")}
+    by_name = {entry[key]: entry for entry in entries for key in ("name", "folder")}
     for run in runs:
         settings = run.record.get("settings", {})
         for entry in entries:
             if (drawn := entry.get("drawn")) and all(key in settings and settings[key] == drawn[key] for key in WAY):
-                found.setdefault(run.name, entry)
-    return found
+                by_name.setdefault(run.name, entry)
+    return by_name

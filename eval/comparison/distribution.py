@@ -1,13 +1,14 @@
-"""Whether the pictures of a run look like those of a reference set, by the features of a network."""
+"""Distances of the distribution of a run's pictures to that of a reference set, in the features of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffaccel.eval.comparison import distances as numbers
-from diffaccel.eval.comparison import printed_distances as distances
+from diffaccel.eval.comparison.distances import BETTER, Estimate, difference_interval, distance_functions
+from diffaccel.eval.comparison.printed_distances import FD, printed_key
 from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.source import Source
@@ -19,9 +20,42 @@ FEWEST = 100  # pictures; the jackknife needs ten shards of ten
 
 
 def features(run: Run, extractor: Extractor) -> Tensor:
-    """(n, d), in the order of the run's pictures; kept in the run's folder."""
-    found = extract(run.source, extractor, cache=run.path / CACHE)
-    return found.rows([picture.id for picture in run.pictures])
+    """Return features (n, d) in the order of the run's pictures; the run's folder keeps them."""
+    run_features = extract(run.source, extractor, cache=run.path / CACHE)
+    return run_features.rows([picture.id for picture in run.pictures])
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """Features of the set that every run is compared with.
+
+    Attributes:
+        name: of the set.
+        features: (m, d), on the device of the numerics.
+        extractor: network of the features.
+        count: pictures of the smallest set.
+        independent: whether it is a set of its own, and not the baseline's pictures of the same seeds.
+    """
+
+    name: str
+    features: Tensor
+    extractor: Extractor
+    count: int
+    independent: bool
+
+    def estimates(self, samples: Tensor) -> dict[str, Estimate]:
+        """Measure every distance of samples (n, d), by metric."""
+        functions = distance_functions(self.extractor, self.count, independent=self.independent)
+        return {
+            metric: estimate for function in functions for metric, estimate in function(samples, self.features).items()
+        }
+
+    def note(self, n: int) -> str:
+        """Return what a reader of a distance of ``n`` pictures must know."""
+        dim = self.extractor.dim
+        few = f"; fewer pictures than the {dim} features, covariance is singular"
+        same_seeds = "" if self.independent else ", same seeds: not independent"
+        return f"to {self.name}{same_seeds}{few if min(n, len(self.features)) < dim else ''}"
 
 
 def rows(
@@ -32,57 +66,53 @@ def rows(
     reference: Source | None,
     extractor: Extractor,
 ) -> list[Row]:
-    """Fréchet distance, KID, MIND, precision, recall, density and coverage of every run; CMMD of a CLIP's features.
+    """Measure Fréchet distance, KID, MIND, precision, recall, density and coverage of every run; by a CLIP CMMD too.
 
     Against ``reference``, the baseline has rows too and the others a difference to it, paired by id; with 500 pictures
     there is the Fréchet distance at infinite n. Without a reference the baseline's own pictures take its place, and
-    the floor is what its other seeds are from it.
+    the floor is the distance of its other seeds.
     """
-    shown = (baseline, *runs) if reference is not None else runs
+    measured_runs = (baseline, *runs) if reference is not None else runs
     smallest = min(*(len(run) for run in (baseline, *runs)), len(reference or baseline))
     if smallest < FEWEST:
         why = f"{smallest} pictures are too few to compare distributions; give at least {FEWEST}"
-        return [missing(distances.FD, extractor.key, "distribution", run.name, "lower", why) for run in shown]
-    of = {run.name: _placed(features(run, extractor), extractor) for run in (baseline, *runs)}
+        return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in measured_runs]
+    run_features = {run.name: _placed(features(run, extractor), extractor) for run in (baseline, *runs)}
     if reference is None:
-        target, against = of[baseline.name], baseline.name
+        target = _Target(baseline.name, run_features[baseline.name], extractor, smallest, independent=False)
     else:
-        target, against = _placed(extract(reference, extractor).values, extractor), reference.name
-    functions = list(numbers.measures(extractor, smallest, independent=reference is not None))
-
-    def measured(x: Tensor) -> dict[str, numbers.Number]:
-        return {metric: number for function in functions for metric, number in function(x, target).items()}
-
-    floors = {} if others is None else measured(_placed(features(others, extractor), extractor))
-    of_target = {run.name: measured(of[run.name]) for run in shown}
-    detail = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": against}
-    found = []
-    for run in shown:
-        mine = of[run.name]
-        note = _note(len(mine), len(target), extractor.dim, against, same_seeds=reference is None)
-        for metric, number in of_target[run.name].items():
-            row = Row(
-                metric=metric, key=distances.key(metric, extractor), family="distribution", run=run.name,
-                better=numbers.BETTER[metric], value=number.value, interval=number.interval, n=len(mine),
-                m=len(target), floor=floors[metric].value if floors else None,
-                detail={**detail, **number.detail, "from": "; ".join(filter(None, (note, number.note)))},
-            )  # fmt: skip
+        reference_features = _placed(extract(reference, extractor).values, extractor)
+        target = _Target(reference.name, reference_features, extractor, smallest, independent=True)
+    floors = {} if others is None else target.estimates(_placed(features(others, extractor), extractor))
+    estimates = {run.name: target.estimates(run_features[run.name]) for run in measured_runs}
+    distance_rows = []
+    for run in measured_runs:
+        for metric, estimate in estimates[run.name].items():
+            row = _row(run, metric, estimate, len(run_features[run.name]), target)
+            row.floor = floors[metric].value if floors else None
             if reference is not None and run is not baseline:
-                row.delta = number.value - of_target[baseline.name][metric].value
-                at = pairs[run.name]
-                if len(at) == len(run) == len(baseline):  # the same ids on both sides
-                    a, b = mine[[j for _, j in at]], of[baseline.name][[i for i, _ in at]]
-                    row.delta_interval = numbers.difference(metric, a, b, target)
-            found.append(row)
-    return found
+                row.delta = estimate.value - estimates[baseline.name][metric].value
+                run_pairs = pairs[run.name]
+                if len(run_pairs) == len(run) == len(baseline):  # the same ids in both runs
+                    a = run_features[run.name][[j for _, j in run_pairs]]
+                    b = run_features[baseline.name][[i for i, _ in run_pairs]]
+                    row.delta_interval = difference_interval(metric, a, b, target.features)
+            distance_rows.append(row)
+    return distance_rows
+
+
+def _row(run: Run, metric: str, estimate: Estimate, n: int, target: _Target) -> Row:
+    extractor = target.extractor
+    return Row(
+        metric=metric, key=printed_key(metric, extractor), family="distribution", run=run.name, better=BETTER[metric],
+        value=estimate.value, interval=estimate.interval, n=n, m=len(target.features),
+        detail={
+            "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": target.name,
+            **estimate.detail, "from": "; ".join(filter(None, (target.note(n), estimate.note))),
+        },
+    )  # fmt: skip
 
 
 def _placed(values: Tensor, extractor: Extractor) -> Tensor:
-    """On the network's GPU, where float64 products are fast; MPS has no float64."""
+    """Move features to the network's GPU, where float64 products are fast; MPS has no float64."""
     return values.to(extractor.device) if extractor.device.type == "cuda" else values
-
-
-def _note(n: int, m: int, dim: int, against: str, *, same_seeds: bool) -> str:
-    few = f"; fewer pictures than the {dim} features, covariance is singular" if min(n, m) < dim else ""
-    alike = ", same seeds: not independent" if same_seeds else ""
-    return f"to {against}{alike}{few}"

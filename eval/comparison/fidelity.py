@@ -1,16 +1,16 @@
-"""How far a run is from the baseline at equal prompt and seed, picture by picture."""
+"""Fidelity: the distance of a run's pictures to the baseline's of the same prompt and seed, picture by picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.eval.comparison.row import Better, Row
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.metrics import paired
@@ -18,18 +18,21 @@ from diffaccel.eval.sets.run import Pairs, Run
 from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import read_tensor
 
-Measure = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from diffaccel.eval.networks.lpips import Lpips
+
+PairFunction = Callable[[Tensor, Tensor], Tensor]  # two batches (B, 3, H, W), baseline first, to a value a pair (B,)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance of two pictures: how it is called and computed."""
+    """A distance of two pictures, as rows name it, and the function that computes it."""
 
     metric: str
     key: str
     better: Better
     unit: str
-    measure: Measure
+    measure: PairFunction
     detail: dict[str, Any] = field(default_factory=dict)
 
 
@@ -40,71 +43,86 @@ BUILT_IN = (
 )
 
 
+def lpips_distance(network: Lpips) -> Distance:
+    """Return LPIPS in the features of AlexNet (arXiv 1801.03924)."""
+    return Distance("lpips", "LPIPS-Alex", "lower", "", network, {"weights_sha256": network.weights_sha256})
+
+
 def measure(
     baseline: Run, run: Run, pairs: Pairs, distances: Sequence[Distance], *, batch: int = 32
 ) -> list[tuple[Distance, Tensor]]:
-    """Every distance of every pair, in the order of pairs, (n,) float64; of latents too where both runs kept them.
+    """Measure every distance of every pair, in the order of pairs, (n,) float64; that of latents where both kept them.
 
     Raises:
         DiffAccelError: for pictures of different sizes.
     """
     parts: list[list[Tensor]] = [[] for _ in distances]
-    for one, other in _batches(baseline, run, pairs, batch):
-        for distance, found in zip(distances, parts, strict=True):
-            found.append(distance.measure(one, other).double().cpu())
-    measured = [(distance, torch.cat(found)) for distance, found in zip(distances, parts, strict=True)]
+    for base_images, images in _batches(baseline, run, pairs, batch):
+        for distance, values in zip(distances, parts, strict=True):
+            values.append(distance.measure(base_images, images).double().cpu())
+    measured = [(distance, torch.cat(values)) for distance, values in zip(distances, parts, strict=True)]
     errors = _latent_errors(baseline, run, pairs)
     return measured if errors is None else [*measured, (LATENTS, errors)]
 
 
 def _batches(baseline: Run, run: Run, pairs: Pairs, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    ones: list[Tensor] = []
-    others: list[Tensor] = []
+    """Yield batches of paired images of one size, the baseline's first."""
+    base_images: list[Tensor] = []
+    images: list[Tensor] = []
     read = ahead(lambda places: (baseline.image(places[0]), run.image(places[1])), pairs)
-    for (_, j), (one, other) in zip(pairs, read, strict=True):
-        if one.shape != other.shape:
+    for (_, j), (base_image, image) in zip(pairs, read, strict=True):
+        if base_image.shape != image.shape:
             raise DiffAccelError(
-                f"'{run.pictures[j].id}' of '{run.name}' is {other.shape[2]}x{other.shape[1]}, and its pair in "
-                f"'{baseline.name}' {one.shape[2]}x{one.shape[1]}. Make both at one size."
+                f"'{run.pictures[j].id}' of '{run.name}' is {size_text(*image.shape[1:])}, and its pair in "
+                f"'{baseline.name}' {size_text(*base_image.shape[1:])}. Make both at one size."
             )
-        if ones and (len(ones) == batch or one.shape != ones[0].shape):
-            yield torch.stack(ones), torch.stack(others)
-            ones, others = [], []
-        ones.append(one)
-        others.append(other)
-    if ones:
-        yield torch.stack(ones), torch.stack(others)
+        if base_images and (len(base_images) == batch or base_image.shape != base_images[0].shape):
+            yield torch.stack(base_images), torch.stack(images)
+            base_images, images = [], []
+        base_images.append(base_image)
+        images.append(image)
+    if base_images:
+        yield torch.stack(base_images), torch.stack(images)
 
 
 def _latent_errors(baseline: Run, run: Run, pairs: Pairs) -> Tensor | None:
-    """Relative error of what the decoder was given, (n,); None unless both runs kept it."""
+    """Return the relative error of what the decoder was given, (n,); None unless both runs kept it."""
     files = [(baseline.pictures[i].latents, run.pictures[j].latents) for i, j in pairs]
     if any(None in both for both in files):
         return None
-    rows = []
-    for one, other in files:
-        a, b = read_tensor(one), read_tensor(other)  # type: ignore[arg-type]
-        if a.shape != b.shape:
+    errors = []
+    for base_file, file in files:
+        base_latents, latents = read_tensor(base_file), read_tensor(file)  # type: ignore[arg-type]
+        if base_latents.shape != latents.shape:
             return None
-        rows.append(paired.latent_error(a[None], b[None]))
-    return torch.cat(rows)
+        errors.append(paired.latent_error(base_latents[None], latents[None]))
+    return torch.cat(errors)
 
 
 def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any], floor: float | None) -> Row:
-    """The mean over pairs with its interval, which draws whole clusters, and where the worst pairs are."""
+    """Return the row of a distance: its mean over pairs with an interval, and which pairs are the worst.
+
+    Args:
+        run: the run.
+        distance: that was measured.
+        values: of every pair, (n,).
+        clusters: of every pair, a label; the interval resamples whole clusters.
+        floor: the mean between the baseline and itself with other seeds.
+    """
     summary = paired.summarise(values, better=distance.better)
-    made = Row(
+    distance_row = Row(
         metric=distance.metric, key=distance.key, family="fidelity", run=run.name, better=distance.better,
         unit=distance.unit, floor=floor, n=len(values), m=len(values), detail={**distance.detail, **summary},
     )  # fmt: skip
     finite = values[torch.isfinite(values)]
-    made.identical = len(finite) == 0 or bool((values == (0 if distance.better == "lower" else 1)).all())
+    equal_value = 0 if distance.better == "lower" else 1
+    distance_row.identical = len(finite) == 0 or bool((values == equal_value).all())
     if len(finite) < len(values):  # only PSNR has no number for pictures that are equal
-        made.detail["identical_pairs"] = len(values) - len(finite)
-        clusters = [c for c, v in zip(clusters, values.tolist(), strict=True) if math.isfinite(v)]
+        distance_row.detail["identical_pairs"] = len(values) - len(finite)
+        clusters = [label for label, x in zip(clusters, values.tolist(), strict=True) if math.isfinite(x)]
     if len(finite) == 0:
-        return made
-    made.value = float(finite.mean())
+        return distance_row
+    distance_row.value = float(finite.mean())
     if len(set(clusters)) > 1:
-        made.interval = intervals.bootstrap_mean(finite, clusters=clusters)
-    return made
+        distance_row.interval = intervals.bootstrap_mean(finite, clusters=clusters)
+    return distance_row

@@ -11,9 +11,12 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffaccel.errors import DiffAccelError, unknown
+
+if TYPE_CHECKING:
+    from diffaccel.eval.comparison.result import Comparison
 
 OPERATORS: dict[str, tuple[Callable[[float, float], bool], str]] = {
     ">": (operator.gt, "above"),
@@ -29,23 +32,23 @@ _TOKEN = re.compile(
 
 @dataclass(frozen=True)
 class Clause:
-    """One comparison of a metric with a number."""
+    """Comparison of one metric with a number."""
 
     metric: str
     op: str
     number: float
 
     def holds(self, value: float) -> bool:
-        """Whether ``value`` makes it true."""
+        """Return whether ``value`` makes the clause true."""
         return OPERATORS[self.op][0](value, self.number)
 
     def sentence(self, value: float) -> str:
-        """What was found, in words."""
+        """Return in words how ``value`` compares with the number."""
         word = OPERATORS[self.op][1]
-        got, limit = f"{value:.6g}", f"{self.number:.6g}"
-        if got == limit and value != self.number:
-            got, limit = repr(value), repr(self.number)
-        return f"{self.metric} is {got}, {word if self.holds(value) else f'not {word}'} {limit}."
+        value_text, limit = f"{value:.6g}", f"{self.number:.6g}"
+        if value_text == limit and value != self.number:
+            value_text, limit = repr(value), repr(self.number)
+        return f"{self.metric} is {value_text}, {word if self.holds(value) else f'not {word}'} {limit}."
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Gate:
     """A parsed condition that must not hold.
 
     Attributes:
-        text: as it was given.
-        condition: the tree of its clauses.
+        text: as it was written.
+        condition: tree of its clauses.
     """
 
     text: str
@@ -73,11 +76,11 @@ class Gate:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """The metrics it needs, each once."""
+        """Names of the metrics that it needs, each once."""
         return tuple(dict.fromkeys(clause.metric for clause in _clauses(self.condition)))
 
     def check(self, values: Mapping[str, float | None]) -> tuple[bool, list[str]]:
-        """``(failed, sentences)``: whether the condition holds, and a sentence on every clause.
+        """Return whether the condition holds, which fails the build, and a sentence on every clause.
 
         Every metric must have a value, also where another clause alone would decide: a gate that could not be
         measured must not look like one that passed. ``inf`` is a value (the PSNR of identical images).
@@ -85,7 +88,7 @@ class Gate:
         Raises:
             DiffAccelError: for a metric that is not in ``values``, or has no value there.
         """
-        found: dict[str, float] = {}
+        numbers: dict[str, float] = {}
         for name in self.metrics:
             if name not in values:
                 raise unknown("metric", name, values)
@@ -94,26 +97,40 @@ class Gate:
                 raise DiffAccelError(
                     f"'{name}' has no value, so '{self.text}' cannot be checked. Measure it, or leave it out."
                 )
-            found[name] = float(value)
-        sentences = [clause.sentence(found[clause.metric]) for clause in _clauses(self.condition)]
-        return _holds(self.condition, found), sentences
+            numbers[name] = float(value)
+        sentences = [clause.sentence(numbers[clause.metric]) for clause in _clauses(self.condition)]
+        return _holds(self.condition, numbers), sentences
 
 
 def parse(text: str) -> Gate:
-    """The gate that a text says.
+    """Parse the text of a gate.
 
     Raises:
         DiffAccelError: for anything else than clauses joined by ``and`` and ``or``, saying where.
     """
-    reader = _Reader(text)
-    condition = _either(reader)
-    if reader.kind != "end":
-        raise reader.error("'and', 'or' or the end")
+    tokens = _Tokens(text)
+    condition = _parse_or(tokens)
+    if tokens.kind != "end":
+        raise tokens.error("'and', 'or' or the end")
     return Gate(text, condition)
 
 
-class _Reader:
-    """The tokens of a text, one at a time."""
+def check_runs(gate: Gate | None, comparison: Comparison) -> tuple[bool, list[str]]:
+    """Return whether the gate fails for any run of a comparison, and a sentence on every clause and run.
+
+    Raises:
+        DiffAccelError: for a metric that was not measured.
+    """
+    failed, sentences = False, []
+    for run in comparison.runs if gate is not None else ():
+        fails, clauses = gate.check(comparison.gate_values(run.name))  # type: ignore[union-attr]
+        failed |= fails
+        sentences += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in clauses]
+    return failed, sentences
+
+
+class _Tokens:
+    """Tokens of a text, read one at a time."""
 
     def __init__(self, text: str) -> None:
         self.text, self.start, self.end = text, 0, 0
@@ -144,42 +161,43 @@ class _Reader:
         )
 
 
-def _either(reader: _Reader) -> Condition:
-    parts = [_all(reader)]
-    while reader.kind == "or":
-        reader.advance()
-        parts.append(_all(reader))
+def _parse_or(tokens: _Tokens) -> Condition:
+    parts = [_parse_and(tokens)]
+    while tokens.kind == "or":
+        tokens.advance()
+        parts.append(_parse_and(tokens))
     return parts[0] if len(parts) == 1 else Joined("or", tuple(parts))
 
 
-def _all(reader: _Reader) -> Condition:
-    parts = [_one(reader)]
-    while reader.kind == "and":
-        reader.advance()
-        parts.append(_one(reader))
+def _parse_and(tokens: _Tokens) -> Condition:
+    parts = [_parse_clause(tokens)]
+    while tokens.kind == "and":
+        tokens.advance()
+        parts.append(_parse_clause(tokens))
     return parts[0] if len(parts) == 1 else Joined("and", tuple(parts))
 
 
-def _one(reader: _Reader) -> Condition:
-    if reader.value == "(":
-        reader.advance()
-        inner = _either(reader)
-        if reader.value != ")":
-            raise reader.error("')'")
-        reader.advance()
+def _parse_clause(tokens: _Tokens) -> Condition:
+    if tokens.value == "(":
+        tokens.advance()
+        inner = _parse_or(tokens)
+        if tokens.value != ")":
+            raise tokens.error("')'")
+        tokens.advance()
         return inner
-    if reader.kind != "name":
-        raise reader.error("a metric")
-    metric = reader.advance()
-    if reader.kind != "op":
-        raise reader.error("one of >, >=, <, <=")
-    op = reader.advance()
-    if reader.kind != "number":
-        raise reader.error("a number")
-    return Clause(metric, op, float(reader.advance()))
+    if tokens.kind != "name":
+        raise tokens.error("a metric")
+    metric = tokens.advance()
+    if tokens.kind != "op":
+        raise tokens.error("one of >, >=, <, <=")
+    op = tokens.advance()
+    if tokens.kind != "number":
+        raise tokens.error("a number")
+    return Clause(metric, op, float(tokens.advance()))
 
 
 def _clauses(condition: Condition) -> Iterator[Clause]:
+    """Yield the clauses of a condition in the order of its text."""
     if isinstance(condition, Clause):
         yield condition
         return

@@ -1,4 +1,4 @@
-"""What a comparison measures: distances, networks, references, times."""
+"""Settings of a comparison's measurements: distances, networks, the reference, times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffaccel.eval.comparison.fidelity import BUILT_IN, Distance
-from diffaccel.eval.comparison.reference_statistics import is_statistics
+from diffaccel.eval.comparison.reference_statistics import is_statistics_file
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.by_spec import Network
@@ -22,18 +22,18 @@ from diffaccel.runs.loading import pick_device
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What is measured of every run against the baseline.
+    """Everything that is measured of every run against the baseline.
 
     Attributes:
         others: the baseline with other seeds: the noise floor of every metric.
         distances: of paired pictures, or of the frames of videos; PSNR and SSIM need no network.
-        extractors: for distances of distributions of pictures.
-        clips: for the fit of pictures to prompts, which the runs must know, for CLIP-I and for CMMD.
-        scorers: of what people would like better.
-        video: for the Fréchet distance of videos.
-        reference: what distributions are compared with: images, or the path of a file that keeps only their
+        extractors: networks for distances of distributions of pictures.
+        clips: CLIPs for the fit of pictures to prompts, which the runs must know, for CLIP-I and for CMMD.
+        scorers: networks that score pictures by human preference.
+        video: network for the Fréchet distance of videos.
+        reference: images that distributions are compared with, or the path of a file that keeps only their
             statistics; the baseline's own pictures when there is none.
-        timing: turns on one machine; without it seconds are the runs' own.
+        timing: result of :func:`diffaccel.eval.timing.turns.take_turns`; without it seconds are the runs' own.
         prompts: a file or a packaged set that names the category of every prompt; None looks in the packaged sets.
         allow_mixed_n: compare runs of different prompts and seeds on what they share, and distributions on all.
     """
@@ -50,38 +50,38 @@ class Measures:
     allow_mixed_n: bool = False
 
     @classmethod
-    def named(
+    def load(
         cls,
         *,
         extractors: Sequence[str] = (),
         clips: Sequence[str] = (),
         reference: Any = None,
         device: str = "auto",
-        **more: Any,
+        **attributes: Any,
     ) -> Self:
-        """Load networks by their names onto a device, and open the reference.
+        """Load networks by their names onto a device, open the reference, and take the rest as it is.
 
         Args:
             extractors, clips: names as ``diffaccel eval list`` shows them.
             reference: images, or a file of statistics, as a path; None for the baseline's own pictures.
-            device: where the networks compute.
-            more: the other attributes.
+            device: on which the networks compute.
+            attributes: the other attributes.
 
         Raises:
             MissingWeights: for weights that are not on this machine.
             DiffAccelError: for an unknown name, and a reference that cannot be read.
         """
-        chosen = pick_device(device)
+        torch_device = pick_device(device)
         return cls(
-            extractors=[extractor(name, device=chosen) for name in extractors],
-            clips=[as_clip(extractor(name, device=chosen)) for name in clips],
+            extractors=[extractor(name, device=torch_device) for name in extractors],
+            clips=[as_clip(extractor(name, device=torch_device)) for name in clips],
             reference=open_reference(reference),
-            **more,
+            **attributes,
         )
 
 
 def open_reference(reference: Any) -> Source | Path | None:
-    """Open images; a file of statistics stays a path, since what it keeps depends on the network."""
+    """Open images; a file of statistics stays a path, since it is read for one network at a time."""
     if reference is None:
         return None
-    return Path(reference) if is_statistics(reference) else open_source(reference)
+    return Path(reference) if is_statistics_file(reference) else open_source(reference)

@@ -1,4 +1,4 @@
-"""Whether pictures repeat the reference set: the cosine of each one to its nearest reference picture."""
+"""Nearest reference pictures: the cosine of every picture to the closest one shows whether a run repeats them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.sets.run import Run
 
 BLOCK = 2048
-SHOWN = 3  # of each run
+SHOWN = 3  # pairs of each run
 
 
-def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """``max_j cos(x_i - m, y_j - m)`` with the reference's mean ``m``, and its ``j``: (n,) float64 and (n,).
+def nearest_cosines(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Find ``max_j cos(x_i - m, y_j - m)`` with the reference's mean ``m``, and its ``j``: (n,) float64 and (n,).
 
     What all pictures share, such as a white ground, is in the mean and makes none of them near another.
 
@@ -30,22 +30,22 @@ def nearest(samples: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean = reference.double().mean(0)
     y = F.normalize(reference.double() - mean, dim=1)
-    found = [(F.normalize(x.double() - mean, dim=1) @ y.T).max(1) for x in samples.split(BLOCK)]
-    return torch.cat([part.values for part in found]).clamp(max=1), torch.cat([part.indices for part in found])
+    blocks = [(F.normalize(x.double() - mean, dim=1) @ y.T).max(1) for x in samples.split(BLOCK)]
+    return torch.cat([block.values for block in blocks]).clamp(max=1), torch.cat([block.indices for block in blocks])
 
 
 def section(baseline: Run, runs: Sequence[Run], reference: Source, extractor: Extractor) -> Section:
-    """How near the reference every run is, and its three nearest pictures with what they are near to."""
-    known = extract(reference, extractor)
+    """Tabulate how near the reference every run is, and its three nearest pictures with what they are near to."""
+    reference_features = extract(reference, extractor)
     lines, data = [], {}
     for run in (baseline, *runs):
-        cosines, places = nearest(features(run, extractor), known.values)
+        cosines, places = nearest_cosines(features(run, extractor), reference_features.values)
         top = cosines.argsort(descending=True, stable=True)[:SHOWN].tolist()
-        shown = [(run.pictures[i].id, known.ids[int(places[i])], float(cosines[i])) for i in top]
-        of = {"mean": float(cosines.mean()), "p99": float(cosines.quantile(0.99)), "nearest": shown}
-        texts = "; ".join(f"{mine} ~ {theirs} ({cosine:.3f})" for mine, theirs, cosine in shown)
-        lines.append((run.name, f"{of['mean']:.3f}", f"{of['p99']:.3f}", texts))
-        data[run.name] = of
+        pairs = [(run.pictures[i].id, reference_features.ids[int(places[i])], float(cosines[i])) for i in top]
+        numbers = {"mean": float(cosines.mean()), "p99": float(cosines.quantile(0.99)), "nearest": pairs}
+        texts = "; ".join(f"{picture} ~ {neighbour} ({cosine:.3f})" for picture, neighbour, cosine in pairs)
+        lines.append((run.name, f"{numbers['mean']:.3f}", f"{numbers['p99']:.3f}", texts))
+        data[run.name] = numbers
     note = f"Cosine of {extractor.name}'s features, less the reference's mean, of every picture to the nearest one of "
     note += f"{reference.name}. A run much nearer than the baseline, or pairs near 1, may repeat what the model was "
     note += "trained on."

@@ -1,4 +1,4 @@
-"""Rows of a score that every picture has by itself: the baseline's, and each run's with paired differences."""
+"""Scores that every picture has by itself, such as a CLIP score: rows with paired differences to the baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from diffaccel.eval.uncertainty import intervals
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What is scored, as rows name it."""
+    """A score of single pictures, as rows name it.
+
+    Attributes:
+        metric, key, family, better, unit, detail: as :class:`diffaccel.eval.comparison.row.Row` has them.
+    """
 
     metric: str
     key: str
@@ -31,36 +35,46 @@ def rows(
     baseline: Run,
     runs: Sequence[Run],
     pairs: Mapping[str, Pairs],
-    others: Tensor | None = None,
+    other_values: Tensor | None = None,
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """A row of the baseline and of each run, and by run the scores of its pairs.
+    """Return a row of the baseline and of each run, and by run the scores of its pairs.
 
     Args:
-        score: what is scored.
-        values: by run, a score of each of its pictures, in their order; of the baseline too.
-        baseline, runs, pairs: which pictures belong together.
-        others: scores of the baseline's pictures of other seeds, for the floor of the difference.
+        score: the score that was measured.
+        values: by run, the score of each of its pictures, in their order; of the baseline too.
+        baseline, runs: the runs that were measured.
+        pairs: by run, which of its pictures belongs to which of the baseline.
+        other_values: scores of the baseline's pictures of other seeds, for the floor of the difference.
     """
-    base = values[baseline.name]
-    floor = None if others is None else abs(float(others.mean() - base.mean()))
-    kept, found = {baseline.name: base}, [_row(score, baseline, base, units(baseline))]
+    base_values = values[baseline.name]
+    floor = None if other_values is None else abs(float(other_values.mean() - base_values.mean()))
+    score_rows = [_row(score, baseline, base_values, cluster_labels(baseline))]
+    pair_values = {baseline.name: base_values}
     for run in runs:
-        at = pairs[run.name]
-        mine, theirs = values[run.name][[j for _, j in at]], base[[i for i, _ in at]]
-        clusters = units(baseline, at)
-        row = _row(score, run, mine, clusters)
-        row.delta, row.floor = float((mine - theirs).mean()), floor
+        run_pairs = pairs[run.name]
+        run_values, paired_values = values[run.name][[j for _, j in run_pairs]], base_values[[i for i, _ in run_pairs]]
+        clusters = cluster_labels(baseline, run_pairs)
+        row = _row(score, run, run_values, clusters)
+        row.delta, row.floor = float((run_values - paired_values).mean()), floor
         if row.interval is not None:
-            apart = intervals.paired_difference(mine, theirs, clusters=clusters, better=score.better)
-            row.delta_interval = apart.interval
-            row.detail["wins"] = {"share": apart.wins.value, "low": apart.wins.low, "high": apart.wins.high}
-        found.append(row)
-        kept[run.name] = mine
-    return found, kept
+            difference = intervals.paired_difference(run_values, paired_values, clusters=clusters, better=score.better)
+            row.delta_interval = difference.interval
+            wins = difference.wins
+            row.detail["wins"] = {"share": wins.value, "low": wins.low, "high": wins.high}
+        score_rows.append(row)
+        pair_values[run.name] = run_values
+    return score_rows, pair_values
 
 
-def units(baseline: Run, pairs: Pairs | None = None) -> list[Any]:
-    """What intervals draw, a label a pair: its prompt, or the picture itself where there are no prompts."""
+def cluster_labels(baseline: Run, pairs: Pairs | None = None) -> list[Any]:
+    """Return the label of every pair's cluster, the unit that bootstrap intervals resample.
+
+    It is the pair's prompt, or the position of the baseline's picture where there are no prompts.
+
+    Args:
+        baseline: the run whose prompts are the labels.
+        pairs: of which labels are wanted; None for every picture of the baseline.
+    """
     places = range(len(baseline)) if pairs is None else [i for i, _ in pairs]
     prompts = baseline.prompts
     return [i if prompts is None else prompts[i] for i in places]

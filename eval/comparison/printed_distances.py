@@ -1,7 +1,8 @@
-"""The distances of two sets of features that reports and commands print, under the names they print them."""
+"""Distances of two sets of features as reports and commands print them: names with the network, units, directions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch import Tensor
 from diffaccel.eval.metrics import frechet, manifold, mmd
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
+from diffaccel.eval.uncertainty.intervals import Interval
 
 FD = "fd"
+THOUSAND = 1000  # the factor by which kernel distances are printed
 BETTER: dict[str, Literal["lower", "higher"]] = {
     FD: "lower",
     "kid": "lower",
@@ -21,8 +24,8 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
 }
 
 
-# as keys print them; others by their own name
-_PRINTED = {
+# metric -> its printed name and unit; a metric that is not here has its own name and no unit
+_NAMES_AND_UNITS = {
     "kid": ("KID", " x1000"),
     "kid_subsets": ("KID (subsets)", " x1000"),
     "cmmd": ("CMMD", " x1000"),
@@ -33,36 +36,42 @@ _PRINTED = {
 }
 
 
-def key(metric: str, extractor: Extractor) -> str:
-    """A metric's full name, with the network whose features it compares and their protocol.
+def printed_key(metric: str, extractor: Extractor) -> str:
+    """Return a metric's full name, with the network whose features it compares and their protocol.
 
     As in the extractor's own key, a name without a network stands for Inception of verified weights: ``KID[tf-fid]``.
     """
     if metric == FD:
         return extractor.key
-    name, unit = _PRINTED.get(metric, (metric, ""))
+    name, unit = _NAMES_AND_UNITS.get(metric, (metric, ""))
     if extractor.key.startswith("FID"):
         name = "FID-infinity" if metric == "fd_infinity" else name
         return f"{name}{extractor.key.removeprefix('FID')}{unit}"
-    if metric.startswith("cmmd") and extractor.key.startswith("FD-clip["):  # CMMD is of a CLIP by its name
+    if metric.startswith("cmmd") and extractor.key.startswith("FD-clip["):  # CMMD implies the features of a CLIP
         return f"{name}{extractor.key.removeprefix('FD-clip')}{unit}"
     return f"{name}-{extractor.key.removeprefix('FD-')}{unit}"
 
 
 def fid(samples: Tensor | Moments, reference: Tensor | Moments) -> dict[str, float]:
-    """Fréchet distance of features, or of moments on either side."""
+    """Compute the Fréchet distance between features, or between moments on either side."""
     if isinstance(samples, Moments) or isinstance(reference, Moments):
         return {FD: frechet.between(frechet.gaussian(samples), frechet.gaussian(reference))}
     return {FD: frechet.distance_of_features(samples, reference)}
 
 
 def kid(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Kernel distance, times 1000."""
-    return {"kid": 1000 * mmd.kid(samples, reference)}
+    """Compute the kernel distance, times 1000."""
+    return {"kid": THOUSAND * mmd.kid(samples, reference)}
+
+
+def thousandfold(interval: Interval) -> Interval:
+    """Return the interval of a kernel distance as it is printed, times 1000."""
+    ends = {name: THOUSAND * getattr(interval, name) for name in ("value", "low", "high")}
+    return replace(interval, **ends)
 
 
 def prdc(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Precision, recall, density and coverage."""
+    """Compute precision, recall, density and coverage."""
     precision, recall = manifold.precision_recall(reference, samples)
     density, coverage = manifold.density_coverage(reference, samples)
     return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}

@@ -1,4 +1,4 @@
-"""Fréchet distances of runs to a set of which only mean and covariance are known, such as published statistics."""
+"""Fréchet distances of runs to a reference set of which only mean and covariance are known, as published statistics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffaccel.eval.comparison import printed_distances as distances
 from diffaccel.eval.comparison.distribution import FEWEST, features
+from diffaccel.eval.comparison.printed_distances import FD, fid
 from diffaccel.eval.comparison.row import Row, missing
-from diffaccel.eval.features import sets as feature_sets
+from diffaccel.eval.features.sets import load
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.metrics import frechet_intervals
 from diffaccel.eval.metrics.frechet import Moments
@@ -17,54 +17,57 @@ from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.sets.run import Run, pair
 
 
-def is_statistics(reference: Any) -> bool:
-    """Whether it is the path of a file that holds statistics and no images."""
+def is_statistics_file(reference: Any) -> bool:
+    """Return whether a reference is the path of a file that holds statistics and no images."""
     if not isinstance(reference, str | Path):
         return False
     path = Path(reference)
     return path.suffix.lower() == ".pkl" or (path.suffix.lower() == ".npz" and open_source(path).kind == "statistics")
 
 
-def moments(reference: str | Path, extractor: Extractor) -> tuple[Moments, list[str]]:
-    """What the file keeps of its images, and what a report must say about it.
+def load_moments(reference: str | Path, extractor: Extractor) -> tuple[Moments, list[str]]:
+    """Load the mean and covariance that a file keeps, and warnings about the file.
 
     Raises:
         DiffAccelError: for statistics of another network or another number of features.
     """
-    found = feature_sets.load(reference, extractor)
-    main = found.main
-    return (main if isinstance(main, Moments) else Moments.of(main)), found.warnings
+    feature_set = load(reference, extractor)
+    main = feature_set.main
+    return (main if isinstance(main, Moments) else Moments.of(main)), feature_set.warnings
 
 
 def rows(
     baseline: Run, runs: Sequence[Run], others: Run | None, reference: str | Path, extractor: Extractor
 ) -> tuple[list[Row], list[str]]:
-    """The Fréchet distance of every run, paired differences to the baseline's, and warnings about the file.
+    """Measure the Fréchet distance of every run to the reference, and its paired difference to the baseline's.
 
     Distances of other kinds need the reference's images.
+
+    Returns:
+        A row of the baseline and of each run, and warnings about the file.
     """
-    target, warnings = moments(reference, extractor)
-    name, shown = Path(reference).stem, (baseline, *runs)
-    if (fewest := min(map(len, shown))) < FEWEST:
+    reference_moments, warnings = load_moments(reference, extractor)
+    reference_name, all_runs = Path(reference).stem, (baseline, *runs)
+    if (fewest := min(map(len, all_runs))) < FEWEST:
         why = f"{fewest} pictures are too few to compare distributions; give at least {FEWEST}"
-        return [missing(distances.FD, extractor.key, "distribution", run.name, "lower", why) for run in shown], warnings
-    base = features(baseline, extractor)
-    floor = None if others is None else distances.fid(features(others, extractor), target)[distances.FD]
-    found = []
-    for run in shown:
-        mine = features(run, extractor)
-        interval = frechet_intervals.distance_interval(mine, target)
+        return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in all_runs], warnings
+    base_features = features(baseline, extractor)
+    floor = None if others is None else fid(features(others, extractor), reference_moments)[FD]
+    distance_rows = []
+    for run in all_runs:
+        run_features = features(run, extractor)
+        distance = frechet_intervals.distance_interval(run_features, reference_moments)
         row = Row(
-            metric=distances.FD, key=extractor.key, family="distribution", run=run.name, better="lower",
-            value=interval.value, interval=interval, n=len(run), m=target.n, floor=floor,
+            metric=FD, key=extractor.key, family="distribution", run=run.name, better="lower",
+            value=distance.value, interval=distance, n=len(run), m=reference_moments.n, floor=floor,
             detail={
-                "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": name,
-                "from": f"to the statistics {name}",
+                "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": reference_name,
+                "from": f"to the statistics {reference_name}",
             },
         )  # fmt: skip
         if run is not baseline:
-            ordered = mine[[j for _, j in pair(baseline, run)]]
-            row.delta_interval = frechet_intervals.difference(ordered, base, target)
+            paired_features = run_features[[j for _, j in pair(baseline, run)]]
+            row.delta_interval = frechet_intervals.difference(paired_features, base_features, reference_moments)
             row.delta = row.delta_interval.value
-        found.append(row)
-    return found, warnings
+        distance_rows.append(row)
+    return distance_rows, warnings

@@ -1,4 +1,4 @@
-"""What a comparison found: rows, the numbers behind them, warnings, and tables beside them."""
+"""The result of a comparison: rows, the values of every pair behind them, warnings, and tables beside them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel import record
-from diffaccel.eval.comparison import paired_scores as scored
 from diffaccel.eval.comparison import text
+from diffaccel.eval.comparison.paired_scores import cluster_labels
 from diffaccel.eval.comparison.row import Row, Section
 from diffaccel.eval.sets.run import Pairs, Run
 
@@ -21,16 +21,17 @@ FORMAT = 2  # of report.json: 1 had pairs by short names, and no curves or steps
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class Comparison:
-    """What was measured.
+    """Everything that was measured of runs against a baseline.
 
     Attributes:
-        baseline, runs: the pictures.
+        baseline, runs: the runs that were compared.
         pairs: by run, which of its pictures belongs to which of the baseline.
         rows: every metric of every run.
-        values: by a row's key and run, a number a pair, in the order of ``pairs``; of scores the baseline's too.
-        curves: by a row's key and run, the mean over videos of every frame.
+        values: by a row's key and run, the value of every pair, in the order of ``pairs``; scores have the baseline's
+            own values too.
+        curves: by a row's key and run, the mean over videos at every frame.
         steps: by run, seconds of every network call.
-        warnings: what a reader must know.
+        warnings: sentences that a reader of the numbers must know.
         sections: tables beside the metrics, in the report's order.
     """
 
@@ -45,39 +46,39 @@ class Comparison:
     sections: list[Section] = field(default_factory=list)
 
     def row(self, metric: str, run: str) -> Row | None:
-        """One row."""
+        """Return the row of a metric and a run; None where there is none."""
         return next((row for row in self.rows if (row.metric, row.run) == (metric, run)), None)
 
     def add(self, rows: Sequence[Row], values: dict[str, Tensor]) -> None:
-        """Rows of one metric, and its number of every pair by run."""
+        """Add the rows of one metric, and by run its value of every pair."""
         self.rows += rows
         self.values[rows[0].key] = values
 
-    def of_pairs(self, row: Row) -> Tensor | None:
-        """The row's number of every pair, in the order of ``pairs``; None where there are none."""
+    def pair_values(self, row: Row) -> Tensor | None:
+        """Return a row's value of every pair, in the order of ``pairs``; None where it has none."""
         return self.values.get(row.key, {}).get(row.run)
 
-    def units(self, run: str) -> list[Any]:
-        """What intervals draw, a label a pair of a run: its prompt, or the pair itself where there are no prompts."""
-        return scored.units(self.baseline, self.pairs[run])
+    def clusters(self, run: str) -> list[Any]:
+        """Return a cluster label for every pair of a run: see :func:`cluster_labels`."""
+        return cluster_labels(self.baseline, self.pairs[run])
 
     def gate_values(self, run: str) -> dict[str, float | None]:
-        """What ``--fail-if`` compares, by full name, and by short name where it means one row only."""
+        """Return the numbers that ``--fail-if`` compares, by full name, and by short name where one row has it."""
         rows = [row for row in self.rows if row.run == run]
         counts = Counter(row.metric for row in rows)
-        short = {row.metric: row.gated for row in rows if counts[row.metric] == 1}
-        return {row.key: row.gated for row in rows} | short
+        by_short_name = {row.metric: row.gate_value for row in rows if counts[row.metric] == 1}
+        return {row.key: row.gate_value for row in rows} | by_short_name
 
     def table(self) -> str:
-        """Verdicts, every metric with its interval, and warnings, for a terminal."""
+        """Return verdicts, every metric with its interval, and warnings, as text for a terminal."""
         return text.plain(self)
 
     def __repr__(self) -> str:
         return self.table()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; numbers of single pairs included."""
-        described = [
+        """Return the comparison as JSON-ready values, those of single pairs included."""
+        runs = [
             {"name": run.name, "images": len(run), "settings": run.record.get("settings", {})}
             | {
                 key: run.record[key]
@@ -91,7 +92,7 @@ class Comparison:
             "made": record.now(),
             "versions": record.versions(),
             "baseline": self.baseline.name,
-            "runs": described,
+            "runs": runs,
             "metrics": [row.to_dict() for row in self.rows],
             "pairs": _numbers(self.values),
             "curves": _numbers(self.curves),
@@ -102,8 +103,11 @@ class Comparison:
 
 
 def _numbers(values: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, list[float | None]]]:
-    """JSON-ready: what is infinite is null."""
+    """Round values to JSON-ready numbers; an infinite one is null."""
     return {
-        key: {run: [round(x, 6) if math.isfinite(x) else None for x in numbers.tolist()] for run, numbers in by.items()}
-        for key, by in values.items()
+        key: {
+            run: [round(number, 6) if math.isfinite(number) else None for number in tensor.tolist()]
+            for run, tensor in by_run.items()
+        }
+        for key, by_run in values.items()
     }

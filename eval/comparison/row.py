@@ -1,4 +1,4 @@
-"""What a report is made of: a measured number of one run with all that a reader needs to judge it, and a table."""
+"""Parts of a report: a row is a measured number of one run and its uncertainty, a section a table beside them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ DIGITS = {
 
 @dataclass(kw_only=True)
 class Row:
-    """A metric's value for a run.
+    """A metric's value for a run, with its uncertainty.
 
     Attributes:
         metric: short name, as ``--fail-if`` takes it: ``lpips``, ``clip_score``, ``fd``.
         key: full name with the network behind it: ``clip_score[emoji-clip-judge]``, ``FD-tiny@1a2b3c4d``.
-        family: which question it answers.
+        family: the question that the metric answers.
         run: the run's name.
         value: the number; None where it could not be measured (``missing`` says why) or is infinite (``identical``).
         interval: 95 % interval of ``value``.
         delta: difference to the baseline's value, with its own interval from paired data.
-        floor: the same number between the baseline and itself with other seeds: what chance alone does.
+        floor: the same metric between the baseline and itself with other seeds: the noise floor.
         n, m: pictures of the run, and of what it was compared with.
         better: which direction is better.
         unit: of the value and its difference.
-        identical: every pair is equal to the bit.
-        missing: why there is no value.
+        identical: whether every pair is equal to the bit.
+        missing: reason for which there is no value.
         detail: protocol, extractor's sha256, method of the interval, and whatever else belongs to the number.
     """
 
@@ -55,8 +55,8 @@ class Row:
     detail: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: what has no value is null, and no number is infinite."""
-        return {name: _safe(value) for name, value in asdict(self).items()}
+        """Return the row as JSON-ready values: a missing or infinite number is null."""
+        return {name: _json_ready(value) for name, value in asdict(self).items()}
 
     @property
     def within_noise(self) -> bool | None:
@@ -68,8 +68,8 @@ class Row:
         return self.value <= self.floor if self.better == "lower" else self.value >= self.floor
 
     @property
-    def gated(self) -> float | None:
-        """What ``--fail-if`` compares: the difference to the baseline where there is one, else the value."""
+    def gate_value(self) -> float | None:
+        """The number that ``--fail-if`` compares: the difference to the baseline where there is one, else the value."""
         if self.identical and self.value is None:
             return math.inf  # the PSNR of pictures that are equal
         return self.value if self.delta is None else self.delta
@@ -77,15 +77,15 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A titled table.
+    """A titled table that a report shows beside its metrics.
 
     Attributes:
         key: its name in ``report.json``.
         title: as the page shows it.
         note: one or two sentences on what the table says and how it was measured.
         columns: heads of the columns.
-        rows: texts, one for each column.
-        data: the numbers behind the texts, JSON-ready.
+        rows: cells as text, one for each column.
+        data: the numbers behind the cells, JSON-ready.
     """
 
     key: str
@@ -96,25 +96,25 @@ class Section:
     data: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the table as JSON-ready values."""
         return {"title": self.title, "note": self.note, "columns": self.columns, "rows": self.rows, **self.data}
 
 
 def digits(metric: str) -> int:
-    """Places after the point that a metric is printed with."""
+    """Return how many places after the point a metric is printed with."""
     return DIGITS.get(metric, 3)
 
 
 def missing(metric: str, key: str, family: Family, run: str, better: Better, why: str) -> Row:
-    """The row of a metric that could not be measured: named, never dropped."""
+    """Return the row of a metric that could not be measured: it is named with the reason, never dropped."""
     return Row(metric=metric, key=key, family=family, run=run, better=better, missing=why)
 
 
-def _safe(value: Any) -> Any:
+def _json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _safe(inner) for key, inner in value.items()}
+        return {key: _json_ready(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_safe(inner) for inner in value]
+        return [_json_ready(inner) for inner in value]
     return value

@@ -1,4 +1,4 @@
-"""The metrics of sets of images as rows: a function for every statistic that a protocol can name."""
+"""Metrics of sets of images as rows: a function for every statistic that a protocol can name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import printed_distances as distances
+from diffaccel.eval.comparison.printed_distances import FD, THOUSAND, fid, kid, printed_key, thousandfold
 from diffaccel.eval.comparison.row import Better, Family, Row, missing
 from diffaccel.eval.features.sets import FeatureSet
 from diffaccel.eval.metrics import frechet_intervals, inception_score, manifold, mmd
@@ -21,17 +21,16 @@ from diffaccel.eval.networks.protocols import Metric, Protocol
 from diffaccel.eval.uncertainty.intervals import Interval
 
 FAMILY: Family = "distribution"
-_LONELY = "A distance needs a reference set. Give one."
-THOUSAND = 1000  # what kernel distances are printed times
+_NO_REFERENCE = "A distance needs a reference set. Give one."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is measured, and by which network.
+class MetricSettings:
+    """Network, protocol and options of the metrics of a set.
 
     Attributes:
-        extractor: of the features.
-        spatial: of the features for sFID, where the protocol has it.
+        extractor: network of the features.
+        spatial: network of the spatial features for sFID, where the protocol has it.
         protocol: None for the network's own preprocessing and the papers' parameters.
         interval: whether Fréchet distances get their interval, eleven times the work.
         infinity: whether they are also extrapolated to infinitely many images.
@@ -45,91 +44,90 @@ class Setting:
 
 
 def measure(
-    metrics: Sequence[Metric], samples: FeatureSet, reference: FeatureSet | None, setting: Setting
+    metrics: Sequence[Metric], samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
 ) -> tuple[list[Row], list[str]]:
-    """The rows of one set against a reference, or by itself for the Inception Score; and what a reader must know.
+    """Measure one set against a reference, or by itself for the Inception Score; return its rows, and warnings.
 
     Raises:
         DiffAccelError: for statistics where images are needed, and sets that are too small.
     """
-    rows = [row for metric in metrics for row in _MEASURED[metric.function](metric, samples, reference, setting)]
-    extractor, m = setting.extractor, None if reference is None else reference.n
-    about = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "protocol": extractor.protocol}
-    if setting.protocol is not None:
-        about["protocol"] = setting.protocol.name
+    rows = [row for metric in metrics for row in _ROWS[metric.function](metric, samples, reference, settings)]
+    extractor, m = settings.extractor, None if reference is None else reference.n
+    detail = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "protocol": extractor.protocol}
+    if settings.protocol is not None:
+        detail["protocol"] = settings.protocol.name
     if reference is not None:
-        about["reference"] = reference.name
-    rows = [replace(row, n=samples.n, m=m, detail=about | row.detail) for row in rows]
-    said = [str(row.detail["warning"]) for row in rows if row.detail.get("warning")]
-    return rows, [*_cautions(metrics, samples, reference, setting), *said]
+        detail["reference"] = reference.name
+    rows = [replace(row, n=samples.n, m=m, detail=detail | row.detail) for row in rows]
+    row_warnings = [str(row.detail["warning"]) for row in rows if row.detail.get("warning")]
+    return rows, [*_count_warnings(metrics, samples, reference, settings), *row_warnings]
 
 
-def _cautions(
-    metrics: Sequence[Metric], samples: FeatureSet, reference: FeatureSet | None, setting: Setting
+def _count_warnings(
+    metrics: Sequence[Metric], samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
 ) -> list[str]:
-    said, n = [], samples.n
-    counts = [one.n for one in (samples, reference) if one is not None and one.n is not None]
-    gaussian = any(metric.function == protocols.FRECHET for metric in metrics)
-    if gaussian and counts and min(counts) <= setting.extractor.dim:
-        said.append(f"{min(counts)} images give a singular covariance of {setting.extractor.dim} features.")
-    chosen = setting.protocol
-    if chosen is not None and n is not None and n != chosen.samples:
-        said.append(
-            f"The protocol {chosen.name} takes {chosen.samples} images and '{samples.name}' has {n}: not comparable "
-            "with published numbers."
+    """Return warnings about numbers of images: a singular covariance, and other counts than the protocol's."""
+    warnings, n, protocol = [], samples.n, settings.protocol
+    counts = [images.n for images in (samples, reference) if images is not None and images.n is not None]
+    has_covariance = any(metric.function == protocols.FRECHET for metric in metrics)
+    if has_covariance and counts and min(counts) <= settings.extractor.dim:
+        warnings.append(f"{min(counts)} images give a singular covariance of {settings.extractor.dim} features.")
+    if protocol is not None and n is not None and n != protocol.samples:
+        warnings.append(
+            f"The protocol {protocol.name} takes {protocol.samples} images and '{samples.name}' has {n}: not "
+            "comparable with published numbers."
         )
     wanted = next((metric.reference for metric in metrics if metric.reference), None)
     if wanted is not None and reference is not None and reference.n not in (None, wanted):
-        said.append(f"The protocol takes {wanted} reference images; '{reference.name}' has {reference.n}.")
-    return said
+        warnings.append(f"The protocol takes {wanted} reference images; '{reference.name}' has {reference.n}.")
+    return warnings
 
 
 def _row(
-    metric: str, setting: Setting, samples: FeatureSet, value: float | Interval, better: Better, **detail: Any
+    metric: str, settings: MetricSettings, samples: FeatureSet, value: float | Interval, better: Better, **detail: Any
 ) -> Row:
     interval = value if isinstance(value, Interval) else None
     number = value.value if isinstance(value, Interval) else value
-    name = distances.key(metric, setting.extractor)
     return Row(
-        metric=metric, key=name, family=FAMILY, run=samples.name, better=better, value=number, interval=interval,
-        detail=detail,
+        metric=metric, key=printed_key(metric, settings.extractor), family=FAMILY, run=samples.name, better=better,
+        value=number, interval=interval, detail=detail,
     )  # fmt: skip
 
 
-def _both(samples: FeatureSet, reference: FeatureSet | None) -> tuple[Tensor, Tensor]:
+def _both_features(samples: FeatureSet, reference: FeatureSet | None) -> tuple[Tensor, Tensor]:
     if reference is None:
-        raise DiffAccelError(_LONELY)
+        raise DiffAccelError(_NO_REFERENCE)
     return samples.features, reference.features
 
 
 # -- Fréchet ----------------------------------------------------------------------------------------------------------
 
 
-def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
+def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
     if reference is None:
-        raise DiffAccelError(_LONELY)
+        raise DiffAccelError(_NO_REFERENCE)
     spatial = metric.tap == "spatial"
-    extractor = setting.spatial if spatial else setting.extractor
+    extractor = settings.spatial if spatial else settings.extractor
     if extractor is None:
         raise DiffAccelError(f"'{metric.name}' needs the extractor of spatial features.")
     x, y = (samples.spatial, reference.spatial) if spatial else (samples.main, reference.main)
-    short = "sfid" if spatial else distances.FD
+    name = "sfid" if spatial else FD
     if x is None or y is None:
         lacking = samples.name if x is None else reference.name
         why = f"'{lacking}' holds no statistics of spatial features (mu_s, sigma_s)"
-        return [missing(short, extractor.key, FAMILY, samples.name, "lower", why)]
-    if setting.interval and not isinstance(x, Moments) and len(x) >= 10 * frechet_intervals.SHARDS:
+        return [missing(name, extractor.key, FAMILY, samples.name, "lower", why)]
+    if settings.interval and not isinstance(x, Moments) and len(x) >= 10 * frechet_intervals.SHARDS:
         value: float | Interval = frechet_intervals.distance_interval(x, y)
     else:
-        value = distances.fid(x, y)[distances.FD]
-    row = _row(short, setting, samples, value, "lower")
+        value = fid(x, y)[FD]
+    row = _row(name, settings, samples, value, "lower")
     row.key = extractor.key
     rows = [row]
-    if setting.infinity and not spatial:
-        found = frechet_intervals.infinity(samples.features, y)
+    if settings.infinity and not spatial:
+        limit = frechet_intervals.infinity(samples.features, y)
         rows.append(
-            _row("fd_infinity", setting, samples, found.interval, "lower", r2=found.r2, slope=found.slope,
-                 fit=found.fit, sizes=list(found.sizes), values=list(found.values), warning=found.warning)
+            _row("fd_infinity", settings, samples, limit.interval, "lower", r2=limit.r2, slope=limit.slope,
+                 fit=limit.fit, sizes=list(limit.sizes), values=list(limit.values), warning=limit.warning)
         )  # fmt: skip
     return rows
 
@@ -137,76 +135,85 @@ def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _kid(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
-    x, y = _both(samples, reference)
+def _kid(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
+    x, y = _both_features(samples, reference)
     if min(len(x), len(y)) < 3:
-        return [_row("kid", setting, samples, distances.kid(x, y)["kid"], "lower")]
-    return [_row("kid", setting, samples, _scaled(mmd.kid_interval(x, y)), "lower")]
+        return [_row("kid", settings, samples, kid(x, y)["kid"], "lower")]
+    return [_row("kid", settings, samples, thousandfold(mmd.kid_interval(x, y)), "lower")]
 
 
-def _kid_subsets(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
-    x, y = _both(samples, reference)
+def _kid_subsets(
+    metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
+) -> list[Row]:
+    x, y = _both_features(samples, reference)
     size, fewest = int(metric.parameters["size"]), min(len(x), len(y))
     if fewest < size and not metric.parameters.get("shrink"):
-        why, name = f"subsets of {size} images cannot be drawn from {fewest}", "kid_subsets"
-        return [missing(name, distances.key(name, setting.extractor), FAMILY, samples.name, "lower", why)]
+        why = f"subsets of {size} images cannot be drawn from {fewest}"
+        key = printed_key("kid_subsets", settings.extractor)
+        return [missing("kid_subsets", key, FAMILY, samples.name, "lower", why)]
     mean, std = mmd.kid_subsets(x, y, **metric.parameters)
-    used = {"subsets": metric.parameters["subsets"], "size": min(size, fewest)}
-    return [_row("kid_subsets", setting, samples, THOUSAND * mean, "lower", std=THOUSAND * std, **used)]
+    parameters = {"subsets": metric.parameters["subsets"], "size": min(size, fewest)}
+    return [_row("kid_subsets", settings, samples, THOUSAND * mean, "lower", std=THOUSAND * std, **parameters)]
 
 
-def _cmmd(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
-    x, y = _both(samples, reference)
-    used = dict(metric.parameters)
+def _cmmd(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
+    x, y = _both_features(samples, reference)
+    parameters = dict(metric.parameters)
     return [
-        _row("cmmd", setting, samples, mmd.cmmd(x, y, **used), "lower", statistic="V", **used),
-        _row("cmmd_unbiased", setting, samples, mmd.cmmd_unbiased(x, y, **used), "lower", statistic="U", **used),
+        _row("cmmd", settings, samples, mmd.cmmd(x, y, **parameters), "lower", statistic="V", **parameters),
+        _row(
+            "cmmd_unbiased",
+            settings,
+            samples,
+            mmd.cmmd_unbiased(x, y, **parameters),
+            "lower",
+            statistic="U",
+            **parameters,
+        ),
     ]
-
-
-def _scaled(interval: Interval) -> Interval:
-    values = {name: THOUSAND * getattr(interval, name) for name in ("value", "low", "high")}
-    return replace(interval, **values)
 
 
 # -- neighbours and classes -------------------------------------------------------------------------------------------
 
 
-def _precision_recall(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
-    x, y = _both(samples, reference)
-    found = manifold.precision_recall(y, x, **metric.parameters)
-    return _shares(("precision", "recall"), found, metric, samples, setting)
-
-
-def _density_coverage(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
-    x, y = _both(samples, reference)
-    found = manifold.density_coverage(y, x, **metric.parameters)
-    return _shares(("density", "coverage"), found, metric, samples, setting)
-
-
-def _shares(
-    names: tuple[str, str], found: tuple[float, float], metric: Metric, samples: FeatureSet, setting: Setting
+def _precision_recall(
+    metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
 ) -> list[Row]:
-    both = zip(names, found, strict=True)
-    return [_row(name, setting, samples, value, "higher", **metric.parameters) for name, value in both]
+    x, y = _both_features(samples, reference)
+    precision, recall = manifold.precision_recall(y, x, **metric.parameters)
+    return _share_rows({"precision": precision, "recall": recall}, metric, samples, settings)
 
 
-def _score(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, setting: Setting) -> list[Row]:
+def _density_coverage(
+    metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
+) -> list[Row]:
+    x, y = _both_features(samples, reference)
+    density, coverage = manifold.density_coverage(y, x, **metric.parameters)
+    return _share_rows({"density": density, "coverage": coverage}, metric, samples, settings)
+
+
+def _share_rows(values: dict[str, float], metric: Metric, samples: FeatureSet, settings: MetricSettings) -> list[Row]:
+    return [_row(name, settings, samples, value, "higher", **metric.parameters) for name, value in values.items()]
+
+
+def _inception_score(
+    metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
+) -> list[Row]:
     features = samples.features
-    extractor = setting.extractor
+    extractor = settings.extractor
     logits = extractor.logits(features.cpu()) if isinstance(extractor, InceptionExtractor) else features
-    used = dict(metric.parameters)
-    mean, std = inception_score.inception_score(logits, **used)
-    return [_row("is", setting, samples, mean, "higher", std_over_splits=std, **used)]
+    parameters = dict(metric.parameters)
+    mean, std = inception_score.inception_score(logits, **parameters)
+    return [_row("is", settings, samples, mean, "higher", std_over_splits=std, **parameters)]
 
 
-_Measured = Callable[[Metric, FeatureSet, FeatureSet | None, Setting], list[Row]]
-_MEASURED: dict[str, _Measured] = {
+_RowFunction = Callable[[Metric, FeatureSet, FeatureSet | None, MetricSettings], list[Row]]
+_ROWS: dict[str, _RowFunction] = {
     protocols.FRECHET: _frechet,
     protocols.KID: _kid,
     protocols.KID_SUBSETS: _kid_subsets,
     protocols.CMMD: _cmmd,
     protocols.PRECISION_RECALL: _precision_recall,
     protocols.DENSITY_COVERAGE: _density_coverage,
-    protocols.INCEPTION_SCORE: _score,
+    protocols.INCEPTION_SCORE: _inception_score,
 }

@@ -1,4 +1,4 @@
-"""What a comparison says in words and numbers: verdicts, and the table that the page and the markdown share."""
+"""A comparison as text: verdicts, and the table that the page and the markdown share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS = ("run", "metric", "value", "interval", "difference", "other seeds", "n")
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table, as text."""
+    """A row of the table, every cell as text."""
 
     run: str
     metric: str
@@ -37,12 +37,12 @@ class Line:
 
 
 def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
-    """The rows by family, metric by metric, each in the order of runs."""
+    """Return lines grouped under the title of their family, metric by metric, each in the order of runs."""
     groups = []
     for family, title in FAMILIES.items():
         rows = [row for row in comparison.rows if row.family == family]
-        place = {key: at for at, key in enumerate(dict.fromkeys(row.key for row in rows))}
-        lines = [_line(row) for row in sorted(rows, key=lambda row: place[row.key])]
+        order = {key: position for position, key in enumerate(dict.fromkeys(row.key for row in rows))}
+        lines = [_line(row) for row in sorted(rows, key=lambda row: order[row.key])]
         if lines:
             groups.append((title, lines))
     return groups
@@ -68,21 +68,23 @@ def _line(row: Row) -> Line:
 
 
 def verdicts(comparison: Comparison) -> list[dict[str, str]]:
-    """One sentence a run: how much faster, how far from the baseline, and whether chance explains it."""
-    said = []
+    """Return a sentence for every run: how much faster, how far from the baseline, and whether chance explains it."""
+    sentences = []
     for run in comparison.runs:
-        parts = [_speed(comparison.row("speedup", run.name))]
+        parts = [_speed_text(comparison.row("speedup", run.name))]
         fidelity = [r for r in comparison.rows if r.run == run.name and r.family == "fidelity" and not r.missing]
         if any(row.identical for row in fidelity if row.metric == "psnr"):
             parts.append(f"pixel for pixel the baseline's {'videos' if run.is_video else 'pictures'}")
         else:
-            parts += [_far(row) for row in fidelity if row.metric in ("lpips", "ssim", "psnr")]
-        parts += [_change(row) for row in comparison.rows if row.run == run.name and row.delta_interval is not None]
-        said.append({"run": run.name, "text": ", ".join(filter(None, parts))})
-    return said
+            parts += [_fidelity_text(row) for row in fidelity if row.metric in ("lpips", "ssim", "psnr")]
+        parts += [
+            _change_text(row) for row in comparison.rows if row.run == run.name and row.delta_interval is not None
+        ]
+        sentences.append({"run": run.name, "text": ", ".join(filter(None, parts))})
+    return sentences
 
 
-def _speed(row: Row | None) -> str:
+def _speed_text(row: Row | None) -> str:
     if row is None or row.value is None:
         return "speed not measured"
     if row.interval is None:
@@ -92,7 +94,7 @@ def _speed(row: Row | None) -> str:
     return f"{row.value:.2f}x as fast ({row.interval.low:.2f} to {row.interval.high:.2f})"
 
 
-def _far(row: Row) -> str:
+def _fidelity_text(row: Row) -> str:
     if row.value is None:
         return ""
     places = digits(row.metric)
@@ -100,13 +102,13 @@ def _far(row: Row) -> str:
     return text if row.floor is None else f"{text} (other seeds {row.floor:.{places}f})"
 
 
-def _change(row: Row) -> str:
+def _change_text(row: Row) -> str:
     verdict = "within noise" if row.within_noise else "beyond noise"
     return f"{row.key} {row.delta:+.{digits(row.metric)}f} ({verdict})"
 
 
 def plain(comparison: Comparison) -> str:
-    """Verdicts, aligned tables and warnings, without markup."""
+    """Return verdicts, aligned tables and warnings, without markup."""
     base = comparison.baseline
     lines = [f"{verdict['run']}: {verdict['text']}" for verdict in verdicts(comparison)]
     lines += ["", f"{len(base)} {'videos' if base.is_video else 'pictures'} a run against {base.name}; 95 % intervals"]
@@ -135,6 +137,7 @@ def plain(comparison: Comparison) -> str:
 
 
 def _aligned(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    kept = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
-    widths = {i: max(len(text[i]) for text in (heads, *rows)) for i in kept}
-    return ["  " + "  ".join(f"{text[i]:<{widths[i]}}" for i in kept).rstrip() for text in (heads, *rows)]
+    """Return a table as lines of aligned columns; columns without a text are left out."""
+    columns = [i for i, _ in enumerate(heads) if any(row[i] for row in rows)]
+    widths = {i: max(len(cells[i]) for cells in (heads, *rows)) for i in columns}
+    return ["  " + "  ".join(f"{cells[i]:<{widths[i]}}" for i in columns).rstrip() for cells in (heads, *rows)]

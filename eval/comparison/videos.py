@@ -1,4 +1,4 @@
-"""Runs of videos: fidelity by frames and its drift, flicker, and the Fréchet distance by a network of the user's."""
+"""Metrics of videos: fidelity frame by frame and its drift, flicker, and the Fréchet distance by a user's network."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import paired_scores as scored
+from diffaccel.errors import DiffAccelError, size_text
+from diffaccel.eval.comparison import paired_scores
 from diffaccel.eval.comparison.fidelity import Distance
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.images.prefetch import ahead
@@ -17,106 +17,113 @@ from diffaccel.eval.networks.by_spec import Network
 from diffaccel.eval.sets.run import Pairs, Run
 from diffaccel.eval.uncertainty import intervals
 
-CUSTOMARY = 2048  # clips that published distances take
-Measured = list[tuple[Distance, list[Tensor]]]  # by distance, a curve (T,) of every pair
+CUSTOMARY = 2048  # clips of published distances
+FrameCurves = list[tuple[Distance, list[Tensor]]]  # by distance, a curve (T,) of every pair
 
 
-def measure(baseline: Run, run: Run, pairs: Pairs, distances: Sequence[Distance]) -> Measured:
-    """Every distance of every frame of every pair.
+def measure(baseline: Run, run: Run, pairs: Pairs, distances: Sequence[Distance]) -> FrameCurves:
+    """Measure every distance of every frame of every pair.
 
     Raises:
         DiffAccelError: for a pair of different sizes or numbers of frames.
     """
     curves: list[list[Tensor]] = [[] for _ in distances]
     read = ahead(lambda places: (baseline.video(places[0]), run.video(places[1])), pairs, workers=2)
-    for (_, j), (one, other) in zip(pairs, read, strict=True):
-        if one.shape != other.shape:
-            shapes = [f"{len(v)} frames of {v.shape[3]}x{v.shape[2]}" for v in (other, one)]
+    for (_, j), (base_frames, frames) in zip(pairs, read, strict=True):
+        if base_frames.shape != frames.shape:
+            shapes = [f"{len(v)} frames of {size_text(*v.shape[2:])}" for v in (frames, base_frames)]
             raise DiffAccelError(
                 f"'{run.pictures[j].id}' of '{run.name}' has {shapes[0]}, and its pair in '{baseline.name}' has "
                 f"{shapes[1]}. Make both alike."
             )
-        for distance, found in zip(distances, curves, strict=True):
-            found.append(distance.measure(one, other).double().cpu())
+        for distance, pair_curves in zip(distances, curves, strict=True):
+            pair_curves.append(distance.measure(base_frames, frames).double().cpu())
     return list(zip(distances, curves, strict=True))
 
 
-def whole(distance: Distance, curves: Sequence[Tensor]) -> Tensor:
-    """One number a video: the PSNR of all its pixels, the mean over frames of anything else. (n,) float64."""
+def video_values(distance: Distance, curves: Sequence[Tensor]) -> Tensor:
+    """Reduce every curve to one value: PSNR to that of all the video's pixels, others to their mean. (n,) float64."""
     if distance.metric == "psnr":  # mean squared errors add up, decibels do not
         return torch.stack([-10 * torch.log10((10 ** (-curve / 10)).mean()) for curve in curves])
     return torch.stack([curve.mean() for curve in curves])
 
 
 def mean_curve(curves: Sequence[Tensor]) -> Tensor:
-    """The mean over videos of every frame that all of them have, (T,); frames that are equal in one leave it out."""
-    longest = min(map(len, curves))
-    stacked = torch.stack([curve[:longest] for curve in curves])
+    """Average curves over videos at every frame that all of them have, (T,).
+
+    A video in which a frame is equal to the baseline's, so that its PSNR is infinite, does not count at that frame.
+    """
+    shortest = min(map(len, curves))
+    stacked = torch.stack([curve[:shortest] for curve in curves])
     return torch.where(stacked.isfinite(), stacked, torch.nan).nanmean(0)
 
 
-def drifts(run: Run, measured: Measured, clusters: Sequence[object]) -> list[Row]:
-    """The mean slope a frame of every curve: errors that accumulate show as one."""
-    found = []
+def drift_rows(run: Run, measured: FrameCurves, clusters: Sequence[object]) -> list[Row]:
+    """Return a row for every distance: the mean slope of its curves per frame, which errors that accumulate raise."""
+    rows = []
     for distance, curves in measured:
         slopes = [video.drift(curve) for curve in curves]
-        kept = [(slope, label) for slope, label in zip(slopes, clusters, strict=True) if slope is not None]
+        labelled = [(slope, label) for slope, label in zip(slopes, clusters, strict=True) if slope is not None]
         row = Row(
             metric=f"{distance.metric}_drift", key=f"{distance.key} drift", family="video", run=run.name,
-            better=distance.better, unit=f"{distance.unit or '1'}/frame", n=len(kept), m=len(kept),
+            better=distance.better, unit=f"{distance.unit or '1'}/frame", n=len(labelled), m=len(labelled),
             detail={"from": "slope of the line through each video's frames"},
         )  # fmt: skip
-        if kept:
-            row.value = sum(slope for slope, _ in kept) / len(kept)
+        if labelled:
+            row.value = sum(slope for slope, _ in labelled) / len(labelled)
         else:
             row.missing = "no video has two frames that differ from the baseline's"
-        if len({label for _, label in kept}) > 1:
-            values, labels = zip(*kept, strict=True)
+        if len({label for _, label in labelled}) > 1:
+            values, labels = zip(*labelled, strict=True)
             row.interval = intervals.bootstrap_mean(values, clusters=labels)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def flicker(
+def flicker_rows(
     baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs], others: Run | None
 ) -> tuple[list[Row], dict[str, Tensor]]:
-    """Rows of ``mean |x_{t+1} - x_t|`` in levels, the baseline's too: it holds motion, so the difference tells."""
+    """Measure flicker, ``mean |x_{t+1} - x_t|`` in levels: rows of the baseline and of each run, and values of pairs.
 
-    def of(run: Run) -> Tensor:
-        found = ahead(lambda i: video.temporal_flicker(run.video(i)), range(len(run)), workers=2)
-        return torch.tensor(list(found), dtype=torch.float64)
+    It counts motion too, which the baseline has as well: the difference to the baseline is what tells.
+    """
 
-    score = scored.Score(
+    def flicker(run: Run) -> Tensor:
+        values = ahead(lambda i: video.temporal_flicker(run.video(i)), range(len(run)), workers=2)
+        return torch.tensor(list(values), dtype=torch.float64)
+
+    score = paired_scores.Score(
         metric="flicker", key="flicker", family="video", better="lower", unit="levels",
         detail={"from": "counts motion too: read the difference"},
     )  # fmt: skip
-    values = {run.name: of(run) for run in (baseline, *runs)}
-    return scored.rows(score, values, baseline, runs, pairs, None if others is None else of(others))
+    values = {run.name: flicker(run) for run in (baseline, *runs)}
+    return paired_scores.rows(score, values, baseline, runs, pairs, None if others is None else flicker(others))
 
 
-def distances(baseline: Run, runs: Sequence[Run], others: Run | None, network: Network) -> list[Row]:
-    """The Fréchet distance of every run's clips to the baseline's (arXiv 1812.01717)."""
+def frechet_rows(baseline: Run, runs: Sequence[Run], others: Run | None, network: Network) -> list[Row]:
+    """Measure the Fréchet distance of every run's clips to the baseline's (arXiv 1812.01717)."""
 
     def features(run: Run) -> Tensor:
         clips = ahead(run.video, range(len(run)), workers=2)
         return video.clip_features(clips, network.function, network.sampling)
 
-    target = features(baseline)
+    base_features = features(baseline)
 
-    def distance(run: Run) -> video.VideoDistance:
+    def distance_to_baseline(run: Run) -> video.VideoDistance:
         return video.fvd(
-            features(run), target, sampling=network.sampling, extractor=network.name,
+            features(run), base_features, sampling=network.sampling, extractor=network.name,
             weights_sha256=network.weights_sha256,
         )  # fmt: skip
 
-    floor = None if others is None else distance(others).value
-    found = []
+    floor = None if others is None else distance_to_baseline(others).value
+    rows = []
     for run in runs:
-        made = distance(run)
+        distance = distance_to_baseline(run)
         note = f"to {baseline.name}, same seeds: not independent; {network.sampling.frames} frames a clip, stride "
         note += f"{network.sampling.stride}; published ones take {CUSTOMARY} clips"
-        found.append(
-            Row(metric="fvd", key=made.key, family="distribution", run=run.name, better="lower", value=made.value,
-                floor=floor, n=made.n, m=made.m, detail={**made.to_dict(), "from": note})
+        rows.append(
+            Row(metric="fvd", key=distance.key, family="distribution", run=run.name, better="lower",
+                value=distance.value, floor=floor, n=distance.n, m=distance.m,
+                detail={**distance.to_dict(), "from": note})
         )  # fmt: skip
-    return found
+    return rows

@@ -1,9 +1,9 @@
-"""Files of reference statistics: mean and covariance of features, and the features of KID files.
+"""Read and write files of reference statistics: mean and covariance of features, and the features of KID files.
 
-Read: ``.npz`` of pytorch-fid and EDM (``mu, sigma``), of ADM (also ``mu_s, sigma_s`` of spatial features, ``arr_0``
-images), of clean-fid (``mu, sigma``, or ``feats``), and EDM2's ``.pkl`` (a dict of such pairs by metric). Written:
-``.npz`` with ``mu, sigma`` and where they come from, which those packages can still read. No pickle is ever run: the
-``.pkl`` reader allows what rebuilds NumPy arrays and nothing else.
+Reads ``.npz`` of pytorch-fid and EDM (``mu, sigma``), of ADM (also ``mu_s, sigma_s`` of spatial features, ``arr_0``
+images), of clean-fid (``mu, sigma``, or ``feats``), and EDM2's ``.pkl`` (a dict of such pairs by metric). Writes
+``.npz`` with ``mu, sigma`` and their origin, which those packages can read too. No pickle is ever executed: the
+``.pkl`` reader only rebuilds NumPy arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.files import atomic
 
 VERSION = 1
-TOLERANCE = 1e-6  # of the largest entry for symmetry, of the largest eigenvalue for negative ones
+TOLERANCE = 1e-6  # asymmetry relative to the largest entry, negative eigenvalues relative to the largest
 _NUMPY = {
     (f"numpy.{core}.{module}", name)
     for core in ("core", "_core")
@@ -36,14 +36,14 @@ _ALLOWED = _NUMPY | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "enco
 
 @dataclass(frozen=True, eq=False)
 class StatisticsFile:
-    """Statistics of a reference set, as far as its file tells.
+    """Statistics of a reference set; None for whatever its file does not state.
 
     Attributes:
         moments: mean, covariance and number of images; ``moments.n`` is None where the file does not give it.
-        feature_name: extractor, such as "inception".
+        feature_name: name of the extractor, such as "inception".
         protocol: named protocol of preprocessing and extraction.
         weights_sha256: digest of the extractor's weights.
-        version: of this file format, 0 for a foreign file.
+        version: version of this file format, 0 for files of other packages.
         spatial: ADM's statistics of spatial features, for sFID.
     """
 
@@ -56,28 +56,28 @@ class StatisticsFile:
 
     @property
     def assumed(self) -> tuple[str, ...]:
-        """What the file does not say, so that a report has to print it as assumed."""
+        """Names of the properties that the file does not state, which a report has to print as assumed."""
         names = ("feature_name", "protocol", "weights_sha256")
         return (*(("n",) if self.moments.n is None else ()), *(name for name in names if getattr(self, name) is None))
 
 
 def read(path: str | Path, *, dim: int | None = None, metric: str | None = None) -> StatisticsFile:
-    """The statistics in an ``.npz`` or EDM2 ``.pkl`` file, checked: finite, symmetric, no negative eigenvalue.
+    """Read the statistics of an ``.npz`` or EDM2 ``.pkl`` file; check for finite, symmetric, positive semidefinite.
 
     Args:
         path: the file.
-        dim: number of features expected of it.
-        metric: which entry of a ``.pkl`` that holds several, such as "fid" or "fd_dinov2".
+        dim: expected number of features.
+        metric: entry of a ``.pkl`` that holds several, such as "fid" or "fd_dinov2".
 
     Raises:
-        DiffAccelError: no such file, not such a file, keys missing, or a matrix that is no covariance.
+        DiffAccelError: for a missing file, another format, missing keys, and a matrix that is not a covariance.
     """
     path = Path(path)
     values = _pickled(path, metric) if path.suffix.lower() == ".pkl" else _npz(path)
     if "mu" not in values or "sigma" not in values:
-        held = " It holds images: give it as a set of images." if "arr_0" in values else ""
-        held = held or (" It holds features for KID: use read_features." if "feats" in values else "")
-        raise DiffAccelError(f"'{path}' has no statistics 'mu' and 'sigma'; found: {_listed(values)}.{held}")
+        hint = " It holds images: give it as a set of images." if "arr_0" in values else ""
+        hint = hint or (" It holds features for KID: use read_features." if "feats" in values else "")
+        raise DiffAccelError(f"'{path}' has no statistics 'mu' and 'sigma'; found: {_quoted_keys(values)}.{hint}")
     n = _number(path, values.get("n", values.get("num_images")))
     spatial = None
     if "mu_s" in values and "sigma_s" in values:
@@ -93,7 +93,7 @@ def read(path: str | Path, *, dim: int | None = None, metric: str | None = None)
 
 
 def arrays(path: str | Path) -> frozenset[str]:
-    """The names of the arrays in an ``.npz``; ``mu`` and ``sigma`` for a ``.pkl``; none for anything else."""
+    """Return the names of the arrays in an ``.npz``; ``mu`` and ``sigma`` for a ``.pkl``; none for other files."""
     path = Path(path)
     if path.suffix.lower() == ".pkl":
         return frozenset({"mu", "sigma"})
@@ -104,10 +104,10 @@ def arrays(path: str | Path) -> frozenset[str]:
 
 
 def read_features(path: str | Path) -> Tensor:
-    """The features ``(n, d)`` in a clean-fid KID file (``feats``), float64."""
+    """Read the features ``(n, d)`` of a clean-fid KID file (``feats``), float64."""
     values = _npz(Path(path))
     if "feats" not in values:
-        raise DiffAccelError(f"'{path}' has no features 'feats'; found: {_listed(values)}.")
+        raise DiffAccelError(f"'{path}' has no features 'feats'; found: {_quoted_keys(values)}.")
     feats = values["feats"]
     if feats.ndim != 2 or feats.dtype.kind != "f":
         raise DiffAccelError(f"'{path}': 'feats' must be a matrix (n, d) of floats, got {feats.dtype} {feats.shape}.")
@@ -115,7 +115,7 @@ def read_features(path: str | Path) -> Tensor:
 
 
 def write(path: str | Path, statistics: StatisticsFile) -> None:
-    """An ``.npz`` that :func:`read`, pytorch-fid and EDM can read, whole or not at all."""
+    """Write an ``.npz`` that :func:`read`, pytorch-fid and EDM can read, atomically."""
     path = Path(path)
     if path.suffix.lower() != ".npz":
         raise DiffAccelError(f"Statistics are written as '.npz', got '{path.name}'.")
@@ -135,7 +135,7 @@ def write(path: str | Path, statistics: StatisticsFile) -> None:
 
 
 def _npz(path: Path) -> dict[str, NDArray[Any]]:
-    """Every array but images, which only count by their name."""
+    """Read the arrays of an ``.npz``; images ``arr_*`` are empty placeholders."""
     if not path.is_file():
         raise DiffAccelError(f"There is no file '{path}'.")
     try:
@@ -151,15 +151,17 @@ def _npz(path: Path) -> dict[str, NDArray[Any]]:
 
 
 class _NumpyOnly(pickle.Unpickler):
-    """Rebuilds arrays, numbers, strings and containers; any other name in the file is refused, not imported."""
+    """Unpickler of arrays, numbers, strings and containers; any other name in the file is refused, not imported."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a NumPy constructor; refuse any other name."""
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for '{module}.{name}'")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def _pickled(path: Path, metric: str | None) -> dict[str, Any]:
+    """Read the entry of ``metric`` from EDM2's ``.pkl``, or its top level where it has no entries."""
     if not path.is_file():
         raise DiffAccelError(f"There is no file '{path}'.")
     try:
@@ -182,6 +184,7 @@ def _pickled(path: Path, metric: str | None) -> dict[str, Any]:
 
 
 def _moments(path: Path, mean: Any, covariance: Any, n: int | None) -> Moments:
+    """Check a mean and a covariance, and build their moments in float64."""
     mean, covariance = np.asarray(mean), np.asarray(covariance)
     if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise DiffAccelError(f"'{path}': statistics must be floats, got {mean.dtype} and {covariance.dtype}.")
@@ -190,9 +193,9 @@ def _moments(path: Path, mean: Any, covariance: Any, n: int | None) -> Moments:
     mu, sigma = torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))
     if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
         raise DiffAccelError(f"'{path}' holds NaN or infinity. Compute it anew.")
-    uneven = float((sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300))
-    if uneven > TOLERANCE:
-        raise DiffAccelError(f"'{path}': the covariance is not symmetric, by {uneven:.2g} of its largest entry.")
+    asymmetry = float((sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300))
+    if asymmetry > TOLERANCE:
+        raise DiffAccelError(f"'{path}': the covariance is not symmetric, by {asymmetry:.2g} of its largest entry.")
     sigma = (sigma + sigma.T) / 2
     eigenvalues = torch.linalg.eigvalsh(sigma)
     if float(eigenvalues[0]) < -TOLERANCE * float(eigenvalues[-1].clamp_min(0)):
@@ -204,6 +207,7 @@ def _moments(path: Path, mean: Any, covariance: Any, n: int | None) -> Moments:
 
 
 def _number(path: Path, value: Any) -> int | None:
+    """Convert a scalar array to an int; None stays None."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -213,6 +217,7 @@ def _number(path: Path, value: Any) -> int | None:
 
 
 def _text(path: Path, value: Any) -> str | None:
+    """Convert a scalar array to a string; None stays None."""
     if value is None:
         return None
     array = np.asarray(value)
@@ -221,5 +226,5 @@ def _text(path: Path, value: Any) -> str | None:
     return str(array.item())
 
 
-def _listed(values: dict[str, Any]) -> str:
+def _quoted_keys(values: dict[str, Any]) -> str:
     return ", ".join(f"'{key}'" for key in sorted(map(str, values))) or "nothing"

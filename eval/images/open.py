@@ -1,4 +1,4 @@
-"""What :func:`diffaccel.eval.images.source.open_source` opens: one function for each kind of container."""
+"""Open images as a :class:`Source`: one function for each kind of container, and ``open_source`` for all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from diffaccel import record
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.eval.images import decode
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.images.source import Source, count_sizes, to_uint8
 
-_JUNK = "__MACOSX"
+_MAC_METADATA = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
-_AT_ONCE = 256  # headers that a thread reads
+_HEADERS_AT_ONCE = 256  # read by one thread
 
 
 def open_source(
@@ -33,18 +33,18 @@ def open_source(
     num: int | None = None,
     ids: Sequence[str] | None = None,
 ) -> Source:
-    """The images in a folder (recursive), a zip, an npz with ``arr_0`` (N, H, W, 3), or a tensor (N, 3, H, W).
+    """Open the images in a folder (recursive), a zip, an npz with ``arr_0`` (N, H, W, 3), or a tensor (N, 3, H, W).
 
-    An npz with ``mu`` and ``sigma`` instead is of kind "statistics". Floats in a tensor are taken as [0, 1].
+    An npz with ``mu`` and ``sigma`` instead becomes a source of kind "statistics". Floats in a tensor are in [0, 1].
 
     Args:
         source: a path, or the images themselves.
         num: take the first ``num`` in the order of ids.
-        ids: of the images of a tensor.
+        ids: ids of the images of a tensor.
 
     Raises:
-        DiffAccelError: for what is not there or holds no images, for fewer than ``num``, for ids that are not unique,
-            and for files that have no exact RGB form, naming the first.
+        DiffAccelError: for a path that does not exist or holds no images, for fewer images than ``num``, for ids that
+            are not unique, and for files that have no exact RGB form, naming the first.
     """
     if num is not None and num < 1:
         raise DiffAccelError(f"The number of images must be at least 1; got {num}.")
@@ -65,47 +65,50 @@ def open_source(
 
 
 def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = None) -> Source:
-    """Some files of a folder; without ``files`` a run's pictures, or every image below, hidden files left out."""
-    found = list(files) if files is not None else _of_run(path)
-    if found is None:
-        found = []
-        for folder, _, inside in os.walk(path):
-            where = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
-            found += [f"{where}{name}" for name in inside if os.path.isfile(f"{folder}/{name}")]
+    """Open the ``files`` of a folder; by default a run's pictures, or every image below it that is not hidden."""
+    names = list(files) if files is not None else _files_of_run(path)
+    if names is None:
+        names = []
+        for folder, _, entries in os.walk(path):
+            prefix = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
+            names += [f"{prefix}{name}" for name in entries if os.path.isfile(f"{folder}/{name}")]
 
-    def read(name: str) -> bytearray:  # memory that a decoder takes as it is
+    def read(name: str) -> bytearray:  # writable memory, which torch's decoder takes without a copy
         with open(f"{path}/{name}", "rb") as file:
             data = bytearray(os.fstat(file.fileno()).st_size)
             del data[file.readinto(data) :]
         return data
 
-    return _of_files(path, "folder", found, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
+    return _of_files(path, "folder", names, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
 
 
-def _of_run(path: Path) -> list[str] | None:
-    """The pictures of a run of diffaccel, beside which plots and what a search kept may lie; None for other folders."""
+def _files_of_run(path: Path) -> list[str] | None:
+    """List the pictures of a finished run of diffaccel; return None for other folders.
+
+    The folder of a run may also hold plots and the candidates of a search.
+    """
     try:
-        made = record.read(path / record.RUN, record.SAMPLE)
-    except DiffAccelError:  # a file of that name by someone else
+        run = record.read(path / record.RUN, record.SAMPLE)
+    except DiffAccelError:  # a file of that name from another program
         return None
-    if made is None:
+    if run is None:
         return None
-    check_finished(made, path)
-    return [entry["file"] for entry in made["images"]]
+    check_finished(run, path)
+    return [entry["file"] for entry in run["images"]]
 
 
-def check_finished(made: dict[str, Any], path: str | Path) -> None:
-    """Refuse the record of a run that was stopped."""
-    if made["state"] != "finished":
+def check_finished(run: dict[str, Any], path: str | Path) -> None:
+    """Refuse the record of an unfinished run."""
+    if run["state"] != "finished":
         raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
 
 
 def of_zip(path: Path, num: int | None) -> Source:
-    """Every image in a zip archive."""
+    """Open every image in a zip archive."""
     archives: dict[int, zipfile.ZipFile] = {}
 
     def archive() -> zipfile.ZipFile:
-        """Each process opens its own: forked ones share a file's position, and would move it under each other."""
+        """Open the archive once a process: forked processes share a file's position and would disturb each other."""
         if (process := os.getpid()) not in archives:
             archives[process] = zipfile.ZipFile(path)
         return archives[process]
@@ -125,11 +128,11 @@ def of_zip(path: Path, num: int | None) -> Source:
 
 
 def of_npz(path: Path, num: int | None) -> Source:
-    """``arr_0`` (N, H, W, 3) uint8, or statistics. Nothing is unpickled."""
+    """Open an npz of ``arr_0`` (N, H, W, 3) uint8, or of statistics. Nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             keys = list(archive.files)
-        pixels = _array(path, PIXELS) if PIXELS in keys else None
+        pixels = _npz_array(path, PIXELS) if PIXELS in keys else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DiffAccelError(f"'{path}' cannot be read as an npz ({error}). Make it again.") from error
     if pixels is None:
@@ -153,7 +156,7 @@ def of_npz(path: Path, num: int | None) -> Source:
 
 
 def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: str = "the tensor") -> Source:
-    """Images in memory: uint8, or floats in [0, 1]."""
+    """Open images in memory: uint8, or floats in [0, 1]."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise DiffAccelError(f"Images must have shape (N, 3, H, W); {name} has {tuple(images.shape)}.")
     if ids is not None and len(ids) != len(images):
@@ -165,14 +168,14 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
             f"'{names[int(bad.nonzero()[0])]}'. Look at the network that made them."
         )
     images = to_uint8(images)
-    order = _chosen(names, num, name)
+    order = _order(names, num, name)
     if order != list(range(len(images))):
         images = images[order] if order != list(range(len(order))) else images[: len(order)]
 
-    def block(within: Sequence[int]) -> Tensor:
-        first, last = within[0], within[-1] + 1
-        contiguous = last - first == len(within) and list(within) == list(range(first, last))
-        return images[first:last] if contiguous else images[list(within)]
+    def block(positions: Sequence[int]) -> Tensor:
+        start, stop = positions[0], positions[-1] + 1
+        contiguous = stop - start == len(positions) and list(positions) == list(range(start, stop))
+        return images[start:stop] if contiguous else images[list(positions)]
 
     return Source(
         name="tensor", kind="tensor", ids=tuple(names[i] for i in order), block=block,
@@ -184,62 +187,66 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
 def _of_files(
     path: Path,
     kind: str,
-    found: list[str],
+    candidates: list[str],
     num: int | None,
     read: Callable[[str], decode.Data],
-    handle: Callable[[str], BinaryIO],
+    open_file: Callable[[str], BinaryIO],
 ) -> Source:
-    files = [(name, clean) for name in found if _wanted(clean := _cleaned(name))]
+    """Open the images among ``candidates``, the paths of files in a container."""
+    files = [(name, clean) for name in candidates if _is_image(clean := _normalised(name))]
     ids = [posixpath.splitext(clean)[0] for _, clean in files]
-    order = _chosen(ids, num, f"'{path}'")
-    folders = len({posixpath.dirname(clean) for _, clean in files})
-    files = [files[i] for i in order]
-    names = [name for name, _ in files]  # as they were found: an archive knows './a.png' by no other name
+    order = _order(ids, num, f"'{path}'")
+    names = [files[i][0] for i in order]  # not normalised: an archive knows './a.png' by no other name
 
-    def look(name: str) -> decode.Header:
-        with handle(name) as file:
-            return decode.header(file, name)
+    def read_header(name: str) -> decode.Header:
+        with open_file(name) as file:
+            return decode.read_header(file, name)
 
-    # many in a row, in few threads: a header takes less than handing it from one to another does
-    headers = list(ahead(look, names, workers=2, each=_AT_ONCE))
+    # many headers at once in few threads: handing one over takes longer than reading it
+    headers = list(ahead(read_header, names, workers=2, chunk=_HEADERS_AT_ONCE))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
-        files=dict(zip((ids[i] for i in order), names, strict=True)), sizes=count_sizes(h.size for h in headers),
-        path=path, threads=all(h.simple for h in headers),
+        files=dict(zip((ids[i] for i in order), names, strict=True)),
+        sizes=count_sizes(header.size for header in headers), path=path,
+        threads=all(header.simple for header in headers),
         image=lambda index: decode.decode(read(names[index]), names[index]), content=lambda index: read(names[index]),
     )  # fmt: skip
-    lossy = sum(h.lossy for h in headers)
-    if lossy:
+    source.warnings += _warnings(path, headers, source.sizes)
+    folders = [posixpath.dirname(clean) for _, clean in files]
+    used = len({folders[i] for i in order})
+    if used < len(set(folders)):
         source.warnings.append(
-            f"{lossy} of {len(names)} images in '{path}' are stored with loss (JPEG, lossy WebP): distances move."
+            f"The first {len(names)} images of '{path}' come from {used} of its {len(set(folders))} folders."
         )
-    if len(source.sizes) > 1:
-        some = ", ".join(f"{n} of {w}x{h}" for (h, w), n in list(source.sizes.items())[:4])
-        source.warnings.append(
-            f"'{path}' holds images of {len(source.sizes)} sizes: {some}{', ...' if len(source.sizes) > 4 else ''}."
-        )
-    used = len({posixpath.dirname(clean) for _, clean in files})
-    if used < folders:
-        source.warnings.append(f"The first {len(names)} images of '{path}' come from {used} of its {folders} folders.")
     return source
 
 
-def _cleaned(name: str) -> str:
-    """Without the "." and the empty parts that archives may have in their paths."""
+def _warnings(path: Path, headers: Sequence[decode.Header], sizes: Mapping[tuple[int, int], int]) -> Iterator[str]:
+    """Yield warnings about lossy compression and images of several sizes."""
+    lossy = sum(header.lossy for header in headers)
+    if lossy:
+        yield f"{lossy} of {len(headers)} images in '{path}' are stored with loss (JPEG, lossy WebP): distances move."
+    if len(sizes) > 1:
+        examples = ", ".join(f"{count} of {size_text(*size)}" for size, count in list(sizes.items())[:4])
+        yield f"'{path}' holds images of {len(sizes)} sizes: {examples}{', ...' if len(sizes) > 4 else ''}."
+
+
+def _normalised(name: str) -> str:
+    """Drop the "." and the empty parts that paths in archives may have."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _wanted(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == _JUNK for part in name.split("/"))
+def _is_image(name: str) -> bool:
+    hidden = any(part.startswith(".") or part == _MAC_METADATA for part in name.split("/"))
     return posixpath.splitext(name)[1].lower() in decode.SUFFIXES and not hidden
 
 
-def _chosen(ids: list[str], num: int | None, name: str) -> list[int]:
-    """Positions in the order of ids, the first ``num`` of them."""
+def _order(ids: list[str], num: int | None, name: str) -> list[int]:
+    """Return the positions of the first ``num`` images in the order of ids; refuse duplicates and missing images."""
     order = sorted(range(len(ids)), key=lambda i: ids[i])
-    for one, other in itertools.pairwise(order):
-        if ids[one] == ids[other]:
-            raise DiffAccelError(f"Two images of {name} have the id '{ids[one]}'. Ids must be unique: rename one.")
+    for first, second in itertools.pairwise(order):
+        if ids[first] == ids[second]:
+            raise DiffAccelError(f"Two images of {name} have the id '{ids[first]}'. Ids must be unique: rename one.")
     if not ids:
         raise DiffAccelError(f"{name} holds no images. Known files: {', '.join(decode.SUFFIXES)}.")
     if num is not None and num > len(ids):
@@ -248,29 +255,32 @@ def _chosen(ids: list[str], num: int | None, name: str) -> list[int]:
 
 
 def _content(image: Tensor) -> bytes:
-    """What tells an image's pixels from any other's."""
+    """Serialise the shape and the pixels of an image ``(3, H, W)``."""
     pixels = image.cpu().contiguous()
     return f"{pixels.shape[1]} {pixels.shape[2]} ".encode() + pixels.numpy().tobytes()
 
 
-def _array(path: Path, key: str) -> np.ndarray[Any, Any]:
-    """An array of an npz; one that is stored without compression stays on the disk until it is read."""
+def _npz_array(path: Path, key: str) -> np.ndarray[Any, Any]:
+    """Read an array of an npz; map it from the disk where it is stored without compression."""
     with zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
         if entry.compress_type == zipfile.ZIP_STORED:
             with archive.open(entry) as file:
-                version = np.lib.format.read_magic(file)
-                reader = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                formats = np.lib.format
+                version = formats.read_magic(file)
+                read_array_header = (
+                    formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
                 )
-                shape, fortran, dtype = reader(file)
-                header = file.tell()
-            with open(
-                path, "rb"
-            ) as raw:  # the entry's data come after a header of 30 bytes, its name and its extra field
-                raw.seek(entry.header_offset + 26)
-                start = entry.header_offset + 30 + sum(np.frombuffer(raw.read(4), "<u2").tolist())
+                shape, fortran, dtype = read_array_header(file)
+                array_header = file.tell()
             if not fortran and not dtype.hasobject:
-                return np.memmap(path, dtype, "c", start + header, shape)
+                return np.memmap(path, dtype, "c", _entry_start(path, entry) + array_header, shape)
     with np.load(path, allow_pickle=False) as loaded:
         return np.asarray(loaded[key])
+
+
+def _entry_start(path: Path, entry: zipfile.ZipInfo) -> int:
+    """Return where the data of a zip's entry begin: after 30 bytes, its name and its extra field."""
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset + 26)
+        return entry.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())

@@ -1,8 +1,8 @@
-"""Work done ahead of whoever takes its results: in threads, or in processes where there is much of it and many cores.
+"""Read ahead: map a function over items before the consumer asks, in threads or in forked processes.
 
-Threads feed a GPU where others run while one works: torch's operators do so, Pillow only while it decodes. Processes
-always do, but are slow to start. They are forked by torch's own loader, and send what they made through shared memory,
-a whole batch at a time.
+Threads feed a GPU where they let each other run while one works: torch's operators do so, Pillow only while it decodes.
+Processes always do, but are slow to start, so they are used for many items on many cores. They are forked by torch's
+DataLoader, and send their results through shared memory, a whole batch at a time.
 """
 
 from __future__ import annotations
@@ -21,34 +21,41 @@ from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MANY, CORES = 2000, 4  # items and cores from which processes are worth their start
-_MOST = 16  # threads or processes
-_EACH = 4  # items that a thread takes at once: handed over one by one they keep threads waiting for each other
-_WAITING = 2  # batches of each process that nobody has taken yet
-_SHARED = Path("/dev/shm")  # what waits lies here; containers often have little of it
+MIN_ITEMS, MIN_CORES = 2000, 4  # items and cores from which processes are worth their start
+_MAX_WORKERS = 16  # threads or processes
+_CHUNK = 4  # items a thread takes at once: handed over one by one, they make threads wait for each other
+_PREFETCHED = 2  # batches of each process that wait for the consumer
+_SHARED_MEMORY = Path("/dev/shm")  # holds the waiting batches; containers often have little of it
 
 
 def ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None, each: int = 1
+    function: Callable[[Item], Result], items: Iterable[Item], *, workers: int | None = None, chunk: int = 1
 ) -> Iterator[Result]:
-    """``map`` in threads, which take ``each`` items at once, in order, with a bounded number of results waiting."""
-    workers = workers or _suits(os.cpu_count() or 1)
-    waiting: deque[Future[list[Result]]] = deque()
-    left = iter(items)
+    """Map ``function`` over ``items`` in threads, in order, with a bounded number of results waiting.
+
+    Args:
+        function: of an item; whatever it raises is raised where its result would come.
+        items: any number of them.
+        workers: number of threads; by default what suits the number of cores.
+        chunk: items that a thread takes at once.
+    """
+    workers = workers or _worker_count(os.cpu_count() or 1)
+    pending: deque[Future[list[Result]]] = deque()
+    remaining = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            while some := list(itertools.islice(left, each)):
-                waiting.append(pool.submit(lambda some: [function(item) for item in some], some))
-                if len(waiting) > max(8 * workers // each, workers):
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:  # left early: by an error, or by whoever took the results
-            for future in waiting:
+            while batch := list(itertools.islice(remaining, chunk)):
+                pending.append(pool.submit(lambda batch: [function(item) for item in batch], batch))
+                if len(pending) > max(8 * workers // chunk, workers):
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:  # also after an error, or when the consumer stops early
+            for future in pending:
                 future.cancel()
 
 
-def groups(
+def map_batches(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     size: int,
@@ -56,55 +63,55 @@ def groups(
     processes: int | None = None,
     pinned: bool = False,
 ) -> Iterator[Tensor | list[Result]]:
-    """``function`` of every item, in order, ``size`` results at a time; tensors of one shape come as one tensor.
+    """Map ``function`` over ``items``, in order, ``size`` results at a time; tensors of one shape are stacked.
 
     Args:
-        function: of an item; whatever it raises comes out here.
+        function: of an item; whatever it raises is raised here.
         items: all of them.
-        size: results in a group.
-        processes: that work; 0 works in threads. By default the number that suits the count of items and cores.
-        pinned: tensors come in memory that a GPU copies from while it works.
+        size: results in a batch.
+        processes: number of worker processes; 0 works in threads. By default what suits the items and cores.
+        pinned: return tensors in page-locked memory, from which a GPU copies while it computes.
     """
     if processes is None:
-        processes = _worth(function, items, size)
+        processes = _process_count(function, items, size)
     if processes == 0:
-        results = ahead(function, items, each=_EACH)
-        while some := list(itertools.islice(results, size)):
-            yield _together(some, pinned)
+        results = ahead(function, items, chunk=_CHUNK)
+        while batch := list(itertools.islice(results, size)):
+            yield _stack_if_equal(batch, pinned)
         return
     from torch.utils.data import DataLoader
 
     loader: Any = DataLoader(
         _Calls(function, items),  # type: ignore[arg-type]
-        batch_size=size, collate_fn=_collate, num_workers=processes, prefetch_factor=_WAITING,
+        batch_size=size, collate_fn=_collate, num_workers=processes, prefetch_factor=_PREFETCHED,
         multiprocessing_context="fork", pin_memory=pinned,
     )  # fmt: skip
-    for found in loader:
-        if isinstance(found, Exception):
-            raise found
-        yield found
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
-def _suits(cores: int) -> int:
-    """How many work; some cores are left to whoever takes the results: a GPU that waits for a thread costs more."""
-    return min(_MOST, cores - cores // 4)
+def _worker_count(cores: int) -> int:
+    """Return the number of workers. Some cores stay free for the consumer: a GPU that waits for it costs more."""
+    return min(_MAX_WORKERS, cores - cores // 4)
 
 
-def _worth(function: Callable[[Item], Any], items: Sequence[Item], size: int) -> int:
-    """How many processes; 0 where few items, few cores or little shared memory make threads better."""
+def _process_count(function: Callable[[Item], Any], items: Sequence[Item], size: int) -> int:
+    """Return the number of processes; 0 where few items, few cores or little shared memory favour threads."""
     cores = os.cpu_count() or 1
-    if len(items) < MANY or cores < CORES or sys.platform != "linux":
+    if len(items) < MIN_ITEMS or cores < MIN_CORES or sys.platform != "linux":
         return 0
-    most = _suits(cores)
-    if isinstance(one := function(items[0]), Tensor):
-        free = os.statvfs(_SHARED)
-        room = free.f_bavail * free.f_frsize // 2  # others may use it too
-        most = min(most, room // (_WAITING * size * one.nbytes))
-    return most if most > 1 else 0
+    count = _worker_count(cores)
+    if isinstance(result := function(items[0]), Tensor):
+        status = os.statvfs(_SHARED_MEMORY)
+        available = status.f_bavail * status.f_frsize // 2  # half of it is left to other programs
+        count = min(count, available // (_PREFETCHED * size * result.nbytes))
+    return count if count > 1 else 0
 
 
 class _Calls:
-    """A dataset of calls. An error is a result: the loader would wrap it in the text of a traceback."""
+    """Dataset of calls. An error is returned as a result: the loader would wrap it in the text of a traceback."""
 
     def __init__(self, function: Callable[[Item], Any], items: Sequence[Item]) -> None:
         self.function, self.items = function, items
@@ -119,13 +126,15 @@ class _Calls:
             return error
 
 
-def _collate(found: list[Any]) -> Any:
-    return next((one for one in found if isinstance(one, Exception)), None) or _together(found)
+def _collate(results: list[Any]) -> Any:
+    """Return the first error among the results, or else the results as one batch."""
+    error = next((result for result in results if isinstance(result, Exception)), None)
+    return error or _stack_if_equal(results)
 
 
-def _together(found: list[Any], pinned: bool = False) -> Any:
-    """One tensor where all have one shape: a message costs by its tensors, not by its bytes."""
-    if not all(isinstance(one, Tensor) for one in found) or len({one.shape for one in found}) > 1:
-        return found
-    out = torch.empty(len(found), *found[0].shape, dtype=found[0].dtype, pin_memory=True) if pinned else None
-    return torch.stack(found, out=out)
+def _stack_if_equal(results: list[Any], pinned: bool = False) -> Any:
+    """Stack tensors of one shape: a message between processes costs by its tensors, not by its bytes."""
+    if not all(isinstance(result, Tensor) for result in results) or len({result.shape for result in results}) > 1:
+        return results
+    out = torch.empty(len(results), *results[0].shape, dtype=results[0].dtype, pin_memory=True) if pinned else None
+    return torch.stack(results, out=out)

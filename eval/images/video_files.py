@@ -1,4 +1,4 @@
-"""Frames of a video file."""
+"""Read the frames of a video file with ffmpeg."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffaccel.errors import DiffAccelError, first_line
 
 
 def read_video(path: Path) -> Tensor:
-    """Every frame of a video, as ffmpeg decodes it: uint8 ``(T, 3, H, W)``.
+    """Read every frame of a video, as ffmpeg decodes it: uint8 ``(T, 3, H, W)``.
 
     Raises:
         DiffAccelError: for a file that ffmpeg cannot read, or one without a frame.

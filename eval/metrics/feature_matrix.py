@@ -1,4 +1,4 @@
-"""Feature matrices ``(n, d)``: one check for every metric that takes them."""
+"""Validation of feature matrices ``(n, d)``, shared by every metric that takes them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 
-ROWS = 8192  # rows that are turned into float64 at a time
+ROWS = 8192  # rows converted to float64 at a time
 
 
-def checked(features: Tensor, what: str = "features", *, least: int = 1) -> Tensor:
-    """``features`` as they are, or on the CPU where the device has no float64.
+def checked(features: Tensor, label: str = "features", *, least: int = 1) -> Tensor:
+    """Validate a feature matrix and return it unchanged, or on the CPU where the device has no float64.
 
     Raises:
-        DiffAccelError: not a floating-point matrix ``(n, d)``, fewer than ``least`` rows, or NaN or infinity in it.
+        DiffAccelError: naming ``label``, for anything but a floating-point matrix ``(n, d)``, for fewer than ``least``
+            rows, and for NaN or infinity.
     """
     if not isinstance(features, Tensor) or features.ndim != 2 or not features.is_floating_point():
         got = f"{features.dtype} {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
-        raise DiffAccelError(f"{what}: expected a floating-point tensor (n, d), got {got}.")
+        raise DiffAccelError(f"{label}: expected a floating-point tensor (n, d), got {got}.")
     n, d = features.shape
     if n < least or d < 1:
-        raise DiffAccelError(f"{what}: {n} rows of {d} features are too few; at least {max(least, 1)} rows are needed.")
+        raise DiffAccelError(
+            f"{label}: {n} rows of {d} features are too few; at least {max(least, 1)} rows are needed."
+        )
     bad = torch.cat([~torch.isfinite(rows).all(1) for rows in features.split(ROWS)])
     if bad.any():
         first = int(bad.nonzero()[0])
         raise DiffAccelError(
-            f"{what}: {int(bad.sum())} of {n} rows hold NaN or infinity, the first is row {first}. "
+            f"{label}: {int(bad.sum())} of {n} rows hold NaN or infinity, the first is row {first}. "
             "Look at the image of that row, or run the network in a wider dtype."
         )
     return features.cpu() if features.device.type == "mps" else features
 
 
 def checked_pair(x: Tensor, y: Tensor, names: tuple[str, str], *, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both matrices checked, of one dimension, the second on the device of the first."""
+    """Validate two matrices of one dimension, and return them with the second on the device of the first."""
     x, y = checked(x, names[0], least=least), checked(y, names[1], least=least)
     if x.shape[1] != y.shape[1]:
         raise DiffAccelError(
@@ -44,7 +47,7 @@ def checked_pair(x: Tensor, y: Tensor, names: tuple[str, str], *, least: int = 1
 
 
 def paired(a: Tensor, b: Tensor) -> None:
-    """Refuse two runs whose rows cannot be of the same ids."""
+    """Raise where the rows of two runs cannot be of the same ids."""
     if len(a) != len(b):
         raise DiffAccelError(
             f"A paired difference needs the same ids in both runs; got {len(a)} and {len(b)} rows. "

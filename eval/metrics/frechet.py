@@ -4,7 +4,7 @@
 last trace is the nuclear norm of ``L_x^T L_y``: its singular values are the square roots of the eigenvalues of
 ``S_x S_y``, so no square root is taken of round-off and a rank-deficient covariance costs no digits. ``L`` is
 ``U sqrt(lambda)`` from an eigendecomposition, or the centred features themselves where there are fewer rows than
-dimensions. Nothing is ever added to a diagonal.
+dimensions. No epsilon is ever added to a diagonal.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics.feature_matrix import ROWS, checked, checked_pair
 
-ROUND_OFF = 1e-8  # of the sum of both traces: below what float32 features resolve
+ROUND_OFF = 1e-8  # share of the sum of both traces, below the resolution of float32 features
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and scatter of features, in float64; parts of one set merge into the whole.
+    """Count, mean and scatter matrix of features, in float64; those of parts of a set merge into those of the whole.
 
     Attributes:
-        n: number of rows; None for a covariance from a file that does not tell it.
+        n: number of rows; None for a covariance from a file that does not give it.
         mean: ``(d,)``.
         m2: ``(d, d)``, the sum of ``(f - mean)(f - mean)^T`` over rows; the covariance itself where ``n`` is None.
     """
@@ -37,7 +37,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Of a matrix ``(n, d)`` of any floating dtype, centred before it is squared.
+        """Compute the moments of a matrix ``(n, d)`` of any floating dtype, centred before it is squared.
 
         Raises:
             DiffAccelError: see :func:`diffaccel.eval.metrics.feature_matrix.checked`.
@@ -53,7 +53,7 @@ class Moments:
 
     @classmethod
     def from_covariance(cls, mean: Tensor, covariance: Tensor, n: int | None = None) -> Moments:
-        """From a mean ``(d,)`` and an unbiased covariance ``(d, d)`` of ``n`` rows, if that is known."""
+        """Build moments from a mean ``(d,)`` and an unbiased covariance ``(d, d)`` of ``n`` rows, if that is known."""
         d = mean.shape[0] if mean.ndim == 1 else 0
         if covariance.shape != (d, d):
             shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
@@ -72,7 +72,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased, ``m2 / (n - 1)``; needs two rows."""
+        """Unbiased covariance, ``m2 / (n - 1)``; needs two rows."""
         if self.n is None:
             return self.m2
         if self.n < 2:
@@ -80,7 +80,7 @@ class Moments:
         return self.m2 / (self.n - 1)
 
     def merge(self, other: Moments) -> Moments:
-        """Of both sets together, by the pairwise update of Chan, Golub and LeVeque (1979).
+        """Compute the moments of both sets together, by the pairwise update of Chan, Golub and LeVeque (1979).
 
         ``M2 = M2_a + M2_b + delta delta^T n_a n_b / (n_a + n_b)`` with ``delta = mean_b - mean_a``.
         """
@@ -95,7 +95,7 @@ class Moments:
 
 
 def merge_all(parts: Sequence[Moments]) -> Moments:
-    """All parts merged in the order given, which therefore must not depend on who finished first."""
+    """Merge parts in the order given; for reproducible bits that order must not depend on which part finished first."""
     if not parts:
         raise DiffAccelError("There are no moments to merge: no features were given.")
     total = parts[0]
@@ -106,7 +106,7 @@ def merge_all(parts: Sequence[Moments]) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """A Gaussian ready for :func:`between`: ``factor (d, r)`` with ``factor factor^T = covariance``."""
+    """Gaussian in the form that :func:`between` takes: ``factor (d, r)`` with ``factor factor^T = covariance``."""
 
     mean: Tensor
     trace: Tensor
@@ -114,7 +114,7 @@ class Gaussian:
 
 
 def gaussian(source: Tensor | Moments) -> Gaussian:
-    """The Gaussian of features ``(n, d)`` or of moments, at least two rows.
+    """Fit the Gaussian of features ``(n, d)`` or of moments, at least two rows.
 
     Features with fewer rows than dimensions are their own factor: ``(f - mean)^T / sqrt(n - 1)``.
     """
@@ -131,7 +131,7 @@ def gaussian(source: Tensor | Moments) -> Gaussian:
 
 
 def _factor(covariance: Tensor, n: int | None) -> Tensor:
-    """``U sqrt(lambda)`` without the directions that hold nothing but round-off."""
+    """Factor a covariance as ``U sqrt(lambda)``, without the directions that hold nothing but round-off."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     d, largest = len(values), float(values[-1].clamp_min(0))
     if float(values[0]) < -1e-6 * largest:
@@ -146,16 +146,16 @@ def _factor(covariance: Tensor, n: int | None) -> Tensor:
 
 
 def between(x: Gaussian, y: Gaussian) -> float:
-    """The distance of two Gaussians, ``|mu_x - mu_y|^2 + tr S_x + tr S_y - 2 |L_x^T L_y|_*``.
+    """Compute the distance of two Gaussians, ``|mu_x - mu_y|^2 + tr S_x + tr S_y - 2 |L_x^T L_y|_*``.
 
-    Magnitudes under 1e-8 of both traces are zero to rounding and come back as 0.
+    Magnitudes under 1e-8 of the sum of both traces are rounding errors and are returned as 0.
 
     Raises:
-        ArithmeticError: for a value below that, which exact arithmetic cannot give.
+        ArithmeticError: for a value that is more negative than that, which exact arithmetic cannot give.
     """
     device = x.mean.device
     cross = x.factor.T @ y.factor.to(device)
-    # of cuSOLVER's ways Jacobi, the default, is much slower at this size and no more exact
+    # cuSOLVER's default, Jacobi, is much slower at this size and no more accurate
     nuclear = torch.linalg.svdvals(cross, driver="gesvd" if cross.is_cuda else None).sum()
     traces = x.trace + y.trace.to(device)
     value = float((x.mean - y.mean.to(device)).square().sum() + traces - 2 * nuclear)
@@ -166,7 +166,7 @@ def between(x: Gaussian, y: Gaussian) -> float:
 
 
 def distance(x: Moments, y: Moments) -> float:
-    """Fréchet distance from statistics. It depends on the number of images: print ``n`` and ``m`` beside it.
+    """Compute the Fréchet distance of statistics. It depends on the number of images: print ``n`` and ``m`` beside it.
 
     Raises:
         DiffAccelError: other dimensions, fewer than two rows, or a matrix that is no covariance.
@@ -177,7 +177,7 @@ def distance(x: Moments, y: Moments) -> float:
 
 
 def distance_of_features(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance of two feature matrices ``(n, d)`` and ``(m, d)``, at least two rows each.
+    """Compute the Fréchet distance of two feature matrices ``(n, d)`` and ``(m, d)``, at least two rows each.
 
     With fewer rows than dimensions no covariance is formed: the trace term is ``|X Y^T|_* / sqrt((n-1)(m-1))`` of the
     centred features.

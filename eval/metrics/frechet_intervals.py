@@ -1,8 +1,8 @@
-"""What a Fréchet distance owes to its sample: bias at finite n, extrapolation to infinity, intervals.
+"""Sampling error of a Fréchet distance: bias at finite n, extrapolation to infinite n, confidence intervals.
 
 The reference is held fixed throughout: intervals tell how far other samples of the same model would move the number.
-Naive bootstraps are wrong here, since repeated rows act like fewer images and the distance grows with 1/n. Everything
-below draws without replacement.
+The ordinary bootstrap is wrong here, since repeated rows act like fewer images and the distance grows with 1/n.
+Everything below draws without replacement.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Fit = Literal["linear", "quadratic"]
 
 
 def expected_bias(d: int, n: int, m: int | None = None) -> float:
-    """What the distance of two equal Gaussians ``N(0, I_d)`` is on average, to first order: ``(d/n) (1 + (d+1)/4)``.
+    """Return the mean distance of two equal Gaussians ``N(0, I_d)``, to first order: ``(d/n) (1 + (d+1)/4)``.
 
-    The first part is the squared error of the mean, the second that of the covariance's square root. ``n`` counts the
-    samples; a reference estimated from ``m`` images adds as much for ``m``. Only a guide for other covariances, and
-    too large where ``n`` is not well above ``d``.
+    The first term is the squared error of the mean, the second that of the covariance's square root. ``n`` is the
+    number of samples; a reference estimated from ``m`` images adds the same terms in ``m``. For other covariances the
+    value is only a guide, and it is too large where ``n`` is not well above ``d``.
     """
     if d < 1 or n < 1 or (m is not None and m < 1):
         raise DiffAccelError(f"Dimensions and counts must be positive, got d={d}, n={n}, m={m}.")
@@ -42,12 +42,12 @@ class Infinity:
 
     Attributes:
         interval: the intercept and its 95 % interval.
-        slope: of the straight line, per ``1/n``; the bias at ``n`` images is about ``slope / n``.
-        r2: share of the variance that the fitted curve explains.
+        slope: slope of the straight line, per ``1/n``; the bias at ``n`` images is about ``slope / n``.
+        r2: share of the variance explained by the fitted curve.
         fit: "linear" or "quadratic" in ``1/n``.
         sizes: numbers of images.
         values: mean distance at each size.
-        warning: what makes the number doubtful, or "".
+        warning: why the number is doubtful, or "".
     """
 
     interval: Interval
@@ -60,30 +60,29 @@ class Infinity:
 
     @property
     def value(self) -> float:
-        """The intercept."""
+        """Intercept of the fit."""
         return self.interval.value
 
 
 def infinity(
     features: Tensor, reference: Tensor | Moments, *, sizes: int = 15, fit: Fit = "linear", seed: int = 0
 ) -> Infinity:
-    """FD-infinity (Chong & Forsyth, arXiv 1911.07023): the intercept of the distance as a function of ``1/n``.
+    """Compute FD-infinity (arXiv 1911.07023): the intercept of the distance as a function of ``1/n``.
 
-    Sizes lie evenly in ``1/n`` from ``n/10`` to ``n``. Where the paper takes one random subset of each size, here as
-    many disjoint ones as there are go into the mean, which about halves the variance and takes some 75 distances for
-    15 sizes. The straight line is the paper's; it is biased, mostly downwards, where the smallest size is not well
-    above ``d``, and the quadratic takes most of that away.
+    Sizes lie evenly in ``1/n`` from ``n/10`` to ``n``. The paper (Chong & Forsyth) takes one random subset of each
+    size; here the mean is over as many disjoint subsets as there are, which about halves the variance and takes some
+    75 distances for 15 sizes. The straight line is the paper's; it is biased, mostly downwards, where the smallest
+    size is not well above ``d``, and the quadratic removes most of that bias.
 
-    The interval is Student's, from the spread of the ten disjoint subsets of size ``n/10`` (the luck of these very
-    images) and the residuals of the fit; for the line it is widened by the distance to the quadratic's intercept (the
-    error of its form).
+    The interval is Student's, from the spread of the ten disjoint subsets of size ``n/10`` (sampling error) and the
+    residuals of the fit; for the line it is widened by the distance to the quadratic's intercept (model error).
 
     Args:
         features: ``(n, d)``, at least 100 rows.
         reference: features ``(m, d)`` or moments.
-        sizes: at least 5.
+        sizes: number of sizes, at least 5.
         fit: "linear" or "quadratic".
-        seed: of the subsets.
+        seed: seed of the subsets.
     """
     n, d = checked(features, least=100).shape
     if fit not in ("linear", "quadratic"):
@@ -93,13 +92,7 @@ def infinity(
     target = _target(reference, d)
     generator = torch.Generator().manual_seed(seed)
     counts = [int(n / s) for s in torch.linspace(SHARDS, 1, sizes, dtype=torch.float64).tolist()]
-    values, shards = [], torch.empty(0)
-    for count in counts:
-        order = torch.randperm(n, generator=generator).to(features.device)
-        parts = order[: n // count * count].view(-1, count)
-        found = torch.tensor([between(gaussian(features[part]), target) for part in parts], dtype=torch.float64)
-        values.append(float(found.mean()))
-        shards = found if count == counts[0] else shards
+    values, shards = _subset_means(features, target, counts, generator)
     u = n / torch.tensor(counts, dtype=torch.float64)
     line, line_variance, line_r2 = _fit(u, values, 1)
     curve, curve_variance, curve_r2 = _fit(u, values, 2)
@@ -122,8 +115,23 @@ def infinity(
     )
 
 
+def _subset_means(
+    features: Tensor, target: Gaussian, counts: list[int], generator: torch.Generator
+) -> tuple[list[float], Tensor]:
+    """Return the mean distance over disjoint random subsets of each size, and the distances at the first size."""
+    n = len(features)
+    values, shards = [], torch.empty(0)
+    for count in counts:
+        order = torch.randperm(n, generator=generator).to(features.device)
+        subsets = order[: n // count * count].view(-1, count)
+        distances = torch.tensor([between(gaussian(features[rows]), target) for rows in subsets], dtype=torch.float64)
+        values.append(float(distances.mean()))
+        shards = distances if count == counts[0] else shards
+    return values, shards
+
+
 def _fit(u: Tensor, values: list[float], degree: int) -> tuple[Tensor, Tensor, float]:
-    """Coefficients by least squares, variance of the intercept, R^2."""
+    """Fit a polynomial by least squares: coefficients, variance of the intercept, R^2."""
     y = torch.tensor(values, dtype=torch.float64)
     basis = torch.stack([u**p for p in range(degree + 1)], 1)
     inverse = torch.linalg.inv(basis.T @ basis)
@@ -135,10 +143,10 @@ def _fit(u: Tensor, values: list[float], degree: int) -> tuple[Tensor, Tensor, f
 
 
 def distance_interval(a: Tensor, reference: Tensor | Moments, *, seed: int = 0) -> Interval:
-    """``FD(a, reference)`` with a 95 % interval by the jackknife over ten disjoint shards.
+    """Compute ``FD(a, reference)`` with a 95 % interval by the jackknife over ten disjoint shards.
 
-    It covers the mean of the distance at this number of images, whose bias it does not take away: see
-    :func:`infinity`.
+    The interval covers the mean of the distance at this number of images. It does not remove the bias of that mean:
+    see :func:`infinity`.
     """
     a = checked(a, "a", least=10 * SHARDS)
     target = _target(reference, a.shape[1])
@@ -146,18 +154,18 @@ def distance_interval(a: Tensor, reference: Tensor | Moments, *, seed: int = 0) 
 
 
 def difference(a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int = 0) -> Interval:
-    """``FD(a, reference) - FD(b, reference)`` of the same ids, row ``i`` with row ``i``, with a 95 % interval.
+    """Compute ``FD(a, reference) - FD(b, reference)`` of runs of the same ids, row by row, with a 95 % interval.
 
-    Each of ten disjoint shards of ids is left out of both runs in turn; ``theta_k`` being the ten differences,
-    ``se^2 = 9/10 sum_k (theta_k - mean)^2`` and the half width is Student's quantile times ``se``. What both runs share
-    cancels, so the interval is far narrower than those of the two distances. Simulated on Gaussians it covers 95 to
-    99 %, as subsampling half of the ids does with four to ten times the work. It covers the mean at this number of
-    images: the biases of the two distances cancel only as far as the runs' covariances are equal.
+    Each of ten disjoint shards of ids is left out of both runs in turn. With the ten differences ``theta_k``,
+    ``se^2 = 9/10 sum_k (theta_k - mean)^2`` and the half width is Student's quantile times ``se``. Variation that the
+    runs share cancels, so the interval is far narrower than those of the two distances. Simulated on Gaussians it
+    covers 95 to 99 %, as subsampling half of the ids does at four to ten times the cost. It covers the mean at this
+    number of images: the biases of the two distances cancel only as far as the runs' covariances are equal.
 
     Args:
         a, b: ``(n, d)``, at least 100 rows each.
         reference: features ``(m, d)`` or moments.
-        seed: of the shards.
+        seed: seed of the shards.
     """
     a, b = checked(a, "a", least=10 * SHARDS), checked(b, "b", least=10 * SHARDS)
     paired(a, b)
@@ -170,22 +178,24 @@ def difference(a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int =
 
 
 def _target(reference: Tensor | Moments, d: int) -> Gaussian:
-    found = reference.dim if isinstance(reference, Moments) else checked(reference, "reference", least=2).shape[1]
-    if found != d:
+    """Fit the Gaussian of a reference of ``d`` features."""
+    dim = reference.dim if isinstance(reference, Moments) else checked(reference, "reference", least=2).shape[1]
+    if dim != d:
         raise DiffAccelError(
-            f"The reference has {found} features, the samples have {d}. Both must come from the same extractor."
+            f"The reference has {dim} features, the samples have {d}. Both must come from the same extractor."
         )
     return gaussian(reference)
 
 
 def _jackknife(n: int, statistic: Callable[[Tensor], float], seed: int, null: float | None) -> Interval:
+    """Evaluate a statistic of row indices on all ``n`` rows, with a jackknife interval over random shards of them."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     shard = torch.empty(n, dtype=torch.long)
     shard[order] = torch.arange(n) % SHARDS
-    everything = torch.arange(n)
-    without = torch.tensor([statistic(everything[shard != k]) for k in range(SHARDS)], dtype=torch.float64)
-    error = float(((SHARDS - 1) / SHARDS * (without - without.mean()).square().sum()).sqrt())
-    value = statistic(everything)
+    rows = torch.arange(n)
+    replicates = torch.tensor([statistic(rows[shard != k]) for k in range(SHARDS)], dtype=torch.float64)
+    error = float(((SHARDS - 1) / SHARDS * (replicates - replicates.mean()).square().sum()).sqrt())
+    value = statistic(rows)
     half = _STUDENT * error
     method = f"jackknife over {SHARDS} disjoint shards of {n} ids, reference fixed"
     return Interval(value, value - half, value + half, 0.95, method, null)

@@ -15,18 +15,18 @@ from diffaccel.eval.metrics.feature_matrix import checked
 def inception_score(
     logits: Tensor, *, splits: int = 10, shuffle_seed: int | None = 2020, size: int | None = None
 ) -> tuple[float, float]:
-    """Mean and standard deviation over splits of ``exp(mean_i KL(p(y|x_i) || p(y)))``, higher is better.
+    """Compute mean and standard deviation over splits of ``exp(mean_i KL(p(y|x_i) || p(y)))``, higher is better.
 
     The marginal ``p(y)`` is the mean of ``p(y|x_i)`` within a split. The score lies between 1 and the number of
     classes. Published variants differ in the logits and in the splits: torch-fidelity takes 1008 classes without bias,
-    shuffled with seed 2020; ADM (arXiv 2105.05233) takes contiguous splits of 5000 images, the last of which may hold
-    fewer: ``size=5000, shuffle_seed=None``.
+    shuffled with seed 2020; ADM (arXiv 2105.05233) takes contiguous splits of 5000 images, the last of which may be
+    smaller: ``size=5000, shuffle_seed=None``.
 
     Args:
         logits: ``(n, classes)``.
-        splits: number of parts of nearly equal size, at most ``n``.
-        shuffle_seed: of NumPy's legacy generator, or None to keep the order.
-        size: rows in a part, in place of ``splits``.
+        splits: number of splits of nearly equal size, at most ``n``.
+        shuffle_seed: seed of NumPy's legacy generator, or None to keep the order.
+        size: rows in a split, in place of ``splits``.
     """
     n = len(checked(logits, "logits"))
     if size is not None and size < 1:

@@ -1,10 +1,10 @@
 """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) by nearest neighbours.
 
-The ball of a point reaches to its k-th nearest neighbour in its own set, the point itself left out. Squared distances
-are float64, ``|x|^2 + |y|^2 - 2 x.y`` about a mean, tile by tile: memory is a few tiles beside the features. Such a
-product rounds by at most ``4 (d + 8) eps (|x|^2 + |y|^2)``. That matters at the edge of a ball alone, where duplicates
-and equidistant points lie, so pairs that close to an edge are decided by ``sum (x - y)^2`` itself. Radii are such sums
-too: a point exactly on the edge compares equal.
+The ball of a point reaches to its k-th nearest neighbour in its own set, not counting the point itself. Squared
+distances are float64, ``|x|^2 + |y|^2 - 2 x.y`` about a mean, tile by tile: memory is a few tiles beside the features.
+This form has a rounding error of at most ``4 (d + 8) eps (|x|^2 + |y|^2)``. The error only matters at the edge of a
+ball, where duplicates and equidistant points lie, so pairs that close to an edge are decided by ``sum (x - y)^2``
+itself. Radii are such sums too: a point exactly on the edge compares equal.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from diffaccel.eval.metrics.feature_matrix import checked_pair
 
 Boundary = Literal["<=", "<"]
 TILE = (2048, 8192)  # rows, columns; 128 MiB
-_PAIRS = 8192  # pairs summed directly at a time
-_SPARE = 4  # neighbours beyond the k-th that are summed directly, since rounding can swap near-equal ones
+_PAIRS = 8192  # pairs whose distances are summed directly at a time
+_SPARE = 4  # candidates beyond the k-th neighbour, since rounding can swap near-equal distances
 
 
 def precision_recall(
     reference: Tensor, samples: Tensor, *, k: int = 3, boundary: Boundary = "<="
 ) -> tuple[float, float]:
-    """Share of samples inside some ball of the reference, and of reference points inside some ball of the samples.
+    """Compute the share of samples in a ball of the reference, and of reference points in a ball of the samples.
 
     Args:
         reference: ``(n, d)``, more than ``k`` rows.
         samples: ``(m, d)``, more than ``k`` rows.
-        k: which neighbour sets the radius; the paper's 3.
-        boundary: whether a ball holds its edge. The authors' code, ADM and torch-fidelity say it does.
+        k: the neighbour that sets the radius; 3 in the paper.
+        boundary: "<=" if a ball includes its edge, as in the authors' code, ADM and torch-fidelity; else "<".
     """
     x, y = _sets(reference, samples, k, k, boundary)
     x_radii, y_radii = _squared_radii(x, k), _squared_radii(y, k)
@@ -49,7 +49,10 @@ def precision_recall(
 def density_coverage(
     reference: Tensor, samples: Tensor, *, k: int = 5, boundary: Boundary = "<"
 ) -> tuple[float, float]:
-    """Mean number of reference balls around a sample over ``k``, and share of reference balls that hold a sample.
+    """Compute density and coverage of samples.
+
+    Density is the mean number of reference balls that contain a sample, over ``k``; coverage is the share of reference
+    balls that contain a sample.
 
     Density is near 1 for equal distributions and has no upper bound. Coverage of equal distributions is
     ``1 - prod_{i=1..k} (n - i) / (n + m - i)``, short of 1.
@@ -57,8 +60,8 @@ def density_coverage(
     Args:
         reference: ``(n, d)``, more than ``k`` rows.
         samples: ``(m, d)``, at least one row.
-        k: which neighbour sets the radius; the paper's 5.
-        boundary: whether a ball holds its edge. The authors' code (prdc) says it does not.
+        k: the neighbour that sets the radius; 5 in the paper.
+        boundary: "<=" if a ball includes its edge; "<" if not, as in the authors' code (prdc).
     """
     x, y = _sets(reference, samples, k, 0, boundary)
     radii = _squared_radii(x, k)
@@ -72,11 +75,12 @@ def density_coverage(
 
 
 def _share(inside: Tensor) -> float:
-    """Of whole numbers: a mean multiplies by 1/n on a GPU, and differs from a CPU's in the last bit."""
+    """Divide whole numbers: a mean multiplies by 1/n on a GPU, and differs from a CPU's in the last bit."""
     return int(inside.sum()) / len(inside)
 
 
 def _sets(reference: Tensor, samples: Tensor, k: int, k_samples: int, boundary: str) -> tuple[Tensor, Tensor]:
+    """Validate both sets, and that they have a ``k``-th and a ``k_samples``-th neighbour."""
     if boundary not in ("<=", "<"):
         raise unknown("boundary", boundary, ("<=", "<"))
     if k < 1:
@@ -90,17 +94,17 @@ def _sets(reference: Tensor, samples: Tensor, k: int, k_samples: int, boundary: 
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """Squared distances of some rows of ``x`` to some rows of ``y``, and how far rounding can have moved them."""
+    """Squared distances of a block of rows of ``x`` to a block of rows of ``y``, with bounds of their rounding."""
 
     rows: slice
     columns: slice
     squared: Tensor  # (a, b)
     rounding: Tensor  # (a, b)
-    x: Tensor  # (a, d), as given
-    y: Tensor  # (b, d), as given
+    x: Tensor  # (a, d), not centred
+    y: Tensor  # (b, d), not centred
 
     def inside(self, radii: Tensor, boundary: str) -> Tensor:
-        """Whether a distance is within squared radii, ``(a, 1)`` or ``(1, b)``."""
+        """Compare the distances with squared radii, ``(a, 1)`` or ``(1, b)``."""
         compare = torch.le if boundary == "<=" else torch.lt
         result = compare(self.squared, radii)
         edge = ((self.squared - radii).abs_() <= self.rounding).nonzero()
@@ -112,8 +116,8 @@ class _Tile:
 
 
 def _tiles(x: Tensor, y: Tensor) -> Iterator[_Tile]:
-    """Row by row of tiles."""
-    # far from 0 the squares would swallow the distances
+    """Yield the tiles row by row."""
+    # centred, because far from 0 the squares would cancel the digits of the distances
     centre = x.mean(0, dtype=torch.float64)
     bound = 4 * (x.shape[1] + 8) * torch.finfo(torch.float64).eps
     for i in range(0, len(x), TILE[0]):
@@ -128,21 +132,21 @@ def _tiles(x: Tensor, y: Tensor) -> Iterator[_Tile]:
 
 
 def _squared_radii(x: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row, ``(n,)``."""
-    kept = min(k + _SPARE, len(x) - 1)
+    """Compute the squared distance of each row to its k-th nearest other row, ``(n,)``."""
+    candidates = min(k + _SPARE, len(x) - 1)
     radii = torch.empty(len(x), dtype=torch.float64, device=x.device)
     near, index = radii, radii.long()
     for tile in _tiles(x, x):
         own = torch.arange(tile.rows.start, tile.rows.stop, device=x.device)[:, None]
         other = torch.arange(tile.columns.start, tile.columns.stop, device=x.device)
         squared = tile.squared.masked_fill_(own == other, torch.inf)
-        found = squared.topk(min(kept, squared.shape[1]), largest=False)
+        nearest = squared.topk(min(candidates, squared.shape[1]), largest=False)
         if tile.columns.start == 0:
-            near, index = found.values, found.indices
+            near, index = nearest.values, nearest.indices
         else:
-            near = torch.cat([near, found.values], 1)
-            near, best = near.topk(min(kept, near.shape[1]), largest=False)
-            index = torch.cat([index, found.indices + tile.columns.start], 1).gather(1, best)
+            near = torch.cat([near, nearest.values], 1)
+            near, best = near.topk(min(candidates, near.shape[1]), largest=False)
+            index = torch.cat([index, nearest.indices + tile.columns.start], 1).gather(1, best)
         if tile.columns.stop == len(x):
             pairs = torch.stack([own.expand_as(index), index], 2).flatten(0, 1)
             exact = torch.cat([_sum_of_squares(x[ij[:, 0]], x[ij[:, 1]]) for ij in pairs.split(_PAIRS)])
@@ -151,7 +155,7 @@ def _squared_radii(x: Tensor, k: int) -> Tensor:
 
 
 def _sum_of_squares(a: Tensor, b: Tensor) -> Tensor:
-    """``sum (a - b)^2`` of paired rows, added up in an order that depends on ``d`` alone.
+    """Compute ``sum (a - b)^2`` of paired rows, added in an order that depends on ``d`` alone.
 
     A library's sum may order its terms by the number of rows, and equal distances would then differ in the last bit.
     """

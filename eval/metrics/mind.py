@@ -1,4 +1,4 @@
-"""MIND, the Monge Inception Distance (arXiv 2605.06797): an extra beside FD, on the same features."""
+"""MIND, the Monge Inception Distance (arXiv 2605.06797), on the same features as the Fréchet distance."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _CHUNK = 64  # directions projected and sorted at a time
 
 
 def mind(x: Tensor, y: Tensor, *, projections: int = 1000, seed: int = 0) -> float:
-    """Sliced squared 2-Wasserstein distance ``3 d mean_u W_2^2(u.x, u.y)`` over random unit directions ``u``.
+    """Compute the sliced squared 2-Wasserstein distance ``3 d mean_u W_2^2(u.x, u.y)``, over random unit vectors ``u``.
 
     In one dimension ``W_2^2`` is the integral over ``q`` in [0, 1] of the squared difference of both quantile
-    functions, taken exactly from sorted values for any ``n`` and ``m``; the paper draws ``min(n, m)`` rows instead. A
-    shift by ``s`` gives ``3 |s|^2`` on average over directions. Sampling bias is positive and falls with ``n``:
+    functions, computed exactly from sorted values for any ``n`` and ``m``; the paper draws ``min(n, m)`` rows instead.
+    A shift by ``s`` gives ``3 |s|^2`` on average over directions. Sampling bias is positive and falls with ``n``:
     compare equal sizes only.
 
     Args:
@@ -30,7 +30,7 @@ def mind(x: Tensor, y: Tensor, *, projections: int = 1000, seed: int = 0) -> flo
     d = x.shape[1]
     directions = torch.randn(projections, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     directions /= directions.norm(dim=1, keepdim=True)
-    # both quantile functions are constant between two of the levels i/n, j/m; integers m i, n j keep equal levels equal
+    # both quantile functions are steps at levels i/n and j/m; the integers m i and n j keep equal levels equal
     n, m = len(x), len(y)
     edges = torch.cat([torch.arange(0, n + 1) * m, torch.arange(0, m + 1) * n]).unique().to(x.device)
     weights = edges.diff().double() / (n * m)

@@ -2,7 +2,7 @@
 
 ``MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)``. The U-statistic leaves ``k(x, x)`` out of the first two means and is
 unbiased, so it can be slightly negative; the V-statistic keeps them. Kernels are summed block by block: no matrix
-larger than a block is held.
+larger than a block is in memory.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ Kernel = Callable[[Tensor, Tensor], Tensor]  # (a, d), (b, d) -> (a, b)
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """KID of all rows: the U-statistic of ``MMD^2`` with ``k(x, y) = (x.y/d + 1)^3``. Usually printed times 1000.
+    """Compute KID over all rows: the U-statistic of ``MMD^2`` with ``k(x, y) = (x.y/d + 1)^3``.
+
+    Papers usually print it times 1000.
 
     Args:
         x: ``(n, d)``.
-        y: ``(m, d)``; two rows at least in each.
+        y: ``(m, d)``; each has at least two rows.
     """
     x, y = checked_pair(x, y, _NAMES, least=2)
     return _mmd(x, y, _cubic, unbiased=True)
@@ -37,11 +39,11 @@ def kid(x: Tensor, y: Tensor) -> float:
 def kid_subsets(
     x: Tensor, y: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 2020, shrink: bool = False
 ) -> tuple[float, float]:
-    """Mean and standard deviation of KID over random subsets, the customary way to report it.
+    """Compute mean and standard deviation of KID over random subsets, the customary way to report it.
 
     The deviation is the spread of estimates from ``size`` rows, not a standard error of the mean. Subsets are drawn as
     torch-fidelity draws them: for each, first from ``x``, then from ``y``, with NumPy's legacy generator. With
-    ``shrink`` a subset has as many rows as the smaller set where that has fewer than ``size``, as in clean-fid.
+    ``shrink``, subsets have at most as many rows as the smaller set, as in clean-fid.
     """
     x, y = checked_pair(x, y, _NAMES, least=2)
     size = min(size, len(x), len(y)) if shrink else size
@@ -60,28 +62,29 @@ def kid_subsets(
 
 
 def kid_interval(a: Tensor, reference: Tensor, *, level: float = 0.95) -> Interval:
-    """KID with an interval by the jackknife over the rows of ``a``, the reference held fixed."""
-    value, without = _jackknife(a, reference)
-    return _normal(value, without, level, null=None)
+    """Compute KID with an interval by the jackknife over the rows of ``a``, the reference held fixed."""
+    value, replicates = _jackknife(a, reference)
+    return _normal_interval(value, replicates, level, null=None)
 
 
 def kid_difference(a: Tensor, b: Tensor, reference: Tensor, *, level: float = 0.95) -> Interval:
-    """``KID(a, reference) - KID(b, reference)`` of the same ids: row ``i`` of ``a`` pairs with row ``i`` of ``b``.
+    """Compute ``KID(a, reference) - KID(b, reference)`` of runs of the same ids, paired row by row.
 
     The interval is a jackknife that leaves out one id in both runs; the reference is held fixed.
     """
     paired(a, b)
-    value_a, without_a = _jackknife(a, reference)
-    value_b, without_b = _jackknife(b, reference)
-    return _normal(value_a - value_b, without_a - without_b.to(without_a.device), level, null=0.0)
+    value_a, replicates_a = _jackknife(a, reference)
+    value_b, replicates_b = _jackknife(b, reference)
+    replicates = replicates_a - replicates_b.to(replicates_a.device)
+    return _normal_interval(value_a - value_b, replicates, level, null=0.0)
 
 
 def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False) -> float:
-    """``MMD^2`` with ``k(x, y) = exp(-|x - y|^2 / (2 sigma^2))``: V-statistic, or U-statistic if ``unbiased``."""
+    """Compute ``MMD^2`` with ``k(x, y) = exp(-|x - y|^2 / (2 sigma^2))``: V-statistic; if ``unbiased``, U-statistic."""
     if not sigma > 0:
         raise DiffAccelError(f"The kernel's sigma must be positive, got {sigma}.")
     x, y = checked_pair(x, y, _NAMES, least=2 if unbiased else 1)
-    # squared distances lose no digits to a mean that both sets share
+    # centred, so that squared distances lose no digits to a mean that both sets share
     centre = x.mean(0, dtype=torch.float64)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -94,34 +97,36 @@ def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False)
 
 
 def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """CMMD: ``scale`` times the V-statistic of ``MMD^2`` on L2-normalised CLIP image embeddings, Gaussian kernel.
+    """Compute CMMD: ``scale`` times the V-statistic of ``MMD^2`` of L2-normalised CLIP image embeddings.
 
     Args:
-        x, y: embeddings ``(n, d)`` and ``(m, d)``, normalised here.
+        x, y: embeddings ``(n, d)`` and ``(m, d)``, normalised by this function.
     """
     return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma)
 
 
 def cmmd_unbiased(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """:func:`cmmd` by the U-statistic, which does not grow with fewer images. Not the published number."""
+    """Compute :func:`cmmd` by the U-statistic, which does not grow with fewer images. Not the published number."""
     return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma, unbiased=True)
 
 
-def _unit(features: Tensor, what: str) -> Tensor:
-    features, _ = checked_pair(features, features, (what, what))
+def _unit(features: Tensor, label: str) -> Tensor:
+    """Normalise rows to length 1, in float64."""
+    features, _ = checked_pair(features, features, (label, label))
     norms = features.double().norm(dim=1, keepdim=True)
     if (norms == 0).any():
-        raise DiffAccelError(f"{what}: {int((norms == 0).sum())} embeddings are all zero and have no direction.")
+        raise DiffAccelError(f"{label}: {int((norms == 0).sum())} embeddings are all zero and have no direction.")
     return features / norms
 
 
 def _cubic(a: Tensor, b: Tensor) -> Tensor:
+    """Evaluate ``(a.b/d + 1)^3``."""
     shifted = (a @ b.T).div_(a.shape[1]).add_(1)
     return shifted * shifted * shifted
 
 
 def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
-    """``sum_j k(x_i, y_j)``, shape ``(n,)``."""
+    """Compute ``sum_j k(x_i, y_j)``, shape ``(n,)``."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for columns in y.split(BLOCK):
         columns = columns.double()
@@ -131,7 +136,7 @@ def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _own_sums(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """``sum_{j != i} k(x_i, x_j)`` and ``k(x_i, x_i)``, each ``(n,)``; half the work of :func:`_row_sums`."""
+    """Compute ``sum_{j != i} k(x_i, x_j)`` and ``k(x_i, x_i)``, each ``(n,)``; half the work of :func:`_row_sums`."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     own = torch.empty_like(total)
     for i in range(0, len(x), BLOCK):
@@ -157,18 +162,19 @@ def _mmd(x: Tensor, y: Tensor, kernel: Kernel, *, unbiased: bool) -> float:
 
 
 def _jackknife(a: Tensor, reference: Tensor) -> tuple[float, Tensor]:
-    """KID, and KID without each row of ``a`` in turn, which the row sums of the kernel give at no extra cost."""
+    """Compute KID, and KID without each row of ``a`` in turn: the kernel's row sums give both at no extra cost."""
     a, reference = checked_pair(a, reference, ("a", "reference"), least=3)
     n, m = len(a), len(reference)
     aa, cross = _own_sums(a, _cubic)[0], _row_sums(a, reference, _cubic)
     fixed = _own_sums(reference, _cubic)[0].sum() / (m * (m - 1))
     value = aa.sum() / (n * (n - 1)) + fixed - 2 * cross.sum() / (n * m)
-    without = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) + fixed - 2 * (cross.sum() - cross) / ((n - 1) * m)
-    return float(value), without
+    replicates = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) + fixed - 2 * (cross.sum() - cross) / ((n - 1) * m)
+    return float(value), replicates
 
 
-def _normal(value: float, without: Tensor, level: float, null: float | None) -> Interval:
-    n = len(without)
-    error = float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
+def _normal_interval(value: float, replicates: Tensor, level: float, null: float | None) -> Interval:
+    """Return the normal interval around ``value`` from its leave-one-out replicates ``(n,)``."""
+    n = len(replicates)
+    error = float(((n - 1) / n * (replicates - replicates.mean()).square().sum()).sqrt())
     half = NormalDist().inv_cdf(0.5 + level / 2) * error
     return Interval(value, value - half, value + half, level, f"jackknife over {n} ids, reference fixed", null)

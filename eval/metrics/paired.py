@@ -1,6 +1,6 @@
-"""How far images of one run are from those of another at equal prompt and seed: PSNR, SSIM, latent error.
+"""Fidelity of images to those of a baseline at equal prompt and seed: PSNR, SSIM, latent error.
 
-Images are uint8 ``(B, 3, H, W)``, the baseline first; every function gives one float64 value a pair, on the CPU.
+Images are uint8 ``(B, 3, H, W)``, the baseline first; every function returns one float64 value per pair, on the CPU.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 WORST = 8
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, ``20 log10(255 / rmse)`` dB; identical images give ``inf``. (B,) float64.
+    """Compute the peak signal-to-noise ratio, ``20 log10(255 / rmse)`` dB, (B,) float64; ``inf`` for identical images.
 
     The squared error is summed in integers, so it is exact and the same on every device.
 
@@ -36,7 +36,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity, the mean over pixels and channels; exactly 1 for identical images. (B,) float64.
+    """Compute structural similarity, the mean over pixels and channels; exactly 1 for identical images. (B,) float64.
 
     ``(2 ma mb + c1)(2 sab + c2) / ((ma^2 + mb^2 + c1)(sa^2 + sb^2 + c2))`` with moments under an 11-tap
     Gaussian window of sigma 1.5, ``c1 = (0.01 L)^2``, ``c2 = (0.03 L)^2``, ``L = 255`` (Wang et al. 2004). Edges
@@ -48,10 +48,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     check_pair(a, b)
     if min(a.shape[-2:]) < WINDOW:
         raise DiffAccelError(
-            f"SSIM has a window of {WINDOW}x{WINDOW} pixels, and the images are {a.shape[-1]}x{a.shape[-2]}. "
+            f"SSIM has a window of {WINDOW}x{WINDOW} pixels, and the images are {size_text(*a.shape[-2:])}. "
             "Use larger images, or PSNR."
         )
-    planes = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)  # (H, W), one at a time: they stay in the cache
+    planes = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)  # (H, W), one at a time, which fits into the CPU cache
     return torch.stack([_ssim(x, y) for x, y in planes]).view(-1, 3).mean(1).cpu()
 
 
@@ -59,16 +59,16 @@ def _ssim(a: Tensor, b: Tensor) -> Tensor:
     x, y = _double(a), _double(b)
     c1, c2 = (K1 * 255) ** 2, (K2 * 255) ** 2
     mx, my, xx, yy, xy = (_blur(moment) for moment in (x, y, x * x, y * y, x * y))
-    # variances are not clamped: rounding then cancels between both factors, and identical images give exactly 1
-    above = (2 * (mx * my) + c1) * (2 * (xy - mx * my) + c2)
-    below = (mx * mx + my * my + c1) * ((xx - mx * mx) + (yy - my * my) + c2)
-    return (above / below).mean()
+    # variances are not clamped, so that rounding cancels and identical images give exactly 1
+    numerator = (2 * (mx * my) + c1) * (2 * (xy - mx * my) + c2)
+    denominator = (mx * mx + my * my + c1) * ((xx - mx * mx) + (yy - my * my) + c2)
+    return (numerator / denominator).mean()
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The Gaussian window over both axes of ``(H, W)``, edges reflected.
+    """Apply the Gaussian window along both axes of ``(H, W)``, edges reflected.
 
-    Sums of shifted views: in float64 on a CPU several times as fast as a convolution.
+    Sums of shifted views are several times as fast as a convolution in float64 on a CPU.
     """
     half = WINDOW // 2
     taps = [math.exp(-0.5 * (i / SIGMA) ** 2) for i in range(-half, half + 1)]
@@ -83,7 +83,7 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def latent_error(a: Tensor, b: Tensor) -> Tensor:
-    """Relative distance of latents, ``||b - a|| / ||a||`` over all axes but the first. (B,) float64.
+    """Compute the relative distance of latents, ``||b - a|| / ||a||`` over all axes but the first. (B,) float64.
 
     Raises:
         DiffAccelError: unless both are floats ``(B, ...)`` of one shape, finite, and no baseline is all zeros.
@@ -106,17 +106,17 @@ def latent_error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def summarise(values: Tensor | Sequence[float], *, better: Literal["lower", "higher"] = "lower") -> dict[str, Any]:
-    """Mean, median, 95th percentile towards worse, and where the worst are.
+    """Summarise values by mean, median, the 95th percentile towards worse, and the indices of the worst.
 
     Args:
-        values: (n,), one a pair; ``inf``, the PSNR of identical images, is allowed and left out of the mean only.
+        values: (n,), one per pair; ``inf``, the PSNR of identical images, is allowed and left out of the mean only.
         better: the metric's good direction. ``p95`` is the value that 5 % of pairs are worse than.
 
     Returns:
-        ``mean, median, p95`` as floats (``inf`` where that is what they are) and ``worst``, up to 8 indices.
+        ``mean, median, p95`` as floats, possibly ``inf``, and ``worst``, up to 8 indices.
 
     Raises:
-        DiffAccelError: for no value, NaN, or an unknown direction.
+        DiffAccelError: for an empty list, NaN, or an unknown direction.
     """
     x = torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten()
     if len(x) == 0 or bool(x.isnan().any()):
@@ -136,7 +136,7 @@ def summarise(values: Tensor | Sequence[float], *, better: Literal["lower", "hig
 
 
 def json_number(value: float) -> dict[str, Any]:
-    """``{"value": value}``; for the PSNR of identical images, which JSON cannot write, ``null`` and ``"identical"``.
+    """Encode a value as ``{"value": value}``; infinity, the PSNR of identical images, as ``null`` and ``"identical"``.
 
     Raises:
         DiffAccelError: for NaN or ``-inf``, which no paired metric gives.
@@ -148,19 +148,19 @@ def json_number(value: float) -> dict[str, Any]:
     return {"value": float(value)}
 
 
-def check_images(images: Tensor, what: str = "images") -> None:
-    """Refuse anything but uint8 ``(B, 3, H, W)`` with ``B >= 1``."""
+def check_images(images: Tensor, label: str = "images") -> None:
+    """Raise for anything but uint8 ``(B, 3, H, W)`` with ``B >= 1``."""
     if images.dtype != torch.uint8:
         raise DiffAccelError(
-            f"The {what} must be uint8, not {images.dtype}: what range floats have cannot be guessed. "
+            f"The {label} must be uint8, not {images.dtype}: what range floats have cannot be guessed. "
             "Convert them with diffaccel.eval.images.source.to_uint8."
         )
     if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
-        raise DiffAccelError(f"The {what} must have shape (B, 3, H, W); got {tuple(images.shape)}.")
+        raise DiffAccelError(f"The {label} must have shape (B, 3, H, W); got {tuple(images.shape)}.")
 
 
 def check_pair(a: Tensor, b: Tensor) -> None:
-    """Refuse anything but two uint8 batches ``(B, 3, H, W)`` of one shape."""
+    """Raise for anything but two uint8 batches ``(B, 3, H, W)`` of one shape."""
     check_images(a, "first images")
     check_images(b, "second images")
     if a.shape != b.shape:
@@ -173,7 +173,8 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _quantile(ordered: np.ndarray[Any, np.dtype[np.float64]], q: float) -> float:
-    """Linear between order statistics, where ``inf`` may stand at the end."""
-    at = q * (len(ordered) - 1)
-    low, high = float(ordered[math.floor(at)]), float(ordered[math.ceil(at)])
-    return low if low == high or at == math.floor(at) else low + (at - math.floor(at)) * (high - low)
+    """Interpolate linearly between order statistics, of which the last may be ``inf``."""
+    position = q * (len(ordered) - 1)
+    below = math.floor(position)
+    low, high = float(ordered[below]), float(ordered[math.ceil(position)])
+    return low if low == high or position == below else low + (position - below) * (high - low)

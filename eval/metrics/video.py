@@ -1,4 +1,4 @@
-"""Videos: flicker, drift over frames, the Fréchet distance of features that a user gives, and files for VBench.
+"""Metrics of videos: flicker, drift over frames, Fréchet video distance by a given network, and export for VBench.
 
 A video is uint8 ``(T, 3, H, W)``.
 """
@@ -23,15 +23,15 @@ from diffaccel.eval.metrics import frechet
 from diffaccel.eval.metrics.paired import check_images, check_pair, psnr, ssim
 from diffaccel.files import atomic, write_json
 
-NAME_BYTES = 255  # of a file name, on every common file system
-VBENCH_VIDEOS = 5  # a prompt
+NAME_BYTES = 255  # maximum length of a file name, on every common file system
+VBENCH_VIDEOS = 5  # per prompt
 UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]' if os.name == "nt" else r"[\x00-\x1f\x7f/]")
 
 
 def temporal_flicker(video: Tensor) -> float:
-    """``mean |x_{t+1} - x_t|`` over frames, channels and pixels, in levels 0 to 255.
+    """Compute ``mean |x_{t+1} - x_t|`` over frames, channels and pixels, in levels 0 to 255.
 
-    It counts motion too: compare it with the baseline's, at equal prompt and seed.
+    Motion counts too: compare it with the baseline's, at equal prompt and seed.
 
     Raises:
         DiffAccelError: unless ``video`` is uint8 ``(T, 3, H, W)`` with ``T >= 2``.
@@ -45,7 +45,7 @@ def temporal_flicker(video: Tensor) -> float:
 
 
 def frame_curves(a: Tensor, b: Tensor, *, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """PSNR and SSIM, and LPIPS where it is given, of each frame of ``b`` to that of the baseline ``a``: (T,) float64.
+    """Compute PSNR, SSIM, and LPIPS if given, of each frame of ``b`` to that of the baseline ``a``: (T,) float64.
 
     Raises:
         DiffAccelError: unless both are uint8 ``(T, 3, H, W)`` of one shape.
@@ -58,9 +58,9 @@ def frame_curves(a: Tensor, b: Tensor, *, lpips: Callable[[Tensor, Tensor], Tens
 
 
 def drift(curve: Tensor) -> float | None:
-    """Slope a frame of the least-squares line through a curve; errors that accumulate show as a slope.
+    """Fit the least-squares line through a curve and return its slope per frame, which shows accumulating errors.
 
-    ``inf``, the PSNR of identical frames, is left out; None where fewer than two other frames are left.
+    ``inf``, the PSNR of identical frames, is left out; returns None where fewer than two frames remain.
 
     Raises:
         DiffAccelError: for another shape than (T,), or NaN.
@@ -81,14 +81,14 @@ def drift(curve: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class FrameSampling:
-    """Which frames of a video a feature network sees, and how large. Numbers of different samplings do not compare.
+    """Frames of a video that a feature network sees, and their size. Distances of different samplings do not compare.
 
     Attributes:
-        frames: in a clip.
-        stride: from one of them to the next, in frames of the video.
-        start: the first one.
-        resolution: height and width: the shorter side is resized by antialiased bilinear, the centre cut out;
-            None leaves frames as they are.
+        frames: number of frames in a clip.
+        stride: step from one frame of the clip to the next, in frames of the video.
+        start: first frame.
+        resolution: height and width, by antialiased bilinear resizing of the shorter side and a centre crop; None keeps
+            the size of the video.
     """
 
     frames: int = 16
@@ -106,10 +106,10 @@ class FrameSampling:
             raise DiffAccelError(f"A clip needs frames, stride and resolution >= 1 and start >= 0; got {self}.")
 
     def clip(self, video: Tensor) -> Tensor:
-        """uint8 ``(frames, 3, H, W)`` of a video.
+        """Cut the clip uint8 ``(frames, 3, H, W)`` out of a video.
 
         Raises:
-            DiffAccelError: for a video that is too short, or no uint8 ``(T, 3, H, W)``.
+            DiffAccelError: for a video that is too short, or not uint8 ``(T, 3, H, W)``.
         """
         check_images(video, "frames")
         needed = self.start + (self.frames - 1) * self.stride + 1
@@ -121,13 +121,13 @@ class FrameSampling:
 
 @dataclass(frozen=True)
 class VideoDistance:
-    """A Fréchet distance of videos, with what must be printed beside it.
+    """Fréchet distance of videos, with the settings that a report must print beside it.
 
     Attributes:
-        key: with the network, such as ``FVD[i3d-kinetics400]``.
+        key: metric and network, such as ``FVD[i3d-kinetics400]``.
         value: the distance.
-        n, m: clips on both sides.
-        extractor, weights_sha256: the feature network.
+        n, m: numbers of clips.
+        extractor, weights_sha256: name and weights of the feature network.
         sampling: frames, stride, start and resolution.
     """
 
@@ -140,51 +140,51 @@ class VideoDistance:
     sampling: FrameSampling
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as a JSON-ready dict."""
         return asdict(self)
 
 
 def clip_features(
     videos: Iterable[Tensor], network: Callable[[Tensor], Tensor], sampling: FrameSampling, *, batch: int = 8
 ) -> Tensor:
-    """Features ``(n, d)`` of one clip a video, by ``network``: uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
+    """Compute features ``(n, d)``, one clip per video, by a network from uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
 
     Raises:
-        DiffAccelError: for no video, clips of different sizes in one batch, or a network of another output.
+        DiffAccelError: for no video, clips of different sizes in one batch, or a network with another output shape.
     """
-    found: list[Tensor] = []
-    waiting: list[Tensor] = []
+    batches: list[Tensor] = []
+    clips: list[Tensor] = []
 
     def flush() -> None:
-        if len({clip.shape for clip in waiting}) > 1:
+        if len({clip.shape for clip in clips}) > 1:
             raise DiffAccelError("Videos differ in size. Give the sampling a resolution.")
         with torch.no_grad():
-            features = network(torch.stack(waiting))
-        if features.ndim != 2 or len(features) != len(waiting):
-            raise DiffAccelError(f"A video network must return ({len(waiting)}, d); got {tuple(features.shape)}.")
-        found.append(features.cpu())
-        waiting.clear()
+            features = network(torch.stack(clips))
+        if features.ndim != 2 or len(features) != len(clips):
+            raise DiffAccelError(f"A video network must return ({len(clips)}, d); got {tuple(features.shape)}.")
+        batches.append(features.cpu())
+        clips.clear()
 
     for video in videos:
-        waiting.append(sampling.clip(video))
-        if len(waiting) == batch:
+        clips.append(sampling.clip(video))
+        if len(clips) == batch:
             flush()
-    if waiting:
+    if clips:
         flush()
-    if not found:
+    if not batches:
         raise DiffAccelError("There is no video to take features of.")
-    return torch.cat(found)
+    return torch.cat(batches)
 
 
 def fvd(
     features_a: Tensor, features_b: Tensor, *, sampling: FrameSampling, extractor: str, weights_sha256: str
 ) -> VideoDistance:
-    """The Fréchet distance of clip features ``(n, d)`` and ``(m, d)`` (arXiv 1812.01717; VideoMAE: 2404.12391).
+    """Compute the Fréchet distance of clip features ``(n, d)`` and ``(m, d)`` (arXiv 1812.01717; VideoMAE: 2404.12391).
 
     Public implementations differ by some 10 % in resizing and sampling alone, so the result carries both.
 
     Raises:
-        DiffAccelError: whatever :func:`diffaccel.eval.metrics.frechet.distance_of_features` refuses.
+        DiffAccelError: as :func:`diffaccel.eval.metrics.frechet.distance_of_features` raises it.
     """
     value = frechet.distance_of_features(features_a, features_b)
     return VideoDistance(
@@ -193,6 +193,7 @@ def fvd(
 
 
 def _square(clip: Tensor, size: int) -> Tensor:
+    """Resize the shorter side of a clip to ``size``, and crop the centre."""
     height, width = clip.shape[-2:]
     scale = size / min(height, width)
     shape = (max(size, round(height * scale)), max(size, round(width * scale)))
@@ -211,19 +212,19 @@ def vbench_export(
 ) -> dict[str, str]:
     """Copy videos to ``<prompt>-<index>.mp4``, as VBench (arXiv 2311.17982) finds them, with ``prompts.json`` beside.
 
-    VBench reads prompts from names of files. Where a prompt cannot be one (a slash, too long), a safe name takes its
-    place, which VBench's own prompts hardly need; ``prompts.json`` maps every file to its prompt.
+    VBench reads prompts from file names. A prompt that is no valid file name (with a slash, or too long) gets a safe
+    name instead, which VBench's own prompts hardly need; ``prompts.json`` maps every file to its prompt.
 
     Args:
         videos: files of every prompt, in the order of their index.
-        folder: made if need be; files of the same names are replaced.
-        a_prompt: videos that every prompt must have; VBench wants 5.
+        folder: created if missing; files of the same names are replaced.
+        a_prompt: number of videos that every prompt must have; VBench wants 5.
 
     Returns:
-        What ``prompts.json`` holds: file name to prompt.
+        The content of ``prompts.json``: file name to prompt.
 
     Raises:
-        DiffAccelError: for no prompt, another number of videos, a file that is missing, or one that is no ``.mp4``.
+        DiffAccelError: for no prompt, another number of videos, a missing file, or one that is not ``.mp4``.
     """
     if not videos:
         raise DiffAccelError("There is no prompt to export videos of.")
@@ -239,23 +240,23 @@ def vbench_export(
     for file, name, _ in copies:
         with open(file, "rb") as source, atomic(folder / name) as target:
             shutil.copyfileobj(source, target)
-    made = {name: prompt for _, name, prompt in copies}
-    write_json(folder / "prompts.json", made)
-    return made
+    prompts = {name: prompt for _, name, prompt in copies}
+    write_json(folder / "prompts.json", prompts)
+    return prompts
 
 
 def _safe_names(prompts: Sequence[str]) -> dict[str, str]:
-    """A file name without its index for every prompt: the prompt itself where it can be one."""
-    found: dict[str, str] = {}
-    taken: set[str] = set()
+    """Choose a file name, without index and suffix, for every prompt: the prompt itself where that is a valid name."""
+    names: dict[str, str] = {}
+    used: set[str] = set()
     for prompt in prompts:
         name = UNSAFE.sub("_", prompt).strip()
-        longest = NAME_BYTES - len("-999.mp4") - len(".") - len(".12345678.tmp")  # and of the file while it is written
-        # some file systems do not tell case apart
-        if name != prompt or not name or name[0] == "." or len(name.encode()) > longest or name.casefold() in taken:
+        longest = NAME_BYTES - len("-999.mp4") - len(".") - len(".12345678.tmp")  # room for its temporary name
+        # some file systems ignore case
+        if name != prompt or not name or name[0] == "." or len(name.encode()) > longest or name.casefold() in used:
             digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
             stem = name.lstrip(".").encode()[: longest - 9].decode(errors="ignore")
             name = f"{stem} {digest}".strip()
-        taken.add(name.casefold())
-        found[prompt] = name
-    return found
+        used.add(name.casefold())
+        names[prompt] = name
+    return names

@@ -1,10 +1,8 @@
-"""Scorers and networks of videos, by the words of the command line."""
+"""Build scorers and video networks from the specs of the command line."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +15,20 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics.video import FrameSampling
 from diffaccel.eval.networks import scorers, weights
 from diffaccel.eval.networks.extractors.base import exact_float32, frozen
-from diffaccel.eval.networks.extractors.user import rows
+from diffaccel.eval.networks.extractors.user import rows, source_sha256
 from diffaccel.eval.networks.scorers import Scorer
 from diffaccel.files import sha256
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network of videos.
+    """Feature network of videos.
 
     Attributes:
-        name: as the metric's key shows it.
+        name: name in the metric's key.
         function: uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``.
-        sampling: which frames it sees.
-        weights_sha256: of its weights, or of its source.
+        sampling: the frames it sees.
+        weights_sha256: digest of its weights, or of its source.
     """
 
     name: str
@@ -40,11 +38,11 @@ class Network:
 
 
 def scorer(spec: str, device: torch.device) -> Scorer:
-    """The scorer of ``NAME``, ``NAME:FILE`` or ``py:module:function``.
+    """Build the scorer of ``NAME``, ``NAME:FILE`` or ``py:module:function``.
 
     Raises:
-        MissingWeights: where its weights are not found.
-        DiffAccelError: for an unknown name, and a function that cannot be imported.
+        MissingWeights: if its weights are not found.
+        DiffAccelError: for an unknown name, and for a function that cannot be imported.
     """
     if spec.startswith("py:"):
         return scorers.scorer(spec)
@@ -53,16 +51,16 @@ def scorer(spec: str, device: torch.device) -> Scorer:
 
 
 def of_videos(spec: str, sampling: FrameSampling, device: torch.device) -> Network:
-    """A network from uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``, in float32 without TF32.
+    """Build a network from uint8 ``(B, frames, 3, H, W)`` to ``(B, d)``, in float32 without TF32.
 
     Args:
         spec: ``torchscript:/path``, or ``py:module:callable``, whose import runs its code.
-        sampling: which frames it sees.
-        device: where it computes.
+        sampling: the frames it sees.
+        device: device of the network.
 
     Raises:
-        MissingWeights: for a file that is not there.
-        DiffAccelError: for another spec, a file that is no TorchScript, and a name that cannot be imported.
+        MissingWeights: for a file that does not exist.
+        DiffAccelError: for another spec, a file that is not TorchScript, and a name that cannot be imported.
     """
     kind, _, rest = spec.partition(":")
     if kind == "torchscript" and rest:
@@ -82,6 +80,8 @@ def of_videos(spec: str, sampling: FrameSampling, device: torch.device) -> Netwo
 
 
 def _exact(function: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Wrap a network: move clips to its device, compute in exact float32, and return feature rows."""
+
     def network(clips: Tensor) -> Tensor:
         with torch.no_grad(), exact_float32(device):
             return rows(function(clips.to(device))).float()
@@ -90,7 +90,7 @@ def _exact(function: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 def _imported(target: str) -> tuple[Any, str]:
-    """The callable, and the sha256 of its weights where it says one, else of its source."""
+    """Import a callable; return it with its ``weights_sha256`` attribute, or else the sha256 of its source."""
     module, _, name = target.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
@@ -98,10 +98,4 @@ def _imported(target: str) -> tuple[Any, str]:
         raise DiffAccelError(f"There is no callable '{target}' ({error}). Give py:module:function.") from error
     if not callable(function):
         raise DiffAccelError(f"'{target}' is not callable. Give py:module:function.")
-    if sha := getattr(function, "weights_sha256", ""):
-        return function, sha
-    try:
-        file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
-        return function, sha256(Path(str(file)))
-    except (OSError, TypeError):
-        return function, hashlib.sha256(repr(function).encode()).hexdigest()
+    return function, getattr(function, "weights_sha256", "") or source_sha256(function)

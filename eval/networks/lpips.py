@@ -1,6 +1,6 @@
-"""LPIPS: the distance of two images in the features of a network, weighted to agree with people (arXiv 1801.03924).
+"""LPIPS: distance of two images in the features of a network, weighted to match human judgement (arXiv 1801.03924).
 
-The weights have two parts: the linear heads, which torchmetrics carries, and an ImageNet backbone from torchvision.
+The weights have two parts: the linear heads, which torchmetrics ships, and an ImageNet backbone from torchvision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, size_text, unknown
 from diffaccel.eval.metrics.paired import check_pair
 from diffaccel.eval.networks import weights
 from diffaccel.eval.networks.extractors.base import exact_float32
@@ -23,15 +23,16 @@ from diffaccel.files import sha256
 
 @dataclass(frozen=True)
 class Backbone:
-    """A stack of convolutions, each padded to keep the size, with pooling between blocks.
+    """Stack of convolutions, each padded to keep the size, with pooling between blocks.
 
     Attributes:
-        file: of its weights, as torchvision calls it.
-        blocks: of convolutions: index in ``features``, output channels, kernel. The last output of each is compared.
+        file: torchvision's file name of its weights.
+        blocks: convolutions of each block, as (index in ``features``, output channels, kernel size). The outputs of the
+            last convolution of each block are compared.
         stem: stride and padding of the first convolution.
-        pool: kernel of the max pooling of stride 2.
-        pooled: how many of the blocks are followed by pooling.
-        smallest: the least height and width that leaves a pixel at the end.
+        pool: kernel size of the max pooling of stride 2.
+        pooled: number of blocks that are followed by pooling.
+        smallest: minimum height and width that leaves a pixel at the end.
     """
 
     file: str
@@ -64,19 +65,19 @@ MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in [-1,
 
 
 class Lpips:
-    """LPIPS of pairs of images: ``sum_l mean_hw w_l . (f_l(a) - f_l(b))^2``.
+    """LPIPS of paired images: ``sum_l mean_hw w_l . (f_l(a) - f_l(b))^2``.
 
-    ``f_l`` are activations of layer ``l`` divided by their length over channels, ``w_l >= 0`` the linear head.
+    ``f_l`` are activations of layer ``l`` normalised to length 1 over channels, ``w_l >= 0`` is the linear head.
 
     Args:
-        backbone: a state dict of torchvision's ``alexnet`` or ``vgg16``; the classifier in it is not used.
-        net: "alex" (the default of the field) or "vgg".
-        device: where it is computed, in float32 without TF32 or autocast.
-        weights_sha256: of the backbone's file, for reports.
-        batch: pairs through the network at a time.
+        backbone: a state dict of torchvision's ``alexnet`` or ``vgg16``; its classifier is ignored.
+        net: "alex" (the usual choice in papers) or "vgg".
+        device: device of the network, which computes in float32 without TF32 or autocast.
+        weights_sha256: digest of the backbone's file, for reports.
+        batch: pairs per forward pass.
 
     Raises:
-        DiffAccelError: for an unknown net, or a state dict that is not that network's.
+        DiffAccelError: for an unknown net, or a state dict of another network.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """The distance of each pair: uint8 ``(B, 3, H, W)`` to (B,) float64; 0 for identical images.
+        """Compute the distance of each pair: uint8 ``(B, 3, H, W)`` to (B,) float64; 0 for identical images.
 
         Raises:
             DiffAccelError: unless both are uint8 of one shape, at least 31 (alex) or 16 (vgg) pixels a side.
@@ -106,7 +107,7 @@ class Lpips:
         if min(a.shape[-2:]) < self._backbone.smallest:
             raise DiffAccelError(
                 f"{self.name} needs images of at least {self._backbone.smallest} pixels a side, "
-                f"got {a.shape[-1]}x{a.shape[-2]}."
+                f"got {size_text(*a.shape[-2:])}."
             )
         parts = []
         with exact_float32(self._device):
@@ -123,7 +124,7 @@ class Lpips:
     def _features(self, images: Tensor) -> list[Tensor]:
         mean, std = (torch.tensor(v, device=self._device).view(1, 3, 1, 1) for v in (MEAN, STD))
         x = (images.to(torch.float32) / 127.5 - 1 - mean) / std
-        found = []
+        features = []
         for number, block in enumerate(self._backbone.blocks):
             if 0 < number <= self._backbone.pooled:
                 x = F.max_pool2d(x, self._backbone.pool, 2)
@@ -131,16 +132,16 @@ class Lpips:
                 weight, bias = self._convolutions[index]
                 stride, padding = self._backbone.stem if index == 0 else (1, kernel // 2)
                 x = F.relu(F.conv2d(x, weight, bias, stride, padding))
-            found.append(x / torch.sqrt((x * x).sum(1, keepdim=True) + 1e-8))
-        return found
+            features.append(x / torch.sqrt((x * x).sum(1, keepdim=True) + 1e-8))
+        return features
 
 
 def load(path: str | Path | None = None, *, net: str = "alex", device: str | torch.device = "cpu") -> Lpips:
-    """Load LPIPS with the backbone in ``path``, or wherever :mod:`diffaccel.eval.networks.weights` looks.
+    """Load LPIPS with the backbone in ``path``, or from the places where :mod:`diffaccel.eval.networks.weights` looks.
 
     Raises:
-        MissingWeights: where the backbone's file is not found.
-        DiffAccelError: for a file that is not that network's.
+        MissingWeights: if the backbone's file is not found.
+        DiffAccelError: for a file of another network.
     """
     if net not in BACKBONES:
         raise unknown("LPIPS network", net, BACKBONES)
@@ -149,7 +150,8 @@ def load(path: str | Path | None = None, *, net: str = "alex", device: str | tor
 
 
 def _convolutions(state: Mapping[str, Tensor], net: str, device: torch.device) -> dict[int, tuple[Tensor, Tensor]]:
-    found, channels = {}, 3
+    """Take the weights and biases of the backbone's convolutions out of a state dict, and check their shapes."""
+    convolutions, channels = {}, 3
     for index, out, kernel in (convolution for block in BACKBONES[net].blocks for convolution in block):
         weight, bias = (state.get(f"features.{index}.{part}") for part in ("weight", "bias"))
         shape = (out, channels, kernel, kernel)
@@ -161,18 +163,18 @@ def _convolutions(state: Mapping[str, Tensor], net: str, device: torch.device) -
             )
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise DiffAccelError(f"features.{index} of the '{net}' backbone has values that are not finite.")
-        found[index] = (weight.to(device, torch.float32), bias.to(device, torch.float32))
+        convolutions[index] = (weight.to(device, torch.float32), bias.to(device, torch.float32))
         channels = out
-    return found
+    return convolutions
 
 
 def _heads(net: str) -> list[Tensor]:
-    """The linear heads ``(1, C, 1, 1)`` that torchmetrics carries (BSD-2-Clause, Zhang et al.)."""
-    found = importlib.util.find_spec("torchmetrics")
-    if found is None or found.origin is None:
+    """Load the linear heads ``(1, C, 1, 1)`` that torchmetrics ships (BSD-2-Clause, Zhang et al.)."""
+    package = importlib.util.find_spec("torchmetrics")
+    if package is None or package.origin is None:
         raise DiffAccelError(
             "LPIPS takes its linear heads from torchmetrics, which is not installed: pip install torchmetrics"
         )
-    file = Path(found.origin).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
+    file = Path(package.origin).parent / "functional" / "image" / "lpips_models" / f"{net}.pth"
     state = torch.load(file, map_location="cpu", weights_only=True)
     return [state[f"lin{i}.model.1.weight"].to(torch.float32) for i in range(len(BACKBONES[net].blocks))]

@@ -1,4 +1,4 @@
-"""The published preference scorers as checkpoint, preprocessing and head; none of their own packages but ImageReward's.
+"""Published preference scorers, built from their checkpoints; only ImageReward needs its own package.
 
 Each builder takes ``(path, device)`` and returns a function ``(images, prompts) -> (B,)``.
 """
@@ -32,7 +32,7 @@ PICKSCORE = "model.safetensors"
 IMAGE_REWARD, MED_CONFIG = "ImageReward.pt", "med_config.json"
 HPSV2_HUB, PICKSCORE_HUB, IMAGE_REWARD_HUB = "xswu/HPSv2", "yuvalkirstain/PickScore_v1", "THUDM/ImageReward"
 
-Path_ = str | Path | None
+WeightsPath = str | Path | None
 Device = str | torch.device
 Function = Callable[[Tensor, Sequence[str]], Tensor]
 _BATCH = 16
@@ -42,27 +42,27 @@ _BATCH = 16
 
 
 def aesthetic(
-    path: Path_,
+    path: WeightsPath,
     device: Device,
     *,
     clip: Callable[[Tensor], Any] | None = None,
     architecture: str = "ViT-L-14-quickgelu",
 ) -> Function:
-    """LAION's aesthetic score v2, some 1 to 10: a linear network on L2-normalised CLIP ViT-L/14 features of OpenAI.
+    """Build LAION's aesthetic score v2, about 1 to 10: a linear head on L2-normalised features of OpenAI's ViT-L/14.
 
-    Prompts are not looked at.
+    Prompts are ignored.
 
     Args:
         path: the head's file, or a folder with it and OpenAI's ViT-L/14 as ``open_clip_model.safetensors``.
-        device: of both networks.
+        device: device of both networks.
         clip: another source of the features, such as an extractor.
-        architecture: of the CLIP in that file; OpenAI's was trained with QuickGELU.
+        architecture: architecture of the CLIP in that file; OpenAI's was trained with QuickGELU.
     """
     file = weights.find(AESTHETIC, path)
     if clip is None:
         folder = file.parent if path is not None and Path(path).expanduser().is_dir() else None
-        found = weights.find(OPEN_CLIP, folder, hub=OPENAI_L14)
-        clip = OpenClip(architecture, found, device, resize="shortest")
+        checkpoint = weights.find(OPEN_CLIP, folder, hub=OPENAI_L14)
+        clip = OpenClip(architecture, checkpoint, device, resize="shortest")
     features, head = clip, linear_head(weights.load(file), device)
 
     def score(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,15 +72,16 @@ def aesthetic(
 
 
 def linear_head(state: Mapping[str, Tensor], device: Device = "cpu") -> Callable[[Tensor], Tensor]:
-    """A chain of linear layers on L2-normalised features, ``(B, d) -> (B,)``, from ``layers.<i>.weight`` and ``.bias``.
+    """Build a chain of linear layers on L2-normalised features, ``(B, d) -> (B,)``.
 
-    The layers of LAION's head are 768-1024-128-64-16-1, without activations between them.
+    The state dict has ``layers.<i>.weight`` and ``layers.<i>.bias``. LAION's layers are 768-1024-128-64-16-1, without
+    activations between them.
 
     Raises:
-        DiffAccelError: for layers that are missing or do not fit each other, and for features of another size.
+        DiffAccelError: for missing layers, layers whose sizes do not match, and features of another size.
     """
-    named = (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state)
-    indices = sorted(int(match[1]) for match in named if match)
+    matches = (re.fullmatch(r"layers\.(\d+)\.weight", name) for name in state)
+    indices = sorted(int(match[1]) for match in matches if match)
     target = torch.device(device)
     layers = [
         (state[f"layers.{i}.weight"].to(target, torch.float32), state[f"layers.{i}.bias"].to(target, torch.float32))
@@ -113,33 +114,34 @@ def linear_head(state: Mapping[str, Tensor], device: Device = "cpu") -> Callable
     return score
 
 
-# -- CLIPs that were trained on choices -------------------------------------------------------------------------------
+# -- CLIPs trained on human choices -----------------------------------------------------------------------------------
 
 
-def hpsv2(path: Path_, device: Device, *, architecture: str = "ViT-H-14") -> Function:
-    """HPS v2.1: the cosine of a fine-tuned ViT-H/14, without its scale (arXiv 2306.09341).
+def hpsv2(path: WeightsPath, device: Device, *, architecture: str = "ViT-H-14") -> Function:
+    """Build HPS v2.1: the cosine of a fine-tuned ViT-H/14, without its scale (arXiv 2306.09341).
 
-    An image is resized by its longer side and padded with black. For square images the resizing makes no difference.
+    An image is resized by its longer side and padded with black; for square images this is the usual resizing.
     """
     file = weights.find(HPSV2, path, hub=HPSV2_HUB)
     clip = OpenClip(architecture, file, device, resize="longest")
     return lambda images, prompts: prompt_cosine(clip, images, prompts, batch=_BATCH)
 
 
-def pickscore(path: Path_, device: Device) -> Function:
-    """PickScore: the cosine of a fine-tuned ViT-H/14 times its scale, ``exp(s) cos`` (arXiv 2305.01569).
+def pickscore(path: WeightsPath, device: Device) -> Function:
+    """Build PickScore: the cosine of a fine-tuned ViT-H/14 times its scale, ``exp(s) cos`` (arXiv 2305.01569).
 
-    ``path`` is the folder of a CLIP of transformers (``config.json``, ``model.safetensors``); one without tokenizer or
-    preprocessing has those of OpenAI's CLIP.
+    ``path`` is the folder of a CLIP of transformers (``config.json``, ``model.safetensors``); if it has no tokenizer or
+    preprocessing, those of OpenAI's CLIP are used.
     """
     clip = TransformersClip(weights.find(PICKSCORE, path, hub=PICKSCORE_HUB).parent, device)
     return lambda images, prompts: clip.scale * prompt_cosine(clip, images, prompts, batch=_BATCH)
 
 
 class OpenClip:
-    """A CLIP of open_clip from a checkpoint.
+    """CLIP of open_clip from a checkpoint.
 
-    ``resize`` fits an image by its "shortest" side and cuts out the centre, or by its "longest" and pads it with black.
+    ``resize`` is "shortest", to resize by the shorter side and crop the centre, or "longest", to resize by the longer
+    side and pad with black.
     """
 
     def __init__(self, architecture: str, file: Path, device: Device, *, resize: str) -> None:
@@ -148,7 +150,7 @@ class OpenClip:
         self.name, self._device = f"{architecture}/{file.name}", torch.device(device)
         try:
             model = open_clip.create_model(architecture, pretrained=str(file), require_pretrained=True)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # the loader raises many kinds
             raise DiffAccelError(
                 f"'{file}' cannot be loaded as a CLIP {architecture} ({first_line(error)})."
             ) from error
@@ -161,24 +163,27 @@ class OpenClip:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """Compute image features ``(B, d)`` of uint8 images ``(B, 3, H, W)``."""
         pixels = torch.stack([self._prepare(to_pil(image)) for image in images.cpu()])
         with exact_float32(self._device):
             return self._model.encode_image(pixels.to(self._device))
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
+        """Compute text features ``(n, d)``."""
         with exact_float32(self._device):
             return self._model.encode_text(self._tokenizer(texts).to(self._device))
 
     def truncated(self, texts: list[str]) -> int:
+        """Count the texts that are longer than the network's context."""
         return sum(len(self._tokenizer.encode(text)) + 2 > self._tokenizer.context_length for text in texts)
 
 
 class TransformersClip:
-    """A CLIP of transformers from a local folder.
+    """CLIP of transformers from a local folder.
 
     Attributes:
-        scale: ``exp(logit_scale)``, what it multiplies cosines with.
+        scale: ``exp(logit_scale)``, the factor of cosines.
     """
 
     def __init__(self, folder: Path, device: Device) -> None:
@@ -187,7 +192,7 @@ class TransformersClip:
         self.name, self._device = folder.name, torch.device(device)
         try:
             model = CLIPModel.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # of many kinds
+        except Exception as error:  # the loader raises many kinds
             raise DiffAccelError(
                 f"'{folder}' cannot be loaded as a CLIP of transformers ({first_line(error)})."
             ) from error
@@ -205,45 +210,47 @@ class TransformersClip:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        """Compute image features ``(B, d)`` of uint8 images ``(B, 3, H, W)``."""
         pixels = self._prepare([to_pil(image) for image in images.cpu()], return_tensors="pt")["pixel_values"]
         with exact_float32(self._device):
             return pooled(self._model.get_image_features(pixel_values=pixels.to(self._device)))
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Tensor:
+        """Compute text features ``(n, d)``."""
         rows = [self._tokenize(text)[0] for text in texts]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in rows], device=self._device)
-        # padding follows the end token, which the network reads its feature at and which sees what is before it only
+        # padding follows the end token: the feature is read at that token, which attends to earlier tokens only
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=self._device)
         with exact_float32(self._device):
             return pooled(self._model.get_text_features(input_ids=ids, attention_mask=mask))
 
     def truncated(self, texts: list[str]) -> int:
+        """Count the texts that are longer than the network's context."""
         return sum(self._tokenize(text)[1] > self._length for text in texts)
 
 
 def _tokenizer(folder: Path, vocabulary: int, length: int) -> Callable[[str], tuple[list[int], int]]:
-    """From a text to its ids, the end token kept when they are cut, and how many there were before."""
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-    if own:
+    """Build a tokenizer from a text to its ids, truncated but for the end token, and their number before that."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         from transformers import AutoTokenizer
 
-        whole = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
         def encode(text: str) -> list[int]:
-            return whole(text, verbose=False)["input_ids"]
+            return tokenizer(text, verbose=False)["input_ids"]
     else:
         import open_clip
 
-        tokens = open_clip.SimpleTokenizer(context_length=length)
-        if vocabulary != tokens.vocab_size:
+        openai = open_clip.SimpleTokenizer(context_length=length)
+        if vocabulary != openai.vocab_size:
             raise DiffAccelError(
                 f"'{folder}' has no tokenizer, and its vocabulary of {vocabulary} is not that of OpenAI's CLIP."
             )
 
         def encode(text: str) -> list[int]:
-            return [tokens.sot_token_id, *tokens.encode(text), tokens.eot_token_id]
+            return [openai.sot_token_id, *openai.encode(text), openai.eot_token_id]
 
     def tokenize(text: str) -> tuple[list[int], int]:
         ids = encode(text)
@@ -255,11 +262,11 @@ def _tokenizer(folder: Path, vocabulary: int, length: int) -> Callable[[str], tu
 # -- ImageReward ------------------------------------------------------------------------------------------------------
 
 
-PACKAGE = "ImageReward"  # it pins years-old versions of its own dependencies, so no extra of ours asks for it
+PACKAGE = "ImageReward"  # no optional dependency of this package, because it pins versions that are years old
 
 
-def image_reward(path: Path_, device: Device) -> Function:
-    """ImageReward (arXiv 2304.05977), by its own package: its BLIP exists nowhere else.
+def image_reward(path: WeightsPath, device: Device) -> Function:
+    """Build ImageReward (arXiv 2304.05977) by its own package, the only one with its BLIP.
 
     ``path`` is ``ImageReward.pt`` with ``med_config.json`` beside it, or their folder.
     """
@@ -273,9 +280,9 @@ def image_reward(path: Path_, device: Device) -> Function:
             "Install it: pip install image-reward; or take hpsv2, pickscore or aesthetic."
         ) from error
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints, and results alone go to stdout
+        with contextlib.redirect_stdout(sys.stderr):  # the package prints, and stdout is for results
             model = package.load(str(file), device=str(device), med_config=str(config))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # the loader raises many kinds
         raise DiffAccelError(f"ImageReward cannot load '{file}' ({type(error).__name__}: {error}).") from error
 
     @torch.no_grad()

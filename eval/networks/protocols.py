@@ -1,4 +1,4 @@
-"""Named protocols: preprocessing, network and statistics that belong together, as published. Numbers of two differ."""
+"""Named protocols: preprocessing, network and metrics as published together. Numbers of two do not compare."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def _constants(**values: Any) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A statistic of features.
+    """Metric of features, with its parameters.
 
     Attributes:
-        name: as papers print it; FID only where the extractor's key says so.
-        function: that computes it, by its full name.
-        tap: of the network, where it has several: the features it takes.
-        parameters: of the function.
-        reference: number of reference images the convention takes, if it is not the protocol's.
+        name: name in papers; "FID" is printed only where the extractor's key says so.
+        function: full name of the function that computes it.
+        tap: tap of the network whose features it takes, where there are several.
+        parameters: keyword arguments of the function.
+        reference: number of reference images by convention, if it differs from the protocol's.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is done to an image before a network, which network, and what is computed from its features.
+    """Preprocessing of images, network, and metrics of its features.
 
     Attributes:
         network: "inception", "dinov2", or "clip".
-        preprocessing: by the name that the network's extractor knows it by.
-        metrics: of the protocol, in the order of its tables.
-        extractor: the spec of the network with its published weights, as the command line takes it.
-        samples: how many images the convention takes; numbers at another count are not comparable.
+        preprocessing: its name in the network's extractor.
+        metrics: metrics of the protocol, in the order of its tables.
+        extractor: command-line spec of the network with its published weights.
+        samples: number of images by convention; numbers at another count are not comparable.
         source: the paper.
-        note: what a reader of its numbers has to know.
+        note: caveat for readers of its numbers.
     """
 
     name: str
@@ -64,7 +64,7 @@ CMMD = "diffaccel.eval.metrics.mmd.cmmd"
 INCEPTION_SCORE = "diffaccel.eval.metrics.inception_score.inception_score"
 PRECISION_RECALL = "diffaccel.eval.metrics.manifold.precision_recall"
 DENSITY_COVERAGE = "diffaccel.eval.metrics.manifold.density_coverage"
-# what a command of `diffaccel eval` measures
+# functions that each command of `diffaccel eval` computes
 COMMANDS = {
     "fid": (FRECHET,),
     "kid": (KID, KID_SUBSETS),
@@ -148,7 +148,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({
 })  # fmt: skip
 
 DEFAULT = "tf-fid"
-# without a protocol: every network takes these, with the parameters of the papers
+# metrics of any network without a protocol, with the parameters of their papers
 OWN = (
     Metric(name="Fréchet distance", function=FRECHET),
     Metric(name="KID", function=KID),
@@ -160,7 +160,7 @@ OWN = (
 
 
 def protocol(name: str) -> Protocol:
-    """The protocol of that name.
+    """Return the protocol of a name.
 
     Raises:
         DiffAccelError: for an unknown name, with the nearest known one.
@@ -170,31 +170,31 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def alike(one: str, other: str) -> bool:
-    """Whether features of two protocols, or of "own" preprocessing, are the same numbers."""
+def alike(first: str, second: str) -> bool:
+    """Check whether two protocols, or names such as "own", share network and preprocessing, hence features."""
 
-    def made(name: str) -> tuple[str, str]:
-        known = PROTOCOLS.get(name)
-        return (name, "") if known is None else (known.network, known.preprocessing)
+    def pipeline(name: str) -> tuple[str, str]:
+        protocol = PROTOCOLS.get(name)
+        return (name, "") if protocol is None else (protocol.network, protocol.preprocessing)
 
-    return made(one) == made(other)
+    return pipeline(first) == pipeline(second)
 
 
 def metrics(command: str, chosen: Protocol | None) -> tuple[Metric, ...]:
-    """What one of :data:`COMMANDS` measures under a protocol, or without one.
+    """Return the metrics that one of :data:`COMMANDS` computes under a protocol, or without one.
 
     Raises:
-        DiffAccelError: for a protocol that measures nothing of that, naming those that do.
+        DiffAccelError: for a protocol without such a metric, naming those that have one.
     """
 
-    def among(some: tuple[Metric, ...]) -> tuple[Metric, ...]:
-        return tuple(metric for metric in some if metric.function in COMMANDS[command])
+    def of_command(metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        return tuple(metric for metric in metrics if metric.function in COMMANDS[command])
 
-    found = among(OWN if chosen is None else chosen.metrics)
-    if not found and chosen is not None:
-        others = ", ".join(name for name, other in PROTOCOLS.items() if among(other.metrics))
+    selected = of_command(OWN if chosen is None else chosen.metrics)
+    if not selected and chosen is not None:
+        others = ", ".join(name for name, other in PROTOCOLS.items() if of_command(other.metrics))
         has = ", ".join(metric.name for metric in chosen.metrics)
         raise DiffAccelError(
             f"The protocol '{chosen.name}' has {has}, nothing for 'eval {command}'. Protocols that have: {others}."
         )
-    return found
+    return selected

@@ -1,7 +1,7 @@
-"""Preference scorers: what people would like better, by networks trained on their choices.
+"""Preference scorers: networks trained on human choices that predict which image people prefer.
 
 A scorer is any callable ``(images, prompts) -> (B,)`` with uint8 ``(B, 3, H, W)`` images; higher is better. The
-published ones are in :data:`KNOWN`, built only when asked for. Numbers of different scorers do not compare.
+published ones are in :data:`KNOWN`, built on demand. Numbers of different scorers do not compare.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Function = Callable[[Tensor, Sequence[str]], Any]
 
 
 @dataclass(frozen=True)
-class Known:
-    """A published scorer.
+class PublishedScorer:
+    """Published scorer.
 
     Attributes:
-        files: of its weights that must be found.
-        licence: what its authors say; it is for the user to check.
-        paper: of the scorer.
-        build: from ``path`` and ``device`` to its function.
-        hubs: the repository of the Hugging Face hub that has each file, or "".
-        package: that must be installed beside the weights, or "".
+        files: its weight files.
+        licence: licence as its authors state it, for the user to check.
+        paper: its paper or page.
+        build: builder from ``path`` and ``device`` to its function.
+        hubs: for each file, the repository of the Hugging Face hub that has it, or "".
+        package: Python package it needs beside the weights, or "".
     """
 
     files: tuple[str, ...]
@@ -46,15 +46,17 @@ class Known:
 
 
 KNOWN = {
-    "aesthetic": Known(
+    "aesthetic": PublishedScorer(
         (preference.AESTHETIC, preference.OPEN_CLIP),
         "head: Apache-2.0; OpenAI's CLIP: MIT, not meant for deployment",
         "LAION-Aesthetics v2, github.com/christophschuhmann/improved-aesthetic-predictor",
         preference.aesthetic,
         ("", preference.OPENAI_L14),
     ),
-    "hpsv2": Known((preference.HPSV2,), "Apache-2.0", "arXiv 2306.09341", preference.hpsv2, (preference.HPSV2_HUB,)),
-    "image-reward": Known(
+    "hpsv2": PublishedScorer(
+        (preference.HPSV2,), "Apache-2.0", "arXiv 2306.09341", preference.hpsv2, (preference.HPSV2_HUB,)
+    ),
+    "image-reward": PublishedScorer(
         (preference.IMAGE_REWARD, preference.MED_CONFIG),
         "Apache-2.0",
         "arXiv 2304.05977",
@@ -62,7 +64,7 @@ KNOWN = {
         (preference.IMAGE_REWARD_HUB,) * 2,
         preference.PACKAGE,
     ),
-    "pickscore": Known(
+    "pickscore": PublishedScorer(
         (preference.PICKSCORE,),
         "MIT; see the model card",
         "arXiv 2305.01569",
@@ -74,12 +76,12 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Scorer:
-    """A function of images and prompts whose answers are checked.
+    """Scoring function of images and prompts whose results are checked.
 
     Attributes:
-        name: as tables show it.
-        function: what scores.
-        licence: of the weights, or "" for a function of the user's.
+        name: name in tables.
+        function: the scoring function.
+        licence: licence of the weights, or "" for a function of the user's.
     """
 
     name: str
@@ -87,18 +89,18 @@ class Scorer:
     licence: str = ""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """A score an image: (B,) float64 on the CPU.
+        """Score every image: (B,) float64 on the CPU.
 
         Raises:
-            DiffAccelError: for images that are not uint8 ``(B, 3, H, W)``, another number of prompts, and a function
-                that returns anything but B finite numbers, by the scorer's name.
-            MetricFailed: for a function that raises, by the scorer's name.
+            DiffAccelError: for images that are not uint8 ``(B, 3, H, W)``, another number of prompts, and, naming the
+                scorer, for a function that returns anything but B finite numbers.
+            MetricFailed: for a function that raises, naming the scorer.
         """
         check_images(images)
         check_prompts(prompts, len(images))
         try:
-            found = self.function(images, list(prompts))
-            scores = torch.as_tensor(found).detach().cpu().to(torch.float64)
+            output = self.function(images, list(prompts))
+            scores = torch.as_tensor(output).detach().cpu().to(torch.float64)
         except Exception as error:  # a function of the user's may raise anything
             raise MetricFailed(f"The scorer '{self.name}' failed ({type(error).__name__}: {error}).") from error
         if scores.shape not in ((len(images),), (len(images), 1)):
@@ -117,43 +119,44 @@ class Scorer:
 
 
 def scorer(
-    what: str | Function, path: str | Path | None = None, *, device: str | torch.device = "cpu", **options: Any
+    source: str | Function, path: str | Path | None = None, *, device: str | torch.device = "cpu", **options: Any
 ) -> Scorer:
-    """A scorer by name, from a function, or from ``py:module:function``.
+    """Build a scorer by name, from a function, or from ``py:module:function``.
 
     Args:
-        what: a name of :data:`KNOWN`, a callable ``(images, prompts)``, or where to import one from.
-        path: the weights' file or folder of a known scorer; otherwise they are looked for as
-            :mod:`diffaccel.eval.networks.weights` says.
-        device: of a known scorer's network.
-        options: more of a known scorer's, such as ``clip`` of "aesthetic".
+        source: a name of :data:`KNOWN`, a callable ``(images, prompts)``, or where to import one from.
+        path: file or folder of a known scorer's weights; by default the places where
+            :mod:`diffaccel.eval.networks.weights` looks.
+        device: device of a known scorer's network.
+        options: further arguments of a known scorer's builder, such as ``clip`` of "aesthetic".
 
     Raises:
-        MissingWeights: where a known scorer's weights are not found.
+        MissingWeights: if a known scorer's weights are not found.
         DiffAccelError: for an unknown name, a function that cannot be imported, or a path given with a function.
     """
-    if isinstance(what, Scorer):
-        return what
-    if isinstance(what, str) and not what.startswith("py:"):
-        if what not in KNOWN:
-            raise unknown("scorer", what, (*KNOWN, "py:module:function"))
-        known = KNOWN[what]
-        return Scorer(what, known.build(path, device, **options), known.licence)
+    if isinstance(source, Scorer):
+        return source
+    if isinstance(source, str) and not source.startswith("py:"):
+        if source not in KNOWN:
+            raise unknown("scorer", source, (*KNOWN, "py:module:function"))
+        known = KNOWN[source]
+        return Scorer(source, known.build(path, device, **options), known.licence)
     if path is not None or options:
-        given = "path" if path is not None else ", ".join(options)
-        raise DiffAccelError(f"A function takes images and prompts only; '{given}' goes with {', '.join(KNOWN)}.")
-    function = _imported(what) if isinstance(what, str) else what
+        arguments = "path" if path is not None else ", ".join(options)
+        raise DiffAccelError(f"A function takes images and prompts only; '{arguments}' goes with {', '.join(KNOWN)}.")
+    function = _import_function(source) if isinstance(source, str) else source
     if not callable(function):
         raise DiffAccelError(f"A scorer must be callable with images and prompts; got {type(function).__name__}.")
-    name = what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
+    name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
     return Scorer(name, function)
 
 
-def _imported(text: str) -> Any:
-    module, _, name = text.removeprefix("py:").partition(":")
+def _import_function(spec: str) -> Any:
+    """Import the function of ``py:module:function``."""
+    module, _, name = spec.removeprefix("py:").partition(":")
     if not module or not name:
-        raise DiffAccelError(f"'{text}' names no function. Write py:module:function, such as py:my_scores:sharpness.")
+        raise DiffAccelError(f"'{spec}' names no function. Write py:module:function, such as py:my_scores:sharpness.")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise DiffAccelError(f"The scorer '{text}' cannot be imported ({error}). Is it on PYTHONPATH?") from error
+        raise DiffAccelError(f"The scorer '{spec}' cannot be imported ({error}). Is it on PYTHONPATH?") from error

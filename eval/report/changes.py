@@ -1,4 +1,4 @@
-"""What changed between two ``report.json``, such as those of two commits."""
+"""Changes between two ``report.json``, such as those of two commits."""
 
 from __future__ import annotations
 
@@ -11,58 +11,63 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.row import digits
 
+# fields of a row that are compared, with their interval and what sentences call them; the first one that both have
 NUMBERS = (
     ("delta", "delta_interval", "difference"),
     ("value", "interval", "value"),
-)  # the paired one where there is one
+)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A report.
+    """Read a ``report.json``.
 
     Raises:
-        DiffAccelError: for a file that is none.
+        DiffAccelError: for any other file.
     """
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffAccelError(f"The report '{path}' cannot be read ({error}).") from error
-    if not isinstance(found, dict) or not isinstance(found.get("metrics"), list):
+    if not isinstance(report, dict) or not isinstance(report.get("metrics"), list):
         raise DiffAccelError(f"'{path}' is no report.json of diffaccel eval compare.")
-    return found
+    return report
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
-    """Sentences under ``beyond`` (a new number outside of the old one's 95 % interval), ``unsure`` (it moved, and has
-    no interval), ``gone`` and ``added`` (metrics of one report alone) and ``made`` (versions that differ).
+    """Describe what changed between two reports.
+
+    Returns:
+        Sentences under ``beyond`` (a new number outside of the old one's 95 % interval), ``unsure`` (it moved, and has
+        no interval), ``gone`` and ``added`` (metrics of one report alone) and ``made`` (versions that differ).
     """
-    sides = [{(row["run"], row["key"]): row for row in report["metrics"]} for report in (old, new)]
-    found: dict[str, list[str]] = {"beyond": [], "unsure": []}
-    for name, row in sides[1].items():
-        before = sides[0].get(name)
-        field, interval, word = next(
-            (n for n in NUMBERS if before and None not in (before[n[0]], row[n[0]])), NUMBERS[1]
+    old_rows, new_rows = ({(row["run"], row["key"]): row for row in report["metrics"]} for report in (old, new))
+    sentences: dict[str, list[str]] = {"beyond": [], "unsure": []}
+    for name, row in new_rows.items():
+        old_row = old_rows.get(name)
+        field, interval_field, word = next(
+            (names for names in NUMBERS if old_row and None not in (old_row[names[0]], row[names[0]])), NUMBERS[1]
         )
-        if before is None or (text := _moved(before, row, field, word)) is None:
+        if old_row is None or (text := _change(old_row, row, field, word)) is None:
             continue
-        known = before[interval]
-        if known is None or row[field] is None:
-            found["unsure"].append(text)
-        elif not known["low"] <= row[field] <= known["high"]:
+        interval = old_row[interval_field]
+        if interval is None or row[field] is None:
+            sentences["unsure"].append(text)
+        elif not interval["low"] <= row[field] <= interval["high"]:
             places = digits(row["metric"])
-            found["beyond"].append(f"{text}, outside of {known['low']:.{places}f} to {known['high']:.{places}f}")
-    one, other = (set(side) for side in sides)
-    found["gone"] = [f"{run}: {key}" for run, key in sorted(one - other)]
-    found["added"] = [f"{run}: {key}" for run, key in sorted(other - one)]
-    return found | {"made": record.differences(old.get("versions", {}), new.get("versions", {}))}
+            low, high = (f"{interval[end]:.{places}f}" for end in ("low", "high"))
+            sentences["beyond"].append(f"{text}, outside of {low} to {high}")
+    sentences["gone"] = [f"{run}: {key}" for run, key in sorted(old_rows.keys() - new_rows.keys())]
+    sentences["added"] = [f"{run}: {key}" for run, key in sorted(new_rows.keys() - old_rows.keys())]
+    return sentences | {"made": record.differences(old.get("versions", {}), new.get("versions", {}))}
 
 
-def _moved(old: dict[str, Any], new: dict[str, Any], field: str, word: str) -> str | None:
-    """The change in words; None for none that is printed."""
-    places = digits(new["metric"])
-    was, now = (math.nan if side[field] is None else side[field] for side in (old, new))
-    texts = ["none" if math.isnan(value) else f"{value:.{places}f}" for value in (was, now)]
+def _change(old_row: dict[str, Any], new_row: dict[str, Any], field: str, word: str) -> str | None:
+    """Return the change of a field in words; None where the printed numbers are equal."""
+    places = digits(new_row["metric"])
+    before, after = (math.nan if row[field] is None else row[field] for row in (old_row, new_row))
+    texts = ["none" if math.isnan(value) else f"{value:.{places}f}" for value in (before, after)]
     if texts[0] == texts[1]:
         return None
-    better = "" if math.isnan(now - was) else ", better" if (now > was) == (new["better"] == "higher") else ", worse"
-    return f"{new['run']}: {new['key']}, {word} {texts[0]} -> {texts[1]}{better}"
+    is_better = (after > before) == (new_row["better"] == "higher")
+    verdict = "" if math.isnan(after - before) else ", better" if is_better else ", worse"
+    return f"{new_row['run']}: {new_row['key']}, {word} {texts[0]} -> {texts[1]}{verdict}"

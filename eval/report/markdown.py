@@ -1,4 +1,4 @@
-"""A comparison as Markdown, for a pull request or a note."""
+"""A comparison as Markdown, for a terminal, a pull request or a note."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.comparison.text import HEADS, table
 
 
-def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
-    """The tables for a terminal, a pull request or a note."""
+def markdown(comparison: Comparison, report: dict[str, Any]) -> str:
+    """Return verdicts, tables and warnings as Markdown.
+
+    Args:
+        comparison: everything that was measured.
+        report: what is in ``report.json``.
+    """
     base = comparison.baseline
     lines = [f"# {', '.join(run.name for run in comparison.runs)} against {base.name}", ""]
-    lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in made["verdicts"]]
+    lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in report["verdicts"]]
     device = base.record.get("device", {}).get("name")
     lines += [
         "",
         f"{len(base)} {'videos' if base.is_video else 'pictures'} a run{f', {device}' if device else ''}, "
-        f"{made['made'][:10]}. 95 % intervals.",
+        f"{report['made'][:10]}. 95 % intervals.",
         "",
     ]
     for title, group in table(comparison):
@@ -39,10 +44,10 @@ def markdown(comparison: Comparison, made: dict[str, Any]) -> str:
     for section in comparison.sections:
         lines += [f"## {section.title}", "", *_markdown_table(section.columns, section.rows), ""]
         lines += [section.note, ""] if section.note else []
-    if made["warnings"]:
-        lines += ["## Warnings", "", *(f"- {warning}" for warning in made["warnings"]), ""]
-    if made["command"]:
-        lines += ["```", " ".join(made["command"]), "```", ""]
+    if report["warnings"]:
+        lines += ["## Warnings", "", *(f"- {warning}" for warning in report["warnings"]), ""]
+    if report["command"]:
+        lines += ["```", " ".join(report["command"]), "```", ""]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Prompt sets: files of a few formats, and the sets that come with the package."""
+"""Prompt sets: files in text and table formats, and the sets that come with the package."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 from diffaccel.errors import DiffAccelError, unknown
 
 PACKAGED = Path(str(files(__package__) / "prompt_sets"))
-_PROMPT = ("prompt", "text", "caption")
-_CATEGORY = ("category", "challenge", "kind", "tag")
+_PROMPT_KEYS = ("prompt", "text", "caption")
+_CATEGORY_KEYS = ("category", "challenge", "kind", "tag")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts in their order, each with its category or ""."""
+    """Prompts in order, each with its category; "" where it has none."""
 
     name: str
     texts: tuple[str, ...]
@@ -28,17 +28,17 @@ class Prompts:
         return len(self.texts)
 
     def first(self, count: int | None) -> Prompts:
-        """The first ``count`` of them; all for None."""
+        """Return the set with its first ``count`` prompts; the whole set for None."""
         return self if count is None else Prompts(self.name, self.texts[:count], self.categories[:count])
 
 
 def names() -> list[str]:
-    """The sets that come with the package."""
+    """Return the names of the sets that come with the package."""
     return sorted(path.stem for path in PACKAGED.glob("*.jsonl"))
 
 
 def read(source: str) -> Prompts:
-    """The prompts of a packaged set or of a file.
+    """Read the prompts of a packaged set or of a file.
 
     Formats: ``.txt`` (one a line, empty lines skipped), ``.jsonl`` and ``.json`` (texts, or objects with ``prompt`` and
     maybe ``category``), ``.csv`` and ``.tsv`` with such columns.
@@ -67,15 +67,16 @@ def read(source: str) -> Prompts:
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
+    """Read the prompt and category of every entry of a file."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
         table = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
-        return [_row(row) for row in table]
+        return [_row(entry) for entry in table]
     if path.suffix == ".json":
-        values = json.loads(text)
-        if not isinstance(values, list):
+        entries = json.loads(text)
+        if not isinstance(entries, list):
             raise ValueError("it must hold a list")
-        return [_row(value) for value in values]
+        return [_row(entry) for entry in entries]
     lines = [line for line in text.splitlines() if line.strip()]
     return (
         [_row(json.loads(line)) for line in lines]
@@ -84,13 +85,14 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     )
 
 
-def _row(value: Any) -> tuple[str, str]:
-    if isinstance(value, str):
-        return value, ""
-    if not isinstance(value, dict):
-        raise ValueError(f"{json.dumps(value)} is neither a text nor an object")
-    known = {str(key).lower(): text for key, text in value.items()}
-    prompt = next((known[key] for key in _PROMPT if key in known), None)
+def _row(entry: Any) -> tuple[str, str]:
+    """Return the prompt and category of a text, or of an object with known keys in any case."""
+    if isinstance(entry, str):
+        return entry, ""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{json.dumps(entry)} is neither a text nor an object")
+    values = {str(key).lower(): value for key, value in entry.items()}
+    prompt = next((values[key] for key in _PROMPT_KEYS if key in values), None)
     if not isinstance(prompt, str):
-        raise ValueError(f"an entry has no {' or '.join(_PROMPT)}, but {', '.join(map(str, value)) or 'nothing'}")
-    return prompt, str(next((known[key] for key in _CATEGORY if key in known), None) or "")
+        raise ValueError(f"an entry has no {' or '.join(_PROMPT_KEYS)}, but {', '.join(map(str, entry)) or 'nothing'}")
+    return prompt, str(next((values[key] for key in _CATEGORY_KEYS if key in values), None) or "")

@@ -1,9 +1,9 @@
-"""What the same wall time buys: fewer steps of the baseline, or several accelerated pictures and the best of them.
+"""Equal wall time: the acceleration against the baseline with fewer steps, and the best of several against one picture.
 
 An acceleration that is worse than the baseline with fewer steps, at the same time, is no acceleration; one that is
 twice as fast may draw two pictures where the baseline draws one. Both are answered from times that were measured in
-turns on one machine. The best picture is chosen by one CLIP, the reward, whose own time counts; what that bought is
-told by another one, the judge, which never chooses.
+turns on one machine. The best picture is chosen by one CLIP, the reward, whose own time counts, and scored by another
+one, the judge, which never chooses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import fidelity
 from diffaccel.eval.comparison.distribution import FEWEST, features
 from diffaccel.eval.comparison.row import Section
-from diffaccel.eval.metrics import clip_score as alignment
 from diffaccel.eval.metrics import frechet_intervals
+from diffaccel.eval.metrics.clip_score import clip_score
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
@@ -32,16 +32,16 @@ _SSIM = next(distance for distance in fidelity.BUILT_IN if distance.metric == "s
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Two ways to spend the same time, the accelerated one first.
+    """Comparison of two ways to spend the same time, the accelerated one first.
 
     Attributes:
-        accelerated, instead: what is compared.
+        accelerated, instead: names of the two ways.
         time: how their times were made equal, in words.
         ratio: of times, with its interval.
-        judge: the difference of the judge's scores, accelerated minus instead.
-        ssim: the difference of the similarity to the whole baseline's picture; None for other pictures than its.
-        fd: the difference of Fréchet distances; None where there are too few pictures, or nothing to measure from.
-        why: where there is no answer, why.
+        judge: difference of the judge's scores, accelerated minus instead.
+        ssim: difference of SSIM to the baseline with all its steps; None where the pictures are of other seeds.
+        fd: difference of Fréchet distances; None where there are too few pictures, or no network.
+        why: reason for which there is no answer; "" where there is one.
     """
 
     accelerated: str
@@ -55,7 +55,7 @@ class Answer:
 
 
 def best_by(reward: ClipExtractor, run: Run, count: int) -> Run:
-    """Of every ``count`` consecutive pictures, which must be of one prompt, the one with the highest reward.
+    """Choose of every ``count`` consecutive pictures, which must be of one prompt, the one with the highest reward.
 
     Raises:
         DiffAccelError: for a run without prompts, or another number of pictures of each.
@@ -65,20 +65,20 @@ def best_by(reward: ClipExtractor, run: Run, count: int) -> Run:
     if not groups or any(len(group) < count or len(set(group)) > 1 for group in groups):
         raise DiffAccelError(f"'{run.name}' does not hold {count} pictures of every prompt in a row. Draw it so.")
     best = scores(reward, run).view(-1, count).argmax(1).tolist()
-    chosen = tuple(run.pictures[i * count + k] for i, k in enumerate(best))
-    return replace(run, name=f"best-of-{count}", pictures=chosen)
+    pictures = tuple(run.pictures[i * count + k] for i, k in enumerate(best))
+    return replace(run, name=f"best-of-{count}", pictures=pictures)
 
 
 def scores(clip: ClipExtractor, run: Run) -> Tensor:
-    """``100 max(cos, 0)`` of every picture and its prompt, (n,) float64."""
+    """Score every picture by its prompt, ``100 max(cos, 0)``, (n,) float64."""
     prompts = run.prompts or []
     texts = list(dict.fromkeys(prompts))
-    place, embedded = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
-    return alignment.clip_score(features(run, clip), embedded[[place[prompt] for prompt in prompts]])
+    place, text_features = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
+    return clip_score(features(run, clip), text_features[[place[prompt] for prompt in prompts]])
 
 
 def against_fewer_steps(
-    plan: Mapping[str, Any],
+    budget: Mapping[str, Any],
     baseline: Run,
     accelerated: Run,
     fewer: Run | None,
@@ -87,41 +87,42 @@ def against_fewer_steps(
     extractor: Extractor | None = None,
     target: Tensor | Moments | None = None,
 ) -> Answer:
-    """The acceleration against the baseline with so few steps that it costs no more: the same prompts and seeds.
+    """Compare the acceleration with the baseline of so few steps that it costs no more: the same prompts and seeds.
 
     Args:
-        plan: of :func:`diffaccel.eval.timing.budget.fewer_steps`.
-        baseline: the whole one, for the similarity to its pictures.
-        accelerated, fewer: the two runs; ``fewer`` is None where the plan has none.
+        budget: of :func:`diffaccel.eval.timing.budget.fewer_steps`.
+        baseline: with all its steps, for the similarity to its pictures.
+        accelerated, fewer: the two runs; ``fewer`` is None where the budget has no number of steps.
         judge: a CLIP, where there are prompts.
-        extractor: for the Fréchet distance to ``target``, where there are 100 pictures.
+        extractor: network of the Fréchet distance to ``target``, where there are 100 pictures.
         target: features of a reference set; None for the baseline's own.
     """
     if fewer is None:
-        return Answer(accelerated=accelerated.name, instead="fewer steps", why=plan["why"])
-    places = {run.name: [j for _, j in pair(baseline, run)] for run in (accelerated, fewer)}
-    clusters = baseline.prompts
-    alike, theirs_alike = (
-        fidelity.measure(baseline, run, pair(baseline, run), [_SSIM])[0][1] for run in (accelerated, fewer)
-    )
+        return Answer(accelerated=accelerated.name, instead="fewer steps", why=budget["why"])
+    two_runs, prompts = (accelerated, fewer), baseline.prompts
+    pairs = {run.name: pair(baseline, run) for run in two_runs}
+
+    def in_baseline_order(values: Tensor, run: Run) -> Tensor:
+        return values[[j for _, j in pairs[run.name]]]
+
+    ssim, fewer_ssim = (fidelity.measure(baseline, run, pairs[run.name], [_SSIM])[0][1] for run in two_runs)
     judged = None
-    if judge is not None and clusters is not None:
-        mine, theirs = (scores(judge, run)[places[run.name]] for run in (accelerated, fewer))
-        judged = _paired(mine, theirs, clusters)
+    if judge is not None and prompts is not None:
+        a, b = (in_baseline_order(scores(judge, run), run) for run in two_runs)
+        judged = _paired(a, b, prompts)
     fd = None
     if extractor is not None and len(baseline) >= FEWEST:
-        mine, theirs = (features(run, extractor)[places[run.name]] for run in (accelerated, fewer))
-        to = features(baseline, extractor) if target is None else target
-        fd = frechet_intervals.difference(mine, theirs, to)
+        a, b = (in_baseline_order(features(run, extractor), run) for run in two_runs)
+        fd = frechet_intervals.difference(a, b, features(baseline, extractor) if target is None else target)
     return Answer(
-        accelerated=accelerated.name, instead=f"{baseline.name}, {plan['steps']} steps", ratio=plan["ratio"],
-        time=f"{plan['steps']} steps fit: the acceleration takes {_times(plan['ratio'])} their time", judge=judged,
-        ssim=_paired(alike, theirs_alike, clusters), fd=fd,
+        accelerated=accelerated.name, instead=f"{baseline.name}, {budget['steps']} steps", ratio=budget["ratio"],
+        time=f"{budget['steps']} steps fit: the acceleration takes {_times(budget['ratio'])} their time", judge=judged,
+        ssim=_paired(ssim, fewer_ssim, prompts), fd=fd,
     )  # fmt: skip
 
 
 def against_baseline(
-    plan: Mapping[str, Any],
+    budget: Mapping[str, Any],
     baseline: Run,
     accelerated: Run,
     many: Run | None,
@@ -131,24 +132,24 @@ def against_baseline(
     extractor: Extractor | None = None,
     target: Tensor | Moments | None = None,
 ) -> Answer:
-    """The best of as many accelerated pictures as fit into the baseline's time, against the baseline: equal prompts.
+    """Compare the best of as many accelerated pictures as fit into the baseline's time with the baseline's picture.
 
     Args:
-        plan: of :func:`diffaccel.eval.timing.budget.pictures_that_fit`.
+        budget: of :func:`diffaccel.eval.timing.budget.pictures_that_fit`.
         baseline, accelerated: the runs of the report.
-        many: ``plan["pictures"]`` accelerated pictures for each of the baseline's; None where only one fits.
-        reward: chooses.
-        judge: tells what it bought, and must be another network.
-        extractor: for the Fréchet distance to ``target``.
+        many: ``budget["pictures"]`` accelerated pictures for each of the baseline's; None where only one fits.
+        reward: CLIP that chooses the best picture.
+        judge: CLIP that scores the choice, and must be another network.
+        extractor: network of the Fréchet distance to ``target``.
         target: features of a reference set; without one there is no such distance.
 
     Raises:
-        DiffAccelError: for a judge that is the reward.
+        DiffAccelError: for a judge that is the reward, and prompts that differ.
     """
     check_judge(reward, judge)
-    count, name = plan["pictures"], accelerated.name
+    count, name = budget["pictures"], accelerated.name
     if many is None:
-        why = f"no second picture fits: the baseline takes {_times(plan['ratio'])} as long as one with its reward"
+        why = f"no second picture fits: the baseline takes {_times(budget['ratio'])} as long as one with its reward"
         return Answer(accelerated=f"{name}, best of several", instead=baseline.name, why=why)
     best = best_by(reward, many, count)
     if best.prompts != baseline.prompts:
@@ -157,14 +158,14 @@ def against_baseline(
     if extractor is not None and target is not None and len(baseline) >= FEWEST:
         fd = frechet_intervals.difference(features(best, extractor), features(baseline, extractor), target)
     return Answer(
-        accelerated=f"{name}, best of {count} by {reward.name}", instead=baseline.name, ratio=plan["ratio"],
-        time=f"{count} pictures fit: the baseline takes {_times(plan['ratio'])} the time of one with its reward",
+        accelerated=f"{name}, best of {count} by {reward.name}", instead=baseline.name, ratio=budget["ratio"],
+        time=f"{count} pictures fit: the baseline takes {_times(budget['ratio'])} the time of one with its reward",
         judge=_paired(scores(judge, best), scores(judge, baseline), baseline.prompts), fd=fd,
     )  # fmt: skip
 
 
 def check_judge(reward: ClipExtractor, judge: ClipExtractor) -> None:
-    """Refuse a judge that chooses: what it thinks of its own choice says nothing."""
+    """Raise when the judge is the reward: its score of its own choice would be biased upwards."""
     if reward.weights_sha256 == judge.weights_sha256:
         raise DiffAccelError(
             f"'{reward.name}' would choose pictures and then judge its own choice. Give a judge of other weights."
@@ -172,12 +173,12 @@ def check_judge(reward: ClipExtractor, judge: ClipExtractor) -> None:
 
 
 def section(answers: Sequence[Answer], *, judge: str = "", reward: str = "", device: str = "") -> Section:
-    """The table of a report."""
+    """Tabulate the answers for a report."""
     note = "Differences are the first column's value minus the second's, with 95 % intervals over prompts. Times were "
     note += f"measured in turns{f' on {device}' if device else ''}."
     if judge and reward:
         note += f" The best picture is chosen by {reward}, whose own time counts, and judged by {judge}."
-    rows = [_texts(answer) for answer in answers]
+    rows = [_cells(answer) for answer in answers]
     columns = ("accelerated", "instead", "time", f"clip_score[{judge}]" if judge else "clip score", "preferred",
                "SSIM to the baseline", "Fréchet distance")  # fmt: skip
     return Section(
@@ -186,7 +187,8 @@ def section(answers: Sequence[Answer], *, judge: str = "", reward: str = "", dev
     )  # fmt: skip
 
 
-def _texts(answer: Answer) -> tuple[str, ...]:
+def _cells(answer: Answer) -> tuple[str, ...]:
+    """Return an answer as the cells of a row."""
     if answer.why:
         return answer.accelerated, answer.instead, answer.why, "", "", "", ""
     wins = answer.judge.wins if answer.judge else None
@@ -204,17 +206,18 @@ def _texts(answer: Answer) -> tuple[str, ...]:
 def _signed(interval: Interval | None, digits: int) -> str:
     if interval is None:
         return ""
-    value, low, high = (f"{x:+.{digits}f}" for x in (interval.value, interval.low, interval.high))
+    value, low, high = (f"{end:+.{digits}f}" for end in (interval.value, interval.low, interval.high))
     return f"{value} ({low} to {high})" + ("" if interval.significant else ", within noise")
 
 
 def _numbers(answer: Answer) -> dict[str, Any]:
-    found: dict[str, Any] = {"accelerated": answer.accelerated, "instead": answer.instead, "why": answer.why}
-    found["time_ratio"] = answer.ratio
+    """Return an answer as JSON-ready numbers."""
+    numbers: dict[str, Any] = {"accelerated": answer.accelerated, "instead": answer.instead, "why": answer.why}
+    numbers["time_ratio"] = answer.ratio
     for key, paired in (("judge", answer.judge), ("ssim", answer.ssim)):
-        found[key] = None if paired is None else {**_ends(paired.interval), "wins": _ends(paired.wins), "n": paired.n}
-    found["fd"] = None if answer.fd is None else _ends(answer.fd)
-    return found
+        numbers[key] = None if paired is None else {**_ends(paired.interval), "wins": _ends(paired.wins), "n": paired.n}
+    numbers["fd"] = None if answer.fd is None else _ends(answer.fd)
+    return numbers
 
 
 def _ends(interval: Interval) -> dict[str, Any]:
@@ -225,8 +228,8 @@ def _times(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
-def _paired(one: Tensor, other: Tensor, clusters: Sequence[str] | None) -> Paired | None:
-    """The paired difference; None where there is a single prompt, or picture, to draw from."""
-    if len(set(clusters if clusters is not None else range(len(one)))) < 2:
+def _paired(a: Tensor, b: Tensor, prompts: Sequence[str] | None) -> Paired | None:
+    """Return the paired difference; None where there is a single prompt, or picture, to resample."""
+    if len(set(prompts if prompts is not None else range(len(a)))) < 2:
         return None
-    return paired_difference(one, other, clusters=clusters)
+    return paired_difference(a, b, clusters=prompts)

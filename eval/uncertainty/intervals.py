@@ -1,7 +1,7 @@
 """Confidence intervals of means, paired differences, win rates and ratios of timings.
 
-Prompts are the unit: images of one prompt with several seeds are alike, so whole prompts are drawn (``clusters``).
-All numbers are float64, and a seed gives the same interval whatever the order of the values.
+Prompts are the unit of resampling: images of one prompt with several seeds are correlated, so whole prompts are drawn
+(``clusters``). All numbers are float64. For one seed, the interval does not depend on the order of the values.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffaccel.errors import DiffAccelError
 
 Array = NDArray[np.float64]
 Values = Tensor | Sequence[float] | NDArray[Any]
-_BLOCK = 1 << 22  # resampled values held at once
+_BLOCK = 1 << 22  # resampled values in memory at once
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Interval:
         value: the estimate.
         low, high: ends of the interval; ``low <= high``.
         level: the chance that such an interval covers the truth.
-        method: how it was made, as a report prints it.
+        method: how it was computed, as a report prints it.
         null: the value of "no effect" (0 of a difference, 1 of a ratio), or None where there is none.
     """
 
@@ -51,13 +51,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """Two runs on the same ids.
+    """Comparison of two runs on the same ids.
 
     Attributes:
         interval: the mean of ``a - b``.
-        wins: the share of ids where ``a`` is better, a tie counting half.
-        n: pairs.
-        ties: pairs of equal values.
+        wins: the share of ids where ``a`` is better; a tie counts half.
+        n: number of pairs.
+        ties: number of pairs of equal values.
     """
 
     interval: Interval
@@ -74,17 +74,17 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """The mean with its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+    """Compute the mean with its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
 
-    With ``clusters`` whole clusters are drawn with replacement and the mean of all their values is taken. With fewer
-    than some 30 clusters percentile intervals are too narrow: of 10 normal values they cover about 90 %, not 95 %.
+    With ``clusters``, whole clusters are drawn with replacement, and the mean is over all their values. With fewer than
+    some 30 clusters, percentile intervals are too narrow: for 10 normal values they cover about 90 %, not 95 %.
 
     Args:
         values: (n,), finite, n >= 2.
         clusters: (n,) labels such as prompts; values of one label are drawn together. At least 2 labels.
-        draws: bootstrap samples.
-        seed: of the draws.
-        level: of the interval.
+        draws: number of bootstrap samples.
+        seed: seed of the draws.
+        level: confidence level of the interval.
 
     Raises:
         DiffAccelError: for fewer than 2 values or clusters, values that are not finite, or labels of another number.
@@ -94,14 +94,14 @@ def bootstrap_mean(
         raise DiffAccelError(f"A bootstrap needs at least 1 draw, not {draws}. 1000 is usual.")
     tail = _tail(level)
     if clusters is None:
-        sums, counts, drawn = np.sort(x), np.ones_like(x), "values"
+        sums, counts, unit = np.sort(x), np.ones_like(x), "values"
     else:
         sums, counts = cluster_sums(x, clusters)
         order = np.lexsort((counts, sums))
-        sums, counts, drawn = sums[order], counts[order], "clusters"
-    means = _resample(lambda at: sums[at].sum(1) / counts[at].sum(1), len(sums), draws, seed)
+        sums, counts, unit = sums[order], counts[order], "clusters"
+    means = _resample(lambda index: sums[index].sum(1) / counts[index].sum(1), len(sums), draws, seed)
     low, high = np.quantile(means, [tail, 1 - tail])
-    method = f"percentile bootstrap over {len(sums)} {drawn}, {draws} draws"
+    method = f"percentile bootstrap over {len(sums)} {unit}, {draws} draws"
     return Interval(math.fsum(x) / len(x), float(low), float(high), level, method)
 
 
@@ -115,15 +115,16 @@ def paired_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Paired:
-    """The mean of ``a - b`` over pairs with its bootstrap interval, and how often ``a`` is better.
+    """Compute the mean of ``a - b`` over pairs with its bootstrap interval, and how often ``a`` is better.
 
-    A tie counts as half a win. Wins have a Wilson interval; with ``clusters`` it is that of ``n / D`` pairs, where the
-    design effect ``D >= 1`` is the variance of the win rate by clusters over that of independent pairs (Kish 1965).
+    A tie counts as half a win. The win rate has a Wilson interval; with ``clusters`` it is that of ``n / D`` pairs,
+    where the design effect ``D >= 1`` is the variance of the win rate by clusters over that of independent pairs
+    (Kish 1965).
 
     Args:
         a, b: (n,), finite; ``a[i]`` and ``b[i]`` belong to one id.
         clusters: (n,) labels such as prompts.
-        better: which direction wins.
+        better: the direction that wins.
 
     Raises:
         DiffAccelError: for different lengths, and whatever :func:`bootstrap_mean` refuses.
@@ -135,9 +136,7 @@ def paired_difference(
     mean = bootstrap_mean(difference, clusters=clusters, draws=draws, seed=seed, level=level)
     wins = np.where(difference == 0, 0.5, (difference > 0) == (better == "higher")).astype(np.float64)
     rate = wins.mean()
-    pairs = float(len(wins))
-    if clusters is not None:
-        pairs = _effective(wins, clusters)
+    pairs = float(len(wins)) if clusters is None else _effective_pairs(wins, clusters)
     interval = wilson(float(rate * pairs), pairs, level)
     method = interval.method + ", a tie is half a win"
     wins_interval = Interval(float(rate), interval.low, interval.high, level, method, null=0.5)
@@ -146,9 +145,11 @@ def paired_difference(
 
 
 def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
-    """The score interval of a share (Wilson 1927): ``(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``.
+    """Compute the score interval of a share (Wilson 1927).
 
-    ``successes`` and ``n`` need not be whole: ties count half, and clustered pairs count less than one each.
+    Its ends are ``(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``.
+
+    ``successes`` and ``n`` need not be whole numbers: ties count half, and clustered pairs count less than one each.
 
     Raises:
         DiffAccelError: unless ``0 <= successes <= n`` and ``n > 0``.
@@ -165,10 +166,10 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
 
 
 def median_ratio(a: Values, b: Values, *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """The median of ``a / b`` turn by turn, with its percentile bootstrap interval over turns.
+    """Compute the median of ``a / b`` over turns, with its percentile bootstrap interval.
 
-    For timings taken in turns (A B A B ...): a machine that slows down slows both of a turn. The ratio is
-    ``significant`` when the interval excludes 1. With 5 to 20 turns such intervals cover some 93 %, not 95 %.
+    For timings taken in turns (A B A B ...): a machine that slows down slows both timings of a turn. The ratio is
+    ``significant`` when the interval excludes 1. With 5 to 20 turns, such intervals cover some 93 %, not 95 %.
 
     Raises:
         DiffAccelError: for different lengths, fewer than 2 turns, or values that are not positive.
@@ -180,14 +181,14 @@ def median_ratio(a: Values, b: Values, *, draws: int = 1000, seed: int = 0, leve
         raise DiffAccelError(f"Timings must be positive; the smallest is {min(x.min(), y.min()):g}.")
     tail = _tail(level)
     ratios = np.sort(x / y)
-    medians = _resample(lambda at: np.median(ratios[at], axis=1), len(ratios), draws, seed)
+    medians = _resample(lambda index: np.median(ratios[index], axis=1), len(ratios), draws, seed)
     low, high = np.quantile(medians, [tail, 1 - tail])
     method = f"median of {len(ratios)} turns, percentile bootstrap, {draws} draws"
     return Interval(float(np.median(ratios)), float(low), float(high), level, method, null=1.0)
 
 
 def spearman(x: Values, y: Values) -> float:
-    """Spearman's rank correlation, ties at their mean rank.
+    """Compute Spearman's rank correlation; ties have their mean rank.
 
     Raises:
         DiffAccelError: for different lengths, fewer than 2 values, or values that are all equal.
@@ -199,64 +200,66 @@ def spearman(x: Values, y: Values) -> float:
     return float((ranks[0] * ranks[1]).sum() / (norms[0] * norms[1]))
 
 
-def finite(values: Values, what: str) -> Array:
-    """``values`` as (n,) float64.
+def finite(values: Values, label: str) -> Array:
+    """Convert values to (n,) float64, and check that they are finite; error messages call them ``label``.
 
     Raises:
-        DiffAccelError: for another shape, no value, or values that are not finite (how many, and the first).
+        DiffAccelError: for another shape, no value, or values that are not finite (their number, and the first).
     """
     if isinstance(values, Tensor):
         values = values.detach().cpu().to(torch.float64).numpy()
     try:
         x: Array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise DiffAccelError(f"The {what} must be numbers ({error}).") from error
+        raise DiffAccelError(f"The {label} must be numbers ({error}).") from error
     if x.ndim != 1 or len(x) == 0:
-        raise DiffAccelError(f"The {what} must be a list of numbers, (n,); got shape {x.shape}.")
+        raise DiffAccelError(f"The {label} must be a list of numbers, (n,); got shape {x.shape}.")
     bad = np.flatnonzero(~np.isfinite(x))
     if len(bad):
-        raise DiffAccelError(f"{len(bad)} of {len(x)} {what} are not finite, the first at {bad[0]}: {x[bad[0]]}.")
+        raise DiffAccelError(f"{len(bad)} of {len(x)} {label} are not finite, the first at {bad[0]}: {x[bad[0]]}.")
     return x
 
 
 def cluster_sums(values: Array, clusters: Sequence[Hashable] | Tensor) -> tuple[Array, Array]:
-    """``(sum of values, number of values)`` of every cluster, in order of first appearance.
+    """Return the sum and the number of values of every cluster, in order of first appearance.
 
     Raises:
-        DiffAccelError: for labels of another number than values.
+        DiffAccelError: for another number of labels than of values.
     """
     labels = clusters.tolist() if isinstance(clusters, Tensor) else list(clusters)
     if len(labels) != len(values):
         raise DiffAccelError(f"{len(values)} values, but {len(labels)} cluster labels. Give one label a value.")
-    number: dict[Hashable, int] = {}
-    at = np.array([number.setdefault(label, len(number)) for label in labels])
-    return np.bincount(at, weights=values).astype(np.float64), np.bincount(at).astype(np.float64)
+    numbers: dict[Hashable, int] = {}
+    cluster = np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+    return np.bincount(cluster, weights=values).astype(np.float64), np.bincount(cluster).astype(np.float64)
 
 
 def mean_variance(sums: Array, counts: Array) -> float:
-    """The variance of ``sum(sums) / sum(counts)`` over ``k`` independent clusters (the ratio estimator's).
+    """Estimate the variance of the ratio ``sum(sums) / sum(counts)`` over ``k`` independent clusters.
 
     ``k / (k - 1) sum_c (s_c - m n_c)^2 / N^2`` with the mean ``m`` and ``N = sum_c n_c`` (Cochran 1977, section 6.4).
     """
     k, total = len(sums), counts.sum()
-    rest = sums - sums.sum() / total * counts
-    return float(k / (k - 1) * (rest * rest).sum() / total**2)
+    residuals = sums - sums.sum() / total * counts
+    return float(k / (k - 1) * (residuals * residuals).sum() / total**2)
 
 
-def _effective(wins: Array, clusters: Sequence[Hashable] | Tensor) -> float:
+def _effective_pairs(wins: Array, clusters: Sequence[Hashable] | Tensor) -> float:
+    """Return the number of pairs over the design effect."""
     sums, counts = cluster_sums(wins, clusters)
     independent = float(wins.var(ddof=1)) / len(wins)
-    if independent == 0:  # all alike: nothing says that seeds of one prompt are independent
+    if independent == 0:  # no variance: nothing shows that seeds of one prompt are independent
         return float(len(sums))
     return len(wins) / max(1.0, mean_variance(sums, counts) / independent)
 
 
 def _resample(statistic: Callable[[NDArray[np.int64]], Array], n: int, draws: int, seed: int) -> Array:
+    """Evaluate a statistic on ``draws`` bootstrap samples, given as indices ``(rows, n)``, in blocks of rows."""
     if n < 2:
         raise DiffAccelError(f"A bootstrap interval needs at least 2 values or clusters, got {n}.")
     generator = np.random.default_rng(seed)
-    size = max(1, _BLOCK // n)
-    parts = [statistic(generator.integers(0, n, (min(size, draws - i), n))) for i in range(0, draws, size)]
+    rows = max(1, _BLOCK // n)
+    parts = [statistic(generator.integers(0, n, (min(rows, draws - i), n))) for i in range(0, draws, rows)]
     return np.concatenate(parts)
 
 
@@ -268,12 +271,14 @@ def _pair(a: Values, b: Values) -> tuple[Array, Array]:
 
 
 def _ranks(x: Array) -> Array:
-    _, at, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts + 1) / 2)[at]
+    """Return the ranks of values, from 0; ties have their mean rank."""
+    _, group, counts = np.unique(x, return_inverse=True, return_counts=True)
+    end = np.cumsum(counts)
+    return (end - (counts + 1) / 2)[group]
 
 
 def _tail(level: float) -> float:
+    """Return the probability outside each end of an interval."""
     if not 0 < level < 1:
         raise DiffAccelError(f"A confidence level lies between 0 and 1, such as 0.95; got {level}.")
     return (1 - level) / 2

@@ -1,14 +1,14 @@
-"""Stop making images once two runs are proven equal within a tolerance, or proven different.
+"""Sequential equivalence test: stop sampling once two runs are proven equal within a tolerance, or different.
 
-At 64, 128, 256, ... pairs one interval of the mean difference is looked at. It carries two one-sided tests
+At each look (64, 128, 256, ... pairs) one interval of the mean difference is computed. It carries two one-sided tests
 (Schuirmann 1987): inside ``(-tolerance, tolerance)`` the runs are equivalent, outside ``[-tolerance, tolerance]`` they
-differ by more. Several looks would give chance several goes, so the level is shared among them (Bonferroni): with ``K``
-looks every one-sided test is at ``(1 - level) / K``, and the chance of ever calling runs equivalent that differ by the
-tolerance or more is at most ``1 - level``.
+differ by more. Repeated looks would inflate the error rate, so the level is divided among them (Bonferroni): with ``K``
+looks every one-sided test is at ``(1 - level) / K``, and the probability of ever calling runs equivalent that differ by
+the tolerance or more is at most ``1 - level``.
 
-That holds for differences with light tails. Paired metrics are skewed, so the interval follows the skewness
-(Hall, J. R. Statist. Soc. B 54, 1992). No interval of a mean knows of large differences that were not drawn yet: where
-a method changes few images much, say one of 50, begin to look later than at 64 pairs.
+That holds for differences with light tails. Paired metrics are skewed, so the interval is corrected for skewness
+(Hall, J. R. Statist. Soc. B 54, 1992). No interval of a mean accounts for large differences that were not sampled yet:
+where a method changes few images much, say one of 50, take the first look later than at 64 pairs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from diffaccel.eval.uncertainty.intervals import Array, Interval, Values, cluste
 
 Verdict = Literal["equivalent", "different", "go on"]
 LEAST_CLUSTERS = 16
-UNSEEN = 0.01  # share of clusters: what is unequal this often must have had the chance to show
+UNSEEN = 0.01  # share of unequal clusters that would have shown before equal differences count as proof
 
 
 def doubling(last: int, first: int = 64) -> tuple[int, ...]:
-    """``first, 2 first, 4 first, ...`` up to ``last``, which is always the last look."""
+    """Return the looks ``first, 2 first, 4 first, ...`` up to ``last``, which is always the last look."""
     if not 2 <= first <= last:
         raise DiffAccelError(f"Looks go from first >= 2 up to last; got first {first}, last {last}.")
     looks = [first]
@@ -42,12 +42,12 @@ def doubling(last: int, first: int = 64) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Sequential:
-    """A test that may stop early. It holds no state: a look depends on the differences so far and on nothing else.
+    """Equivalence test that may stop early. It is stateless: a look depends on the differences so far alone.
 
     Attributes:
-        tolerance: differences of the mean up to this size do not matter, in the metric's units.
-        looks: numbers of pairs at which to look, chosen before the first image is made.
-        level: 1 minus the chance of ever calling runs equivalent that are not.
+        tolerance: mean differences up to this size do not matter, in the metric's units.
+        looks: numbers of pairs at which to test, chosen before the first image is sampled.
+        level: 1 minus the probability of ever calling runs equivalent that are not.
     """
 
     tolerance: float
@@ -64,10 +64,10 @@ class Sequential:
             raise DiffAccelError(f"The level lies between 0.5 and 1, such as 0.95; got {self.level}.")
 
     def look(self, differences: Values, *, clusters: Sequence[Hashable] | Tensor | None = None) -> Verdict:
-        """What the pairs so far prove.
+        """Return what the pairs so far prove.
 
         Args:
-            differences: (n,) of paired values ``a - b`` in the order in which they were made, n one of ``looks``.
+            differences: (n,) of paired values ``a - b`` in the order of sampling, n one of ``looks``.
             clusters: (n,) labels such as prompts, where one has several seeds; at least 16 different ones.
 
         Raises:
@@ -81,12 +81,12 @@ class Sequential:
         return "go on"
 
     def interval(self, differences: Values, *, clusters: Sequence[Hashable] | Tensor | None = None) -> Interval:
-        """The interval that :meth:`look` judges, of level ``1 - 2 (1 - level) / K``; raises like :meth:`look`.
+        """Compute the interval of level ``1 - 2 (1 - level) / K`` that :meth:`look` tests; raises like :meth:`look`.
 
         With the standard error ``se`` of a mean of ``k`` independent clusters of any size, their skewness ``g`` and
         Student's ``t`` it goes from ``mean - se h(t)`` to ``mean - se h(-t)``, where ``r = g / sqrt(k)`` and
-        ``h(y) = 3/r (cbrt(1 + r (y - r/6)) - 1)`` (Hall 1992). Differences that are all equal have no spread to go by:
-        until so many are equal that one unequal in 100 would have shown, the interval is infinite.
+        ``h(y) = 3/r (cbrt(1 + r (y - r/6)) - 1)`` (Hall 1992). Differences that are all equal have no variance: the
+        interval is infinite until there are so many that one unequal in 100 would have shown.
         """
         x = finite(differences, "differences")
         if len(x) not in self.looks:
@@ -106,20 +106,20 @@ class Sequential:
         return Interval(mean, mean + low, mean + high, 1 - 2 * alpha, method, null=0.0)
 
     def at_most(self, pairs: int) -> Sequential:
-        """The same test when only ``pairs`` can be made: later looks are left out, and the last is at ``pairs``."""
+        """Return the same test for at most ``pairs``: later looks are left out, and the last is at ``pairs``."""
         return replace(self, looks=(*(n for n in self.looks if n < pairs), pairs))
 
 
 def _ends(sums: Array, counts: Array, alpha: float) -> tuple[float, float]:
-    """Both ends of Hall's interval, relative to the mean."""
+    """Compute both ends of Hall's interval, relative to the mean."""
     k = len(sums)
-    rest = sums - sums.sum() / counts.sum() * counts
+    residuals = sums - sums.sum() / counts.sum() * counts
     error = math.sqrt(mean_variance(sums, counts))
     if error <= 1e-12 * float(abs(sums).max()):
-        seen = k >= math.log(alpha) / math.log1p(-UNSEEN)
-        return (0.0, 0.0) if seen else (-math.inf, math.inf)
-    r = float((rest**3).mean() / rest.std(ddof=1) ** 3) / math.sqrt(k)
-    t = _t(1 - alpha, k - 1)
+        enough = k >= math.log(alpha) / math.log1p(-UNSEEN)
+        return (0.0, 0.0) if enough else (-math.inf, math.inf)
+    r = float((residuals**3).mean() / residuals.std(ddof=1) ** 3) / math.sqrt(k)
+    t = _student_quantile(1 - alpha, k - 1)
 
     def transformed(y: float) -> float:
         return y if abs(r) < 1e-9 else 3 / r * (math.cbrt(1 + r * (y - r / 6)) - 1)
@@ -127,8 +127,8 @@ def _ends(sums: Array, counts: Array, alpha: float) -> tuple[float, float]:
     return -error * transformed(t), -error * transformed(-t)
 
 
-def _t(p: float, df: int) -> float:
-    """Quantile of Student's t by its expansion in ``1/df`` (Abramowitz & Stegun 26.7.5)."""
+def _student_quantile(p: float, df: int) -> float:
+    """Compute a quantile of Student's t by its expansion in ``1/df`` (Abramowitz & Stegun 26.7.5)."""
     z = NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,

@@ -16,7 +16,7 @@ import torch
 
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.samplers.rewards import clip, compress, vqa
-from diffaccel.samplers.rewards.callables import imported, of_callable
+from diffaccel.samplers.rewards.callables import from_callable, import_function
 from diffaccel.samplers.rewards.counting import counts
 from diffaccel.samplers.rewards.preference import published
 from diffaccel.samplers.rewards.reward import Reward
@@ -24,7 +24,8 @@ from diffaccel.samplers.rewards.sums import terms, weighted
 
 __all__ = ["KNOWN", "Reward", "counts", "resolve", "weighted"]
 
-# name: from the text after its colon, a device and the model's name to a reward
+# Name: a function of the text after the name's colon, a device, and the name of the model that makes the pictures. All
+# have this one signature, though most ignore the model and some the device.
 KNOWN: dict[str, Callable[[str, torch.device, str], Reward]] = {
     "clip": clip.reward,
     "compress": compress.reward,
@@ -33,33 +34,33 @@ KNOWN: dict[str, Callable[[str, torch.device, str], Reward]] = {
 }
 
 
-def resolve(what: Any, *, device: torch.device | str, model: str = "") -> Reward:
-    """The reward that is meant.
+def resolve(reward: Any, *, device: torch.device | str, model: str = "") -> Reward:
+    """Turn a name, a sum of names or a callable into a reward.
 
     Args:
-        what: a :class:`Reward`; a callable ``(images, prompts) -> scores``, whose attributes ``name``, ``input``,
-            ``batch_size``, ``device``, ``differentiable`` and ``needs_prompts`` count where it has them; or text: a
-            name of :data:`KNOWN`, with what belongs to it after a colon, ``py:module:function``, or a weighted sum of
-            these such as ``clip + 0.2*compress``.
-        device: of a named reward's network.
-        model: name or folder of the model that makes the pictures, for ``clip`` alone.
+        reward: a :class:`Reward`; a callable ``(images, prompts) -> scores``, whose attributes ``name``, ``input``,
+            ``batch_size``, ``device``, ``differentiable`` and ``needs_prompts`` are used where it has them; or text: a
+            name of :data:`KNOWN`, with its argument after a colon, ``py:module:function``, or a weighted sum of these
+            such as ``clip + 0.2*compress``.
+        device: device of a named reward's network.
+        model: name or folder of the model that makes the pictures; only ``clip`` needs it.
 
     Raises:
         MissingWeights: where a network's weights are not found.
-        DiffAccelError: for an unknown name, a function that cannot be imported, and what is none of these.
+        DiffAccelError: for an unknown name, a function that cannot be imported, and any other object.
     """
-    if isinstance(what, Reward):
-        return what
-    if isinstance(what, str):
-        where = torch.device(device)
-        return weighted([(weight, _named(name, where, model)) for weight, name in terms(what)])
-    return of_callable(what)
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str):
+        target = torch.device(device)
+        return weighted([(weight, _named(name, target, model)) for weight, name in terms(reward)])
+    return from_callable(reward)
 
 
 def _named(text: str, device: torch.device, model: str) -> Reward:
     name, _, argument = text.partition(":")
     if name == "py":
-        return of_callable(imported(text), text)
+        return from_callable(import_function(text), text)
     if name not in KNOWN and re.search(r"[+*]", name):
         raise DiffAccelError(f"'{text}' is no reward. Write a sum with spaces around its signs: clip + 0.2*compress.")
     if name not in KNOWN:

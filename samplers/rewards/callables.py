@@ -1,4 +1,4 @@
-"""Functions of the user's as rewards."""
+"""The user's own functions as rewards."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from diffaccel.samplers.rewards.reward import Reward
 ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts")
 
 
-def of_callable(function: Any, name: str = "") -> Reward:
-    """A callable ``(images, prompts) -> scores`` with those attributes of a reward that it has.
+def from_callable(function: Any, name: str = "") -> Reward:
+    """Make a reward of a callable ``(images, prompts) -> scores``, with the attributes of a reward that it has.
 
     Raises:
-        DiffAccelError: for what cannot be called, and attributes that a reward cannot have.
+        DiffAccelError: for an object that cannot be called, and for attributes with invalid values.
     """
     if not callable(function):
         raise DiffAccelError(
             f"A reward must be a name, or callable with images and prompts; got {type(function).__name__}."
         )
-    return Reward(name=name or name_of(function), function=function, **attributes(function))
+    return Reward(name=name or reward_name(function), function=function, **reward_attributes(function))
 
 
-def attributes(function: Any) -> dict[str, Any]:
-    """What a callable says about itself, as fields of a reward."""
-    found = {key: value for key in ATTRIBUTES if (value := getattr(function, key, None)) is not None}
-    if "device" in found:
+def reward_attributes(function: Any) -> dict[str, Any]:
+    """Return the fields of a reward that a callable has as attributes."""
+    attributes = {key: value for key in ATTRIBUTES if (value := getattr(function, key, None)) is not None}
+    if "device" in attributes:
         try:
-            found["device"] = torch.device(found["device"])
+            attributes["device"] = torch.device(attributes["device"])
         except (RuntimeError, TypeError) as error:
             raise DiffAccelError(
-                f"The device of the reward '{name_of(function)}' is {found['device']!r}; write it as torch does, "
-                "such as 'cuda:1'."
+                f"The device of the reward '{reward_name(function)}' is {attributes['device']!r}; write it as torch "
+                "does, such as 'cuda:1'."
             ) from error
-    return found
+    return attributes
 
 
-def name_of(function: Any) -> str:
-    """Its ``name``, its name in the code, or its type's."""
+def reward_name(function: Any) -> str:
+    """Return a callable's attribute ``name``, its ``__name__``, or the name of its type."""
     return str(getattr(function, "name", "") or getattr(function, "__name__", "") or type(function).__name__)
 
 
-def imported(text: str) -> Any:
-    """What ``py:module:function`` names.
+def import_function(text: str) -> Any:
+    """Import the function that ``py:module:function`` names.
 
     Raises:
-        DiffAccelError: where it names nothing, or cannot be imported.
+        DiffAccelError: where the name is incomplete or cannot be imported.
     """
     module, _, name = text.removeprefix("py:").partition(":")
     if not module or not name:

@@ -1,4 +1,4 @@
-"""How small a picture's JPEG is: a reward without a network, whose best pictures can be seen to be right."""
+"""Size of a picture's JPEG: a reward without a network, whose optimum is plain to see."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ QUALITY = 95
 
 
 def reward(argument: str, device: torch.device, model: str) -> Reward:
-    """``-bytes / 1000`` of the JPEG, the compressibility of DDPO (Black et al., arXiv 2305.13301).
-
-    Prompts do not count.
+    """Score by ``-bytes / 1000`` of the JPEG, the compressibility of DDPO (Black et al., arXiv 2305.13301).
 
     Args:
         argument: the JPEG's quality, 1 to 100; "" for 95.
@@ -41,6 +39,6 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
 
 
 def _size(picture: np.ndarray, quality: int) -> int:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=quality)
-    return file.tell()
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    return buffer.tell()

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffaccel.eval.networks import scorers
 from diffaccel.samplers.rewards.reward import Reward
 
-NO_TEXT = ("aesthetic",)  # of the scorers: looks at the picture alone
+WITHOUT_TEXT = ("aesthetic",)  # scorers that look at the picture alone
 
 
 def published(name: str, path: str, device: torch.device, model: str) -> Reward:
@@ -16,8 +16,8 @@ def published(name: str, path: str, device: torch.device, model: str) -> Reward:
 
     Args:
         name: "aesthetic", "image-reward", "hpsv2" or "pickscore".
-        path: of its weights; "" looks for them as :mod:`diffaccel.eval.networks.weights` says.
-        device: of its networks.
+        path: path of its weights; "" looks for them as :mod:`diffaccel.eval.networks.weights` says.
+        device: device of its networks.
         model: not used.
 
     Raises:
@@ -25,8 +25,8 @@ def published(name: str, path: str, device: torch.device, model: str) -> Reward:
     """
     score = scorers.scorer(name, path or None, device=device)
 
-    def rounded(images: Tensor, prompts: list[str]) -> Tensor:
+    def score_rounded(images: Tensor, prompts: list[str]) -> Tensor:
         return score((images.clamp(0, 1) * 255).round().to(torch.uint8), prompts)
 
-    full = f"{name}:{path}" if path else name
-    return Reward(name=full, function=rounded, batch_size=16, needs_prompts=name not in NO_TEXT)
+    full_name = f"{name}:{path}" if path else name
+    return Reward(name=full_name, function=score_rounded, batch_size=16, needs_prompts=name not in WITHOUT_TEXT)

@@ -1,4 +1,4 @@
-"""What a reward is: a function of pictures and prompts, with what has to be known to call it, and checked answers."""
+"""A reward: a function of pictures and prompts, with what has to be known to call it, and checks of its answers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Reward:
-    """A number a picture, the higher the better.
+    """One number per picture, the higher the better.
 
     Attributes:
-        name: as records and messages show it.
+        name: name in records and messages.
         function: from float32 pictures in [0, 1] and their prompts to ``b`` numbers.
-        input: what it takes: "pixels" ``(b, 3, H, W)``, "video" ``(b, 3, F, H, W)``, or clean "latents" as they are.
-        batch_size: pictures in one call of ``function``.
-        device: where it wants the pictures; None for where they are.
-        differentiable: whether autograd gets from its numbers to the pictures.
-        needs_prompts: whether it means nothing without a text.
+        input: "pixels" ``(b, 3, H, W)``, "video" ``(b, 3, F, H, W)``, or clean "latents" as they are.
+        batch_size: maximum number of pictures in one call of ``function``.
+        device: device that the pictures are moved to; None leaves them where they are.
+        differentiable: whether its numbers can be differentiated with respect to the pictures.
+        needs_prompts: whether it cannot score a picture without a text.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Reward:
     device: torch.device | None = None
     differentiable: bool = False
     needs_prompts: bool = False
-    _met: set[str] = field(default_factory=set, init=False, repr=False)  # "number", "nan": what it has returned so far
+    _returned: set[str] = field(default_factory=set, init=False, repr=False)  # so far, of "number" and "nan"
 
     def __post_init__(self) -> None:
         if self.input not in get_args(Input):
@@ -51,54 +51,55 @@ class Reward:
             )
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Rewards, ``(b,)`` float64 on the CPU. A NaN is the worst there is, -inf, and the first one is warned of.
+        """Return rewards, ``(b,)`` float64 on the CPU. NaN becomes -inf, the worst; the first one gives a warning.
 
         Raises:
-            DiffAccelError: as :meth:`numbers` says, and for a reward that has returned nothing but NaN so far.
+            DiffAccelError: as :meth:`numbers` does, and for a reward that has returned nothing but NaN so far.
         """
         with torch.no_grad():
-            return self._ranked(self.numbers(images, prompts).cpu().to(torch.float64))
+            return self._without_nan(self.numbers(images, prompts).cpu().to(torch.float64))
 
     def graph(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Rewards, ``(b,)`` float, from which autograd finds its way to ``images``.
+        """Return rewards, ``(b,)`` float, that are differentiable with respect to ``images``.
 
         Raises:
-            DiffAccelError: as calling says, and for a reward without gradients.
+            DiffAccelError: as ``__call__`` does, and for a reward without gradients.
         """
         if not self.differentiable:
             raise DiffAccelError(
                 f"The reward '{self.name}' has no gradients. Search without guidance (guide=0), or take a "
                 "differentiable one, such as clip."
             )
-        found = self.numbers(images, prompts)
-        if len(found) and torch.is_grad_enabled() and images.requires_grad and not found.requires_grad:
+        numbers = self.numbers(images, prompts)
+        if len(numbers) and torch.is_grad_enabled() and images.requires_grad and not numbers.requires_grad:
             raise DiffAccelError(
                 f"The reward '{self.name}' says it is differentiable, but its numbers do not depend on the images for "
                 "autograd. Is there a detach, a no_grad or a way through numpy in it?"
             )
-        return self._ranked(found)
+        return self._without_nan(numbers)
 
     def numbers(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What the function returned, ``(b,)`` float, on its device, with its graph where gradients are on, NaN as NaN.
+        """Return the function's numbers, ``(b,)`` float on its device, with their graph under autograd, NaN kept.
 
         Raises:
-            DiffAccelError: for images of another shape or dtype, another number of prompts, prompts that are missing,
-                and a function that fails or returns anything but a number an image, by the reward's name.
+            DiffAccelError: for images of another shape or dtype, another number of prompts, missing prompts, and a
+                function that fails or returns anything but one number per image; the text names the reward.
         """
         self._check(images, prompts)
         if not len(images):
             return torch.zeros(0, dtype=torch.float64)
         images, size = images if self.device is None else images.to(self.device), self.batch_size
         texts = [list(prompts[i : i + size]) for i in range(0, len(images), size)]
-        return torch.cat([self._of(part, some) for part, some in zip(images.split(size), texts, strict=True)])
+        return torch.cat([self._call(*batch) for batch in zip(images.split(size), texts, strict=True)])
 
-    def _of(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def _call(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Call the function on one batch and check its answer."""
         try:
-            found: Any = self.function(images, prompts)
-            scores = found if isinstance(found, Tensor) else torch.as_tensor(found, dtype=torch.float64)
+            answer: Any = self.function(images, prompts)
+            scores = answer if isinstance(answer, Tensor) else torch.as_tensor(answer, dtype=torch.float64)
         except DiffAccelError:
             raise
-        except Exception as error:  # a function of the user's may raise anything
+        except Exception as error:  # the user's own function may raise anything
             raise DiffAccelError(
                 f"The reward '{self.name}' failed ({type(error).__name__}: {first_line(error, 300)})."
             ) from error
@@ -110,6 +111,7 @@ class Reward:
         return scores.flatten() if scores.is_floating_point() else scores.flatten().to(torch.float64)
 
     def _check(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Raise for images or prompts that the function does not take."""
         shape = SHAPES.get(self.input)
         fits = shape is None or (images.ndim == shape.count(",") + 1 and images.shape[1] == 3)
         if not (fits and images.is_floating_point()):
@@ -128,20 +130,20 @@ class Reward:
                 "pipeline with prompt= instead of embeddings, or take a reward without texts, such as compress."
             )
 
-    def _ranked(self, numbers: Tensor) -> Tensor:
-        """NaN as -inf. One bad picture must not end a search, but a reward that never works must not run it."""
-        bad = numbers.isnan()
-        count = int(bad.sum())
+    def _without_nan(self, numbers: Tensor) -> Tensor:
+        """Replace NaN by -inf: one bad picture must not end a search, but a reward that never works must not run on."""
+        nan = numbers.isnan()
+        count = int(nan.sum())
         if count < len(numbers):
-            self._met.add("number")
+            self._returned.add("number")
         if not count:
             return numbers
-        if "number" not in self._met:
+        if "number" not in self._returned:
             raise DiffAccelError(
                 f"The reward '{self.name}' returned NaN for every image ({count}). Look at what it computes."
             )
-        if "nan" not in self._met:
-            self._met.add("nan")
+        if "nan" not in self._returned:
+            self._returned.add("nan")
             logger.warning("The reward '%s' returned NaN for %d of %d images; NaN counts as the worst reward.",
                            self.name, count, len(numbers))  # fmt: skip
-        return numbers.masked_fill(bad, -torch.inf)
+        return numbers.masked_fill(nan, -torch.inf)

@@ -1,4 +1,4 @@
-"""How sure a vision-language model is that a picture shows its prompt (VQAScore)."""
+"""Probability by a vision-language model that a picture shows its prompt (VQAScore)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ANSWER = "Yes"
 
 
 def reward(argument: str, device: torch.device, model: str) -> Reward:
-    """``P(first token of the answer = "Yes" | picture, question)`` in [0, 1], VQAScore (Lin et al., arXiv 2404.01291).
+    """Score by VQAScore, ``P(first token of the answer = "Yes" | picture, question)`` (Lin et al., arXiv 2404.01291).
 
-    The question is put in the form of the model's chat template where it has one. Pictures are rounded to 8 bits; there
-    is no way back from the number to them for gradients.
+    The question follows the model's chat template where it has one. Pictures are rounded to 8 bits, so the score has no
+    gradient.
 
     Args:
         argument: folder of an image-text-to-text model of transformers with its processor: LLaVA, Qwen-VL, BLIP-2, ...
-        device: of the network: as its checkpoint's dtype says, in float32 on a CPU.
+        device: device of the network, which has its checkpoint's dtype, on a CPU float32.
         model: not used.
 
     Raises:
@@ -36,7 +36,8 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
     folder = weights.find("config.json", argument, flag="vqa:/folder").parent
     processor, network = _load(folder, device)
     tokenizer: Any = processor.tokenizer
-    # An answer goes on where its question ends, so padding comes before; an encoder would see the picture farther away.
+    # A decoder's answer continues its question, so padding comes before it. In an encoder that would move the text away
+    # from the picture.
     tokenizer.padding_side = "right" if network.config.is_encoder_decoder else "left"
     yes = tokenizer.encode(ANSWER, add_special_tokens=False)
     if len(yes) != 1 or yes[0] == tokenizer.unk_token_id:
@@ -45,27 +46,27 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
             "is not one number. Take another model."
         )
 
-    def asked(prompt: str) -> str:
+    def question(prompt: str) -> str:
         text = QUESTION.format(prompt)
         if not getattr(processor, "chat_template", None):
             return text
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    def sure(images: Tensor, prompts: list[str]) -> Tensor:
+    def probability(images: Tensor, prompts: list[str]) -> Tensor:
         from torchvision.transforms.functional import to_pil_image
 
         pictures = [to_pil_image(image) for image in (images.clamp(0, 1) * 255).round().to("cpu", torch.uint8)]
-        texts = [asked(prompt) for prompt in prompts]
+        texts = [question(prompt) for prompt in prompts]
         inputs = processor(images=pictures, text=texts, padding=True, return_tensors="pt").to(device, network.dtype)
-        with torch.no_grad():  # one token by generate, which knows where an encoder-decoder begins its answer
+        with torch.no_grad():  # generate knows with which token an encoder-decoder begins its answer
             answer = network.generate(
                 **inputs, max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True,
                 return_dict_in_generate=True,
             )  # fmt: skip
         return answer.logits[0].double().softmax(-1)[:, yes[0]]
 
-    return Reward(name=f"vqa:{argument}", function=sure, batch_size=8, needs_prompts=True)
+    return Reward(name=f"vqa:{argument}", function=probability, batch_size=8, needs_prompts=True)
 
 
 def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
@@ -75,7 +76,7 @@ def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         network = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # transformers raises many kinds
         raise DiffAccelError(
             f"'{folder}' cannot be loaded as an image-text-to-text model of transformers ({first_line(error)}). Give "
             "the folder of one with its processor, as save_pretrained writes both."

@@ -1,6 +1,7 @@
 """Inference-time search: many samples of one prompt, steered by a reward (Kim et al., arXiv 2503.19385).
 
-A policy is a generator for one chain of one prompt. It yields lists of :class:`~.particles.Move` and receives as many
-scored :class:`~.particles.Particle`; the engine answers the moves of all chains of all prompts together. What is
-searched, the noise levels and how much noise is fresh between them, is a :class:`~.plan.SearchPlan`.
+A policy is a generator that runs one chain of one prompt. It yields lists of :class:`~.particles.Transition` and
+receives one scored :class:`~.particles.Particle` for each; the engine answers the transitions of all chains of all
+prompts together. A :class:`~.plan.SearchPlan` says which noise levels are searched and how much of the noise is fresh
+between two of them.
 """

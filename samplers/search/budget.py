@@ -1,4 +1,4 @@
-"""Rules of a stage's budget: how many children it may try, and when it has found what it looked for."""
+"""Budget rules: how many children a stage may try, and which child ends it."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Protocol
 
 
 class BudgetPolicy(Protocol):
-    """A rule for one chain. A new one is a class with these three methods and an entry in :data:`RULES`."""
+    """A budget rule for one chain. A new one is a class with these three methods and an entry in :data:`RULES`."""
 
     def quota(self, stage: int) -> int:
-        """Most children of the move from ``stage``."""
+        """Return the maximum number of children of the transition from ``stage``."""
         ...
 
     def accepts(self, reward: float, best: float) -> bool:
-        """Whether a child of that reward ends the stage, ``best`` being the highest that the chain was at."""
+        """Return whether a child of that reward ends the stage; ``best`` is the chain's highest reward so far."""
         ...
 
-    def close(self, stage: int, left: int) -> None:
-        """The stage ended with ``left`` of its quota unspent."""
+    def close(self, stage: int, unspent: int) -> None:
+        """Take note that the stage ended with ``unspent`` tries of its quota."""
         ...
 
 
 @dataclass
 class Rollover:
-    """Rollover Budget Forcing (Kim et al., arXiv 2503.19385): go on at the first child that beats all before it, and
-    take what is left of the quota along.
+    """Rollover Budget Forcing (Kim et al., arXiv 2503.19385): accept the first child that beats the best so far, and
+    carry the rest of the quota over.
 
     Args:
-        each: the quota of every stage.
-        stages: how many moves there are.
-        leftover: "next": all of it goes to the next stage; "spread": in equal parts to those that remain.
-        cap: most that a stage takes over; -1 for no limit.
+        base_quota: quota of every stage, before what is carried over.
+        stages: number of transitions.
+        leftover: "next": all unspent tries go to the next stage; "spread": in equal parts to the remaining ones.
+        cap: maximum number of tries carried over to one stage; -1 for no limit.
     """
 
-    each: int
+    base_quota: int
     stages: int
     leftover: str = "next"
     cap: int = -1
@@ -48,39 +48,39 @@ class Rollover:
         if self.cap >= 0:
             share = min(share, self.cap)
         self.carried -= share
-        return self.each + share
+        return self.base_quota + share
 
     def accepts(self, reward: float, best: float) -> bool:
         return reward > best
 
-    def close(self, stage: int, left: int) -> None:
-        self.carried += left
+    def close(self, stage: int, unspent: int) -> None:
+        self.carried += unspent
 
 
 @dataclass
 class Threshold:
-    """A verifier's threshold (after arXiv 2512.08985): go on at the first child that is good enough, whatever was seen
-    before; what a stage leaves is not spent.
+    """A verifier's threshold (after arXiv 2512.08985): accept the first child whose reward reaches it, whatever came
+    before; unspent tries are dropped.
 
     Args:
-        each: the quota of every stage.
+        base_quota: quota of every stage.
         threshold: the reward that is good enough.
     """
 
-    each: int
+    base_quota: int
     threshold: float
 
     def quota(self, stage: int) -> int:
-        return self.each
+        return self.base_quota
 
     def accepts(self, reward: float, best: float) -> bool:
         return reward >= self.threshold
 
-    def close(self, stage: int, left: int) -> None:
-        """Nothing is carried over."""
+    def close(self, stage: int, unspent: int) -> None:
+        """Carry nothing over."""
 
 
 RULES: dict[str, Callable[..., BudgetPolicy]] = {
-    "rollover": lambda config, each, stages: Rollover(each, stages, config.leftover, config.cap),
-    "threshold": lambda config, each, stages: Threshold(each, config.threshold),
+    "rollover": lambda config, base_quota, stages: Rollover(base_quota, stages, config.leftover, config.cap),
+    "threshold": lambda config, base_quota, stages: Threshold(base_quota, config.threshold),
 }

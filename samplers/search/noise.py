@@ -1,4 +1,4 @@
-"""Noise as a pure function of a seed and a key: equal for any batch, any number of processes, any order of work."""
+"""Noise as a pure function of a seed and a key: the same for any batch, number of processes and order of work."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from diffaccel.samplers.search.particles import Key
 
-THREADS, EACH = 8, 2**18  # at most so many threads draw, each at least so many numbers
+MAX_THREADS = 8
+NUMBERS_PER_THREAD = 2**18  # at least so many, or a thread costs more than it saves
 
 
 def seed_of(seed: int, key: Key) -> int:
-    """63 bits of a keyed hash."""
+    """Hash a seed and a key to 63 bits."""
     digest = hashlib.blake2b(struct.pack("<Q3q", seed % 2**64, *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) -> Tensor:
-    """Standard normal rows ``(R, *shape)``, fp32, one for each ``(seed, key)``.
+    """Draw standard normal rows ``(R, *shape)``, one for each ``(seed, key)``, with device and dtype of ``like``.
 
-    They are drawn on the CPU, so that every device gets the same, and sent together.
+    They are drawn in fp32 on the CPU, so that every device gets the same numbers, and transferred together.
     """
     keys = list(keys)
     rows = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=like.device.type == "cuda")
@@ -35,7 +36,7 @@ def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) 
         for row, (seed, key) in zip(rows[begin:end], keys[begin:end], strict=True):
             torch.randn(tuple(shape), generator=generator.manual_seed(seed_of(seed, key)), out=row)
 
-    workers = min(THREADS, os.cpu_count() or 1, rows.numel() // EACH)
+    workers = min(MAX_THREADS, os.cpu_count() or 1, rows.numel() // NUMBERS_PER_THREAD)
     if workers < 2:
         draw(0, len(keys))
     else:
@@ -46,13 +47,15 @@ def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) 
 
 
 def seeds(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> list[int]:
-    """A seed for each row of a call, from the caller's generators after the pipeline drew from them: row i from its own
-    where a list was given, so that a row's search depends on nothing but its own generator."""
+    """Draw a seed for each row of a call from the caller's generators, after the pipeline drew its latents from them.
+
+    With a list of generators, row i takes its seed from generator i, so that a row's search depends on nothing else.
+    """
 
     def draw(generator: torch.Generator | None, count: int) -> list[int]:
         device = "cpu" if generator is None else generator.device
         return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
 
     if isinstance(generator, list):
-        return [draw(each, 1)[0] for each in generator]
+        return [draw(row_generator, 1)[0] for row_generator in generator]
     return draw(generator, rows)

@@ -1,4 +1,4 @@
-"""Moves that a policy asks for, particles that it gets back, and the memory that holds their latents."""
+"""Transitions that a policy asks for, particles that it receives, and the memory that holds their latents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffaccel.samplers.search.transitions import Coefficients
 
 
 class Key(NamedTuple):
-    """Which noise a move draws: a pure function of these and of the prompt's seed."""
+    """Key of a transition's noise, which is a pure function of it and of the prompt's seed."""
 
     chain: int
     stage: int
@@ -23,7 +23,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lineage:
-    """How a state came to be: enough to compute its latents again."""
+    """The transitions that led to a state, linked by parent: enough to compute its latents again."""
 
     sigma: float
     stage: int
@@ -35,18 +35,18 @@ class Lineage:
 
 
 @dataclass(frozen=True, eq=False)
-class Move:
-    """Ask for a state at ``sigma``, and what is predicted and scored there.
+class Transition:
+    """A request for a state at ``sigma``, with a prediction and a score there.
 
     Attributes:
-        parent: where it starts; None starts from noise, and the coefficients do not matter.
-        sigma: the level that it arrives at, in the session's coordinates.
-        coefficients: of the parent's ``x`` and ``v``, and of noise.
-        key: of the noise.
-        stage: index of the searched level that it arrives at; the count of levels for one beyond them.
-        score: whether the reward is asked, of ``x0``, or of ``x`` itself where nothing is predicted.
-        predict: whether the network is asked at the state.
-        end: the state is a sample, not one on the way.
+        parent: the state that it starts from; None starts from noise, whatever the coefficients.
+        sigma: noise level that it arrives at, in the session's coordinates.
+        coefficients: factors of the parent's ``x`` and ``v``, and of the noise.
+        key: key of the noise.
+        stage: index of the searched level that it arrives at; beyond the last one it goes on counting.
+        score: whether the reward is evaluated, on ``x0``, or on ``x`` itself where nothing is predicted.
+        predict: whether the network is evaluated at the new state.
+        end: whether the new state is a sample, not one on the way.
     """
 
     parent: Particle | None
@@ -60,21 +60,21 @@ class Move:
 
     @property
     def lineage(self) -> Lineage:
-        """Of the state that it makes."""
+        """Lineage of the resulting state."""
         parent = None if self.parent is None else self.parent.lineage
         return Lineage(self.sigma, self.stage, self.coefficients, self.key, self.score, self.predict, parent)
 
 
 @dataclass(eq=False)
 class Particle:
-    """A state that was reached.
+    """A state that a transition led to.
 
     Attributes:
-        sigma, stage, key: of its move.
-        reward: of its ``x0``, or of the sample; NaN where it was not asked for.
-        lineage: how it came to be.
-        end: it is a sample.
-        slot: where its latents are; None until they are computed again, in a search that goes on from a trace.
+        sigma, stage, key: those of its transition.
+        reward: reward of its ``x0``, or of the sample; NaN where it was not scored.
+        lineage: the transitions that led to it.
+        end: whether it is a sample.
+        slot: where its latents are; None in a resumed search until they are computed again.
     """
 
     sigma: float
@@ -86,13 +86,17 @@ class Particle:
     slot: Slot | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, move: Move) -> Particle:
-        """What a move makes, before its latents and its reward are known."""
-        return cls(move.sigma, move.stage, move.key, math.nan, move.lineage, move.end)
+    def from_transition(cls, transition: Transition) -> Particle:
+        """Make the particle that a transition leads to, before its latents and its reward are known."""
+        lineage = transition.lineage
+        return cls(lineage.sigma, lineage.stage, lineage.key, math.nan, lineage, transition.end)
 
     def better(self, other: Particle | None) -> bool:
-        """Whether its reward is higher, strictly: of two equal ones the first stays. A sample is better than any state
-        on the way to one, whose reward is a guess; of two that were not scored, the one further on is."""
+        """Return whether it is strictly better than another particle, so that of two equal ones the first stays.
+
+        A scored particle is better than an unscored one, and of two unscored ones the later stage is better. A sample
+        is better than any state on the way to one, whose reward is an estimate. Otherwise the higher reward is better.
+        """
         if other is None:
             return True
         if math.isnan(self.reward):
@@ -103,7 +107,7 @@ class Particle:
 
 
 class Slot:
-    """A row of a :class:`Pool`, given back when nobody holds it."""
+    """A row of a :class:`Pool`, freed when its last holder is gone."""
 
     __slots__ = ("index", "pool")
 
@@ -115,20 +119,21 @@ class Slot:
 
 
 class Pool:
-    """Latents and velocities of the particles that are alive: memory follows their number, not the budget.
+    """Latents and velocities of the living particles: memory grows with their number, not with the budget.
 
     Attributes:
         x, v: ``(capacity, C, H, W)``.
+        free: indices of unused rows.
     """
 
     def __init__(self, like: Tensor) -> None:
-        """``like`` is ``(B, C, H, W)``, for shape, dtype and device."""
+        """Make an empty pool with the shape ``(C, H, W)``, dtype and device of the rows of ``like``."""
         self.x = like.new_empty(0, *like.shape[1:])
         self.v = like.new_empty(0, *like.shape[1:])
         self.free: list[int] = []
 
     def put(self, x: Tensor, v: Tensor) -> list[Slot]:
-        """Keep rows ``(R, C, H, W)``; one slot each."""
+        """Store rows ``(R, C, H, W)`` and return one slot for each."""
         if len(self.free) < len(x):
             self._grow(len(x) - len(self.free))
         slots = [Slot(self, self.free.pop()) for _ in range(len(x))]
@@ -138,16 +143,16 @@ class Pool:
         return slots
 
     def get(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
-        """``x`` and ``v``, ``(R, C, H, W)`` each."""
+        """Return ``x`` and ``v`` of the slots, ``(R, C, H, W)`` each."""
         index = self._index(slots)
         return self.x.index_select(0, index), self.v.index_select(0, index)
 
     def _grow(self, missing: int) -> None:
-        old = len(self.x)
-        more = max(missing, old // 4)
-        self.x = torch.cat([self.x, self.x.new_empty(more, *self.x.shape[1:])])
-        self.v = torch.cat([self.v, self.v.new_empty(more, *self.v.shape[1:])])
-        self.free += range(old + more - 1, old - 1, -1)
+        capacity = len(self.x)
+        added = max(missing, capacity // 4)
+        self.x = torch.cat([self.x, self.x.new_empty(added, *self.x.shape[1:])])
+        self.v = torch.cat([self.v, self.v.new_empty(added, *self.v.shape[1:])])
+        self.free += range(capacity + added - 1, capacity - 1, -1)
 
     def _index(self, slots: Sequence[Slot]) -> Tensor:
         return torch.tensor([slot.index for slot in slots]).to(self.x.device)

@@ -1,4 +1,4 @@
-"""Which noise levels a search visits, and how much of the noise is drawn afresh between two of them.
+"""Which noise levels a search visits, and how much fresh noise is drawn between two of them.
 
 Paths of equal signal-to-noise ratio share ``x0`` and ``eps``, so a search on the variance-preserving path of a flow
 model is one on the linear path with other levels and other fresh noise: with time ``s`` of the VP path,
@@ -29,7 +29,7 @@ ScaleName = Literal[
 ]  # fmt: skip
 VP_PATH = VP(0.1, 20.0)
 
-# g(t) of a path's own time t in [0, 1], 1 is noise; the norm multiplies it (arXiv 2503.19385, table of scales)
+# f(t) of g(t) = norm f(t), for the path's own time t in [0, 1], 1 is noise (arXiv 2503.19385, table of scales)
 SCALES: dict[str, Callable[[float, Path], float]] = {
     "constant": lambda t, path: 1.0,
     "linear": lambda t, path: t,
@@ -44,15 +44,16 @@ SCALES: dict[str, Callable[[float, Path], float]] = {
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search's way from noise to sample, in the session's coordinates.
+    """Noise levels and kernels of a search from noise to sample, in the session's coordinates.
 
     Attributes:
         sigmas: the ``S`` levels at which samples are predicted and scored, falling.
-        kernels: of the ``S - 1`` moves between them.
-        tail: levels of the deterministic walk from the last of ``sigmas`` to the end; the last one is the end.
-        start: by what unit noise is multiplied at the first level; None where it is the pipeline's own.
-        path: whose coordinates these are.
-        kind: what a sample is: ``posterior_mean`` without a tail, or a sample at the end of it.
+        kernels: coefficients of the ``S - 1`` transitions between them.
+        tail: levels of the deterministic walk from the last of ``sigmas`` to the end, which is its last level.
+        start: scale of the unit noise at the first level; None where the pipeline's own is used.
+        path: the path whose coordinates these are.
+        kind: what the final sample is: ``t0`` where the call's own levels are searched to the end, after the levels of
+            another path ``tail``, or ``posterior_mean`` where these have no tail.
     """
 
     sigmas: tuple[float, ...]
@@ -64,16 +65,16 @@ class SearchPlan:
 
     @property
     def stages(self) -> int:
-        """Levels that are searched."""
+        """Number of searched levels."""
         return len(self.sigmas)
 
     @property
     def tail_nfe(self) -> int:
-        """Predictions between the last searched level and the sample: the last move needs none after it."""
+        """Predictions between the last searched level and the sample, where none is needed."""
         return max(len(self.tail) - 1, 0)
 
     def ode(self, level: int) -> Coefficients:
-        """From one searched level to the next without fresh noise."""
+        """Return the coefficients from one searched level to the next without fresh noise."""
         return cps(self.path, self.sigmas[level], self.sigmas[level + 1])
 
     @property
@@ -82,7 +83,7 @@ class SearchPlan:
         return any(kernel.c > 0 for kernel in self.kernels)
 
 
-def make(
+def make_plan(
     schedule: Schedule,
     *,
     path: PathName = "native",
@@ -92,18 +93,18 @@ def make(
     stages: int = 10,
     tail_steps: int = -1,
 ) -> SearchPlan:
-    """The plan for one call of a pipeline.
+    """Make the plan for one call of a pipeline.
 
     Args:
-        schedule: of the call: its levels, and whose coordinates they have.
+        schedule: the call's schedule, whose coordinates the plan has.
         path: "vp": levels of the variance-preserving path at ``s_k = s_0 sqrt(1 - (k/S)^2)``; "linear" and "native":
             the call's own levels to the end, with noise by ``scale``, or DDPM's.
         kernel: "cps", or "em": ``x' = x - h (u - g^2/2 score) + g sqrt(h) z`` on the path that is searched.
         scale, norm: ``g = norm f(t)``, and ``gamma^2 = min(g^2 h, sigma'^2)`` under cps. "ancestral" is DDPM's share
-            ``gamma = norm sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``; "native" has it always, norm at most 1.
-        stages: levels of "vp"; the other paths have the call's own.
-        tail_steps: of the walk to the end after "vp": that many equal steps, or -1 for the call's own levels below the
-            last searched one, or 0 for none: the sample is then a posterior mean.
+            ``gamma = norm sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``; "native" always has it, norm at most 1.
+        stages: number of levels of "vp"; the other paths have the call's own.
+        tail_steps: steps from the last searched level of "vp" to the end: that many equal ones, -1 for the call's own
+            levels below it, 0 for none, where the sample is a posterior mean.
 
     Raises:
         DiffAccelError: for fewer than two levels, or numbers out of range.
@@ -113,9 +114,8 @@ def make(
         scale, norm = "ancestral", min(norm, 1.0)
     own = [float(sigma) for sigma in schedule.sigmas]
     if path == "vp":
-        top = float(VP_PATH.at(LINEAR.rho(_linear(schedule.path, own[0])))) if own[0] < 1 or schedule.vp else 1.0
-        times = [top * math.sqrt(1 - (k / stages) ** 2) for k in range(stages)]
         searched: Path = VP_PATH
+        times = _vp_times(schedule, stages)
         sigmas = [_rounded(_session(schedule.path, _share(searched, s))) for s in times]
         tail = _tail(own, sigmas[-1], tail_steps, schedule.path)
         kind: Kind = "posterior_mean" if tail_steps == 0 else "tail"
@@ -129,36 +129,67 @@ def make(
         )
     kernels = []
     for (s, s_next), (sigma, sigma_next) in zip(pairwise(times), pairwise(sigmas), strict=True):
+        onto = _onto(searched, s_next, schedule.path)
         if kernel == "em":
             of_x0, of_eps, c = _em(searched, s, s_next, _strength(searched, s, scale, norm))
-            onto = _onto(searched, s_next, schedule.path)
             kernels.append(affine(schedule.path, sigma, of_x0 * onto, of_eps * onto, c * onto))
         else:
-            gamma = _fresh(searched, s, s_next, scale, norm) * _onto(searched, s_next, schedule.path)
+            gamma = _fresh(searched, s, s_next, scale, norm) * onto
             kernels.append(cps(schedule.path, sigma, sigma_next, min(gamma, sigma_next)))
     start = 1 / _sum(searched, times[0]) if path == "vp" and flow else None
     return SearchPlan(tuple(sigmas), tuple(kernels), tuple(tail), start, schedule.path, kind)
 
 
-# -- the searched path's own arithmetic --------------------------------------------------------------------------------
+# -- levels ------------------------------------------------------------------------------------------------------------
+
+
+def _vp_times(schedule: Schedule, stages: int) -> list[float]:
+    """Return the VP path's times ``s_0 sqrt(1 - (k/S)^2)``, where ``s_0`` has the call's initial SNR."""
+    begin = float(schedule.sigmas[0])
+    top = float(VP_PATH.at(LINEAR.rho(_linear(schedule.path, begin)))) if begin < 1 or schedule.vp else 1.0
+    return [top * math.sqrt(1 - (k / stages) ** 2) for k in range(stages)]
+
+
+def _tail(own: list[float], last: float, steps: int, path: Path) -> list[float]:
+    """Return the levels below the last searched one, of the call's own or ``steps`` equal ones."""
+    if steps == -1:
+        return [sigma for sigma in own if sigma < last]
+    return [*descend(path, last, _linear(path, own[-1]), max(steps, 1))[:-1], own[-1]]
+
+
+def at_level(path: Path, t: float) -> float:
+    """Convert the level ``t`` in [0, 1] of the linear path to the coordinates of ``path``."""
+    return _rounded(_session(path, t))
+
+
+def descend(path: Path, sigma: float, t: float, steps: int) -> list[float]:
+    """Return ``steps`` levels below ``sigma``, at equal steps of the linear path's level down to ``t``."""
+    top = _linear(path, sigma)
+    return [at_level(path, top + (t - top) * (i + 1) / steps) for i in range(steps)]
+
+
+# -- kernels of the searched path --------------------------------------------------------------------------------------
 
 
 def _strength(path: Path, t: float, scale: str, norm: float) -> float:
-    """``g`` at a time of the searched path."""
+    """Return the diffusion strength ``g`` at a time of the searched path."""
     return norm * SCALES[scale](t, path)
 
 
 def _fresh(path: Path, t: float, t_next: float, scale: str, norm: float) -> float:
-    """``gamma`` of the coefficient-preserving kernel, on the searched path."""
+    """Return ``gamma`` of the coefficient-preserving kernel on the searched path."""
     sigma_next = float(path.sigma(t_next))
     if scale == "ancestral":
-        kept = float(path.alpha(t)) * sigma_next / (float(path.alpha(t_next)) * float(path.sigma(t)))
-        return norm * sigma_next * math.sqrt(max(1 - kept**2, 0.0))
+        ratio = float(path.alpha(t)) * sigma_next / (float(path.alpha(t_next)) * float(path.sigma(t)))
+        return norm * sigma_next * math.sqrt(max(1 - ratio**2, 0.0))
     return min(_strength(path, t, scale, norm) * math.sqrt(t - t_next), sigma_next)
 
 
 def _em(path: Path, t: float, t_next: float, g: float) -> tuple[float, float, float]:
-    """Euler-Maruyama on ``dx = (u - g^2/2 score) dt + g dw`` backwards (arXiv 2503.19385, eq. 5), of x0, eps and z."""
+    """Return the factors of x0, eps and z of an Euler-Maruyama step (arXiv 2503.19385, eq. 5).
+
+    It solves ``dx = (u - g^2/2 score) dt + g dw`` backwards in time.
+    """
     h, sigma = t - t_next, float(path.sigma(t))
     of_x0 = float(path.alpha(t)) - h * float(path.d_alpha(t))
     of_eps = sigma - h * float(path.d_sigma(t)) - 0.5 * g * g * h / sigma
@@ -166,7 +197,10 @@ def _em(path: Path, t: float, t_next: float, g: float) -> tuple[float, float, fl
 
 
 def _beta(t: float, path: Path) -> float:
-    """``beta`` of the forward process, ``d sigma^2 / dt - 2 sigma^2 d log(alpha) / dt``; ``t = 1`` may be a pole."""
+    """Return ``beta`` of the forward process, ``d sigma^2 / dt - 2 sigma^2 d log(alpha) / dt``; ``t`` is at most 0.999.
+
+    At ``t = 1`` it may have a pole.
+    """
     t = min(t, 0.999)
     sigma, d_sigma = float(path.sigma(t)), float(path.d_sigma(t))
     return 2 * sigma * d_sigma - 2 * sigma**2 * float(path.d_alpha(t)) / float(path.alpha(t))
@@ -180,44 +214,26 @@ def _sum(path: Path, t: float) -> float:
 
 
 def _share(path: Path, t: float) -> float:
-    """The time of the linear path of equal signal-to-noise ratio: ``sigma / (alpha + sigma)``."""
+    """Return the linear path's time of equal signal-to-noise ratio, ``sigma / (alpha + sigma)``."""
     return float(path.sigma(t)) / _sum(path, t)
 
 
 def _linear(path: Path, sigma: float) -> float:
-    """A level of the session's path as one of the linear path."""
+    """Convert a level of the session's path to the linear path."""
     return sigma / (1 + sigma) if path is VE_PATH else sigma
 
 
 def _session(path: Path, t: float) -> float:
-    """The inverse of :func:`_linear`."""
+    """Convert a level of the linear path to the session's path: the inverse of :func:`_linear`."""
     return t / (1 - t) if path is VE_PATH else t
 
 
 def _onto(searched: Path, t: float, path: Path) -> float:
-    """By what a state of the searched path at ``t`` is multiplied in the session's coordinates."""
+    """Return the factor that brings a state of the searched path at ``t`` to the session's coordinates."""
     linear = 1 / _sum(searched, t)
     return linear / (1 - _share(searched, t)) if path is VE_PATH else linear
 
 
-def at_level(path: Path, t: float) -> float:
-    """The level ``t`` in [0, 1] of the linear path, in the coordinates of ``path``."""
-    return _rounded(_session(path, t))
-
-
-def descend(path: Path, sigma: float, t: float, steps: int) -> list[float]:
-    """``steps`` levels below ``sigma``, equal steps of the linear path, the last of them at its ``t``."""
-    top = _linear(path, sigma)
-    return [at_level(path, top + (t - top) * (i + 1) / steps) for i in range(steps)]
-
-
 def _rounded(sigma: float) -> float:
-    """As float32 has it, which is what the network is asked at."""
+    """Round to float32, the precision at which the network is evaluated."""
     return float(torch.tensor(sigma, dtype=torch.float32))
-
-
-def _tail(own: list[float], last: float, steps: int, path: Path) -> list[float]:
-    """Levels below the last searched one."""
-    if steps == -1:
-        return [sigma for sigma in own if sigma < last]
-    return [*descend(path, last, _linear(path, own[-1]), max(steps, 1))[:-1], own[-1]]

@@ -1,4 +1,4 @@
-"""Draws among particles by their weights, from random numbers that depend on a key alone."""
+"""Draws among particles by their weights, with random numbers that depend on a key alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from diffaccel.samplers.search.noise import seed_of
 from diffaccel.samplers.search.particles import Key
 
-_DRAW = -1  # as the attempt of a key: no noise has it
+_DRAW = -1  # the attempt in the key of such a number; no noise has it
 
 
 def uniform(seed: int, chain: int, stage: int) -> float:
-    """One number in [0, 1)."""
+    """Draw one number in [0, 1)."""
     generator = torch.Generator().manual_seed(seed_of(seed, Key(chain, stage, _DRAW)))
     return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def softmax(logits: Sequence[float]) -> list[float]:
-    """Weights that sum to 1; equal ones where no logit is finite."""
+    """Return weights that sum to 1; equal ones where the highest logit is not finite."""
     top = max(logits)
     if not math.isfinite(top):
         return [1 / len(logits)] * len(logits)
@@ -30,24 +30,33 @@ def softmax(logits: Sequence[float]) -> list[float]:
 
 
 def effective_size(weights: Sequence[float]) -> float:
-    """``1 / sum w^2``, from 1 to their number."""
+    """Return the effective sample size ``1 / sum w^2``, from 1 to the number of weights."""
     return 1 / math.fsum(weight * weight for weight in weights)
 
 
 def systematic(weights: Sequence[float], u: float) -> list[int]:
-    """Ancestors of as many children as there are weights: particle i has ``n w_i`` of them, rounded up or down (Douc
-    and Cappe 2005). ``u`` in [0, 1) shifts the comb."""
-    n, total, chosen, i = len(weights), weights[0], [], 0
+    """Resample systematically: particle i becomes the ancestor of ``n w_i`` children, rounded up or down.
+
+    Child k has the first ancestor i with ``w_0 + ... + w_i >= (u + k) / n`` (Douc and Cappe 2005).
+
+    Args:
+        weights: ``n`` weights that sum to 1.
+        u: offset in [0, 1).
+
+    Returns:
+        The index of the ancestor of each of the ``n`` children.
+    """
+    n, total, ancestors, i = len(weights), weights[0], [], 0
     for k in range(n):
         while (u + k) / n > total and i < n - 1:
             i += 1
             total += weights[i]
-        chosen.append(i)
-    return chosen
+        ancestors.append(i)
+    return ancestors
 
 
 def draw(rewards: Sequence[float], temperature: float, seed: int, chain: int, stage: int) -> int:
-    """The place of the highest reward, the first of equal ones; or one drawn from ``softmax(r / temperature)``."""
+    """Draw an index from ``softmax(r / temperature)``; temperature 0 takes the first of the highest rewards."""
     if temperature == 0:
         return max(range(len(rewards)), key=lambda i: rewards[i])
     weights, u = softmax([reward / temperature for reward in rewards]), uniform(seed, chain, stage)

@@ -1,7 +1,7 @@
-"""The rewards of a search in the order in which they came: what a killed search goes on from.
+"""The rewards of a search in the order in which they came: a search that was killed is resumed from them.
 
-A policy is a function of its rewards and its noise of their keys, so the rewards are all that has to be kept: played
-again they lead to the same states, whose latents are computed anew only where the search goes on from them.
+A policy is a function of its rewards, and its noise of their keys, so rewards are all that has to be stored: replayed,
+they lead to the same states. Latents are computed again only for the states from which the search continues.
 """
 
 from __future__ import annotations
@@ -14,52 +14,57 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_text
-from diffaccel.samplers.search.chains import Task
-from diffaccel.samplers.search.processes import Processes
+from diffaccel.samplers.search.chains import RunningChain
+from diffaccel.samplers.search.processes import SearchProcesses
 
 FORMAT = 1
 NAME = "rewards.jsonl"
 
 
-class Trace:
-    """Rewards by chain. Without a folder nothing is kept.
+class RewardLog:
+    """Rewards by chain. Without a folder nothing is stored.
 
     Args:
-        folder: of ``rewards.jsonl``: a line a round of a chain, after one that says whose they are.
-        about: everything that a search depends on; a file of another search is not gone on with.
-        processes: that share the search. The first one reads and writes, and the others have what it read: one that
-            read for itself could find a line more or less, and would wait for rounds that the others do not make.
+        folder: where ``rewards.jsonl`` is: a header that identifies the search, then one line per round of a chain.
+        header: everything that the search depends on; the file of a search with another header is refused.
+        processes: the processes that share the search. The first one reads and writes, and sends what it read to the
+            others: had each read the file by itself, one could see a line more or less than another and would then
+            wait for a round that the others do not make.
 
     Raises:
         DiffAccelError: for the file of another search, naming what differs.
     """
 
     def __init__(
-        self, folder: Path | None = None, about: dict[str, Any] | None = None, *, processes: Processes | None = None
+        self,
+        folder: Path | None = None,
+        header: dict[str, Any] | None = None,
+        *,
+        processes: SearchProcesses | None = None,
     ) -> None:
-        processes = processes or Processes()
+        processes = processes or SearchProcesses()
         self.file = None if folder is None else folder / NAME
         self.writes = processes.rank == 0
         self.rounds: dict[tuple[int, int], deque[list[float]]] = defaultdict(deque)
         if folder is None:
             return
-        about = json.loads(json.dumps({"format": FORMAT, **(about or {})}))
+        header = json.loads(json.dumps({"format": FORMAT, **(header or {})}))
         file = folder / NAME
         text = processes.share(file.read_text(encoding="utf-8") if self.writes and file.is_file() else "")
-        whole = text[: text.rfind("\n") + 1]  # a line that was cut by a kill is not there
-        if whole:
-            self._read(whole, about)
+        complete = text[: text.rfind("\n") + 1]  # without a last line that a kill cut short
+        if complete:
+            self._read(complete, header)
         else:
-            whole = json.dumps(about) + "\n"
-        if self.writes and whole != text:
+            complete = json.dumps(header) + "\n"
+        if self.writes and complete != text:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, whole)
+            write_text(file, complete)
 
-    def _read(self, text: str, about: dict[str, Any]) -> None:
+    def _read(self, text: str, header: dict[str, Any]) -> None:
         first, *lines = text.splitlines()
-        before = json.loads(first)
-        if before != about:
-            differ = ", ".join(key for key in {**before, **about} if before.get(key) != about.get(key))
+        stored = json.loads(first)
+        if stored != header:
+            differ = ", ".join(key for key in {**stored, **header} if stored.get(key) != header.get(key))
             raise DiffAccelError(
                 f"'{self.file}' is of another search: it differs in {differ}. Remove it, or give another folder."
             )
@@ -68,22 +73,26 @@ class Trace:
             rewards = [math.nan if reward is None else float(reward) for reward in entry["rewards"]]
             self.rounds[entry["row"], entry["chain"]].append(rewards)
 
-    def known(self, task: Task) -> list[float] | None:
-        """The rewards of a chain's next moves, if it made them before."""
-        rounds = self.rounds.get((task.search.row, task.number))
+    def replay(self, chain: RunningChain) -> list[float] | None:
+        """Return the stored rewards of a chain's current transitions; None where there are no more of that chain.
+
+        Raises:
+            DiffAccelError: for another number of rewards than of transitions.
+        """
+        rounds = self.rounds.get((chain.search.row, chain.number))
         if not rounds:
             return None
-        rewards = rounds.popleft()
-        if len(rewards) != len(task.moves):
+        rewards, count = rounds.popleft(), len(chain.transitions)
+        if len(rewards) != count:
             raise DiffAccelError(
-                f"'{self.file}' has {len(rewards)} rewards where this search makes {len(task.moves)} moves. Remove it."
+                f"'{self.file}' has {len(rewards)} rewards where this search makes {count} moves. Remove it."
             )
         return rewards
 
-    def add(self, task: Task, rewards: list[float]) -> None:
-        """Keep the rewards of a chain's round."""
+    def append(self, chain: RunningChain, rewards: list[float]) -> None:
+        """Store the rewards of one round of a chain."""
         if self.file is None or not self.writes:
             return
-        kept = [None if math.isnan(reward) else reward for reward in rewards]
+        values = [None if math.isnan(reward) else reward for reward in rewards]
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"row": task.search.row, "chain": task.number, "rewards": kept}) + "\n")
+            file.write(json.dumps({"row": chain.search.row, "chain": chain.number, "rewards": values}) + "\n")

@@ -9,19 +9,19 @@ from torch import Tensor
 
 from diffaccel.samplers.rewards.reward import Reward
 
-DECODED = 2**24  # pixels of one decoding
-FRAMES = 8  # of a video that a reward of pictures looks at
+MAX_PIXELS = 2**24  # decoded together
+MAX_FRAMES = 8  # of a clip that a reward of pictures scores
 
 
-class Judge:
-    """The reward of clean latents.
+class PictureScorer:
+    """Rewards of clean latents: decodes them to pictures or clips and scores these.
 
     Args:
-        reward: what scores.
-        decode: from clean latents to pixels in [-1, 1], on the device that it decodes on.
-        prompts: of every row of the call.
-        pixels: of one picture or clip, which sets how many are decoded together.
-        device: where it decodes.
+        reward: the reward.
+        decode: from clean latents to pixels in [-1, 1], on ``device``.
+        prompts: prompt of every row of the call.
+        pixels: pixels of one picture or clip, which limit how many are decoded together.
+        device: device that ``decode`` runs on.
     """
 
     def __init__(
@@ -33,49 +33,51 @@ class Judge:
         device: torch.device,
     ) -> None:
         self.reward, self.decode, self.prompts, self.device = reward, decode, list(prompts), device
-        self.batch = max(1, min(reward.batch_size, DECODED // max(pixels, 1)))
+        self.batch_size = max(1, min(reward.batch_size, MAX_PIXELS // max(pixels, 1)))
 
     def elsewhere(self, device: torch.device) -> bool:
-        """Whether its work can go on while ``device`` is busy with other things."""
+        """Return whether it uses another device, so that it can work while ``device`` is busy."""
         return self.device != device or (self.reward.device is not None and self.reward.device != device)
 
     def pixels(self, x0: Tensor) -> Tensor:
-        """Pictures (R, 3, H, W), or clips (R, 3, F, H, W), in [0, 1]."""
+        """Decode to pictures (R, 3, H, W), or clips (R, 3, F, H, W), in [0, 1]."""
         return ((self.decode(x0).float() + 1) / 2).clamp(0, 1)
 
     @torch.no_grad()
     def __call__(self, x0: Tensor, rows: Sequence[int]) -> list[float]:
-        """A number a row of ``x0`` (R, C, H, W); ``rows`` are those of the call, whose prompts they are scored by."""
-        found: list[float] = []
-        for part, prompts in self._parts(x0, rows):
-            found += self._of(part, prompts, self.reward).tolist()
-        return found
+        """Return the rewards of ``x0`` (R, C, H, W), by the prompts of the call's ``rows`` (R,)."""
+        rewards: list[float] = []
+        for latents, prompts in self._batches(x0, rows):
+            rewards += self._score(latents, prompts, self.reward).tolist()
+        return rewards
 
     def guided(self, x0: Tensor, rows: Sequence[int]) -> tuple[list[float], Tensor]:
-        """Rewards, and their gradients at ``x0``."""
-        found, gradients = [], []
-        for part, prompts in self._parts(x0, rows):
+        """Return the rewards, and their gradients at ``x0``."""
+        rewards: list[float] = []
+        gradients = []
+        for latents, prompts in self._batches(x0, rows):
             with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
-                rewards = self._of(leaf, prompts, self.reward.graph)
-                gradients.append(torch.autograd.grad(rewards.sum(), leaf)[0])
-            found += rewards.detach().double().cpu().tolist()
-        return found, torch.cat(gradients)
+                leaf = latents.detach().requires_grad_()
+                values = self._score(leaf, prompts, self.reward.graph)
+                gradients.append(torch.autograd.grad(values.sum(), leaf)[0])
+            rewards += values.detach().double().cpu().tolist()
+        return rewards, torch.cat(gradients)
 
-    def _parts(self, x0: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, list[str]]]:
-        """Rows that are decoded together, and their prompts."""
-        for begin in range(0, len(x0), self.batch):
-            some = slice(begin, begin + self.batch)
-            yield x0[some], [self.prompts[row] for row in rows[some]]
+    def _batches(self, x0: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield the latents that are decoded together, with their prompts."""
+        for begin in range(0, len(x0), self.batch_size):
+            batch = slice(begin, begin + self.batch_size)
+            yield x0[batch], [self.prompts[row] for row in rows[batch]]
 
-    def _of(self, x0: Tensor, prompts: list[str], score: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
+    def _score(self, x0: Tensor, prompts: list[str], score: Callable[[Tensor, list[str]], Tensor]) -> Tensor:
+        """Return the rewards of one batch, ``(b,)``; that of a clip is the mean over its frames."""
         if self.reward.input == "latents":
             return score(x0, prompts)
         images = self.pixels(x0)
         if images.ndim == 4 or self.reward.input == "video":
             return score(images, prompts)
-        length = images.shape[2]  # (b, 3, F, H, W): the mean over frames
-        chosen = torch.linspace(0, length - 1, min(length, FRAMES)).round().long().tolist()
+        length = images.shape[2]
+        chosen = torch.linspace(0, length - 1, min(length, MAX_FRAMES)).round().long().tolist()
         frames = images[:, :, chosen].transpose(1, 2).flatten(0, 1)
         scores = score(frames, [prompt for prompt in prompts for _ in chosen])
         return scores.reshape(len(images), -1).mean(1)

@@ -1,4 +1,4 @@
-"""The embedded model by the plain pipeline and by every sampler: ``python -m scripts.demo.__main__ --out out/demo``."""
+"""Draw with a model by the plain pipeline and by every sampler: ``python -m scripts.demo.__main__ --out out/demo``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.runs.loading import quiet_libraries
 from diffaccel.terminal import share_cpu
-from scripts.demo.page import run_demo, variants
+from scripts.demo.page import default_variants, run_demo
 
 
 def main() -> int:
@@ -26,17 +26,19 @@ def main() -> int:
     share_cpu()
     quiet_libraries(True)
     size = (options.size, options.size) if options.size else None
-    chosen = variants(options.steps, options.few)
+    variants = default_variants(options.steps, options.few)
     command = ["python", "-m", "scripts.demo.__main__", *map(shlex.quote, sys.argv[1:])]
     try:
-        made = run_demo(options.out, model=options.model, chosen=chosen, size=size, seed=options.seed, command=command)
+        demo = run_demo(
+            options.out, model=options.model, variants=variants, size=size, seed=options.seed, command=command
+        )
     except DiffAccelError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     print(f"{'variant':<26}{'s an image':>11}{'faster':>8}{'NFE':>6}{'difference':>13}")
-    for row in made["variants"]:
-        apart = "identical" if row["identical"] else f"{row['difference']:.2f} / 255"
-        print(f"{row['label']:<26}{row['seconds']:>11.2f}{row['speedup']:>7.2f}x{row['nfe']:>6g}{apart:>13}")
+    for row in demo["variants"]:
+        difference = "identical" if row["identical"] else f"{row['difference']:.2f} / 255"
+        print(f"{row['label']:<26}{row['seconds']:>11.2f}{row['speedup']:>7.2f}x{row['nfe']:>6g}{difference:>13}")
     print(f"Open {options.out / 'index.html'}")
     return 0
 

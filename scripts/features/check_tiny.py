@@ -1,11 +1,11 @@
-"""Measure what the embedded feature network notices: does its Fréchet distance grow with every spoiling?
+"""Measure the sensitivity of the embedded feature network: does its Fréchet distance grow with every degradation?
 
     python -m scripts.features.check_tiny --out out/features [--images FOLDER] [--weights FILE | --untrained]
 
-Sets of pictures that training never saw are cut into halves A and B. Six rising levels of each degradation are applied
-to B and compared with A; the noise floor is the distance of A to B as it is. Mode drop takes whole modes from B and
-puts copies of other pictures of B in their place. Prints a table, writes ``check.json``, and ends with status 1 unless
-every Spearman correlation of level and distance is at least 0.9.
+Sets of pictures unseen in training are split into halves A and B. Six rising levels of each degradation are applied to
+B and compared with A; the noise floor is the distance of A to the clean B. Mode drop replaces the pictures of whole
+modes in B by copies of other pictures of B. The script prints a table, writes ``check.json``, and exits with status 1
+unless every Spearman correlation of level and distance is at least 0.9.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from diffaccel.eval.metrics.frechet import Moments, distance
 from diffaccel.eval.networks.tiny_network import WEIGHTS, TinyNetwork, load_tiny, weights_sha256
 from diffaccel.files import write_json
 from diffaccel.record import now, versions
-from scripts.features import degradations as spoil
-from scripts.features import pictures
-from scripts.features.pictures import Set
+from scripts.features import degradations, pictures
+from scripts.features.pictures import PictureSet
 
 LEVELS: dict[str, tuple[float, ...]] = {
     "blur": (0.5, 0.75, 1.0, 1.5, 2.5, 4.0),  # standard deviation, pixels
@@ -40,18 +39,18 @@ LEVELS: dict[str, tuple[float, ...]] = {
 }
 
 
-def spoiled(images: Tensor, kind: str, level: float, seed: int) -> Tensor:
-    """Pictures uint8, spoiled; level ``i`` of one kind uses the same random numbers as any other level."""
+def degraded(images: Tensor, kind: str, level: float, seed: int) -> Tensor:
+    """Degrade uint8 pictures; all levels of a kind use the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
     x, strength = images.float() / 255, torch.full((len(images),), float(level))
     if kind == "blur":
-        return pictures.to_uint8(spoil.gaussian_blur(x, strength))
+        return pictures.to_uint8(degradations.gaussian_blur(x, strength))
     if kind == "noise":
         return pictures.to_uint8(x + level / 255 * torch.randn(x.shape, generator=generator))
     if kind == "desaturation":
-        return pictures.to_uint8(spoil.desaturate(x, strength))
+        return pictures.to_uint8(degradations.desaturate(x, strength))
     if kind == "patch shuffle":
-        return pictures.to_uint8(spoil.shuffle_patches(x, strength, 8, generator))
+        return pictures.to_uint8(degradations.shuffle_patches(x, strength, 8, generator))
     return torch.stack([_jpeg(image, int(level)) for image in images])
 
 
@@ -62,13 +61,13 @@ def _jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def spearman(values: list[float]) -> float:
-    """Rank correlation with 0, 1, 2, ..."""
+    """Compute the rank correlation with 0, 1, 2, ..."""
     rank = torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
     return float(torch.corrcoef(torch.stack([rank, torch.arange(len(values)).double()]))[0, 1])
 
 
-def measure(features: Callable[[Tensor], Tensor], images: Set, seed: int) -> dict[str, Any]:
-    """Rows of degradations, and how far apart modes are, for one set."""
+def measure(features: Callable[[Tensor], Tensor], images: PictureSet, seed: int) -> dict[str, Any]:
+    """Measure one set: a row per degradation, and the distance between modes."""
     half = len(images.images) // 2
     a, b = images.images[:half], images.images[half : 2 * half]
     whole, clean = Moments.of(features(a)), features(b)
@@ -80,49 +79,51 @@ def measure(features: Callable[[Tensor], Tensor], images: Set, seed: int) -> dic
         if kind == "mode drop":
             if len(modes) < 7:
                 continue
-            fates = [_refilled(of_mode[half : 2 * half], len(modes), missing, seed) for missing in levels]
-            found = [distance(whole, Moments.of(clean[fate])) for fate in fates]
+            sources = [_drop_modes(of_mode[half : 2 * half], len(modes), missing, seed) for missing in levels]
+            distances = [distance(whole, Moments.of(clean[index])) for index in sources]
         else:
-            found = [distance(whole, Moments.of(features(spoiled(b, kind, level, seed)))) for level in levels]
+            distances = [distance(whole, Moments.of(features(degraded(b, kind, level, seed)))) for level in levels]
         rows.append({
             "degradation": kind,
             "levels": list(levels),
-            "distances": found,
+            "distances": distances,
             "noise floor": floor,
-            "first level over floor": found[0] / floor,
-            "spearman": spearman(found),
-            "strictly rising": all(x < y for x, y in zip([floor, *found], found, strict=False)),
+            "first level over floor": distances[0] / floor,
+            "spearman": spearman(distances),
+            "strictly rising": all(x < y for x, y in zip([floor, *distances], distances, strict=False)),
         })  # fmt: skip
-    every = torch.cat([features(a), clean])
-    apart = _apart(every, of_mode, modes)
+    apart = _mode_distances(torch.cat([features(a), clean]), of_mode, modes)
     return {"pictures": 2 * half, "side": a.shape[-1], "modes": len(modes), "rows": rows, "apart": apart}
 
 
-def _refilled(of_mode: Tensor, modes: int, missing: float, seed: int) -> Tensor:
-    """Indices of pictures where those of missing modes are replaced by random ones of the modes that are left."""
+def _drop_modes(of_mode: Tensor, modes: int, missing: float, seed: int) -> Tensor:
+    """Return indices of pictures, with those of dropped modes replaced by random ones of the remaining modes."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(modes, generator=generator)
-    left = torch.isin(of_mode, order[: max(1, round(modes * (1 - missing)))])
-    pool = left.nonzero().flatten()
-    place = (torch.rand(len(of_mode), generator=generator) * len(pool)).long().clamp_max(len(pool) - 1)
-    return torch.where(left, torch.arange(len(of_mode)), pool[place])
+    remaining = torch.isin(of_mode, order[: max(1, round(modes * (1 - missing)))])
+    pool = remaining.nonzero().flatten()
+    choice = (torch.rand(len(of_mode), generator=generator) * len(pool)).long().clamp_max(len(pool) - 1)
+    return torch.where(remaining, torch.arange(len(of_mode)), pool[choice])
 
 
-def _apart(features: Tensor, of_mode: Tensor, modes: list[str]) -> dict[str, float]:
-    """Between "animal" and "food", or else the two largest modes, and between halves of the first; equal counts."""
+def _mode_distances(features: Tensor, of_mode: Tensor, modes: list[str]) -> dict[str, float]:
+    """Compute the distance of two modes, and that of two halves of the first, at equal numbers of pictures.
+
+    The modes are "animal" and "food", or else the two largest.
+    """
     order = sorted(range(len(modes)), key=lambda m: (modes[m] not in ("animal", "food"), -int((of_mode == m).sum())))
     if len(order) < 2:
         return {}
     first, second = (features[of_mode[: len(features)] == m] for m in order[:2])
     n = min(len(first) // 2, len(second))
-    one, other, third = (Moments.of(part[:n]) for part in (first, first[n:], second))
+    half, other_half, other_mode = (Moments.of(part[:n]) for part in (first, first[n:], second))
     names = f"{modes[order[0]]}, {modes[order[1]]}"
-    between, within = distance(one, third), distance(one, other)
+    between, within = distance(half, other_mode), distance(half, other_half)
     return {f"between {names}": between, "within the first": within, "ratio": between / within, "pictures each": n}
 
 
 def extractor(network: TinyNetwork, device: str) -> Callable[[Tensor], Tensor]:
-    """Features on the CPU, 16 pictures at a time."""
+    """Return a function that computes features on the CPU, 16 pictures at a time."""
     network = network.to(device).eval()
 
     def features(images: Tensor) -> Tensor:
@@ -132,7 +133,8 @@ def extractor(network: TinyNetwork, device: str) -> Callable[[Tensor], Tensor]:
     return features
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Measure what the embedded feature network notices.")
     parser.add_argument(
         "--out", type=Path, required=True, help="check.json is written here; drawn pictures are kept here"
@@ -145,22 +147,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often emoji-flux draws each of its 240 prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--weights", type=Path, default=WEIGHTS)
-    which.add_argument("--untrained", action="store_true", help="random weights, for comparison")
-    options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    network = TinyNetwork() if options.untrained else load_tiny(options.weights)
-    features = extractor(network.requires_grad_(False), options.device)
-    makers: dict[str, Callable[[], Set]] = {
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--weights", type=Path, default=WEIGHTS)
+    source.add_argument("--untrained", action="store_true", help="random weights, for comparison")
+    return parser.parse_args()
+
+
+def picture_sets(options: argparse.Namespace) -> dict[str, Callable[[], PictureSet]]:
+    """Return the sets to measure, by name."""
+    sets: dict[str, Callable[[], PictureSet]] = {
         "held-out families": lambda: pictures.held_out(options.count, options.seed + 1),
         "emoji-flux": lambda: pictures.drawn(options.rounds, options.seed, options.out),
     }
     if options.data.exists():
-        makers["icons"] = lambda: pictures.icons(options.data, options.count)
+        sets["icons"] = lambda: pictures.icons(options.data, options.count)
     if options.images:
-        makers["folder"] = lambda: pictures.folder(options.images, options.count)
+        sets["folder"] = lambda: pictures.folder(options.images, options.count)
+    return sets
+
+
+def print_table(name: str, result: dict[str, Any]) -> None:
+    """Print the measurement of one set."""
+    print(f"\n{name}: {result['pictures']} pictures of {result['side']} px, {result['modes']} modes", flush=True)
+    print(f"{'degradation':14} {'floor':>8}  {'distances at six levels':54} {'1st/floor':>9} spearman rising")
+    for row in result["rows"]:
+        values = " ".join(f"{value:8.3f}" for value in row["distances"])
+        rising = "yes" if row["strictly rising"] else "NO"
+        print(f"{row['degradation']:14} {row['noise floor']:8.3f}  {values:54} ", end="")
+        print(f"{row['first level over floor']:9.2f} {row['spearman']:8.3f} {rising:>6}", flush=True)
+    print("  ".join(f"{key}: {value:.3f}" for key, value in result["apart"].items()), flush=True)
+
+
+def main() -> None:
+    """Measure every set, print the tables and write ``check.json``."""
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    network = TinyNetwork() if options.untrained else load_tiny(options.weights)
+    features = extractor(network.requires_grad_(False), options.device)
     report: dict[str, Any] = {
         "date": now(),
         "weights sha256": None if options.untrained else weights_sha256(options.weights),
@@ -168,17 +192,10 @@ def main() -> None:
         "sets": {},
     }
     passed = True
-    for name, make in makers.items():
-        result = report["sets"][name] = measure(features, make(), options.seed)
-        print(f"\n{name}: {result['pictures']} pictures of {result['side']} px, {result['modes']} modes", flush=True)
-        print(f"{'degradation':14} {'floor':>8}  {'distances at six levels':54} {'1st/floor':>9} spearman rising")
-        for row in result["rows"]:
-            values = " ".join(f"{value:8.3f}" for value in row["distances"])
-            rising = "yes" if row["strictly rising"] else "NO"
-            print(f"{row['degradation']:14} {row['noise floor']:8.3f}  {values:54} ", end="")
-            print(f"{row['first level over floor']:9.2f} {row['spearman']:8.3f} {rising:>6}", flush=True)
-            passed &= row["spearman"] >= 0.9
-        print("  ".join(f"{key}: {value:.3f}" for key, value in result["apart"].items()), flush=True)
+    for name, load in picture_sets(options).items():
+        result = report["sets"][name] = measure(features, load(), options.seed)
+        print_table(name, result)
+        passed &= all(row["spearman"] >= 0.9 for row in result["rows"])
         write_json(options.out / "check.json", report)
     sys.exit(0 if passed else 1)
 

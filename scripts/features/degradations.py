@@ -1,7 +1,7 @@
-"""Ways to spoil pictures, each by a strength per picture: what the features have to notice.
+"""Degradations of pictures, each with a strength per picture, that the features have to detect.
 
-All take pictures (N, 3, H, W) float in [0, 1] and strengths ``s`` (N,) in [0, 1], and run on any device. ``KINDS`` is
-what training uses; the measurement has its own levels, and takes real JPEG files.
+All take pictures (N, 3, H, W) float in [0, 1] and strengths ``s`` (N,) in [0, 1], and run on any device. ``KINDS`` are
+those of training; the measurement has its own levels, and uses real JPEG files.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _CHROMINANCE = (
 
 
 def luma(x: Tensor) -> Tensor:
-    """(N, 1, H, W) of ITU-R BT.601."""
+    """Compute the luma (N, 1, H, W) of ITU-R BT.601."""
     return (x * x.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur with ``sigma`` (N,) pixels, normalised at the borders; exact, as one matrix product a side."""
+    """Blur with a Gaussian of ``sigma`` (N,) pixels, normalised at the borders: one exact matrix product per axis."""
 
     def matrix(length: int) -> Tensor:
         place = torch.arange(length, device=x.device)
@@ -45,12 +45,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def desaturate(x: Tensor, s: Tensor) -> Tensor:
-    """Towards its luma by ``s``."""
+    """Move colours towards their luma by ``s``."""
     return torch.lerp(x, luma(x).expand_as(x), s[:, None, None, None])
 
 
 def shuffle_patches(x: Tensor, share: Tensor, cells: int, generator: torch.Generator) -> Tensor:
-    """A ``share`` (N,) of the ``cells`` x ``cells`` patches, chosen at random, changes places in one cycle."""
+    """Permute a random ``share`` (N,) of the ``cells`` x ``cells`` patches in one cycle."""
     n, c, h, w = x.shape
     patches = x.view(n, c, cells, h // cells, cells, w // cells).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     order = torch.rand(n, cells * cells, generator=generator, device=x.device).argsort(1)
@@ -64,7 +64,7 @@ def shuffle_patches(x: Tensor, share: Tensor, cells: int, generator: torch.Gener
 
 
 def jpeg(x: Tensor, quality: Tensor) -> Tensor:
-    """What JPEG at ``quality`` (N,) in [1, 100] with halved chroma leaves, without the entropy coding."""
+    """Apply the losses of JPEG at ``quality`` (N,) in [1, 100] with halved chroma; entropy coding loses nothing."""
     q = quality[:, None]
     scale = torch.where(q < 50, 5000 / q, 200 - 2 * q)
     tables = x.new_tensor([_LUMINANCE, _CHROMINANCE, _CHROMINANCE])
@@ -79,6 +79,7 @@ def jpeg(x: Tensor, quality: Tensor) -> Tensor:
 
 
 def _requantise(plane: Tensor, steps: Tensor) -> Tensor:
+    """Quantise the DCT coefficients of 8 x 8 blocks by ``steps``, and transform back."""
     k = torch.arange(8, device=plane.device, dtype=plane.dtype)
     dct = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) * torch.where(k == 0, 0.125**0.5, 0.5)[:, None]
     n, c, h, w = plane.shape
@@ -88,7 +89,7 @@ def _requantise(plane: Tensor, steps: Tensor) -> Tensor:
 
 
 def _field(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Smooth colour noise, deviation about 1."""
+    """Draw smooth colour noise with a standard deviation of about 1."""
     small = torch.randn(len(x), 3, 6, 6, generator=generator, device=x.device)
     return F.interpolate(small, size=x.shape[2:], mode="bicubic") * 1.3
 

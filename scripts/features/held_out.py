@@ -1,4 +1,4 @@
-"""Families that training never draws, for measuring: no rule of drawing is shared with the others but the colours."""
+"""Families of pictures for measurement, unseen in training: they share only the colours with the training families."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.features.canvas import Draw, Family, flat, noise, over, palette, ra
 
 
 def rosette(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Spirals and petals about a point."""
+    """Draw spirals and petals around a point."""
     arms, twist, rings = d.integer(9).float() + 2, d.uniform(-6, 6), d.uniform(0, 8)
     x, y = d.turned(d.uniform(0, 6.3), shift=0.4)
     r = (x * x + y * y).sqrt()
@@ -21,7 +21,7 @@ def rosette(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def arcs(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Quarter circles in tiles, each turned at random (Truchet)."""
+    """Draw quarter circles in tiles of random orientation (Truchet)."""
     cells, width = 2 ** (d.integer(3) + 1), d.uniform(0.06, 0.2)
     u, v = ((p + 1) / 2 * cells[:, None, None] for p in d.grid)
     index = (v.floor().clamp(0, 7) * 8 + u.floor().clamp(0, 7)).long()
@@ -36,7 +36,7 @@ def arcs(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def tartan(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Woven bands: two step sequences crossed, with a fine twill."""
+    """Draw woven bands: two crossed step sequences with a fine twill."""
     bands = 12
     colours, k = palette(d, 4), (d.integer(3) + 1)[:, None, None]
     sett = d.integer(4, bands).float()
@@ -50,7 +50,7 @@ def tartan(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def ridges(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Ridged fields: folded noise with creases, lit from a side."""
+    """Draw ridged fields: folded noise with creases, lit from one side."""
     field = noise(d, d.uniform(2, 3.5))
     fine = noise(d, d.uniform(1.5, 2.5))
     height = 1 - field.abs() + 0.2 * fine.abs()
@@ -59,7 +59,7 @@ def ridges(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def creatures(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Mirrored random bit patterns of 8 by 8 cells on a ground, as old games have them."""
+    """Draw mirrored random bit patterns of 8 by 8 cells on a plain ground, like sprites of old games."""
     bits = (d.uniform(0, 1, 8, 4) < 0.5).long() * (1 + d.integer(3, 8, 4))
     bits = torch.cat([bits, bits.flip(2)], 2)
     bits = F.pad(bits, (1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""Families of pictures with things in them: shapes, signs, strokes, hills and balls on a ground."""
+"""Families of pictures with objects: shapes, signs, strokes, hills and balls on a ground."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.features.outlines import OUTLINES, outline
 
 
 def blobs(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Metaballs: a level of summed Gaussian bumps, shaded."""
+    """Draw metaballs: a level set of summed Gaussian bumps, shaded."""
     field = torch.zeros(d.n, d.size, d.size, device=d.device)
     count, radius = d.uniform(2, 12), d.uniform(0.08, 0.3)
     u, v = d.grid
@@ -25,7 +25,7 @@ def blobs(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def shapes(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """One to eight outlined or filled shapes of one or more kinds, on white, flat or textured ground."""
+    """Draw one to eight outlined or filled shapes of one or more kinds, on white, flat or textured ground."""
     count, size = d.uniform(1, 9), d.uniform(0.12, 0.34)
     kind, mixed = d.integer(OUTLINES), d.chance(0.5)
     colours = palette(d, 4)
@@ -34,8 +34,8 @@ def shapes(d: Draw) -> tuple[Tensor, list[Tensor]]:
     picture = ground + rough * noise(d, d.uniform(0.5, 3))[:, None]
     for i in range(8):
         x, y, r = d.uniform(-0.8, 0.8), d.uniform(-0.8, 0.8), size * d.uniform(0.7, 1.3)
-        which = torch.where(mixed > 0, d.integer(OUTLINES), kind)
-        distance = outline(d, which, x, y, r, d.uniform(0, 6.3))
+        kinds = torch.where(mixed > 0, d.integer(OUTLINES), kind)
+        distance = outline(d, kinds, x, y, r, d.uniform(0, 6.3))
         mask = soft(distance * d.size / 2) * (i < count.floor())[:, None, None]
         colour = colours.gather(1, (1 + d.integer(3))[:, None, None].expand(-1, 1, 3))[:, 0]
         picture = over(picture, flat(colour, d), mask)
@@ -43,7 +43,7 @@ def shapes(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def badge(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """One large thing in the middle of a plain ground: a body, inner parts in mirror symmetry, rim and gloss."""
+    """Draw one large object on a plain ground: a body, inner parts in mirror symmetry, rim and gloss."""
     kind, parts, size = d.integer(OUTLINES), d.uniform(1, 6), d.uniform(0.6, 0.95)
     colours = palette(d, 6)
     picture = flat(torch.where(d.chance(0.7)[:, None] > 0, 1.0, colours[:, 5]), d)
@@ -57,8 +57,8 @@ def badge(d: Draw) -> tuple[Tensor, list[Tensor]]:
     picture = over(picture, shaded, inner)
     for i in range(5):
         x, y, r, turn = d.uniform(0, 0.5) * size, d.uniform(-0.55, 0.55) * size, d.uniform(0.06, 0.3), d.uniform(0, 6.3)
-        which = d.integer(OUTLINES)
-        both = torch.maximum(outline(d, which, x, y, r, turn), outline(d, which, -x, y, r, -turn))
+        part = d.integer(OUTLINES)
+        both = torch.maximum(outline(d, part, x, y, r, turn), outline(d, part, -x, y, r, -turn))
         mask = soft(both * d.size / 2) * inner * (i < parts.floor())[:, None, None]
         picture = over(picture, flat(colours[:, 2 + i % 3], d), mask)
     gloss = outline(d, zero.long(), -0.3 * size, -0.35 * size, 0.35 * size, zero)
@@ -68,7 +68,7 @@ def badge(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def strokes(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Quadratic curves of a pen."""
+    """Draw quadratic curves of a pen."""
     count, width, reach = d.uniform(1, 9), d.uniform(0.012, 0.08), d.uniform(0.3, 1.0)
     colours = palette(d, 4)
     picture = flat(torch.where(d.chance(0.4)[:, None] > 0, 1.0, colours[:, 0]), d)
@@ -85,7 +85,7 @@ def strokes(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def _to_segments(u: Tensor, v: Tensor, path: Tensor) -> Tensor:
-    """Distance of every pixel to a polyline (N, P, 2): (N, S, S)."""
+    """Compute the distance of every pixel to a polyline (N, P, 2): (N, S, S)."""
     best = torch.full_like(u, 9.0)
     for j in range(path.shape[1] - 1):
         (ax, ay), (bx, by) = path[:, j].unbind(1), path[:, j + 1].unbind(1)
@@ -97,8 +97,25 @@ def _to_segments(u: Tensor, v: Tensor, path: Tensor) -> Tensor:
 
 
 def glyphs(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Lines of letter-like signs: strokes of a three by three lattice, a small alphabet a picture."""
+    """Draw lines of letter-like signs: strokes on a three by three lattice, with a small alphabet per picture."""
     cell, letters = 24, 6
+    weight, alphabet = _alphabet(d, letters, cell)
+    rows = 6
+    text = d.integer(letters, rows * rows)
+    shown = d.uniform(0, 1, rows * rows) < d.uniform(0.5, 1.0)[:, None]
+    page = alphabet.gather(1, text[:, :, None, None].expand(-1, -1, cell, cell)) * shown[:, :, None, None]
+    page = page.view(d.n, rows, rows, cell, cell).permute(0, 1, 3, 2, 4).reshape(d.n, 1, rows * cell, rows * cell)
+    zoom, angle = d.log_uniform(0.3, 1.2), d.chance(0.5) * d.uniform(-0.5, 0.5)
+    x, y = d.turned(angle, shift=0.0)
+    grid = torch.stack([x, y], -1) * zoom[:, None, None, None]
+    mask = F.grid_sample(page, grid, padding_mode="reflection", align_corners=False)[:, 0]
+    colours = palette(d, 2)
+    ground = torch.where(d.chance(0.5)[:, None] > 0, 1.0, colours[:, 0])
+    return over(flat(ground, d), flat(colours[:, 1] * 0.7, d), mask), [zoom / 1.2, angle + 0.5, weight * 4]
+
+
+def _alphabet(d: Draw, letters: int, cell: int) -> tuple[Tensor, Tensor]:
+    """Draw the stroke weight (N,) and an alphabet of masks (N, letters, cell, cell)."""
     ink = d.uniform(0, 1, letters, 12) < 0.45  # which of the lattice's twelve short strokes a letter has
     points = torch.linspace(-0.6, 0.6, 3, device=d.device)
     ends = [((i, j), (i + 1, j)) for i in range(2) for j in range(3)]
@@ -113,23 +130,11 @@ def glyphs(d: Draw) -> tuple[Tensor, list[Tensor]]:
     distance = torch.stack(strokes)  # (12, cell, cell)
     weight = d.uniform(0.1, 0.26)
     near = torch.where(ink[..., None, None], distance, 9.0).amin(2)  # (N, letters, cell, cell)
-    alphabet = soft((weight[:, None, None, None] - near) * cell / 2)
-    rows = 6
-    text = d.integer(letters, rows * rows)
-    shown = d.uniform(0, 1, rows * rows) < d.uniform(0.5, 1.0)[:, None]
-    page = alphabet.gather(1, text[:, :, None, None].expand(-1, -1, cell, cell)) * shown[:, :, None, None]
-    page = page.view(d.n, rows, rows, cell, cell).permute(0, 1, 3, 2, 4).reshape(d.n, 1, rows * cell, rows * cell)
-    zoom, angle = d.log_uniform(0.3, 1.2), d.chance(0.5) * d.uniform(-0.5, 0.5)
-    x, y = d.turned(angle, shift=0.0)
-    where = torch.stack([x, y], -1) * zoom[:, None, None, None]
-    mask = F.grid_sample(page, where, padding_mode="reflection", align_corners=False)[:, 0]
-    colours = palette(d, 2)
-    ground = torch.where(d.chance(0.5)[:, None] > 0, 1.0, colours[:, 0])
-    return over(flat(ground, d), flat(colours[:, 1] * 0.7, d), mask), [zoom / 1.2, angle + 0.5, weight * 4]
+    return weight, soft((weight[:, None, None, None] - near) * cell / 2)
 
 
 def landscape(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Sky, a disc, and up to four layers of hills under each other."""
+    """Draw a sky, a disc, and up to four layers of hills."""
     colours = palette(d, 7)
     _, v = d.grid
     picture = ramp(0.5 + v / 2, colours[:, :2])
@@ -147,7 +152,7 @@ def landscape(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def spheres(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Lit balls with shadows on a graded ground."""
+    """Draw lit balls with shadows on a graded ground."""
     colours = palette(d, 5)
     u, v = d.grid
     picture = ramp(0.5 + v / 2, colours[:, :2])

@@ -1,4 +1,4 @@
-"""Closed outlines as approximate distances, positive inside."""
+"""Closed outlines as approximate signed distances, positive inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUTLINES = 8  # disc, box, triangle, hexagon, star, ring, cross, crescent
 
 
 def outline(d: Draw, kind: Tensor, x: Tensor, y: Tensor, radius: Tensor, turn: Tensor) -> Tensor:
-    """Distances (N, S, S), in half widths of the picture, to outlines of ``kind`` (N,) at ``(x, y)``, turned."""
+    """Compute distances (N, S, S), in half widths of a picture, to rotated outlines of ``kind`` (N,) at ``(x, y)``."""
     u, v = d.grid
     r = radius[:, None, None]
     u, v = (u - x[:, None, None]) / r, (v - y[:, None, None]) / r

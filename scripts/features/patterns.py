@@ -1,4 +1,4 @@
-"""Families of pictures that are one pattern all over: textures, tilings and gradients."""
+"""Families of pictures filled with one pattern: textures, tilings and gradients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scripts.features.canvas import Draw, flat, noise, over, palette, ramp, soft
 
 
 def spectrum(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Gaussian fields of power spectrum f^-a, stretched along one direction, as a ramp of colours."""
+    """Draw Gaussian fields of power spectrum f^-a, stretched along one direction, in a gradient of colours."""
     slope, stretch, angle = d.uniform(0.3, 4.5), d.uniform(0.0, 2.0), d.uniform(0, math.pi)
     contrast = d.uniform(0.1, 0.45)
     t = 0.5 + contrast[:, None, None] * noise(d, slope, stretch, angle)
@@ -19,7 +19,7 @@ def spectrum(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def gratings(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """One to three sinusoids added."""
+    """Draw the sum of one to three sinusoids."""
     total, norm = torch.zeros(d.n, d.size, d.size, device=d.device), torch.zeros(d.n, device=d.device)
     factors: list[Tensor] = []
     for i in range(3):
@@ -36,7 +36,7 @@ def gratings(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def checker(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Turned checkerboards, some bent."""
+    """Draw rotated checkerboards, some bent."""
     cells, angle, bend = d.log_uniform(2, 16), d.uniform(0, math.pi), d.chance(0.4) * d.uniform(0, 0.25)
     x, y = d.turned(angle)
     x = x + bend[:, None, None] * noise(d, d.uniform(3, 4.5))
@@ -47,7 +47,7 @@ def checker(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def bricks(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Rows of bricks with joints; bricks differ a little in colour."""
+    """Draw rows of bricks with joints; bricks differ slightly in colour."""
     rows, aspect, joint = d.log_uniform(3, 16), d.uniform(1, 3), d.uniform(0.05, 0.25)
     x, y = d.turned(d.chance(0.5) * math.pi / 2)
     v = (y + 2) * rows[:, None, None] / 2
@@ -62,7 +62,7 @@ def bricks(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def gradient(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Linear, radial or conic runs of colours."""
+    """Draw linear, radial or conic gradients of colours."""
     kind, angle, bends = d.integer(3), d.uniform(0, math.pi), d.uniform(0.4, 1.6)
     x, y = d.turned(angle, shift=0.5)
     linear, radial, conic = 0.5 + x / 2.8, (x * x + y * y).sqrt() / 1.8, torch.atan2(y, x).abs() / math.pi
@@ -72,7 +72,7 @@ def gradient(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def cells(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Voronoi cells of 4 to 40 points, with or without borders."""
+    """Draw Voronoi cells of 4 to 40 points, with or without borders."""
     most = 40
     points = d.uniform(-1, 1, most, 2)
     count = d.uniform(4, most)
@@ -90,7 +90,7 @@ def cells(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def waves(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """Stripes bent by a smooth field, from soft to hard edges."""
+    """Draw stripes bent by a smooth field, from soft to hard edges."""
     frequency, bend, hard = d.log_uniform(2, 20), d.uniform(0.02, 0.4), d.log_uniform(0.5, 12)
     angle = d.uniform(0, math.pi)
     x, _ = d.turned(angle)
@@ -100,7 +100,7 @@ def waves(d: Draw) -> tuple[Tensor, list[Tensor]]:
 
 
 def dots(d: Draw) -> tuple[Tensor, list[Tensor]]:
-    """A lattice of dots whose size follows a slow field."""
+    """Draw a lattice of dots whose size follows a smooth field."""
     cells, angle, size, spread = (
         d.log_uniform(3, 20),
         d.uniform(0, math.pi / 2),

@@ -2,13 +2,14 @@
 
     python -m scripts.features.train_tiny --device cuda --minutes 4 --out out/tiny     # or --device cpu --minutes 25
 
-Every picture is drawn, cropped once more, spoiled in one of twelve ways, and shown twice. The network has to name the
-family, the numbers that drew it, what spoiled it and how much; to tell colours, contrast and spectrum of what it sees;
-and to know two crops of one picture from crops of others (NT-Xent, arXiv 2002.05709). The heads are then thrown away.
+Every picture is drawn, cropped, degraded in one of twelve ways, and shown as two views, whole and cropped. The network
+has to predict the family and the parameters of its drawing, the degradation and its strength, and colours, contrast and
+spectrum of the view, and to match the two views of one picture among those of others (NT-Xent, arXiv 2002.05709). The
+heads are discarded afterwards.
 
-A killed run goes on where its last checkpoint was, by the same command. Step k depends on the seed and k alone, so one
-device, seed and number of steps give one network; ``--minutes`` only chooses the number of steps, from the speed of the
-first ones. ``tiny.safetensors`` is written to ``--out``.
+The same command resumes an interrupted run from its last checkpoint. Step k depends on the seed and k alone, so a
+device, a seed and a number of steps determine the network; ``--minutes`` only chooses the number of steps, from the
+speed of the first ones. ``tiny.safetensors`` is written to ``--out``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import io
 import math
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,17 @@ from diffaccel.record import now
 from scripts.features.degradations import KINDS, luma
 from scripts.features.textures import FACTORS, FAMILIES, sample
 
-WARMUP, TIMED = 50, (5, 25)  # steps of rising learning rate; steps whose speed chooses how many there will be
+WARMUP, TIMED = 50, (5, 25)  # steps of rising learning rate; steps between which the speed is measured
 SAVE_SECONDS = 60
 BATCH = {"cuda": 512, "cpu": 32}
 STATISTICS = 48 + 16 + 1 + 24
 
 
-# -- what a step shows -------------------------------------------------------------------------------------------------
+# -- the batch of a step -----------------------------------------------------------------------------------------------
 
 
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A part of each picture, between 0.65 of its side and all of it, at the size it came in."""
+    """Crop each picture to between 0.65 and all of its side, resized to its own size."""
     n, device = len(images), images.device
     scale = 0.65 + 0.35 * torch.rand(n, generator=generator, device=device)
     shift = (2 * torch.rand(n, 2, generator=generator, device=device) - 1) * (1 - scale)[:, None]
@@ -55,23 +57,22 @@ def crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def batch(count: int, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Two views of ``count`` pictures, (2 * count, 3, S, S) in [0, 1], and what is true of each picture."""
+    """Draw two views of ``count`` pictures, (2 * count, 3, S, S) in [0, 1], and the targets of each picture."""
     drawn = sample(FAMILIES, count=count, generator=generator)
     order = torch.rand(count, generator=generator, device=generator.device).argsort()
     images = drawn.images[order]
     views = torch.stack([images, crop(images, generator)])
-    if step % 3 == 2:  # pictures of 64 pixels, which the network enlarges itself
+    if step % 3 == 2:  # pictures of 64 pixels, which the network enlarges
         views = F.avg_pool2d(views.flatten(0, 1), 2).unflatten(0, (2, count))
     severity = torch.rand(count, generator=generator, device=generator.device)
     kind = torch.arange(count, device=generator.device) * len(KINDS) // count
-    spoiled = []
-    for i, spoil in enumerate(KINDS.values()):  # pictures are in random order: consecutive ones share a kind
-        mine = slice(-(-i * count // len(KINDS)), -(-(i + 1) * count // len(KINDS)))
-        twice = severity[mine].repeat(2)
-        spoiled.append(spoil(views[:, mine].flatten(0, 1), twice, generator).unflatten(0, (2, -1)))
-    seen = (torch.cat(spoiled, 1).flatten(0, 1).clamp(0, 1) * 255).round() / 255
+    degraded = []
+    for i, degrade in enumerate(KINDS.values()):  # pictures are in random order: consecutive ones share a kind
+        rows = slice(-(-i * count // len(KINDS)), -(-(i + 1) * count // len(KINDS)))
+        strength = severity[rows].repeat(2)
+        degraded.append(degrade(views[:, rows].flatten(0, 1), strength, generator).unflatten(0, (2, -1)))
     return {
-        "images": seen,
+        "images": (torch.cat(degraded, 1).flatten(0, 1).clamp(0, 1) * 255).round() / 255,
         "family": drawn.family[order],
         "factors": drawn.factors[order],
         "kind": kind,
@@ -80,7 +81,7 @@ def batch(count: int, step: int, generator: torch.Generator) -> dict[str, Tensor
 
 
 def statistics(x: Tensor) -> Tensor:
-    """(N, STATISTICS): colours and log contrast of 16 cells, saturation, log power of 6 x 4 spectral sectors."""
+    """Compute (N, STATISTICS): colours and log contrast of 16 cells, saturation, log power of 24 spectral sectors."""
     if x.shape[-1] != TinyNetwork.size:
         x = F.interpolate(x, (TinyNetwork.size,) * 2, mode="bilinear", antialias=True)
     grey = luma(x)
@@ -98,11 +99,11 @@ def statistics(x: Tensor) -> Tensor:
     return torch.cat([colours, contrast, saturation, (bands + 1e-4).log()], 1)
 
 
-# -- what is learned ---------------------------------------------------------------------------------------------------
+# -- model and losses -------------------------------------------------------------------------------------------------
 
 
 class Learner(nn.Module):
-    """The network with batch normalisation after each convolution, and its heads."""
+    """The network with batch normalisation after each convolution, and the heads of its tasks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,33 +122,33 @@ class Learner(nn.Module):
         self.view = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 96))
 
     def losses(self, shown: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The terms, weighted; their sum is minimised."""
+        """Compute the weighted terms of the loss."""
         images, count = shown["images"], len(shown["family"])
         f = self.network.features(images.contiguous(memory_format=torch.channels_last) * 2 - 1)
         family, kind, severity = (shown[key].repeat(2) for key in ("family", "kind", "severity"))
-        factors = shown["factors"]  # of whole pictures: the crop has others
-        own = self.factors(f[:count]).view(count, -1, FACTORS)
-        own = own.gather(1, shown["family"][:, None, None].expand(-1, 1, FACTORS))[:, 0].float()
-        known = ~factors.isnan()
+        factors = shown["factors"]  # of whole pictures; crops have others
+        predicted = self.factors(f[:count]).view(count, -1, FACTORS)
+        predicted = predicted.gather(1, shown["family"][:, None, None].expand(-1, 1, FACTORS))[:, 0].float()
+        defined = ~factors.isnan()
         amount = self.severity(f).gather(1, kind[:, None])[:, 0].float()
-        spoiled = (kind != 0).float()
+        degraded = (kind != 0).float()
         views = F.normalize(self.view(f).float(), dim=1)
-        alike = views[:count] @ views[count:].T / 0.2
+        similarity = views[:count] @ views[count:].T / 0.2
         pairs = torch.arange(count, device=f.device)
         with torch.autocast(images.device.type, enabled=False):
             truth = self.measure(statistics(images))
         return {
             "family": F.cross_entropy(self.family(f).float(), family),
-            "factors": 4 * ((own - factors.nan_to_num(0.0)).square() * known).sum() / known.sum(),
+            "factors": 4 * ((predicted - factors.nan_to_num(0.0)).square() * defined).sum() / defined.sum(),
             "kind": F.cross_entropy(self.kind(f).float(), kind),
-            "severity": 8 * ((amount - severity).square() * spoiled).sum() / spoiled.sum(),
+            "severity": 8 * ((amount - severity).square() * degraded).sum() / degraded.sum(),
             "statistics": 2 * F.mse_loss(self.statistics(f).float(), truth),
-            "views": 0.15 * (F.cross_entropy(alike, pairs) + F.cross_entropy(alike.T, pairs)),
+            "views": 0.15 * (F.cross_entropy(similarity, pairs) + F.cross_entropy(similarity.T, pairs)),
         }
 
 
 def folded(learner: Learner) -> TinyNetwork:
-    """The bare network, normalisations folded into convolutions."""
+    """Return the bare network, with normalisations folded into convolutions."""
     network = TinyNetwork().to(next(learner.parameters()).device)
     trained = dict(learner.network.named_modules())
     for name, module in network.named_modules():
@@ -169,25 +170,40 @@ def rescale(network: TinyNetwork, scale: Tensor) -> None:
 
 
 def equalise(network: TinyNetwork, device: torch.device, seed: int) -> None:
-    """Give every feature variance 1 over clean pictures of the training families; one that never varies stays."""
+    """Scale every feature to variance 1 over clean pictures of the training families, except constant ones."""
     generator = torch.Generator(device).manual_seed(seed)
     parts = [sample(FAMILIES, count=256, generator=generator).images for _ in range(8)]
     deviation = torch.cat([network.features(part * 2 - 1) for part in parts]).double().std(0).float()
     rescale(network, torch.where(deviation > 1e-3, 1 / deviation.clamp_min(1e-3), 1.0))
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def rate(step: int, steps: int | None, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
     if step < WARMUP or steps is None:
         return peak * min(1.0, (step + 1) / WARMUP)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(steps - WARMUP, 1)))
 
 
+@dataclass
+class Progress:
+    """Position of a run.
+
+    Attributes:
+        step: steps taken.
+        steps: steps in all; None until they are chosen from the speed of the first ones.
+        seconds: time spent.
+    """
+
+    step: int = 0
+    steps: int | None = None
+    seconds: float = 0.0
+
+
 def train(options: argparse.Namespace) -> TinyNetwork:
-    """Run or resume, and write the weights."""
+    """Run or resume the training, and write the weights."""
     device = torch.device(options.device)
     count = options.batch or BATCH[device.type]
     settings = {"seed": options.seed, "batch": count, "lr": options.lr, "device": device.type}
@@ -195,61 +211,86 @@ def train(options: argparse.Namespace) -> TinyNetwork:
     learner = Learner().to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(learner.parameters(), lr=options.lr, weight_decay=0.02)
     generator = torch.Generator(device)
-    file, step, steps, spent = options.out / "checkpoint.pt", 0, options.steps, 0.0
+    file, progress = options.out / "checkpoint.pt", Progress(steps=options.steps)
     if file.exists():
-        kept = torch.load(file, map_location=device, weights_only=True)
-        if kept["settings"] != settings:
-            raise SystemExit(f"'{file}' was made with {kept['settings']}, not {settings}. Choose another --out.")
-        learner.load_state_dict(kept["learner"])
-        optimiser.load_state_dict(kept["optimiser"])
-        step, spent, steps = kept["step"], kept["seconds"], options.steps or kept["steps"]
+        progress = load_checkpoint(file, settings, learner, optimiser, device)
+        progress.steps = options.steps or progress.steps
     options.out.mkdir(parents=True, exist_ok=True)
-    begun, saved, timed = time.monotonic() - spent, time.monotonic(), 0.0
-
-    def checkpoint() -> None:
-        state: dict[str, Any] = {"settings": settings, "learner": learner.state_dict(), "steps": steps, "step": step}
-        buffer = io.BytesIO()
-        torch.save(state | {"optimiser": optimiser.state_dict(), "seconds": time.monotonic() - begun}, buffer)
-        with atomic(file) as out:
-            out.write(buffer.getvalue())
-
-    bar = tqdm(total=steps, initial=step, unit="step", mininterval=5)
+    begun, saved, timed = time.monotonic() - progress.seconds, time.monotonic(), 0.0
+    bar = tqdm(total=progress.steps, initial=progress.step, unit="step", mininterval=5)
     learner.train()
-    while steps is None or step < steps:
-        if steps is None and step == TIMED[0]:
+    while progress.steps is None or progress.step < progress.steps:
+        if progress.steps is None and progress.step == TIMED[0]:
             timed = _clock(device)
-        if steps is None and step == TIMED[1]:
+        if progress.steps is None and progress.step == TIMED[1]:
             pace = (_clock(device) - timed) / (TIMED[1] - TIMED[0])
-            steps = max(WARMUP + 1, int((60 * options.minutes - (time.monotonic() - begun)) / pace))
-            bar.total = step + steps
-            steps = bar.total
-        generator.manual_seed(options.seed * 1_000_003 + step)
+            remaining = int((60 * options.minutes - (time.monotonic() - begun)) / pace)
+            progress.steps = bar.total = progress.step + max(WARMUP + 1, remaining)
+        generator.manual_seed(options.seed * 1_000_003 + progress.step)
         for group in optimiser.param_groups:
-            group["lr"] = rate(step, steps, options.lr)
+            group["lr"] = rate(progress.step, progress.steps, options.lr)
         with torch.no_grad():
-            shown = batch(count, step, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            losses = learner.losses(shown)
-            loss = torch.stack(list(losses.values())).sum()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), 2.0)
-        optimiser.step()
-        step += 1
+            shown = batch(count, progress.step, generator)
+        losses = optimise(learner, optimiser, shown)
+        progress.step += 1
         bar.update()
-        if step % 50 == 0 or step == steps:
-            if not math.isfinite(loss.item()):
-                raise SystemExit(f"The loss is {loss.item()} at step {step}; try a lower --lr.")
-            bar.set_postfix_str(" ".join(f"{name} {value.item():.3f}" for name, value in losses.items()))
+        if progress.step % 50 == 0 or progress.step == progress.steps:
+            report(bar, losses, progress.step)
         if time.monotonic() - saved > SAVE_SECONDS:
-            checkpoint()
+            progress.seconds = time.monotonic() - begun
+            save_checkpoint(file, settings, learner, optimiser, progress)
             saved = time.monotonic()
     bar.close()
-    checkpoint()
+    progress.seconds = time.monotonic() - begun
+    save_checkpoint(file, settings, learner, optimiser, progress)
     network = folded(learner)
     equalise(network, device, options.seed)
-    export(network, options.out / "tiny.safetensors", settings | {"steps": step})
+    export(network, options.out / "tiny.safetensors", settings | {"steps": progress.step})
     return network
+
+
+def optimise(learner: Learner, optimiser: torch.optim.Optimizer, shown: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take one optimiser step on a batch, and return the terms of its loss and their sum ``loss``."""
+    device = shown["images"].device
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        losses = learner.losses(shown)
+        loss = torch.stack(list(losses.values())).sum()
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(learner.parameters(), 2.0)
+    optimiser.step()
+    return losses | {"loss": loss}
+
+
+def report(bar: tqdm, losses: dict[str, Tensor], step: int) -> None:
+    """Show the terms of the loss, and stop where the loss is not finite."""
+    loss = losses["loss"].item()
+    if not math.isfinite(loss):
+        raise SystemExit(f"The loss is {loss} at step {step}; try a lower --lr.")
+    bar.set_postfix_str(" ".join(f"{name} {value.item():.3f}" for name, value in losses.items() if name != "loss"))
+
+
+def save_checkpoint(
+    file: Path, settings: dict[str, Any], learner: Learner, optimiser: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Write a checkpoint atomically."""
+    state = {"settings": settings, "learner": learner.state_dict(), "optimiser": optimiser.state_dict()}
+    buffer = io.BytesIO()
+    torch.save(state | asdict(progress), buffer)
+    with atomic(file) as out:
+        out.write(buffer.getvalue())
+
+
+def load_checkpoint(
+    file: Path, settings: dict[str, Any], learner: Learner, optimiser: torch.optim.Optimizer, device: torch.device
+) -> Progress:
+    """Restore learner and optimiser from a checkpoint, and return its progress; refuse one of other settings."""
+    state = torch.load(file, map_location=device, weights_only=True)
+    if state["settings"] != settings:
+        raise SystemExit(f"'{file}' was made with {state['settings']}, not {settings}. Choose another --out.")
+    learner.load_state_dict(state["learner"])
+    optimiser.load_state_dict(state["optimiser"])
+    return Progress(step=state["step"], steps=state["steps"], seconds=state["seconds"])
 
 
 def _clock(device: torch.device) -> float:
@@ -259,17 +300,23 @@ def _clock(device: torch.device) -> float:
 
 
 def export(network: TinyNetwork, path: Path, settings: dict[str, Any]) -> None:
-    """Half-precision weights with what made them; they are computed with in float32."""
+    """Write the weights in half precision with their origin; inference uses them in float32."""
     weights = {name: value.half().cpu().contiguous() for name, value in network.state_dict().items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise SystemExit("A weight does not fit into half precision.")
-    told = {"format": FORMAT, "recipe": "scripts/features/train_tiny.py", "date": now()[:10], "licence": "Apache-2.0"}
-    told |= {"torch": torch.__version__} | {name: str(value) for name, value in settings.items()}
+    metadata = {
+        "format": FORMAT,
+        "recipe": "scripts/features/train_tiny.py",
+        "date": now()[:10],
+        "licence": "Apache-2.0",
+    }
+    metadata |= {"torch": torch.__version__} | {name: str(value) for name, value in settings.items()}
     with atomic(path) as file:
-        file.write(save(weights, metadata=told))
+        file.write(save(weights, metadata=metadata))
 
 
 def main() -> None:
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Train the embedded feature network on procedural pictures.")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint.pt and tiny.safetensors are written here")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(BATCH))

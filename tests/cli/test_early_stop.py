@@ -161,7 +161,9 @@ def test_the_level_is_shared_by_conditions(root):
     from diffaccel.runs.request import Request
 
     request = Request(prompts=tuple(f"prompt {i}" for i in range(COUNT)), batch=4)
-    early = early_stop.early("ssim within 0.5 and clip_score[emoji-clip-judge] within 90", root / "base", request)
+    early = early_stop.stopping_rule(
+        "ssim within 0.5 and clip_score[emoji-clip-judge] within 90", root / "base", request
+    )
     record = {"images": json.loads((root / "base" / "run.json").read_text())["images"]}
     found = early.look(root / "base", record)
     assert early.looks == (COUNT,) and found["metrics"]["ssim"]["level"] == pytest.approx(1 - 2 * 0.025)

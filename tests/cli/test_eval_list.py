@@ -55,7 +55,7 @@ def test_weights_that_appear_are_found_and_their_digest_looked_at(run, places, m
     assert not wrong["available"] and "--allow-unknown-weights" in wrong["why"] and wrong["where"] == str(file)
     from diffaccel.files import sha256
 
-    verified = weights.Known(files=known.files, url="", sha256=sha256(file)[:8])
+    verified = weights.WeightFile(files=known.files, url="", sha256=sha256(file)[:8])
     monkeypatch.setitem(weights.KNOWN, "inception", verified)
     found = listed(run)
     for name in ("tf-fid", "pytorch-fid", "clean-fid", "adm", "edm"):

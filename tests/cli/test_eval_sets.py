@@ -14,7 +14,7 @@ from PIL import Image
 
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.open import open_source
-from diffaccel.eval.metrics.frechet import Moments, distance
+from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.metrics.mmd import cmmd, cmmd_unbiased, kid_interval
 from diffaccel.eval.networks import weights
 from diffaccel.eval.networks.extractors import extractor
@@ -185,6 +185,7 @@ def test_foreign_statistics_are_assumed_to_fit_and_said_so(run, sets, tmp_path):
         assert len(said) == 1 and "number of images, network, protocol, weights" in said[0]
 
 
+@pytest.mark.slow
 def test_statistics_of_any_network_compare_without_it(run, tmp_path):
     """Two files of pytorch-fid, of 2048 features: N(0, I) and N(1, I) are 2048 apart."""
     for name, mean in (("a", 0.0), ("b", 1.0)):
@@ -216,9 +217,9 @@ def test_a_protocol_is_part_of_the_key(run, sets, inception, tmp_path, monkeypat
     ]  # fmt: skip
     assert "FID" not in "".join(values(unknown)) and "not comparable" in " ".join(unknown.json["warnings"])
 
-    monkeypatch.setitem(weights.KNOWN, "inception", weights.Known(files=("i.pth",), url="", sha256=sha[:8]))
+    monkeypatch.setitem(weights.KNOWN, "inception", weights.WeightFile(files=("i.pth",), url="", sha256=sha[:8]))
     monkeypatch.setenv(weights.VARIABLE, str(inception.parent))
-    monkeypatch.setitem(weights.KNOWN, "inception", weights.Known(files=(inception.name,), url="", sha256=sha[:8]))
+    monkeypatch.setitem(weights.KNOWN, "inception", weights.WeightFile(files=(inception.name,), url="", sha256=sha[:8]))
     how = ("--num", 4, "--cache", tmp_path / "kept", "--json")
     found = run("eval", "fid", sets / "a", sets / "b", "--protocol", "adm", *how)
     assert list(values(found)) == ["FID[adm]", "sFID-unverified[adm]"]
@@ -231,6 +232,14 @@ def test_a_protocol_is_part_of_the_key(run, sets, inception, tmp_path, monkeypat
     score = run("eval", "is", sets / "a", "--protocol", "adm", *how).json["metrics"][0]
     assert score["key"] == "IS[adm]" and score["value"] >= 1 and score["detail"]["size"] == 5000
 
+
+@pytest.mark.slow
+def test_a_protocols_statistics_stand_for_its_images(run, sets, inception, tmp_path, monkeypatch):
+    monkeypatch.setenv(weights.VARIABLE, str(inception.parent))
+    known = weights.Known(files=(inception.name,), url="", sha256=sha256(inception)[:8])
+    monkeypatch.setitem(weights.KNOWN, "inception", known)
+    how = ("--num", 4, "--cache", tmp_path / "kept", "--json")
+    found = run("eval", "fid", sets / "a", sets / "b", "--protocol", "adm", *how)
     made = run("eval", "stats", sets / "b", "-o", tmp_path / "ref.npz", "--protocol", "adm", *how)
     assert made.json["protocol"] == "adm"
     with np.load(tmp_path / "ref.npz") as file:
@@ -246,11 +255,11 @@ def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets,
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted((sets / "b").iterdir())])
     np.savez(tmp_path / "adm.npz", arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048))
     found = run("eval", "fid", sets / "a", tmp_path / "adm.npz", *how)
-    samples = Moments.of(
-        extract(open_source(sets / "a", num=3), extractor(f"inception:{inception}", allow_unknown_weights=True)).values
-    )
-    unit = Moments.from_covariance(torch.zeros(2048), torch.eye(2048))
-    assert list(values(found).values()) == [pytest.approx(distance(samples, unit), rel=1e-6)]
+    network = extractor(f"inception:{inception}", allow_unknown_weights=True)
+    rows = extract(open_source(sets / "a", num=3), network).values.double()
+    roots = torch.linalg.svdvals(rows - rows.mean(0)) / 2**0.5  # of the covariance's eigenvalues
+    expected = float(rows.mean(0).square().sum() + roots.square().sum() + 2048 - 2 * roots.sum())
+    assert list(values(found).values()) == [pytest.approx(expected, rel=1e-6)]
     direct, stored = (
         values(run("eval", "kid", sets / "a", other, *how)) for other in (sets / "b", tmp_path / "adm.npz")
     )
@@ -259,7 +268,7 @@ def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets,
 
 def test_weights_are_fetched_when_that_is_allowed(run, sets, inception, tmp_path, monkeypatch):
     sha = sha256(inception)
-    known = weights.Known(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])
+    known = weights.WeightFile(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])
     monkeypatch.setitem(weights.KNOWN, "inception", known)
     argv = ("eval", "kid", sets / "a", sets / "b", "--protocol", "clean-fid", "--num", 3, "--json")
     assert run(*argv).status == 3

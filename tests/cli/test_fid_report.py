@@ -9,8 +9,8 @@ import pytest
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.report import accelerations as one_report
-from diffaccel.eval.report import plan as report_plan
+from diffaccel.eval.report.accelerations import make_report
+from diffaccel.eval.report.plan import ReportPlan
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from scripts import fid_report
@@ -164,10 +164,10 @@ def test_bad_input(make, noise, words, said):
 
 def test_a_judge_that_chooses_is_refused(tmp_path, models):
     request = Request(prompts=("a",), model=str(models / "sd"))
-    plan = report_plan.Plan(
+    plan = ReportPlan(
         request=request, baseline=parse("plain:steps=2"), accelerated=(parse("heun:steps=2"),),
         judges=("emoji-clip-judge",), reward="emoji-clip-judge",
     )  # fmt: skip
     with pytest.raises(DiffAccelError, match="judge its own choice"):
-        one_report.make(plan, tmp_path)
+        make_report(plan, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from diffaccel import registry, zoo
-from diffaccel.cli import listing as catalogue
+from diffaccel.cli import listing
+from diffaccel.cli.docstrings import documented_arguments
 from tests.layout import tree
 
 CARD = {
@@ -74,7 +75,7 @@ def test_explained_python_runs(models):
 
     pipe = diffaccel.load(models / "flux")
     for name in registry.METHODS:
-        about = catalogue.explain_method(name)
+        about = listing.explain_method(name)
         namespace = {"diffaccel": diffaccel, "pipe": pipe}
         exec(f"{about['import']}\n{about['python']}", namespace)
         assert diffaccel.summary(pipe).methods[0]["name"] == name
@@ -94,7 +95,7 @@ def test_explain_a_model(run, embedded):
 
 def test_argument_texts_run_over_lines_and_share_entries():
     doc = "What.\n\nArgs:\n    a: first\n        and more.\n    b, c: both.\n\nRaises:\n    E: never."
-    assert catalogue.documented_arguments(doc) == {"a": "first and more.", "b": "both.", "c": "both."}
+    assert documented_arguments(doc) == {"a": "first and more.", "b": "both.", "c": "both."}
 
 
 def test_method_options_are_in_the_help(run):
@@ -126,7 +127,7 @@ def test_threads_are_told_to_share_before_torch_loads(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     code = """
 import os, sys
-import diffaccel.sample_command, diffaccel.demo, diffaccel.sampling
+import diffaccel.cli.sample, diffaccel.runs.generate, diffaccel.runs.loading, diffaccel.terminal
 assert "torch" not in sys.modules
 diffaccel.terminal.share_cpu()
 print(os.environ.get("GOMP_SPINCOUNT"))

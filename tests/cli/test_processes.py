@@ -116,7 +116,8 @@ def evaluate(run, models, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_eval_run_makes_the_same_files_by_several_processes(start, evaluate, tmp_path, size):
     process = start(*WAY, "--out", "shared", "--json", launcher=(*LAUNCH, str(size), "-m"), command=EVAL)
     out, err = process.communicate(timeout=TIMEOUT)
@@ -127,6 +128,7 @@ def test_eval_run_makes_the_same_files_by_several_processes(start, evaluate, tmp
     assert files(tmp_path / "shared") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_eval_run_goes_on_after_a_kill_at_any_chunk(start, evaluate, tmp_path):
     """Killed twice, after the first chunk and after the seventh of ten, each time before the last is whole."""
     whole, markers = evaluate(*WAY, "--out", "whole"), tmp_path / "run" / ".chunks"
@@ -140,7 +142,8 @@ def test_eval_run_goes_on_after_a_kill_at_any_chunk(start, evaluate, tmp_path):
     assert made["images"] == whole["images"] and files(tmp_path / "run") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_an_early_stop_is_the_same_by_several_processes(start, evaluate, tmp_path, size):
     """Ranks agree on when to stop, also where one of them has no chunk before a look."""
     evaluate("--accel", "plain:steps=2,size=32", "--out", "base")

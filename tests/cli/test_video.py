@@ -204,6 +204,7 @@ def test_resuming_does_not_ask_that_an_encoder_repeats_itself(sample, tmp_path, 
     assert (tmp_path / "a" / "00000.mp4").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_runs_continue(start, models, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ("--num", 5, "--frames", 5)  # ten chunks
@@ -351,7 +352,10 @@ def test_bad_classes(sample, tmp_path, case):
     assert done.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("model", "asked"), [("cogvideox", ("a cat", "--frames", 9)), ("dit", ("1",)), ("ddim", ())])
+VIDEO = pytest.param("cogvideox", ("a cat", "--frames", 9), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("model", "asked"), [VIDEO, ("dit", ("1",)), ("ddim", ())])
 def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypatch):
     from diffaccel.cli import doctor
 

@@ -1,4 +1,4 @@
-"""``diffaccel.eval.compare``: every kind of side gives the pictures that it must, on the same prompts and seeds."""
+"""``diffaccel.eval.compare``: every kind of candidate gives the pictures it must, on the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval import api
-from diffaccel.eval.sets import requests as subjects
+from diffaccel.eval.sets import requests
 from diffaccel.eval.sets.run import open_run
 from diffaccel.runs.request import Request
 from diffaccel.samplers import DPMpp2M, Euler, Heun
@@ -151,7 +151,7 @@ def test_a_runs_settings_give_its_request():
         dtype="float32", device="cpu", methods=(Heun(),), latents=True,
     )  # fmt: skip
     settings = request.settings("", torch.device("cpu"), torch.float32)
-    again = subjects.again(settings)
+    again = requests.from_settings(settings)
     assert again.methods == () and again.settings("", torch.device("cpu"), torch.float32) == {**settings, "methods": []}
 
 

@@ -81,11 +81,11 @@ def test_what_is_kept_in_high_precision(network: Any):
     """All that stands outside the blocks, and inside them what sees one row a sample: attention and MLPs are free."""
     facts = facts_of(network)
     blocks = facts.block_names(network)
-    kept = {name for name in layers(network) if facts.keeps(name)}
-    assert kept == {name for name in layers(network) if not inside(name, blocks)} | by_row(network)
+    high_precision = {name for name in layers(network) if facts.keeps(name)}
+    assert high_precision == {name for name in layers(network) if not inside(name, blocks)} | by_row(network)
     attention_and_mlp = {name for name in layers(network) if inside(name, blocks) and name not in by_row(network)}
     assert len(attention_and_mlp) > len(blocks)
-    assert list(recorded(network, layers(network)))[-1] in kept
+    assert list(recorded(network, layers(network)))[-1] in high_precision
 
 
 def test_every_pattern_matches_something(network: Any):
@@ -99,18 +99,18 @@ def test_every_pattern_matches_something(network: Any):
 
 def test_modulation_follows_time_and_not_the_sample(network: Any):
     facts = facts_of(network)
-    found = {name: network.get_submodule(name) for name in matching(facts.modulation, network)}
+    modulation = {name: network.get_submodule(name) for name in matching(facts.modulation, network)}
     key = "sample" if "sample" in inspect.signature(network.forward).parameters else "hidden_states"
     call = networks.arguments(network, batch=BATCH, height=8, width=8, frames=2)
     first, other, later = (
-        {name: out for name, (_, out) in recorded(network, found, **call | changes).items()}
+        {name: out for name, (_, out) in recorded(network, modulation, **call | changes).items()}
         for changes in ({}, {key: -call[key]}, {"timestep": call["timestep"] / 2})
     )
-    assert set(first) == set(found) != set()
-    assert all(torch.equal(first[name], other[name]) for name in found)
-    assert not any(torch.equal(first[name], later[name]) for name in found)
+    assert set(first) == set(modulation) != set()
+    assert all(torch.equal(first[name], other[name]) for name in modulation)
+    assert not any(torch.equal(first[name], later[name]) for name in modulation)
     # and nothing else does, but the embedders
-    assert all("emb" in name for name in by_row(network) - set(found))
+    assert all("emb" in name for name in by_row(network) - set(modulation))
 
 
 # -- what stock pipelines pass ----------------------------------------------------------------------------------------

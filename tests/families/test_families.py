@@ -123,12 +123,12 @@ def test_euler_in_stock_state_equals_the_stock_call_in_bf16(family: str) -> None
     pipe = flow_euler(family).to(torch.bfloat16)
     stock = run(pipe, family)
     diffaccel.accelerate(pipe, Euler(state="stock"))
-    found = run(pipe, family)
-    assert found.dtype == stock.dtype == torch.bfloat16 and torch.equal(found, stock)
+    wrapped = run(pipe, family)
+    assert wrapped.dtype == stock.dtype == torch.bfloat16 and torch.equal(wrapped, stock)
 
 
 def smooth(family: str) -> Any:
-    """The family with a schedule that Euler walks as DDIM does."""
+    """Make the family with a schedule on which Euler is DDIM."""
     from diffusers import DDIMScheduler
 
     pipe = make(family)
@@ -145,14 +145,18 @@ def test_euler_equals_ddim_of_vp_models(family: str) -> None:
     torch.testing.assert_close(run(pipe, family, steps=5), stock, rtol=2e-4, atol=2e-4)
 
 
+# the network of "ddim" is that of "ddpm", and both take 300 steps
+MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name == "ddim")) for name in tiny_more.FAMILIES]
+
+
 @pytest.mark.parametrize("sampler", [Heun(), DPMpp2M()], ids=lambda s: s.name)
-@pytest.mark.parametrize("family", tiny_more.FAMILIES)
+@pytest.mark.parametrize("family", MANY)
 def test_samplers_agree_when_steps_are_many(family: str, sampler: Any) -> None:
     if family == "wan22" and sampler.name == "dpmpp2m":
         pytest.skip("a history of predictions does not survive the change of the network")
     pipe = smooth(family)
     diffaccel.accelerate(pipe, Euler())
-    steps = 300 if family in UNGUIDED else 50  # pixels come clamped, which hides what is equal
+    steps = 300 if family in UNGUIDED else 50  # pixels are clamped, which hides differences
     euler = run(pipe, family, batch=1, steps=steps)
     diffaccel.accelerate(diffaccel.remove(pipe), sampler)
     other = run(pipe, family, batch=1, steps=steps)
@@ -165,65 +169,65 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(params=tiny_more.FAMILIES)
-def opened(request: Any) -> Any:
+def session(request: Any) -> Any:
     family = request.param
-    with torch.no_grad(), diffaccel.open_session(smooth(family), **call_kwargs(family)) as session:
-        session.test_family = family
-        yield session
+    with torch.no_grad(), diffaccel.open_session(smooth(family), **call_kwargs(family)) as opened_session:
+        opened_session.test_family = family
+        yield opened_session
 
 
 def ask(session: Any, *evals: Eval, **driver: Any) -> list[Any]:
     return Native(session, **driver).predict(list(evals))
 
 
-def test_branches_levels_rows_and_chunks(opened: Any) -> None:
+def test_branches_levels_rows_and_chunks(session: Any) -> None:
     """Guidance joins the branches linearly; rows at levels of their own, alone or in chunks, equal rows together."""
-    x, high, low = opened.x, opened.sigmas[0], opened.sigmas[2]
+    x, high, low = session.x, session.sigmas[0], session.sigmas[2]
     assert x.dtype == torch.float32 and x.shape[0] == 2
-    scale = opened.family.guidance_scale(opened.pipe, opened.conds[0].arguments, opened.timesteps[0])
+    scale = session.family.guidance_scale(session.pipe, session.conds[0].arguments, session.timesteps[0])
     if scale is not None:
         guided, positive, negative = (
-            ask(opened, Eval(x, high, branch=b))[0].v for b in ("guided", "positive", "negative")
+            ask(session, Eval(x, high, branch=b))[0].v for b in ("guided", "positive", "negative")
         )
         torch.testing.assert_close(guided, negative + scale * (positive - negative), rtol=1e-3, atol=1e-3)
     levels = torch.stack([high, low])
-    if opened.test_family == "wan22":
+    if session.test_family == "wan22":
         with pytest.raises(DiffAccelError, match="both sides of the boundary"):
-            ask(opened, Eval(x, levels))
+            ask(session, Eval(x, levels))
         levels = torch.stack([high, high])
-    both = ask(opened, Eval(x, levels))[0].v
-    chunks = ask(opened, Eval(x, levels), max_batch=1)[0].v
+    both = ask(session, Eval(x, levels))[0].v
+    chunks = ask(session, Eval(x, levels), max_batch=1)[0].v
     torch.testing.assert_close(chunks, both, **CLOSE)
     for row, sigma in enumerate(levels):
-        alone = ask(opened, Eval(x[row : row + 1], sigma, rows=[row]))[0].v
+        alone = ask(session, Eval(x[row : row + 1], sigma, rows=[row]))[0].v
         torch.testing.assert_close(alone, both[row : row + 1], **CLOSE)
 
 
-def test_another_resolution_or_a_refusal(opened: Any) -> None:
-    if opened.test_family in tiny_more.SIZELESS:
+def test_another_resolution_or_a_refusal(session: Any) -> None:
+    if session.test_family in tiny_more.SIZELESS:
         with pytest.raises(DiffAccelError, match="one size only"):
-            opened.at(64, 64)
+            session.at(64, 64)
         return
-    other = opened.at(48, 32)
-    with diffaccel.open_session(opened.pipe, **{**call_kwargs(opened.test_family), "height": 48}) as fresh:
-        assert torch.equal(other.x, fresh.x) and opened.at(48, 32) is other
-    assert torch.isfinite(ask(opened, Eval(other.x, opened.sigmas[0], at=other))[0].v).all()
+    other = session.at(48, 32)
+    with diffaccel.open_session(session.pipe, **{**call_kwargs(session.test_family), "height": 48}) as fresh:
+        assert torch.equal(other.x, fresh.x) and session.at(48, 32) is other
+    assert torch.isfinite(ask(session, Eval(other.x, session.sigmas[0], at=other))[0].v).all()
 
 
-def test_decode_is_the_pipelines_own(opened: Any) -> None:
+def test_decode_is_the_pipelines_own(session: Any) -> None:
     """Pixels of a Decode equal those that the stock call returns for the same latents."""
-    pipe, family = opened.pipe, opened.test_family
+    pipe, family = session.pipe, session.test_family
 
     def kwargs() -> dict:
         return {**call_kwargs(family, steps=2), "output_type": "pt"}
 
     stock = result(pipe(**kwargs()))
-    with diffaccel.open_session(pipe, **kwargs()) as session:
-        driver = Native(session, state="stock")
-        final = driver.run(Scheduler().sample(session))
-        rows = session.family.unwrap(final, session.conds[0].arguments)
-        latents = session.family.spatial(rows, session.height, session.width)
-        pixels = Native(session)._decode(Decode(latents))
+    with diffaccel.open_session(pipe, **kwargs()) as short:
+        driver = Native(short, state="stock")
+        final = driver.run(Scheduler().sample(short))
+        rows = short.family.unwrap(final, short.conds[0].arguments)
+        latents = short.family.spatial(rows, short.height, short.width)
+        pixels = Native(short)._decode(Decode(latents))
     if pixels.ndim == 5:
         pixels = pixels.transpose(1, 2)  # stock videos are (B, F, C, H, W)
     torch.testing.assert_close((pixels / 2 + 0.5).clamp(0, 1), stock, **CLOSE)

@@ -168,7 +168,7 @@ def test_a_compiled_network_and_a_subclass_count_alike():
 
 
 @pytest.mark.parametrize(
-    ("cls", "changes", "size", "said"),
+    ("cls", "changes", "size", "message"),
     [
         ("PixArtTransformer2DModel", {}, {}, "text="),
         ("UNet2DModel", {}, {"batch": 0}, "batch=0"),
@@ -189,7 +189,7 @@ def test_a_compiled_network_and_a_subclass_count_alike():
         ),
     ],
 )
-def test_what_cannot_be_counted_is_refused(cls: str, changes: dict, size: dict, said: str):
+def test_what_cannot_be_counted_is_refused(cls: str, changes: dict, size: dict, message: str):
     network = networks.make(cls, "meta", **networks.TINY[cls] | changes)
-    with pytest.raises(DiffAccelError, match=said):
+    with pytest.raises(DiffAccelError, match=message):
         flops(network, **{"batch": 1, "height": 16, "width": 16, **size})

@@ -20,8 +20,7 @@ from diffaccel.families.generic.guidance_rule import fit_guidance
 from diffaccel.families.generic.row_layout import find_rows, join_layout, map_layout
 from diffaccel.families.generic.time_rule import fit_time
 from diffaccel.families.generic.watching import NotIdentified
-from diffaccel.runtime import call as runner
-from diffaccel.runtime import stock_loop as stock
+from diffaccel.runtime import call, stock_loop
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.probe import arguments_of, stock_call
 from diffaccel.samplers import Ancestral, Euler, Scheduler
@@ -32,44 +31,44 @@ NATIVE = [(name, guided) for name in others.NAMES for guided in (True, False) if
 
 @pytest.fixture
 def native_only(monkeypatch: pytest.MonkeyPatch) -> list[Generic]:
-    """The stock driver may not run; what was identified is collected."""
-    found: list[Generic] = []
+    """Fail when the stock driver runs, and collect the identified families."""
+    families: list[Generic] = []
 
     def refuse(*args: Any) -> None:
         raise AssertionError("the stock driver ran")
 
     def keep(*args: Any) -> Generic:
-        found.append(identify(*args))
-        return found[-1]
+        families.append(identify(*args))
+        return families[-1]
 
-    monkeypatch.setattr(stock, "generate_stock", refuse)
-    monkeypatch.setattr(runner, "identify", keep)
-    return found
+    monkeypatch.setattr(stock_loop, "generate_stock", refuse)
+    monkeypatch.setattr(call, "identify", keep)
+    return families
 
 
 def run(pipe: Any, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
     return others.latents_of(pipe(**others.call_kwargs(name, *args, **kwargs)))
 
 
-def found_in(pipe: Any, kwargs: dict[str, Any]) -> Generic:
-    call = stock_call(type(pipe))
-    return identify(pipe, call, arguments_of(call, pipe, (), kwargs))
+def family_of(pipe: Any, kwargs: dict[str, Any]) -> Generic:
+    stock = stock_call(type(pipe))
+    return identify(pipe, stock, arguments_of(stock, pipe, (), kwargs))
 
 
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["one size", "another size"])
+@pytest.mark.parametrize("size_index", [0, 1], ids=["one size", "another size"])
 @pytest.mark.parametrize(("name", "guided"), NATIVE)
-def test_euler_equals_the_stock_call(name: str, guided: bool, which: int, native_only: list[Generic]) -> None:
-    pipe, size = others.make(name, guided), others.SIZES[name][which]
+def test_euler_equals_the_stock_call(name: str, guided: bool, size_index: int, native_only: list[Generic]) -> None:
+    pipe, size = others.make(name, guided), others.SIZES[name][size_index]
     before = run(pipe, name, size, guided)
     diffaccel.accelerate(pipe, Euler())
     wrapped = run(pipe, name, size, guided)
     diffaccel.remove(pipe)
     after = run(pipe, name, size, guided)
     assert torch.equal(wrapped, before) and torch.equal(after, before)
-    assert len(native_only) == 1 and (native_only[0].found.guidance.scale is not None) == guided
+    assert len(native_only) == 1 and (native_only[0].findings.guidance.scale is not None) == guided
 
 
 @pytest.mark.parametrize("name", others.NAMES)
@@ -180,7 +179,7 @@ def test_a_sampler_with_noise_agrees_with_the_stock_driver(native_only: list[Gen
     def refuse(*args: Any) -> None:
         raise NotIdentified("asked not to be.")
 
-    monkeypatch.setattr(runner, "identify", refuse)
+    monkeypatch.setattr(call, "identify", refuse)
     assert torch.equal(run(pipe, "sana"), native)
 
 
@@ -203,17 +202,17 @@ def test_branches_rows_and_a_noise_level_per_row(name: str) -> None:
                 ask(x, sigma, branch="negative"),
             )
             particles = ask(x[[1, 0, 1]], sigma, rows=[1, 0, 1])
-            each = ask(x, torch.stack([sigma, later]))
+            mixed = ask(x, torch.stack([sigma, later]))
             at_later = ask(x, later)
             alone = ask(x[1:], later, rows=[1], branch="negative")
-            every = ask(x, later, branch="negative")
+            together = ask(x, later, branch="negative")
     assert not torch.allclose(positive, negative, atol=1e-5)
-    rule = session.family.found.guidance
+    rule = session.family.findings.guidance
     expected = rule.combine(negative, positive, rule.scale)
     torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(particles, guided[[1, 0, 1]], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(each, torch.stack([guided[0], at_later[1]]), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(alone, every[1:], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mixed, torch.stack([guided[0], at_later[1]]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(alone, together[1:], rtol=1e-3, atol=1e-3)
 
 
 def test_another_prompt_in_the_same_call() -> None:
@@ -227,17 +226,17 @@ def test_another_prompt_in_the_same_call() -> None:
             session.add_cond(guidance_scale=7.0)
 
 
-@pytest.mark.parametrize(("ask", "match"), [("at", "48x48 besides the call's own size"), ("decode", "pixels between")])
+@pytest.mark.parametrize(("ask", "match"), [("at", "64x48 besides the call's own size"), ("decode", "pixels between")])
 def test_what_needs_the_layout_of_latents_is_refused(ask: str, match: str) -> None:
     pipe = others.make("chroma")
     with diffaccel.open_session(pipe, **others.call_kwargs("chroma")) as session:
         with pytest.raises(UnsupportedBySampler, match=match):
-            session.at(48, 48) if ask == "at" else Native(session)._decode(Decode(session.x))
+            session.at(48, 64) if ask == "at" else Native(session)._decode(Decode(session.x))
 
 
 def test_a_callback_may_change_latents() -> None:
-    def zero(pipe: Any, i: int, t: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        return {"latents": given["latents"] * (i != 1)}
+    def zero(pipe: Any, i: int, t: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * (i != 1)}
 
     pipe = others.make("chroma")
     before = others.latents_of(pipe(**others.call_kwargs("chroma"), callback_on_step_end=zero))
@@ -246,7 +245,7 @@ def test_a_callback_may_change_latents() -> None:
 
 
 def test_a_callback_that_turns_guidance_off_is_refused() -> None:
-    def off(pipe: Any, i: int, t: torch.Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    def off(pipe: Any, i: int, t: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         pipe._guidance_scale = 1.0
         return {}
 
@@ -267,11 +266,11 @@ def test_identifying_leaves_no_trace_and_evaluates_no_network(name: str) -> None
     before = [dict(vars(part)) for part in parts]
     kwargs = others.call_kwargs(name, None, guided)
     states = [g.get_state() for g in kwargs["generator"]]
-    everywhere = torch.random.get_rng_state()
+    global_state = torch.random.get_rng_state()
     calls: list[Any] = []
     handle = pipe.transformer.register_forward_pre_hook(lambda *args: calls.append(args))
-    found_in(pipe, kwargs)
-    found_in(pipe, {**kwargs, "generator": None})
+    family_of(pipe, kwargs)
+    family_of(pipe, {**kwargs, "generator": None})
     handle.remove()
     assert calls == []
     for part, attributes in zip(parts, before, strict=True):
@@ -279,7 +278,7 @@ def test_identifying_leaves_no_trace_and_evaluates_no_network(name: str) -> None
         same = [v is attributes[k] or isinstance(part, torch.nn.Module) for k, v in vars(part).items()]
         assert all(same), [k for k, ok in zip(attributes, same, strict=True) if not ok]
     assert all(torch.equal(g.get_state(), s) for g, s in zip(kwargs["generator"], states, strict=True))
-    assert torch.equal(torch.random.get_rng_state(), everywhere)
+    assert torch.equal(torch.random.get_rng_state(), global_state)
 
 
 def test_text_is_encoded_once_and_the_network_called_as_often_as_the_sampler_asks(native_only: list[Generic]) -> None:
@@ -306,7 +305,7 @@ def test_attention_processors_are_put_back() -> None:
     pipe.set_progress_bar_config(disable=True)
     before = pipe.unet.attn_processors
     with pytest.raises(NotIdentified, match="joins 3 predictions a step"):
-        found_in(pipe, {**tiny.call_kwargs("sd"), "pag_scale": 3.0})
+        family_of(pipe, {**tiny.call_kwargs("sd"), "pag_scale": 3.0})
     after = pipe.unet.attn_processors
     assert all(after[name] is processor for name, processor in before.items())
 
@@ -356,7 +355,7 @@ def test_bad_arguments_raise_as_in_the_stock_call() -> None:
 )
 def test_what_cannot_be_followed_is_named(does: str, match: str) -> None:
     with pytest.raises(NotIdentified, match=match):
-        found_in(toy.make(), toy.call_kwargs(does))
+        family_of(toy.make(), toy.call_kwargs(does))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +370,7 @@ def test_what_cannot_be_followed_is_named(does: str, match: str) -> None:
 )
 def test_rules_of_real_pipelines_are_named(name: str, extra: dict[str, Any], match: str) -> None:
     with pytest.raises(NotIdentified, match=match):
-        found_in(others.make(name), {**others.call_kwargs(name), **extra})
+        family_of(others.make(name), {**others.call_kwargs(name), **extra})
 
 
 def test_the_fallback_says_why_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -396,9 +395,8 @@ class _Branch:
 
 def test_the_fallbacks_refusal_carries_the_reason() -> None:
     pipe = others.make("qwen")
-    call = stock_call(type(pipe))
     with pytest.raises(UnsupportedBySampler, match=r"'branch' asks for more than one.*norm-preserving"):
-        runner.generate(pipe, _Branch(), call, (), others.call_kwargs("qwen"))
+        call.generate(pipe, _Branch(), stock_call(type(pipe)), (), others.call_kwargs("qwen"))
 
 
 def test_a_callback_on_other_tensors_falls_back(caplog: pytest.LogCaptureFixture) -> None:
@@ -460,6 +458,6 @@ def test_rows_are_found_in_every_kind_of_argument() -> None:
 
 
 def test_listed_families_are_not_identified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "identify", None)
+    monkeypatch.setattr(call, "identify", None)
     pipe = diffaccel.accelerate(tiny.make("flux"), Euler())
     pipe(**tiny.call_kwargs("flux"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,18 @@ from diffaccel.samplers import Ancestral, DPMpp2M, Euler, Heun, Scheduler
 
 Kwargs = Callable[[], dict[str, Any]]
 GUIDED = pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-ONE_A_STEP = [DPMpp2M(), Ancestral(eta=0.0)]
+SINGLE_EVAL = [DPMpp2M(), Ancestral(eta=0.0)]
+
+
+def grid(cases: Any) -> list[Any]:
+    """Every case at two sizes and three strengths, with guidance and without; at the larger size, one in a fast run."""
+    return [
+        pytest.param(
+            case, size, strength, guided, id=f"{case}-{size}-{strength}-{'guided' if guided else 'unguided'}",
+            marks=[pytest.mark.slow] * (size == 64 and not (strength == 0.6 and guided)),
+        )
+        for case, size, strength, guided in itertools.product(cases, (32, 64), (0.3, 0.6, 1.0), (True, False))
+    ]  # fmt: skip
 
 
 def run(pipe: Any, kwargs: Kwargs) -> torch.Tensor:
@@ -56,10 +68,7 @@ def check_agrees(pipe: Any, sampler: Any, kwargs: Kwargs) -> None:
 # -- image to image ----------------------------------------------------------------------------------------------------
 
 
-@GUIDED
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("family", variants.IMG2IMG)
+@pytest.mark.parametrize(("family", "size", "strength", "guided"), grid(variants.IMG2IMG))
 def test_image_to_image_is_the_stock_call(family: str, size: int, strength: float, guided: bool) -> None:
     pipe = variants.img2img(family)
     check_parity(pipe, lambda: variants.img2img_kwargs(family, size, strength, guided=guided, steps=5))
@@ -79,22 +88,28 @@ def test_image_to_image_in_bf16(family: str) -> None:
     check_parity(pipe, lambda: variants.img2img_kwargs(family), Euler(state="stock"))
 
 
+@pytest.mark.filterwarnings("ignore:You have passed 2 text prompts")
 @pytest.mark.parametrize("family", variants.IMG2IMG)
 def test_several_images_per_prompt_from_a_picture_file(family: str) -> None:
     pipe = variants.img2img(family)
     image = pipe.image_processor.numpy_to_pil(variants.picture(40, 1, width=48).permute(0, 2, 3, 1).numpy())[0]
 
     def kwargs() -> dict[str, Any]:
-        given = variants.img2img_kwargs(family, batch=1)
+        single = variants.img2img_kwargs(family, batch=1)
         return {
-            **given, "image": image, "num_images_per_prompt": 2, "generator": torch.Generator().manual_seed(0),
+            **single, "image": image, "num_images_per_prompt": 2, "generator": torch.Generator().manual_seed(0),
         }  # fmt: skip
 
     check_parity(pipe, kwargs)
 
 
-@pytest.mark.parametrize("sampler", [Heun(), *ONE_A_STEP], ids=lambda s: s.name)
-@pytest.mark.parametrize("family", variants.IMG2IMG)
+FLOW_AND_VP = [  # one of each in a fast run
+    pytest.param(f, marks=[pytest.mark.slow] * (f in ("sd3", "sdxl"))) for f in variants.IMG2IMG
+]
+
+
+@pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
+@pytest.mark.parametrize("family", FLOW_AND_VP)
 def test_samplers_agree_on_image_to_image(family: str, sampler: Any) -> None:
     check_agrees(
         variants.img2img(family), sampler, lambda: variants.img2img_kwargs(family, strength=0.6, batch=1, steps=40)
@@ -134,12 +149,12 @@ def test_the_place_of_a_first_step() -> None:
     scheduler = EulerDiscreteScheduler(**tiny.TRAINED)
     scheduler.set_timesteps(5)
     first = scheduler.timesteps[2:][0]
-    assert [schedules.begin(scheduler, t) for t in (None, first, first.clone(), first.item())] == [0, 2, 2, 2]
+    assert [schedules.start_index(scheduler, t) for t in (None, first, first.clone(), first.item())] == [0, 2, 2, 2]
     assert torch.equal(schedules.read(scheduler, first).sigmas, scheduler.sigmas[2:])
     with pytest.raises(DiffAccelError, match="none of the 5 of its EulerDiscreteScheduler"):
-        schedules.begin(scheduler, 123.4)
+        schedules.start_index(scheduler, 123.4)
     scheduler.set_begin_index(3)
-    assert [schedules.begin(scheduler, t) for t in (first, first.clone())] == [2, 3]
+    assert [schedules.start_index(scheduler, t) for t in (first, first.clone())] == [2, 3]
 
 
 def test_a_start_inside_a_runge_kutta_step_is_refused() -> None:
@@ -197,10 +212,7 @@ def test_latents_as_image_fix_the_resolution(family: str) -> None:
 # -- inpainting --------------------------------------------------------------------------------------------------------
 
 
-@GUIDED
-@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("case", variants.INPAINT)
+@pytest.mark.parametrize(("case", "size", "strength", "guided"), grid(variants.INPAINT))
 def test_inpainting_is_the_stock_call(case: str, size: int, strength: float, guided: bool) -> None:
     pipe = variants.inpaint(case)
     check_parity(pipe, lambda: variants.inpaint_kwargs(case, size, strength, guided=guided, steps=5))
@@ -212,8 +224,8 @@ def test_inpainting_in_bf16(case: str) -> None:
     check_parity(pipe, lambda: variants.inpaint_kwargs(case), Euler(state="stock"))
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
-@pytest.mark.parametrize("sampler", ONE_A_STEP, ids=lambda s: s.name)
+@pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampler", SINGLE_EVAL, ids=lambda s: s.name)
 @pytest.mark.parametrize("case", variants.INPAINT)
 def test_samplers_with_one_prediction_a_step_inpaint(case: str, sampler: Any, strength: float) -> None:
     check_agrees(
@@ -297,8 +309,8 @@ def test_callbacks_see_the_stock_steps_and_edit(make: str, family: str) -> None:
         return {"latents": kwargs["latents"] * 0.9} if i == 1 else {}
 
     def kwargs() -> dict[str, Any]:
-        given = getattr(variants, f"{make}_kwargs")(family, steps=5)
-        return {**given, "callback_on_step_end": dim}
+        arguments = getattr(variants, f"{make}_kwargs")(family, steps=5)
+        return {**arguments, "callback_on_step_end": dim}
 
     stock, expected = run(pipe, kwargs), seen.copy()
     seen.clear()
@@ -323,10 +335,10 @@ def test_a_controlnet_acts_at_every_step(family: str, size: int, guided: bool) -
 @pytest.mark.parametrize("family", variants.CONTROLNET)
 def test_a_controlnet_starts_and_ends_as_in_the_stock_loop(family: str) -> None:
     pipe = variants.controlnet(family)
-    whole = run(pipe, lambda: variants.controlnet_kwargs(family, steps=6))
+    unlimited = run(pipe, lambda: variants.controlnet_kwargs(family, steps=6))
     part = {"control_guidance_start": 0.3, "control_guidance_end": 0.7}
     stock = check_parity(pipe, lambda: {**variants.controlnet_kwargs(family, steps=6), **part})
-    assert not torch.equal(stock, whole)
+    assert not torch.equal(stock, unlimited)
 
 
 @pytest.mark.parametrize("family", variants.CONTROLNET)
@@ -335,7 +347,7 @@ def test_a_controlnet_in_bf16(family: str) -> None:
     check_parity(pipe, lambda: variants.controlnet_kwargs(family), Euler(state="stock"))
 
 
-@pytest.mark.parametrize("sampler", [Heun(), *ONE_A_STEP], ids=lambda s: s.name)
+@pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", variants.CONTROLNET)
 def test_samplers_agree_under_a_controlnet(family: str, sampler: Any) -> None:
     check_agrees(variants.controlnet(family), sampler, lambda: variants.controlnet_kwargs(family, batch=1, steps=30))
@@ -361,8 +373,8 @@ def test_rows_of_an_ip_adapter_may_go_one_by_one(family: str) -> None:
     def kwargs() -> dict[str, Any]:
         return variants.ip_adapter_kwargs(family)
 
-    whole = under(pipe, Euler(), kwargs)
-    torch.testing.assert_close(under(pipe, Euler(max_batch=1), kwargs), whole, rtol=1e-5, atol=1e-5)
+    together = under(pipe, Euler(), kwargs)
+    torch.testing.assert_close(under(pipe, Euler(max_batch=1), kwargs), together, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", variants.IP_ADAPTER)

@@ -16,8 +16,11 @@ from tests.layout import tree
 # The floors of the house, from the ground up. A module sees lower floors and its own room; rooms of one floor do not
 # see each other. A room is a module or a package by its name under ``diffaccel``; the longest name that fits counts.
 FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("errors", "files", "flow", "kernels"), "the one exception, whole files, noise paths, GPU operations"),
-    (("record", "schedules", "zoo", "modules", "training", "eval.errors"), "records, noise levels, embedded models"),
+    (("errors", "files", "flow", "former", "kernels"), "the one exception, whole files, noise paths, GPU operations"),
+    (
+        ("record", "processes", "schedules", "zoo", "modules", "training", "eval.errors"),
+        "records, processes of a launch, noise levels, embedded models, what is done to a network, training",
+    ),
     (("eval.images", "eval.uncertainty"), "sets of images, intervals and tests"),
     (("eval.metrics",), "numbers of features and pairs"),
     (("eval.networks",), "networks that look at pictures"),
@@ -39,9 +42,8 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("eval", "eval.commands"), "the commands of the evaluation"),
     (("cli",), "the command line"),
 )
-# Names that moved, kept for code that was written against them; and the package's own, which load everything lazily.
-DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.requests", "diffaccel.sampling")
-DOORS += ("diffaccel.eval", "diffaccel.eval.frechet", "diffaccel.eval.tiny_network", "diffaccel.samplers")
+# What users import from: names that are loaded lazily, or gathered from everywhere below.
+DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.samplers")
 LIGHT = ("diffaccel.errors", "diffaccel.cli")  # what may load before a command is known
 OUTSIDE = ("tests", "scripts", *tree.FOLDERS)
 ROOMS = {f"diffaccel.{room}": number for number, (rooms, _) in enumerate(FLOORS) for room in rooms}

@@ -31,7 +31,7 @@ PLANTED = {
     "a module without a room": ("diffaccel/planted.py", "from diffaccel import errors"),
     "command line at start": ("diffaccel/cli/__init__.py", COMMANDS + "from diffaccel import eval"),
     "types only": ("samplers/planted.py", "if TYPE_CHECKING:\n    from diffaccel.runtime.call import generate"),
-    "a former name": ("eval/planted.py", "from diffaccel.requests import Request"),
+    "a former name": ("eval/metrics/planted.py", "from diffaccel.requests import Request"),
     "the package itself": ("diffaccel/compose.py", "import diffaccel"),
     "relative": ("samplers/planted.py", "from . import euler"),
     "folder by its own name": ("samplers/planted.py", "from samplers import euler"),

@@ -7,6 +7,7 @@ import json
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,8 +43,14 @@ without_hub = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("present", [True, pytest.param(False, marks=without_hub)])
+def launched(present: bool, launcher: str) -> Any:
+    marks = [] if present else [without_hub, *[pytest.mark.slow] * (launcher == "accelerate launch")]
+    return pytest.param(present, launcher, id=f"{present}-{launcher}", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("present", "launcher"), [launched(present, launcher) for present in (True, False) for launcher in LAUNCHERS]
+)
 def test_both_packages_are_themselves(hub, launcher, present):
     """From the repository root, in the process and in a spawned worker."""
     done = tree.python(*LAUNCHERS[launcher], cwd=tree.ROOT, **({"PYTHONPATH": str(hub)} if present else {}))
@@ -59,7 +66,7 @@ def test_both_packages_are_themselves(hub, launcher, present):
         assert seen == expected, where
 
 
-@pytest.mark.parametrize("present", [True, pytest.param(False, marks=without_hub)])
+@pytest.mark.parametrize("present", [True, pytest.param(False, marks=[without_hub, pytest.mark.slow])])
 def test_availability_is_reported_right(hub, present):
     """transformers imports whatever ``kernels`` it finds without metadata; an error there would stop it."""
     code = (

@@ -1,9 +1,11 @@
-"""House rules that a syntax tree shows: docstrings, papers, file length, no prints and no bare asserts."""
+"""House rules that a syntax tree shows: docstrings, papers, lengths of files and functions, no prints, no asserts."""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 
 import pytest
 
@@ -12,6 +14,9 @@ from tests.layout import tree
 DOCUMENTED = tuple(f"diffaccel.{name}" for name in tree.FOLDERS)
 ARXIV = re.compile(r"arXiv[: ]\d{4}\.\d{4,5}")
 LONGEST = 400
+LONGEST_FUNCTION = 60  # lines of code
+LONGER: dict[str, str] = {}  # function to reason; at most three
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
 def undocumented(module: ast.Module) -> list[str]:
@@ -48,6 +53,37 @@ def unwanted(module: ast.Module) -> list[int]:
     )
 
 
+def function_lengths(text: str) -> dict[str, int]:
+    """Lines of code of every function and method, those inside it included: no docstrings, comments or blank lines."""
+    code = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in NO_CODE
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    lengths = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{prefix}{child.name}"
+                if not isinstance(child, ast.ClassDef):
+                    docstrings = {
+                        line
+                        for inner in ast.walk(child)
+                        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                        and ast.get_docstring(inner) is not None
+                        for line in range(inner.body[0].lineno, inner.body[0].end_lineno + 1)
+                    }
+                    lengths[name] = len(code & set(range(child.lineno, child.end_lineno + 1)) - docstrings)
+                visit(child, f"{name}.")
+            else:
+                visit(child, prefix)
+
+    visit(ast.parse(text), "")
+    return lengths
+
+
 def test_public_names_are_documented():
     missing = {
         name: found
@@ -69,6 +105,16 @@ def test_methods_name_their_paper():
     assert silent == []
 
 
+def test_one_class_a_name():
+    """Two classes of one name are two meanings of one word."""
+    places: dict[str, list[str]] = {}
+    for name, file in tree.modules().items():
+        for node in tree.parse(file).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(name)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
 def test_registered_methods_exist():
     assert tree.method_modules() <= set(tree.modules())
 
@@ -84,6 +130,40 @@ def test_files_stay_readable():
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
+def test_functions_stay_readable():
+    """One that grew past the limit is split along its steps; an exception that is short again is taken off the list."""
+    long = {
+        f"{name}:{function}"
+        for name, file in tree.modules().items()
+        for function, length in function_lengths(file.read_text(encoding="utf-8")).items()
+        if length > LONGEST_FUNCTION
+    }
+    assert long == set(LONGER) and len(LONGER) <= 3 and all(LONGER.values())
+
+
+LENGTHS = '''
+class C:
+    """Doc."""
+
+    def method(self):
+        """Two
+        lines."""
+        # a comment
+
+        text = """code
+        of three
+        lines"""
+
+        def inner():
+            "Doc."
+            return (
+                1  # code and a comment
+            )
+
+        return inner
+'''
+
+
 @pytest.mark.parametrize(
     ("check", "text", "expected"),
     [
@@ -95,3 +175,9 @@ def test_files_stay_readable():
 )
 def test_the_checks_see_what_they_are_for(check, text, expected):
     assert check(ast.parse(text)) == expected
+
+
+def test_lines_of_code_are_counted():
+    """A decorator is no line of its function; a text of several lines is."""
+    assert function_lengths(LENGTHS) == {"C.method": 9, "C.method.inner": 4}
+    assert function_lengths("@a\ndef f(): pass") == {"f": 1}

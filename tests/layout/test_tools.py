@@ -27,6 +27,7 @@ def test_ruff_finds_nothing():
     tree.python("-m", "ruff", "check", "--no-cache", ".", cwd=tree.ROOT)
 
 
+@pytest.mark.slow
 def test_mypy_sees_each_file_once_and_finds_nothing():
     """A file met under two names would be counted twice, or reported as an error."""
     done = tree.python("-m", "mypy", "--no-color-output", cwd=tree.ROOT, check=False)
@@ -50,8 +51,15 @@ def test_coverage_sees_each_file_once(tmp_path):
     assert {(tree.ROOT / name).resolve() for name in ran} >= set(real([tree.modules()[name] for name in names]))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(
+    ("twice", "workers"),
+    [
+        (False, 0),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(True, 0, marks=pytest.mark.slow),
+        (True, 1),
+    ],
+)
 def test_the_suite_fails_when_a_file_is_loaded_twice(tmp_path, twice, workers):
     (tmp_path / "tests").mkdir()
     shutil.copy(tree.ROOT / "tests" / "conftest.py", tmp_path / "tests")

@@ -17,7 +17,7 @@ def family(request) -> str:
 
 
 def both(family: str, callback, batch: int = 2, **extra) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same call stock and wrapped."""
+    """Make the same call stock and wrapped."""
     pipe = tiny.make(family)
     results = []
     for wrap in (False, True):
@@ -79,7 +79,7 @@ def test_interruption_keeps_the_latents_of_that_step(family: str) -> None:
 
 def test_after_an_interruption_the_next_call_is_whole(family: str) -> None:
     pipe = tiny.make(family)
-    whole = pipe(**tiny.call_kwargs(family)).images
+    expected = pipe(**tiny.call_kwargs(family)).images
     diffaccel.accelerate(pipe, Euler())
 
     def stop(pipe, i, t, kwargs):
@@ -87,7 +87,7 @@ def test_after_an_interruption_the_next_call_is_whole(family: str) -> None:
         return kwargs
 
     pipe(**tiny.call_kwargs(family), callback_on_step_end=stop)
-    assert torch.equal(pipe(**tiny.call_kwargs(family)).images, whole)
+    assert torch.equal(pipe(**tiny.call_kwargs(family)).images, expected)
 
 
 def test_a_tensor_that_means_nothing_here_is_refused() -> None:
@@ -106,5 +106,5 @@ def test_the_progress_bar_is_the_pipelines(capsys, family: str) -> None:
     pipe.set_progress_bar_config(disable=False, desc="drawing", ascii=True)
     diffaccel.accelerate(pipe, Euler())
     pipe(**tiny.call_kwargs(family))
-    shown = capsys.readouterr().err
-    assert "drawing" in shown and "4/4" in shown
+    output = capsys.readouterr().err
+    assert "drawing" in output and "4/4" in output

@@ -85,8 +85,8 @@ def test_guidance_rescale_is_exact(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_one_generator_and_several_images_per_prompt(family: str, images_per_prompt: int) -> None:
     def kwargs() -> dict:
-        given = tiny.call_kwargs(family)
-        return {**given, "generator": torch.Generator().manual_seed(5), "num_images_per_prompt": images_per_prompt}
+        arguments = tiny.call_kwargs(family)
+        return {**arguments, "generator": torch.Generator().manual_seed(5), "num_images_per_prompt": images_per_prompt}
 
     pipe = tiny.make(family)
     stock = pipe(**kwargs()).images

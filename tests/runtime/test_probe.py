@@ -12,7 +12,9 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
 from diffaccel.modules.stand_in import TextMemo
-from diffaccel.runtime.probe import Recording, arguments_of, check_guidance, stock_call
+from diffaccel.runtime.guidance_check import check_guidance
+from diffaccel.runtime.interception import Recording, intercept
+from diffaccel.runtime.probe import arguments_of, stock_call
 from diffaccel.samplers import Euler
 
 
@@ -123,8 +125,8 @@ def test_an_exception_in_the_network_leaves_no_trace(family: str) -> None:
 def test_the_text_memo_keeps_positive_and_negative_apart(family: str) -> None:
     pipe = tiny.make(family)
     with diffaccel.open_session(pipe, **tiny.call_kwargs(family)) as session:
-        for opened in (session, session.at(64, 64)):
-            cond = opened.conds[0]
+        for resolution in (session, session.at(64, 64)):
+            cond = resolution.conds[0]
             positive, negative = cond.positive["encoder_hidden_states"], cond.negative["encoder_hidden_states"]
             assert positive.shape == negative.shape and not torch.equal(positive, negative)
 
@@ -155,7 +157,6 @@ def test_the_declared_guidance_is_what_the_pipeline_does(family: str) -> None:
     kwargs = tiny.call_kwargs(family)
     arguments = arguments_of(stock_call(type(pipe)), pipe, (), kwargs)
     seen: list[Recording] = []
-    from diffaccel.runtime.probe import intercept
 
     class Stop(Exception):
         pass
@@ -181,6 +182,7 @@ def test_the_declared_guidance_is_what_the_pipeline_does(family: str) -> None:
         ("sd", {"callback": print, "callback_steps": 1}, "callback_on_step_end"),
         ("flux", {"height": 40}, "nearest valid size is 32x32"),
         ("sd", {"height": 36}, "nearest valid size is 32x32"),
+        ("flux", {"height": 40, "width": 64}, "The size 64x40 does not fit .* nearest valid size is 64x32"),
         ("flux", {"output_type": "jpeg"}, "output_type 'jpeg' is unknown"),
         ("sd", {"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],

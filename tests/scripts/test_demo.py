@@ -11,19 +11,20 @@ import tiny
 from PIL import Image
 
 from scripts.demo import page as demo
-from scripts.demo.page import Variant, findings, run_demo
+from scripts.demo.page import DemoVariant, findings, run_demo
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "samplers.md"
 PROMPTS = ("a red apple", "<b>two</b> & a half cats")
-CHOSEN = (Variant(None, 3), Variant("euler", 3), Variant("heun", 3), Variant("dpmpp2m", 1))
+CHOSEN = (DemoVariant(None, 3), DemoVariant("euler", 3), DemoVariant("heun", 3), DemoVariant("dpmpp2m", 1))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("demo")
     tiny.make("flux").save_pretrained(root / "model")
-    arguments = {"model": str(root / "model"), "prompts": PROMPTS, "chosen": CHOSEN, "size": (32, 48), "guidance": 3.0}
+    arguments = {"model": str(root / "model"), "prompts": PROMPTS, "variants": CHOSEN, "size": (32, 48)}
+    arguments["guidance"] = 3.0
     return root / "out", run_demo(root / "out", progress=False, **arguments), arguments
 
 

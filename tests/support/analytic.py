@@ -43,24 +43,24 @@ class Mixture:
         return logits, variance, apart, means, stds
 
     def x0(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
-        """``E[x0 | x]`` for ``x = alpha x0 + sigma eps``."""
+        """Return ``E[x0 | x]`` for ``x = alpha x0 + sigma eps``."""
         logits, variance, apart, means, stds = self._parts(x, alpha, sigma)
         alpha = torch.as_tensor(alpha, dtype=x.dtype).reshape(-1, 1, 1)
-        each = means + alpha * stds**2 / variance * apart
-        return (logits.softmax(1)[..., None] * each).sum(1).reshape(x.shape)
+        component_means = means + alpha * stds**2 / variance * apart
+        return (logits.softmax(1)[..., None] * component_means).sum(1).reshape(x.shape)
 
     def eps(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
-        """``E[eps | x]``, without the cancellation of ``(x - alpha x0) / sigma`` at small sigma."""
+        """Return ``E[eps | x]``, without the cancellation of ``(x - alpha x0) / sigma`` at small sigma."""
         logits, variance, apart, _, _ = self._parts(x, alpha, sigma)
         sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1)
         return (logits.softmax(1)[..., None] * (sigma / variance * apart)).sum(1).reshape(x.shape)
 
     def log_density(self, x: Tensor, alpha: Any, sigma: Any) -> Tensor:
-        """``log p(x)`` of ``x = alpha x0 + sigma eps``, one number per row."""
+        """Return ``log p(x)`` of ``x = alpha x0 + sigma eps``, one number per row."""
         return self._parts(x, alpha, sigma)[0].logsumexp(1)
 
     def velocity(self, path: Path, x: Tensor, t: Any) -> Tensor:
-        """The marginal velocity ``alpha' E[x0|x] + sigma' E[eps|x]``; ``t`` broadcasts against ``x``."""
+        """Return the marginal velocity ``alpha' E[x0|x] + sigma' E[eps|x]``; ``t`` broadcasts against ``x``."""
         alpha, sigma = path.alpha(t), path.sigma(t)
         return path.velocity(self.x0(x, alpha, sigma), self.eps(x, alpha, sigma), t)
 
@@ -71,7 +71,10 @@ def gaussian(mean: float = 1.5, std: float = 0.6, dim: int = 4) -> Mixture:
 
 
 def gaussian_flow(data: Mixture, path: Path, x: Tensor, t: Any, t_next: Any) -> Tensor:
-    """The probability flow of Gaussian data: ``alpha' m + sqrt(V'/V) (x - alpha m)``, ``V = alpha^2 s^2 + sigma^2``."""
+    """Move Gaussian data along its probability flow.
+
+    The map is ``alpha' m + sqrt(V'/V) (x - alpha m)`` with ``V = alpha^2 s^2 + sigma^2``.
+    """
     (mean,), (std,) = data.means, data.stds
     mean = torch.tensor(mean, dtype=x.dtype).reshape(x.shape[1:])
     variance, after = ((path.alpha(s) * std) ** 2 + path.sigma(s) ** 2 for s in (t, t_next))
@@ -83,7 +86,7 @@ SHAPE = (3, 1, 2, 2)  # (B, C, H, W): four dimensions a row
 
 
 def start(path: Path, sigma: float, shape: tuple[int, ...] = SHAPE, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Fixed latents of the size that noise has at ``sigma``."""
+    """Return fixed latents with the standard deviation of noise at ``sigma``."""
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return (noise * (1 + sigma if path is VE_PATH else 1.0)).to(dtype)
 
@@ -91,19 +94,19 @@ def start(path: Path, sigma: float, shape: tuple[int, ...] = SHAPE, dtype: torch
 def session(
     x: Tensor, sigmas: Tensor, path: Path = LINEAR, generator: Any = None, schedule: Schedule | None = None
 ) -> Session:
-    """A session without a pipeline: where to start, the noise levels, and noise."""
+    """Return a session without a pipeline: initial latents, noise levels, and noise."""
     schedule = schedule or Schedule(path, sigmas, sigmas[:-1] * 1000, "velocity", False, 1000)
-    made = Session(
+    bare = Session(
         pipe=None, family=None, scheduler=None, conds=[], latents=x, timesteps=schedule.timesteps, step_arguments={},
         read_schedule=schedule, dtype=x.dtype, height=8, width=8, generator=generator, reopen=None,
     )  # fmt: skip
-    made.__dict__["x"] = x  # there is no family whose layout the latents have
-    return made
+    bare.__dict__["x"] = x  # there is no family whose layout the latents have
+    return bare
 
 
 @dataclass
 class Run:
-    """What a sampler did: where it asked, where it said it stood, and what it returned."""
+    """The events of a sampler, the replies to its steps, and its result."""
 
     evals: list[Eval] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
@@ -151,7 +154,7 @@ def grid(path: Path, begin: float, end: float, n: int) -> Tensor:
 
 @cache
 def solution(data: Mixture, name: str, n: int = 400) -> Tensor:
-    """Where the probability flow ends: the affine map for a Gaussian, else Runge-Kutta of fourth order (error 1e-9)."""
+    """Return the end of the probability flow: the affine map for a Gaussian, else by Runge-Kutta 4 (error 1e-9)."""
     path, begin, end = RANGES[name]
     x, times = start(path, begin), grid(path, begin, end, n)
     if len(data.weights) == 1:
@@ -167,7 +170,7 @@ def solution(data: Mixture, name: str, n: int = 400) -> Tensor:
 
 
 def order(config: Any, data: Mixture, name: str) -> float:
-    """Order of convergence over n = 16 to 128: minus the least-squares slope of ``log error`` over ``log n``."""
+    """Return the order of convergence over n = 16 to 128: minus the slope of ``log error`` over ``log n``."""
     path, begin, end = RANGES[name]
     steps = [16, 32, 64, 128]
     errors = []
@@ -183,18 +186,18 @@ def order(config: Any, data: Mixture, name: str) -> float:
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
-    """A smooth nonlinear stand-in for a trained network; ``t`` is a time in 0 to 1000."""
+    """Evaluate a smooth nonlinear stand-in for a trained network; ``t`` is a time in 0 to 1000."""
     t = t.to(x.dtype) / 1000
     return torch.tanh(1.3 * x + 0.4 * x.flip(-1) - 0.3) * (0.6 + 0.4 * torch.cos(3 * t)) + 0.2 * x * t
 
 
 def initial(scheduler: Any, shape: tuple[int, ...] = SHAPE) -> Tensor:
-    """What a pipeline starts from, fp32."""
+    """Return a pipeline's initial latents, fp32."""
     return start(LINEAR, 1.0, shape, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def stock(scheduler: Any, **options: Any) -> Tensor:
-    """A pipeline's own loop around :func:`network`."""
+    """Run a pipeline's own loop around :func:`network`."""
     scheduler, x = copy.deepcopy(scheduler), initial(scheduler)
     for t in scheduler.timesteps:
         fed = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -203,7 +206,7 @@ def stock(scheduler: Any, **options: Any) -> Tensor:
 
 
 def walk(config: Any, scheduler: Any, generator: Any = None) -> Tensor:
-    """A sampler of ours around :func:`network`, on the schedule of ``scheduler``."""
+    """Run a sampler around :func:`network`, on the schedule of ``scheduler``."""
     schedule = read(scheduler)
     x = schedule.from_pipeline(initial(scheduler))
 

@@ -15,7 +15,7 @@ from diffaccel.schedules import FLOW_STATE, VE_STATE, VP_STATE
 TRAINED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 STEPS = 10
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-# Every scheduler is tried as it comes and with each of these that its constructor knows.
+# Every scheduler is tried with each of these whose options its constructor has.
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"timestep_spacing": "linspace"},
@@ -52,17 +52,17 @@ def scheduler_class(name: str) -> Any:
 
 
 def make(name: str, steps: int = STEPS, **config: Any) -> Any:
-    """A scheduler after ``set_timesteps``; optional dependencies of diffusers that are absent skip the test."""
-    return copy.deepcopy(_made(name, steps, tuple(config.items())))
+    """Make a scheduler after ``set_timesteps``; skip the test where an optional dependency of diffusers is missing."""
+    return copy.deepcopy(_make_once(name, steps, tuple(config.items())))
 
 
 @functools.cache
-def _made(name: str, steps: int, items: tuple[tuple[str, Any], ...]) -> Any:
+def _make_once(name: str, steps: int, items: tuple[tuple[str, Any], ...]) -> Any:
     config = dict(items)
     mu = {"mu": config.pop("mu")} if "mu" in config else {}
-    known = inspect.signature(scheduler_class(name).__init__).parameters
+    options = inspect.signature(scheduler_class(name).__init__).parameters
     for key, value in {**TRAINED, "clip_sample": False}.items():
-        if key in known:
+        if key in options:
             config.setdefault(key, value)
     try:
         scheduler = scheduler_class(name)(**config)
@@ -73,14 +73,14 @@ def _made(name: str, steps: int, items: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def cases(names: set[str], variants: list[dict[str, Any]]) -> list[Any]:
-    found = []
+    params = []
     for name in sorted(names):
-        known = inspect.signature(scheduler_class(name).__init__).parameters
+        options = inspect.signature(scheduler_class(name).__init__).parameters
         for variant in variants:
-            if set(variant) - {"mu"} <= set(known):
+            if set(variant) - {"mu"} <= set(options):
                 label = " ".join(f"{k}={v}" for k, v in variant.items())
-                found.append(pytest.param(name, variant, id=f"{name} {label}".strip()))
-    return found
+                params.append(pytest.param(name, variant, id=f"{name} {label}".strip()))
+    return params
 
 
 TRAINED_CASES = cases(VE_STATE | VP_STATE, [v for v in VARIANTS if "use_flow_sigmas" not in v])

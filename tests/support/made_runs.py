@@ -1,4 +1,4 @@
-"""Runs of pictures and videos made in a test, as a folder of diffaccel has them."""
+"""Runs of pictures and videos for tests, in folders as diffaccel writes them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffaccel.files import Clip, write_mp4
 
 
 def blocks(seed: int, size: int = 32) -> Tensor:
-    """Blocks of colour: uint8 (3, size, size)."""
+    """Draw blocks of colour: uint8 (3, size, size)."""
     small = torch.randint(0, 256, (3, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return small.repeat_interleave(size // 4, 1).repeat_interleave(size // 4, 2)
 
@@ -23,7 +23,7 @@ def blocks(seed: int, size: int = 32) -> Tensor:
 def of_images(
     folder: Path, images: Sequence[Tensor], prompts: Sequence[str], made: dict[str, Any] | None = None
 ) -> Run:
-    """A run of pictures (3, H, W), the i-th of the i-th prompt and of seed i."""
+    """Save a run of pictures (3, H, W), the i-th of the i-th prompt and of seed i."""
     folder.mkdir(parents=True)
     pictures = []
     for seed, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -34,7 +34,7 @@ def of_images(
 
 
 def of_videos(folder: Path, videos: Sequence[Tensor], prompts: Sequence[str]) -> Run:
-    """A run of videos (T, 3, H, W); what the encoder loses is lost."""
+    """Save a run of videos (T, 3, H, W), with the encoder's loss."""
     folder.mkdir(parents=True)
     pictures = []
     for seed, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):

@@ -7,6 +7,7 @@ loader, no size argument, no callback in its stock call) raises :class:`NotHere`
 
 from __future__ import annotations
 
+import functools
 import inspect
 import tempfile
 from collections.abc import Callable
@@ -28,7 +29,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 class NotHere(Exception):
-    """The contract has no meaning for this pipeline; the message says why."""
+    """The reason why a contract has no meaning for a pipeline."""
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Case:
 
 
 def stock(case: Case) -> None:
-    """The stock call to the bit, and removal restores it to the bit."""
+    """Equal the stock call to the bit, also after removal."""
     pipe = case.make()
     before = case.call(pipe)
     assert torch.equal(case.call(case.wrap(pipe)), before)
@@ -71,7 +72,7 @@ def stock(case: Case) -> None:
 
 
 def lora_before(case: Case) -> None:
-    """Loaded before wrapping."""
+    """Load a LoRA before wrapping."""
     pipe = _with_lora(case, case.make(), "one", 1)
     expected = case.call(pipe)
     assert not torch.equal(expected, case.call(case.make()))
@@ -79,7 +80,7 @@ def lora_before(case: Case) -> None:
 
 
 def lora_after(case: Case) -> None:
-    """Loaded into a wrapped pipeline, and unloaded again."""
+    """Load a LoRA into a wrapped pipeline, and unload it again."""
     expected = case.call(plain := _with_lora(case, case.make(), "one", 1))
     pipe = _with_lora(case, case.wrap(case.make()), "one", 1)
     assert torch.equal(case.call(pipe), expected)
@@ -89,7 +90,7 @@ def lora_after(case: Case) -> None:
 
 
 def lora_swapped(case: Case) -> None:
-    """Two adapters, switched while wrapped."""
+    """Switch between two adapters while wrapped."""
     pipe = _with_lora(case, _with_lora(case, case.make(), "one", 1), "two", 2)
     expected = {}
     for name in ("one", "two"):
@@ -102,7 +103,7 @@ def lora_swapped(case: Case) -> None:
 
 
 def lora_fused(case: Case) -> None:
-    """Fused into the weights while wrapped; equal to the stock call of the fused pipeline."""
+    """Fuse a LoRA while wrapped; the result is that of the fused stock pipeline."""
     plain, pipe = _with_lora(case, case.make(), "one", 1), case.wrap(_with_lora(case, case.make(), "one", 1))
     for loaded in (plain, pipe):
         loaded.fuse_lora(adapter_names=["one"])
@@ -112,7 +113,7 @@ def lora_fused(case: Case) -> None:
 
 
 def compiled(case: Case) -> None:
-    """The network compiled before and after wrapping."""
+    """Compile the network before and after wrapping."""
     torch.compiler.reset()
     pipes = [case.make(), case.wrap(case.make())]
     for pipe in pipes:
@@ -123,7 +124,7 @@ def compiled(case: Case) -> None:
 
 
 def second_size(case: Case) -> None:
-    """One wrapped pipeline at two sizes, and at the first again."""
+    """Call one wrapped pipeline at two sizes, and at the first again."""
     pipe = case.make()
     case.accepts(pipe, "height")
     expected = {size: case.call(pipe, size=size) for size in (32, 48)}
@@ -133,7 +134,7 @@ def second_size(case: Case) -> None:
 
 
 def callback(case: Case) -> None:
-    """A step callback that edits latents."""
+    """Edit latents in a step callback."""
     pipe = case.make()
     case.accepts(pipe, "callback_on_step_end")
 
@@ -146,7 +147,7 @@ def callback(case: Case) -> None:
 
 
 def generators(case: Case) -> None:
-    """One generator for all rows, and a list with one for each."""
+    """Pass one generator for all rows, and a list with one for each."""
     pipe = case.make()
     lists = case.call(pipe)
     one = case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)})
@@ -156,14 +157,14 @@ def generators(case: Case) -> None:
 
 
 def batch(case: Case) -> None:
-    """A row of a batch is the row alone, up to rounding."""
+    """Compare a row of a batch with the row alone, up to rounding."""
     pipe = case.wrap(case.make())
     both = case.call(pipe)
     torch.testing.assert_close(case.call(pipe, batch=1), both[:1], **CLOSE)
 
 
 def negative(case: Case) -> None:
-    """A negative prompt changes the picture as it does in the stock call; so does leaving guidance off."""
+    """Pass a negative prompt, and leave guidance off: both act as in the stock call."""
     pipe = case.make()
     case.accepts(pipe, "negative_prompt")
     for guided in (True, False):
@@ -178,24 +179,24 @@ def negative(case: Case) -> None:
 
 
 def bfloat16(case: Case) -> None:
-    """The stock call in bf16 within one unit in the last place."""
+    """Equal the stock call in bf16 within one unit in the last place."""
     pipe = case.make().to(torch.bfloat16)
     expected = case.call(pipe).float()
-    found = case.call(case.wrap(pipe)).float()
+    wrapped = case.call(case.wrap(pipe)).float()
     unit = torch.finfo(torch.bfloat16).eps * expected.abs()
-    assert ((found - expected).abs() <= unit).all(), f"off by {float((found - expected).abs().max()):.2g}"
+    assert ((wrapped - expected).abs() <= unit).all(), f"off by {float((wrapped - expected).abs().max()):.2g}"
 
 
 # -- on a CUDA device --------------------------------------------------------------------------------------------------
 
 
 def model_offload(case: Case) -> None:
-    """``enable_model_cpu_offload``: the stock result, and weights rest where the stock call leaves them."""
+    """Call ``enable_model_cpu_offload``: the result is stock, and weights rest where the stock call leaves them."""
     _offloaded(case, lambda pipe: pipe.enable_model_cpu_offload())
 
 
 def group_offload(case: Case) -> None:
-    """``enable_group_offload`` by leaves."""
+    """Call ``enable_group_offload`` by leaves."""
     devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
     _offloaded(case, lambda pipe: pipe.enable_group_offload(**devices, offload_type="leaf_level"))
 
@@ -232,11 +233,21 @@ GPU_CONTRACTS: dict[str, Callable[[Case], None]] = {
 
 def _with_lora(case: Case, pipe: Any, name: str, seed: int) -> Any:
     """Load a LoRA file of the pipeline's own format, with weights large enough to be seen."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise NotHere(f"{type(pipe).__name__} has no LoRA loader in diffusers")
+    with tempfile.TemporaryDirectory() as folder:
+        type(pipe).save_lora_weights(Path(folder), **_lora_layers(case.family, seed))
+        pipe.load_lora_weights(folder, adapter_name=name)
+    return pipe
+
+
+@functools.cache
+def _lora_layers(family: str, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What ``save_lora_weights`` takes for a family."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    if not hasattr(pipe, "load_lora_weights"):
-        raise NotHere(f"{type(pipe).__name__} has no LoRA loader in diffusers")
+    case = Case(family, None)
     donor = case.make(place=False)
     network = case.network(donor)
     network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
@@ -244,8 +255,4 @@ def _with_lora(case: Case, pipe: Any, name: str, seed: int) -> Any:
     for key, p in network.named_parameters():
         if "lora" in key:
             p.data = torch.randn(p.shape, generator=draw)
-    with tempfile.TemporaryDirectory() as folder:
-        layers = {f"{find(donor).denoiser}_lora_layers": get_peft_model_state_dict(network)}
-        type(donor).save_lora_weights(Path(folder), **layers)
-        pipe.load_lora_weights(folder, adapter_name=name)
-    return pipe
+    return {f"{find(donor).denoiser}_lora_layers": get_peft_model_state_dict(network)}

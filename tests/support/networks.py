@@ -53,7 +53,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def make(cls: str, device: str = "cpu", **config: Any) -> nn.Module:
-    """A network with random weights; on the meta device any size costs nothing."""
+    """Make a network with random weights; on the meta device one of any size needs no memory."""
     torch.manual_seed(0)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # about norms kept in float32, which does not matter here
@@ -66,7 +66,7 @@ def make(cls: str, device: str = "cpu", **config: Any) -> nn.Module:
 def arguments(
     network: Any, *, batch: int = 1, height: int = 8, width: int = 12, frames: int = 1, text: int = 7
 ) -> dict[str, Any]:
-    """Arguments of a forward pass on latents of this size, on the network's device."""
+    """Return arguments of a forward pass on latents of this size, on the network's device."""
     c, device = network.config, network.device
     draw = torch.Generator().manual_seed(1)
 

@@ -1,4 +1,4 @@
-"""Inception with random weights, for tests that need a network and not its knowledge."""
+"""Inception with random weights, for tests that need no trained network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffaccel.eval.networks.extractors.inception import InceptionNetwork
 
 
 def save(path: Path) -> Path:
-    """A state dict in ``path`` whose running statistics are those of noise: no layer's values explode or die."""
+    """Save a state dict whose running statistics are those of noise, so that activations keep their scale."""
     torch.manual_seed(0)
     network = InceptionNetwork().train()
     for module in network.modules():

@@ -1,7 +1,7 @@
 """Test beds of inference-time search: scripted rewards without latents, and sessions without a pipeline.
 
 A policy is a generator that sees rewards and keys alone, so :func:`play` can answer it from a script. On data known in
-closed form :func:`found` runs a whole search, engine and judge included, with a reward of clean latents.
+closed form :func:`found` runs a whole search, engine and scorer included, with a reward of clean latents.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from diffaccel.flow import LINEAR, VE_PATH, Path, Tabulated
 from diffaccel.samplers.rewards import Reward
-from diffaccel.samplers.search.chains import Search, Task
-from diffaccel.samplers.search.particles import Move, Particle
+from diffaccel.samplers.search.chains import RunningChain, Search
+from diffaccel.samplers.search.particles import Particle, Transition
 from diffaccel.samplers.search.plan import SearchPlan
 from diffaccel.samplers.search.transitions import Coefficients, cps
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Progress, Session, Step, bcast
 
-Script = Callable[[Move], float]
+Script = Callable[[Transition], float]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -39,7 +39,7 @@ def plan(stages: int, tail: int = 0) -> SearchPlan:
 
 
 def schedule(path: Path, sigmas: Sequence[float]) -> Schedule:
-    """A schedule with these levels, rounded to float32; in VE coordinates one of a model that predicts the noise."""
+    """Return a schedule with these levels, rounded to float32; in VE coordinates that of a noise-prediction model."""
     falling, ve = torch.tensor(list(sigmas)), path is VE_PATH
     table = Tabulated(torch.linspace(0.9991, 0.0047, 1000)) if ve else None
     return Schedule(path, falling, falling[:-1] * 1000, "epsilon" if ve else "velocity", ve, 1000, table)
@@ -50,7 +50,7 @@ class Played:
     """What a policy did with scripted rewards: its search, and the moves of every chain in the order it asked."""
 
     search: Search
-    moves: list[list[Move]] = field(default_factory=list)
+    moves: list[list[Transition]] = field(default_factory=list)
 
     def proposals(self, chain: int = 0) -> list[int]:
         """Children that a chain tried at each level but the first."""
@@ -66,16 +66,16 @@ def play(config: Any, budget: int, plan: SearchPlan, script: Script, keep: int =
     search = Search(0, "", 0, plan, budget, keep)
     played = Played(search)
     for number, chain in enumerate(config.chains(search)):
-        task, asked = Task(search, number, chain), []
-        task.advance(None)
-        while task.moves:
-            particles = [Particle.of(move) for move in task.moves]
-            for move, particle in zip(task.moves, particles, strict=True):
+        running, asked = RunningChain(search, number, chain), []
+        running.advance(None)
+        while running.transitions:
+            particles = [Particle.from_transition(move) for move in running.transitions]
+            for move, particle in zip(running.transitions, particles, strict=True):
                 search.charge(move)
                 particle.reward = script(move) if move.score else float("nan")
-                search.see(particle)
-            asked += task.moves
-            task.advance(particles)
+                search.observe(particle)
+            asked += running.transitions
+            running.advance(particles)
         played.moves.append(asked)
     return played
 
@@ -103,7 +103,7 @@ def gaussian_move(
 
 
 def latent_reward(function: Callable[[Tensor], Any], **about: Any) -> Reward:
-    """A reward of clean latents ``(b, C, H, W)``."""
+    """Return a reward of clean latents ``(b, C, H, W)``."""
     return Reward(name="closed form", function=lambda x0, prompts: function(x0), **{"input": "latents", **about})
 
 
@@ -129,7 +129,7 @@ def stand_in(
     x: Tensor, sigmas: Tensor, path: Path = LINEAR, prompts: Sequence[str] = (), folder: FilePath | None = None,
     seed: int = 0,
 ) -> Session:  # fmt: skip
-    """A session without a pipeline, with prompts, one generator a row, and pixels that are the first channel."""
+    """Return a session without a pipeline, with prompts, one generator a row, and pixels that are the first channel."""
     made = session(x, sigmas, path, [torch.Generator().manual_seed(seed + row) for row in range(len(x))])
     made.pipe = SimpleNamespace(config=SimpleNamespace())
     made.conds.append(SimpleNamespace(arguments={"prompt": list(prompts) or [""] * len(x)}))  # type: ignore[arg-type]

@@ -140,6 +140,13 @@ def _unet(**changes: Any) -> UNet2DConditionModel:
     return _stir(UNet2DConditionModel(**{**values, **changes}))
 
 
+def _up_to_date(scheduler: Any) -> Any:
+    """With the settings that StableDiffusionPipeline would otherwise set itself, with a warning."""
+    wanted = {"steps_offset": 1, "clip_sample": False}
+    scheduler.register_to_config(**{key: value for key, value in wanted.items() if key in scheduler.config})
+    return scheduler
+
+
 def sd(scheduler: Any = None, **unet: Any) -> StableDiffusionPipeline:
     torch.manual_seed(0)
     return StableDiffusionPipeline(
@@ -147,7 +154,7 @@ def sd(scheduler: Any = None, **unet: Any) -> StableDiffusionPipeline:
         text_encoder=_stir(CLIPTextModel(_clip_config())),
         tokenizer=clip_tokenizer(),
         unet=_unet(**unet),
-        scheduler=scheduler or EulerDiscreteScheduler(**TRAINED, steps_offset=1),
+        scheduler=_up_to_date(scheduler or EulerDiscreteScheduler(**TRAINED)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -58,11 +58,11 @@ def wan(kind: str = "2.1", scheduler: Any = None) -> WanPipeline:
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
-    more: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if kind == "2.2":
-        more = {"transformer_2": _wan_transformer(1), "boundary_ratio": 0.875}
+        extra = {"transformer_2": _wan_transformer(1), "boundary_ratio": 0.875}
     if kind == "5b":
-        more = {"expand_timesteps": True}
+        extra = {"expand_timesteps": True}
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0)
     return WanPipeline(
         tokenizer=tiny.t5_tokenizer(),
@@ -70,7 +70,7 @@ def wan(kind: str = "2.1", scheduler: Any = None) -> WanPipeline:
         vae=tiny._stir(vae),
         scheduler=scheduler or UniPCMultistepScheduler(**flow),
         transformer=_wan_transformer(),
-        **more,
+        **extra,
     )
 
 
@@ -213,7 +213,7 @@ def make(family: str, **kwargs: Any) -> Any:
 def call_kwargs(
     family: str, size: int = 32, guided: bool = True, batch: int = 2, seed: int = 0, steps: int = 4
 ) -> dict:
-    """Arguments of a call with ``batch`` samples; latents out where the pipeline gives them."""
+    """Return arguments of a call with ``batch`` samples; latents out where the pipeline gives them."""
     generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
     kwargs: dict[str, Any] = {"num_inference_steps": steps, "generator": generators}
     if family in ("ddpm", "ddim"):
@@ -236,6 +236,6 @@ def call_kwargs(
 
 
 def result(output: Any) -> torch.Tensor:
-    """The tensor of a pipeline's output."""
-    found = output.frames if hasattr(output, "frames") else output.images
-    return found if isinstance(found, torch.Tensor) else torch.as_tensor(found)
+    """Return a pipeline's output as a tensor."""
+    frames = output.frames if hasattr(output, "frames") else output.images
+    return frames if isinstance(frames, torch.Tensor) else torch.as_tensor(frames)

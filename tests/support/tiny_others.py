@@ -200,7 +200,7 @@ def make(name: str, guided: bool = True, **changes: Any) -> Any:
 def call_kwargs(
     name: str, size: int | None = None, guided: bool = True, batch: int = 2, steps: int = 4, seed: int = 0
 ) -> dict[str, Any]:
-    """Arguments of a call with ``batch`` prompts, latents out."""
+    """Return arguments of a call with ``batch`` prompts, latents out."""
     size = size or SIZES[name][0]
     kwargs: dict[str, Any] = dict(
         height=size, width=size, num_inference_steps=steps, output_type="latent",
@@ -223,50 +223,50 @@ def _texts(name: str, batch: int, guided: bool) -> dict[str, Any]:
     ones = torch.ones(batch, 6, dtype=torch.long)
     match name:
         case "qwen":
-            made = {"prompt_embeds": _embeds(batch, 6, 16), "prompt_embeds_mask": ones}
+            texts = {"prompt_embeds": _embeds(batch, 6, 16), "prompt_embeds_mask": ones}
         case "z_image":
-            made = {"prompt_embeds": [_embeds(5 + i, 16, seed=i) for i in range(batch)]}
+            texts = {"prompt_embeds": [_embeds(5 + i, 16, seed=i) for i in range(batch)]}
         case "flux2_klein":
-            made = {"prompt_embeds": _embeds(batch, 6, 16)}
+            texts = {"prompt_embeds": _embeds(batch, 6, 16)}
         case "lumina2" | "sana":
-            made = {"prompt_embeds": _embeds(batch, 6, 8), "prompt_attention_mask": ones}
+            texts = {"prompt_embeds": _embeds(batch, 6, 8), "prompt_attention_mask": ones}
         case "hunyuan15":
-            made = {
+            texts = {
                 "prompt_embeds": _embeds(batch, 6, 16), "prompt_embeds_mask": ones,
                 "prompt_embeds_2": _embeds(batch, 6, 32), "prompt_embeds_mask_2": ones,
             }  # fmt: skip
         case "hidream":
-            made = {
+            texts = {
                 "prompt_embeds_t5": _embeds(batch, 6, 32), "prompt_embeds_llama3": _embeds(5, batch, 6, 16),
                 "pooled_prompt_embeds": _embeds(batch, 64),
             }  # fmt: skip
         case "kandinsky5":
-            made = {
+            texts = {
                 "prompt_embeds_qwen": _embeds(batch, 6, 32), "prompt_embeds_clip": _embeds(batch, 16),
                 "prompt_cu_seqlens": torch.tensor([6 * i for i in range(batch + 1)], dtype=torch.int32),
             }  # fmt: skip
         case _:
             return {}
     if name == "hunyuan15":
-        made["num_frames"] = 5
+        texts["num_frames"] = 5
     if name == "lumina2":
-        made["cfg_normalization"] = False
+        texts["cfg_normalization"] = False
     if name == "sana":
-        made |= {"use_resolution_binning": False, "negative_prompt": None}
+        texts |= {"use_resolution_binning": False, "negative_prompt": None}
     if guided:
-        for key, value in list(made.items()):
+        for key, value in list(texts.items()):
             if key.startswith(("prompt_", "pooled_")):
-                made["negative_" + key] = _other(value)
-    return made
+                texts["negative_" + key] = _other(value)
+    return texts
 
 
 def _other(value: Any) -> Any:
-    """Other embeddings of the same kind; masks and lengths stay."""
+    """Return other embeddings of the same kind; masks and lengths stay."""
     if isinstance(value, list):
         return [_other(v) for v in value]
     return value.flip(-1) * 0.5 if value.is_floating_point() else value
 
 
 def latents_of(result: Any) -> torch.Tensor:
-    """A call's latents, whatever its output names them."""
+    """Return a call's latents, under whatever name its output has them."""
     return next(iter(result.values()))

@@ -61,14 +61,14 @@ _SDXL = dict(
 )  # fmt: skip
 
 
-def _pipeline(name: str, parts: dict[str, Any], **more: Any) -> Any:
+def _pipeline(name: str, parts: dict[str, Any], **options: Any) -> Any:
     if name.startswith("StableDiffusionXL"):
-        more["add_watermarker"] = False
+        options["add_watermarker"] = False
     if name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"):
-        more["requires_safety_checker"] = False
-    known = inspect.signature(getattr(diffusers, name).__init__).parameters
-    parts = {k: v for k, v in parts.items() if k in known}
-    pipe = getattr(diffusers, name)(**parts, **more)
+        options["requires_safety_checker"] = False
+    accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
+    parts = {k: v for k, v in parts.items() if k in accepted}
+    pipe = getattr(diffusers, name)(**parts, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -124,7 +124,7 @@ def mixture(name: str) -> Any:
 
 
 def with_ip_adapter(family: str) -> Any:
-    """The text-to-image pipeline with one random adapter, attached as ``load_ip_adapter`` attaches it."""
+    """Make a text-to-image pipeline with one random adapter, attached as ``load_ip_adapter`` attaches it."""
     pipe = tiny.make(family)
     draw = torch.Generator().manual_seed(4)
 
@@ -190,47 +190,47 @@ def hole(size: int, batch: int = 2) -> Tensor:
 
 
 def img2img_kwargs(family: str, size: int = 32, strength: float = 0.6, **kwargs: Any) -> dict[str, Any]:
-    given = tiny.call_kwargs(family, size, **kwargs)
-    given |= {"image": picture(size, len(given["prompt"])), "strength": strength}
+    arguments = tiny.call_kwargs(family, size, **kwargs)
+    arguments |= {"image": picture(size, len(arguments["prompt"])), "strength": strength}
     if family in tiny.UNET:
-        del given["height"], given["width"]
-    return given
+        del arguments["height"], arguments["width"]
+    return arguments
 
 
 def inpaint_kwargs(case: str, size: int = 32, strength: float = 0.6, **kwargs: Any) -> dict[str, Any]:
-    given = tiny.call_kwargs(family_of(case), size, **kwargs)
-    batch = len(given["prompt"])
-    given |= {"image": picture(size, batch), "mask_image": hole(size, batch), "strength": strength}
+    arguments = tiny.call_kwargs(family_of(case), size, **kwargs)
+    batch = len(arguments["prompt"])
+    arguments |= {"image": picture(size, batch), "mask_image": hole(size, batch), "strength": strength}
     if case == "fill":
-        given.pop("true_cfg_scale")
-        given.pop("negative_prompt", None)
-    return given
+        arguments.pop("true_cfg_scale")
+        arguments.pop("negative_prompt", None)
+    return arguments
 
 
 def controlnet_kwargs(family: str, size: int = 32, **kwargs: Any) -> dict[str, Any]:
-    given = tiny.call_kwargs(family, size, **kwargs)
-    given["image" if family == "sdxl" else "control_image"] = picture(size, len(given["prompt"]))
-    return given
+    arguments = tiny.call_kwargs(family, size, **kwargs)
+    arguments["image" if family == "sdxl" else "control_image"] = picture(size, len(arguments["prompt"]))
+    return arguments
 
 
 def mixture_kwargs(name: str, strength: float = 0.6, **kwargs: Any) -> dict[str, Any]:
     # Flux's take no negative prompt, nor does Fill
-    given = inpaint_kwargs("fill" if MIXTURES[name] == "flux" else MIXTURES[name], strength=strength, **kwargs)
+    arguments = inpaint_kwargs("fill" if MIXTURES[name] == "flux" else MIXTURES[name], strength=strength, **kwargs)
     if "ControlNet" in name:
-        given["control_image"] = picture(32, len(given["prompt"]), seed=12)
+        arguments["control_image"] = picture(32, len(arguments["prompt"]), seed=12)
     if "Img2Img" in name:
-        del given["mask_image"]
-    return given
+        del arguments["mask_image"]
+    return arguments
 
 
 def ip_adapter_kwargs(family: str, size: int = 32, guided: bool = True, **kwargs: Any) -> dict[str, Any]:
     """Image embeddings instead of an image, so that no image encoder is needed."""
-    given = tiny.call_kwargs(family, size, guided, **kwargs)
+    arguments = tiny.call_kwargs(family, size, guided, **kwargs)
     draw = torch.Generator().manual_seed(5)
     positive, negative = torch.randn(1, 1, 32, generator=draw), torch.randn(1, 1, 32, generator=draw)
     if family == "flux":
-        given |= {"ip_adapter_image_embeds": [positive], "negative_ip_adapter_image_embeds": [negative]}
+        arguments |= {"ip_adapter_image_embeds": [positive], "negative_ip_adapter_image_embeds": [negative]}
     else:
         both = torch.cat([negative, positive]) if guided else positive
-        given["ip_adapter_image_embeds"] = both if family == "sd3" else [both]
-    return given
+        arguments["ip_adapter_image_embeds"] = both if family == "sd3" else [both]
+    return arguments

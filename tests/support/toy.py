@@ -1,4 +1,4 @@
-"""A pipeline of a few lines whose loop can be told to do what an unknown pipeline might."""
+"""A small pipeline whose loop can be given the habits of unknown pipelines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ToyNetwork(ModelMixin, ConfigMixin):
 
 
 class ToyPipeline(DiffusionPipeline):
-    """``does`` names a habit of the loop; what the loop passes and joins depends on it."""
+    """A pipeline whose loop has the habit that ``does`` names."""
 
     def __init__(self, transformer: Any, controlnet: Any, refiner: Any, scheduler: Any) -> None:
         super().__init__()
@@ -52,60 +52,74 @@ class ToyPipeline(DiffusionPipeline):
     ) -> Any:
         self.scheduler.set_timesteps(num_inference_steps)
         latents = randn_tensor((len(prompt_embeds), 4, 4, 4), generator=generator)
-        batch = len(latents)
         for i, t in enumerate(self.scheduler.timesteps):
-            extra: dict[str, Any] = {}
-            time = t.expand(batch)
-            if does == "controlnet":
-                extra["residual"] = self.controlnet(latents, time, prompt_embeds, return_dict=False)[0]
-            if does == "residual":
-                extra["residual"] = torch.full((batch, 4, 1, 1), 0.1 * i)
-            if does == "squared time":
-                time = time**2 / 1000
-            if does == "no time":
-                time = torch.full((batch,), 500.0)
-            x = latents * 2 if does == "scaled latents" else latents
-            if does == "taller":
-                x = torch.cat([latents, latents[:, :, :1]], dim=2)
-
+            x, time, extra = self._inputs(does, i, t, latents, prompt_embeds)
             network = self.refiner if does == "two networks" and i > 2 else self.transformer
-            ask = functools.partial(_ask, network, x, time, extra)
-
-            scale = guidance_scale
-            if does == "joint, positive first":
-                both = torch.cat([prompt_embeds, negative_prompt_embeds])
-                positive, negative = ask(both, torch.cat([x] * 2), time.repeat(2)).chunk(2)
-            elif does == "truncated" and i > 3:
-                positive = negative = ask(prompt_embeds)
-            elif does == "negative first":
-                negative, positive = ask(negative_prompt_embeds), ask(prompt_embeds)
-            else:
-                positive, negative = ask(prompt_embeds), ask(negative_prompt_embeds)
-            if does == "interval":
-                scale = guidance_scale if i < 4 else 1.5
-            out = negative + scale * (positive - negative)
+            predict = functools.partial(_predict, network, x, time, extra)
+            positive, negative = _branches(does, i, predict, x, time, prompt_embeds, negative_prompt_embeds)
+            out = _combine(does, i, guidance_scale, positive, negative)
             if does == "perturbed":
-                out = out + 0.5 * (positive - ask(0.5 * prompt_embeds))
-            if does == "blend":
-                out = 0.25 * negative + 0.75 * positive
-            if does == "rescaled":
-                out = 0.9 * out
-            if does == "rescaled in place":
-                positive.mul_(0.9)
-                out = positive
-            if does == "clipped":
-                out = out.clamp(-1, 1)
+                out = out + 0.5 * (positive - predict(0.5 * prompt_embeds))
             latents = self.scheduler.step(out[:, :, :4], t, latents, return_dict=False)[0]
             if does == "inpainting":
                 latents[:, :, 0] = 0.0
             if callback_on_step_end is not None:
-                given = {"latents": latents, "prompt_embeds": prompt_embeds}
-                asked = {k: given[k] for k in callback_on_step_end_tensor_inputs}
-                latents = callback_on_step_end(self, i, t, asked).pop("latents", latents)
+                tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, tensors).pop("latents", latents)
         return {"latents": latents}
 
+    def _inputs(
+        self, does: str, i: int, t: torch.Tensor, latents: torch.Tensor, embeds: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Return the network's latents, time and further arguments at step ``i``."""
+        batch, time = len(latents), t.expand(len(latents))
+        extra: dict[str, Any] = {}
+        if does == "controlnet":
+            extra["residual"] = self.controlnet(latents, time, embeds, return_dict=False)[0]
+        if does == "residual":
+            extra["residual"] = torch.full((batch, 4, 1, 1), 0.1 * i)
+        if does == "squared time":
+            time = time**2 / 1000
+        if does == "no time":
+            time = torch.full((batch,), 500.0)
+        x = latents * 2 if does == "scaled latents" else latents
+        if does == "taller":
+            x = torch.cat([latents, latents[:, :, :1]], dim=2)
+        return x, time, extra
 
-def _ask(
+
+def _branches(
+    does: str, i: int, predict: Any, x: torch.Tensor, time: torch.Tensor, embeds: torch.Tensor, negative: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the positive and the negative prediction, called in the order of the loop's habit."""
+    if does == "joint, positive first":
+        first, second = predict(torch.cat([embeds, negative]), torch.cat([x] * 2), time.repeat(2)).chunk(2)
+        return first, second
+    if does == "truncated" and i > 3:
+        single = predict(embeds)
+        return single, single
+    if does == "negative first":
+        first, second = predict(negative), predict(embeds)
+        return second, first
+    return predict(embeds), predict(negative)
+
+
+def _combine(does: str, i: int, scale: float, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Return the guided prediction by the loop's habit."""
+    if does == "interval":
+        scale = scale if i < 4 else 1.5
+    out = negative + scale * (positive - negative)
+    if does == "blend":
+        out = 0.25 * negative + 0.75 * positive
+    if does == "rescaled":
+        out = 0.9 * out
+    if does == "rescaled in place":
+        out = positive.mul_(0.9)
+    return out.clamp(-1, 1) if does == "clipped" else out
+
+
+def _predict(
     network: Any, x: torch.Tensor, time: Any, extra: dict[str, Any], embeds: torch.Tensor, *others: torch.Tensor
 ) -> torch.Tensor:
     x, time = others or (x, time)

@@ -1,4 +1,4 @@
-"""What ``diffaccel doctor`` tries of the host: packages, processor, GPUs, disks, the video encoder."""
+"""Checks of the host for ``diffaccel doctor``: packages, processor, GPUs, disks, the video encoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was tried: whether it works (None: not tried) and what was found, or why not."""
+    """One row of the report: whether something works (None: not tried), and the details or the reason why not."""
 
     name: str
     works: bool | None
@@ -33,7 +33,7 @@ class Check:
 
 
 def tried(name: str, attempt: Callable[[], str]) -> Check:
-    """The outcome of an attempt that returns what it found, and raises when it fails."""
+    """Run an attempt, which returns details and raises when it fails, and return its outcome."""
     try:
         return Check(name, True, attempt())
     except Exception as error:
@@ -41,49 +41,49 @@ def tried(name: str, attempt: Callable[[], str]) -> Check:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, on one line."""
+    """Return why something failed, on one line."""
     plain = isinstance(error, DiffAccelError | RuntimeError | OSError) and str(error)
     return first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
 
 
 def software() -> list[Check]:
-    """Python and every package that diffaccel asks for, with the version it asks for; then the optional ones."""
+    """Check Python and the packages that diffaccel requires against the versions it requires; then optional ones."""
     from packaging.requirements import Requirement
 
-    found = [Check("python", True, f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    checks = [Check("python", True, f"{platform.python_version()} on {platform.platform(terse=True)}")]
     try:
         requires = importlib.metadata.requires("diffaccel") or ()
-        found.append(Check("diffaccel", True, importlib.metadata.version("diffaccel")))
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path; what it asks for is in its metadata
+        checks.append(Check("diffaccel", True, importlib.metadata.version("diffaccel")))
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path: the requirements are in its metadata
         requires = ()
-        found.append(Check("diffaccel", None, "imported without being installed; pip install -e . to check packages"))
-    wanted = [Requirement(line) for line in requires]
-    required = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+        checks.append(Check("diffaccel", None, "imported without being installed; pip install -e . to check packages"))
+    requirements = [Requirement(line) for line in requires]
+    required = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in required:
-        found.append(tried(requirement.name, lambda r=requirement: _version(r.name, str(r.specifier))))  # type: ignore[misc]
+        checks.append(tried(requirement.name, lambda r=requirement: _version(r.name, str(r.specifier))))  # type: ignore[misc]
     for name in OPTIONAL:
         if name not in {r.name for r in required}:
             try:
-                found.append(Check(name, True, importlib.metadata.version(name)))
+                checks.append(Check(name, True, importlib.metadata.version(name)))
             except importlib.metadata.PackageNotFoundError:
-                found.append(Check(name, None, "not installed; optional"))
-    return found
+                checks.append(Check(name, None, "not installed; optional"))
+    return checks
 
 
-def _version(name: str, wanted: str) -> str:
+def _version(name: str, required: str) -> str:
     from packaging.specifiers import SpecifierSet
 
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise DiffAccelError(f"not installed; pip install '{name}{wanted}'") from None
-    if not SpecifierSet(wanted).contains(version, prereleases=True):
-        raise DiffAccelError(f"{version}, but diffaccel needs {wanted}; pip install '{name}{wanted}'")
+        raise DiffAccelError(f"not installed; pip install '{name}{required}'") from None
+    if not SpecifierSet(required).contains(version, prereleases=True):
+        raise DiffAccelError(f"{version}, but diffaccel needs {required}; pip install '{name}{required}'")
     return version
 
 
 def cpu() -> list[Check]:
-    """The processor, its memory, torch's threads, and how they wait for each other."""
+    """Check the processor, its memory, torch's threads, and how they wait for each other."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [
         tried("processor", record.cpu_name),
@@ -96,7 +96,7 @@ def cpu() -> list[Check]:
 
 
 def memory() -> int:
-    """Bytes of the machine; 0 where the system does not say."""
+    """Return the machine's memory in bytes; 0 where the system does not tell."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows
@@ -113,21 +113,21 @@ def _threads(usable: int) -> str:
 
 
 def _waiting() -> str:
-    """Which OpenMP torch loaded, and what the environment told it."""
+    """Return which OpenMP torch loaded, and how the environment tells its threads to wait."""
     import torch
 
     torch.ones(8).sum()
     maps = Path("/proc/self/maps")
     loaded = set(re.findall(r"lib([gi]?omp\d*)", maps.read_text())) if maps.exists() else set()
-    told = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
-    text = ", ".join(f"{name}={value}" for name, value in told.items()) or "the library's own default"
-    if loaded and "gomp" not in loaded and "OMP_WAIT_POLICY" not in told:
+    settings = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+    text = ", ".join(f"{name}={value}" for name, value in settings.items()) or "the library's own default"
+    if loaded and "gomp" not in loaded and "OMP_WAIT_POLICY" not in settings:
         text = "the library's own default (it is not GNU's, which GOMP_SPINCOUNT speaks to)"
     return f"{text}; OpenMP library: {', '.join(sorted(loaded)) or 'unknown'}"
 
 
 def gpus() -> tuple[list[dict[str, Any]], str | None]:
-    """Every CUDA device, each tried with a small product, or why there is none."""
+    """Return every CUDA device, each tried with a small matrix product, and why there is none."""
     try:
         import torch
 
@@ -141,10 +141,10 @@ def gpus() -> tuple[list[dict[str, Any]], str | None]:
 def _gpu(number: int) -> dict[str, Any]:
     import torch
 
-    about = torch.cuda.get_device_properties(number)
+    properties = torch.cuda.get_device_properties(number)
     card = {
-        "name": about.name, "memory": about.total_memory, "free": None, "capability": f"{about.major}.{about.minor}",
-        "driver": _driver(), "cuda": torch.version.cuda,
+        "name": properties.name, "memory": properties.total_memory, "free": None,
+        "capability": f"{properties.major}.{properties.minor}", "driver": _driver(), "cuda": torch.version.cuda,
     }  # fmt: skip
 
     def multiply() -> str:
@@ -154,24 +154,24 @@ def _gpu(number: int) -> dict[str, Any]:
             raise DiffAccelError("a product of ones came out wrong")
         return "multiplies"
 
-    done = tried(about.name, multiply)
-    return {**card, "works": done.works, "detail": done.detail}
+    check = tried(properties.name, multiply)
+    return {**card, "works": check.works, "detail": check.detail}
 
 
 def _driver() -> str:
-    with_version = Path("/proc/driver/nvidia/version")
-    if with_version.exists() and (found := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", with_version.read_text())):
-        return found[0]
+    file = Path("/proc/driver/nvidia/version")
+    if file.exists() and (version := re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text())):
+        return version[0]
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.splitlines()[0].strip()
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return process.stdout.splitlines()[0].strip()
     except (OSError, subprocess.SubprocessError, IndexError):
         return "unknown"
 
 
 def device_without_cuda() -> str:
-    """The best device when there is no CUDA."""
+    """Return the best device when there is no CUDA."""
     try:
         import torch
 
@@ -181,7 +181,7 @@ def device_without_cuda() -> str:
 
 
 def storage() -> list[Check]:
-    """Room in the folders that are written to, each tried with a file."""
+    """Check the free space of the folders that are written to, each with a temporary file."""
     from diffaccel.zoo.store import cache_dir
 
     places: dict[str, Callable[[], Path]] = {
@@ -189,10 +189,10 @@ def storage() -> list[Check]:
         "hub's cache": lambda: Path(__import__("huggingface_hub").constants.HF_HUB_CACHE),
         "this folder": Path.cwd,
     }
-    return [tried(name, lambda place=place: _room(place())) for name, place in places.items()]  # type: ignore[misc]
+    return [tried(name, lambda place=place: _free_space(place())) for name, place in places.items()]  # type: ignore[misc]
 
 
-def _room(folder: Path) -> str:
+def _free_space(folder: Path) -> str:
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest) as file:
@@ -206,12 +206,12 @@ def _room(folder: Path) -> str:
 
 
 def video() -> list[Check]:
-    """The encoder, and how it fares."""
+    """Check the video encoder."""
     return [tried("mp4", _encode)]
 
 
 def _encode() -> str:
-    """Two frames through the encoder that ``diffaccel sample`` uses for video."""
+    """Encode two frames as ``diffaccel sample`` does for video."""
     import imageio_ffmpeg
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""What ``diffaccel doctor --model`` reads of a model without loading its weights: its family, its files, what fits."""
+"""``diffaccel doctor --model``: a model's family, its files, and which methods fit, without loading its weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffaccel import registry
-from diffaccel import terminal as console
+from diffaccel import registry, terminal
 from diffaccel.cli.doctor.host import GIB, reason, tried
 from diffaccel.errors import DiffAccelError
 from diffaccel.runs.loading import INDEX, find_folder
@@ -21,7 +20,14 @@ _STEPS = 8
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline by its ``model_index.json``; ``complete`` says whether its other files are in ``folder`` as well."""
+    """A pipeline as its ``model_index.json`` describes it.
+
+    Attributes:
+        name: as the user wrote it.
+        folder: that holds the index.
+        index: content of the index.
+        complete: whether the folder holds the model's other files as well.
+    """
 
     name: str
     folder: Path
@@ -30,16 +36,16 @@ class Model:
 
     @property
     def components(self) -> dict[str, tuple[str, str]]:
-        """Name of each part, and the library and class it is made of."""
+        """The library and class of each component, by its name."""
         pairs = {k: v for k, v in self.index.items() if isinstance(v, list) and len(v) == 2 and not k.startswith("_")}
         return {name: (library, cls) for name, (library, cls) in pairs.items() if library and cls}
 
 
 def read(name: str) -> Model:
-    """The model of a zoo name, a folder, or ``owner/name`` on the hub, of which only the index is fetched.
+    """Read the index of a zoo model, a folder, or ``owner/name`` on the hub, of which only the index is fetched.
 
     Raises:
-        DiffAccelError: when there is no such model, or its index says nothing of a pipeline.
+        DiffAccelError: when there is no such model, or its index names no pipeline.
     """
     folder = find_folder(name)
     complete = folder is not None
@@ -73,27 +79,28 @@ def _from_hub(name: str) -> Path:
 
 
 def fit(model: Model) -> dict[str, Any]:
-    """Family, parts and, for every registered method, whether it fits and why not."""
+    """Return the model's family, its components and, for every registered method, whether it fits and why not."""
     pipeline = model.index["_class_name"]
     try:
         family, note = _family(pipeline), ""
     except Exception as error:
         family, note = None, reason(error)
-    parts = [tried(name, lambda n=name: _part(model, n)) for name in model.components] if model.complete else []  # type: ignore[misc]
+    names = model.components if model.complete else ()
+    components = [tried(name, lambda name=name: _component(model, name)) for name in names]  # type: ignore[misc]
     return {
         "name": model.name,
         "pipeline": pipeline,
         "family": family.name if family else None,
         "note": note
         or ("" if family else "none: the first run watches the pipeline's own call to find out how it works"),
-        "components": [asdict(part) for part in parts],
+        "components": [asdict(component) for component in components],
         "bytes": sum(size for _, size in _weights(model.folder)) if model.complete else None,
-        "methods": [_fits(name, model, pipeline, family) for name in registry.names()],
+        "methods": [_method_fit(name, model, pipeline, family) for name in registry.names()],
     }
 
 
 def _family(pipeline: str) -> Any:
-    """The family of a pipeline class, found as for a pipeline but from its name."""
+    """Find the family of a pipeline class from its name, as for an open pipeline."""
     import diffusers
 
     from diffaccel import families
@@ -104,8 +111,8 @@ def _family(pipeline: str) -> Any:
     return families.find(object.__new__(cls))
 
 
-def _part(model: Model, name: str) -> str:
-    """What a component is and how large its files are, which are looked at for missing ends."""
+def _component(model: Model, name: str) -> str:
+    """Return the class and size of a component, after checking that none of its files is missing or truncated."""
     library, cls = model.components[name]
     if cls not in dir(importlib.import_module(library)):
         raise DiffAccelError(f"{library} has no class {cls}; it may need another version of {library}")
@@ -117,11 +124,11 @@ def _part(model: Model, name: str) -> str:
         missing = sorted(shard for shard in shards if not (folder / shard).is_file())
         if missing:
             raise DiffAccelError(f"{cls}: {len(missing)} of {len(shards)} weight files are missing, first {missing[0]}")
-    found = list(_weights(folder))
-    for file, size in found:
-        if file.suffix == ".safetensors" and size != (whole := _declared(file)):
-            raise DiffAccelError(f"{cls}: '{file.name}' has {size} bytes, and its own header asks for {whole}")
-    total = sum(size for _, size in found)
+    weights = list(_weights(folder))
+    for file, size in weights:
+        if file.suffix == ".safetensors" and size != (declared := _declared_size(file)):
+            raise DiffAccelError(f"{cls}: '{file.name}' has {size} bytes, and its own header asks for {declared}")
+    total = sum(size for _, size in weights)
     return f"{cls}, {total / GIB:.2f} GiB of weights" if total else cls
 
 
@@ -129,8 +136,8 @@ def _weights(folder: Path) -> Iterator[tuple[Path, int]]:
     return ((file, file.stat().st_size) for file in sorted(folder.rglob("*")) if file.suffix in WEIGHTS)
 
 
-def _declared(file: Path) -> int:
-    """How long a safetensors file is by its own header."""
+def _declared_size(file: Path) -> int:
+    """Return the bytes that a safetensors file should have by its own header."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > file.stat().st_size:
@@ -139,14 +146,14 @@ def _declared(file: Path) -> int:
     return 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
 
 
-def _fits(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]:
+def _method_fit(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]:
     fits: bool | None
     try:
         config_class = registry.config_class(name)
         if hasattr(config_class, "fits"):
             fits, why = config_class.fits(pipeline, family)
         elif config_class.touches == "loop":
-            fits, why = _follows(config_class(), model, pipeline, family)
+            fits, why = _sampler_fit(config_class(), model, pipeline, family)
         else:
             fits, why = None, "the method does not say which pipelines it fits"
     except Exception as error:
@@ -154,16 +161,16 @@ def _fits(name: str, model: Model, pipeline: str, family: Any) -> dict[str, Any]
     return {"name": name, "fits": fits, "reason": why}
 
 
-def _follows(config: Any, model: Model, pipeline: str, family: Any) -> tuple[bool | None, str]:
-    """Rehearse the sampler on the model's own noise schedule.
+def _sampler_fit(config: Any, model: Model, pipeline: str, family: Any) -> tuple[bool | None, str]:
+    """Rehearse a sampler on the model's own noise schedule.
 
-    Without a family, a run watches the pipeline's call to find out how it works, which takes the loaded model; where
-    that fails the sampler must do inside the pipeline's loop.
+    Without a family, a run watches the pipeline's call to find out how it works, which needs the loaded model; where
+    that fails, the sampler must work inside the pipeline's own loop.
     """
     import diffusers
 
     from diffaccel import schedules
-    from diffaccel.runtime import stock_loop as stock
+    from diffaccel.runtime import stock_loop
 
     if "scheduler" not in model.components:
         raise DiffAccelError(f"{pipeline} has no scheduler, so there is no loop to replace")
@@ -174,22 +181,22 @@ def _follows(config: Any, model: Model, pipeline: str, family: Any) -> tuple[boo
     try:
         next(config.sample(session))
     except _BeyondRehearsalError:
-        _ = session.schedule  # raises when it cannot be followed
+        _ = session.schedule  # raises for a schedule that diffaccel cannot read
     if family is not None:
         return True, f"runs its own loop over {pipeline}"
     try:
-        asked = stock.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
+        sigmas = stock_loop.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
     except Exception:
         return None, f"only if the call of {pipeline} can be followed, which its first run finds out"
-    return True, f"runs at least inside the loop of {pipeline}, {len(asked)} predictions for {_STEPS} steps"
+    return True, f"runs at least inside the loop of {pipeline}, {len(sigmas)} predictions for {_STEPS} steps"
 
 
 class _BeyondRehearsalError(Exception):
-    """A sampler looks at something that only a loaded model has."""
+    """A sampler needs something that only a loaded model has."""
 
 
 class _Rehearsal:
-    """The part of a session that there is without a network: enough for the first step of most samplers."""
+    """The part of a session that exists without a network: enough for the first step of most samplers."""
 
     def __init__(self, scheduler: Any) -> None:
         import torch
@@ -218,13 +225,13 @@ class _Rehearsal:
         raise _BeyondRehearsalError(name)
 
 
-def show(found: dict[str, Any]) -> None:
-    """The same as tables."""
+def show(report: dict[str, Any]) -> None:
+    """Write the report of :func:`fit` as tables."""
     mark = {True: "yes", False: "no", None: "-"}
-    family = found["family"] or found["note"]
-    console.write(f"Model {found['name']}: {found['pipeline']}, family {family}\n")
-    if found["components"]:
-        rows = [[row["name"], mark[row["works"]], row["detail"]] for row in found["components"]]
-        console.write_table(f"Files, {found['bytes'] / GIB:.2f} GiB of weights", ["part", "whole", "found"], rows)
-    rows = [[row["name"], mark[row["fits"]], row["reason"]] for row in found["methods"]]
-    console.write_table("Methods on this model", ["name", "fits", "why"], rows)
+    family = report["family"] or report["note"]
+    terminal.write(f"Model {report['name']}: {report['pipeline']}, family {family}\n")
+    if report["components"]:
+        rows = [[row["name"], mark[row["works"]], row["detail"]] for row in report["components"]]
+        terminal.write_table(f"Files, {report['bytes'] / GIB:.2f} GiB of weights", ["part", "whole", "found"], rows)
+    rows = [[row["name"], mark[row["fits"]], row["reason"]] for row in report["methods"]]
+    terminal.write_table("Methods on this model", ["name", "fits", "why"], rows)

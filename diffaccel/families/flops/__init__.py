@@ -1,8 +1,8 @@
 """Floating point operations of one forward pass, in closed form from a network's config and its input size.
 
-Counted: matrix products, attention and convolutions, at two operations a multiply-add, which is what profilers that
-see attention report. Norms, activations and rotations are not; neither are adapters, ControlNets and guidance branches
-(call with the number of rows that really run). A quantized, pruned or compiled network counts as the one its config
+Counted are matrix products, attention and convolutions, at two operations per multiply-add, as profilers do that
+include attention. Norms, activations and rotary embeddings are not counted, nor are adapters and ControlNets; for
+guidance pass the number of rows that run. A quantized, pruned or compiled network counts as the one that its config
 describes. A transformer block of width d on L tokens costs ``24 d^2 L + 4 d L^2``: 12 d^2 weights a token, and the two
 products of attention. Every row has one time: where a pipeline passes one per token (Wan 2.2 5B), its embedding costs
 up to one percent more.
@@ -19,7 +19,7 @@ from diffaccel.families.flops import transformers, unets
 from diffaccel.families.flops.shared import Config
 from diffaccel.modules.stand_in import uncompiled
 
-# multiply-adds of one row by the network's class
+# multiply-adds of one row, by the class of the network
 TRANSFORMERS: dict[str, Callable[[Config, int, int], int]] = {
     "FluxTransformer2DModel": transformers.flux,
     "SD3Transformer2DModel": transformers.sd3,
@@ -36,19 +36,19 @@ UNETS: dict[str, Callable[[Config, int, int, int], int]] = {
 
 
 def flops(network: Any, *, batch: int, height: int, width: int, frames: int = 1, text: int | None = None) -> int:
-    """FLOPs of one forward pass of ``network``.
+    """Count the FLOPs of one forward pass of ``network``.
 
     Args:
         network: a denoiser of a class with known facts, compiled or not.
         batch: rows in the call; with both guidance branches in one call, twice the samples.
-        height, width, frames: size of the latents, in latent pixels and latent frames.
-        text: text tokens; None for what the stock pipeline passes. Networks without text ignore it.
+        height, width, frames: size of the latents in latent pixels and latent frames.
+        text: number of text tokens; None for that of the stock pipeline. Networks without text ignore it.
 
     Returns:
         Operations, two per multiply-add.
 
     Raises:
-        DiffAccelError: unknown class or unsupported config, a size without tokens, or no text length where
+        DiffAccelError: for an unknown class or unsupported config, a size without tokens, or no text length where
             checkpoints differ.
     """
     network = uncompiled(network)

@@ -1,4 +1,4 @@
-"""What the formulas of all networks share."""
+"""Shared parts of the FLOP formulas of all networks."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Config = Mapping[str, Any]
 
 
 def linears(*widths: int) -> int:
-    """Multiply-adds of one row through linears of these widths."""
+    """Count the multiply-adds of one row through linears of these widths."""
     return sum(a * b for a, b in pairwise(widths))

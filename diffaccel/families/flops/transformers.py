@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffaccel.families.flops.shared import Config, linears
 
-SINUSOID = 256  # width of the sinusoidal time embedding in the transformers here
+SINUSOID = 256  # width of the sinusoidal time embedding in these transformers
 CLIP_IMAGE_TOKENS = 257  # of the one image encoder that Wan's image-to-video checkpoints use
 
 
@@ -26,7 +26,7 @@ def _feed_forward(config: Config, d: int) -> int:
 
 
 def _patches(config: Config, d: int, n: int, volume: int) -> int:
-    """The patch embedding and the final projection."""
+    """Count the patch embedding and the final projection."""
     channels_out = config.get("out_channels") or config["in_channels"]
     return (config["in_channels"] + channels_out) * volume * d * n
 
@@ -37,7 +37,7 @@ def _time_and_pooled(config: Config, d: int) -> int:
 
 
 def flux(config: Config, n: int, m: int) -> int:
-    """Joint blocks with a stream each for picture and text, then single ones: both have 12 d^2 weights a token."""
+    """Count FLUX: joint blocks with two streams, then single-stream ones, both with 12 d^2 weights per token."""
     d, double, single = _width(config), config["num_layers"], config["num_single_layers"]
     blocks = (double + single) * (12 * d * d * (n + m) + 2 * d * (n + m) ** 2)
     modulation = (12 * double + 3 * single + 2) * d * d
@@ -46,7 +46,7 @@ def flux(config: Config, n: int, m: int) -> int:
 
 
 def hunyuan(config: Config, n: int, m: int) -> int:
-    """Flux's blocks, after a small transformer over the text that sees the time (arXiv 2412.03603)."""
+    """Count HunyuanVideo: Flux's blocks, after a small time-conditioned text transformer (arXiv 2412.03603)."""
     d, double, single = _width(config), config["num_layers"], config["num_single_layers"]
     widened = int(2 * d * config["mlp_ratio"])
     blocks = (double + single) * ((4 * d * d + widened * d) * (n + m) + 2 * d * (n + m) ** 2)
@@ -58,7 +58,7 @@ def hunyuan(config: Config, n: int, m: int) -> int:
 
 
 def sd3(config: Config, n: int, m: int) -> int:
-    """Joint blocks, the first of SD3.5-medium with an attention of the picture alone (arXiv 2403.03206)."""
+    """Count SD3: joint blocks, the first of SD3.5-medium with an extra image-only attention (arXiv 2403.03206)."""
     d, layers = _width(config), config["num_layers"]
     dual = sum(layer < layers for layer in config["dual_attention_layers"])
     blocks = layers * (12 * d * d * (n + m) + 2 * d * (n + m) ** 2) + dual * _self_attention(n, d)
@@ -69,19 +69,19 @@ def sd3(config: Config, n: int, m: int) -> int:
 
 
 def wan(config: Config, n: int, m: int) -> int:
-    """Self-attention, cross-attention to the text, feed-forward (arXiv 2503.20314); one time a sample."""
+    """Count Wan: self-attention, cross-attention to the text, feed-forward (arXiv 2503.20314); one time per sample."""
     d, layers, (t, h, w) = _width(config), config["num_layers"], config["patch_size"]
     block = _self_attention(n, d) + _cross_attention(n, m, d, d) + 2 * d * config["ffn_dim"] * n
     head = linears(config["text_dim"], d, d) * m + linears(config["freq_dim"], d, d, 6 * d)
     if config.get("image_dim"):
-        images = config.get("pos_embed_seq_len") or CLIP_IMAGE_TOKENS  # twice as many with a last frame as well
+        images = config.get("pos_embed_seq_len") or CLIP_IMAGE_TOKENS  # twice as many with a last frame
         block += (2 * d * d + 2 * d * n) * images
         head += linears(config["image_dim"], config["image_dim"], d) * images
     return layers * block + head + _patches(config, d, n, t * h * w)
 
 
 def cogvideox(config: Config, n: int, m: int) -> int:
-    """One stream of text and video; each half of a block has its modulation (arXiv 2408.06072)."""
+    """Count CogVideoX: one stream of text and video, two modulations per block (arXiv 2408.06072)."""
     d, layers, emb = _width(config), config["num_layers"], config["time_embed_dim"]
     block = _self_attention(n + m, d) + _feed_forward(config, d) * (n + m) + 12 * emb * d
     head = linears(d, emb, emb) + 2 * emb * d + config["text_embed_dim"] * d * m
@@ -92,12 +92,12 @@ def cogvideox(config: Config, n: int, m: int) -> int:
 
 
 def pixart(config: Config, n: int, m: int) -> int:
-    """Self-attention, cross-attention to the text, feed-forward, one modulation for all (arXiv 2310.00426)."""
+    """Count PixArt: self-attention, cross-attention, feed-forward, one modulation for all blocks (arXiv 2310.00426)."""
     d, layers = _width(config), config["num_layers"]
     block = _self_attention(n, d) + _cross_attention(n, m, d, config["cross_attention_dim"])
     head = linears(SINUSOID, d, 6 * d) + d * d
-    sizes = config.get("use_additional_conditions")
-    if sizes or (sizes is None and config["sample_size"] == 128):
+    has_size_conditions = config.get("use_additional_conditions")
+    if has_size_conditions or (has_size_conditions is None and config["sample_size"] == 128):
         head += 3 * linears(SINUSOID, d // 3, d // 3)  # height, width and aspect ratio
     if config.get("caption_channels"):
         head += linears(config["caption_channels"], d, d) * m
@@ -106,7 +106,7 @@ def pixart(config: Config, n: int, m: int) -> int:
 
 
 def dit(config: Config, n: int, m: int) -> int:
-    """Self-attention and feed-forward; every block embeds the time anew, the first one twice (arXiv 2212.09748)."""
+    """Count DiT: self-attention and feed-forward; each block embeds the time, the first twice (arXiv 2212.09748)."""
     d, layers = _width(config), config["num_layers"]
     block = _self_attention(n, d) + _feed_forward(config, d) * n + 6 * d * d
     head = (layers + 1) * linears(SINUSOID, d, d) + 2 * d * d

@@ -1,6 +1,6 @@
 """Multiply-adds of one row through the UNets of diffusers (arXiv 2006.11239).
 
-Embedders that run at one row a sample, beyond those of time, size and class, are left out as too small to matter.
+Embedders that run once per sample, except those of time, size and class, are left out as too small to matter.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from diffaccel.families.flops.unet_walk import per_block, unsupported, walk
 
 
 def unet_condition(config: Config, height: int, width: int, text: int) -> int:
-    """``UNet2DConditionModel``: residual blocks, and transformers that see the text (arXiv 2112.10752, 2307.01952).
+    """Count ``UNet2DConditionModel``: residual blocks and transformers (arXiv 2112.10752, 2307.01952).
 
     Raises:
-        DiffAccelError: a kind of block or attention without a formula.
+        DiffAccelError: for a kind of block or attention without a formula.
     """
-    _known(config, dual_cross_attention=(False, None), attention_type=("default", None))
+    _check_options(config, dual_cross_attention=(False, None), attention_type=("default", None))
     n = len(config["block_out_channels"])
     depths = per_block(config["transformer_layers_per_block"], n)
-    upward = config.get("reverse_transformer_layers_per_block") or depths[::-1]
+    up_depths = config.get("reverse_transformer_layers_per_block") or depths[::-1]
     contexts = per_block(config["cross_attention_dim"], n)
-    only_cross = per_block(config.get("only_cross_attention") or False, n)
+    only_crosses = per_block(config.get("only_cross_attention") or False, n)
 
-    def transformer(channels: int, depth: int, pixels: int, context: int, first_sees_text: bool) -> int:
-        keys, key_width = (text, context) if first_sees_text else (pixels, channels)
+    def transformer(channels: int, depth: int, pixels: int, context: int, only_cross: bool) -> int:
+        keys, key_width = (text, context) if only_cross else (pixels, channels)
         block = 2 * channels * channels * pixels + 2 * key_width * channels * keys + 2 * channels * pixels * keys
         block += 2 * channels * channels * pixels + 2 * context * channels * text + 2 * channels * pixels * text
         block += 12 * channels * channels * pixels  # GEGLU: three matrices, four times as wide
@@ -33,13 +33,13 @@ def unet_condition(config: Config, height: int, width: int, text: int) -> int:
 
     def attend(side: str, i: int, layer: int, channels: int, pixels: int) -> int:
         if side == "mid":
-            depth, context, alone = depths[-1], contexts[-1], False
+            depth, context, only_cross = depths[-1], contexts[-1], False
         elif side == "down":
-            depth, context, alone = depths[i], contexts[i], only_cross[i]
+            depth, context, only_cross = depths[i], contexts[i], only_crosses[i]
         else:
-            depth, context, alone = upward[i], contexts[::-1][i], only_cross[::-1][i]
+            depth, context, only_cross = up_depths[i], contexts[::-1][i], only_crosses[::-1][i]
         depth = depth if isinstance(depth, int) else depth[layer]
-        return transformer(channels, depth, pixels, context, alone)
+        return transformer(channels, depth, pixels, context, only_cross)
 
     c0 = config["block_out_channels"][0]
     fourier = config.get("time_embedding_type") == "fourier"
@@ -56,10 +56,10 @@ def unet_condition(config: Config, height: int, width: int, text: int) -> int:
 
 
 def unet(config: Config, height: int, width: int, text: int = 0) -> int:
-    """``UNet2DModel``: residual blocks and plain self-attention on pixels (arXiv 2006.11239).
+    """Count ``UNet2DModel``: residual blocks and plain self-attention on pixels (arXiv 2006.11239).
 
     Raises:
-        DiffAccelError: a kind of block without a formula.
+        DiffAccelError: for a kind of block without a formula.
     """
     c0 = config["block_out_channels"][0]
     emb = config.get("time_embedding_dim") or 4 * c0
@@ -68,7 +68,7 @@ def unet(config: Config, height: int, width: int, text: int = 0) -> int:
     return head + walk(config, height, width, emb, None)
 
 
-def _known(config: Config, **allowed: tuple[Any, ...]) -> None:
+def _check_options(config: Config, **allowed: tuple[Any, ...]) -> None:
     for key, values in allowed.items():
         if config.get(key) not in values:
             raise unsupported(key, config[key], values)

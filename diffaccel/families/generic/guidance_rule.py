@@ -1,4 +1,4 @@
-"""The rule by which a pipeline joins its network's predictions, found from its answers to known random ones."""
+"""The rule by which a pipeline combines its network's predictions, fitted on random ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffaccel.families.generic.watching import NotIdentified
 
 TOLERANCE = 1e-4
-ELEMENTS = 2**20  # more do not make the fit better
+ELEMENTS = 2**20  # of a prediction in the fit, which more do not improve
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class GuidanceRule:
     Attributes:
         scale: None where there is one prediction only.
         sign: of the network's output; some networks are trained on ``x0 - eps``.
-        positive: which prediction of the two is the positive one.
-        around_positive: whether the pipeline writes it ``positive + (scale - 1) (positive - negative)``.
+        positive: index of the positive prediction.
+        around_positive: whether the pipeline computes ``positive + (scale - 1) (positive - negative)``.
     """
 
     scale: float | None
@@ -30,7 +30,7 @@ class GuidanceRule:
     around_positive: bool = False
 
     def combine(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
-        """The guided prediction; both carry their sign already."""
+        """Return the guided prediction; the sign was applied to both before."""
         if self.around_positive:
             return positive + (scale - 1) * (positive - negative)
         return negative + scale * (positive - negative)
@@ -43,15 +43,15 @@ class GuidanceRule:
 
     def check_count(self, count: int, step: int) -> None:
         """Raise when ``step`` has another number of predictions."""
-        usual = 1 if self.scale is None else 2
-        if count != usual:
-            raise NotIdentified(f"it joins {usual} predictions at its first step and {count} at step {step}.")
+        expected = 1 if self.scale is None else 2
+        if count != expected:
+            raise NotIdentified(f"it joins {expected} predictions at its first step and {count} at step {step}.")
 
     def check(self, predictions: list[Tensor], guided: Tensor, step: int) -> None:
-        """Raise when the pipeline did something else at ``step``."""
+        """Raise when the pipeline combined its predictions otherwise at ``step``."""
         residual = _residual(self(predictions), guided)
         if residual > TOLERANCE:
-            weights = [round(w, 4) for w in _weights(predictions, guided)[0]]
+            weights = [round(weight, 4) for weight in _weights(predictions, guided)[0]]
             raise NotIdentified(
                 f"its guidance changes from step to step: at step {step} its weights are {weights} (residual of the "
                 f"first step's rule {residual:.1e})."
@@ -59,43 +59,44 @@ class GuidanceRule:
 
 
 def fit_guidance(predictions: list[Tensor], guided: Tensor) -> GuidanceRule:
-    """The rule that made ``guided`` of independent random ``predictions``.
+    """Return the rule by which ``guided`` was computed from independent random ``predictions``.
 
     Raises:
-        NotIdentified: for more than two predictions and for rules that are no classifier-free guidance, by name.
+        NotIdentified: for more than two predictions, and for rules that are no classifier-free guidance.
     """
     if any(p.shape != guided.shape for p in predictions):
         raise NotIdentified(
             f"its network's output has shape {tuple(predictions[0].shape)}, what it steps {tuple(guided.shape)}."
         )
     weights, residual = _weights(predictions, guided)
-    shown = f"fitted weights {[round(w, 4) for w in weights]}, residual {residual:.1e}"
+    fit = f"fitted weights {[round(weight, 4) for weight in weights]}, residual {residual:.1e}"
     if len(predictions) > 2:
         raise NotIdentified(
-            f"it joins {len(predictions)} predictions a step (as perturbed or skip-layer guidance does; {shown})."
+            f"it joins {len(predictions)} predictions a step (as perturbed or skip-layer guidance does; {fit})."
         )
     if residual > TOLERANCE:
-        raise NotIdentified(f"its guidance is not linear: {_name_nonlinear(predictions, guided)} ({shown}).")
+        raise NotIdentified(f"its guidance is not linear: {_name_nonlinear(predictions, guided)} ({fit}).")
     total = sum(weights)
     if abs(abs(total) - 1) > TOLERANCE * max(1.0, *map(abs, weights)):
         raise NotIdentified(
-            f"its guidance is not linear: the guided prediction is rescaled, as guidance_rescale does ({shown}, "
+            f"its guidance is not linear: the guided prediction is rescaled, as guidance_rescale does ({fit}, "
             f"sum {total:.4f} instead of 1)."
         )
     sign = 1 if total > 0 else -1
     if len(weights) == 1:
         return GuidanceRule(None, sign)
-    if min(w * sign for w in weights) > TOLERANCE:
-        raise NotIdentified(f"it blends two predictions, and which is the negative one does not show ({shown}).")
+    if min(weight * sign for weight in weights) > TOLERANCE:
+        raise NotIdentified(f"it blends two predictions, and which is the negative one does not show ({fit}).")
     positive = 0 if weights[0] * sign > weights[1] * sign else 1
-    fitted = weights[positive] * sign
-    written = float(f"{fitted:.6g}")  # as somebody wrote it
-    rules = [GuidanceRule(s, sign, positive, around) for s in (written, fitted) for around in (False, True)]
+    fitted_scale = weights[positive] * sign
+    decimal_scale = float(f"{fitted_scale:.6g}")  # probably what the user passed
+    scales = (decimal_scale, fitted_scale)
+    rules = [GuidanceRule(scale, sign, positive, around) for scale in scales for around in (False, True)]
     return next((rule for rule in rules if torch.equal(rule(predictions), guided)), rules[2])
 
 
 def _weights(predictions: list[Tensor], guided: Tensor) -> tuple[list[float], float]:
-    """Least squares of ``guided`` on ``predictions``, and the relative residual."""
+    """Return the least-squares weights of ``predictions`` that fit ``guided``, and the relative residual."""
     stride = max(1, guided.numel() // ELEMENTS)
     basis = torch.stack([p.flatten()[::stride].double() for p in predictions], dim=1)
     target = guided.flatten()[::stride].double()
@@ -104,16 +105,16 @@ def _weights(predictions: list[Tensor], guided: Tensor) -> tuple[list[float], fl
     return fit.tolist(), float((basis @ fit.to(basis.device) - target).norm() / target.norm())
 
 
-def _residual(made: Tensor, guided: Tensor) -> float:
-    return float((made - guided).norm() / guided.norm()) if made.shape == guided.shape else float("inf")
+def _residual(predicted: Tensor, guided: Tensor) -> float:
+    return float((predicted - guided).norm() / guided.norm()) if predicted.shape == guided.shape else float("inf")
 
 
 def _name_nonlinear(predictions: list[Tensor], guided: Tensor) -> str:
-    """What a rule is that no weights describe, as far as it shows."""
+    """Describe a rule that no weights fit, as far as it can be recognized."""
     norm = guided.norm(dim=-1)
     if any(torch.allclose(p.norm(dim=-1), norm, rtol=1e-3) for p in predictions):
         return "the guided prediction is brought to the norm of an unguided one (norm-preserving guidance)"
-    rows = [_weights([p[i] for p in predictions], guided[i])[1] for i in range(len(guided))]
-    if max(rows) < TOLERANCE:
+    row_residuals = [_weights([p[i] for p in predictions], guided[i])[1] for i in range(len(guided))]
+    if max(row_residuals) < TOLERANCE:
         return "the guided prediction is rescaled row by row (as guidance_rescale does)"
     return "a rule unknown here"

@@ -1,4 +1,4 @@
-"""Where a network's arguments hold the latents that the scheduler steps, and in which shape."""
+"""The network argument that holds the latents which the scheduler steps, and its shape."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from diffaccel.families.generic.watching import NotIdentified, Turn
 
-CONDITION = "condition_latents"  # what stands beside the latents in their argument
+CONDITION = "condition_latents"  # key of the constant part beside the latents in their argument
 
 
 @dataclass(frozen=True)
 class LatentsRule:
-    """How the network's input is made of latents ``(R, ...)`` in the pipeline's own layout.
+    """The map from latents ``(R, ...)`` in the pipeline's own layout to the network's input.
 
     Attributes:
         arg: the argument's name.
-        copies: how often the batch is repeated, once per branch of a joint call.
-        item_shape: of one sample's tensor where the network takes a list of them, else None.
-        axis: along which condition latents follow, constant over the steps, else None.
+        copies: number of repetitions of the batch, one per branch of a joint call.
+        dtype: of the network's input.
+        item_shape: shape of one sample's tensor where the network takes a list of them, else None.
+        axis: axis along which constant condition latents follow the latents, or None.
     """
 
     arg: str
@@ -31,33 +32,32 @@ class LatentsRule:
     axis: int | None = None
 
     def pack(self, x: Tensor, condition: Tensor | None) -> Any:
-        """The network's argument for rows ``x``."""
+        """Return the network's argument for rows ``x``."""
         if self.item_shape is not None:
             return [row.reshape(self.item_shape) for row in x]
         return x if condition is None or self.axis is None else torch.cat([x, condition.to(x.dtype)], dim=self.axis)
 
     def condition(self, value: Any, row_shape: torch.Size) -> Tensor | None:
-        """The condition latents of a recorded argument."""
+        """Return the condition latents in a recorded argument, or None."""
         if self.axis is None:
             return None
         length = row_shape[self.axis - 1]
         return value.narrow(self.axis, length, value.shape[self.axis] - length)
 
     def check(self, value: Any, sample: Tensor, step: int) -> None:
-        """Raise when a recorded argument is not made of ``sample`` so."""
-        found = _match(self.arg, value, sample)
-        if found != self:
+        """Raise when a recorded argument is not this map of ``sample``."""
+        if _match(self.arg, value, sample) != self:
             raise NotIdentified(
                 f"its network's argument '{self.arg}' does not hold the scheduler's latents at step {step}."
             )
 
 
 def find_latents(turn: Turn) -> LatentsRule:
-    """The argument that holds what the scheduler steps in ``turn``."""
+    """Return the rule of the argument that holds the latents which the scheduler steps in ``turn``."""
     for name, value in turn.calls[0].items():
-        found = _match(name, value, turn.sample)
-        if found is not None:
-            return found
+        rule = _match(name, value, turn.sample)
+        if rule is not None:
+            return rule
     shapes = {k: tuple(v.shape) for k, v in turn.calls[0].items() if isinstance(v, Tensor) and v.ndim > 2}
     raise NotIdentified(
         f"none of its network's arguments holds the latents {tuple(turn.sample.shape)} that its scheduler steps; it is "
@@ -66,22 +66,25 @@ def find_latents(turn: Turn) -> LatentsRule:
 
 
 def _match(name: str, value: Any, sample: Tensor) -> LatentsRule | None:
+    """Return the rule by which an argument was made of ``sample``, or None."""
     if isinstance(value, list | tuple):
-        same = value and all(isinstance(v, Tensor) and v.numel() == sample[0].numel() for v in value)
-        if not same or len({v.shape for v in value}) > 1:
+        fits = value and all(isinstance(item, Tensor) and item.numel() == sample[0].numel() for item in value)
+        if not fits or len({item.shape for item in value}) > 1:
             return None
-        whole = _match(name, torch.stack(list(value)).reshape(len(value), *sample.shape[1:]), sample)
-        return whole and LatentsRule(name, whole.copies, whole.dtype, value[0].shape)
+        stacked = _match(name, torch.stack(list(value)).reshape(len(value), *sample.shape[1:]), sample)
+        return stacked and LatentsRule(name, stacked.copies, stacked.dtype, value[0].shape)
     if not isinstance(value, Tensor) or value.ndim != sample.ndim or len(value) % len(sample):
         return None
-    copies, longer = len(value) // len(sample), [i for i in range(1, value.ndim) if value.shape[i] != sample.shape[i]]
-    start = value
-    if longer:
-        # channels follow the batch or come last, tokens follow the batch; a longer picture or clip is something else
-        if len(longer) > 1 or longer[0] not in (1, value.ndim - 1) or value.shape[longer[0]] < sample.shape[longer[0]]:
+    copies = len(value) // len(sample)
+    longer_axes = [axis for axis in range(1, value.ndim) if value.shape[axis] != sample.shape[axis]]
+    axis = longer_axes[0] if longer_axes else None
+    latents = value
+    if axis is not None:
+        # condition channels come second or last, condition tokens second; a longer picture or clip is something else
+        if len(longer_axes) > 1 or axis not in (1, value.ndim - 1) or value.shape[axis] < sample.shape[axis]:
             return None
-        start = value.narrow(longer[0], 0, sample.shape[longer[0]])
+        latents = value.narrow(axis, 0, sample.shape[axis])
     expected = torch.cat([sample.to(value.dtype)] * copies)
-    if not torch.equal(start, expected):
+    if not torch.equal(latents, expected):
         return None
-    return LatentsRule(name, copies, value.dtype, None, longer[0] if longer else None)
+    return LatentsRule(name, copies, value.dtype, None, axis)

@@ -1,4 +1,4 @@
-"""Which of a network's arguments have one row per sample, and how to pick and join their rows."""
+"""The rows of samples in a network's arguments: finding, selecting and joining them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from diffaccel.families.generic.watching import NotIdentified
 
-# Where the rows of a value are: along an axis of a tensor, as a list's items, inside a container, or nowhere (None).
+# Place of the rows in a value: an axis of a tensor, the items of a list, inside a container, or nowhere (None).
 Layout = int | str | dict[Any, Any] | None
 ITEMS = "items"
 
 
 def find_rows(value: Any, rows: int, name: str) -> Layout:
-    """The layout of one argument of a network that was called with ``rows`` samples.
+    """Return the layout of one argument of a network that was called with ``rows`` samples.
 
     Raises:
-        NotIdentified: for a tensor of several axes that may be the samples'.
+        NotIdentified: for a tensor with more than one axis that may be the samples'.
     """
     if isinstance(value, Tensor):
         # stacks of hidden states, one per layer, come before the samples
@@ -45,12 +45,12 @@ def find_rows(value: Any, rows: int, name: str) -> Layout:
 
 
 def _axis_positions(value: Any) -> bool:
-    """Numbers or 1-D positions, one per axis of a picture; as many as rows only by chance."""
+    """Return whether a list holds numbers or 1-D positions, one per axis of a picture, and so no rows."""
     return all(isinstance(v, int | float) or (isinstance(v, Tensor) and v.ndim < 2) for v in value)
 
 
 def map_layout(value: Any, layout: Layout, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``change``, a function of a tensor's first axis, applied to its rows."""
+    """Return ``value`` with ``change``, a function of a tensor's first axis, applied to its rows."""
     if layout is None or value is None:
         return value
     if isinstance(layout, int):
@@ -61,7 +61,7 @@ def map_layout(value: Any, layout: Layout, change: Callable[[Tensor], Tensor]) -
 
 
 def join_layout(values: list[Any], layout: Layout) -> Any:
-    """Several values as one, rows concatenated in order; what has no rows is the first's."""
+    """Join several values, rows concatenated in order; parts without rows are taken from the first."""
     first = values[0]
     if layout is None or first is None:
         return first
@@ -73,6 +73,7 @@ def join_layout(values: list[Any], layout: Layout) -> Any:
 
 
 def _rebuilt(value: Any, items: dict[Any, Any]) -> Any:
+    """Return a container like ``value`` with new items by key or index."""
     if isinstance(value, dict):
         return {**value, **items}
     return type(value)([items[i] for i in range(len(value))])

@@ -1,4 +1,4 @@
-"""Stand-ins for a pipeline's networks and scheduler while its call is watched, and their removal without a trace."""
+"""Installing stand-ins in a whole pipeline while its call is watched, and restoring all that the call changes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from diffaccel.modules.stand_in import StandIn, TextMemo, silent_bar
 
-# components that are no denoiser, and that must work while the call prepares itself
+# parts of names of components that are no denoiser and that run while the call is prepared
 NO_DENOISERS = ("encoder", "vae", "vocoder", "safety", "vqgan", "movq", "connector", "tokenizer", "feature")
 
 
-def replace(
+def install(
     pipe: Any,
     memo: TextMemo,
     begin: Callable[[], None],
     network: Callable[..., Any],
     step: Callable[[Tensor, Tensor, Any], Tensor],
 ) -> None:
-    """Put stand-ins into a pipeline; :func:`no_trace` takes them out.
+    """Put stand-ins into a pipeline; :func:`preserved_state` takes them out.
 
     Args:
+        memo: caches text encodings.
         begin: called when the scheduler sets its timesteps.
         network: called as ``network(name, module, *args, **kwargs)`` in the place of every component that may be the
             denoiser.
@@ -42,20 +43,20 @@ def replace(
         return set_timesteps(*args, **kwargs)
 
     @functools.wraps(scheduler.step)
-    def take(*args: Any, **kwargs: Any) -> Any:
+    def take_step(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
         latents = step(bound["model_output"], bound["sample"], bound["timestep"])
         # the second value is CogVideoXDPMScheduler's previous prediction
         return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents, None)
 
-    scheduler.set_timesteps, scheduler.step = set_and_begin, take
+    scheduler.set_timesteps, scheduler.step = set_and_begin, take_step
     if hasattr(scheduler, "scale_model_input"):
         # the native driver scales the network's input itself
         scheduler.scale_model_input = functools.wraps(scheduler.scale_model_input)(lambda sample, *a, **k: sample)
     for name in pipe.config:
         module = getattr(pipe, name, None)
         if isinstance(module, torch.nn.Module) and not any(word in name for word in NO_DENOISERS):
-            # past DiffusionPipeline.__setattr__, which would rewrite pipe.config
+            # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, StandIn(module, functools.partial(network, name, module)))
     if hasattr(pipe, "encode_prompt"):
         object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
@@ -64,23 +65,26 @@ def replace(
 
 
 @contextlib.contextmanager
-def no_trace(pipe: Any) -> Iterator[None]:
-    """Put back afterwards what a call changes: attributes of pipeline, scheduler and guiders, attention processors and
-    random states."""
-    parts = [getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")]
-    ours = [p for p in parts if type(p).__module__.startswith("diffusers.") and not isinstance(p, torch.nn.Module)]
-    before = [(thing, dict(vars(thing))) for thing in (pipe, *ours)]
-    # pipelines of perturbed attention give their network other processors for the time of a call
-    networks: list[Any] = [p for p in parts if isinstance(p, torch.nn.Module) and hasattr(p, "set_attn_processor")]
-    processors = [(network, network.attn_processors) for network in networks]
+def preserved_state(pipe: Any) -> Iterator[None]:
+    """Restore the state that a call changes.
+
+    That is attributes of pipeline, scheduler and guiders, attention processors, and random states.
+    """
+    components = [getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")]
+    networks: list[Any] = [c for c in components if isinstance(c, torch.nn.Module)]
+    others = [c for c in components if not isinstance(c, torch.nn.Module)]
+    helpers = [c for c in others if type(c).__module__.startswith("diffusers.")]
+    before = [(owner, dict(vars(owner))) for owner in (pipe, *helpers)]
+    # pipelines with perturbed attention set other processors during a call
+    processors = [(network, network.attn_processors) for network in networks if hasattr(network, "set_attn_processor")]
     device = torch.device(pipe._execution_device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:
-            for thing, attributes in before:
-                vars(thing).clear()
-                vars(thing).update(attributes)
-            for network, own in processors:
-                if any(own[name] is not other for name, other in network.attn_processors.items()):
-                    network.set_attn_processor(dict(own))
+            for owner, attributes in before:
+                vars(owner).clear()
+                vars(owner).update(attributes)
+            for network, originals in processors:
+                if any(originals[name] is not current for name, current in network.attn_processors.items()):
+                    network.set_attn_processor(dict(originals))

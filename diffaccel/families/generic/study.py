@@ -1,4 +1,4 @@
-"""From a watched loop, turn by turn, to findings about it."""
+"""Inference of findings from the turns of a watched loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffaccel.families.generic.findings import NO_TIME, Findings
+from diffaccel.families.generic.findings import NO_TIME, Findings, read_guidance_settings
 from diffaccel.families.generic.guidance_rule import GuidanceRule, fit_guidance
 from diffaccel.families.generic.latents_rule import CONDITION, LatentsRule, find_latents
 from diffaccel.families.generic.row_layout import find_rows
@@ -17,108 +17,120 @@ from diffaccel.families.generic.watching import DIFFERENT_STEPS, NotIdentified, 
 from diffaccel.modules.stand_in import TextMemo, signature_of, uncompiled
 
 
-class Student:
-    """Takes the turns of a loop one by one; ``found`` when there were enough of them.
+class LoopAnalysis:
+    """An analysis of a loop, turn by turn.
 
-    ``answer_shape`` is set, and the watching ended, when the network would answer in another shape than its input's.
+    Attributes:
+        turns: the first turns, which the findings are made of.
+        count: number of turns so far.
+        findings: set when there were enough turns, and checked on all later ones.
+        constants: copies of the network's arguments at the first turn, call by call.
+        answer_shape: set when the network's output has another row shape than its input, which ends the watching.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.turns: list[Turn] = []
         self.count = 0
-        self.found: Findings | None = None
-        self.first: list[dict[str, Any]] = []
+        self.findings: Findings | None = None
+        self.constants: list[dict[str, Any]] = []
         self.answer_shape: torch.Size | None = None
 
     def __call__(self, turn: Turn) -> bool:
-        if self.found is not None:
-            self.found.check(turn, self.count)
+        """Take the next turn; return whether the loop need not go on."""
+        if self.findings is not None:
+            self.findings.check(turn, self.count)
         else:
             if not self.turns:
                 shape = answer_shape(turn)
-                if shape != row_of(turn.answers[0]):
+                if shape != row_shape_of(turn.answers[0]):
                     self.answer_shape = shape
                     return True
-                self.first = [frozen(call) for call in turn.calls]
+                self.constants = [frozen(call) for call in turn.calls]
             self.turns.append(turn)
             if len(self.turns) == DIFFERENT_STEPS:
-                self.found = self.conclude()
+                self.findings = self.conclude()
         self.count += 1
         return False
 
     def conclude(self) -> Findings:
-        """What the first turns show, checked on each of them."""
+        """Infer findings from the first turns, and check them on each of these."""
         turn = self.turns[0]
         latents, row_shape = find_latents(turn), turn.sample.shape[1:]
         rows = latents.copies * len(turn.sample)
-        time_arg, time = self._time(latents, rows)
-        found = Findings(
+        time_arg, time = self._time_rule(latents, rows)
+        findings = Findings(
             turn.denoiser, latents, time_arg, time, GuidanceRule(None, 1), [], {}, row_shape,
-            turn.sample.dtype, row_of(turn.answers[0]), Findings.knobs(self.pipe),
+            turn.sample.dtype, row_shape_of(turn.answers[0]), read_guidance_settings(self.pipe),
         )  # fmt: skip
-        found.guidance = fit_guidance(found.predictions(turn), turn.guided)
-        found.constants = [found.kept(call) for call in self.first]
-        for constant in found.constants:
+        findings.guidance = fit_guidance(findings.predictions(turn), turn.guided)
+        findings.constants = [findings.constant_arguments(call) for call in self.constants]
+        for constant in findings.constants:
             for name, value in constant.items():
                 layout = 0 if name == CONDITION else find_rows(value, rows, name)
-                if found.rows.setdefault(name, layout) != layout:
+                if findings.rows.setdefault(name, layout) != layout:
                     raise NotIdentified(f"its network's argument '{name}' differs in kind between its branches.")
         for step, other in enumerate(self.turns):
-            found.check(other, step)
-        return found
+            findings.check(other, step)
+        return findings
 
-    def _time(self, latents: LatentsRule, rows: int) -> tuple[str, TimeRule]:
+    def _time_rule(self, latents: LatentsRule, rows: int) -> tuple[str, TimeRule]:
+        """Return the one argument beside the latents that changes between the turns, and its time rule."""
         calls = [turn.calls[0] for turn in self.turns]
+        first_call = self.constants[0]
         changing = [
-            name for name in self.first[0]
-            if name != latents.arg and not all(same(self.first[0][name], call.get(name)) for call in calls)
+            name for name in first_call
+            if name != latents.arg and not all(same(first_call[name], call.get(name)) for call in calls)
         ]  # fmt: skip
-        found: dict[str, TimeRule | None] = {}
+        fits: dict[str, TimeRule | None] = {}
         train = int(self.pipe.scheduler.config.num_train_timesteps)
         for name in changing:
             times = [time for call in calls if (time := scalar(call.get(name), rows)) is not None]
             if len(times) == len(calls):
-                found[name] = fit_time([turn.timestep for turn in self.turns], times, train)
-        rules = [(name, rule) for name, rule in found.items() if rule is not None]
+                fits[name] = fit_time([turn.timestep for turn in self.turns], times, train)
+        rules = [(name, rule) for name, rule in fits.items() if rule is not None]
         others = [name for name in changing if name not in [followed for followed, _ in rules[:1]]]
         if others:
-            why = NO_TIME if others[0] in found and not rules else "changes from step to step"
-            raise NotIdentified(f"its network's argument '{others[0]}' {why}.")
+            reason = NO_TIME if others[0] in fits and not rules else "changes from step to step"
+            raise NotIdentified(f"its network's argument '{others[0]}' {reason}.")
         if not rules:
             raise NotIdentified("none of its network's arguments follows its scheduler's time.")
         return rules[0]
 
 
 def study(
-    pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo, few: bool = False
+    pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo, is_second: bool = False
 ) -> Findings:
-    """Watch a call and say what its turns have in common.
+    """Watch a call and infer the facts that hold for all of its turns.
 
-    A call of fewer than three steps is watched a second time with more of them, since two points always lie on a line;
-    ``few`` says that this is that time.
+    A call of fewer than three steps is watched again with more steps (``is_second``), since two points always lie on a
+    line.
     """
-    student = Student(pipe)
-    watch(pipe, call, arguments, memo, student)
-    if student.answer_shape is not None:
-        shape, student = student.answer_shape, Student(pipe)
-        watch(pipe, call, arguments, memo, student, shape)
-    if student.found is not None:
-        return student.found
+    analysis = LoopAnalysis(pipe)
+    watch(pipe, call, arguments, memo, analysis)
+    if analysis.answer_shape is not None:
+        shape, analysis = analysis.answer_shape, LoopAnalysis(pipe)
+        watch(pipe, call, arguments, memo, analysis, shape)
+    if analysis.findings is not None:
+        return analysis.findings
     steps = arguments.get("num_inference_steps")
-    if few or not isinstance(steps, int):
-        raise NotIdentified(f"its loop makes {student.count} steps only; {DIFFERENT_STEPS} would tell its rules.")
-    more = {"num_inference_steps": DIFFERENT_STEPS * steps, "sigmas": None, "timesteps": None}
-    found = study(pipe, call, {**arguments, **{k: v for k, v in more.items() if k in arguments}}, memo, few=True)
-    for step, turn in enumerate(student.turns):
-        found.check(turn, step)
-    return found
+    if is_second or not isinstance(steps, int):
+        raise NotIdentified(f"its loop makes {analysis.count} steps only; {DIFFERENT_STEPS} would tell its rules.")
+    overrides = {"num_inference_steps": DIFFERENT_STEPS * steps, "sigmas": None, "timesteps": None}
+    longer = {**arguments, **{k: v for k, v in overrides.items() if k in arguments}}
+    findings = study(pipe, call, longer, memo, is_second=True)
+    for step, turn in enumerate(analysis.turns):
+        findings.check(turn, step)
+    return findings
 
 
 def answer_shape(turn: Turn) -> torch.Size:
-    """The shape of a row of the network's output: that of the latents, with the tokens of other pictures where the
-    input has them, or with a variance for each channel."""
-    rule, row = find_latents(turn), turn.sample.shape[1:]
+    """Return the shape of a row of the network's output.
+
+    It is that of the latents, with the tokens of other pictures where the input has them, or with twice the channels
+    where the network predicts a variance.
+    """
+    rule, row_shape = find_latents(turn), turn.sample.shape[1:]
     network = uncompiled(turn.network)
     if "return_dict" not in signature_of(network).parameters:
         raise NotIdentified(f"its '{turn.denoiser}' has no argument 'return_dict'.")
@@ -129,10 +141,11 @@ def answer_shape(turn: Turn) -> torch.Size:
     if turn.sample.ndim == 3 and rule.axis == 1:
         return turn.calls[0][rule.arg].shape[1:]
     channels = getattr(getattr(network, "config", None), "out_channels", None)
-    if turn.sample.ndim > 3 and channels == 2 * row[0]:
-        return torch.Size((channels, *row[1:]))
-    return row
+    if turn.sample.ndim > 3 and channels == 2 * row_shape[0]:
+        return torch.Size((channels, *row_shape[1:]))
+    return row_shape
 
 
-def row_of(answer: Any) -> torch.Size:
+def row_shape_of(answer: Any) -> torch.Size:
+    """Return the shape of one row of a network's output."""
     return answer[0].shape if isinstance(answer, list) else answer.shape[1:]

@@ -1,4 +1,4 @@
-"""The map from a scheduler's timesteps to a network's time argument, found by watching both."""
+"""The map from a scheduler's timesteps to a network's time argument, fitted on observed pairs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TimeRule:
     """``time = slope * timestep + offset``, rounded as the pipeline rounds it.
 
     Attributes:
-        form: the arithmetic, elementwise.
-        exact: whether it repeats the pipeline's to the bit.
+        form: the elementwise computation.
+        exact: whether it equals the pipeline's to the bit.
     """
 
     slope: float
@@ -29,11 +29,11 @@ class TimeRule:
         return self.form(timestep)
 
     def holds(self, timestep: Tensor, time: Tensor) -> bool:
-        """Whether the network is told ``time`` at ``timestep``; the two may be on different devices."""
-        made = self(timestep).to(time.device)
+        """Return whether ``timestep`` maps to ``time``; the two may be on different devices."""
+        mapped = self(timestep).to(time.device)
         if self.exact:
-            return torch.equal(made, time)
-        return bool((made - time).abs() <= _tolerance(time.dtype) * max(1.0, float(time.abs())))
+            return torch.equal(mapped, time)
+        return bool((mapped - time).abs() <= _tolerance(time.dtype) * max(1.0, float(time.abs())))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -41,9 +41,9 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _forms(slope: float, offset: float, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Ways in which pipelines write an affine map; they differ in their rounding."""
+    """Yield the ways in which pipelines compute an affine map, which differ in their rounding."""
     unit = round(1 / abs(slope)) or 1
-    written: list[Callable[[Tensor], Tensor]] = [
+    computations: list[Callable[[Tensor], Tensor]] = [
         lambda t: t / unit if slope > 0 else -t / unit,
         lambda t: (t / unit if slope > 0 else -t / unit) + offset,
         lambda t: (offset * unit + (t if slope > 0 else -t)) / unit,
@@ -53,15 +53,18 @@ def _forms(slope: float, offset: float, dtype: torch.dtype) -> Iterator[Callable
     ]
     if slope == 1 and offset == 0:
         yield lambda t: t if t.dtype == dtype else t.to(dtype)
-    for write in written:
-        yield lambda t, write=write: write(t).to(dtype)  # type: ignore[misc]
-        yield lambda t, write=write: write(t.to(dtype))  # type: ignore[misc]
+    for compute in computations:
+        yield lambda t, compute=compute: compute(t).to(dtype)  # type: ignore[misc]
+        yield lambda t, compute=compute: compute(t.to(dtype))  # type: ignore[misc]
 
 
 def fit_time(timesteps: list[Tensor], times: list[Tensor], train: int) -> TimeRule | None:
-    """The affine map that takes scalars ``timesteps`` to scalars ``times``, or None when there is none.
+    """Return the affine map from scalars ``timesteps`` to scalars ``times``, or None when there is none.
 
-    Two different timesteps determine it, and it must hold at the others. ``train`` is the number of train steps.
+    Two different timesteps determine the map, and it must hold at all others.
+
+    Args:
+        train: number of train steps.
     """
     t = torch.stack([x.detach().cpu().double() for x in timesteps])
     y = torch.stack([x.detach().cpu().double() for x in times])
@@ -71,7 +74,7 @@ def fit_time(timesteps: list[Tensor], times: list[Tensor], train: int) -> TimeRu
     slope = float(f"{float((y[other] - y[0]) / (t[other] - t[0])):.4g}")
     fitted = (slope, float(f"{float((y - slope * t).mean()):.3f}"))
     dtype = times[0].dtype
-    # the usual maps first: coarse times, bfloat16 say, do not tell a slope well
+    # common maps first: a slope cannot be fitted well to times of low precision, such as bfloat16
     for slope, offset in ((1.0, 0.0), (1 / train, 0.0), (-1 / train, 1.0), (-1.0, float(train)), fitted):
         for form in _forms(slope, offset, dtype):
             rule = TimeRule(slope, offset, form, True)

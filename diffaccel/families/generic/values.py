@@ -1,4 +1,4 @@
-"""Comparing and copying what a pipeline passes to its network."""
+"""Comparing and copying the arguments that a pipeline passes to its network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def scalar(time: Any, rows: int) -> Tensor | None:
-    """The one value of a time argument, given once or for each row; None when it is something else."""
+    """Return the value of a time argument, given once or the same for every row; None for any other argument."""
     if isinstance(time, bool | int | float):
         return torch.tensor(time)
     if not isinstance(time, Tensor) or time.shape not in ((), (rows,)) or bool((time != time.reshape(-1)[0]).any()):
@@ -18,7 +18,7 @@ def scalar(time: Any, rows: int) -> Tensor | None:
 
 
 def frozen(value: Any) -> Any:
-    """A copy that later changes in place do not reach."""
+    """Copy a value so that later in-place changes do not affect the copy."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, dict):
@@ -27,7 +27,7 @@ def frozen(value: Any) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two arguments are equal, tensors to the bit."""
+    """Return whether two arguments are equal, tensors to the bit."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if type(a) is not type(b):
@@ -40,12 +40,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def rounded(returned: Tensor, sample: Tensor) -> bool:
-    """Whether ``sample`` is what the step returned, up to a cast that some loops make in between."""
+    """Return whether ``sample`` is what the step returned, up to a cast that some loops make in between."""
     casts = (returned, returned.bfloat16(), returned.half())
     return any(torch.equal(cast.to(sample.dtype), sample) for cast in casts)
 
 
 def pictures(value: Any) -> bool:
-    """Whether a network argument may be latents: a batch, or one tensor per picture."""
+    """Return whether a network argument may be latents: a batch, or one tensor per picture."""
     items = value if isinstance(value, list | tuple) else [value]
     return bool(items) and all(isinstance(v, Tensor) and v.ndim >= 3 and v.is_floating_point() for v in items)

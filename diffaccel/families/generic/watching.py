@@ -1,7 +1,7 @@
-"""Run a pipeline's own call through its loop with made-up predictions, and see what goes in and out at every step.
+"""Running a pipeline's own call through its loop with random predictions, and recording every step.
 
-Nothing is evaluated: the network answers with known random tensors and ``scheduler.step`` with known latents. Every
-step of the call is walked, since a rule may change half-way (guidance over a part of the steps, say).
+Nothing is evaluated: the network answers with known random tensors and ``scheduler.step`` with known latents. All
+steps of the call are run, since a rule may change during it (such as guidance over a part of the steps).
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ from torch import Tensor
 
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
-from diffaccel.families.generic.stand_ins import no_trace, replace
+from diffaccel.families.generic.stand_ins import install, preserved_state
 from diffaccel.families.generic.values import frozen, pictures, rounded
 from diffaccel.modules.stand_in import TextMemo, clone, network_arguments, random_like
 
-DIFFERENT_STEPS = 3  # this many steps get answers of their own
+DIFFERENT_STEPS = 3  # number of steps with different answers; later ones repeat them
 
 
 class NotIdentified(DiffAccelError):
-    """Why a pipeline that no family describes cannot be followed by the native driver."""
+    """The reason why the native driver cannot follow a pipeline that no family describes."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """One iteration of a pipeline's loop: network arguments and answers call by call, then ``scheduler.step``."""
+    """One iteration of a pipeline's loop.
+
+    Attributes:
+        denoiser, network: attribute of the pipeline that holds the network, and the network.
+        calls: the network's arguments, call by call.
+        answers: the network's random outputs, call by call.
+        guided, sample, timestep: arguments of ``scheduler.step``.
+    """
 
     denoiser: str
     network: Any
@@ -45,9 +52,21 @@ class _Done(Exception):
 
 
 class _Watcher:
+    """Answers the calls of a loop, and passes each turn to ``visit``.
+
+    Attributes:
+        is_preparing: whether the scheduler has not set its timesteps yet; networks are evaluated until then.
+        first: index of the loop's first entry in the scheduler's timesteps.
+        index: number of finished turns.
+        returned: the latents that the last step returned.
+        turn: the current turn, None between turns.
+        denoiser: attribute of the pipeline that holds the network; "" before its first call.
+        drawn: random answers by seed.
+    """
+
     def __init__(self, pipe: Any, visit: Callable[[Turn], bool], row_shape: torch.Size | None) -> None:
         self.scheduler, self.visit, self.row_shape = pipe.scheduler, visit, row_shape
-        self.preparing = True
+        self.is_preparing = True
         self.first = self.index = 0
         self.returned: Tensor | None = None
         self.turn: Turn | None = None
@@ -55,10 +74,12 @@ class _Watcher:
         self.drawn: dict[int, Any] = {}
 
     def begin(self) -> None:
-        self.preparing = False
+        """Note that the scheduler sets its timesteps."""
+        self.is_preparing = False
 
     def network(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.preparing:
+        """Answer a network call at random."""
+        if self.is_preparing:
             return module(*args, **kwargs)
         if "controlnet" in name:
             raise NotIdentified(f"its loop calls a second network, '{name}', whose residuals change from step to step.")
@@ -68,9 +89,9 @@ class _Watcher:
         self.denoiser = self.denoiser or name
         if self.denoiser != name:  # in the same step or later, as experts for high and low noise do
             raise NotIdentified(f"its loop calls two networks, '{self.denoiser}' and '{name}'.")
-        bound = network_arguments(module, args, kwargs)
-        turn.calls.append(bound)
-        like = next((v for v in bound.values() if pictures(v)), None)
+        arguments = network_arguments(module, args, kwargs)
+        turn.calls.append(arguments)
+        like = next((value for value in arguments.values() if pictures(value)), None)
         if like is None:
             raise NotIdentified(f"its '{name}' is called without latents.")
         shape = (len(like), *(like[0].shape if self.row_shape is None else self.row_shape))
@@ -78,29 +99,30 @@ class _Watcher:
         if seed not in self.drawn:
             self.drawn[seed] = random_like(like, shape, seed)
         turn.answers.append(self.drawn[seed])
-        given = frozen(turn.answers[-1])  # the loop may change it in place
-        return SimpleNamespace(sample=given) if bound.get("return_dict", True) else (given,)
+        answer = frozen(turn.answers[-1])  # the loop may change it in place
+        return SimpleNamespace(sample=answer) if arguments.get("return_dict", True) else (answer,)
 
     def step(self, output: Any, sample: Any, timestep: Any) -> Tensor:
+        """Finish a turn and return known latents for the next."""
         turn, timesteps = self.turn, self.scheduler.timesteps
         if turn is None:
             raise NotIdentified("its loop steps the scheduler without calling a network.")
         if not (isinstance(output, Tensor) and isinstance(sample, Tensor)):
             raise NotIdentified("its loop steps something other than one tensor of latents.")
         if self.index == 0:
-            self.first = schedules.begin(self.scheduler, timestep)
-        due = timesteps[self.first + self.index]
-        if float(timestep) != float(due):
+            self.first = schedules.start_index(self.scheduler, timestep)
+        expected = timesteps[self.first + self.index]
+        if float(timestep) != float(expected):
             raise NotIdentified(
-                f"step {self.index} of its loop is at time {float(timestep):g}, its scheduler's is {float(due):g}."
+                f"step {self.index} of its loop is at time {float(timestep):g}, its scheduler's is {float(expected):g}."
             )
         if self.returned is not None and not rounded(self.returned, sample):
             raise NotIdentified("its loop changes the latents between the scheduler's steps (as inpainting does).")
-        turn.guided, turn.sample, turn.timestep = output, sample, due
-        enough = self.visit(turn)
+        turn.guided, turn.sample, turn.timestep = output, sample, expected
+        is_enough = self.visit(turn)
         self.turn = None
         self.index += 1
-        if enough or self.first + self.index == len(timesteps):
+        if is_enough or self.first + self.index == len(timesteps):
             raise _Done
         self.returned = sample * (1 - 0.01 * (1 + self.index % DIFFERENT_STEPS))
         return self.returned.clone()
@@ -114,24 +136,24 @@ def watch(
     visit: Callable[[Turn], bool],
     row_shape: torch.Size | None = None,
 ) -> None:
-    """Walk ``call``'s loop and leave no trace in the pipeline.
+    """Run ``call`` through its loop with random predictions, and restore the pipeline.
 
     Args:
-        visit: called with every turn; returns whether that was enough.
+        visit: called with every turn; returns whether the loop need not go on.
         row_shape: shape of a row of the network's answer; None for that of its input.
 
     Raises:
-        NotIdentified: when the loop does not go on with made-up predictions. What the call raises before its loop,
-            about bad arguments say, comes through as it is.
+        NotIdentified: when the loop fails on random predictions. Errors of the call before its loop, such as those
+            about bad arguments, are raised unchanged.
     """
     watcher = _Watcher(pipe, visit, row_shape)
-    quiet = {"callback_on_step_end": None, "output_type": "latent", "return_dict": False}
-    quiet["generator"] = clone(arguments.get("generator"))
-    given = {**arguments, **{k: v for k, v in quiet.items() if k in arguments}}
+    overrides = {"callback_on_step_end": None, "output_type": "latent", "return_dict": False}
+    overrides["generator"] = clone(arguments.get("generator"))
+    call_arguments = {**arguments, **{k: v for k, v in overrides.items() if k in arguments}}
     try:
-        with no_trace(pipe), torch.no_grad():
-            replace(pipe, memo, watcher.begin, watcher.network, watcher.step)
-            call(pipe, **given)
+        with preserved_state(pipe), torch.no_grad():
+            install(pipe, memo, watcher.begin, watcher.network, watcher.step)
+            call(pipe, **call_arguments)
     except _Done:
         return
     except NotIdentified:

@@ -1,4 +1,4 @@
-"""Feature extractors, by the specs of the command line."""
+"""Feature extractors, built from the specs of the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPECS", "Extractor", "as_clip", "clips", "exact_float32", "extractor"]
 
-# spec: what it is
+# spec: description
 SPECS = {
     "tiny": "the embedded network",
     "inception[:/path.pth]": "the Inception of 2015, whose distance is FID",
@@ -43,30 +43,30 @@ def extractor(
     tap: str = "pool3",
     download: bool = False,
 ) -> Extractor:
-    """The extractor of a spec, one of :data:`SPECS`.
+    """Build the extractor of a spec, one of :data:`SPECS`.
 
     Args:
-        spec: as on the command line.
-        device: of its network.
-        allow_unknown_weights: take Inception weights of another sha256; then no key says "FID".
-        protocol: decides the preprocessing of Inception, DINOv2 and CLIP; other networks have their own.
-        tap: of Inception: "pool3", "logits", "logits_unbiased", "spatial", or "both" of pool3 and spatial in one pass.
-        download: fetch published weights that are not on this machine.
+        spec: the spec, as on the command line.
+        device: device of its network.
+        allow_unknown_weights: accept Inception weights of another sha256; then no key says "FID".
+        protocol: sets the preprocessing of Inception, DINOv2 and CLIP; other networks have their own.
+        tap: tap of Inception: "pool3", "logits", "logits_unbiased", "spatial", or "both" pool3 and spatial in one pass.
+        download: download published weights that are not on this machine.
 
     Raises:
         MissingWeights: for weights that are not on this machine.
-        DiffAccelError: for an unknown spec, a protocol of another network, and weights that do not fit.
+        DiffAccelError: for an unknown spec, a protocol of another network, and weights of another network.
     """
     kind, _, rest = spec.partition(":")
     path = rest or None
     chosen = _protocol(kind, protocol)
-    how: dict[str, Any] = {"device": device}
+    options: dict[str, Any] = {"device": device}
     if chosen is not None:
-        how |= {"preprocessing": chosen.preprocessing, "protocol": chosen.name}
+        options |= {"preprocessing": chosen.preprocessing, "protocol": chosen.name}
     if tap != "pool3" and not kind.endswith("inception"):
         raise DiffAccelError(f"Only Inception has taps; '{spec}' has no '{tap}'.")
     if kind in NEEDS_ARGUMENT and path is None:
-        raise DiffAccelError(f"The extractor '{spec}' lacks its argument. Write {_written(kind)}.")
+        raise DiffAccelError(f"The extractor '{spec}' lacks its argument. Write {_syntax(kind)}.")
     if spec == "tiny":
         from diffaccel.eval.networks.extractors.tiny import tiny
 
@@ -74,64 +74,66 @@ def extractor(
     if kind in ("inception", "clean-inception"):
         from diffaccel.eval.networks.extractors.inception import inception
 
-        return inception(path, tap=tap, allow_unknown_weights=allow_unknown_weights, download=download, **how)
+        return inception(path, tap=tap, allow_unknown_weights=allow_unknown_weights, download=download, **options)
     if kind in ("dinov2", "timm"):
         from diffaccel.eval.networks.extractors.timm import dinov2, timm_model
 
-        return dinov2(path, download=download, **how) if kind == "dinov2" else timm_model(*_two(spec, rest), **how)
+        if kind == "dinov2":
+            return dinov2(path, download=download, **options)
+        return timm_model(*_name_and_path(spec, rest), **options)
     if kind in ("torchscript", "py"):
         from diffaccel.eval.networks.extractors.user import python, torchscript
 
-        return torchscript(rest, **how) if kind == "torchscript" else python(rest, **how)
+        return torchscript(rest, **options) if kind == "torchscript" else python(rest, **options)
     if kind == "open_clip" or spec in clips():
         from diffaccel.eval.networks.extractors.clip import LOCAL, clip, clip_folder
 
         if rest.startswith(LOCAL):
-            return clip_folder(Path(rest.removeprefix(LOCAL)).expanduser(), **how)
+            return clip_folder(Path(rest.removeprefix(LOCAL)).expanduser(), **options)
         if kind == "open_clip":
-            return clip(*_two(spec, rest), **how)
-        return clip_folder(zoo.path(spec), name=spec, **how)
+            return clip(*_name_and_path(spec, rest), **options)
+        return clip_folder(zoo.path(spec), name=spec, **options)
     raise unknown("extractor", spec, [*SPECS, *clips()])
 
 
-def as_clip(found: Extractor) -> ClipExtractor:
-    """An extractor that reads texts too.
+def as_clip(candidate: Extractor) -> ClipExtractor:
+    """Return an extractor that also encodes texts, unchanged.
 
     Raises:
-        DiffAccelError: for any other.
+        DiffAccelError: for any other extractor.
     """
     from diffaccel.eval.networks.extractors.clip import ClipExtractor
 
-    if not isinstance(found, ClipExtractor):
+    if not isinstance(candidate, ClipExtractor):
         named = ", ".join([*clips(), *(spec for spec in SPECS if spec.startswith("open_clip"))])
-        raise DiffAccelError(f"'{found.name}' reads no texts. Give a CLIP: {named}.")
-    return found
+        raise DiffAccelError(f"'{candidate.name}' reads no texts. Give a CLIP: {named}.")
+    return candidate
 
 
 def clips() -> list[str]:
-    """The CLIPs of the zoo."""
+    """List the CLIPs of the zoo."""
     return [name for name in zoo.names() if "clip" in name.split("-")]
 
 
-def _two(spec: str, rest: str) -> tuple[str, str]:
+def _name_and_path(spec: str, rest: str) -> tuple[str, str]:
+    """Split ``NAME:/path``, the part of a spec after its kind."""
     name, _, path = rest.partition(":")
     if not name or not path:
-        raise DiffAccelError(
-            f"The extractor '{spec}' lacks its name or path. Write {_written(spec.partition(':')[0])}."
-        )
+        raise DiffAccelError(f"The extractor '{spec}' lacks its name or path. Write {_syntax(spec.partition(':')[0])}.")
     return name, path
 
 
-def _written(kind: str) -> str:
+def _syntax(kind: str) -> str:
+    """Return the specs of one kind, for error messages."""
     return " or ".join(spec for spec in SPECS if spec.startswith(kind))
 
 
-def _protocol(kind: str, given: str | protocols.Protocol | None) -> protocols.Protocol | None:
-    """The protocol whose preprocessing an extractor takes, or None for the network's own."""
+def _protocol(kind: str, protocol: str | protocols.Protocol | None) -> protocols.Protocol | None:
+    """Return the protocol whose preprocessing an extractor uses, or None for the network's own."""
     default = DEFAULT_PROTOCOL.get(kind)
-    if given is None:
+    if protocol is None:
         return protocols.protocol(default) if default else None
-    chosen = protocols.protocol(given) if isinstance(given, str) else given
+    chosen = protocols.protocol(protocol) if isinstance(protocol, str) else protocol
     network = "clip" if kind == "open_clip" or kind in clips() else kind.removeprefix("clean-")
     if network != chosen.network or (kind == "clean-inception" and chosen.name != default):
         raise DiffAccelError(

@@ -1,4 +1,4 @@
-"""What every feature extractor is: a name, a key for reports, and a function from uint8 images to float32 features."""
+"""The ``Extractor`` of features: a name, a key for reports, and a function from uint8 images to float32 features."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from diffaccel.errors import DiffAccelError
 
 @dataclass(kw_only=True)
 class Extractor:
-    """A network that turns images into features, with everything that decides them.
+    """Network from images to features, with everything that determines them.
 
-    ``extractor(images)`` takes uint8 ``(B, 3, H, W)`` on any device and returns float32 ``(B, dim)`` on its own.
+    ``extractor(images)`` takes uint8 ``(B, 3, H, W)`` on any device and returns float32 ``(B, dim)`` on its own device.
 
     Attributes:
-        name: of the network and its weights, for records.
-        key: what a report calls the Fréchet distance of these features. "FID" stands in it only for the Inception
+        name: network and weights, for records.
+        key: name of the Fréchet distance of these features in reports. It contains "FID" only for the Inception
             network of 2015 with weights whose sha256 was verified; all others are "FD-<name>".
-        dim: of a feature.
-        weights_sha256: of the weights' file.
+        dim: number of features.
+        weights_sha256: digest of the weights' file.
         official: whether the weights are the published ones.
-        protocol: the preprocessing, by the name of its protocol, or "own" for the network's.
-        network: from what ``prepare`` returned, batched, on ``device``.
-        prepare: one image ``(3, H, W)`` on the CPU to what the network takes; None where it takes the image itself.
-            It may run in several threads.
-        device: of the network.
-        module: the network's parameters, where it has any.
+        protocol: name of the protocol that sets the preprocessing, or "own" for the network's own.
+        network: from a batch of prepared images on ``device`` to features.
+        prepare: from one image ``(3, H, W)`` on the CPU to the input of the network; None where that is the image
+            itself. It may run in several threads.
+        device: device of the network.
+        module: the module that holds the network's parameters, if there is one.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Extractor:
     module: nn.Module | None = field(default=None, repr=False)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of uint8 images.
+        """Compute the features of uint8 images.
 
         Raises:
-            DiffAccelError: for images of another dtype or shape, and for a network that returns another shape.
+            DiffAccelError: for images of another dtype or shape, and for a network with another output shape.
         """
         check_images(images)
         if self.prepare is not None:
@@ -57,27 +57,27 @@ class Extractor:
         return self.features(images)
 
     def features(self, prepared: Tensor) -> Tensor:
-        """Features of images that went through ``prepare``, in float32 without TF32 or autocast."""
+        """Compute the features of prepared images, in float32 without TF32 or autocast."""
         with torch.no_grad(), exact_float32(self.device):
-            # strides are kept on the way to the device; the copy to standard ones is cheap there
-            found = self.network(to_device(prepared, self.device).contiguous())
-        if found.ndim != 2 or found.shape != (len(prepared), self.dim):
+            # the transfer keeps strides; the copy to standard ones is cheap on the device
+            features = self.network(to_device(prepared, self.device).contiguous())
+        if features.ndim != 2 or features.shape != (len(prepared), self.dim):
             raise DiffAccelError(
-                f"The extractor '{self.name}' returned features of shape {tuple(found.shape)} for {len(prepared)} "
+                f"The extractor '{self.name}' returned features of shape {tuple(features.shape)} for {len(prepared)} "
                 f"images; expected ({len(prepared)}, {self.dim})."
             )
-        return found.to(torch.float32)
+        return features.to(torch.float32)
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for what the device still does: a copy from memory that is not pinned would."""
+    """Move images to a device without waiting for its queue, as a copy from memory that is not pinned would."""
     if device.type == "cuda" and images.device.type == "cpu":
         images = images.pin_memory()
     return images.to(device, non_blocking=True)
 
 
 def check_images(images: Tensor) -> None:
-    """Refuse all but uint8 ``(B, 3, H, W)``: the range of floats cannot be guessed."""
+    """Raise for anything but uint8 ``(B, 3, H, W)``, since the range of floats cannot be guessed."""
     if images.dtype != torch.uint8:
         raise DiffAccelError(
             f"Extractors take uint8 images; got {images.dtype}. Convert them with "
@@ -89,12 +89,12 @@ def check_images(images: Tensor) -> None:
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 convolutions and products of matrices as such: no TF32, no bfloat16 inside, no autocast; restored after.
+    """Compute float32 convolutions and matrix products exactly: no TF32, no bfloat16, no autocast; restored on exit.
 
-    cuDNN's convolutions use TF32 by default, which keeps 10 bits of the mantissa.
+    cuDNN's convolutions use TF32 by default, which has a mantissa of 10 bits.
     """
     backends: Any = torch.backends
-    switches = [
+    settings = [
         backends.cudnn.conv,
         backends.cudnn.rnn,
         backends.cuda.matmul,
@@ -102,17 +102,17 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         backends.mkldnn.rnn,
         backends.mkldnn.matmul,
     ]
-    before = [switch.fp32_precision for switch in switches]
+    precisions = [setting.fp32_precision for setting in settings]
     try:
-        for switch in switches:
-            switch.fp32_precision = "ieee"
+        for setting in settings:
+            setting.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
+        for setting, precision in zip(settings, precisions, strict=True):
+            setting.fp32_precision = precision
 
 
 def frozen(module: nn.Module, device: torch.device) -> nn.Module:
-    """For inference, in float32, on ``device``."""
+    """Prepare a module for inference in float32 on ``device``, in place."""
     return module.eval().requires_grad_(False).to(device, torch.float32)

@@ -1,8 +1,8 @@
-"""The Inception network of 2015 that "FID" means, on torchvision's blocks.
+"""The Inception network of 2015 that defines FID, built from torchvision's blocks.
 
-It differs from torchvision's Inception-v3 in its classes (1008) and in its pooling inside blocks: averages leave the
-padding out of the count, and the last block takes the maximum (Heusel et al., arXiv 1706.08500, used that graph;
-the architecture is arXiv 1512.00567).
+It differs from torchvision's Inception-v3 in its classes (1008) and in the pooling inside blocks: averages do not count
+the padding, and the last block takes the maximum (Heusel et al., arXiv 1706.08500, used that graph; the architecture is
+arXiv 1512.00567).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class _LastE(_E):
 
 
 class InceptionNetwork(blocks.Inception3):
-    """Normalised ``(B, 3, 299, 299)`` to a tap; state dicts of torch-fidelity and pytorch-fid load into it."""
+    """Network from normalised ``(B, 3, 299, 299)`` to a tap; it loads state dicts of torch-fidelity and pytorch-fid."""
 
     def __init__(self) -> None:
         convolution: Any = blocks.BasicConv2d
@@ -77,14 +77,14 @@ class InceptionNetwork(blocks.Inception3):
         self.Mixed_7c = _LastE(2048)
 
     def mixed_6d(self, x: Tensor) -> Tensor:
-        """What enters ``Mixed_6d``, ``(B, 768, 17, 17)``."""
+        """Compute the input of ``Mixed_6d``, ``(B, 768, 17, 17)``."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.maxpool2(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x))))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
         return self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
 
     def pool3(self, x: Tensor) -> Tensor:
-        """The features of FID, ``(B, 2048)``."""
+        """Compute the features of FID, ``(B, 2048)``."""
         return self._pool3(self.mixed_6d(x))
 
     def _pool3(self, x: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ class InceptionNetwork(blocks.Inception3):
         return self.avgpool(x).flatten(1)
 
     def spatial(self, x: Tensor) -> Tensor:
-        """The features of sFID, ``(B, 17 * 17 * 7)``: seven channels of the first branch of TensorFlow's ``mixed_6``.
+        """Compute the features of sFID, ``(B, 17 * 17 * 7)``: 7 channels of the first branch of ``mixed_6``.
 
         Channels vary fastest, as in TensorFlow. Which point of that branch the evaluation of ADM (arXiv 2105.05233)
-        reads could not be compared with its numbers: the graph's node has the name of the branch's last operation, so
-        it is taken after the rectifier here.
+        reads is not verified against its numbers: the graph's node has the name of the branch's last operation, so the
+        features are taken after the rectifier here.
         """
         return self._spatial(self.mixed_6d(x))
 
@@ -105,21 +105,21 @@ class InceptionNetwork(blocks.Inception3):
         return self.Mixed_6d.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     def both(self, x: Tensor) -> Tensor:
-        """:meth:`pool3` and, behind it, :meth:`spatial`, in one pass."""
+        """Compute :meth:`pool3` followed by :meth:`spatial`, in one pass."""
         x = self.mixed_6d(x)
         return torch.cat([self._pool3(x), self._spatial(x)], 1)
 
     def logits(self, features: Tensor, *, bias: bool) -> Tensor:
-        """``(B, 1008)`` from pool3 features. The Inception Score of public tools leaves the bias out."""
+        """Compute logits ``(B, 1008)`` from pool3 features; public tools omit the bias for the Inception Score."""
         return F.linear(features, self.fc.weight, self.fc.bias if bias else None)
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A point of the network: its dimension, and how it is named in keys."""
+    """Output of the network: its dimension, its function, and its suffix in keys."""
 
     dim: int
-    of: Callable[[InceptionNetwork, Tensor], Tensor]
+    features: Callable[[InceptionNetwork, Tensor], Tensor]
     suffix: str = ""
 
 
@@ -144,7 +144,7 @@ def _clean(x: Tensor) -> Tensor:
     return (resize.pil_bicubic_float(x, SIZE) - 128) / 128
 
 
-# of a batch of uint8 on the device
+# from a batch of uint8 images on the device to the network's input
 PREPROCESSING: dict[str, Callable[[Tensor], Tensor]] = {
     "tf1-bilinear-299": _tf,
     "torch-bilinear-299": _torch,
@@ -154,29 +154,29 @@ PREPROCESSING: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(kw_only=True)
 class InceptionExtractor(Extractor):
-    """Also gives the logits of its pool3 features, so that FID and the Inception Score share one pass."""
+    """Inception at one tap; it also computes logits of pool3 features, so FID and Inception Score share one pass."""
 
     inception: InceptionNetwork = field(repr=False)
     normalise: Callable[[Tensor], Tensor] = field(repr=False)
     tap: str = "pool3"
 
     def at(self, tap: str) -> InceptionExtractor:
-        """The same network at another tap; its weights are shared.
+        """Return the same network at another tap, with shared weights.
 
         Raises:
             DiffAccelError: for an unknown tap.
         """
         if tap not in TAPS:
             raise unknown("tap of Inception", tap, TAPS)
-        found, network, normalise = TAPS[tap], self.inception, self.normalise
+        output, network, normalise = TAPS[tap], self.inception, self.normalise
         return replace(
-            self, tap=tap, name=f"inception{found.suffix}", dim=found.dim,
+            self, tap=tap, name=f"inception{output.suffix}", dim=output.dim,
             key=_key(self.weights_sha256, self.official, tap, self.protocol),
-            network=lambda x: found.of(network, normalise(x)),
+            network=lambda x: output.features(network, normalise(x)),
         )  # fmt: skip
 
     def logits(self, features: Tensor, *, bias: bool = False) -> Tensor:
-        """``(n, 1008)`` float32 on the CPU from pool3 features ``(n, 2048)``."""
+        """Compute logits ``(n, 1008)`` float32 on the CPU from pool3 features ``(n, 2048)``."""
         if self.tap != "pool3":
             raise DiffAccelError(f"Logits come from pool3 features; this extractor returns '{self.tap}'.")
         with torch.no_grad():
@@ -193,12 +193,12 @@ def inception(
     allow_unknown_weights: bool = False,
     download: bool = False,
 ) -> InceptionExtractor:
-    """The Inception extractor, with weights from ``path`` or from where weights are looked for.
+    """Build the Inception extractor, with weights from ``path`` or from the places where weights are searched for.
 
     Raises:
-        MissingWeights: where no file is found.
+        MissingWeights: if no file is found.
         DiffAccelError: for a file with another sha256, unless unknown weights are allowed (then no key says "FID"), and
-            for one that is not a state dict of this network.
+            for a file that is not a state dict of this network.
     """
     if tap not in TAPS:
         raise unknown("tap of Inception", tap, TAPS)
@@ -217,16 +217,19 @@ def inception(
     device, network = torch.device(device), _network(file)
     frozen(network, device)
     normalise = PREPROCESSING[preprocessing]
-    of = TAPS[tap].of
+    output = TAPS[tap]
     return InceptionExtractor(
-        name=f"inception{TAPS[tap].suffix}", key=key, dim=TAPS[tap].dim, weights_sha256=sha, official=official,
+        name=f"inception{output.suffix}", key=key, dim=output.dim, weights_sha256=sha, official=official,
         protocol=protocol, device=device, module=network, inception=network, normalise=normalise, tap=tap,
-        network=lambda x: of(network, normalise(x)),
+        network=lambda x: output.features(network, normalise(x)),
     )  # fmt: skip
 
 
 def _key(sha: str, official: bool, tap: str, protocol: str) -> str:
-    """FID for the published weights at pool3, sFID-unverified for the spatial tap, FD-inception(sha=...) otherwise."""
+    """Return the key of the distance.
+
+    It is FID for the published weights at pool3, sFID-unverified at the spatial tap, and FD-inception for others.
+    """
     if not official:
         return f"FD-inception{TAPS[tap].suffix}(sha={sha[:8]})[{protocol}]"
     names = {"pool3": "FID", "spatial": "sFID-unverified"}
@@ -234,7 +237,8 @@ def _key(sha: str, official: bool, tap: str, protocol: str) -> str:
 
 
 def _network(file: Path) -> InceptionNetwork:
-    with torch.device("meta"):  # its initialisation takes longer than reading the file
+    """Load the network from a state dict."""
+    with torch.device("meta"):  # initialisation takes longer than reading the file
         network = InceptionNetwork()
     state = weights.load(file)
     try:

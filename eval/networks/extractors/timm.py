@@ -1,4 +1,4 @@
-"""Image networks of timm: DINOv2 as published Fréchet distances take it, and any other with its own preprocessing."""
+"""Image networks of timm: DINOv2 as published Fréchet distances use it, and any other with its own preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffaccel.files import sha256
 
 SIZE = (224, 224)
 PATCH = 14
-# width of the network: its name here, its name in timm
+# width of the network: name in reports, name in timm
 DINOV2 = {
     384: ("dinov2-vits14", "vit_small_patch14_dinov2"),
     768: ("dinov2-vitb14", "vit_base_patch14_dinov2"),
@@ -27,7 +27,7 @@ DINOV2 = {
 }
 PIL, TORCH = "pil-bicubic-224", "torch-bicubic-antialias-224"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-_OFFSET = 0.1  # that DINOv2 adds to the grid's side before it resamples position embeddings (arXiv 2304.07193)
+_OFFSET = 0.1  # DINOv2 adds it to the grid's side before it resamples position embeddings (arXiv 2304.07193)
 
 
 def dinov2(
@@ -38,14 +38,14 @@ def dinov2(
     device: str | torch.device = "cpu",
     download: bool = False,
 ) -> Extractor:
-    """The normalised class token of DINOv2 without registers at 224x224 (arXiv 2306.04675 takes ViT-L/14, dim 1024).
+    """Build DINOv2 without registers at 224x224: its normalised class token (arXiv 2306.04675: ViT-L/14, dim 1024).
 
-    The weights are the authors' state dict or timm's; position embeddings are resampled to the 16x16 grid as the
-    authors' network does it, which timm's loader does not.
+    The weights are the authors' state dict or timm's; position embeddings are resampled to the 16x16 grid as in the
+    authors' network, unlike in timm's loader.
 
     Raises:
-        MissingWeights: where no file is found.
-        DiffAccelError: for a file that holds no such network.
+        MissingWeights: if no file is found.
+        DiffAccelError: for a file of another network.
     """
     import timm
 
@@ -80,7 +80,7 @@ def dinov2(
 
 
 def resample_positions(embedding: Tensor, side: int) -> Tensor:
-    """Position embeddings ``(1, 1 + n * n, d)`` for a grid of ``side`` patches, as DINOv2 resamples them.
+    """Resample position embeddings ``(1, 1 + n * n, d)`` to a grid of ``side`` patches, as DINOv2 does.
 
     Bicubic without antialiasing, with the scale ``(side + 0.1) / n`` rather than ``side / n``.
     """
@@ -94,10 +94,10 @@ def resample_positions(embedding: Tensor, side: int) -> Tensor:
 
 
 def timm_model(name: str, path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Extractor:
-    """The pooled features of any timm network, before its classifier, with the preprocessing of its config.
+    """Build any timm network: its pooled features before the classifier, with the preprocessing of its config.
 
     Raises:
-        MissingWeights: for a file that is not there.
+        MissingWeights: for a file that does not exist.
         DiffAccelError: for an unknown name, and for weights that do not fit it in every layer but the classifier.
     """
     import timm
@@ -124,9 +124,10 @@ def timm_model(name: str, path: str | os.PathLike[str], *, device: str | torch.d
     )  # fmt: skip
 
 
-def _load(model: nn.Module, state: dict[str, Any], what: str) -> None:
+def _load(model: nn.Module, state: dict[str, Any], message: str) -> None:
+    """Load a state dict strictly; errors start with ``message``."""
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split()[:40])
-        raise DiffAccelError(f"{what} ({reason}). Give the file of that network.") from error
+        raise DiffAccelError(f"{message} ({reason}). Give the file of that network.") from error

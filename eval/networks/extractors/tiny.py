@@ -1,4 +1,4 @@
-"""The extractor that ships with the package: small, trained here, no download."""
+"""The extractor that ships with the package: small, and without a download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffaccel.eval.networks.extractors.base import Extractor, frozen
 
 
 def tiny(*, device: str | torch.device = "cpu") -> Extractor:
-    """The embedded network. Its distance is called ``FD-tiny@<sha>``; it is comparable with itself only.
+    """Build the embedded network. Its distance is called ``FD-tiny@<sha>`` and compares only with itself.
 
     Raises:
         DiffAccelError: for an installation without its weights.

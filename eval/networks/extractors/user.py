@@ -1,4 +1,4 @@
-"""Extractors that a user brings: a TorchScript file, or a Python callable named on the command line."""
+"""Extractors supplied by the user: a TorchScript file, or a Python callable named on the command line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _OUTPUTS = ("pooler_output", "image_embeds")
 
 
 def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Extractor:
-    """A scripted network from uint8 ``(B, 3, H, W)`` to ``(B, dim)``; ``return_features`` is set if it is an argument.
+    """Load a scripted network from uint8 ``(B, 3, H, W)`` to ``(B, dim)``; ``return_features`` is set if accepted.
 
     Raises:
-        MissingWeights: for a file that is not there.
-        DiffAccelError: for one that is no TorchScript, or that returns no rows of features.
+        MissingWeights: for a file that does not exist.
+        DiffAccelError: for a file that is not TorchScript, or that returns no rows of features.
     """
     file = weights.find(os.path.basename(path), path, flag="torchscript:/path")
     device = torch.device(device)
@@ -36,8 +36,8 @@ def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "c
     except (RuntimeError, ValueError) as error:
         raise DiffAccelError(f"'{file}' is not a TorchScript file; save one with torch.jit.save.") from error
     forward: Any = module.forward
-    takes = [argument.name for argument in forward.schema.arguments]
-    options = {"return_features": True} if "return_features" in takes else {}
+    arguments = [argument.name for argument in forward.schema.arguments]
+    options = {"return_features": True} if "return_features" in arguments else {}
     sha = sha256(file)
 
     def network(x: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ def torchscript(path: str | os.PathLike[str], *, device: str | torch.device = "c
 
 
 def python(target: str, *, device: str | torch.device = "cpu") -> Extractor:
-    """A callable ``module:name`` from uint8 ``(B, 3, H, W)`` to ``(B, dim)``. Importing it runs its code.
+    """Import a callable ``module:name`` from uint8 ``(B, 3, H, W)`` to ``(B, dim)``. The import runs its code.
 
-    Its ``weights_sha256`` attribute names it in keys, if it has one; otherwise the digest of its source file does.
+    Keys contain its ``weights_sha256`` attribute, if it has one, or else the digest of its source file.
 
     Raises:
-        DiffAccelError: for a module or name that is not there, and for one that returns no rows of features.
+        DiffAccelError: for a module or name that does not exist, and for a callable that returns no rows of features.
     """
     module, _, name = target.partition(":")
     try:
@@ -69,7 +69,7 @@ def python(target: str, *, device: str | torch.device = "cpu") -> Extractor:
     device = torch.device(device)
     if isinstance(function, nn.Module):
         frozen(function, device)
-    sha = getattr(function, "weights_sha256", "") or _source_sha256(function)
+    sha = getattr(function, "weights_sha256", "") or source_sha256(function)
 
     def network(x: Tensor) -> Tensor:
         return rows(function(x))
@@ -81,9 +81,9 @@ def python(target: str, *, device: str | torch.device = "cpu") -> Extractor:
 
 
 def rows(output: Any) -> Tensor:
-    """Features out of what a network returns: a tensor, the first of a tuple, or the pooled part of a model output.
+    """Return the features in a network's output: a tensor, the first of a tuple, or the pooled part of a model output.
 
-    Since version 5, transformers' CLIP returns such an output where it used to return a tensor.
+    Since version 5, transformers' CLIP returns a model output where it used to return a tensor.
 
     Raises:
         DiffAccelError: for anything else.
@@ -99,17 +99,19 @@ def rows(output: Any) -> Tensor:
 
 
 def _dim(network: Callable[[Tensor], Tensor], device: torch.device, name: str) -> int:
+    """Run a network on one black image, and return the number of features."""
     with torch.no_grad():
-        found = network(torch.zeros(_PROBE, dtype=torch.uint8, device=device))
-    if found.ndim != 2 or len(found) != 1:
+        features = network(torch.zeros(_PROBE, dtype=torch.uint8, device=device))
+    if features.ndim != 2 or len(features) != 1:
         raise DiffAccelError(
-            f"The extractor '{name}' returned shape {tuple(found.shape)} for uint8 images of shape {_PROBE}; "
+            f"The extractor '{name}' returned shape {tuple(features.shape)} for uint8 images of shape {_PROBE}; "
             "expected (1, dim)."
         )
-    return found.shape[1]
+    return features.shape[1]
 
 
-def _source_sha256(function: Any) -> str:
+def source_sha256(function: Any) -> str:
+    """Return the digest of a callable's source file, or of its ``repr`` where it has none."""
     try:
         file = inspect.getsourcefile(function if inspect.isroutine(function) else type(function))
         return sha256(Path(str(file)))

@@ -1,6 +1,6 @@
-"""What a scene is called: phrases, relations, counts, and the templates around them.
+"""Captions of scenes: phrases, relations, counts, and the templates around them.
 
-All text is lower case. A caption depends on the scene's facts and the ``random.Random`` given, on nothing else.
+All text is lower case. A caption depends on the scene's facts and the ``random.Random`` that it receives only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from scripts.zoo.emoji.world import COLOURS, bucket
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
-RELATED = 0.75  # of the captions of pairs; the others say "and"
+RELATED = 0.75  # share of the captions of pairs that name a relation; the others say "and"
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# Template, its share. {x} is the scene's phrase, {s} the style.
+# Template, its share of the captions. {x} is the scene's phrase, {s} the style.
 TEMPLATES = (
     ("{x}, {s}", 0.35),
     ("{s} {x}", 0.20),
@@ -25,7 +25,7 @@ TEMPLATES = (
     ("{x} in {s} style", 0.13),
     ("{x}", 0.08),
 )
-TAGS_ONLY = 0.04  # singles: tags without the label; other scenes have no tags and are called by their phrase
+TAGS_ONLY = 0.04  # share of singles with tags instead of the label; other scenes have no tags and keep their phrase
 
 _IRREGULAR = {
     "bison": "bison",
@@ -47,7 +47,7 @@ _IRREGULAR = {
     "volcano": "volcanoes",
     "wolf": "wolves",
 }
-# Adjectives, substances, games and the like: "two lockeds" is no English.
+# Adjectives, substances, games and the like, which have no plural in English.
 _UNCOUNTABLE = frozenset(
     "airplane departure|badminton|biohazard|bow and arrow|bowling|bridge at night|broccoli|building construction"
     "|construction|cooked rice|cooking|couch and lamp|curry rice|dango|divide|dizzy|dna|field hockey|fondue"
@@ -65,7 +65,7 @@ _SINGULAR_S = ("ss", "us", "as", "os", "tennis")
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is in a scene. One label for a single or a count, two for a pair; colours are indices or None."""
+    """Ground truth of a scene: one label for a single or a count, two for a pair; colours are indices or None."""
 
     labels: tuple[str, ...]
     colours: tuple[int | None, ...]
@@ -79,14 +79,14 @@ class Facts:
 
 
 def _split_head(label: str) -> tuple[str, str]:
-    """'glasses' and ' of milk': the part that takes the plural, and the rest."""
-    found = _AFTER_HEAD.search(label)
-    cut = found.start() if found else len(label)
-    return label[:cut], label[cut:]
+    """Split off the part that takes the plural: 'glasses' and ' of milk'."""
+    match = _AFTER_HEAD.search(label)
+    end = match.start() if match else len(label)
+    return label[:end], label[end:]
 
 
 def plural(label: str) -> str:
-    """More than one of it: 'cats', 'glasses of milk', 'maple leaves', 'jeans'."""
+    """Return a label's plural: 'cats', 'glasses of milk', 'maple leaves', 'jeans'."""
     head, rest = _split_head(label)
     before, _, word = head.rpartition(" ")
     return f"{before} {_plural_word(word)}".strip() + rest
@@ -109,24 +109,25 @@ def _is_plural_word(word: str) -> bool:
 
 
 def can_be_counted(label: str) -> bool:
-    """False for labels that are plural already ('cherries', 'jeans') or that English does not count."""
+    """Return whether a label is a countable singular: not 'cherries', 'jeans' or 'popcorn'."""
     return label not in _UNCOUNTABLE and not _is_plural_word(_split_head(label)[0].split(" ")[-1])
 
 
 def phrase(label: str, colour: int | None) -> str:
+    """Return a label with its colour word in front, if it has one."""
     return label if colour is None else f"{COLOURS[colour]} {label}"
 
 
 def relation(facts: Facts) -> str:
-    """How the first of a pair stands to the second."""
+    """Return the relation of the first of a pair to the second."""
     return "above" if facts.stacked else "left of"
 
 
 def core(facts: Facts, rng: random.Random, *, related: bool | None = None) -> str:
-    """The scene's phrase without style and tags.
+    """Return the scene's phrase, without style and tags.
 
-    A pair is told as "A and B" in either order (which claims no order), or with a relation from either side.
-    ``related`` asks for the one or the other; by default three of four captions of a pair have a relation.
+    A pair is "A and B" in either order, or has a relation from either side. ``related`` asks for one of these; by
+    default three of four captions of a pair have a relation.
     """
     if facts.count > 1:
         return f"{NUMBERS[facts.count]} {phrase(plural(facts.labels[0]), facts.colours[0])}"
@@ -135,26 +136,31 @@ def core(facts: Facts, rng: random.Random, *, related: bool | None = None) -> st
         return names[0]
     if related is None:
         related = rng.random() < RELATED
-    turned = rng.random() < 0.5
-    if turned:
+    reverse = rng.random() < 0.5
+    if reverse:
         names.reverse()
     if not related:
         return f"{names[0]} and {names[1]}"
     word = relation(facts)
-    return f"{names[0]} {OPPOSITE[word] if turned else word} {names[1]}"
+    return f"{names[0]} {OPPOSITE[word] if reverse else word} {names[1]}"
 
 
 def tags_of_parity(tags: Sequence[str], parity: int) -> list[str]:
-    """Tags whose hash is even (0) or odd (1): the two captions of a scene share none."""
+    """Return the tags whose hash is even (0) or odd (1), so that the two captions of a scene share none."""
     return [tag for tag in tags if bucket(f"tag:{tag}", 2) == parity]
 
 
 def caption(
     facts: Facts, rng: random.Random, *, tags: Sequence[str] = (), related: bool | None = None, plain: bool = False
 ) -> str:
-    """A random caption; the same generator state gives the same words.
+    """Return a random caption; the same generator state gives the same words.
 
-    ``tags`` are words that may be appended to a single's caption. ``plain`` fixes template and tags: "{x}, {s}".
+    Args:
+        facts: the scene.
+        rng: the generator.
+        tags: words that may be appended to a single's caption.
+        related: as in :func:`core`.
+        plain: fix the template, "{x}, {s}", without tags.
     """
     x = core(facts, rng, related=related)
     if plain:
@@ -180,23 +186,26 @@ def contradiction(
     tags: Sequence[str] = (),
     related: bool | None = None,
 ) -> str:
-    """The caption that ``seed`` gives, wrong in one thing: the hardest negative a text encoder can get.
+    """Return the caption of ``seed`` with one fact changed: the hardest negative for a text encoder.
 
-    Everything else stays: template, tags, relation word, order of naming. A false caption that could be told by its
-    form alone (always a relation where true ones often say "and") would teach the form and not the fact.
+    Everything else stays: template, tags, relation word, order of naming. A false caption that could be recognised by
+    its form alone (always a relation where true ones often say "and") would teach the form and not the fact.
     Pairs: the two change places, or their colours do, or one is another thing; without a relation only the latter two.
     Counts: another number or colour. Coloured singles: another colour. Singles: another label of ``others``, or style.
     """
-    true = caption(facts, random.Random(seed), tags=tags, related=related)
-    wrong = _wrong(facts, rng, others=others, styles=styles, ordered=bool(related))
-    text = caption(wrong, random.Random(seed), tags=tags, related=related)
-    if text != true:
+    true_text = caption(facts, random.Random(seed), tags=tags, related=related)
+    changed = _changed(facts, rng, others=others, styles=styles, ordered=bool(related))
+    text = caption(changed, random.Random(seed), tags=tags, related=related)
+    if text != true_text:
         return text
     # The template does not mention what was changed (a bare label's style, a label in a list of tags).
-    return caption(wrong, rng, plain=True, related=related)
+    return caption(changed, rng, plain=True, related=related)
 
 
-def _wrong(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str], ordered: bool) -> Facts:
+def _changed(
+    facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str], ordered: bool
+) -> Facts:
+    """Return the facts with one of them changed, as :func:`contradiction` lists them."""
     if facts.is_pair:
         choices = []
         if ordered:
@@ -215,5 +224,5 @@ def _wrong(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: S
     return replace(facts, style=rng.choice(_without(styles, facts.style)))
 
 
-def _without(values: Iterable, one) -> list:
-    return [value for value in values if value != one]
+def _without(values: Iterable, excluded) -> list:
+    return [value for value in values if value != excluded]

@@ -1,4 +1,4 @@
-"""Cards of the emoji models: what they are, whom the data belongs to, and how good they measurably are."""
+"""Cards of the emoji models: description, attribution of the data, and measured quality."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ APACHE = Path(__file__).parents[3] / "LICENSE"
 
 
 def legal(folder: Path) -> None:
-    """NOTICE and licence texts, which must go wherever the weights go."""
+    """Write NOTICE and licence texts, which must accompany the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "NOTICE").write_text(NOTICE)
     (folder / "LICENSE-MIT").write_text(MIT)
@@ -64,12 +64,12 @@ def legal(folder: Path) -> None:
 
 
 def state(report: dict[str, Any]) -> str:
-    """What a report says about shipping: accepted, or which checks stand in the way."""
+    """Summarise a report: accepted, or the checks that failed."""
     table = report.get("acceptance", [])
     if not table:
         return "not measured yet"
-    open_checks = [row["check"] for row in table if not row["passed"]]
-    return f"below acceptance in: {'; '.join(open_checks)}" if open_checks else "accepted"
+    failed = [row["check"] for row in table if not row["passed"]]
+    return f"below acceptance in: {'; '.join(failed)}" if failed else "accepted"
 
 
 def _common(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _common(name: str, recipe: Recipe, report: dict[str, Any]) -> dict[str, Any]
 
 
 def flux(recipe: Recipe, counts: dict[str, int], training: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """The card of the pipeline."""
+    """Make the card of the pipeline."""
     return _common("emoji-flux", recipe, report) | {
         "title": "A tiny text-to-image FluxPipeline that draws emoji",
         "pipeline": "FluxPipeline",
@@ -112,7 +112,7 @@ def flux(recipe: Recipe, counts: dict[str, int], training: dict[str, Any], repor
 
 
 def clip(name: str, recipe: Recipe, report: dict[str, Any], quality: dict[str, Any]) -> dict[str, Any]:
-    """The card of one CLIP."""
+    """Make the card of one CLIP."""
     judge = name == "emoji-clip-judge"
     use = (
         "Judges pictures in evaluation. It shares no weights with the pipeline; never search or tune with it."
@@ -129,7 +129,7 @@ def clip(name: str, recipe: Recipe, report: dict[str, Any], quality: dict[str, A
 
 
 def readme(facts: dict[str, Any]) -> str:
-    """The model card for readers, from the same facts."""
+    """Write the model card for readers, from the facts of ``card.json``."""
     lines = [f"# {facts['name']}", "", f"{facts['title']}. State: **{facts['state']}**.", ""]
     if facts.get("grid"):
         lines += [f"![24 fixed prompts, failures included]({facts['grid']})", ""]
@@ -139,29 +139,43 @@ def readme(facts: dict[str, Any]) -> str:
         lines += [facts["use"], "", "```python", "import diffaccel.zoo, open_clip", f"name = {facts['name']!r}"]
         lines += [f"model, _, preprocess = {facts['load']}", "```", ""]
     if "defaults" in facts:
-        call = ", ".join(f"{key}={value!r}" for key, value in facts["defaults"].items())
-        lines += ["```python", "import diffaccel.zoo", "from diffusers import FluxPipeline", ""]
-        lines += [f"pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path({facts['name']!r}))"]
-        lines += [f"pipe('red apple, noto', {call}).images[0]", "```", ""]
-        lines += [
-            "Give `height` and `width`: stock FluxPipeline's own default is 1024 px. Guidance is on only with a "
-            "`negative_prompt` and `true_cfg_scale` above 1. Prompts are lower case.",
-            "",
-        ]
-        labels = facts["data"]["labels"]
-        lines += [f"Styles: {', '.join(facts['data']['styles'])}. Captions: {facts['data']['captions']}.", ""]
-        lines += [f"Labels: {', '.join(labels) if isinstance(labels, list) else labels}.", ""]
-        parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in facts["parameters"].items())
-        training = facts["training"]
-        lines += [
-            f"Parameters: {parts}. Flow training: {training['samples']:,} samples, {training['seconds']:.0f} s.",
-            "",
-        ]
+        lines += _pipeline_lines(facts)
     if facts.get("acceptance"):
-        lines += ["| check | value | accepted from | real pictures | |", "|---|---|---|---|---|"]
-        for row in facts["acceptance"]:
-            met = "" if row.get("passed") is None else "yes" if row["passed"] else "no"
-            lines += [f"| {row['check']} | {row['value']} | {row['target']} | {row.get('real', '')} | {met} |"]
-        lines += [""]
+        lines += _acceptance_lines(facts["acceptance"])
     lines += [f"Packed {facts['bytes']['packed'] / 1e6:.1f} MB (int8 rows with scales).", "", "## Attribution", ""]
     return "\n".join([*lines, *(f"{line}  " for line in facts["attribution"]), ""])
+
+
+def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
+    """Write the pipeline's example, its data and its size."""
+    call = ", ".join(f"{key}={value!r}" for key, value in facts["defaults"].items())
+    labels, training = facts["data"]["labels"], facts["training"]
+    parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in facts["parameters"].items())
+    return [
+        "```python",
+        "import diffaccel.zoo",
+        "from diffusers import FluxPipeline",
+        "",
+        f"pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path({facts['name']!r}))",
+        f"pipe('red apple, noto', {call}).images[0]",
+        "```",
+        "",
+        "Give `height` and `width`: stock FluxPipeline's own default is 1024 px. Guidance is on only with a "
+        "`negative_prompt` and `true_cfg_scale` above 1. Prompts are lower case.",
+        "",
+        f"Styles: {', '.join(facts['data']['styles'])}. Captions: {facts['data']['captions']}.",
+        "",
+        f"Labels: {', '.join(labels) if isinstance(labels, list) else labels}.",
+        "",
+        f"Parameters: {parts}. Flow training: {training['samples']:,} samples, {training['seconds']:.0f} s.",
+        "",
+    ]
+
+
+def _acceptance_lines(table: list[dict[str, Any]]) -> list[str]:
+    """Write the acceptance table in Markdown."""
+    lines = ["| check | value | accepted from | real pictures | |", "|---|---|---|---|---|"]
+    for row in table:
+        passed = "" if row.get("passed") is None else "yes" if row["passed"] else "no"
+        lines += [f"| {row['check']} | {row['value']} | {row['target']} | {row.get('real', '')} | {passed} |"]
+    return [*lines, ""]

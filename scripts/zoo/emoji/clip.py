@@ -2,15 +2,15 @@
 
     python -m scripts.zoo.emoji.clip --recipe full --seconds 240 --data data/emoji --out work
 
-leaves ``work/clip_a`` and ``work/clip_b`` (open_clip folders), ``work/text_encoder`` and ``work/clip_a.json``,
+writes ``work/clip_a`` and ``work/clip_b`` (open_clip folders), ``work/text_encoder`` and ``work/clip_a.json``,
 ``work/clip_b.json`` (metrics). ``--seconds`` is shared by both; the same command continues a run that was stopped.
 The judge's image tower needs timm beside open_clip.
 
-Contrastive training alone gives bags of coloured parts: "A left of B" and "B left of A" come out equal, and so does a
-picture cut into pieces. So every scene brings a false caption (objects, colours, style, number or label changed; see
-captions.contradiction) among the texts, and some bring their picture with shuffled patches, or with the two things of a
-pair exchanged, among the images. Each scene is also compared with its own false twins, across and within the towers.
-A and B differ in image tower, in captions, and in the scenes they see.
+Contrastive training alone learns bags of coloured parts: "A left of B" and "B left of A" get equal features, and so do
+a picture and its shuffled pieces. So each scene adds a false caption (objects, colours, style, number or label changed;
+see captions.contradiction) to the texts, and some add their picture with shuffled patches, or with the two things of a
+pair exchanged, to the images. Each scene is also compared with its own false twins, across and within the towers. A and
+B differ in image tower, in captions, and in the scenes of their training.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from scripts.zoo.emoji.scenes import KINDS, Scenes, build
 
 NAMES = ("clip_a", "clip_b")
 _MAX_SCALE = math.log(100)
-_PARTS = 5  # A never sees scenes whose number is 0 modulo 5, B those with 1
+_PARTS = 5  # A is not trained on scenes whose index is 0 modulo 5, B on those with 1
 
 
 def model_config(clip: ClipRecipe, shared: Recipe, entries: int) -> dict[str, Any]:
-    """open_clip's ``model_cfg``."""
+    """Return open_clip's ``model_cfg``."""
     return {
         "embed_dim": clip.embed_dim,
         "vision_cfg": dict(clip.vision),
@@ -59,62 +59,46 @@ def model_config(clip: ClipRecipe, shared: Recipe, entries: int) -> dict[str, An
 
 
 def make(config: dict[str, Any]) -> nn.Module:
+    """Make a CLIP with random weights."""
     from open_clip.model import CLIP
 
     return CLIP(**config)
 
 
 def tokenize(tokenizer, texts: Sequence[str], length: int) -> torch.Tensor:
-    """Token ids (n, length) int32, padded with EOS as open_clip's tokenizer does."""
+    """Encode texts to ids (n, length) int32, padded with EOS as by open_clip's tokenizer."""
     encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
     return torch.from_numpy(encoded["input_ids"]).to(torch.int32)
 
 
-def shuffle_patches(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Pictures cut into bands, 2 x 2 or 4 x 4 blocks that change places: (B, 3, s, s)."""
-    grids = ((4, 1), (1, 4), (2, 2), (4, 4))
-    which = torch.randint(len(grids), (1,), generator=generator, device=generator.device).item()
-    rows, columns = grids[which]
-    b, c, height, width = images.shape
-    blocks = images.reshape(b, c, rows, height // rows, columns, width // columns).permute(0, 2, 4, 1, 3, 5)
-    blocks = blocks.reshape(b, rows * columns, c, height // rows, width // columns)
-    order = torch.rand(b, rows * columns, generator=generator, device=generator.device).argsort(1)
-    # One order of 24 (and one of many more) changes nothing; those are turned by one place.
-    still = (order == torch.arange(rows * columns, device=order.device)).all(1, keepdim=True)
-    order = torch.where(still, order.roll(1, 1), order).to(images.device)
-    blocks = blocks.gather(1, order[:, :, None, None, None].expand_as(blocks))
-    blocks = blocks.reshape(b, rows, columns, c, height // rows, width // columns).permute(0, 3, 1, 4, 2, 5)
-    return blocks.reshape(b, c, height, width)
-
-
 def exchange_halves(images: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """Pairs with the two things in each other's place, exactly: (B, 3, s, s), ``stacked`` (B,) bool."""
+    """Exchange the two things of pairs exactly: images (B, 3, s, s), ``stacked`` (B,) bool."""
     half = images.shape[-1] // 2
     return torch.where(stacked[:, None, None, None], images.roll(half, 2), images.roll(half, 3))
 
 
 def augment(images: torch.Tensor, clip: ClipRecipe, generator: torch.Generator) -> torch.Tensor:
-    """Each picture turned, scaled and moved a little on white, paler or stronger, and a little noise.
+    """Rotate, scale and move each picture a little on white, make it paler or stronger, and add a little noise.
 
-    The world has three drawings of a thing, and what is learnt from them must hold for a fourth. A quarter of the
-    pictures stay as they are, since that is how a model is used.
+    The world has three drawings of a thing, and features must generalise to a fourth. A quarter of the pictures get the
+    noise only, since the model is used on unchanged pictures.
     """
     count, size, device = len(images), images.shape[-1], images.device
     u = torch.rand(6, count, generator=generator, device=generator.device).to(device)
-    some = (u[5] < 0.75) * (2 * u[:5] - 1)  # in [-1, 1], and 0 where the picture stays
-    angle, scale = some[0] * math.radians(clip.turn), clip.zoom ** some[1]
-    move = some[2:4] * 2 * clip.shift / size
+    amount = (u[5] < 0.75) * (2 * u[:5] - 1)  # in [-1, 1], and 0 where the picture stays
+    angle, scale = amount[0] * math.radians(clip.turn), clip.zoom ** amount[1]
+    shift = amount[2:4] * 2 * clip.shift / size
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack([torch.stack([cos, -sin, move[0]], 1), torch.stack([sin, cos, move[1]], 1)], 1)
+    theta = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     ink = F.grid_sample(1 - images, grid, align_corners=False)  # white is 0, also beyond the border
     noise = torch.randn(images.shape, generator=generator, device=generator.device).to(device)
-    ink = (ink * (1 + clip.fade * some[4])[:, None, None, None]).clamp(0, 2)
+    ink = (ink * (1 + clip.fade * amount[4])[:, None, None, None]).clamp(0, 2)
     return 1 - ink + 0.02 * noise
 
 
 class Data:
-    """What one CLIP trains on: pictures, its captions, false captions, and which scenes say the same."""
+    """One CLIP's training data: pictures, captions, false captions, and which scenes are equal."""
 
     def __init__(self, scenes: Scenes, clip: ClipRecipe, shared: Recipe, tokenizer) -> None:
         device = scenes.device
@@ -123,36 +107,37 @@ class Data:
         self.false = tokenize(tokenizer, scenes.contradictions(clip.caption), shared.context).to(device)
         self.weights = scenes.sampler(shared.shares)
         self.weights[torch.arange(len(scenes), device=device) % _PARTS == clip.caption] = 0
-        # Equal pictures up to place: not negatives of each other.
-        keys: dict[tuple, int] = {}
-        same = [keys.setdefault((row.icons, row.colours, row.stacked), len(keys)) for row in scenes.rows]
-        self.same = torch.tensor(same, device=device)
-        # Damage must make the caption false. Shuffled parts of a pair or a group may still be what it says, so only
-        # singles are shuffled; of pairs whose caption tells the order, the halves are exchanged.
+        # Scenes of equal content, whatever its place and size, are no negatives of each other.
+        contents: dict[tuple, int] = {}
+        content = [contents.setdefault((row.icons, row.colours, row.stacked), len(contents)) for row in scenes.rows]
+        self.content = torch.tensor(content, device=device)
+        # Damage must make the caption false. The shuffled parts of a pair or a count may still fit it, so only singles
+        # are shuffled; of pairs whose caption tells the order, the halves are exchanged.
         self.related = torch.tensor(scenes.related(clip.caption), device=device)
         self.stacked = torch.tensor([row.stacked for row in scenes.rows], device=device)
         single = torch.tensor([kind in ("single", "colour") for kind in KINDS], device=device)
         self.may_damage = single[scenes.kind] | self.related
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
-        """Indices of scenes, those that may be damaged first."""
+        """Draw indices of scenes, those that may be damaged first."""
         index = torch.multinomial(self.weights, size, replacement=True, generator=generator)
         return index[self.may_damage[index].int().argsort(descending=True, stable=True)]
 
     def damage(self, images: torch.Tensor, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Pictures of scenes ``index`` of which their captions are no longer true."""
+        """Damage pictures of scenes ``index`` so that their captions are false."""
         exchanged = exchange_halves(images, self.stacked[index])
-        return torch.where(self.related[index][:, None, None, None], exchanged, shuffle_patches(images, generator))
+        shuffled = clip_eval.shuffle_patches(images, generator)
+        return torch.where(self.related[index][:, None, None, None], exchanged, shuffled)
 
 
 def crop(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens without the columns that are padding in every row: what comes after EOS changes nothing before it."""
+    """Cut off the columns that are padding in every row; under causal attention they have no effect."""
     longest = int((tokens != tokens.amax()).sum(1).max()) + 1
     return tokens[:, : min(-(-longest // 8) * 8, tokens.shape[1])]
 
 
 def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Contrastive loss with hard negatives in both directions, and the losses against each scene's own twins."""
+    """Return the loss, contrastive with hard negatives plus that against each scene's own twins, and its metrics."""
     index = data.batch(clip.batch, generator)
     images = data.scenes.images(index, data.size)
     damaged = min(round(clip.damaged * len(index)), int(data.may_damage[index].sum()))
@@ -161,28 +146,13 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     twins = twins[: round(clip.contradicted * len(index))].to(index.device)
     texts = crop(torch.cat([data.tokens[index], data.false[index[twins]]]).long())
     with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
-        seen = model.encode_image(augment(images, clip, generator))
-        read = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
-    seen, read = F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
-    count, scale = len(index), model.logit_scale.exp()
-    same = data.same[index]
-    mask = (same[:, None] == same[None]) & ~torch.eye(count, dtype=torch.bool, device=index.device)
-    target = torch.arange(count, device=index.device)
-
-    def direction(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        logits = scale * queries @ keys.T
-        return F.cross_entropy(logits.masked_fill(F.pad(mask, (0, len(keys) - count)), -math.inf), target)
-
-    match = (seen[:count] * read[:count]).sum(1)
-    false_read, false_seen = read[count:], seen[count:]
-    text_gap = scale * (match[twins] - (seen[twins] * false_read).sum(1))
-    image_gap = scale * (match[:damaged] - (false_seen * read[:damaged]).sum(1))
-    # Order is a product of what both towers say about place, and at the start neither says anything: a saddle. Asking
-    # each tower by itself to tell a true input from its false twin leads away from it.
-    text_apart = scale * (match[twins] - (read[twins] * false_read).sum(1))
-    image_apart = scale * (match[:damaged] - (seen[:damaged] * false_seen).sum(1))
-    contrast = 0.5 * (direction(seen[:count], read) + direction(read[:count], seen))
-    hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_apart, image_apart) if len(gap))
+        image = model.encode_image(augment(images, clip, generator))
+        text = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
+    image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    scale = model.logit_scale.exp()
+    text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, damaged, len(index), scale)
+    contrast = _contrast(image, text, data.content[index], scale)
+    hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_margin, image_margin) if len(gap))
     return {
         "loss": contrast + clip.hard_weight * hard,
         "contrast": contrast.detach(),
@@ -192,8 +162,39 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     }
 
 
+def _contrast(image: torch.Tensor, text: torch.Tensor, content: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric contrastive loss of features ``(n + false ones, d)``; equal content is no negative."""
+    count = len(content)
+    mask = (content[:, None] == content[None]) & ~torch.eye(count, dtype=torch.bool, device=content.device)
+    target = torch.arange(count, device=content.device)
+
+    def direction(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        logits = scale * queries @ keys.T
+        return F.cross_entropy(logits.masked_fill(F.pad(mask, (0, len(keys) - count)), -math.inf), target)
+
+    return 0.5 * (direction(image[:count], text) + direction(text[:count], image))
+
+
+def _gaps(
+    image: torch.Tensor, text: torch.Tensor, twins: torch.Tensor, damaged: int, count: int, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return how much closer true pairs are than a scene and its false caption or damaged picture.
+
+    The first two compare across the towers. Order is a product of what both towers say about place, and at the start
+    neither says anything: a saddle point. The last two, which ask each tower by itself to separate a true input from
+    its false twin, lead away from it.
+    """
+    match = (image[:count] * text[:count]).sum(1)
+    false_text, false_image = text[count:], image[count:]
+    text_gap = scale * (match[twins] - (image[twins] * false_text).sum(1))
+    image_gap = scale * (match[:damaged] - (false_image * text[:damaged]).sum(1))
+    text_margin = scale * (match[twins] - (text[twins] * false_text).sum(1))
+    image_margin = scale * (match[:damaged] - (image[:damaged] * false_image).sum(1))
+    return text_gap, image_gap, text_margin, image_margin
+
+
 def _order(gap: torch.Tensor, related: torch.Tensor) -> torch.Tensor:
-    """The share of captions with a relation that are told from their false twin (three of four times, order)."""
+    """Return the share of captions with a relation that beat their false twin, which mostly differs in the order."""
     return ((gap > 0) & related).float().sum().detach() / related.sum().clamp_min(1)
 
 
@@ -207,7 +208,7 @@ def train_one(
     deadline: Deadline,
     seed: int,
 ) -> TrainingRun:
-    """Train one CLIP until its time or the job's is over; the run's checkpoint is in ``work``."""
+    """Train one CLIP until its time or the job's is over, with checkpoints in ``work``."""
     device = data.scenes.device
     torch.manual_seed(seed + NAMES.index(name))
     model = make(config).to(device)
@@ -234,8 +235,8 @@ def train_one(
         tell=partial(print, flush=True),
     )
     for _ in run:
-        found = loss_of(model, data, clip, run.generator)
-        run.update(found.pop("loss"), samples=clip.batch, **found)
+        metrics = loss_of(model, data, clip, run.generator)
+        run.update(metrics.pop("loss"), samples=clip.batch, **metrics)
         with torch.no_grad():
             model.logit_scale.clamp_(max=_MAX_SCALE)
     return run
@@ -250,9 +251,9 @@ def train(
     seed: int = 0,
     names: Sequence[str] = NAMES,
 ) -> bool:
-    """Make tokenizers (unless they are there), both CLIPs and the text encoder in ``work``; True when all is done.
+    """Make tokenizers, both CLIPs and the text encoder in ``work``, and return whether all is finished.
 
-    What is finished is not made again, so a job that ran out of time is continued by the same call.
+    Finished parts are skipped, so the same call continues a job that ran out of time.
     """
     from transformers import CLIPTokenizer
 
@@ -274,23 +275,36 @@ def train(
         if not run.finished:
             return False
         sets = sets or heldout.build(scenes.world, seed, scenes.device)
-        with run.ema, torch.no_grad():
-            model = run.module["model"].eval()
-            metrics = clip_eval.evaluate(model, tokenizer, sets, shared)
-            metrics |= {"name": name, "steps": run.step, "samples": run.samples, "seconds": round(run.seconds, 1)}
-            clip_export.write_json(work / f"{name}.json", metrics)
-            print(name, json.dumps(metrics), flush=True)
-            if name == "clip_a":
-                clip_export.text_encoder(model, config, work / "text_encoder")
-            clip_export.folder(model, config, work / tokenizers.CLIP_FOLDER, work / name, shared.size)
+        _finish(name, run, config, sets, shared, tokenizer, work)
     return True
+
+
+def _finish(
+    name: str,
+    run: TrainingRun,
+    config: dict[str, Any],
+    sets: dict[str, Scenes],
+    shared: Recipe,
+    tokenizer,
+    work: Path,
+) -> None:
+    """Measure and export a trained CLIP with its averaged weights; its folder is written last."""
+    with run.ema, torch.no_grad():
+        model = run.module["model"].eval()
+        metrics = clip_eval.evaluate(model, tokenizer, sets, shared)
+        metrics |= {"name": name, "steps": run.step, "samples": run.samples, "seconds": round(run.seconds, 1)}
+        clip_export.write_json(work / f"{name}.json", metrics)
+        print(name, json.dumps(metrics), flush=True)
+        if name == "clip_a":
+            clip_export.text_encoder(model, config, work / "text_encoder")
+        clip_export.folder(model, config, work / tokenizers.CLIP_FOLDER, work / name, shared.size)
 
 
 def reopen(name: str, work: Path) -> None:
     """Make a finished CLIP unfinished: ``train`` then continues it, with fresh moments, up to its recipe's seconds."""
-    measured = json.loads((work / f"{name}.json").read_text())
+    metrics = json.loads((work / f"{name}.json").read_text())
     weights = load_file(work / name / "open_clip_model.safetensors")
-    progress = {"step": measured["steps"], "samples": measured["samples"], "seconds": measured["seconds"]}
+    progress = {"step": metrics["steps"], "samples": metrics["samples"], "seconds": metrics["seconds"]}
     save_weights({f"model.{key}": value for key, value in weights.items()}, work / f"{name}.safetensors", **progress)
     shutil.rmtree(work / name)
 
@@ -318,10 +332,10 @@ def main() -> None:
     try:
         table = build(world.load(options.data), shared, options.seed, device)
         print(f"{len(table)} scenes", flush=True)
-        done = train(table, shared, options.out, deadline=deadline, seed=options.seed, names=names)
+        finished = train(table, shared, options.out, deadline=deadline, seed=options.seed, names=names)
     except DiffAccelError as error:
         raise SystemExit(f"error: {error}") from error
-    print("finished" if done else "time is up; say the same again to continue", flush=True)
+    print("finished" if finished else "time is up; say the same again to continue", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_text
 
-_TOLERANCE = 1e-4  # of the text encoder's outputs against open_clip's, fp32
+_TOLERANCE = 1e-4  # between the text encoder's outputs and open_clip's, fp32
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write JSON, with its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _fresh(path: Path) -> Path:
-    """An empty folder beside ``path``, which replaces it when all is written."""
+    """Make an empty folder beside ``path``, to replace it when complete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -37,7 +38,7 @@ def _place(partial: Path, path: Path) -> None:
 
 
 def folder(model: nn.Module, config: dict[str, Any], tokenizer: Path, path: Path, size: int) -> None:
-    """What ``open_clip.create_model_and_transforms("local-dir:PATH")`` loads, tokenizer beside the weights."""
+    """Write a folder for ``open_clip.create_model_and_transforms("local-dir:PATH")``, tokenizer beside the weights."""
     partial = _fresh(path)
     half = [0.5, 0.5, 0.5]
     preprocess = {
@@ -57,18 +58,22 @@ def folder(model: nn.Module, config: dict[str, Any], tokenizer: Path, path: Path
 
 
 def text_encoder(model: nn.Module, config: dict[str, Any], path: Path) -> None:
-    """The text tower as a CLIPTextModel folder, checked to give open_clip's hidden states and pooled vector."""
+    """Write the text tower as a CLIPTextModel folder.
+
+    Raises:
+        DiffAccelError: where its hidden states or pooled vector differ from open_clip's.
+    """
     text = text_model(model, config)
     tokens = _probe(config)
     with torch.no_grad():
         hidden, pooled = reference(model, tokens)
-        found = text(input_ids=tokens.to(hidden.device))
-        worst = max(
-            (found.last_hidden_state - hidden).abs().max().item(), (found.pooler_output - pooled).abs().max().item()
+        output = text(input_ids=tokens.to(hidden.device))
+        difference = max(
+            (output.last_hidden_state - hidden).abs().max().item(), (output.pooler_output - pooled).abs().max().item()
         )
-    if worst > _TOLERANCE:
+    if difference > _TOLERANCE:
         raise DiffAccelError(
-            f"The converted text encoder differs from open_clip's by {worst:.2g}, allowed {_TOLERANCE:.0e}; "
+            f"The converted text encoder differs from open_clip's by {difference:.2g}, allowed {_TOLERANCE:.0e}; "
             "compare clip_export.text_model with the installed transformers."
         )
     partial = _fresh(path)
@@ -77,7 +82,7 @@ def text_encoder(model: nn.Module, config: dict[str, Any], path: Path) -> None:
 
 
 def _probe(config: dict[str, Any]) -> torch.Tensor:
-    """Two texts of random tokens, a short one and one that fills the context."""
+    """Make two texts of random tokens, a short one and one that fills the context."""
     length, entries = config["text_cfg"]["context_length"], config["text_cfg"]["vocab_size"]
     tokens = torch.randint(0, entries - 2, (2, length), generator=torch.Generator().manual_seed(0))
     tokens[:, 0], tokens[0, 7:], tokens[1, -1] = entries - 2, entries - 1, entries - 1
@@ -85,7 +90,7 @@ def _probe(config: dict[str, Any]) -> torch.Tensor:
 
 
 def reference(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """open_clip's hidden states after ln_final (B, length, width), and those at EOS (B, width)."""
+    """Return open_clip's hidden states after ln_final (B, length, width), and those at EOS (B, width)."""
     tokens = tokens.to(model.positional_embedding.device)
     x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[: tokens.shape[1], : tokens.shape[1]]))
@@ -93,7 +98,7 @@ def reference(model: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def text_model(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """transformers' CLIPTextModel with the weights of an open_clip text tower."""
+    """Convert an open_clip text tower to transformers' CLIPTextModel."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     cfg = config["text_cfg"]
@@ -127,8 +132,8 @@ def text_model(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _renamed(state: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """open_clip's names -> transformers' names, with the joint projection split into q, k and v."""
-    found = {
+    """Rename open_clip's weights as transformers has them, with the joint projection split into q, k and v."""
+    renamed = {
         "embeddings.token_embedding.weight": state["token_embedding.weight"],
         "embeddings.position_embedding.weight": state["positional_embedding"],
         "final_layer_norm.weight": state["ln_final.weight"],
@@ -145,8 +150,8 @@ def _renamed(state: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Ten
         source, target = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
         for kind in ("weight", "bias"):
             for old, new in names.items():
-                found[f"{target}.{new}.{kind}"] = state[f"{source}.{old}.{kind}"]
+                renamed[f"{target}.{new}.{kind}"] = state[f"{source}.{old}.{kind}"]
             joint = state[f"{source}.attn.in_proj_{kind}"].chunk(3)
             for letter, part in zip("qkv", joint, strict=True):
-                found[f"{target}.self_attn.{letter}_proj.{kind}"] = part
-    return {key: value.detach().float() for key, value in found.items()}
+                renamed[f"{target}.self_attn.{letter}_proj.{kind}"] = part
+    return {key: value.detach().float() for key, value in renamed.items()}

@@ -1,4 +1,4 @@
-"""Scenes as the training stages take them: one function from indices to pictures, over all or part of the world."""
+"""Scenes for the training stages: a function from indices to pictures, over all or part of the world."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from scripts.zoo.emoji.scenes import Scenes
 from scripts.zoo.emoji.world import World
 
 
-def pictures(made: Scenes) -> Callable[[Tensor, int], Tensor]:
-    """Scenes by index and size, drawn once at 128 px: smaller ones are pooled, which is how a scene is drawn small."""
-    made.keep(CANVAS)
+def pictures(scenes: Scenes) -> Callable[[Tensor, int], Tensor]:
+    """Draw all scenes once at 128 px, and return a function from indices and a size to pictures, pooled if smaller."""
+    scenes.keep(CANVAS)
 
     def images(index: Tensor, size: int) -> Tensor:
-        x = made.images(index, CANVAS)
+        x = scenes.images(index, CANVAS)
         return F.avg_pool2d(x, CANVAS // size) if size < CANVAS else x
 
     return images
 
 
 def restrict(whole: World, labels: tuple[str, ...]) -> World:
-    """The world with these labels only, for models too small to hold all of it."""
+    """Restrict the world to these labels, for models too small to learn all of it."""
     if missing := set(labels) - set(whole.labels):
         raise DiffAccelError(f"The recipe names labels that the data lacks: {sorted(missing)}; fetch the data again.")
     chosen = [i for i, label in enumerate(whole.labels) if label in set(labels)]

@@ -1,9 +1,9 @@
-"""From a work folder to the packed models of ``diffaccel/zoo``, and back; and files small enough to travel.
+"""Export a work folder to the packed models of ``diffaccel/zoo``, restore one from them, and split files for transfer.
 
     python -m scripts.zoo.emoji.export --recipe full --work WORK --zoo diffaccel/zoo [--report report.json]
     python -m scripts.zoo.emoji.export --receive OUT --zoo diffaccel/zoo
 
-Three models come out: ``emoji-flux`` (a FluxPipeline), ``emoji-clip-reward`` and ``emoji-clip-judge`` (open_clip).
+It makes three models: ``emoji-flux`` (a FluxPipeline), ``emoji-clip-reward`` and ``emoji-clip-judge`` (open_clip).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PART_BYTES = 15 * 2**20
 
 
 def assemble(work: Path, recipe: recipe_flow.Recipe, dtype: torch.dtype = torch.float32) -> FluxPipeline:
-    """The pipeline of a work folder, with averaged weights."""
+    """Assemble the pipeline of a work folder, with averaged weights."""
     from transformers import AutoTokenizer, CLIPTextModel
 
     modules = flow.load(work, recipe.flow)
@@ -54,7 +54,7 @@ def assemble(work: Path, recipe: recipe_flow.Recipe, dtype: torch.dtype = torch.
 
 
 def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, Any] | None = None) -> None:
-    """Pack what a work folder holds into ``zoo/<name>``, each with card, README, NOTICE and licence texts."""
+    """Pack the models of a work folder into ``zoo/<name>``, each with card, README, NOTICE and licence texts."""
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / PIPELINE
         pipe = assemble(work, recipe, torch.bfloat16)
@@ -66,12 +66,13 @@ def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, 
         _pack(plain, zoo / PIPELINE, card.flux(recipe, counts, training, report or {}))
         for name, source in CLIPS.items():
             plain = shutil.copytree(work / source, Path(scratch) / name)
-            measured = work / f"{source}.json"
-            quality = json.loads(measured.read_text()) if measured.is_file() else {}
+            metrics = work / f"{source}.json"
+            quality = json.loads(metrics.read_text()) if metrics.is_file() else {}
             _pack(plain, zoo / name, card.clip(name, recipe, report or {}, quality))
 
 
 def _pack(plain: Path, out: Path, facts: dict[str, Any]) -> None:
+    """Pack one model, with its card and licence texts."""
     card.legal(plain)
     packing.pack(plain, out)
     packed = sum(entry["size"] for entry in packing.read_manifest(out)["packed"].values())
@@ -86,7 +87,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def training_state(checkpoint: Path) -> dict[str, Any]:
-    """Steps, samples and seconds of a checkpoint; zeros where there is none yet."""
+    """Read steps, samples and seconds of a checkpoint; zeros where there is none yet."""
     from safetensors import safe_open
 
     if not checkpoint.is_file():
@@ -97,7 +98,7 @@ def training_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def reload(zoo: Path, plain: Path, device: str) -> tuple[FluxPipeline, Path]:
-    """The packed pipeline as users get it (unpacked int8, in fp32 on the CPU), and the judge's folder."""
+    """Load the packed pipeline as users do (unpacked int8, in fp32), and unpack the judge; return it and its folder."""
     for name in (PIPELINE, "emoji-clip-judge"):
         shutil.rmtree(plain / name, ignore_errors=True)
         packing.unpack(zoo / name, plain / name)
@@ -109,8 +110,8 @@ def reload(zoo: Path, plain: Path, device: str) -> tuple[FluxPipeline, Path]:
 def restore(zoo: Path, work: Path) -> None:
     """Fill an empty work folder from packed models: training continues from the averaged, int8-rounded weights.
 
-    The optimiser's moments are gone; the flow model restarts with a warm-up. Autoencoder and CLIPs stay as they are
-    (``clip.reopen`` makes one of the CLIPs unfinished again).
+    The optimiser's moments are lost, so the flow model restarts with a warm-up. Autoencoder and CLIPs are finished;
+    ``clip.reopen`` makes a CLIP unfinished again.
     """
     with tempfile.TemporaryDirectory(dir=work.parent) as scratch:
         plain = packing.unpack(zoo / PIPELINE, Path(scratch) / PIPELINE)
@@ -119,8 +120,8 @@ def restore(zoo: Path, work: Path) -> None:
         for name, target in CLIPS.items():
             if (zoo / name / packing.MANIFEST).is_file():
                 packing.unpack(zoo / name, work / target)
-                measured = json.loads((zoo / name / "card.json").read_text())["quality"]
-                (work / f"{target}.json").write_text(json.dumps(measured))
+                metrics = json.loads((zoo / name / "card.json").read_text())["quality"]
+                (work / f"{target}.json").write_text(json.dumps(metrics))
         weights = {
             f"{part}.{key}": value
             for part in ("transformer", "text_encoder_2")
@@ -143,14 +144,18 @@ def split(file: Path, out: Path, size: int = PART_BYTES) -> list[Path]:
 
 
 def join(parts: list[Path], target: Path) -> Path:
-    """Put the parts of ``split`` together again; a missing or damaged part is an error."""
-    named = {re.fullmatch(r"(.+)\.([0-9a-f]{16})\.(\d+)of(\d+)", part.name): part for part in parts}
-    if None in named or len({(m[1], m[2], m[4]) for m in named}) != 1:
+    """Join the parts of :func:`split`, and verify them.
+
+    Raises:
+        DiffAccelError: for a missing or damaged part, and parts of different files.
+    """
+    matches = {re.fullmatch(r"(.+)\.([0-9a-f]{16})\.(\d+)of(\d+)", part.name): part for part in parts}
+    if None in matches or len({(m[1], m[2], m[4]) for m in matches}) != 1:
         raise DiffAccelError(f"These are not the parts of one file: {sorted(p.name for p in parts)}; give one file's.")
-    first = next(iter(named))
-    if sorted(int(m[3]) for m in named) != list(range(int(first[4]))):
+    first = next(iter(matches))
+    if sorted(int(m[3]) for m in matches) != list(range(int(first[4]))):
         raise DiffAccelError(f"'{first[1]}' has {first[4]} parts, got {len(parts)}; fetch the missing ones.")
-    data = b"".join(part.read_bytes() for _, part in sorted(named.items(), key=lambda item: int(item[0][3])))
+    data = b"".join(part.read_bytes() for _, part in sorted(matches.items(), key=lambda item: int(item[0][3])))
     if hashlib.sha256(data).hexdigest()[:16] != first[2]:
         raise DiffAccelError(f"The parts of '{first[1]}' are damaged: their sha256 differs; fetch them again.")
     target.write_bytes(data)
@@ -158,7 +163,7 @@ def join(parts: list[Path], target: Path) -> Path:
 
 
 def send(zoo: Path, out: Path) -> list[Path]:
-    """All packed models of a folder as parts of one tar in ``out``."""
+    """Write all packed models of a folder to ``out``, as parts of one tar."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("zoo.tar.*"):
         old.unlink()
@@ -171,7 +176,7 @@ def send(zoo: Path, out: Path) -> list[Path]:
 
 
 def receive(folder: Path, zoo: Path) -> None:
-    """The packed models that ``send`` wrote, back in place and verified."""
+    """Put the packed models of :func:`send` in place, and verify them."""
     with tempfile.TemporaryDirectory() as scratch:
         tar = join(sorted(folder.glob("zoo.tar.*")), Path(scratch) / "zoo.tar")
         with tarfile.open(tar) as archive:

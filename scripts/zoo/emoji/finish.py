@@ -1,11 +1,11 @@
-"""The last step before models are committed: what lets an installation check them without any data.
+"""The last step before models are committed: add what an installation needs to check them without any data.
 
     python -m scripts.zoo.emoji.finish --zoo diffaccel/zoo --data data/emoji [--report OUT]
 
 adds to the judge ``fd_reference_128.npz`` and ``fd_reference_64.npz``, mean ``mu`` and covariance ``sigma`` of its
 features of every training icon at that size (Fréchet distances need no pictures then), and to the pipeline's card a
-golden picture of four steps. Both are taken from the packed weights, as users get them. With ``--report`` the folder's
-``report.json`` and ``grid.png`` (see score.py) go into the cards. Running it again gives the same files.
+golden picture of four steps. Both come from the packed weights, as users load them. With ``--report`` the folder's
+``report.json`` and ``grid.png`` (see score.py) go into the cards. A second run gives the same files.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ def reference(judge: score.Judge, world: World, folder: Path) -> dict[str, Any]:
     }
     for size, name in REFERENCES.items():
         features = score.icon_features(judge, world, size).double().numpy()
-        told = np.array(json.dumps({**protocol, "size": size}))
         np.savez(
-            folder / name, mu=features.mean(0), sigma=np.cov(features, rowvar=False), n=len(features), protocol=told
+            folder / name,
+            mu=features.mean(0),
+            sigma=np.cov(features, rowvar=False),
+            n=len(features),
+            protocol=np.array(json.dumps({**protocol, "size": size})),
         )
     return {"files": list(REFERENCES.values()), "pictures": len(features), **protocol}
 
 
 def golden(pipe: Any) -> dict[str, Any]:
-    """A picture's 8 x 8 averages (3 channels, in [-1, 1]), fp32 on the CPU: small enough for a card."""
+    """Draw the golden picture, and return its 8 x 8 averages (3 channels, in [-1, 1]), small enough for a card."""
     settings = {key: GOLDEN[key] for key in ("size", "steps", "guidance", "seed")}
     picture = score.draw(pipe, [GOLDEN["prompt"]], batch=1, **settings)
     values = F.adaptive_avg_pool2d(picture, 8).flatten()
@@ -71,8 +74,8 @@ def finish(zoo: Path, world: World) -> None:
 def publish(zoo: Path, folder: Path) -> None:
     """Put a report and its grid into the cards."""
     report = json.loads((folder / "report.json").read_text())
-    judged = [row for row in report["acceptance"] if row["check"].startswith("judge:")]
-    amend(zoo / "emoji-clip-judge", {"state": card.state({"acceptance": judged}), "acceptance": judged})
+    judge_rows = [row for row in report["acceptance"] if row["check"].startswith("judge:")]
+    amend(zoo / "emoji-clip-judge", {"state": card.state({"acceptance": judge_rows}), "acceptance": judge_rows})
     amend(zoo / "emoji-clip-reward", {"state": "measured (card.json), no acceptance of its own"})
     pipeline = zoo / export.PIPELINE
     shutil.copyfile(folder / "grid.png", pipeline / "grid.png")
@@ -81,7 +84,7 @@ def publish(zoo: Path, folder: Path) -> None:
 
 
 def amend(model: Path, facts: dict[str, Any]) -> None:
-    """Change a card and the README made of it; neither is among the packed files."""
+    """Change a card, and the README made from it; neither is a packed file."""
     changed = json.loads((model / "card.json").read_text()) | facts
     (model / "card.json").write_text(json.dumps(changed, indent=1) + "\n")
     (model / "README.md").write_text(card.readme(changed))

@@ -3,7 +3,7 @@
     x_t = (1 - t) x0 + t eps,   v = eps - x0,   loss = mean |model(x_t, t, text) - v|^2,   t = sigmoid(N(m, 1))
 
 Latents of every scene and the pooled vectors of every caption (by the frozen CLIP text encoder) are computed once.
-One batch in ten has no prompt in either encoder, as guidance with an empty negative prompt needs.
+One row in ten has the empty prompt in both encoders, as guidance with an empty negative prompt needs.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from diffaccel.training.loop import Deadline, TrainingRun
 from scripts.zoo.emoji.recipe_flow import FlowRecipe, Recipe, get
 from scripts.zoo.emoji.vae import Images, encode
 
-TABLE_LENGTH = 32  # tokens kept of a caption; the longest has 27
+TABLE_LENGTH = 32  # tokens stored per caption; the longest has 27
 COMPILE_PROBE_SECONDS = 240
 
 
 @dataclass
 class Table:
-    """Everything the flow model is trained on, on one device."""
+    """The flow model's training data, on one device."""
 
     latents: dict[int, Tensor]  # size -> (N, 64, size/16, size/16) packed channels first, fp16
-    prompt: Tensor  # (N, 2) rows of the two captions in the tables below
+    prompt: Tensor  # (N, 2) indices of the two captions in the rows of ``pooled`` and ``tokens``
     pooled: Tensor  # (P, W) CLIP vectors, fp16; row 0 is the empty prompt
     tokens: Tensor  # (P, 32) T5 tokens, padded; row 0 is the empty prompt
     pad: int
 
 
 def build(recipe: FlowRecipe, pooled_dim: int, vocabulary: int) -> dict[str, nn.Module]:
-    """Transformer and T5 with initial weights: modulations and output zero, Xavier inside the blocks."""
+    """Build transformer and T5 with initial weights: modulations and output zero, Xavier inside the blocks."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
@@ -83,13 +83,13 @@ def build(recipe: FlowRecipe, pooled_dim: int, vocabulary: int) -> dict[str, nn.
 
 
 def noisy(x0: Tensor, eps: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_t, v) of the straight path from data (t = 0) to noise (t = 1); t: (B,)."""
+    """Return (x_t, v) on the linear path from data (t = 0) to noise (t = 1); t: (B,)."""
     t = t.view(-1, *[1] * (x0.dim() - 1))
     return (1 - t) * x0 + t * eps, eps - x0
 
 
 def predict(modules: nn.ModuleDict, x: Tensor, t: Tensor, pooled: Tensor, tokens: Tensor) -> Tensor:
-    """v for packed latents x (B, S, 64) of a square picture, as FluxPipeline calls its transformer."""
+    """Predict v for packed latents x (B, S, 64) of a square picture, as FluxPipeline calls its transformer."""
     side = round(x.shape[1] ** 0.5)
     text = modules["text_encoder_2"](tokens)[0]
     return modules["transformer"](
@@ -104,24 +104,24 @@ def predict(modules: nn.ModuleDict, x: Tensor, t: Tensor, pooled: Tensor, tokens
 
 
 def batch_size(recipe: FlowRecipe, size: int, length: int) -> int:
-    """Pictures in one step: a fixed number of tokens, so that long texts cost no more than short ones."""
+    """Return the pictures in one step, by a fixed number of tokens, so that long texts cost no more than short ones."""
     return max(8, recipe.tokens // ((size // 16) ** 2 + length) // 8 * 8)
 
 
 def draw_length(recipe: FlowRecipe, generator: torch.Generator) -> int:
-    """The text length of one step."""
+    """Draw the text length of one step."""
     lengths = list(recipe.lengths)
     weights = torch.tensor([recipe.lengths[n] for n in lengths], device=generator.device)
     return lengths[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def draw(table: Table, recipe: FlowRecipe, weights: Tensor, size: int, length: int, generator) -> tuple[Tensor, ...]:
-    """One batch: x0 (B, S, 64), eps, t, pooled, tokens."""
+    """Draw one batch: x0 (B, S, 64), eps, t, pooled, tokens."""
     count = batch_size(recipe, size, length)
     device = generator.device
     index = torch.multinomial(weights, count, replacement=True, generator=generator)
-    which = torch.randint(0, 2, (count,), generator=generator, device=device)
-    row = table.prompt[index, which]
+    caption = torch.randint(0, 2, (count,), generator=generator, device=device)
+    row = table.prompt[index, caption]
     row = torch.where(torch.rand(count, generator=generator, device=device) < recipe.empty, 0, row)
     x0 = table.latents[size][index].float().flatten(2).transpose(1, 2)
     eps = torch.randn(x0.shape, generator=generator, device=device)
@@ -141,7 +141,7 @@ def train(
     device: str,
     seed: int = 0,
 ) -> TrainingRun:
-    """Train (or continue) ``work/flow.safetensors``, drawing scenes with ``weights`` (N,)."""
+    """Train, or resume, ``work/flow.safetensors``, drawing scenes with ``weights`` (N,)."""
     torch.manual_seed(seed)
     flow = recipe.flow
     modules = build(flow, table.pooled.shape[1], vocabulary_of(work))
@@ -156,7 +156,7 @@ def train(
         tell=partial(print, flush=True),
     )
     compiled = run.device.type == "cuda" and bool(flow.compiled) and compile_blocks(run.module, work, recipe.name)
-    # The host decides shapes: asking the device for them would empty its queue in every step.
+    # Shapes are drawn on the host: reading them from the device would synchronise with it in every step.
     host = torch.Generator()
     for step in run:
         host.manual_seed(seed + step)
@@ -174,7 +174,7 @@ def train(
 
 
 def load(work: Path, recipe: FlowRecipe) -> dict[str, nn.Module]:
-    """Transformer and T5 with the averaged weights of ``work/flow.safetensors``, on the CPU in fp32."""
+    """Load transformer and T5 with the averaged weights of ``work/flow.safetensors``, on the CPU in fp32."""
     averaged = {
         name.removeprefix("ema."): tensor
         for name, tensor in load_file(work / "flow.safetensors").items()
@@ -189,7 +189,7 @@ def load(work: Path, recipe: FlowRecipe) -> dict[str, nn.Module]:
 
 
 def vocabulary_of(work: Path) -> int:
-    """Entries of the T5 tokenizer in a work folder."""
+    """Return the number of entries of the T5 tokenizer in a work folder."""
     from transformers import AutoTokenizer
 
     return len(AutoTokenizer.from_pretrained(work / "tokenizer_2"))
@@ -198,73 +198,83 @@ def vocabulary_of(work: Path) -> int:
 @torch.no_grad()
 def tabulate(images: Images, captions: Sequence[Sequence[str]], vae: AutoencoderKL, work: Path, device: str) -> Table:
     """Encode all scenes (64 and 128 px) and all captions."""
-    from transformers import AutoTokenizer, CLIPTextModel
+    from transformers import AutoTokenizer
 
+    latents = _latents(images, len(captions[0]), vae, device)
+    rows: dict[str, int] = {"": 0}
+    prompt = torch.tensor(
+        [[rows.setdefault(text, len(rows)) for text in pair] for pair in zip(captions[0], captions[1], strict=True)]
+    )
+    texts = list(rows)
+    pooled = _pooled(texts, work, device)
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer_2")
+    tokens = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=TABLE_LENGTH, return_tensors="pt"
+    ).input_ids
+    return Table(
+        latents=latents, prompt=prompt.to(device), pooled=pooled, tokens=tokens.to(device), pad=tokenizer.pad_token_id
+    )
+
+
+def _latents(images: Images, count: int, vae: AutoencoderKL, device: str) -> dict[int, Tensor]:
+    """Return the packed latents of all scenes by size, (N, 64, size/16, size/16) fp16."""
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     latents: dict[int, list[Tensor]] = {64: [], 128: []}
     with torch.autocast(torch.device(device).type, torch.bfloat16):
-        for part in torch.arange(len(captions[0]), device=device).split(256):
-            for size, done in latents.items():
-                z = (encode(vae, images(part, size))[0] - shift) * scale
-                done.append(F.pixel_unshuffle(z, 2).half())  # channels (c, dy, dx), as FLUX packs tokens
+        for index in torch.arange(count, device=device).split(256):
+            for size, batches in latents.items():
+                z = (encode(vae, images(index, size))[0] - shift) * scale
+                batches.append(F.pixel_unshuffle(z, 2).half())  # channels (c, dy, dx), as FLUX packs tokens
+    return {size: torch.cat(batches) for size, batches in latents.items()}
 
-    row: dict[str, int] = {"": 0}
-    prompt = torch.tensor(
-        [[row.setdefault(text, len(row)) for text in pair] for pair in zip(captions[0], captions[1], strict=True)]
-    )
-    texts = list(row)
-    clip_tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
+
+def _pooled(texts: list[str], work: Path, device: str) -> Tensor:
+    """Return the pooled vectors of texts by the CLIP text encoder, (P, W) fp16."""
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     encoder = CLIPTextModel.from_pretrained(work / "text_encoder").to(device).eval()
     pooled = []
     for start in range(0, len(texts), 1024):
-        ids = clip_tokenizer(
+        ids = tokenizer(
             texts[start : start + 1024],
             padding="max_length",
             truncation=True,
-            max_length=clip_tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             pooled.append(encoder(ids.to(device)).pooler_output.half())
-    t5_tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer_2")
-    tokens = t5_tokenizer(
-        texts, padding="max_length", truncation=True, max_length=TABLE_LENGTH, return_tensors="pt"
-    ).input_ids
-    return Table(
-        latents={size: torch.cat(done) for size, done in latents.items()},
-        prompt=prompt.to(device),
-        pooled=torch.cat(pooled),
-        tokens=tokens.to(device),
-        pad=t5_tokenizer.pad_token_id,
-    )
+    return torch.cat(pooled)
 
 
 def compile_blocks(modules: nn.ModuleDict, work: Path, name: str) -> bool:
-    """Compile the transformer's blocks if a child process can train with them; say so and stay eager otherwise.
+    """Compile the transformer's blocks if a child process can train with them; otherwise stay eager and print why.
 
-    A fault in a compiled kernel poisons the whole CUDA context, so a child tries first. It also fills the compiler's
-    cache on disk. Attention through cuDNN is off: with it, compiled backward passes read out of bounds (torch 2.11).
+    A fault in a compiled kernel makes the whole CUDA context unusable, so a child process tries first; it also fills
+    the compiler's cache on disk. Attention through cuDNN is off: with it, compiled backward passes read out of bounds
+    (torch 2.11).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    probed = work / "compiled_training_works"  # said once for a machine: the work folder stays on it
+    marker = work / "compiled_training_works"  # one probe per machine, on which the work folder stays
     sizes = [str(vocabulary_of(work)), str(modules["transformer"].config.pooled_projection_dim)]
     command = [sys.executable, "-m", "scripts.zoo.emoji.flow", name, *sizes]
-    if not probed.exists():
+    if not marker.exists():
         try:
             child = subprocess.run(command, timeout=COMPILE_PROBE_SECONDS, capture_output=True, text=True, check=False)
-            good, said = child.returncode == 0, child.stderr[-500:]
+            works, reason = child.returncode == 0, child.stderr[-500:]
         except subprocess.TimeoutExpired:
-            good, said = False, f"no answer in {COMPILE_PROBE_SECONDS} s"
-        if not good:
-            print("flow: compiled training failed in a child process; training eagerly:", said, flush=True)
+            works, reason = False, f"no answer in {COMPILE_PROBE_SECONDS} s"
+        if not works:
+            print("flow: compiled training failed in a child process; training eagerly:", reason, flush=True)
             return False
-        probed.touch()
+        marker.touch()
     modules["transformer"].compile_repeated_blocks(dynamic=False)
     return True
 
 
 def probe(recipe: FlowRecipe, vocabulary: int, pooled: int, device: str = "cuda") -> None:
-    """A few compiled training steps at every compiled shape, on random data; raises or dies if they fail."""
+    """Run a few training steps at every compiled shape, on random data; raise, or crash, if they fail."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     modules = nn.ModuleDict(build(recipe, pooled, vocabulary)).to(device)
     modules["transformer"].compile_repeated_blocks(dynamic=False)

@@ -1,10 +1,9 @@
-"""One call of a training machine: run the stages that are not finished, as far as the time goes.
+"""One call of a training machine: run the unfinished stages until the time is over.
 
     python -m scripts.zoo.emoji.job --recipe full --minutes 9 --data data/emoji --work /tmp/emoji --out OUT
 
-Say the same again and it continues where it was killed or ran out of time; a finished stage is skipped. ``--resume``
-starts an empty work folder from packed models (those of ``diffaccel/zoo``), when the machine that trained them and
-its optimiser state are gone.
+The same command continues where it was killed or ran out of time, and skips finished stages. ``--resume`` starts an
+empty work folder from packed models (those of ``diffaccel/zoo``), when the optimiser state is lost.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from scripts.zoo.emoji import clip, data, export, flow, recipe_flow, scenes, sco
 from scripts.zoo.emoji import recipe as data_recipe
 
 STAGES = ("clip", "vae", "flow", "export", "score")
-_EXPORT_SECONDS = 20  # kept free at the end of a job, so that what was trained comes back
+_EXPORT_SECONDS = 20  # reserved at the end of a job, so that the result is exported
 _SCORE_SECONDS = 75
 
 
 class Job:
-    """One call: recipes, folders, deadline, and the data when a stage asks for it."""
+    """One call: recipes, folders, deadline, and data that is loaded when a stage needs it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.recipe = recipe_flow.get(options.recipe)
@@ -39,8 +38,8 @@ class Job:
         self.data, self.work, self.out = options.data, options.work, options.out or options.work
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.seed, self.count = options.seed, options.count
-        kept = _EXPORT_SECONDS + (_SCORE_SECONDS if "score" in options.stages else 0)
-        self.train_until = Deadline(60 * options.minutes - kept)
+        reserved = _EXPORT_SECONDS + (_SCORE_SECONDS if "score" in options.stages else 0)
+        self.train_until = Deadline(60 * options.minutes - reserved)
         self.last = options.last
         if options.resume and not (self.work / "flow.safetensors").exists():
             self.work.mkdir(parents=True, exist_ok=True)
@@ -52,6 +51,7 @@ class Job:
 
     @cached_property
     def world(self) -> world.World:
+        """The whole world."""
         return world.load(self.data)
 
     @cached_property
@@ -61,24 +61,27 @@ class Job:
 
     @cached_property
     def flow_world(self) -> world.World:
+        """The part of the world that the flow model learns."""
         return data.restrict(self.world, self.recipe.labels) if self.recipe.labels else self.world
 
     @cached_property
     def flow_scenes(self) -> scenes.Scenes:
+        """Scenes of :attr:`flow_world`."""
         if not self.recipe.labels:
             return self.scenes
         return scenes.build(self.flow_world, self.data_recipe, self.seed, self.device)
 
     @cached_property
     def images(self) -> vae.Images:
+        """Pictures of :attr:`scenes` by index and size."""
         return data.pictures(self.scenes)
 
     def clip(self) -> None:
-        """Both tokenizers, CLIP-A and CLIP-B, and A's text tower as the pipeline's text encoder."""
+        """Train both tokenizers, CLIP-A and CLIP-B, and export A's text tower as the pipeline's text encoder."""
         clip.train(self.scenes, self.data_recipe, self.work, deadline=self.train_until, seed=self.seed)
 
     def vae(self) -> None:
-        """The autoencoder."""
+        """Train the autoencoder, and measure it when it is finished."""
         if vae.load(self.work, "cpu") is None:
             trained = vae.train(
                 self.images,
@@ -95,26 +98,25 @@ class Job:
                 print("vae PSNR, dB:", quality, flush=True)
 
     def flow(self) -> None:
-        """The transformer and its T5, once everything they read is there."""
+        """Train the transformer and its T5, once everything that they need exists."""
         needed = ("vae", "text_encoder", "tokenizer", "tokenizer_2")
         if missing := [name for name in needed if not (self.work / name).is_dir()]:
             print(f"flow: waits for {', '.join(missing)}; run the job again", flush=True)
             return
         autoencoder = vae.load(self.work, self.device)
-        made = self.flow_scenes
-        images = self.images if made is self.scenes else data.pictures(made)
-        table = flow.tabulate(images, made.captions, autoencoder, self.work, self.device)
-        weights = made.sampler(self.recipe.flow.shares)
+        images = self.images if self.flow_scenes is self.scenes else data.pictures(self.flow_scenes)
+        table = flow.tabulate(images, self.flow_scenes.captions, autoencoder, self.work, self.device)
+        weights = self.flow_scenes.sampler(self.recipe.flow.shares)
         recipe = self.recipe
         if self.last:
-            # The learning rate must have fallen when the time is over, however long the earlier calls took.
-            done = export.training_state(self.work / "flow.safetensors")["seconds"]
-            plan = replace(recipe.flow.plan, seconds=done + max(self.train_until.left(), 1.0), samples=math.inf)
+            # The learning-rate schedule must end with this call, however long the earlier ones took.
+            elapsed = export.training_state(self.work / "flow.safetensors")["seconds"]
+            plan = replace(recipe.flow.plan, seconds=elapsed + max(self.train_until.left(), 1.0), samples=math.inf)
             recipe = replace(recipe, flow=replace(recipe.flow, plan=plan))
         flow.train(table, weights, self.work, recipe, deadline=self.train_until, device=self.device, seed=self.seed)
 
     def export(self) -> None:
-        """Packed models, as parts of one tar, and every loss curve: all that must leave the machine."""
+        """Write the packed models, as parts of one tar, and every loss curve: all that must leave the machine."""
         curves = [line for file in sorted(self.work.glob("*.jsonl")) for line in _named(file)]
         (self.out / "curves.jsonl").write_text("\n".join(curves) + "\n")
         if not (self.work / "flow.safetensors").is_file():
@@ -128,11 +130,11 @@ class Job:
             print(f"export: {part} {part.stat().st_size / 1e6:.1f} MB", flush=True)
 
     def score(self) -> None:
-        """Measure what was exported; a card with the numbers follows from a second export."""
+        """Measure the exported models, and export them again with the numbers in their cards."""
         if not (self.work / "zoo" / export.PIPELINE).is_dir():
             return
-        loss = [json.loads(line).get("loss128") for line in (self.work / "flow.jsonl").read_text().splitlines()]
-        loss = [value for value in loss if value is not None]
+        entries = [json.loads(line) for line in (self.work / "flow.jsonl").read_text().splitlines()]
+        losses = [entry["loss128"] for entry in entries if entry.get("loss128") is not None]
         pipe, judge = export.reload(self.work / "zoo", self.work / "plain", self.device)
         report = score.score(
             pipe,
@@ -140,15 +142,15 @@ class Job:
             self.flow_world,
             self.recipe,
             self.work,
-            judged=json.loads((self.work / "clip_b.json").read_text()),
+            judge_metrics=json.loads((self.work / "clip_b.json").read_text()),
             count=self.count,
-            loss=sum(loss[-5:]) / len(loss[-5:]) if loss else None,
+            loss=sum(losses[-5:]) / len(losses[-5:]) if losses else None,
         )
-        # The bf16 weights are only here, so what int8 costs is measured here.
+        # The bf16 weights do not leave this machine, so the loss of int8 is measured here.
         original = export.assemble(self.work, self.recipe, torch.bfloat16).to(self.device, torch.float32)
         settings = {"size": self.recipe.default_size, "steps": self.recipe.default_steps}
-        loss_of_packing = score.rounding(original, pipe, guidance=self.recipe.default_guidance, **settings)
-        report["quality"]["int8 against bf16, PSNR in dB"] = round(loss_of_packing, 2)
+        psnr = score.rounding(original, pipe, guidance=self.recipe.default_guidance, **settings)
+        report["quality"]["int8 against bf16, PSNR in dB"] = round(psnr, 2)
         (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         for name in ("report.json", "grid.png"):
             if self.out != self.work:
@@ -157,7 +159,7 @@ class Job:
 
 
 def _named(curve: Path) -> list[str]:
-    """The lines of a loss curve, each with the name of its model."""
+    """Return the lines of a loss curve, each with the name of its model."""
     return [json.dumps({"model": curve.stem, **json.loads(line)}) for line in curve.read_text().splitlines()]
 
 

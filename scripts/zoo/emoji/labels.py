@@ -1,7 +1,7 @@
-"""Which emoji make up the world: rules over emojibase groups and subgroups, as data, each with its reason.
+"""Which emoji are in the world: rules over emojibase groups and subgroups, as data, each with its reason.
 
-A smaller world drawn well beats a large one drawn badly: what differs only in a detail that 64 pixels cannot show, what
-is writing, and everything with people (and with them skin tones and couples) or flags is left out.
+A small world drawn well is worth more than a large one drawn badly. So emoji are left out that differ only in a detail
+which 64 pixels cannot show, that are writing, or that show people (with skin tones and couples) or flags.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Emojibase group -> the category of the world that it belongs to. Groups without an entry are left out whole:
+# Emojibase group -> category of the world. Groups without an entry are left out whole:
 # people-body (people, hands, skin tones, couples), component (skin tones, hair) and flags.
 CATEGORIES = {
     "smileys-emotion": "face",
@@ -229,13 +229,13 @@ _PEOPLE = re.compile(
 
 
 def clean(label: str) -> str:
-    """A label as captions write it: lower case, plain letters, no typographic marks."""
+    """Normalise a label for captions: lower case, plain letters, no typographic marks."""
     plain = unicodedata.normalize("NFKD", label.lower().replace("’", "'"))
     return re.sub(r"\s+", " ", "".join(c for c in plain if not unicodedata.combining(c))).strip()
 
 
 def mentions_people_or_flags(text: str) -> bool:
-    """True for words that have no place in this world's labels and tags."""
+    """Return whether a label or tag mentions people or flags, which the world leaves out."""
     return bool(_PEOPLE.search(text.lower().replace("'", "’")))
 
 
@@ -244,17 +244,19 @@ def _dropped() -> set[str]:
 
 
 def unmatched(labels: Iterable[str]) -> list[str]:
-    """Names in the rules that no label has: a misspelt rule would silently keep what it means to drop."""
-    known = {label.lower() for label in labels}
+    """Return names in the rules that no label has: a misspelt rule would silently keep what it should drop."""
+    existing = {label.lower() for label in labels}
     named = _dropped() | {label for kept in KEPT_ONLY.values() for label in kept}
-    return sorted(named - known)
+    return sorted(named - existing)
 
 
 def select(entries: Iterable[Mapping[str, Any]], available: Iterable[set[str]]) -> list[dict[str, Any]]:
-    """The world's emoji, in Unicode order: entries with ``key, label, tags, group, subgroup``.
+    """Select the world's emoji, in Unicode order.
 
-    ``available`` holds, for each style, the keys that it has a picture of; an emoji needs all of them, so that
-    withholding a style means the same for every label.
+    Args:
+        entries: emoji with ``key, label, tags, group, subgroup``.
+        available: for each style, the keys of its pictures. An emoji needs all styles, so that withholding one means
+            the same for every label.
     """
     styles, dropped = list(available), _dropped()
     chosen = []

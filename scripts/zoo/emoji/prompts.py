@@ -1,8 +1,8 @@
-"""The prompt set that comes with the package: what emoji-flux was never trained on, all kinds in turn.
+"""Make the package's prompt set: combinations that emoji-flux was never trained on, all kinds in turn.
 
     python -m scripts.zoo.emoji.prompts --data data/emoji --out eval/prompt_sets/emoji-1000.jsonl
 
-More of them, for what has to be told apart finely:
+A larger set, for comparisons that need narrow intervals:
 
     python -m scripts.zoo.emoji.prompts --count 8000 --without emoji-1000 --out data/emoji/emoji-7000.jsonl
 """
@@ -43,8 +43,8 @@ def main() -> None:
     sets = heldout.build(restrict(world, recipe.labels) if recipe.labels else world, size=options.count)
     turns = zip_longest(*([(kind, text) for text in sets[kind].plain] for kind in KINDS))
     chosen = list(dict.fromkeys(pair for turn in turns for pair in turn if pair))[: options.count]
-    known = {text for name in options.without for text in prompts.read(name).texts}
-    chosen = [(kind, text) for kind, text in chosen if text not in known]
+    excluded = {text for name in options.without for text in prompts.read(name).texts}
+    chosen = [(kind, text) for kind, text in chosen if text not in excluded]
     rows = [json.dumps({"prompt": text, "category": kind}, ensure_ascii=False) for kind, text in chosen]
     write_text(options.out, "\n".join(rows) + "\n")
     for kind, number in Counter(kind for kind, _ in chosen).items():

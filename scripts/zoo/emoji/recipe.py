@@ -1,4 +1,4 @@
-"""Sizes, batches and seconds of the data and CLIP stages: "full" for one GPU, "cpu" for debugging on two cores."""
+"""Sizes, batches and durations of the data and CLIP stages: "full" for one GPU, "cpu" for debugging on two cores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffaccel.errors import unknown
 
 @dataclass(frozen=True, kw_only=True)
 class SceneCounts:
-    """How many scenes of each kind are made. ``variants`` is a number for every training icon."""
+    """Number of scenes of each kind; ``variants`` is the number per training icon."""
 
     variants: int
     exact: int  # of the variants: the icon fills the canvas
@@ -31,14 +31,14 @@ class ClipRecipe:
     batch: int
     lr: float
     seconds: float
-    caption: int  # which of a scene's two captions it reads
+    caption: int  # index of the scene's caption that it reads, 0 or 1
     weight_decay: float = 0.1
     warmup: int = 100
     ema: float = 0.998
-    contradicted: float = 1.0  # share of a batch that brings a false caption
-    damaged: float = 0.25  # share of a batch that comes once more as a picture that its caption is false of
-    hard_weight: float = 0.5  # of the losses of each scene against its own false caption and shuffled picture
-    # Random changes of a picture, at most: degrees, factor of size, pixels of translation, share of ink.
+    contradicted: float = 1.0  # share of a batch that adds a false caption
+    damaged: float = 0.25  # share of a batch that adds a damaged picture, of which its caption is false
+    hard_weight: float = 0.5  # weight of the losses of each scene against its own false caption and damaged picture
+    # Maximum of the random augmentations: rotation in degrees, scale, translation in pixels, share of ink.
     turn: float = 12.0
     zoom: float = 1.15
     shift: float = 6.0
@@ -47,12 +47,12 @@ class ClipRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that the data and CLIP stages of one recipe need."""
+    """Settings of the data and CLIP stages."""
 
     name: str
-    size: int  # pixels that the CLIPs see
+    size: int  # of the CLIPs' pictures, in pixels
     scenes: SceneCounts
-    # How often training draws from each kind.
+    # Probability with which training draws from each kind.
     shares: dict[str, float] = field(
         default_factory=lambda: {"single": 0.46, "colour": 0.14, "pair": 0.18, "colour_pair": 0.12, "count": 0.10}
     )
@@ -96,7 +96,7 @@ FULL = Recipe(
     ),
 )
 
-# Half the side, a quarter of the pixels; narrow towers. It debugs the code and trains an interim model.
+# Half the side and narrow towers: it is for debugging the code.
 CPU = Recipe(
     name="cpu",
     size=64,
@@ -143,6 +143,7 @@ RECIPES = {recipe.name: recipe for recipe in (FULL, CPU)}
 
 
 def get(name: str) -> Recipe:
+    """Return the recipe of that name."""
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]

@@ -12,7 +12,7 @@ from diffaccel.training.loop import TrainingPlan
 class VAERecipe:
     """The autoencoder: 8x smaller latents of 16 channels, as FLUX has them.
 
-    ``cycle`` is the order of step kinds (see ``vae.STEPS``), ``batch`` how many images one step of a kind takes.
+    ``cycle`` is the order of step kinds (see ``vae.STEPS``), ``batch`` the number of images in a step of each kind.
     """
 
     channels: tuple[int, int, int, int]
@@ -31,7 +31,7 @@ class FlowRecipe:
 
     One step takes ``tokens`` tokens in all: a batch of ``tokens // (image tokens + text length)`` pictures, rounded
     down to a multiple of 8. Sizes follow ``cycle``; text lengths are drawn with the probabilities of ``lengths``.
-    The long ones are rare, and there so that stock FLUX's default of 512 text tokens works.
+    Long ones are rare; they are there so that stock FLUX's default of 512 text tokens works.
     """
 
     heads: int
@@ -52,7 +52,7 @@ class FlowRecipe:
     t_mean: dict[int, float] = field(default_factory=lambda: {64: 0.0, 128: 0.2})  # t = sigmoid(N(mean, 1))
     shares: dict[str, float] = field(
         default_factory=lambda: {"single": 0.40, "colour": 0.12, "pair": 0.18, "colour_pair": 0.10, "count": 0.20}
-    )  # how often training draws from each kind of scene; small things, of which counts are made, take longest
+    )  # probability of each kind of scene in training; the small icons of counts are learnt last
     plan: TrainingPlan
 
     @property
@@ -62,20 +62,20 @@ class FlowRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that this file decides, under one name."""
+    """Settings of the autoencoder and the flow model."""
 
     name: str
     vae: VAERecipe
     flow: FlowRecipe
-    labels: tuple[str, ...] | None = None  # the part of the world that the flow model learns; None: all of it
+    labels: tuple[str, ...] | None = None  # labels that the flow model learns; None: all
     default_size: int
     default_steps: int = 8
     default_guidance: float = 3.0
-    # Pictures' text is short: 32 tokens hold every caption, and 480 more would only cost time.
+    # 32 tokens hold every caption; FLUX's 512 would only cost time.
     default_text_length: int = 32
 
 
-# What two cores can learn in an hour: plain things that everybody knows, in all three styles.
+# What two cores can learn in an hour: common things, in all three styles.
 FEW_LABELS = tuple(
     "grinning face|smiling face with heart-eyes|face with tears of joy|winking face|smiling face with sunglasses"
     "|crying face|enraged face|sleeping face|skull|ghost|alien|robot|red heart|blue heart|green heart|broken heart"
@@ -153,7 +153,7 @@ RECIPES = {recipe.name: recipe for recipe in (FULL, CPU)}
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name."""
+    """Return the recipe of that name."""
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]

@@ -1,9 +1,9 @@
-"""Draw the world's emoji at 128 x 128 with alpha and pack them, so that training needs no SVG renderer.
+"""Render the world's emoji at 128 x 128 with alpha and pack them, so that training needs no SVG renderer.
 
     python -m scripts.zoo.emoji.render --data data/emoji
 
-reads what ``fetch`` left and writes ``icons.zip``: one WebP a style and emoji, lossless for Noto and Twemoji (rendered
-here) and as fetched for Fluent. ``world.json.xz`` and ``icons.zip`` are all that a training machine needs.
+reads the files of ``fetch`` and writes ``icons.zip``: one WebP per style and emoji, lossless for Noto and Twemoji
+(rendered here) and as fetched for Fluent. ``world.json.xz`` and ``icons.zip`` are all that a training machine needs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ICONS = "icons.zip"
 
 
 def svg(body: str, width: float, height: float) -> str:
-    """A whole SVG document around an Iconify body, square: a narrow emoji is centred."""
+    """Wrap an Iconify body in a square SVG document, with the emoji centred."""
     side = max(width, height)
     box = f"{(width - side) / 2:g} {(height - side) / 2:g} {side:g} {side:g}"
     return (
@@ -37,19 +37,19 @@ def svg(body: str, width: float, height: float) -> str:
 
 
 def draw(icon: dict) -> bytes:
-    """A lossless WebP of one SVG emoji; system fonts are left out so that every machine draws the same."""
+    """Render one SVG emoji to a lossless WebP, without system fonts, so that every machine draws the same."""
     import resvg_py
     from PIL import Image
 
     document = svg(icon["body"], icon["width"], icon["height"])
     png = resvg_py.svg_to_bytes(svg_string=document, width=ICON, height=ICON, skip_system_fonts=True)
-    out = io.BytesIO()
-    Image.open(io.BytesIO(bytes(png))).convert("RGBA").save(out, "WEBP", lossless=True, quality=60, method=4)
-    return out.getvalue()
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(bytes(png))).convert("RGBA").save(buffer, "WEBP", lossless=True, quality=60, method=4)
+    return buffer.getvalue()
 
 
 def render(folder: Path, *, force: bool = False) -> Path:
-    """Make ``icons.zip`` unless it is there with every emoji of the world."""
+    """Make ``icons.zip``, unless it exists with every emoji of the world."""
     keys = [emoji["key"] for emoji in read_json(folder / WORLD)["emoji"]]
     target = folder / ICONS
     expected = [f"{style}/{key}.webp" for style in STYLES for key in keys]
@@ -78,16 +78,16 @@ def _decode(data: bytes) -> np.ndarray:
 
 
 def read(folder: Path, names: Iterable[str]) -> np.ndarray:
-    """Icons by name (``style/key.webp``): uint8 (N, 128, 128, 4), straight alpha."""
+    """Read icons by name (``style/key.webp``): uint8 (N, 128, 128, 4), straight alpha."""
     path = folder / ICONS
     if not path.exists():
         raise DiffAccelError(f"'{path}' is missing; make it with: python -m scripts.zoo.emoji.render --data {folder}")
     with zipfile.ZipFile(path) as packed:
-        known = set(packed.namelist())
+        packed_names = set(packed.namelist())
         names = list(names)
-        if lost := [name for name in names if name not in known]:
+        if missing := [name for name in names if name not in packed_names]:
             raise DiffAccelError(
-                f"'{path}' lacks {len(lost)} icons ('{lost[0]}', ...); make it again with: "
+                f"'{path}' lacks {len(missing)} icons ('{missing[0]}', ...); make it again with: "
                 f"python -m scripts.zoo.emoji.render --data {folder}"
             )
         data = [packed.read(name) for name in names]

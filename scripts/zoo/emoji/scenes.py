@@ -1,4 +1,4 @@
-"""Tables of scenes: what is where, its captions, its ground truth, and its picture on demand.
+"""Tables of scenes: icons and their places, captions, ground truth, and pictures drawn on demand.
 
 >>> scenes = build(load("data/emoji"), recipe.get("cpu"), seed=0, device="cpu")
 >>> scenes.images(index, 64)          # (B, 3, 64, 64) in [-1, 1]
@@ -29,18 +29,18 @@ from scripts.zoo.emoji.world import COLOURS, COUNTS, World, withheld_count, with
 
 KINDS = ("single", "colour", "pair", "colour_pair", "count")
 PAIRS = ("pair", "colour_pair")
-_CHUNK = {"cpu": 64, "cuda": 2048}  # scenes composed at a time: what a cache holds, what fills a device
+_CHUNK = {"cpu": 64, "cuda": 2048}  # scenes composed at a time: so many fit a CPU's cache, or fill a GPU
 
 
 @dataclass(frozen=True)
 class Row:
-    """One scene before it becomes a line of the table."""
+    """One scene: icons, colours and boxes by slot."""
 
     kind: str
-    icons: tuple[int, ...]  # one a slot
-    colours: tuple[int, ...]  # one a slot, -1 for the icon's own
-    boxes: tuple[tuple[float, float, float], ...]  # (x, y, size) a slot
-    stacked: bool = False
+    icons: tuple[int, ...]
+    colours: tuple[int, ...]  # -1 for the icon's own
+    boxes: tuple[tuple[float, float, float], ...]  # (x, y, size)
+    stacked: bool = False  # of a pair: one above the other
 
 
 class Scenes:
@@ -52,13 +52,14 @@ class Scenes:
         self.kind = torch.tensor([KINDS.index(row.kind) for row in rows], device=self.device)
         self.placed = self._table().to(self.device)
         self._icons = world.icons.to(self.device)
-        self._kept: dict[int, torch.Tensor] = {}
+        self._drawn: dict[int, torch.Tensor] = {}  # size: 8-bit pictures
         self.chunk = _CHUNK.get(self.device.type, 256)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _table(self) -> Placed:
+        """Return the rows as tensors."""
         icon = torch.full((len(self.rows), SLOTS), -1)
         colour = torch.full((len(self.rows), SLOTS), -1)
         box = torch.zeros(len(self.rows), SLOTS, 3)
@@ -70,7 +71,7 @@ class Scenes:
         return Placed(icon, colour, *box.unbind(-1))
 
     def facts(self, i: int) -> Facts:
-        """The ground truth of a scene: labels, colours (index into COLOURS or None), style, count, arrangement."""
+        """Return the ground truth of a scene: labels, colours (indices or None), style, count, arrangement."""
         row, world = self.rows[i], self.world
         slots = slice(0, 1) if row.kind == "count" else slice(None)
         return Facts(
@@ -87,14 +88,14 @@ class Scenes:
 
     @cached_property
     def captions(self) -> tuple[list[str], list[str]]:
-        """Two captions a scene: [0] has tags of even hash, [1] of odd; what reads one has not read the other."""
+        """Two captions per scene: [0] with tags of even hash, [1] of odd, so that the two share no tag."""
         return self._captions(0), self._captions(1)
 
     def _seed(self, k: int, i: int) -> str:
         return f"{self.seed}:{k}:{i}"
 
     def related(self, k: int) -> list[bool]:
-        """Whether caption k of a scene tells the order of a pair."""
+        """Return whether caption k of each scene tells the order of a pair."""
         return [
             row.kind in PAIRS and random.Random(f"{self._seed(k, i)}:related").random() < words.RELATED
             for i, row in enumerate(self.rows)
@@ -113,20 +114,20 @@ class Scenes:
 
     @cached_property
     def plain(self) -> list[str]:
-        """One caption a scene in the template "{x}, {style}", pairs with their relation: what evaluation asks for."""
+        """One caption per scene in the template "{x}, {style}", pairs with their relation, for evaluation."""
         rng = random.Random(f"{self.seed}:plain")
         return [words.caption(self.facts(i), rng, related=True, plain=True) for i in range(len(self))]
 
     def contradictions(self, k: int) -> list[str]:
-        """Caption k of each scene, false in one thing (captions.contradiction)."""
+        """Return caption k of each scene with one fact changed (captions.contradiction)."""
         members: dict[str, list[str]] = {}
         for label, group in zip(self.world.labels, self.world.group, strict=True):
             members.setdefault(group, []).append(label)
         group_of = dict(zip(self.world.labels, self.world.group, strict=True))
-        found = []
+        texts = []
         for i, related in enumerate(self.related(k)):
             facts = self.facts(i)
-            found.append(
+            texts.append(
                 words.contradiction(
                     facts,
                     self._seed(k, i),
@@ -137,19 +138,19 @@ class Scenes:
                     related=related,
                 )
             )
-        return found
+        return texts
 
     def images(self, index: torch.Tensor, size: int = CANVAS) -> torch.Tensor:
-        """Pictures of scenes ``index`` (B,): (B, 3, size, size) in [-1, 1]; ``size`` is 128, or a divisor of it."""
+        """Draw scenes ``index`` (B,), (B, 3, size, size) in [-1, 1]; ``size`` is 128 or a divisor of it."""
         index = torch.as_tensor(index, device=self.device)
-        if size in self._kept:
-            return self._kept[size][index].float() / 127.5 - 1
+        if size in self._drawn:
+            return self._drawn[size][index].float() / 127.5 - 1
         if CANVAS % size:
             raise DiffAccelError(f"size is {size}; scenes are drawn at {CANVAS} pixels or a divisor of that.")
         parts = []
         for chunk in index.split(self.chunk):
-            if CANVAS in self._kept:
-                picture = self._kept[CANVAS][chunk].float() / 255
+            if CANVAS in self._drawn:
+                picture = self._drawn[CANVAS][chunk].float() / 255
             else:
                 picture = compose(self._icons, self.placed[chunk])
             parts.append(F.avg_pool2d(picture, CANVAS // size) if size < CANVAS else picture)
@@ -157,15 +158,15 @@ class Scenes:
 
     def keep(self, size: int) -> Scenes:
         """Draw every scene once and keep 8-bit pictures, which ``images`` then looks up (or pools, if kept at 128)."""
-        if size not in self._kept and CANVAS not in self._kept:
-            kept = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
+        if size not in self._drawn and CANVAS not in self._drawn:
+            pictures = torch.empty(len(self), 3, size, size, dtype=torch.uint8, device=self.device)
             for chunk in torch.arange(len(self), device=self.device).split(self.chunk):
-                kept[chunk] = ((self.images(chunk, size) + 1) * 127.5).round().to(torch.uint8)
-            self._kept[size] = kept
+                pictures[chunk] = ((self.images(chunk, size) + 1) * 127.5).round().to(torch.uint8)
+            self._drawn[size] = pictures
         return self
 
     def sampler(self, shares: Mapping[str, float]) -> torch.Tensor:
-        """Weights (n,) over scenes under which each kind has its share: for ``torch.multinomial``."""
+        """Return weights (n,) for ``torch.multinomial``, under which each kind of scene has its share."""
         weights = torch.zeros(len(self), device=self.device)
         for kind, share in shares.items():
             if kind not in KINDS:
@@ -176,7 +177,7 @@ class Scenes:
 
 
 def boxes(kind: str, number: int, rng: np.random.Generator, *, stacked: bool = False) -> tuple:
-    """Places (x, y, size) of a scene's icons: apart by design, so that connected parts can be counted."""
+    """Draw the places (x, y, size) of a scene's icons, always apart, so that connected parts can be counted."""
     if number == 1:
         size = CANVAS * rng.uniform(0.82, 1.0)
         slack = (CANVAS - size) / 2
@@ -198,21 +199,21 @@ FILLED = ((CANVAS / 2, CANVAS / 2, float(CANVAS)),)  # the icon fills the canvas
 
 
 def countable(world: World) -> torch.Tensor:
-    """(N,) bool: icons that are one connected part when they are small, of labels that have a plural.
+    """Return which icons are one connected part when small, and have a label with a plural: (N,) bool.
 
-    Sums of whole numbers only, so that every machine makes the same scenes.
+    Only integers are summed, so that every machine makes the same scenes.
     """
-    found = []
+    counts = []
     for icons in world.icons.split(256):
         alpha, darkness = icons[..., 3].float(), 255 - icons[..., :3].amin(-1).float()
         cells = F.avg_pool2d((alpha * darkness)[:, None], 8, divisor_override=1)[:, 0]  # 16 x 16 sums below 2^24
-        found.append(checks.parts(cells > 64 * 6502, 4))
+        counts.append(checks.parts(cells > 64 * 6502, 4))
     plural = torch.tensor([words.can_be_counted(label) for label in world.labels])
-    return (torch.cat(found) == 1) & plural[world.icon_label]
+    return (torch.cat(counts) == 1) & plural[world.icon_label]
 
 
-class _Maker:
-    """Draws rows that training may show."""
+class _TrainingRows:
+    """Draws scenes that training may show."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world, self.rng = world, np.random.default_rng(seed)
@@ -222,23 +223,27 @@ class _Maker:
         self.by_style = [[i for i in self.icons if self.style_of[i] == s] for s in range(len(world.styles))]
         allowed = world.colour_training.tolist()
         self.colours_of = [[c for c in range(len(COLOURS)) if row[c]] for row in allowed]
-        self.turnable = [i for i in self.icons if self.colours_of[self.label_of[i]]]
-        ok = countable(world).tolist()
-        self.counted = [i for i in self.icons if ok[i]]
+        self.recolourable = [i for i in self.icons if self.colours_of[self.label_of[i]]]
+        is_countable = countable(world).tolist()
+        self.countable = [i for i in self.icons if is_countable[i]]
 
     def pick(self, pool: list[int]) -> int:
+        """Draw one element of a list."""
         return pool[self.rng.integers(len(pool))]
 
     def colour(self, icon: int, chance: float = 1.0) -> int:
+        """Draw a colour that an icon may have; -1, its own, with probability ``1 - chance`` or where there is none."""
         pool = self.colours_of[self.label_of[icon]]
         return self.pick(pool) if pool and self.rng.random() < chance else -1
 
     def colour_scene(self) -> Row:
-        icon = self.pick(self.turnable)
-        where = FILLED if self.rng.random() < 0.3 else boxes("colour", 1, self.rng)
-        return Row("colour", (icon,), (self.colour(icon),), where)
+        """Draw one recoloured icon."""
+        icon = self.pick(self.recolourable)
+        places = FILLED if self.rng.random() < 0.3 else boxes("colour", 1, self.rng)
+        return Row("colour", (icon,), (self.colour(icon),), places)
 
     def pair(self, kind: str, chance: float) -> Row:
+        """Draw two icons of one style, each recoloured with probability ``chance``."""
         pool = self.by_style[self.rng.integers(len(self.by_style))]
         while True:
             icons = (self.pick(pool), self.pick(pool))
@@ -250,8 +255,9 @@ class _Maker:
         return Row(kind, icons, colours, boxes(kind, 2, self.rng, stacked=stacked), stacked)
 
     def count(self) -> Row:
+        """Draw one icon two to four times."""
         while True:
-            icon, number = self.pick(self.counted), COUNTS[self.rng.integers(len(COUNTS))]
+            icon, number = self.pick(self.countable), COUNTS[self.rng.integers(len(COUNTS))]
             if not withheld_count(self.world.labels[self.label_of[icon]], number):
                 break
         colour = self.colour(icon, 0.3)
@@ -259,15 +265,15 @@ class _Maker:
 
 
 def build(world: World, recipe: Recipe, seed: int, device: str | torch.device) -> Scenes:
-    """The training scenes of a recipe: nothing withheld is in them."""
-    make, counts = _Maker(world, seed), recipe.scenes
+    """Build the training scenes of a recipe, without any withheld combination."""
+    draw, counts = _TrainingRows(world, seed), recipe.scenes
     rows = []
-    for icon in make.icons:
+    for icon in draw.icons:
         rows += [Row("single", (icon,), (-1,), FILLED)] * counts.exact
         for _ in range(counts.variants - counts.exact):
-            rows.append(Row("single", (icon,), (-1,), boxes("single", 1, make.rng)))
-    rows += [make.colour_scene() for _ in range(counts.colour)]
-    rows += [make.pair("pair", 0.0) for _ in range(counts.pair)]
-    rows += [make.pair("colour_pair", 0.8) for _ in range(counts.colour_pair)]
-    rows += [make.count() for _ in range(counts.count)]
+            rows.append(Row("single", (icon,), (-1,), boxes("single", 1, draw.rng)))
+    rows += [draw.colour_scene() for _ in range(counts.colour)]
+    rows += [draw.pair("pair", 0.0) for _ in range(counts.pair)]
+    rows += [draw.pair("colour_pair", 0.8) for _ in range(counts.colour_pair)]
+    rows += [draw.count() for _ in range(counts.count)]
     return Scenes(world, rows, seed=seed, device=device)

@@ -1,9 +1,9 @@
-"""How good the pipeline is, measured: the acceptance table, a grid of 24 fixed prompts, and CPU latency.
+"""Measure the pipeline: the acceptance table, a grid of 24 fixed prompts, and CPU latency.
 
     python -m scripts.zoo.emoji.score --data data/emoji --out OUT [--count 128]    # of the shipped models, judge too
 
-Everything is judged by the CLIP that the pipeline never saw and by pixel checks, beside the same measure of real
-pictures and of real pictures that went through the autoencoder. ``grid.png`` shows failures as they are.
+Pictures are measured by the judge, a CLIP that the pipeline does not use, and by pixel checks, beside real pictures and
+real pictures that went through the autoencoder. ``grid.png`` includes failures.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,47 +59,47 @@ GRID = (
 
 
 class Judge:
-    """An open_clip folder as a function of pictures (B, 3, s, s) in [-1, 1]."""
+    """Features of pictures (B, 3, s, s) in [-1, 1] and of texts, by the CLIP of an open_clip folder."""
 
     def __init__(self, folder: Path, device: str) -> None:
         import open_clip
 
-        where = f"local-dir:{folder}"
-        self.model, _, _ = open_clip.create_model_and_transforms(where, require_pretrained=True)
+        name = f"local-dir:{folder}"
+        self.model, _, _ = open_clip.create_model_and_transforms(name, require_pretrained=True)
         self.model.to(device).eval().requires_grad_(False)
-        self.tokenizer, self.device = open_clip.get_tokenizer(where), device
+        self.tokenizer, self.device = open_clip.get_tokenizer(name), device
         size = self.model.visual.image_size
         self.size = size if isinstance(size, int) else size[0]
 
     def images(self, pictures: Tensor) -> Tensor:
-        """Features before normalisation, (B, D)."""
-        done = []
-        for part in pictures.split(128):
-            x = part.to(self.device)
+        """Return the features of pictures before normalisation, (B, D)."""
+        features = []
+        for batch in pictures.split(128):
+            x = batch.to(self.device)
             if x.shape[-1] != self.size:
                 mode = {"mode": "area"} if x.shape[-1] > self.size else {"mode": "bilinear", "antialias": True}
                 x = F.interpolate(x, self.size, **mode)
-            done.append(self.model.encode_image(x).float().cpu())
-        return torch.cat(done)
+            features.append(self.model.encode_image(x).float().cpu())
+        return torch.cat(features)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Normalised features (B, D)."""
-        done = [
+        """Return the normalised features of texts, (B, D)."""
+        features = [
             self.model.encode_text(self.tokenizer(list(texts[i : i + 256])).to(self.device)).float().cpu()
             for i in range(0, len(texts), 256)
         ]
-        return F.normalize(torch.cat(done), dim=1)
+        return F.normalize(torch.cat(features), dim=1)
 
 
 def draw(pipe: Any, prompts: Sequence[str], *, size: int, steps: int, guidance: float, seed: int, batch: int) -> Tensor:
-    """Pictures (N, 3, size, size) in [-1, 1]; picture i depends on prompt i and seed + i alone."""
-    done = []
+    """Draw pictures (N, 3, size, size) in [-1, 1]; picture i depends on prompt i and seed + i alone."""
+    pictures = []
     for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(part))]
-        out = pipe(
-            part,
-            negative_prompt=[""] * len(part),
+        texts = list(prompts[start : start + batch])
+        generators = [torch.Generator("cpu").manual_seed(seed + start + i) for i in range(len(texts))]
+        images = pipe(
+            texts,
+            negative_prompt=[""] * len(texts),
             true_cfg_scale=guidance,
             height=size,
             width=size,
@@ -108,48 +108,48 @@ def draw(pipe: Any, prompts: Sequence[str], *, size: int, steps: int, guidance: 
             generator=generators,
             output_type="pt",
         ).images
-        done.append(out.float().cpu() * 2 - 1)
-    return torch.cat(done)
+        pictures.append(images.float().cpu() * 2 - 1)
+    return torch.cat(pictures)
 
 
 def zero_shot(judge: Judge, world: World, scenes: Scenes, pictures: Tensor) -> tuple[float, float]:
-    """Share of single scenes whose label is the judge's first, or among its first five, of all labels of the style."""
+    """Return top-1 and top-5 accuracy of the judge on single scenes, among all labels of their style."""
     features = F.normalize(judge.images(pictures), dim=1)
-    places = torch.empty(len(pictures), dtype=torch.long)
+    ranks = torch.empty(len(pictures), dtype=torch.long)
     style = torch.tensor([int(world.icon_style[row.icons[0]]) for row in scenes.rows])
     label = torch.tensor([int(world.icon_label[row.icons[0]]) for row in scenes.rows])
     for s, word in enumerate(world.styles):
-        mine = style == s
-        if mine.any():
-            scores = features[mine] @ judge.texts([f"{name}, {word}" for name in world.labels]).T
-            own = scores.gather(1, label[mine][:, None])
-            places[mine] = (scores > own).sum(1)
-    return (places < 1).float().mean().item(), (places < 5).float().mean().item()
+        rows = style == s
+        if rows.any():
+            scores = features[rows] @ judge.texts([f"{name}, {word}" for name in world.labels]).T
+            true_score = scores.gather(1, label[rows][:, None])
+            ranks[rows] = (scores > true_score).sum(1)
+    return (ranks < 1).float().mean().item(), (ranks < 5).float().mean().item()
 
 
 def cosine(judge: Judge, prompts: Sequence[str], pictures: Tensor) -> float:
-    """Mean cosine between pictures and their prompts."""
+    """Return the mean cosine between pictures and their prompts."""
     return (F.normalize(judge.images(pictures), dim=1) * judge.texts(prompts)).sum(1).mean().item()
 
 
 def colours_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
-    """(B,) bool: the dominant hue is the colour word's."""
+    """Return whether the dominant hue is the colour word's, (B,) bool."""
     return checks.colour(pictures) == torch.tensor([scenes.facts(i).colours[0] for i in range(len(scenes))])
 
 
 def counts_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
-    """(B,) bool: as many separate things as the number word says."""
+    """Return whether there are as many separate things as the number word says, (B,) bool."""
     return checks.count(pictures) == torch.tensor([scenes.facts(i).count for i in range(len(scenes))])
 
 
 def order_obeyed(scenes: Scenes, pictures: Tensor) -> Tensor:
-    """(B,) bool: in pairs of two colours, each half has the colour that belongs there."""
-    good = []
+    """Return whether each half of a pair of two colours has the colour that belongs there, (B,) bool."""
+    obeyed = []
     for i, picture in enumerate(pictures):
         facts = scenes.facts(i)
-        found = checks.colours_in_order(picture[None], stacked=facts.stacked)[0].tolist()
-        good.append(found == list(facts.colours))
-    return torch.tensor(good)
+        colours = checks.colours_in_order(picture[None], stacked=facts.stacked)[0].tolist()
+        obeyed.append(colours == list(facts.colours))
+    return torch.tensor(obeyed)
 
 
 def _real(scenes: Scenes, size: int = 128) -> Tensor:
@@ -166,19 +166,19 @@ def _row(check: str, target: str, value: float | None, passed: bool | None, **ex
     } | rounded
 
 
-def _judge_rows(judged: dict[str, float]) -> list[dict[str, Any]]:
-    """What the judge is worth, from its own training's report (clip_eval)."""
-    ratio = judged["fd_shuffled"] / judged["fd_identity"]
+def _judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the rows about the judge itself, from the metrics of its training (clip_eval)."""
+    ratio = metrics["fd_shuffled"] / metrics["fd_identity"]
     return [
         _at_least("judge: FD of shuffled over FD of other real pictures", ratio, 5.0),
-        _at_least("judge: order of unseen pairs", judged["pair_order"], 0.90),
-        _at_least("judge: retrieval among unseen scenes, top 1", judged["retrieval_top1"], 0.85),
+        _at_least("judge: order of unseen pairs", metrics["pair_order"], 0.90),
+        _at_least("judge: retrieval among unseen scenes, top 1", metrics["retrieval_top1"], 0.85),
     ]
 
 
 @torch.no_grad()
 def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, steps: int, guidance: float) -> dict:
-    """The acceptance table and what else was measured on the way."""
+    """Measure the acceptance table, and distances and cosines beside it."""
     sets = heldout.build(world, seed=0, device="cpu", size=count)
 
     def generate(scenes: Scenes) -> Tensor:
@@ -186,47 +186,57 @@ def measure(pipe: Any, judge: Judge, world: World, *, size: int, count: int, ste
         return draw(pipe, scenes.plain, **settings)
 
     seen = sets["seen"]
-    real, drawn = _real(seen, size), generate(seen)
-    through = _through_vae(pipe, real)
-    top = zero_shot(judge, world, seen, drawn)
-    top_real, top_vae = zero_shot(judge, world, seen, real), zero_shot(judge, world, seen, through)
+    real, generated = _real(seen, size), generate(seen)
+    decoded = _through_vae(pipe, real)
+    top = zero_shot(judge, world, seen, generated)
+    top_real, top_vae = zero_shot(judge, world, seen, real), zero_shot(judge, world, seen, decoded)
     icons = icon_features(judge, world, size)
     half, rest = icons[torch.randperm(len(icons), generator=torch.Generator().manual_seed(0))].chunk(2)
     distances = {
-        "generated": frechet(judge.images(drawn), icons),
+        "generated": frechet(judge.images(generated), icons),
         "real": frechet(judge.images(real), icons),
-        "autoencoder": frechet(judge.images(through), icons),
+        "autoencoder": frechet(judge.images(decoded), icons),
         "real halves": frechet(half, rest),
     }
+    return {
+        "acceptance": [
+            _at_least("label, top 1", top[0], 0.55, real=top_real[0], autoencoder=top_vae[0]),
+            _at_least("label, top 5", top[1], 0.80, real=top_real[1], autoencoder=top_vae[1]),
+            *_pixel_rows(sets, generate, size),
+            _style_row(judge, sets["style"], generate, size),
+        ],
+        "quality": {
+            "settings": {"size": size, "steps": steps, "guidance": guidance, "pictures": count},
+            "frechet distance to the training icons": {key: round(value, 2) for key, value in distances.items()},
+            "judge cosine": {
+                "generated": round(cosine(judge, seen.plain, generated), 3),
+                "real": round(cosine(judge, seen.plain, real), 3),
+            },
+        },
+    }
 
-    table = [
-        _at_least("label, top 1", top[0], 0.55, real=top_real[0], autoencoder=top_vae[0]),
-        _at_least("label, top 5", top[1], 0.80, real=top_real[1], autoencoder=top_vae[1]),
-    ]
+
+def _pixel_rows(sets: dict[str, Scenes], generate: Callable[[Scenes], Tensor], size: int) -> list[dict[str, Any]]:
+    """Check colour words, number words and order on the pixels of unseen combinations."""
+    rows = []
     for name, title, check, least in (
         ("colour", "colour word", colours_obeyed, 0.95),
         ("count", "number word", counts_obeyed, 0.95),
         ("colour_pair", "order of coloured pairs", order_obeyed, 0.85),
     ):
         scenes = sets[name]
-        good = check(scenes, _real(scenes, size))  # a check that fails on the real picture says nothing
-        value = check(scenes, generate(scenes))[good].float().mean().item()
-        table.append(_at_least(f"{title}, unseen combinations", value, least, real=good.float().mean().item()))
-    style = sets["style"]
-    unseen, truth = cosine(judge, style.plain, generate(style)), cosine(judge, style.plain, _real(style, size))
-    passed = unseen >= truth - 0.03
-    table.append(_row("unseen label and style: judge cosine", ">= real - 0.03", unseen, passed, real=truth))
-    return {
-        "acceptance": table,
-        "quality": {
-            "settings": {"size": size, "steps": steps, "guidance": guidance, "pictures": count},
-            "frechet distance to the training icons": {key: round(value, 2) for key, value in distances.items()},
-            "judge cosine": {
-                "generated": round(cosine(judge, seen.plain, drawn), 3),
-                "real": round(cosine(judge, seen.plain, real), 3),
-            },
-        },
-    }
+        valid = check(scenes, _real(scenes, size))  # a check that fails on the real picture is void
+        value = check(scenes, generate(scenes))[valid].float().mean().item()
+        rows.append(_at_least(f"{title}, unseen combinations", value, least, real=valid.float().mean().item()))
+    return rows
+
+
+def _style_row(judge: Judge, scenes: Scenes, generate: Callable[[Scenes], Tensor], size: int) -> dict[str, Any]:
+    """Compare the judge's cosine on labels in unseen styles with that of real pictures."""
+    generated = cosine(judge, scenes.plain, generate(scenes))
+    real = cosine(judge, scenes.plain, _real(scenes, size))
+    passed = generated >= real - 0.03
+    return _row("unseen label and style: judge cosine", ">= real - 0.03", generated, passed, real=real)
 
 
 def _at_least(check: str, value: float, least: float, **extra: float) -> dict[str, Any]:
@@ -234,29 +244,30 @@ def _at_least(check: str, value: float, least: float, **extra: float) -> dict[st
 
 
 def icon_features(judge: Judge, world: World, size: int) -> Tensor:
-    """The judge's features of every training icon, filling a canvas of ``size`` pixels."""
+    """Return the judge's features of every training icon, filling a canvas of ``size`` pixels."""
     icons = world.training.nonzero().flatten().tolist()
     scenes = Scenes(world, [Row("single", (i,), (-1,), FILLED) for i in icons], seed=0, device="cpu")
     return torch.cat([judge.images(scenes.images(part, size)) for part in torch.arange(len(icons)).split(256)])
 
 
 def _through_vae(pipe: Any, pictures: Tensor) -> Tensor:
-    done = []
-    for part in pictures.split(32):
-        x = part.to(pipe.device, pipe.vae.dtype)
-        done.append(pipe.vae.decoder(vae.encode(pipe.vae, x)[0].to(x.dtype)).float().clamp(-1, 1).cpu())
-    return torch.cat(done)
+    """Encode and decode pictures by the pipeline's autoencoder."""
+    decoded = []
+    for batch in pictures.split(32):
+        x = batch.to(pipe.device, pipe.vae.dtype)
+        decoded.append(pipe.vae.decoder(vae.encode(pipe.vae, x)[0].to(x.dtype)).float().clamp(-1, 1).cpu())
+    return torch.cat(decoded)
 
 
 @torch.no_grad()
 def rounding(original: Any, packed: Any, **settings: Any) -> float:
-    """PSNR in dB of the packed pipeline's pictures against the bf16 one's, same prompts and noise; peak-to-peak 2."""
-    one, other = (draw(pipe, GRID[:8], seed=3, batch=8, **settings) for pipe in (original, packed))
-    return 10 * math.log10(4 / max((one - other).square().mean().item(), 1e-12))
+    """Measure PSNR in dB of the packed pipeline's pictures against the bf16 one's, same noise; peak-to-peak range 2."""
+    reference, rounded = (draw(pipe, GRID[:8], seed=3, batch=8, **settings) for pipe in (original, packed))
+    return 10 * math.log10(4 / max((reference - rounded).square().mean().item(), 1e-12))
 
 
 def grid(pipe: Any, path: Path, *, size: int, steps: int, guidance: float) -> None:
-    """24 pictures with their prompts, six a row."""
+    """Save 24 pictures with their prompts, six per row."""
     from PIL import Image, ImageDraw
 
     pictures = draw(pipe, GRID, size=size, steps=steps, guidance=guidance, seed=7, batch=24)
@@ -275,7 +286,7 @@ def grid(pipe: Any, path: Path, *, size: int, steps: int, guidance: float) -> No
 
 
 def latency(pipe: Any, sizes: Sequence[int] = (64, 128)) -> list[dict[str, Any]]:
-    """Seconds of one whole call, batch 1, the best of three."""
+    """Measure the seconds of one whole call, batch 1, as the best of three."""
     rows = []
     for size in sizes:
         for steps, guidance in ((4, 1.0), (8, 3.0), (20, 3.0), (28, 3.0)):
@@ -295,17 +306,24 @@ def score(
     recipe: recipe_flow.Recipe,
     out: Path,
     *,
-    judged: dict[str, float],
+    judge_metrics: dict[str, float],
     count: int,
     loss: float | None,
     by_eye: float | None = None,
 ) -> dict[str, Any]:
-    """Measure, draw the grid, write ``report.json`` and ``grid.png`` to ``out`` and print the table."""
+    """Measure, draw the grid, write ``report.json`` and ``grid.png`` to ``out`` and print the table.
+
+    Args:
+        judge_metrics: metrics of the judge's training (clip_eval).
+        count: maximum number of pictures per check.
+        loss: training loss at 128 px, where it is known.
+        by_eye: recognisable pictures of the grid, where somebody counted them.
+    """
     device = pipe.device.type
     settings = {"size": recipe.default_size, "steps": recipe.default_steps, "guidance": recipe.default_guidance}
     grid(pipe, out / "grid.png", **settings)
     report = measure(pipe, Judge(judge_folder, device), world, count=count, **settings)
-    report["acceptance"] = _judge_rows(judged) + report["acceptance"]
+    report["acceptance"] = _judge_rows(judge_metrics) + report["acceptance"]
     if loss is not None:
         report["acceptance"].append(_row(LOSS, "<= 0.11", loss, loss <= 0.11))
     if device == "cpu":
@@ -337,25 +355,25 @@ def main() -> None:
     if torch.cuda.is_available():
         pipe.to("cuda")
     recipe = recipe_flow.get(zoo.card("emoji-flux")["recipe"])
-    everything = load(options.data)
-    world = restrict(everything, recipe.labels) if recipe.labels else everything
+    whole_world = load(options.data)
+    world = restrict(whole_world, recipe.labels) if recipe.labels else whole_world
     shared, judge = data_recipe.get(recipe.name), zoo.path("emoji-clip-judge")
     with torch.no_grad():
-        model = Judge(judge, pipe.device.type).model
-        judged = clip_eval.evaluate(model, pipe.tokenizer, heldout.build(everything, device=pipe.device), shared)
-    # What only training and a pair of eyes can tell stays as the card has it.
+        model, sets = Judge(judge, pipe.device.type).model, heldout.build(whole_world, device=pipe.device)
+        judge_metrics = clip_eval.evaluate(model, pipe.tokenizer, sets, shared)
+    # The training loss and the count by eye cannot be measured here: they are taken from the card.
     card = zoo.card("emoji-flux")
-    told = {row["check"]: row["value"] for row in card["acceptance"]}
+    recorded = {row["check"]: row["value"] for row in card["acceptance"]}
     report = score(
         pipe,
         judge,
         world,
         recipe,
         options.out,
-        judged=judged,
+        judge_metrics=judge_metrics,
         count=options.count,
-        loss=told.get(LOSS),
-        by_eye=told.get(BY_EYE),
+        loss=recorded.get(LOSS),
+        by_eye=recorded.get(BY_EYE),
     )
     report["quality"] = card["quality"] | report["quality"]
     write_json(options.out / "report.json", {"note": card["note"], **report})

@@ -1,4 +1,4 @@
-"""The four npm packages that the emoji world is made from, pinned, with the notices their licences ask for."""
+"""The four npm packages of the emoji world, pinned, with the notices that their licences require."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ Names and tags: emojibase (c) Miles Johnson, MIT, https://github.com/milesj/emoj
 
 
 def key(hexcode: str) -> str:
-    """The name that joins the packages: lower-case code points without the variation selector fe0f."""
+    """Return the key that joins the packages: lower-case code points without the variation selector fe0f."""
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")

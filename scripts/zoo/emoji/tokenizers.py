@@ -1,11 +1,11 @@
-"""The two tokenizers of the pipeline, made from the captions.
+"""Make the two tokenizers of the pipeline from the captions.
 
 >>> build(captions, "work")    # work/tokenizer (CLIP) and work/tokenizer_2 (T5), at most 4096 entries each
 
 CLIP's is a byte-level BPE. ``<|startoftext|>`` and ``<|endoftext|>`` are its last two ids, because CLIP pools where the
-id is largest; every byte, alone and at the end of a word, is in the vocabulary, so that no text becomes unknown.
-T5's is a unigram model with a hand-made list: whole words with the logarithm of their frequency, pieces of words,
-characters. A trained unigram model splits the most frequent words.
+id is largest; every byte, alone and at the end of a word, is in the vocabulary, so that every text can be encoded.
+T5's is a unigram model with a constructed list: whole words with the logarithm of their frequency, pieces of words,
+characters. A trained unigram model would split the most frequent words.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"
 _SPACE = "▁"  # how a unigram piece writes the start of a word
 _CHARACTERS = string.ascii_lowercase + string.digits + "-'.:;!?&()/\"#+%_*@=[]"
-_WORDS, _PIECES = 3500, 500  # the most frequent words, and the most useful parts of words
+_WORDS, _PIECES = 3500, 500  # maximum number of whole words, and room left for parts of words
 _COMMA, _PIECE, _LONG_PIECE, _CHARACTER = -4.0, -13.0, -12.0, -14.0  # log probabilities
 
 
 def build(captions: Sequence[str], folder: str | Path, *, size: int = 4096) -> tuple:
-    """Make and save both tokenizers; returns them as loaded again from the folders."""
+    """Make and save both tokenizers, and return them as loaded from their folders."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     if size < 600 or not captions:
@@ -53,7 +53,7 @@ def build(captions: Sequence[str], folder: str | Path, *, size: int = 4096) -> t
 
 
 def _drop_map_from_config(folder: Path) -> None:
-    """The map is in tokenizer.json; as a constructor argument it may have been written to the config as well."""
+    """Remove the character map from the config, where it may be as a constructor argument; tokenizer.json has it."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     if config.pop("_spm_precompiled_charsmap", None) is not None:
@@ -61,14 +61,14 @@ def _drop_map_from_config(folder: Path) -> None:
 
 
 def byte_letters() -> list[str]:
-    """The 256 printable letters that a byte-level BPE writes bytes with, in byte order."""
+    """Return the 256 printable letters by which a byte-level BPE represents bytes, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
 def bpe(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges, trained under CLIP's own normalization: bytes, word-final bytes, merges, BOS, EOS."""
+    """Train vocabulary (bytes, word-final bytes, merges, BOS, EOS) and merges under CLIP's own normalisation."""
     from tokenizers import Tokenizer, models, trainers
     from transformers import CLIPTokenizer
 
@@ -78,8 +78,8 @@ def bpe(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[
     letters = byte_letters()
     finals = [f"{letter}</w>" for letter in letters]
     alphabet = [*letters, *finals]
-    # The trainer leaves out word-final forms of rare bytes; without them such letters would read as EOS. And it numbers
-    # the others in the order of a hash table, by which equal counts are ranked: named first, all have fixed numbers.
+    # The trainer leaves out word-final forms of rare bytes, which would then be encoded as EOS. The others have ids
+    # in the order of a hash table, which decides between equal counts. As special tokens all have fixed numbers.
     trainer = trainers.BpeTrainer(
         vocab_size=size + len(alphabet),
         end_of_word_suffix="</w>",
@@ -95,7 +95,7 @@ def bpe(captions: Iterable[str], size: int) -> tuple[dict[str, int], list[tuple[
 
 
 def unigram(captions: Iterable[str], size: int) -> list[tuple[str, float]]:
-    """Pieces with log probabilities; <pad>, </s> and <unk> are 0, 1 and 2."""
+    """Return pieces with log probabilities; <pad>, </s> and <unk> have the ids 0, 1 and 2."""
     words = Counter(word for text in captions for word in re.findall(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", text.lower()))
     total = sum(words.values())
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, _SPACE: -10.0, ",": _COMMA}
@@ -109,7 +109,7 @@ def unigram(captions: Iterable[str], size: int) -> list[tuple[str, float]]:
             for end in range(start + 2, min(start + 6, len(word)) + 1):
                 part = word[start:end]
                 if part.isalnum():
-                    # Parts are wanted for words that are not in the list, so each word counts once.
+                    # Parts are for words that are not in the list, so each word counts once, whatever its frequency.
                     parts[part if start else f"{_SPACE}{part}"] += end - start - 1
     for part, _ in parts.most_common():
         if len(pieces) >= size:
@@ -120,11 +120,11 @@ def unigram(captions: Iterable[str], size: int) -> list[tuple[str, float]]:
 
 
 def report(tokenizer, captions: Sequence[str]) -> dict[str, float]:
-    """Lengths of captions in tokens, and how many entries there are."""
+    """Return the number of entries, and quantiles of the captions' lengths in tokens."""
     lengths = sorted(len(ids) for ids in tokenizer(list(captions))["input_ids"])
-    at = {"median": 0.5, "p99": 0.99, "max": 1.0}
+    quantiles = {"median": 0.5, "p99": 0.99, "max": 1.0}
     return {"entries": len(tokenizer)} | {
-        k: lengths[min(int(q * len(lengths)), len(lengths) - 1)] for k, q in at.items()
+        name: lengths[min(int(q * len(lengths)), len(lengths) - 1)] for name, q in quantiles.items()
     }
 
 

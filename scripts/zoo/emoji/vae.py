@@ -1,7 +1,7 @@
 """The autoencoder: pictures of 64 and 128 px to latents of 1/8 their size, and back.
 
-Besides plain reconstruction it learns that latents may be resized: samplers that work at a lower resolution first
-average-pool latents or interpolate them, and the decoder should show the picture that was meant.
+Besides plain reconstruction it learns to decode resized latents: samplers that work at a lower resolution first pool
+or interpolate latents, and the decoder should then show the resized picture.
 
     full    decode(z(x))            ~ x               at 128 px
     half    decode(z(x))            ~ x               at 64 px
@@ -31,7 +31,7 @@ Images = Callable[[Tensor, int], Tensor]  # scene indices (B,), size -> pictures
 
 
 def build(recipe: VAERecipe) -> AutoencoderKL:
-    """The autoencoder with random weights."""
+    """Build the autoencoder with random weights."""
     return AutoencoderKL(
         sample_size=SIZE,
         block_out_channels=recipe.channels,
@@ -47,9 +47,9 @@ def build(recipe: VAERecipe) -> AutoencoderKL:
 
 
 def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
-    """mean |d| + mean |pool4 d| + 0.5 mean |grad d| + 0.5 mean d^2, with d = decoded - target (B, 3, H, W).
+    """Return mean |d| + mean |pool4 d| + 0.5 mean |grad d| + 0.5 mean d^2, with d = decoded - target (B, 3, H, W).
 
-    The pooled term holds flat colours, the gradient term (one-pixel differences in x and in y) holds edges.
+    The pooled term is for flat colours, the gradient term (one-pixel differences in x and in y) for edges.
     """
     d = (decoded - target).float()
     gradient = (d[..., 1:] - d[..., :-1]).abs().mean() + (d[..., 1:, :] - d[..., :-1, :]).abs().mean()
@@ -57,12 +57,12 @@ def reconstruction(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, 1)), averaged over elements, in nats."""
+    """Return KL(N(mean, exp(logvar)) || N(0, 1)), averaged over elements, in nats."""
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).float().mean()
 
 
 def encode(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and log-variance of q(z | x), each (B, C, H/8, W/8)."""
+    """Encode to mean and log-variance of q(z | x), each (B, C, H/8, W/8)."""
     mean, logvar = vae.encoder(x).float().chunk(2, dim=1)
     return mean, logvar.clamp(-30, 20)
 
@@ -75,7 +75,7 @@ def _halve(y: Tensor) -> Tensor:
 
 
 def _resizer(kind: str, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """What happens to the latents, and to the target picture, in a step of this kind."""
+    """Return the resizing of latents and target picture in a step of this kind."""
     if kind == "pooled":
         return _halve
     if kind == "up":
@@ -88,11 +88,12 @@ def _resizer(kind: str, generator: torch.Generator) -> Callable[[Tensor], Tensor
 def step_pair(
     kind: str, images: Images, index: Tensor, noise: Callable[[Tensor], Tensor], vae: AutoencoderKL, generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What one step of a kind decodes to, what it should be, and the moments of its latents."""
-    if kind == "half":
-        x = images(index, SIZE // 2)
-    else:
-        x = images(index, SIZE)
+    """Run one step of a kind.
+
+    Returns:
+        The decoded pictures, their targets, and mean and log-variance of the latents.
+    """
+    x = images(index, SIZE // 2 if kind == "half" else SIZE)
     if kind == "crop":
         top, left = torch.randint(0, SIZE // 2 + 1, (2,), generator=generator).tolist()
         x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
@@ -114,7 +115,7 @@ def loss(
     generator: torch.Generator,
     host: torch.Generator,
 ) -> Tensor:
-    """The training loss of one step; ``generator`` makes noise on the device, ``host`` decides shapes."""
+    """Return the training loss of one step; ``generator`` draws noise on the device, ``host`` decides shapes."""
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, device=like.device)
@@ -126,12 +127,12 @@ def loss(
 def train(
     images: Images, count: int, work: Path, recipe: VAERecipe, *, deadline: Deadline, device: str, seed: int = 0
 ) -> AutoencoderKL | None:
-    """Train (or continue) and save to ``work/vae``; None while the run is not finished."""
+    """Train, or resume, and save to ``work/vae``; return None while the run is not finished."""
     torch.manual_seed(seed)
     vae = build(recipe).to(device)
-    tell = partial(print, flush=True)
-    run = TrainingRun(work, "vae", {"vae": vae}, recipe.plan, seed=seed, deadline=deadline, device=device, tell=tell)
-    # Asking the device for a crop's place would empty its queue in every step.
+    report = partial(print, flush=True)
+    run = TrainingRun(work, "vae", {"vae": vae}, recipe.plan, seed=seed, deadline=deadline, device=device, tell=report)
+    # Reading a crop's place from the device would synchronise with it in every step.
     host = torch.Generator()
     for step in run:
         host.manual_seed(seed + step)
@@ -151,7 +152,7 @@ def train(
 
 
 def load(work: Path, device: str) -> AutoencoderKL | None:
-    """The finished autoencoder of a work folder, or None."""
+    """Load the finished autoencoder of a work folder; None where there is none."""
     if not (work / "vae" / "config.json").is_file():
         return None
     return AutoencoderKL.from_pretrained(work / "vae").to(device).eval().requires_grad_(False)
@@ -159,7 +160,7 @@ def load(work: Path, device: str) -> AutoencoderKL | None:
 
 @torch.no_grad()
 def set_latent_scale(vae: AutoencoderKL, images: Images, count: int, device: str, sample: int = 512) -> None:
-    """shift = mean and scale = 1 / std of the latents: FLUX feeds (z - shift) * scale to its transformer."""
+    """Set shift = mean and scale = 1 / std of the latents: FLUX's transformer receives (z - shift) * scale."""
     index = torch.linspace(0, count - 1, min(sample, count)).long().to(device)
     latents = torch.cat([encode(vae, images(part, SIZE))[0] for part in index.split(64)])
     vae.register_to_config(
@@ -169,7 +170,7 @@ def set_latent_scale(vae: AutoencoderKL, images: Images, count: int, device: str
 
 @torch.no_grad()
 def quality(vae: AutoencoderKL, images: Images, count: int, device: str, limit: int = 128) -> dict[str, float]:
-    """PSNR in dB on held-out scenes, for each kind of step that is not a crop; peak-to-peak range 2."""
+    """Measure PSNR in dB on held-out scenes, for each kind of step but crops; peak-to-peak range 2."""
     index = torch.arange(0, count, HELD_OUT, device=device)[:limit]
     generator = torch.Generator().manual_seed(0)
     result = {}

@@ -1,14 +1,14 @@
-"""The emoji world in memory: labels, icons, and what is withheld from training.
+"""The emoji world in memory: labels, icons, and the combinations that training withholds.
 
 >>> world = load("data/emoji")
 >>> world.icons.shape, len(world.labels)    # (N, 128, 128, 4) uint8 straight alpha
 
 Every split is decided by SHA-1 of the names in it, so that it never changes with order, count or version:
 
-* style: one label of 16 loses one of its three styles;
-* colour: one (label, colour) of 10 is never recoloured so;
-* count: one (label, number) of 10 is never drawn so often;
-* pair: one unordered pair of labels of 20 is never drawn together.
+* style: one label in 16 is withheld in one of its three styles;
+* colour: one (label, colour) in 10 is withheld;
+* count: one (label, number) in 10 is withheld;
+* pair: one unordered pair of labels in 20 is never drawn together.
 """
 
 from __future__ import annotations
@@ -34,30 +34,33 @@ _COLOUR_WORDS = re.compile(rf"\b({'|'.join(COLOURS)}|black|white|brown|gr[ea]y|r
 
 
 def bucket(text: str, size: int) -> int:
-    """A number in [0, size) that depends on the text alone."""
+    """Hash text to a number in [0, size)."""
     return int.from_bytes(hashlib.sha1(text.encode()).digest()[:8], "big") % size
 
 
 def withheld_style(label: str) -> int | None:
-    """The index of the style that a label is never shown in, or None (15 of 16 labels)."""
+    """Return the index of the style in which a label is withheld, or None (15 labels in 16)."""
     return bucket(f"style:{label}:which", len(STYLES)) if bucket(f"style:{label}", 16) == 0 else None
 
 
 def withheld_colour(label: str, colour: str) -> bool:
+    """Return whether training never shows a label in a colour."""
     return bucket(f"colour:{colour}:{label}", 10) == 0
 
 
 def withheld_count(label: str, count: int) -> bool:
+    """Return whether training never shows a label so many times."""
     return bucket(f"count:{count}:{label}", 10) == 0
 
 
 def withheld_pair(one: str, other: str) -> bool:
+    """Return whether training never shows two labels together."""
     first, second = sorted((one, other))
     return bucket(f"pair:{first}|{second}", 20) == 0
 
 
 def names_a_colour(label: str) -> bool:
-    """Labels such as 'red apple' or 'black cat' are never recoloured: the caption would contradict itself."""
+    """Return whether a label names a colour, as 'red apple': recoloured, its caption would contradict itself."""
     return bool(_COLOUR_WORDS.search(label))
 
 
@@ -68,14 +71,14 @@ class World:
     labels: list[str]
     tags: list[list[str]]
     category: list[str]  # one of labels.CATEGORIES' values
-    group: list[str]  # the finer emojibase subgroup: what a label is confused with most easily
+    group: list[str]  # emojibase subgroups, finer: labels of one group are confused most easily
     styles: tuple[str, ...]
     icons: torch.Tensor  # (N, 128, 128, 4) uint8, straight alpha
     icon_label: torch.Tensor  # (N,) int64
     icon_style: torch.Tensor  # (N,) int64
 
     def icon(self, label: int, style: int) -> int:
-        """The index of one label's picture in one style."""
+        """Return the index of one label's icon in one style."""
         return style * len(self.labels) + label
 
     @cached_property
@@ -101,7 +104,7 @@ class World:
 
 
 def load(root: str | Path) -> World:
-    """Read ``world.json.xz`` and ``icons.zip`` of a folder."""
+    """Load the world from ``world.json.xz`` and ``icons.zip`` of a folder."""
     root = Path(root)
     data = read_json(root / WORLD)
     if data.get("format") != FORMAT:

@@ -76,7 +76,7 @@ def test_a_reference_gives_paired_differences(runs, tiny):
     base, strong = found.row("fd", "base"), found.row("fd", "strong")
     assert strong.detail["reference"] == "reference" and base.delta is None
     assert strong.delta == pytest.approx(strong.value - base.value, rel=1e-6)
-    assert strong.delta_interval.low > 0 and strong.gated == strong.delta
+    assert strong.delta_interval.low > 0 and strong.gate_value == strong.delta
 
 
 def test_features_are_kept_and_found_again(runs, tiny, tmp_path):

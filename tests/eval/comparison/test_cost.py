@@ -97,14 +97,14 @@ def test_a_run_of_any_name_is_timed_by_the_variant_that_drew_it(sides, timing):
         run.record["settings"] = {"seed": 0, **way}
         one.update(name=way["methods"][0]["name"], folder="x", drawn=dict(way))
     assert rows_of(*sides, timing)["speedup", "fast"].value == 2.0
-    assert cost.doubts(sides, timing) == []
+    assert cost.timing_warnings(sides, timing) == []
     timing["variants"][1]["drawn"]["steps"] = 5
     rows = rows_of(*sides, timing)
     assert ("speedup", "fast") not in rows and rows["seconds", "fast"].detail["from"] == cost.OWN
-    assert cost.doubts(sides, timing) == [
+    assert cost.timing_warnings(sides, timing) == [
         "No variant of the timing drew fast: it has slow, quick. Their seconds are the runs' own."
     ]
-    assert cost.doubts(sides, None) == []
+    assert cost.timing_warnings(sides, None) == []
 
 
 def test_where_the_time_goes(sides, timing):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffaccel.eval.comparison import compare_runs, distribution, nearest
-from diffaccel.eval.comparison import distances as numbers
+from diffaccel.eval.comparison import compare_runs, distances, distribution, nearest
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.metrics import frechet_intervals, mind, mmd
@@ -66,7 +65,7 @@ def test_infinity_is_measured_of_many_independent_pictures():
     tiny = extractor("tiny")
 
     def measured(count, independent):
-        functions = numbers.measures(tiny, count, independent=independent)
+        functions = distances.distance_functions(tiny, count, independent=independent)
         return {metric: number for function in functions for metric, number in function(x, y).items()}
 
     number = measured(600, True)["fd_infinity"]
@@ -75,16 +74,16 @@ def test_infinity_is_measured_of_many_independent_pictures():
     assert f"R² {expected.r2:.3f}" in number.note and number.detail["sizes"] == expected.sizes
     assert number.detail["warning"] == expected.warning
     assert "fd_infinity" not in measured(600, False) and "fd_infinity" not in measured(499, True)
-    assert set(measured(499, True)) < set(numbers.BETTER)
+    assert set(measured(499, True)) < set(distances.BETTER)
 
 
 def test_nearest_is_the_largest_cosine_and_its_place():
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(5000, 6, generator=draw), torch.randn(70, 6, generator=draw)
-    cosines, places = nearest.nearest(x, y)
+    cosines, places = nearest.nearest_cosines(x, y)
     mean = y.double().mean(0)
     everything = torch.cosine_similarity(x[:, None] - mean, y[None] - mean, dim=2)
-    shifted = nearest.nearest(x + 100, y + 100)
+    shifted = nearest.nearest_cosines(x + 100, y + 100)
     assert torch.allclose(shifted[0], cosines, atol=1e-4)  # what all share does not count
     assert torch.allclose(cosines, everything.max(1).values) and places.equal(everything.argmax(1))
-    assert nearest.nearest(y, y)[1].tolist() == list(range(70))
+    assert nearest.nearest_cosines(y, y)[1].tolist() == list(range(70))

@@ -49,7 +49,7 @@ def test_clip_i_is_the_cosine_to_the_pair(sets, judge):
     one, other = (judge(torch.stack([sets[name].image(i) for i in range(24)])) for name in ("base", "brighter"))
     expected = torch.cosine_similarity(one.double(), other.double())
     assert brighter.value == pytest.approx(float(expected.mean()), rel=1e-6)
-    assert found.of_pairs(brighter).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert found.pair_values(brighter).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
     assert brighter.floor < brighter.value < 1 and brighter.interval.low < brighter.value < brighter.interval.high
 
 
@@ -101,13 +101,14 @@ def test_intervals_of_categories_need_ten_prompts(tmp_path):
 
 
 def test_a_packaged_set_is_recognised(tmp_path):
-    texts = prompts.read("emoji-1000").texts[:3]
+    emoji = prompts.read("emoji-1000")
+    texts = emoji.texts[:3]
     base = made_runs.of_images(tmp_path / "base", [made_runs.blocks(i) for i in range(3)], texts)
-    assert categories.known(base) == dict(zip(texts, prompts.read("emoji-1000").categories[:3], strict=True))
+    assert categories.category_of_prompts(base) == dict(zip(texts, emoji.categories[:3], strict=True))
     mine = made_runs.of_images(tmp_path / "mine", [made_runs.blocks(0)], ["no such prompt"])
-    assert categories.known(mine) == {}
+    assert categories.category_of_prompts(mine) == {}
     with pytest.raises(DiffAccelError, match="names no category of 1 of 1 prompts of 'mine', such as 'no such prompt'"):
-        categories.known(mine, "emoji-1000")
+        categories.category_of_prompts(mine, "emoji-1000")
 
 
 def test_runs_of_different_pictures_share_pairs_only_when_asked(sets, tmp_path):

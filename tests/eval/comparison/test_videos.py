@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -41,8 +42,19 @@ def sets(tmp_path_factory):
     return {name: made_runs.of_videos(root / name, some, PROMPTS) for name, some in made.items()}
 
 
-def pixels(run):
+@functools.cache
+def decoded(path):
+    run = open_run(path)
     return torch.stack([run.video(i) for i in range(len(run))]).double()
+
+
+def pixels(run):
+    return decoded(run.path)
+
+
+@pytest.fixture(scope="module")
+def compared(sets):
+    return compare_runs(sets["base"], [sets["same"], sets["drifting"]], Measures(others=sets["other"]))
 
 
 def test_a_folder_of_videos_is_a_run(sets):
@@ -52,13 +64,13 @@ def test_a_folder_of_videos_is_a_run(sets):
     assert run.video(1).double().mean((1, 2, 3)).tolist() == pytest.approx([20, 40, 60, 80, 100, 120], abs=2)
 
 
-def test_fidelity_is_of_whole_videos_and_of_every_frame(sets):
-    found = compare_runs(sets["base"], [sets["same"], sets["drifting"]], Measures(others=sets["other"]))
+def test_fidelity_is_of_whole_videos_and_of_every_frame(sets, compared):
+    found = compared
     error = (pixels(sets["drifting"]) - pixels(sets["base"])).square()
     whole = 10 * torch.log10(255**2 / error.mean((1, 2, 3, 4)))
     row = found.row("psnr", "drifting")
     assert row.value == pytest.approx(float(whole.mean()), rel=1e-9) and row.n == 4
-    assert found.of_pairs(row).tolist() == pytest.approx(whole.tolist(), rel=1e-9)
+    assert found.pair_values(row).tolist() == pytest.approx(whole.tolist(), rel=1e-9)
     by_frame = 10 * torch.log10(255**2 / error.mean((2, 3, 4)))
     curve = found.curves["PSNR"]["drifting"]
     finite = torch.where(by_frame.isfinite(), by_frame, torch.nan)
@@ -72,8 +84,8 @@ def test_fidelity_is_of_whole_videos_and_of_every_frame(sets):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_flicker_is_read_as_a_difference(sets):
-    found = compare_runs(sets["base"], [sets["drifting"]], Measures(others=sets["other"]))
+def test_flicker_is_read_as_a_difference(sets, compared):
+    found = compared
     flicker = {name: (pixels(sets[name])[:, 1:] - pixels(sets[name])[:, :-1]).abs().mean((1, 2, 3, 4)) for name in sets}
     base, row = found.row("flicker", "base"), found.row("flicker", "drifting")
     assert base.value == pytest.approx(float(flicker["base"].mean())) and base.delta is None
@@ -123,9 +135,10 @@ def test_whole_and_mean_curves():
     psnr, ssim = fidelity.BUILT_IN
     errors = torch.tensor([1.0, 4.0, 16.0], dtype=torch.float64)
     curve = 10 * torch.log10(255**2 / errors)
-    assert videos.whole(psnr, [curve]).item() == pytest.approx(20 * torch.log10(255 / errors.mean().sqrt()).item())
-    assert videos.whole(ssim, [curve]).item() == pytest.approx(float(curve.mean()))
-    assert videos.whole(psnr, [torch.tensor([torch.inf, torch.inf]).double()]).item() == torch.inf
+    expected = (20 * torch.log10(255 / errors.mean().sqrt())).item()
+    assert videos.video_values(psnr, [curve]).item() == pytest.approx(expected)
+    assert videos.video_values(ssim, [curve]).item() == pytest.approx(float(curve.mean()))
+    assert videos.video_values(psnr, [torch.tensor([torch.inf, torch.inf]).double()]).item() == torch.inf
     two = [torch.tensor([1.0, torch.inf, 3.0]), torch.tensor([3.0, 5.0])]
     assert videos.mean_curve(two).tolist() == [2.0, 5.0]
 

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import struct
+import warnings
 import zipfile
 import zlib
 from dataclasses import replace
@@ -19,8 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.images import decode
-from diffaccel.eval.images import prefetch as reading
+from diffaccel.eval.images import decode, prefetch
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.images.source import Source, to_uint8
@@ -122,7 +122,7 @@ def test_sizes_are_mixed_without_losing_track(tmp_path):
     assert all(len(ids) == len(batch) <= 2 for ids, batch in batches)
     found = whole(source, 2)
     assert set(found) == set(images) and all(torch.equal(found[i], images[i]) for i in images)
-    assert [ids for ids, _ in source.batches(2, within=[4, 1])] == [("4",), ("1",)]
+    assert [ids for ids, _ in source.batches(2, positions=[4, 1])] == [("4",), ("1",)]
 
 
 def test_preparation_happens_image_by_image_in_order():
@@ -216,12 +216,26 @@ def test_the_short_way_through_a_png_header_says_what_pillow_says(monkeypatch, m
     options = {"pnginfo": info, "icc_profile": b"x" * 300} if "icc" in extra else {**extra, "pnginfo": info}
     options.pop("text", None)
     data = encoded(NOISE.resize((31, 17)).convert(mode), "PNG", **options)
-    assert (decode._plain_png(data[: decode._PNG_START]) is None) == (extra.get("text") == 3000)
-    short, pixels_of = decode.header(io.BytesIO(data), "x"), decode.decode(data, "x")
+    assert (decode._plain_png_header(data[: decode._PNG_START]) is None) == (extra.get("text") == 3000)
+    short, pixels_of = decode.read_header(io.BytesIO(data), "x"), decode.decode(data, "x")
     assert short.simple == (mode == "RGB" and extra.get("text") != 3000)
-    monkeypatch.setattr(decode, "_plain_png", lambda start: None)
-    assert replace(short, simple=False) == decode.header(io.BytesIO(data), "x") == decode.Header((17, 31), lossy=False)
+    monkeypatch.setattr(decode, "_plain_png_header", lambda start: None)
+    by_pillow = decode.read_header(io.BytesIO(data), "x")
+    assert replace(short, simple=False) == by_pillow == decode.Header((17, 31), lossy=False)
     assert torch.equal(pixels_of, decode.decode(data, "x"))
+
+
+def test_a_simple_png_is_decoded_by_torch_without_a_warning(monkeypatch):
+    data = encoded(NOISE, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_torch = decode._decode_with_torch(data)
+    assert torch.equal(by_torch, torch.from_numpy(np.array(NOISE)).permute(2, 0, 1))
+    assert torch.equal(by_torch, decode.decode(data, "x"))
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace())  # a torchvision without its image extension
+    with pytest.raises(ImportError):
+        decode._decode_with_torch(data)
+    assert torch.equal(by_torch, decode.decode(data, "x"))
 
 
 @pytest.mark.parametrize("kind", ["see-through", "interlaced"])
@@ -232,7 +246,7 @@ def test_torch_reads_no_png_that_needs_a_choice_or_comes_in_passes(kind):
         header = data[12:28] + b"\x01"
         data = encoded(NOISE, "PNG")
         data = data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:]
-    found = decode._plain_png(data[: decode._PNG_START])
+    found = decode._plain_png_header(data[: decode._PNG_START])
     assert found is not None and not found.simple
 
 
@@ -242,11 +256,11 @@ def test_a_png_that_is_damaged_anywhere_stays_with_pillow(monkeypatch, text):
     if text:
         info.add_text("prompt", text)
     data = encoded(NOISE, "PNG", pnginfo=info)
-    assert decode._sound(data)
+    assert decode._checksums_hold(data)
     harmed = [data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :] for at in range(8, len(data), 37)]
     for one in [*harmed, data[:-1], data[:-12], data[: len(data) // 2], data[:8], data[: len(data) // 2] + data[-12:]]:
-        assert not decode._sound(one)
-    monkeypatch.setattr(decode, "_by_torch", lambda data: pytest.fail("it may crash"))
+        assert not decode._checksums_hold(one)
+    monkeypatch.setattr(decode, "_decode_with_torch", lambda data: pytest.fail("it may crash"))
     with pytest.raises(DiffAccelError, match="'x' cannot be read"):
         decode.decode(data[: len(data) // 2], "x")
     assert decode.decode(data[:-12], "x").shape == (3, *NOISE.size[::-1])  # all pixels are there
@@ -254,7 +268,7 @@ def test_a_png_that_is_damaged_anywhere_stays_with_pillow(monkeypatch, text):
 
 def test_threads_read_what_lets_them_run_and_processes_the_rest(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(reading, "_worth", lambda *arguments: asked.append(1) or 0)
+    monkeypatch.setattr(prefetch, "_process_count", lambda *arguments: asked.append(1) or 0)
     for i in range(3):
         save(tmp_path / f"{i}.png", pixels(3, 8, 8, seed=i))
     assert open_source(tmp_path).threads
@@ -270,9 +284,9 @@ def test_pillow_looks_at_every_png_that_is_not_plain():
     broken = bytearray(encoded(NOISE, "PNG"))
     broken[17] ^= 1  # of its width
     for data in (animated, bytes(broken), png16(4, 4), encoded(NOISE, "PNG")[:30], b""):
-        assert decode._plain_png(data[: decode._PNG_START]) is None
+        assert decode._plain_png_header(data[: decode._PNG_START]) is None
         with pytest.raises(DiffAccelError):
-            decode.header(io.BytesIO(data), "x")
+            decode.read_header(io.BytesIO(data), "x")
 
 
 def test_loss_is_told(tmp_path):
@@ -333,6 +347,7 @@ def test_statistics_are_told_from_images(tmp_path):
     assert both.kind == "npz" and "also holds statistics" in both.warnings[0]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # on two cores
 @pytest.mark.parametrize("kind", ["folder", "zip"])
 @pytest.mark.parametrize("sides", [(8,), (8, 12)])
 def test_processes_read_what_threads_read(tmp_path, kind, sides):
@@ -354,19 +369,19 @@ def test_an_archive_may_spell_its_names_in_its_own_way(tmp_path):
     assert source.ids == ("deep/a",) and torch.equal(source.image(0), pixels(3, 4, 4))
 
 
-@pytest.mark.skipif(not reading._SHARED.is_dir(), reason="processes read on Linux only")
+@pytest.mark.skipif(not prefetch._SHARED_MEMORY.is_dir(), reason="processes read on Linux only")
 def test_processes_read_where_there_is_work_cores_and_memory_for_them(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    many, image = range(reading.MANY), torch.zeros(3, 100, 100, dtype=torch.uint8)
+    many, image = range(prefetch.MIN_ITEMS), torch.zeros(3, 100, 100, dtype=torch.uint8)
 
     def worth(items, free=10**9):
         monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=free // 1000, f_frsize=1000))
-        return reading._worth(lambda i: image, items, 50)
+        return prefetch._process_count(lambda i: image, items, 50)
 
     assert worth(many) == 6 and worth(many[:-1]) == 0  # two cores are left
     # two waiting batches of fifty images, in half of what is free
     assert [worth(many, 2 * k * 2 * 50 * image.nbytes) for k in (0, 1, 2, 5, 9)] == [0, 0, 2, 5, 6]
-    assert reading._worth(lambda i: None, many, 50) == 6
+    assert prefetch._process_count(lambda i: None, many, 50) == 6
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert worth(many) == 0
 

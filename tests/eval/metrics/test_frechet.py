@@ -27,6 +27,7 @@ def of_diagonal(mean: float, variances: Tensor, turn: Tensor | None = None) -> M
     return Moments.from_covariance(means, turn @ torch.diag(variances) @ turn.T, n=10_000)
 
 
+@pytest.mark.slow
 def test_shifted_unit_gaussians_of_2048_dimensions() -> None:
     one = torch.ones(2048, dtype=torch.float64)
     assert distance(of_diagonal(0, one), of_diagonal(1, one)) == pytest.approx(2048, rel=1e-12)

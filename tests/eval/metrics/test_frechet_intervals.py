@@ -43,6 +43,7 @@ def test_bias_of_equal_gaussians() -> None:
     assert expected_bias(64, 1000, 1000) == pytest.approx(2.208)
 
 
+@pytest.mark.slow
 def test_infinity_covers_the_population_and_the_plain_distance_does_not() -> None:
     estimates = [(infinity(x, REFERENCE), distance_interval(x, REFERENCE)) for x in map(samples, range(100))]
     assert sum(covered(found.interval, TRUTH) for found, _ in estimates) >= 90

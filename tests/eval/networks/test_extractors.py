@@ -171,7 +171,7 @@ def test_only_verified_weights_are_called_fid(inception_file, monkeypatch):
         found = extractor(f"{spec}:{inception_file}", allow_unknown_weights=True, **options)
         assert not found.official and "FID" not in found.key and found.key.endswith(suffix)
         assert f"(sha={sha[:8]})" in found.key and found.weights_sha256 == sha
-    monkeypatch.setitem(weights.KNOWN, "inception", weights.Known(files=("i.pth",), url="", sha256=sha[:8]))
+    monkeypatch.setitem(weights.KNOWN, "inception", weights.WeightFile(files=("i.pth",), url="", sha256=sha[:8]))
     keys = {tap: extractor(f"inception:{inception_file}", tap=tap).key for tap in ("pool3", "spatial")}
     assert keys == {"pool3": "FID[tf-fid]", "spatial": "sFID-unverified[tf-fid]"}
     assert extractor(f"inception:{inception_file}").official

@@ -88,7 +88,7 @@ def test_a_download_is_whole_and_verified_or_not_there(places, tmp_path, monkeyp
     published = tmp_path / "published.pth"
     published.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    known = weights.Known(files=("some.pth",), url=published.as_uri(), sha256=digest[:8])
+    known = weights.WeightFile(files=("some.pth",), url=published.as_uri(), sha256=digest[:8])
     monkeypatch.setitem(weights.KNOWN, "some", known)
     with pytest.raises(weights.MissingWeights):
         weights.find("some")  # not without leave
@@ -96,7 +96,8 @@ def test_a_download_is_whole_and_verified_or_not_there(places, tmp_path, monkeyp
     assert weights.find("some", download=True) == target and target.read_bytes() == b"weights"
     assert weights.find("some.pth") == target
     target.unlink()
-    monkeypatch.setitem(weights.KNOWN, "some", weights.Known(files=("some.pth",), url=known.url, sha256="00000000"))
+    wrong = weights.WeightFile(files=("some.pth",), url=known.url, sha256="00000000")
+    monkeypatch.setitem(weights.KNOWN, "some", wrong)
     with pytest.raises(DiffAccelError, match=f"sha256 {digest}, expected 00000000"):
         weights.find("some", download=True)
     with pytest.raises(DiffAccelError, match="could not be downloaded"):

@@ -20,7 +20,7 @@ def test_frontier(better, names):
         (3.0, 0.8, "slow"),
         (1.0, 0.4 if better == "higher" else 0.6, "worse"),
     ]
-    assert [name for _, _, name in charts.frontier(points, better)] == names
+    assert [name for _, _, name in charts.pareto_front(points, better)] == names
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.2, 4.7), (0.997, 0.9991), (0, 12345.0)])

@@ -114,9 +114,10 @@ def test_the_table_goes_metric_by_metric(comparison):
 
 def test_steps_say_what_is_short_and_what_is_missing(comparison):
     base, changed = charts.steps(comparison)
-    assert base["said"] == "8 calls, 4.000 s" and not any(bar["short"] for bar in base["bars"])
+    assert base["summary"] == "8 calls, 4.000 s" and not any(bar["short"] for bar in base["bars"])
     assert [bar["short"] for bar in changed["bars"]] == [False, False, True, True]
-    assert changed["said"].startswith("4 calls, 1.200 s; 2 of them under a third") and "4 fewer" in changed["said"]
+    summary = changed["summary"]
+    assert summary.startswith("4 calls, 1.200 s; 2 of them under a third") and "4 fewer" in summary
     assert changed["bars"][2]["height"] == 20
     assert charts.short_calls([9.0, 1.0, 1.0, 1.0]) == set()  # a slow first call is a warm-up
     assert charts.short_calls([1.0]) == set()
@@ -124,7 +125,7 @@ def test_steps_say_what_is_short_and_what_is_missing(comparison):
 
 def test_names_of_near_points_do_not_touch():
     points = [(1.0, 0.5, "one"), (1.0, 0.5, "two"), (1.01, 0.5001, "three"), (2.0, 0.9, "far")]
-    drawn = charts._plot("ssim", "higher", points).points
+    drawn = charts.quality_plot("ssim", "higher", points).points
     boxes = []
     for point in drawn:
         width = charts.LETTER * len(point["name"])

@@ -13,8 +13,7 @@ from diffaccel.eval import api
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from diffaccel.eval.sets.candidates import draw_function
 from diffaccel.eval.sets.run import Run, open_run
-from diffaccel.eval.timing import budget as time_budget
-from diffaccel.eval.timing import equal_time
+from diffaccel.eval.timing import budget, equal_time
 from diffaccel.eval.timing.turns import take_turns
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import Variant
@@ -28,14 +27,10 @@ def test_expected_steps_invert_the_times():
     for whole in (8, 50):
         for fits in range(1, whole + 1):
             limit = FIXED + fits * EACH
-            found = time_budget.expected_steps(FIXED + whole * EACH, whole, whole * EACH, limit)
-            assert (
-                found
-                == fits
-                == time_budget.expected_steps(FIXED + whole * EACH, whole, whole * EACH, limit + 0.9 * EACH)
-            )
-    assert time_budget.expected_steps(1.0, 8, 0.8, 0.1) == 1  # less than its fixed part
-    assert time_budget.expected_steps(1.0, 8, 0.8, 9.0) == 8  # never more than it has
+            found = budget.expected_steps(FIXED + whole * EACH, whole, whole * EACH, limit)
+            assert found == fits == budget.expected_steps(FIXED + whole * EACH, whole, whole * EACH, limit + 0.9 * EACH)
+    assert budget.expected_steps(1.0, 8, 0.8, 0.1) == 1  # less than its fixed part
+    assert budget.expected_steps(1.0, 8, 0.8, 9.0) == 8  # never more than it has
 
 
 @pytest.fixture
@@ -58,7 +53,7 @@ def clockwork(monkeypatch):
             ]  # fmt: skip
             return {"images_a_call": 1, "variants": entries}
 
-        monkeypatch.setattr(time_budget, "take_turns", turns)
+        monkeypatch.setattr(budget, "take_turns", turns)
         return turns
 
     return install
@@ -77,7 +72,7 @@ def plan(clockwork, pipe, factor, **odd):
     timing = clockwork(factor, **odd)(pipe, request, [BASE, FAST])
     if odd:
         timing["variants"][0]["parts"]["network"] *= 1.6  # single steps look dearer than they are
-    return time_budget.fewer_steps(pipe, request, BASE, FAST, timing)
+    return budget.fewer_steps(pipe, request, BASE, FAST, timing)
 
 
 @pytest.mark.parametrize("factor", [0.15, 0.3, 0.5, 0.77, 0.9])
@@ -96,13 +91,13 @@ def test_what_has_no_fewer_steps(clockwork, pipe):
     request, timing = Request(prompts=PROMPTS), clockwork(0.5)(pipe, None, [BASE, FAST])
     few = Variant((), {"steps": 3})
     timing["variants"].append({**timing["variants"][0], "name": few.name})
-    assert "another number of steps" in time_budget.fewer_steps(pipe, request, BASE, few, timing)["why"]
+    assert "another number of steps" in budget.fewer_steps(pipe, request, BASE, few, timing)["why"]
 
 
 @pytest.mark.parametrize(("factor", "pictures"), [(0.5, 1), (0.4, 2), (0.1, 9), (2.0, 1)])
 def test_pictures_fit_by_the_lower_end(clockwork, pipe, reward, factor, pictures):
     clockwork(factor)
-    found = time_budget.pictures_that_fit(pipe, Request(prompts=PROMPTS), BASE, FAST, reward)
+    found = budget.pictures_that_fit(pipe, Request(prompts=PROMPTS), BASE, FAST, reward)
     assert found["pictures"] == pictures and found["reward"] == "emoji-clip-reward"
 
 
@@ -110,12 +105,12 @@ def test_the_rewards_time_is_part_of_the_call(pipe, reward):
     called = []
 
     def then(pictures, prompts):
-        time_budget.scoring(reward)(pictures, prompts)
+        budget.reward_scoring(reward)(pictures, prompts)
         called.append((len(pictures), prompts))
 
     request = Request(prompts=PROMPTS[:2], model="mine", steps=1, size=(32, 32), batch=2)
     two = [Variant((), {"steps": 2}), Variant((Heun(),), {"steps": 1})]
-    timed = take_turns(pipe, request, two, turns=2, warm_up=1, then={two[1].name: then})
+    timed = take_turns(pipe, request, two, turns=2, warm_up=1, after_call={two[1].name: then})
     assert called == [(2, list(PROMPTS[:2]))] * 3  # a warm-up and two turns, of the second only
     entry = timed["variants"][1]
     assert entry["seconds_per_image"] * 2 > sum(entry["parts"].values())

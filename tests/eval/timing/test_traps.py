@@ -23,7 +23,7 @@ def pipe():
 def test_warm_up_is_not_timed_and_turns_alternate(pipe, monkeypatch):
     calls = []
 
-    def call(pipe, request, then=None):
+    def call(pipe, request, after_call=None):
         calls.append(request)
         first = sum(one.steps == request.steps for one in calls) <= 3
         seconds = 100.0 if first else float(request.steps)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.uncertainty.sequential import Sequential, _t, doubling
+from diffaccel.eval.uncertainty.sequential import Sequential, _student_quantile, doubling
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 LOOKS = (64, 128, 256, 512)
@@ -95,7 +95,7 @@ def test_students_quantile_against_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     for df in (15, 31, 63, 1023):
         for p in (0.95, 0.99, 0.995, 0.9975):
-            assert _t(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-4)
+            assert _student_quantile(p, df) == pytest.approx(stats.t.ppf(p, df), rel=1e-4)
 
 
 def test_identical_runs_are_equivalent_once_rare_differences_would_have_shown() -> None:

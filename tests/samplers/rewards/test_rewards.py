@@ -373,7 +373,7 @@ def test_published_scorers_are_rewards_on_rounded_pictures(name, monkeypatch):
         return lambda pictures, prompts: pictures.double().mean((1, 2, 3)) + len(prompts[0])
 
     known = scorers.KNOWN[name]
-    monkeypatch.setitem(scorers.KNOWN, name, scorers.Known(known.files, known.licence, known.paper, build))
+    monkeypatch.setitem(scorers.KNOWN, name, scorers.PublishedScorer(known.files, known.licence, known.paper, build))
     found = resolve(name, device="cpu")
     assert found.needs_prompts == (name != "aesthetic") and found.name == name and not found.differentiable
     rounded = (images() * 255).round().double().mean((1, 2, 3))

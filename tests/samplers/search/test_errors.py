@@ -19,7 +19,7 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
-from diffaccel.samplers.search.scoring import Judge
+from diffaccel.samplers.search.scoring import PictureScorer
 
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 
@@ -256,7 +256,7 @@ def test_the_best_so_far_is_given_when_the_user_stops(config: Any, after: int) -
 
 
 def test_an_overlapped_search_stops_with_all_that_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Judge, "elsewhere", lambda self, device: True)
+    monkeypatch.setattr(PictureScorer, "elsewhere", lambda self, device: True)
     config = SVDD(budget=60, particles=2, reward=latent_reward(score))
     here = stand_in(torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(5)), LEVELS)
     run = found(config, here, lambda x, sigma: BIMODAL.velocity(LINEAR, x, sigma), stop=lambda done: done >= 20)

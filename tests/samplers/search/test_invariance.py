@@ -14,8 +14,8 @@ from torch import Tensor
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
 from diffaccel.samplers.search.particles import Pool
-from diffaccel.samplers.search.processes import Processes
-from diffaccel.samplers.search.scoring import Judge
+from diffaccel.samplers.search.processes import SearchProcesses
+from diffaccel.samplers.search.scoring import PictureScorer
 
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 PROMPTS = ["long", "short", "long"]
@@ -100,10 +100,10 @@ def test_every_picture_is_scored_by_its_own_prompt(config: Any) -> None:
 
 @every_method
 def test_scoring_beside_the_network(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A judge on another device scores one half of the chains while the network works on the other: the chains decide
+    """A scorer on another device scores one half of the chains while the network works on the other: the chains decide
     the same, and only what was spent in the meantime differs."""
     expected = search(config)
-    monkeypatch.setattr(Judge, "elsewhere", lambda self, device: True)
+    monkeypatch.setattr(PictureScorer, "elsewhere", lambda self, device: True)
     overlapped = search(config)
     assert torch.equal(overlapped.x, expected.x)
 
@@ -146,7 +146,7 @@ def test_waves_bound_memory_and_change_nothing() -> None:
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_processes_share_every_row_once(count: int, size: int, rows: int) -> None:
     """Cut between network calls, so that a call's rows are the same for any number of processes."""
-    parts = [Processes(rank, size).part(count, rows) for rank in range(size)]
+    parts = [SearchProcesses(rank, size).part(count, rows) for rank in range(size)]
     assert [i for part in parts for i in range(count)[part]] == list(range(count))
     if size > 1:
         each = min(rows, -(-count // size))

@@ -12,12 +12,12 @@ from search_bed import Script, plan, play
 
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
 from diffaccel.samplers.search.budget import Rollover
-from diffaccel.samplers.search.particles import Move
+from diffaccel.samplers.search.particles import Transition
 
 PAPER = {"particles": 2, "initial": 25, "beam": 1, "chunk": 1}  # at a budget of 500 and 10 levels (arXiv 2503.19385)
 
 
-def never(move: Move) -> float:
+def never(move: Transition) -> float:
     return -float(move.stage)
 
 
@@ -86,7 +86,7 @@ def test_a_threshold_ends_a_level_and_passes_nothing_on() -> None:
 def test_a_child_must_beat_the_highest_so_far_or_the_state_that_it_comes_from() -> None:
     """The first noise is far above all children; of these the third of each level is above the level before."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return 5.0 if not move.stage else float(move.stage + (move.key.attempt == 2)) - 20.0
 
     assert play(RBF(**PAPER), 500, plan(10), script).proposals() == [22] * 8 + [48]
@@ -158,7 +158,7 @@ def test_what_nobody_looked_at_is_counted_as_wasted() -> None:
 def test_of_a_chunk_the_highest_is_what_the_next_must_beat() -> None:
     """Wherever in the chunk it was: rewards fall within each, and later levels only reach the first one's middle."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return 0.0 if not move.stage else (10.0 if move.stage == 1 else 8.0) - move.key.attempt
 
     played = play(RBF(particles=1, initial=1, beam=1, chunk=4), 200, plan(6), script)
@@ -170,7 +170,7 @@ def test_of_a_chunk_the_highest_is_what_the_next_must_beat() -> None:
 def test_wasted_tries_leave_one_for_every_level_after() -> None:
     """What rolls over does not know of the waste; the budget does."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return float(move.stage) if 0 < move.stage < 8 else -1.0
 
     played = play(RBF(particles=1, initial=25, beam=1, chunk=8, commit="first"), 250, plan(10), script)
@@ -182,7 +182,7 @@ def test_wasted_tries_leave_one_for_every_level_after() -> None:
 def test_chunks_of_first_accept_what_one_by_one_would(chunk: int) -> None:
     """Until the budget, which pays for what is wasted too, runs out."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return 100.0 * move.stage + move.key.attempt if move.stage and move.key.attempt % 5 == 2 else -1.0
 
     def accepted(chunk: int) -> list[tuple[int, int]]:
@@ -195,7 +195,7 @@ def test_chunks_of_first_accept_what_one_by_one_would(chunk: int) -> None:
 def test_never_improving_is_the_soft_value_decoder_s_way() -> None:
     """With a threshold out of reach a level takes the best of its Q children, as SVDD of K = Q does, level by level."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return float((13 * move.key.attempt + 5 * move.stage + 3 * move.key.chain) % 17)
 
     k, stages, n = 6, 7, 2
@@ -219,12 +219,12 @@ def test_always_improving_is_the_plain_stochastic_walk() -> None:
 def test_a_beam_goes_on_from_its_best_children_in_turn() -> None:
     """Of six noises three go on; every one of them has a child before a level ends, whoever was better first."""
 
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return 10.0 * move.stage + (move.key.attempt * 5) % 6 if move.stage < 5 else -1.0
 
     config = RBF(particles=1, beam=3, initial=6, chunk=1)
     played = play(config, 6 + 6 * 12, plan(6), script)
-    asked: dict[int, list[Move]] = {}
+    asked: dict[int, list[Transition]] = {}
     for move in played.moves[0]:
         if move.predict:
             asked.setdefault(move.stage, []).append(move)
@@ -249,7 +249,7 @@ def test_every_state_of_a_beam_has_four_tries_a_level(quota: int, states: int) -
 
 @pytest.mark.parametrize("chunk", [3, 8])
 def test_chunks_of_first_keep_a_beam_s_decisions(chunk: int) -> None:
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return 100.0 * move.stage + move.key.attempt if move.key.attempt % 5 == 2 else -float(move.key.attempt % 3)
 
     def states(chunk: int) -> list[Any]:
@@ -289,7 +289,7 @@ def test_code_selects_at_the_end_of_every_block(block: int, selected: list[int])
 
 
 def test_code_of_blocks_of_one_is_svdd() -> None:
-    def script(move: Move) -> float:
+    def script(move: Transition) -> float:
         return float((13 * move.key.attempt + 5 * move.stage) % 17)
 
     soft, blocks = (play(config, 60, plan(6, 2), script) for config in (SVDD(particles=2), CoDe(particles=2, block=1)))

@@ -103,7 +103,7 @@ def test_plans_of_the_vp_path_are_of_first_order(kernel: Any, scale: Any, norm: 
     whole = schedule(LINEAR, [1.0, 0.5, 0.0])
 
     def worst(stages: int) -> float:
-        made = plan.make(whole, path="vp", kernel=kernel, scale=scale, norm=norm, stages=stages)
+        made = plan.make_plan(whole, path="vp", kernel=kernel, scale=scale, norm=norm, stages=stages)
         found = gaussian_moments(made, MEAN, STD, exact(LINEAR, made.sigmas[0]))
         pairs = list(zip(found, made.sigmas, strict=True))[: stages * 9 // 10 + 1]
         return max(apart(at, exact(LINEAR, sigma)) for at, sigma in pairs)

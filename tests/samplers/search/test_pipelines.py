@@ -14,7 +14,7 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
-from diffaccel.samplers.search import scoring as judge
+from diffaccel.samplers.search import scoring
 
 STEPS = 5
 
@@ -212,7 +212,7 @@ def test_few_clips_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None
     whole, _, _ = searched(make("wan"), config, "wan")
     assert together == [8]
     together.clear()
-    monkeypatch.setattr(judge, "DECODED", 32 * 32 * 4 * 2 * 2)  # two clips of two latents
+    monkeypatch.setattr(scoring, "MAX_PIXELS", 32 * 32 * 4 * 2 * 2)  # two clips of two latents
     found, _, _ = searched(make("wan"), config, "wan")
     assert together == [2] * 4
     torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)

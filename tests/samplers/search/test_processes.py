@@ -19,7 +19,7 @@ def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     """With calls of a fixed number of rows every process sees the same numbers to the bit."""
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}", "OMP_NUM_THREADS": "1"}
     launched = subprocess.run(
         [sys.executable, *LAUNCH, str(ROOT / "tests/samplers/search/launched.py"), str(tmp_path / "two")],
         env=env, capture_output=True, text=True, timeout=300,

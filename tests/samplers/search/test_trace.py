@@ -18,8 +18,8 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
-from diffaccel.samplers.search.processes import Processes
-from diffaccel.samplers.search.reward_log import Trace
+from diffaccel.samplers.search.processes import SearchProcesses
+from diffaccel.samplers.search.reward_log import RewardLog
 
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 METHODS: list[Any] = [
@@ -121,12 +121,12 @@ def test_a_first_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
 def test_of_several_processes_all_have_what_the_first_one_read(tmp_path: Path) -> None:
     """And no line that it wrote since then, or that a slower disk does not show yet."""
     here, there = tmp_path / "here", tmp_path / "there"
-    first = Trace(here)
+    first = RewardLog(here)
     with first.file.open("a") as file:
         file.write(json.dumps({"row": 0, "chain": 1, "rewards": [0.5]}) + "\n")
     text = first.file.read_text()
 
-    class Second(Processes):
+    class Second(SearchProcesses):
         def share(self, value: Any) -> Any:
             assert value == "", "the first one's is what counts"
             return text
@@ -135,9 +135,9 @@ def test_of_several_processes_all_have_what_the_first_one_read(tmp_path: Path) -
     with (there / first.file.name).open("a") as file:
         file.write(json.dumps({"row": 0, "chain": 1, "rewards": [0.7]}) + "\n")
     before = (there / first.file.name).read_text()
-    second = Trace(there, processes=Second(1, 2))
+    second = RewardLog(there, processes=Second(1, 2))
     assert {key: list(rounds) for key, rounds in second.rounds.items()} == {(0, 1): [[0.5]]}
-    second.add(SimpleNamespace(search=SimpleNamespace(row=0), number=1), [0.9])
+    second.append(SimpleNamespace(search=SimpleNamespace(row=0), number=1), [0.9])
     assert (there / first.file.name).read_text() == before
 
 

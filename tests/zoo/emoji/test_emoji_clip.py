@@ -62,7 +62,7 @@ def work(scenes, shared, tmp_path_factory):
 def test_shuffling_moves_every_patch_somewhere_and_loses_none():
     images = torch.rand(6, 3, 64, 64)
     for seed in range(8):
-        shuffled = clip.shuffle_patches(images, torch.Generator().manual_seed(seed))
+        shuffled = clip_eval.shuffle_patches(images, torch.Generator().manual_seed(seed))
         assert torch.equal(shuffled.flatten(2).sort().values, images.flatten(2).sort().values)
         assert all(not torch.equal(one, other) for one, other in zip(images, shuffled, strict=True))
 
@@ -133,9 +133,9 @@ def test_equal_pictures_are_no_negatives_and_parts_of_the_scenes_are_left_out(sc
     assert made[1].weights[number == 1].sum() == 0
     assert made[0].weights[number == 1].sum() > 0
     rows = scenes.rows
-    assert made[0].same[0] == made[0].same[1]  # variants of one icon
+    assert made[0].content[0] == made[0].content[1]  # variants of one icon
     differing = next(i for i, row in enumerate(rows) if row.icons != rows[0].icons)
-    assert made[0].same[0] != made[0].same[differing]
+    assert made[0].content[0] != made[0].content[differing]
     index = made[0].batch(64, torch.Generator().manual_seed(0))
     first = made[0].may_damage[index].int()
     assert torch.equal(first, first.sort(descending=True).values)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffaccel import terminal as console
-from diffaccel import zoo
+from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.runs.loading import quiet_libraries
 
+if TYPE_CHECKING:
+    from diffaccel.runs.generate import Early
+    from diffaccel.runs.request import Request
+    from diffaccel.runs.variant import Variant
 
-def _parser() -> console.Parser:
-    parser = console.Parser(
+
+def _parser() -> terminal.Parser:
+    parser = terminal.Parser(
         prog="diffaccel eval run",
         description="Generate a set of pictures into a folder. Repeat the command to go on after a stop.",
         epilog="example:\n  diffaccel eval run --prompts prompts.txt --accel dpmpp2m:steps=8 --out runs/dpm8\n"
@@ -24,7 +28,7 @@ def _parser() -> console.Parser:
     add("--prompts", metavar="FILE", help="txt, jsonl, json, csv or tsv, or emoji-1000; classes for a model of classes")
     add("--first", type=int, metavar="N", help="only the first N prompts")
     add("--accel", default="plain", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or a YAML file")
-    console.add_model_options(parser)
+    terminal.add_model_options(parser)
     add("--num", type=int, default=1, metavar="N", help="pictures of each prompt (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="picture i of the run uses seed S + i (default 0)")
     add(
@@ -45,51 +49,63 @@ def _parser() -> console.Parser:
     return parser
 
 
-def run(argv: list[str]) -> int:
-    """The command; returns its exit status."""
+def run_generate(argv: list[str]) -> int:
+    """Run ``eval run`` and return its exit status."""
     options = _parser().parse(argv)
-    from diffaccel.eval.sets import requests as subjects
-    from diffaccel.runs import loading as opening
-    from diffaccel.runs import variant as variants
     from diffaccel.runs.generate import generate_run
+    from diffaccel.runs.variant import parse
+
+    variant = parse(options.accel)
+    request = _request(options, variant)
+    quiet_libraries(options.json or options.model in zoo.names())
+    record = generate_run(
+        request, options.out, overwrite=options.overwrite, early=_stopping_rule(options, request),
+        progress=not options.json, command=["diffaccel", "eval", "run", *argv],
+    )  # fmt: skip
+    if record["rank"] == 0:
+        terminal.write_json(record) if options.json else terminal.write(_summary(record, variant.name))
+    return 0
+
+
+def _request(options: Any, variant: Variant) -> Request:
+    """Return the request that the options describe, drawn by the variant."""
+    from diffaccel.eval.sets import requests
+    from diffaccel.runs import loading
     from diffaccel.runs.request import Request
 
-    variant = variants.parse(options.accel)
     request = Request(
         model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads, latents=options.latents,
     )  # fmt: skip
-    texts = subjects.texts_of(options.prompts, options.first)
-    request = variant.of(subjects.drawing(opening.pipeline_class(options.model), request, texts))
-    quiet_libraries(options.json or options.model in zoo.names())
-    record = generate_run(
-        request, options.out, overwrite=options.overwrite, early=_early(options, request),
-        progress=not options.json, command=["diffaccel", "eval", "run", *argv],
-    )  # fmt: skip
-    if record["rank"] == 0:
-        cost, n = record["cost"], len(record["images"])
-        each = f"{cost['seconds'] / n:.3f} s and {cost['nfe'] / n:g} NFE each"
-        text = f"{n} pictures in {record['out']} by {variant.name}: {each}"
-        if until := record.get("until"):
-            text += f"\n{until['sentence']}"
-        console.write_json(record) if options.json else console.write(text)
-    return 0
+    texts = requests.load_texts(options.prompts, options.first)
+    return variant.of(requests.with_texts(request, texts, loading.pipeline_class(options.model)))
 
 
-def _early(options: Any, request: Any) -> Any:
+def _stopping_rule(options: Any, request: Request) -> Early | None:
+    """Return the rule of ``--until``; None without that option."""
     if options.until is None:
         if options.baseline is not None or options.looks is not None:
-            given = "--baseline" if options.baseline is not None else "--looks"
-            raise DiffAccelError(f'{given} goes with --until RULE, such as --until "ssim within 0.02".')
+            option = "--baseline" if options.baseline is not None else "--looks"
+            raise DiffAccelError(f'{option} goes with --until RULE, such as --until "ssim within 0.02".')
         return None
     if options.baseline is None:
         raise DiffAccelError("--until compares with a finished run. Name it: --baseline RUN.")
     from diffaccel.eval.timing import early_stop
-    from diffaccel.runs import loading as opening
+    from diffaccel.runs import loading
 
     try:
         looks = [int(number) for number in (options.looks or "").split(",") if number.strip()]
     except ValueError:
         raise DiffAccelError(f"--looks is '{options.looks}'; it must be numbers, such as 64,128,256.") from None
-    device = opening.pick_device(options.device)
-    return early_stop.early(options.until, options.baseline, request, looks=looks, device=device)
+    device = loading.pick_device(options.device)
+    return early_stop.stopping_rule(options.until, options.baseline, request, looks=looks, device=device)
+
+
+def _summary(record: dict[str, Any], variant: str) -> str:
+    """Return how many pictures were drawn, by which variant and at what cost; and what ``--until`` proved."""
+    cost, count = record["cost"], len(record["images"])
+    cost_text = f"{cost['seconds'] / count:.3f} s and {cost['nfe'] / count:g} NFE each"
+    text = f"{count} pictures in {record['out']} by {variant}: {cost_text}"
+    if until := record.get("until"):
+        text += f"\n{until['sentence']}"
+    return text

@@ -1,0 +1,84 @@
+"""One chunk of a run: one pipeline call, its pictures or clips, and what it cost."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from diffaccel import record
+from diffaccel.compose import summary
+from diffaccel.families import find
+from diffaccel.files import Clip
+from diffaccel.runs.call_arguments import call_parameters, class_labels, source_of
+from diffaccel.runs.request import Item
+
+if TYPE_CHECKING:
+    from diffaccel.runs.profile import Profile
+
+
+def generate_chunk(
+    pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float
+) -> tuple[list[Any], dict[str, Any], Profile]:
+    """Draw one chunk by one pipeline call and return its pictures or clips, its cost, and the call's profile.
+
+    Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
+    device.
+    """
+    import torch
+
+    from diffaccel.runs.profile import measure
+
+    arguments = dict(call)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(chunk)
+    arguments |= _subject_arguments(pipe, chunk)
+    if "num_frames" in call_parameters(pipe):
+        arguments["output_type"] = "pil"  # some pipelines return arrays by default
+    generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
+    if pipe.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(pipe.device)
+    with measure(pipe) as profile, warnings.catch_warnings():
+        # diffusers' only sign of not-a-number in a picture, which it then draws black
+        warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+        output = pipe(generator=generators, **arguments)
+    frames = getattr(output, "frames", None)
+    images = output.images if frames is None else [Clip(list(clip), fps) for clip in frames]
+    return images, _cost(pipe, arguments, profile), profile
+
+
+def _subject_arguments(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
+    """Return the arguments that say what each row of a call shows."""
+    source = source_of(pipe)
+    if source == "nothing":
+        return {"batch_size": len(chunk)}
+    texts = [item.prompt or "" for item in chunk]
+    return {"prompt": texts} if source == "text" else {"class_labels": class_labels(pipe, texts)}
+
+
+def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, Any]:
+    """Return the cost of a call.
+
+    Seconds, whole, by part and by network call; NFE (a guided prediction counts once), rows through the network and
+    network calls; peak memory in bytes.
+    """
+    stats = summary(pipe).last_run
+    peak = record.peak_memory(pipe.device)
+    if stats is not None:
+        peak = max(peak or 0, stats["peak_memory"]) or None
+    return {
+        "seconds": round(profile.seconds, 4),
+        "nfe": profile.forwards // _branches(pipe, arguments) if stats is None else stats["nfe"],
+        "forwards": profile.forwards,
+        "calls": profile.calls,
+        "peak_memory": peak,
+        "parts": {part: round(seconds, 4) for part, seconds in profile.parts.items()},
+        "steps": [round(seconds, 5) for seconds in profile.steps],
+    }
+
+
+def _branches(pipe: Any, arguments: dict[str, Any]) -> int:
+    """Return how many rows a stock loop sends through its network for one guided prediction."""
+    family = find(pipe)
+    if family is not None:
+        return 2 if family.guidance_scale(pipe, {**call_parameters(pipe), **arguments}) is not None else 1
+    return 2 if getattr(pipe, "do_classifier_free_guidance", False) else 1

@@ -1,0 +1,147 @@
+"""Substitutes for a pipeline's networks and first ``scheduler.step`` while its own ``__call__`` prepares a call.
+
+The pipeline encodes prompts, draws latents, computes time ids and timesteps as it always does; its network is replaced
+by a recorder that evaluates nothing and answers with known random tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+
+from diffaccel import schedules
+from diffaccel.errors import DiffAccelError
+from diffaccel.families.base import Family
+from diffaccel.modules.stand_in import StandIn, TextMemo, network_arguments, random_like, silent_bar, uncompiled
+
+
+@dataclass(eq=False)
+class Recording:
+    """A pipeline call up to its first ``scheduler.step``.
+
+    Attributes:
+        calls: the network's arguments, call by call.
+        answers: the random tensors that it was given for predictions.
+        guided: what the pipeline made of them, ``model_output`` of the scheduler's step.
+        latents: ``sample`` of the scheduler's step.
+        step_arguments: further arguments of the scheduler's step, such as ``eta``.
+    """
+
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[Tensor] = field(default_factory=list)
+    guided: Tensor | None = None
+    latents: Tensor | None = None
+    timestep: Any = None
+    step_arguments: dict[str, Any] = field(default_factory=dict)
+
+    def note_step(self, arguments: dict[str, Any]) -> None:
+        """Take over the arguments of ``scheduler.step``, by name."""
+        self.guided, self.latents = arguments.pop("model_output"), arguments.pop("sample")
+        self.timestep = arguments.pop("timestep")
+        self.step_arguments = {**arguments.pop("kwargs", {}), **arguments}
+        self.step_arguments.pop("return_dict", None)
+
+
+@contextlib.contextmanager
+def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable[[Recording], Any]) -> Iterator[None]:
+    """Record the pipeline's network while open, and make its first ``scheduler.step`` ``on_first_step(recording)``.
+
+    Everything is put back before ``on_first_step`` runs, and in any case at the end. A pipeline that cannot be
+    interrupted goes on with its loop afterwards: network and scheduler then do nothing, so that it takes no time.
+    """
+    recording = Recording()
+    substitutes = _Substitutes(pipe, family, memo, recording)
+    scheduler, step_signature = pipe.scheduler, inspect.signature(pipe.scheduler.step)
+
+    def first_step(*args: Any, **kwargs: Any) -> Any:
+        recording.note_step(step_signature.bind(*args, **kwargs).arguments)
+        substitutes.remove()
+        steps_left = len(scheduler.timesteps) - schedules.start_index(scheduler, recording.timestep)
+        latents = on_first_step(recording)
+
+        def later_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps_left
+            steps_left -= 1
+            if steps_left <= 0:  # the loop ends: offloading hooks that the call then moves need the real network
+                substitutes.remove()
+            if kwargs.get("return_dict", True):
+                return SimpleNamespace(prev_sample=latents)
+            return (latents, None)  # the second value is CogVideoXDPMScheduler's previous prediction
+
+        substitutes.install(later_step)
+        if hasattr(type(pipe), "interrupt"):  # the rest of the loop is skipped, or at least changes nothing
+            substitutes.restore_networks()
+        return later_step(**kwargs)
+
+    substitutes.install(first_step)
+    try:
+        yield
+    finally:
+        substitutes.remove()
+
+
+class _Substitutes:
+    """Recording networks, a step function, cached text encodings and a silent progress bar for one pipeline."""
+
+    def __init__(self, pipe: Any, family: Family, memo: TextMemo, recording: Recording) -> None:
+        self.pipe, self.family, self.memo, self.recording = pipe, family, memo, recording
+        self.networks = family.networks(pipe)
+        self.scheduler, self.original_step = pipe.scheduler, pipe.scheduler.step
+        # a method that the user replaced on the instance stays
+        self.methods = [
+            name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)
+        ]
+        self.is_installed = False
+        for name, network in self.networks.items():
+            if hasattr(uncompiled(network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
+                raise DiffAccelError(
+                    f"The {name} of {type(pipe).__name__} is split over devices by context parallelism, "
+                    "which cannot be probed yet. Load it without parallel_config."
+                )
+
+    def install(self, step: Callable[..., Any]) -> None:
+        """Replace the networks by recorders and ``scheduler.step`` by ``step``."""
+        pipe = self.pipe
+        self.is_installed = True
+        for name, network in self.networks.items():  # past DiffusionPipeline.__setattr__, which changes pipe.config
+            object.__setattr__(pipe, name, _recorder(network, self.recording, self.family))
+        self.scheduler.step = functools.wraps(self.original_step)(step)
+        if "encode_prompt" in self.methods:
+            object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt))
+        if "progress_bar" in self.methods:  # the loop that follows brings its own bar
+            object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
+
+    def remove(self) -> None:
+        """Put everything back, unless that is done."""
+        if self.is_installed:
+            self.is_installed = False
+            self.restore_networks()
+            del self.scheduler.step
+            for name in self.methods:
+                self.pipe.__dict__.pop(name, None)
+
+    def restore_networks(self) -> None:
+        """Put back the networks alone."""
+        for name, network in self.networks.items():
+            object.__setattr__(self.pipe, name, network)
+
+
+def _recorder(network: Any, recording: Recording, family: Family) -> StandIn:
+    """Return a network that answers at random and records its arguments and answers."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        arguments = network_arguments(network, args, kwargs)
+        recording.calls.append(arguments)
+        latents = arguments[family.latent_arg]
+        answer = random_like(latents, family.output_shape(network, latents), len(recording.calls))
+        recording.answers.append(answer)
+        return SimpleNamespace(sample=answer) if arguments.get("return_dict", True) else (answer,)
+
+    return StandIn(network, called)

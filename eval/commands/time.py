@@ -1,0 +1,76 @@
+"""``diffaccel eval time``: variants of one model in turns on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffaccel import terminal, zoo
+from diffaccel.runs.loading import quiet_libraries
+
+
+def run_time(argv: list[str]) -> int:
+    """Run ``eval time`` and return its exit status."""
+    options = _parser().parse(argv)
+    timing = {**_measure(options), "command": ["diffaccel", "eval", "time", *argv]}
+    if options.out is not None:
+        from diffaccel.files import write_json
+
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, timing)
+    if options.json:
+        terminal.write_json(timing)
+    else:
+        _print(timing, options.batch)
+    return 0
+
+
+def _parser() -> terminal.Parser:
+    parser = terminal.Parser(
+        prog="diffaccel eval time",
+        description="Time variants of one model in turns; the first one is the baseline.",
+        epilog="example:\n  diffaccel eval time plain plain:steps=8 dpmpp2m:steps=8 --out timing.json",
+    )
+    add = parser.add_argument
+    add("variants", nargs="+", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or YAML files")
+    terminal.add_model_options(parser)
+    add("--prompt", default="a red apple", help="what every call draws")
+    add("--batch", type=int, default=1, metavar="B", help="pictures in one call (default 1)")
+    add("--turns", type=int, default=10, metavar="N", help="timed calls of each variant (default 10)")
+    add("--warm-up", type=int, default=3, metavar="N", help="calls of each before the first turn (default 3)")
+    add("--out", type=Path, metavar="FILE", help="write the timing as JSON, for diffaccel eval compare --timing")
+    add("--json", action="store_true", help="print it as one JSON object")
+    return parser
+
+
+def _measure(options: Any) -> dict[str, Any]:
+    """Open the model and let its variants take turns."""
+    from diffaccel.eval.commands.options import progress_printer
+    from diffaccel.eval.timing.turns import take_turns
+    from diffaccel.runs import loading
+    from diffaccel.runs.request import Request
+    from diffaccel.runs.variant import parse
+
+    variants = [parse(text) for text in options.variants]
+    request = Request(
+        prompts=(options.prompt,), num=options.batch, batch=options.batch, model=options.model, dtype=options.dtype,
+        device=options.device,
+    ).with_model_defaults()  # fmt: skip
+    quiet_libraries(options.json or options.model in zoo.names())
+    device = loading.pick_device(options.device)
+    folder, _ = loading.locate(options.model)
+    pipe = loading.open_pipeline(request, folder, device, loading.pick_dtype(options.dtype, device))
+    return take_turns(
+        pipe, request, variants, turns=options.turns, warm_up=options.warm_up, progress=progress_printer(options)
+    )
+
+
+def _print(timing: dict[str, Any], batch: int) -> None:
+    """Print a line for every variant: seconds a picture, and the ratio to the baseline."""
+    terminal.write(f"{timing['device']['name']}, {timing['turns']} turns, {batch} a call")
+    for entry in timing["variants"]:
+        ratio = entry.get("ratio")
+        text = "baseline" if ratio is None else f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        if ratio is not None and not ratio["significant"]:
+            text += ", speed-up not significant"
+        terminal.write(f"  {entry['name']:<28}{entry['seconds_per_image']:9.4f} s a picture   {text}")

@@ -1,0 +1,158 @@
+"""Workspace of a report: draws runs into its folder, times calls on one pipeline, and keeps whatever is finished."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel import record, zoo
+from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.eval.networks.extractors import as_clip, extractor
+from diffaccel.eval.networks.extractors.clip import ClipExtractor
+from diffaccel.eval.report.plan import ReportPlan
+from diffaccel.eval.sets.run import Run, open_run
+from diffaccel.eval.timing.turns import one_call
+from diffaccel.files import write_json
+from diffaccel.processes import join
+from diffaccel.runs import loading
+from diffaccel.runs.generate import generate_run
+from diffaccel.runs.loading import quiet_libraries
+from diffaccel.runs.request import Request
+from diffaccel.runs.variant import Variant
+
+RUNS = "runs"
+OTHER_SEEDS = "other-seeds"
+
+
+class Workspace:
+    """Folder, processes and pipeline of a report being made.
+
+    Several processes share the drawing of runs; the first one of them measures, while the others wait.
+
+    Args:
+        plan: of the report.
+        out: the report's folder.
+        progress: called with a line of text at every step of the first process.
+    """
+
+    def __init__(self, plan: ReportPlan, out: Path, progress: Callable[[str], None]) -> None:
+        self.plan, self.out = plan, out
+        self.processes, device = join(loading.pick_device(plan.request.device))
+        self.progress = progress if self.is_first else lambda text: None
+        self.request = replace(plan.request, device=str(device) if self.processes.size > 1 else plan.request.device)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that measures and writes the report."""
+        return self.processes.rank == 0
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The model as an open pipeline without methods, opened when it is first needed."""
+        quiet_libraries(self.request.model in zoo.names())
+        pipe = loading.open_plain(self.request)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def close_pipeline(self) -> None:
+        """Free the pipeline's memory for the networks that measure."""
+        if self.__dict__.pop("pipe", None) is not None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def load_clip(self, name: str) -> ClipExtractor | None:
+        """Load a CLIP by its name; None for an empty name."""
+        if not name:
+            return None
+        return as_clip(extractor(name, device=loading.pick_device(self.plan.request.device)))
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def draw(self, variant: Variant, request: Request | None = None, folder: str | None = None) -> Run:
+        """Draw a request by a variant; finished pictures are used again.
+
+        Args:
+            variant: methods and call settings.
+            request: None for the report's own.
+            folder: of the run; None names it after the variant.
+        """
+        request = variant.of(request or self.request)
+        path = self.out / RUNS / (folder or variant.folder)
+        if not _is_finished(path):
+            self.progress(f"{path.name}: {len(request)} pictures")
+        quiet_libraries(request.model in zoo.names())
+        generate_run(request, path)
+        return open_run(path)
+
+    def draw_other_seeds(self) -> Run:
+        """Draw the baseline with the seeds that follow the report's own."""
+        request = replace(self.request, seed=self.request.seed + len(self.request))
+        return self.draw(self.plan.baseline, request, f"{self.plan.baseline.folder}-{OTHER_SEEDS}")
+
+    def first_call_error(self, variant: Variant) -> str | None:
+        """Try a first call of a variant and return why it fails; None where it works or its run is finished."""
+        error_text = None
+        if self.is_first and not _is_finished(self.out / RUNS / variant.folder):
+            self.progress(f"{variant.name}: a first call")
+            try:
+                one_call(self.pipe, variant.of(self.request))
+            except Exception as error:  # a method may raise anything on a model that it was not made for
+                kind = "" if isinstance(error, DiffAccelError) else f"{type(error).__name__}: "
+                error_text = f"{kind}{first_line(error)}"
+        return self.processes.share(error_text)
+
+    # -- measurements -------------------------------------------------------------------------------------------------
+
+    def measure_once(
+        self, name: str, variants: Sequence[Variant], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return a measurement that a file keeps, measured now unless the file has it for the same conditions.
+
+        All processes return the same, and only the first one measures.
+
+        Args:
+            name: of the file in the report's folder.
+            variants: that are measured.
+            measure: takes the measurement, JSON-ready.
+        """
+        path, measurement = self.out / name, None
+        if self.is_first:
+            conditions = self._conditions(variants)
+            measurement = _read_object(path)
+            if measurement is None or measurement.get("of") != conditions:
+                measurement = {**measure(), "of": conditions}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, measurement)
+        return self.processes.share(measurement)
+
+    def _conditions(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        """Return everything that a measurement of variants depends on: request, device, turns, reward."""
+        device = loading.pick_device(self.request.device)
+        _, digest = loading.locate(self.request.model)
+        request = self.request.with_model_defaults()
+        settings = request.settings(digest, device, loading.pick_dtype(request.dtype, device))
+        settings["prompts"] = settings["prompts"][: request.batch]  # times are of the first chunk
+        names = {"ways": [variant.name for variant in variants], "turns": self.plan.turns, "reward": self.plan.reward}
+        return {"settings": settings, "device": record.describe_device(device), **names}
+
+
+def _is_finished(folder: Path) -> bool:
+    run_record = _read_object(folder / record.RUN)
+    return run_record is not None and run_record.get("state") == "finished"
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is no readable one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
