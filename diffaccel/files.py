@@ -6,8 +6,10 @@ Everything is written under a temporary name in the same folder, flushed, and re
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
@@ -24,9 +26,27 @@ TEMPORARY = ".tmp"
 _BLOCK, _BLOCKS = 1 << 16, 128
 
 
+def obstacle(folder: Path) -> str:
+    """Return why a folder is none, or could not be created or written; empty where it can. Nothing is created.
+
+    Raises:
+        OSError: for a path that cannot be looked at.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        return f"'{nearest}' is a file"
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"no permission in '{nearest}'"
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes ``path`` when the block succeeds and is deleted when it fails."""
+    """Open a file that becomes ``path`` when the block succeeds and is deleted when it fails.
+
+    Raises:
+        OSError: when it cannot be written, or ``path`` is a device or a pipe, which a file would replace.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "It is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
@@ -94,6 +114,17 @@ def read_tensor(path: Path) -> Tensor:
     return load_file(path)[path.stem]
 
 
+def holds_tensor(path: Path) -> bool:
+    """Return whether a file is one that :func:`write_tensor` wrote: one tensor, under the name of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()) == [path.stem]
+    except (OSError, SafetensorError):
+        return False
+
+
 @dataclass(frozen=True)
 class Clip:
     """A video: its frames in order, and the frame rate."""
@@ -150,6 +181,45 @@ def read_mp4(path: Path) -> dict[str, Any] | None:
 def read_result(path: Path) -> dict[str, Any] | None:
     """Return the values stored in a picture or video of diffaccel, or None for any other file."""
     return read_mp4(path) if path.suffix == ".mp4" else read_png(path)
+
+
+NUMBER, COUNT, FILE_NAME = "a number", "a whole number, 0 or more", "a file name"  # shapes of JSON values
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str:
+    """Return which part of a JSON value does not have the expected shape; empty where all have it.
+
+    Args:
+        value: as it was read.
+        shape: a type, :data:`NUMBER`, :data:`COUNT`, :data:`FILE_NAME`, None, a tuple of shapes one of which is to fit,
+            ``[shape]`` of all items of a list, or a dict of shapes by key. Other keys may have any value, and a key
+            that ends with "?" may be missing.
+        name: of the value, for the result.
+    """
+    if isinstance(shape, tuple):
+        return "" if any(not misfit(value, choice) for choice in shape) else name or "it"
+    if isinstance(shape, dict) and isinstance(value, dict):
+        parts = [(key, value.get(key.removesuffix("?"), _MISSING), expected) for key, expected in shape.items()]
+        present = [part for part in parts if part[1] is not _MISSING or not part[0].endswith("?")]
+        names = ((f"{name}.{key}".strip(".").removesuffix("?"), part, expected) for key, part, expected in present)
+        return next(filter(None, (misfit(part, expected, key) for key, part, expected in names)), "")
+    if isinstance(shape, list) and isinstance(value, list):
+        return next(filter(None, (misfit(part, shape[0], f"{name}[{i}]") for i, part in enumerate(value))), "")
+    return "" if _has_kind(value, shape) else name or "it"
+
+
+_MISSING = object()
+
+
+def _has_kind(value: Any, kind: Any) -> bool:
+    if kind is None:
+        return value is None
+    if kind == FILE_NAME:
+        return isinstance(value, str) and value == Path(value).name != ".."
+    if kind in (NUMBER, COUNT):
+        is_number = isinstance(value, int | float if kind == NUMBER else int) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and (kind == NUMBER or value >= 0)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def sha256(path: Path) -> str:

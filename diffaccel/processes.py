@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from diffaccel.errors import DiffAccelError
+
 if TYPE_CHECKING:
     import torch
 
+_RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _SIZE_VARIABLES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
@@ -41,12 +45,23 @@ class Processes:
 
 
 def join(device: torch.device) -> tuple[Processes, torch.device]:
-    """Join the processes of a launch, if there is one, and return them with this process's own device."""
+    """Join the processes of a launch, if there is one, and return them with this process's own device.
+
+    Raises:
+        DiffAccelError: for a number of processes without the number of this one: no launcher started it.
+    """
     from accelerate import PartialState
     from accelerate.utils.environment import get_int_from_env
 
-    if get_int_from_env(_SIZE_VARIABLES, 1) < 2:
+    size = get_int_from_env(_SIZE_VARIABLES, 1)
+    if size < 2:
         return Processes(), device
+    if not any(name in os.environ for name in _RANK_VARIABLES):
+        name = next(name for name in _SIZE_VARIABLES if name in os.environ)
+        raise DiffAccelError(
+            f"{name} is {size}, but RANK, which a launcher sets beside it, is not: this process would wait for others "
+            f"that nobody starts. Unset {name}, or start with accelerate launch."
+        )
 
     # a launcher ends the others when one dies, so waiting long for a slow one is safe
     state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=30))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import COUNT, FILE_NAME, NUMBER, misfit, write_json
 from diffaccel.files import read_mp4 as read_mp4  # its former place
-from diffaccel.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
 FORMAT = 1
 RUN = "run.json"  # the record in a folder of generated pictures
 SAMPLE = "sample"  # the kind of that record
+COST = {
+    "seconds": NUMBER, "peak_memory": (NUMBER, None), "nfe?": NUMBER, "forwards?": NUMBER, "calls?": NUMBER,
+    "parts?": dict, "steps?": [NUMBER],
+}  # fmt: skip
+IMAGE = {
+    "id": COUNT, "prompt": (str, None), "seed": COUNT, "file": FILE_NAME, "sha256": str, "latents?": FILE_NAME,
+    "latents_sha256?": str, "noise_sha256?": str, "frames?": COUNT, "fps?": NUMBER,
+}  # fmt: skip
+_STARTED = {
+    "settings": {"prompts?": [(str, None)], "methods?": [{"name": str}], "num?": COUNT, "seed?": COUNT},
+    "fingerprint": str, "state": str, "started": str, "command": [str], "versions": dict, "device": {"type": str},
+}  # fmt: skip
+_FINISHED = {
+    **_STARTED, "call": dict, "cost": COST, "images": [IMAGE], "chunks?": [{"chunk": COUNT, "cost": dict}],
+    "until?": {"rule": str, "chunks": COUNT, "verdict": str},
+}  # fmt: skip
 PACKAGES = ("diffaccel", "torch", "diffusers", "transformers", "accelerate")
 
 
@@ -89,6 +105,27 @@ def read(path: Path, kind: str) -> dict[str, Any] | None:
             f"'{path}' has record format {values.get('format')}; this version of diffaccel reads {FORMAT}."
         )
     return values
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the checked record of the run in a folder, or None where there is none.
+
+    Raises:
+        DiffAccelError: as :func:`read` does, and for a record that is damaged, naming the first part of it that is.
+    """
+    values = read(folder / RUN, SAMPLE)
+    if values is not None:
+        check_run(values, folder)
+    return values
+
+
+def check_run(values: dict[str, Any], folder: Path) -> None:
+    """Raise when the record of a run lacks a part or has one of another kind, naming the first."""
+    if part := misfit(values, _FINISHED if values.get("state") == "finished" else _STARTED):
+        raise DiffAccelError(
+            f"'{folder / RUN}' is a damaged record: {part} is missing or no such value. Move it away, and repeat the "
+            "command that made the run."
+        )
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.files import obstacle
+
+# all but tab and line feed, lone surrogates, and characters that turn the direction of text
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,27 +53,61 @@ def add_model_options(parser: Parser) -> None:
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
 
+def output_path(text: str) -> Path:
+    """Return the path that an option names: the type of options that say where to write. ``~`` is the home folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; name one, or leave the option out")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' names no home folder ({error})") from error
+
+
+def check_output(option: str, path: Path, *, folder: bool = False) -> None:
+    """Raise when an option's output could not be written, before anything is computed; nothing is created.
+
+    Args:
+        option: that names the output.
+        path: of the file, or of the folder.
+        folder: whether it is to be a folder.
+    """
+    try:
+        reason = obstacle(path if folder else path.parent)
+        if not folder and path.exists() and not path.is_file():
+            reason = "it is a folder" if path.is_dir() else "it is no regular file"
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error)
+    if reason:
+        raise DiffAccelError(f"{option} '{path}' cannot be written ({reason}). Name another.")
+
+
 def write(text: str) -> None:
     """Write a line of the result to stdout."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()
 
 
 def write_json(values: Any) -> None:
     """Write one JSON value to stdout, on one line."""
-    write(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    write(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def write_error(text: str) -> None:
     """Write one sentence about what went wrong to stderr."""
-    sys.stderr.write(f"diffaccel: {' '.join(text.split())}\n")
+    sys.stderr.write(f"diffaccel: {printable(' '.join(text.split()))}\n")
     sys.stderr.flush()
 
 
 def write_note(text: str) -> None:
     """Write a line about progress to stderr, apart from the results."""
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters are written as escapes: a terminal would obey them."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -77,10 +117,14 @@ def write_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, title=printable(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*map(Text, row))
-    Console(file=sys.stdout).print(table)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console(file=sys.stdout)
+    with console.capture() as capture:  # rich itself would end the process when the reader of a pipe has left
+        console.print(table)
+    sys.stdout.write(capture.get())
+    sys.stdout.flush()
 
 
 def share_cpu() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 from diffaccel.errors import DiffAccelError, unknown
 
@@ -20,16 +25,22 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return 0, 2 for bad input, 3 for a failure while running, 130 when interrupted."""
+    """Run a command and return its exit status.
+
+    It is 0, 2 for bad input, 3 for a failure while running, 130 when interrupted, and 128 and its number for another
+    signal that ended it; commands may have others for what they tell.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    received = [INTERRUPTED - 128]
     try:
         from diffaccel.terminal import share_cpu
 
         share_cpu()
-        return _run(argv)
+        with _signals_interrupt(received):
+            return _run(argv)
     except KeyboardInterrupt as stop:
         _report(str(stop) or "Stopped.")
-        return INTERRUPTED
+        return 128 + received[-1]
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -43,6 +54,31 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _report(f"error: {type(error).__name__}: {error} (DIFFACCEL_DEBUG=1 shows where)")
         return FAILED
+
+
+@contextlib.contextmanager
+def _signals_interrupt(received: list[int]) -> Iterator[None]:
+    """Let TERM and HUP interrupt the block as Ctrl-C does, and append their numbers to ``received``.
+
+    Signals that the caller ignores or handles are left alone, as nohup asks. So are those of a launch: a process that
+    waits for others in a collective would not answer, and its launcher has the last word anyway.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
+        numbers = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(argv: list[str]) -> int:
@@ -70,8 +106,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _report(text: str) -> None:
-    """Write an error to stderr; of processes that a launcher started, only the first one writes it."""
+    """Write an error to stderr; processes of a launch other than the first one say which they are."""
     from diffaccel.terminal import write_error
 
-    if os.environ.get("RANK", "0") == "0" or "Out of memory" in text:
-        write_error(text)
+    rank = os.environ.get("RANK", "0")
+    write_error(text if rank == "0" else f"process {rank} of the launch: {text}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from diffaccel import registry, terminal, zoo
@@ -45,7 +44,12 @@ def make_parser() -> terminal.Parser:
     add("--negative", metavar="PROMPT", help="negative prompt")
     add("--batch", type=int, default=1, metavar="B", help="images in one pipeline call (default 1); changes last bits")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process; changes last bits")
-    add("--out", type=Path, metavar="DIR", help="output folder (default: one in ./out named after the run)")
+    add(
+        "--out",
+        type=terminal.output_path,
+        metavar="DIR",
+        help="output folder (default: one in ./out named after the run)",
+    )
     add("--overwrite", action="store_true", help="throw away the run that is in the output folder")
     add("--json", action="store_true", help="print the record as one JSON object, and no progress")
     return parser

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import (
+    COUNT,
     TEMPORARY,
     Clip,
     clip_sha256,
+    holds_tensor,
+    misfit,
+    obstacle,
     pixels_sha256,
     read_result,
     sha256,
@@ -31,6 +33,8 @@ from diffaccel.files import (
     write_png,
     write_tensor,
 )
+from diffaccel.runs.cost import total_cost, without_steps
+from diffaccel.runs.lock import FolderLock
 from diffaccel.runs.request import Item
 
 if TYPE_CHECKING:
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
 
 MARKERS = ".chunks"
 LATENTS = ".safetensors"
+_MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
+_LEFTOVER = re.compile(rf"\.(run\.json|{_IMAGE.pattern})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -57,17 +63,17 @@ def unwritable(path: Path, why: OSError | str) -> DiffAccelError:
 def check_writable(path: Path) -> None:
     """Raise when ``path`` is no folder, or could not be created or written; nothing is created."""
     try:
-        nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        reason = obstacle(path)
     except OSError as error:
         raise unwritable(path, error) from error
-    if not nearest.is_dir():
-        raise unwritable(path, f"'{nearest}' is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise unwritable(path, f"no permission in '{nearest}'")
+    if reason:
+        raise unwritable(path, reason)
 
 
 class RunFolder:
     """The folder of one run, new or to be continued.
+
+    As a context manager it is this process's alone: an existing folder from the start, a new one once it is prepared.
 
     Args:
         path: the folder; it need not exist.
@@ -77,6 +83,24 @@ class RunFolder:
 
     def __init__(self, path: Path, new: record.Record, chunks: list[list[Item]]) -> None:
         self.path, self.new, self.chunks = path, new, chunks
+        self._lock = FolderLock(path)
+        self._written: set[Path] = set()
+        self._replaced: list[str] = []
+        self._is_new = False
+
+    def __enter__(self) -> Self:
+        if self.path.is_dir():
+            self._acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def check(self, overwrite: bool = False) -> None:
         """Check that the run fits into the folder; nothing is changed.
@@ -90,8 +114,9 @@ class RunFolder:
         foreign = sorted(p.name for p in self.path.iterdir() if _IMAGE.fullmatch(p.name))
         if overwrite:
             ours = [name for name in foreign if read_result(self.path / name) is not None]
-            latents = {Path(name).with_suffix(LATENTS).name for name in ours}
-            foreign = [name for name in foreign if name not in (*ours, *latents)]
+            latents = [name for name in foreign if name.endswith(LATENTS) and holds_tensor(self.path / name)]
+            self._replaced = [*ours, *latents]
+            foreign = [name for name in foreign if name not in self._replaced]
         elif (old := self.old()) is not None:
             changed = record.differences(old["settings"], self.new.settings)
             if changed:
@@ -104,35 +129,45 @@ class RunFolder:
 
     def old(self) -> dict[str, Any] | None:
         """Return the record that the folder holds, or None."""
-        return record.read(self.path / record.RUN, self.new.kind)
+        return record.read_run(self.path)
 
     def prepare(self, overwrite: bool = False) -> None:
         """Create the folder, remove temporary files of a killed run, and write the started record to ``run.json``."""
         try:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            if not self._lock.held:
+                self._acquire()
+                self.check(overwrite)  # another run may have come in between
             for temporary in self.path.glob(f".*{TEMPORARY}"):
-                temporary.unlink()
+                if _LEFTOVER.fullmatch(temporary.name):
+                    temporary.unlink()
             if overwrite:
                 self._clear()
             if self.old() is None:
                 self.new.save(self.path / record.RUN)
+                self._written.add(self.path / record.RUN)
         except OSError as error:
             raise unwritable(self.path, error) from error
 
     def _clear(self) -> None:
+        """Remove the run that is in the folder: the files that :meth:`check` knew as those of a run."""
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
-        (self.path / record.RUN).unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if _IMAGE.fullmatch(path.name):
-                path.unlink()  # check() made sure that all are ours
+        for name in (record.RUN, *self._replaced):
+            (self.path / name).unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """Remove everything of a run that failed before its first chunk was finished."""
+        """Remove what this process wrote of a run that failed before its first chunk was finished."""
         if any((self.path / MARKERS).glob("*.json")) or (self.old() or {}).get("state") == "finished":
             return
-        self._clear()
         with contextlib.suppress(OSError):
-            self.path.rmdir()  # fails when something else is in it
+            for path in self._written:
+                path.unlink(missing_ok=True)
+            if not any((self.path / MARKERS).glob("*")):
+                shutil.rmtree(self.path / MARKERS, ignore_errors=True)
+            if self._is_new:
+                self._lock.release()
+                self.path.rmdir()  # fails when something else is in it
 
     def finished(self) -> dict[int, dict[str, Any]]:
         """Return the entries of all complete chunks by number: every file has the bytes noted when it was written."""
@@ -140,12 +175,14 @@ class RunFolder:
         images = {image["id"]: image for image in old.get("images", [])}
         entries = {}
         for entry in old.get("chunks", []):
+            if entry["chunk"] >= len(self.chunks):
+                continue
             listed = [images[item.id] for item in self.chunks[entry["chunk"]] if item.id in images]
             entries[entry["chunk"]] = {**entry, "images": listed}
         for path in (self.path / MARKERS).glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 entry = json.loads(path.read_text(encoding="utf-8"))
-                if entry.pop("fingerprint") == self.new.fingerprint:
+                if not misfit(entry, _MARKER) and entry.pop("fingerprint") == self.new.fingerprint:
                     entries[entry["chunk"]] = entry
         return {i: entries[i] for i in sorted(entries) if i < len(self.chunks) and self._complete(i, entries[i])}
 
@@ -204,14 +241,17 @@ class RunFolder:
         if isinstance(image, Clip):
             metadata |= {"frames": len(image.frames), "fps": image.fps}
             file, pixels = file.with_suffix(".mp4"), clip_sha256(image)
+            self._written.add(file)
             write_mp4(file, image, {**shared, **metadata})
         else:
             file, pixels = file.with_suffix(".png"), pixels_sha256(image)
+            self._written.add(file)
             write_png(file, image, {**shared, **metadata})
         return {**metadata, "file": file.name, "sha256": sha256(file), "pixels_sha256": pixels}
 
     def _write_latents(self, item: Item, latents: Tensor) -> dict[str, str]:
         file = self.path / f"{item.id:05d}{LATENTS}"
+        self._written.add(file)
         write_tensor(file, latents)
         return {"latents": file.name, "latents_sha256": sha256(file)}
 
@@ -254,9 +294,9 @@ class RunFolder:
         self.new.started = old.get("started", self.new.started)
         self.new.finish(
             call=call or old.get("call", {}),
-            cost=_total([entry["cost"] for entry in complete]),
+            cost=total_cost([entry["cost"] for entry in complete]),
             images=[image for entry in complete for image in entry["images"]],
-            chunks=[{"chunk": number, "cost": _without_steps(entry["cost"])} for number, entry in enumerate(complete)],
+            chunks=[{"chunk": number, "cost": without_steps(entry["cost"])} for number, entry in enumerate(complete)],
             **({} if until is None else {"until": until}),
         )
         self.new.save(self.path / record.RUN)
@@ -265,30 +305,3 @@ class RunFolder:
     def _require(self, entries: dict[int, dict[str, Any]], upto: int) -> None:
         if missing := sum(number not in entries for number in range(upto)):
             raise RunFailed(f"{missing} chunks of '{self.path}' went missing or changed while it ran. Run it again.")
-
-
-def _total(costs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the cost of a run from those of its chunks: sums, the highest peak, the median time of each step."""
-    peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
-    counts = [key for key in ("nfe", "forwards", "calls") if all(key in cost for cost in costs)]
-    return {
-        "seconds": round(sum(cost["seconds"] for cost in costs), 3),
-        **{key: sum(cost[key] for cost in costs) for key in counts},
-        "peak_memory": max(peaks, default=None),
-        "parts": _sum_parts([cost.get("parts", {}) for cost in costs]),
-        "steps": _median_steps([cost.get("steps", []) for cost in costs]),
-    }
-
-
-def _sum_parts(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(sum(part.get(name, 0.0) for part in parts), 3) for name in (parts[0] if parts else {})}
-
-
-def _median_steps(steps: list[list[float]]) -> list[float]:
-    """Return the seconds of each network call, the median over the chunks that made as many calls as the first."""
-    equal = [times for times in steps if steps and len(times) == len(steps[0])]
-    return [round(median(times), 5) for times in zip(*equal, strict=True)]
-
-
-def _without_steps(cost: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in cost.items() if key != "steps"}

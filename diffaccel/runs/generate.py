@@ -142,15 +142,17 @@ def generate_run(
         command: the command line, for the record.
 
     Raises:
-        DiffAccelError: for a folder that holds another run (naming what differs) or cannot be written, and for
-            whatever in the request the model cannot do. Nothing is written then.
+        DiffAccelError: for a folder that holds another run (naming what differs), that another process writes, or
+            that cannot be written, and for whatever in the request the model cannot do. Nothing is written then.
         RunFailed: when generation cannot go on, for example for lack of memory. Finished images are kept.
     """
     request = request.with_model_defaults()
     check_writable(out or Path(OUT))
     request, model, processes = _resolve(request, pipe, digest)
-    with _threads(request.threads):
+    with _threads(request.threads), contextlib.ExitStack() as locks:
         folder = _checked_folder(request, model, out, overwrite, command)
+        if processes.rank == 0:
+            locks.enter_context(folder)
         work = _remaining(folder, early, stop_after, overwrite)
         if work is None:
             return _result(folder, processes)

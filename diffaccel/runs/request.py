@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import record, zoo
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, size_text, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +82,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DiffAccelError(f"{name} is {value}; it must be at least {least}.")
+        if self.size is not None and min(self.size) < 1:
+            raise DiffAccelError(f"size is {size_text(*self.size)}; both sides must be at least 1 pixel.")
         if self.seed + len(self) > 2**63:
             raise DiffAccelError(f"seed is {self.seed}; it must be below 2**63 for every image.")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):

@@ -43,8 +43,8 @@ def path(name: str = DEFAULT, *, verify: bool = False) -> Path:
     """Return the folder of a model, as stock ``from_pretrained`` (or open_clip's ``local-dir:``) loads it.
 
     The packed weights are written once to the user's cache folder (``DIFFACCEL_CACHE`` names another one) as plain
-    bf16 files. No network is used. ``verify=True`` compares every cached file with its sha256 and unpacks a damaged
-    folder again.
+    bf16 files. No network is used. Files that may have changed since they were read last are compared with their
+    sha256, with ``verify=True`` all of them, and a damaged folder is unpacked again.
     """
     from diffaccel.zoo.store import materialise
 

@@ -9,10 +9,12 @@ import os
 import shutil
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_text
 from diffaccel.zoo import packing
 
 CACHE_VARIABLE = "DIFFACCEL_CACHE"
@@ -33,9 +35,9 @@ def cache_dir() -> Path:
 def materialise(packed: str | Path, name: str, *, verify: bool = False) -> Path:
     """Return the plain folder of a packed model, unpacked on the first call.
 
-    Every call compares the folder's file sizes with those recorded when it was written; ``verify=True`` compares
-    sha256 as well. A folder that differs is unpacked again. Two processes may do so at once: each writes its own copy
-    beside the target, and the first rename wins.
+    Files are read and compared with their sha256 when they may have changed: when inode, time of change or size are
+    others than when they were read last. ``verify=True`` reads all of them. A folder that differs is unpacked again.
+    Two processes may do so at once: each writes its own copy beside the target, and the first rename wins.
 
     Raises:
         DiffAccelError: when the cache folder cannot be written, or the packed files are damaged.
@@ -54,7 +56,9 @@ def materialise(packed: str | Path, name: str, *, verify: bool = False) -> Path:
         try:
             packing.unpack(packed, fresh)
             record = {"model": name, "files": packing.fingerprints(fresh)}
+            record["read"] = _states(fresh, record["files"])
             (fresh / RECORD).write_text(json.dumps(record, indent=1, sort_keys=True))
+            _flush(fresh)
             _publish(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -83,15 +87,37 @@ def _publish(fresh: Path, target: Path) -> None:
 
 
 def _intact(target: Path, verify: bool) -> bool:
+    """Return whether a folder holds the files of its record, and note in it which states of the files were read."""
     try:
         record: dict[str, Any] = json.loads((target / RECORD).read_text())
-        if any((target / name).stat().st_size != entry["size"] for name, entry in record["files"].items()):
-            return False
-        if verify:
-            packing.verify(target, record["files"], "Cached model file", "it is made again")
+        files = record["files"]
+        read = {} if verify else record.get("read", {})
+        states = _states(target, files)
+        unread = {name: entry for name, entry in files.items() if read.get(name) != states[name]}
+        packing.verify(target, unread, "Cached model file", "it is made again")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # DiffAccelError is a ValueError
         return False
+    if record.get("read") != states:
+        with contextlib.suppress(OSError):  # a cache that cannot be written is read every time
+            write_text(target / RECORD, json.dumps({**record, "read": states}, indent=1, sort_keys=True))
     return True
+
+
+def _states(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
+    """Return inode, time of change in nanoseconds and size of files: they change when a file is written."""
+    status = {name: (folder / name).stat() for name in files}
+    return {name: [entry.st_ino, entry.st_mtime_ns, entry.st_size] for name, entry in status.items()}
+
+
+def _flush(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk, so that no crash leaves its name without its contents."""
+    for path in (*folder.rglob("*"), folder):
+        with contextlib.suppress(PermissionError):  # of folders on Windows
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
 
 
 def _sweep(root: Path) -> None:

@@ -69,7 +69,7 @@ def _compare_parser() -> terminal.Parser:
         help="compare runs of different pictures: pairs on what they share, distributions on all",
     )
     add("--timing", metavar="FILE", help="timing.json of turns on one machine")
-    add("--report", type=Path, metavar="DIR", help="write report.json, report.md and report.html here")
+    add("--report", type=terminal.output_path, metavar="DIR", help="write report.json, report.md and report.html here")
     add("--fail-if", metavar="RULE", help='exit with 5 when it holds for a run, as in "ssim<0.8 or speedup<1.5"')
     add("--json", action="store_true", help="print the report as one JSON object")
     return parser
@@ -78,6 +78,8 @@ def _compare_parser() -> terminal.Parser:
 def run_compare(argv: list[str]) -> int:
     """Run ``eval compare`` and return its exit status: 5 when the rule of ``--fail-if`` holds."""
     options = _compare_parser().parse(argv)
+    if options.report is not None:
+        terminal.check_output("--report", options.report, folder=True)
     from diffaccel.eval.commands.options import progress_printer
     from diffaccel.eval.comparison import compare_runs, gate
     from diffaccel.eval.report.markdown import markdown
@@ -148,9 +150,12 @@ def _read_timing(path: str | None) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        timing = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffAccelError(f"The timing file '{path}' cannot be read ({error}).") from error
+    from diffaccel.eval.timing.turns import check_timing
+
+    return check_timing(timing, path)
 
 
 def run_diff(argv: list[str]) -> int:

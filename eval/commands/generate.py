@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import terminal, zoo
@@ -43,7 +42,7 @@ def _parser() -> terminal.Parser:
         help='stop once it is proven or refuted, as in "ssim within 0.02 and lpips within 0.1"',
     )
     add("--looks", metavar="N,N,...", help="with --until: pictures after which to look (default 64,128,256,...)")
-    add("--out", type=Path, required=True, metavar="DIR", help="the run's folder")
+    add("--out", type=terminal.output_path, required=True, metavar="DIR", help="the run's folder")
     add("--overwrite", action="store_true", help="throw away the run that is in the folder")
     add("--json", action="store_true", help="print the record as one JSON object, and no progress")
     return parser

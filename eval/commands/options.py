@@ -45,7 +45,12 @@ def add_network_options(parser: terminal.Parser, default: str) -> None:
     add("--extractor", metavar="NAME", help=f"feature network; see eval list (default: {default})")
     add("--allow-unknown-weights", action="store_true", help="Inception weights of another sha256, under another name")
     add("--download", action="store_true", help="fetch published weights that are not on this machine")
-    add("--cache", metavar="DIR", help="keep features here, to go on after a stop and to measure again at once")
+    add(
+        "--cache",
+        type=terminal.output_path,
+        metavar="DIR",
+        help="keep features here, to go on after a stop and to measure again at once",
+    )
 
 
 def parse(parser: terminal.Parser, argv: list[str]) -> Any:
@@ -64,6 +69,10 @@ def parse(parser: terminal.Parser, argv: list[str]) -> Any:
             f"--json writes a file whose name ends with .json, or prints with '-' or nothing behind it; got "
             f"'{options.json}'. Put the sets before it."
         )
+    if options.json not in (None, STDOUT):
+        terminal.check_output("--json", terminal.output_path(options.json))
+    if getattr(options, "cache", None) is not None:
+        terminal.check_output("--cache", options.cache, folder=True)
     return options
 
 

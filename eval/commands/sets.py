@@ -190,6 +190,7 @@ def _spatial(extractor: Any, metrics: Sequence[Metric]) -> Any:
 def run_stats(argv: list[str]) -> int:
     """Run ``eval stats`` and return its exit status."""
     options = parse(_stats_parser(), argv)
+    terminal.check_output("--out", options.out)
     from diffaccel.eval.features.sets import load
     from diffaccel.eval.features.statistics_files import StatisticsFile, write
     from diffaccel.eval.metrics.frechet import Moments
@@ -221,7 +222,9 @@ def _stats_parser() -> terminal.Parser:
         epilog="example:\n  diffaccel eval stats photos -o photos.npz --protocol tf-fid",
     )
     parser.add_argument("images", metavar="IMAGES", help="folder, zip, or npz of images")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="the npz to write")
+    parser.add_argument(
+        "-o", "--out", type=terminal.output_path, required=True, metavar="FILE", help="the npz to write"
+    )
     add_network_options(parser, "tiny")
     add_image_options(parser)
     return parser

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from diffaccel import terminal, zoo
@@ -12,6 +11,8 @@ from diffaccel.runs.loading import quiet_libraries
 def run_time(argv: list[str]) -> int:
     """Run ``eval time`` and return its exit status."""
     options = _parser().parse(argv)
+    if options.out is not None:
+        terminal.check_output("--out", options.out)
     timing = {**_measure(options), "command": ["diffaccel", "eval", "time", *argv]}
     if options.out is not None:
         from diffaccel.files import write_json
@@ -38,7 +39,12 @@ def _parser() -> terminal.Parser:
     add("--batch", type=int, default=1, metavar="B", help="pictures in one call (default 1)")
     add("--turns", type=int, default=10, metavar="N", help="timed calls of each variant (default 10)")
     add("--warm-up", type=int, default=3, metavar="N", help="calls of each before the first turn (default 3)")
-    add("--out", type=Path, metavar="FILE", help="write the timing as JSON, for diffaccel eval compare --timing")
+    add(
+        "--out",
+        type=terminal.output_path,
+        metavar="FILE",
+        help="write the timing as JSON, for diffaccel eval compare --timing",
+    )
     add("--json", action="store_true", help="print it as one JSON object")
     return parser
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.images.png import with_stored_pixels
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,13 +67,18 @@ def decode(data: Data, name: str) -> Tensor:
     """Decode the pixels of a file, uint8 ``(3, H, W)``.
 
     Raises:
-        DiffAccelError: naming the file, as :func:`read_header` does, and for a file that is truncated or not opaque.
+        DiffAccelError: naming the file, as :func:`read_header` does, and when it is truncated, damaged or not opaque.
     """
     header = _plain_png_header(data[:_PNG_START])
-    if header is not None and header.simple and _checksums_hold(data):
+    simple = header is not None and header.simple and _checksums_hold(data)
+    try:
+        checked = with_stored_pixels(data, alone=simple)
+    except ValueError as error:
+        raise DiffAccelError(f"The image '{name}' cannot be read ({error}). It is damaged: make it again.") from error
+    if simple and checked is not None:
         with contextlib.suppress(RuntimeError, ImportError):  # a torchvision without its PNG decoder
-            return _decode_with_torch(data)
-    with _open(io.BytesIO(data), name) as image:
+            return _decode_with_torch(checked)
+    with _open(io.BytesIO(data if checked is None else checked), name) as image:
         pixels = _opaque_rgb(image, name)
     # NumPy copies: PyTorch would start its own thread pool in every thread that decodes
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -135,7 +141,7 @@ def _opaque_rgb(image: Image, name: str) -> np.ndarray:
 def _checksums_hold(data: Data) -> bool:
     """Check the checksum of every chunk of a PNG up to the last one.
 
-    Torch's decoder must only see files that pass: it may crash where libpng finds an error.
+    Torch's decoder must only see files that pass, and checked pixel data: it may crash where libpng finds an error.
     """
     position = 8
     while position + 12 <= len(data):

@@ -93,6 +93,7 @@ def _files_of_run(path: Path) -> list[str] | None:
         return None
     if run is None:
         return None
+    record.check_run(run, path)
     check_finished(run, path)
     return [entry["file"] for entry in run["images"]]
 

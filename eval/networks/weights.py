@@ -28,7 +28,7 @@ _PAIRED = "PSNR and SSIM need no weights."
 class MissingWeights(DiffAccelError):
     """A weight file was in none of the places searched."""
 
-    exit_code = 3
+    exit_code = 6
 
 
 @dataclass(frozen=True, kw_only=True)

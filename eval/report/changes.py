@@ -10,12 +10,23 @@ from typing import Any
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.row import digits
+from diffaccel.files import NUMBER, misfit
 
 # fields of a row that are compared, with their interval and what sentences call them; the first one that both have
 NUMBERS = (
     ("delta", "delta_interval", "difference"),
     ("value", "interval", "value"),
 )
+_INTERVAL = ({"low": NUMBER, "high": NUMBER}, None)
+_REPORT = {
+    "versions?": dict,
+    "metrics": [
+        {
+            "run": str, "key": str, "metric": str, "better": (str, None), "value": (NUMBER, None),
+            "interval": _INTERVAL, "delta": (NUMBER, None), "delta_interval": _INTERVAL,
+        }
+    ],
+}  # fmt: skip
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -30,6 +41,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise DiffAccelError(f"The report '{path}' cannot be read ({error}).") from error
     if not isinstance(report, dict) or not isinstance(report.get("metrics"), list):
         raise DiffAccelError(f"'{path}' is no report.json of diffaccel eval compare.")
+    if part := misfit(report, _REPORT):
+        raise DiffAccelError(f"The report '{path}' is damaged: {part} is missing or no such value. Make it again.")
     return report
 
 

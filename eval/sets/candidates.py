@@ -194,15 +194,16 @@ def draw_function(function: DrawFunction, request: Request, out: Path) -> Run:
     device = {"type": "function", "name": f"wherever {name} runs"}
     run_record = record.Record(kind=record.SAMPLE, settings=settings, device=device)
     folder = RunFolder(out, run_record, request.chunks())
-    folder.check()
-    finished = folder.finished()
-    if len(finished) < len(folder.chunks) or (folder.old() or {}).get("state") != "finished":
-        folder.prepare()
-        for number, chunk in enumerate(folder.chunks):
-            if number not in finished:
-                pictures, seconds = _call_function(function, name, chunk)
-                folder.add(number, pictures, {}, {"seconds": seconds, "peak_memory": None})
-        folder.close({})
+    with folder:
+        folder.check()
+        finished = folder.finished()
+        if len(finished) < len(folder.chunks) or (folder.old() or {}).get("state") != "finished":
+            folder.prepare()
+            for number, chunk in enumerate(folder.chunks):
+                if number not in finished:
+                    pictures, seconds = _call_function(function, name, chunk)
+                    folder.add(number, pictures, {}, {"seconds": seconds, "peak_memory": None})
+            folder.close({})
     return open_run(out)
 
 

@@ -101,7 +101,7 @@ def open_run(path: str | Path) -> Run:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
-    run_record = record.read(folder / record.RUN, record.SAMPLE)
+    run_record = record.read_run(folder)
     name = folder.resolve().name
     videos = {} if run_record else {file.stem: file.name for file in sorted(folder.glob(f"*{VIDEO}"))}
     if videos:

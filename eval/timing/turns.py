@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from diffaccel import record
 from diffaccel.compose import accelerate, remove, summary
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty.intervals import median_ratio
+from diffaccel.files import COUNT, NUMBER, misfit
 from diffaccel.runs.call_arguments import call_arguments, frame_rate
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.request import WAY, Request
@@ -25,6 +27,12 @@ from diffaccel.runs.variant import Variant
 
 FORMAT = 1
 WARM_UP = 3
+_ENTRY = {
+    "name": str, "folder": str, "turns": COUNT, "seconds": [NUMBER], "seconds_per_image": NUMBER,
+    "first_call_seconds": NUMBER, "set_up_seconds?": (NUMBER, None), "parts": dict, "steps": [NUMBER],
+    "peak_memory?": (NUMBER, None), "energy_joules?": (NUMBER, None), "drawn?": dict,
+}  # fmt: skip
+_TIMING = {"images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}
 AfterCall = Callable[[list[Any], list[str | None]], None]  # must have finished when it returns, on a GPU as well
 
 
@@ -102,6 +110,20 @@ def _check(pipe: Any, variants: Sequence[Variant], turns: int, warm_up: int) -> 
         raise DiffAccelError(f"'{next(n for n in names if names.count(n) > 1)}' is there twice. Take one out.")
     if summary(pipe).methods:
         raise DiffAccelError("The pipeline has methods on it already. Call diffaccel.remove(pipe) first.")
+
+
+def check_timing(timing: Any, file: str | Path) -> dict[str, Any]:
+    """Return the timing that was read from a file.
+
+    Raises:
+        DiffAccelError: when it lacks a part or has one of another kind, naming the first.
+    """
+    if part := misfit(timing, _TIMING) if isinstance(timing, dict) else "all of it":
+        raise DiffAccelError(
+            f"'{file}' is no timing of diffaccel eval time, or a damaged one: {part} is missing or no such value. Make "
+            "it again."
+        )
+    return timing
 
 
 def one_call(pipe: Any, request: Request, after_call: AfterCall | None = None) -> tuple[dict[str, Any], float | None]:

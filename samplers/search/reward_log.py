@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import write_text
+from diffaccel.files import COUNT, misfit, write_text
 from diffaccel.samplers.search.chains import RunningChain
 from diffaccel.samplers.search.processes import SearchProcesses
 
 FORMAT = 1
 NAME = "rewards.jsonl"
+
+
+_ROUND = {"row": COUNT, "chain": COUNT, "rewards": [(float, int, None)]}
 
 
 class RewardLog:
@@ -32,7 +35,7 @@ class RewardLog:
             wait for a round that the others do not make.
 
     Raises:
-        DiffAccelError: for the file of another search, naming what differs.
+        DiffAccelError: for the file of another search, naming what differs, and for a damaged line before the last.
     """
 
     def __init__(
@@ -50,26 +53,32 @@ class RewardLog:
             return
         header = json.loads(json.dumps({"format": FORMAT, **(header or {})}))
         file = folder / NAME
-        text = processes.share(file.read_text(encoding="utf-8") if self.writes and file.is_file() else "")
-        complete = text[: text.rfind("\n") + 1]  # without a last line that a kill cut short
-        if complete:
-            self._read(complete, header)
-        else:
-            complete = json.dumps(header) + "\n"
+        read = self.writes and file.is_file()
+        text = processes.share(file.read_text(encoding="utf-8", errors="replace") if read else "")
+        lines = text.split("\n")[:-1]  # without a last line that a kill cut short
+        if lines and _parsed(lines[-1], {} if len(lines) == 1 else _ROUND) is None:
+            lines.pop()  # nor one that a crash filled with something else
+        if lines:
+            self._read(lines, header)
+        complete = "".join(f"{line}\n" for line in lines or [json.dumps(header)])
         if self.writes and complete != text:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(file, complete)
 
-    def _read(self, text: str, header: dict[str, Any]) -> None:
-        first, *lines = text.splitlines()
-        stored = json.loads(first)
+    def _read(self, lines: list[str], header: dict[str, Any]) -> None:
+        entries = [_parsed(line, _ROUND if number else {}) for number, line in enumerate(lines)]
+        if None in entries:
+            raise DiffAccelError(
+                f"Line {entries.index(None) + 1} of '{self.file}' is damaged. Remove the file, and the search starts "
+                "anew."
+            )
+        stored, *rounds = (entry for entry in entries if entry is not None)
         if stored != header:
             differ = ", ".join(key for key in {**stored, **header} if stored.get(key) != header.get(key))
             raise DiffAccelError(
                 f"'{self.file}' is of another search: it differs in {differ}. Remove it, or give another folder."
             )
-        for line in lines:
-            entry = json.loads(line)
+        for entry in rounds:
             rewards = [math.nan if reward is None else float(reward) for reward in entry["rewards"]]
             self.rounds[entry["row"], entry["chain"]].append(rewards)
 
@@ -96,3 +105,12 @@ class RewardLog:
         values = [None if math.isnan(reward) else reward for reward in rewards]
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"row": chain.search.row, "chain": chain.number, "rewards": values}) + "\n")
+
+
+def _parsed(line: str, shape: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON object in a line; None where it holds none of that shape."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and not misfit(value, shape) else None

@@ -271,7 +271,7 @@ def test_weights_are_fetched_when_that_is_allowed(run, sets, inception, tmp_path
     known = weights.WeightFile(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])
     monkeypatch.setitem(weights.KNOWN, "inception", known)
     argv = ("eval", "kid", sets / "a", sets / "b", "--protocol", "clean-fid", "--num", 3, "--json")
-    assert run(*argv).status == 3
+    assert run(*argv).status == 6
     found = run(*argv, "--download")
     assert list(values(found)) == ["KID (subsets)[clean-fid] x1000"]
     (row,) = found.json["metrics"]

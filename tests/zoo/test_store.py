@@ -56,15 +56,69 @@ def test_damage_is_repaired(packed, damage):
     assert weights.read_bytes() == good
 
 
-def test_altered_bytes_are_found_when_asked(packed):
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("way", ["in place", "replaced"])
+def test_altered_bytes_are_found(packed, way, verify):
     folder = store.materialise(packed, "tiny")
     weights = folder / "part" / "model.safetensors"
     good = weights.read_bytes()
+    altered = weights if way == "in place" else folder / "copy"
+    altered.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.replace(altered, weights)
+    store.materialise(packed, "tiny", verify=verify)
+    assert weights.read_bytes() == good
+
+
+def test_decay_that_leaves_no_trace_is_found_when_asked(packed):
+    folder = store.materialise(packed, "tiny")
+    weights = folder / "part" / "model.safetensors"
+    good, status = weights.read_bytes(), weights.stat()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
     store.materialise(packed, "tiny")
-    assert weights.read_bytes() != good  # sizes only, without verify
+    assert weights.read_bytes() != good  # same inode, time and size
     store.materialise(packed, "tiny", verify=True)
     assert weights.read_bytes() == good
+
+
+def test_files_are_read_again_only_when_they_may_have_changed(packed, monkeypatch):
+    folder = store.materialise(packed, "tiny")
+    verified = []
+    verify = packing.verify
+
+    def watch(folder, expected, *texts):
+        verified.append(sorted(expected))
+        verify(folder, expected, *texts)
+
+    monkeypatch.setattr(packing, "verify", watch)
+    store.materialise(packed, "tiny")
+    weights = folder / "part" / "model.safetensors"
+    os.utime(weights, ns=(0, 0))
+    for _ in range(2):
+        store.materialise(packed, "tiny")
+    store.materialise(packed, "tiny", verify=True)
+    assert verified == [[], ["part/model.safetensors"], [], ["part/config.json", "part/model.safetensors"]]
+
+
+def test_a_folder_of_an_older_version_is_read_once(packed):
+    folder = store.materialise(packed, "tiny")
+    values = json.loads((folder / store.RECORD).read_text())
+    states = values.pop("read")
+    (folder / store.RECORD).write_text(json.dumps(values))
+    store.materialise(packed, "tiny")
+    assert json.loads((folder / store.RECORD).read_text())["read"] == states
+
+
+def test_files_are_on_the_disk_before_the_folder_has_its_name(packed, monkeypatch):
+    flushed, rename = [], os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+
+    def publish(source, target):
+        assert {path.stat().st_ino for path in source.rglob("*")} <= set(flushed)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", publish)
+    assert store.materialise(packed, "tiny").is_dir()
 
 
 def test_another_packed_model_gets_another_folder(packed, tmp_path):

@@ -161,15 +161,19 @@ def test_what_has_one_rgb_form_is_converted(tmp_path):
     assert torch.equal(found["palette"], rows // 32)
 
 
-def png16(width: int, height: int) -> bytes:
-    """A PNG of 16-bit colour, which Pillow opens as RGB and cuts to 8 bits without a word."""
+def raw_png(width: int, height: int, streams: list[bytes], bits: int = 8, colour: int = 2, passes: int = 0) -> bytes:
+    """A PNG of the given pixel chunks, all of whose checksums are right."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    rows = (b"\0" + b"\1\2" * 3 * width) * height
-    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, passes))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunk(b"IDAT", data) for data in streams) + chunk(b"IEND", b"")
+
+
+def png16(width: int, height: int) -> bytes:
+    """A PNG of 16-bit colour, which Pillow opens as RGB and cuts to 8 bits without a word."""
+    return raw_png(width, height, [zlib.compress((b"\0" + b"\1\2" * 3 * width) * height)], bits=16)
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -264,6 +268,53 @@ def test_a_png_that_is_damaged_anywhere_stays_with_pillow(monkeypatch, text):
     with pytest.raises(DiffAccelError, match="'x' cannot be read"):
         decode.decode(data[: len(data) // 2], "x")
     assert decode.decode(data[:-12], "x").shape == (3, *NOISE.size[::-1])  # all pixels are there
+
+
+ROWS = b"".join(b"\0" + bytes(range(row, row + 48)) for row in range(16))  # 16x16 in RGB, or 48x16 in grey
+STREAM = zlib.compress(ROWS)
+
+
+@pytest.mark.parametrize(("width", "colour"), [(16, 2), (48, 0)])
+@pytest.mark.parametrize(
+    ("streams", "reason"),
+    [
+        ([zlib.compress(ROWS[:-49])], "end after 735 of 784 bytes"),
+        ([zlib.compress(b"")], "end after 0 of 784"),
+        ([b""], "end after 0 of 784"),
+        ([], "no pixel data"),
+        ([b"garbage" * 20], "damaged"),
+        ([STREAM[:-1] + bytes([STREAM[-1] ^ 1])], "damaged"),
+        ([STREAM[: len(STREAM) // 2]], "end after"),
+        ([STREAM[:-4]], "end after 784"),
+        ([zlib.compress(ROWS[:49] + b"\5" + ROWS[50:])], "filter 5"),
+    ],
+)
+def test_unsound_pixel_data_behind_sound_checksums_are_refused(monkeypatch, width, colour, streams, reason):
+    data = raw_png(width, 16, streams, colour=colour)
+    assert decode._checksums_hold(data)
+    monkeypatch.setattr(decode, "_decode_with_torch", lambda data: pytest.fail("it may crash"))
+    with pytest.raises(DiffAccelError, match=rf"'x' cannot be read \(.*{reason}"):
+        decode.decode(data, "x")
+
+
+@pytest.mark.parametrize("streams", [[STREAM], [STREAM[:9], b"", STREAM[9:]], [STREAM + b"more"]])
+def test_sound_pixel_data_in_any_number_of_chunks_are_decoded(streams):
+    rows = np.frombuffer(ROWS, np.uint8).reshape(16, 49)[:, 1:]
+    colour, grey = (decode.decode(raw_png(48 // n, 16, streams, colour=c), "x") for n, c in ((3, 2), (1, 0)))
+    assert np.array_equal(colour.permute(1, 2, 0).numpy(), rows.reshape(16, 16, 3))
+    assert np.array_equal(grey.numpy(), np.stack([rows] * 3))
+
+
+@pytest.mark.parametrize(("bits", "width", "height"), [(1, 13, 7), (2, 5, 1), (4, 1, 9), (8, 3, 3)])
+def test_rows_of_passes_and_of_packed_pixels_are_counted(bits, width, height):
+    """Of the seven passes of Adam7, narrow pictures lack some."""
+    corners = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    sizes = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in corners]
+    raw = b"".join((b"\0" + b"\0" * ((w * bits + 7) // 8)) * h for w, h in sizes if w)
+    sound = raw_png(width, height, [zlib.compress(raw)], bits, colour=0, passes=1)
+    assert not decode.decode(sound, "x").any()
+    with pytest.raises(DiffAccelError, match=f"end after {len(raw) - 1} of {len(raw)}"):
+        decode.decode(raw_png(width, height, [zlib.compress(raw[:-1])], bits, colour=0, passes=1), "x")
 
 
 def test_threads_read_what_lets_them_run_and_processes_the_rest(tmp_path, monkeypatch):

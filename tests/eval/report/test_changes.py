@@ -93,3 +93,11 @@ def test_files_that_are_no_reports(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(DiffAccelError, match=message):
         changes.read(file)
+
+
+@pytest.mark.parametrize("value", ["1", float("nan"), [1]])
+def test_a_damaged_report_is_one_sentence_that_names_the_part(tmp_path, value):
+    values = report(row("ssim", 0.5), row("psnr", value))
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    with pytest.raises(DiffAccelError, match=r"report\.json' is damaged: metrics\[1\]\.value is missing or no such"):
+        changes.read(tmp_path / "report.json")

@@ -118,6 +118,27 @@ def test_a_first_line_that_was_cut_is_written_again(tmp_path: Path) -> None:
     same(search(config, tmp_path, Scorer()), search(config, None, Scorer()))
 
 
+GARBAGE = [b"\0" * 9, b"\xff\xfe", b"[]", b'{"row": 0}', b'{"row": 0, "chain": 0, "rewards": ["x"]}']
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_a_damaged_last_line_is_as_none_and_another_a_sentence(garbage: bytes, end: bytes, tmp_path: Path) -> None:
+    line = json.dumps({"row": 0, "chain": 1, "rewards": [0.5, None]}).encode() + b"\n"
+    file = RewardLog(tmp_path).file
+    header = file.read_bytes()
+    file.write_bytes(header + line + garbage + end)
+    assert len(RewardLog(tmp_path).rounds[0, 1]) == 1
+    assert file.read_bytes() == header + line
+    damaged = header + garbage + b"\n" + line
+    file.write_bytes(damaged)
+    with pytest.raises(DiffAccelError, match=r"Line 2 of '.*rewards\.jsonl' is damaged\. Remove the file"):
+        RewardLog(tmp_path)
+    assert file.read_bytes() == damaged
+    file.write_bytes(b"\0" * 99 + end)
+    assert not RewardLog(tmp_path).rounds and file.read_bytes() == header
+
+
 def test_of_several_processes_all_have_what_the_first_one_read(tmp_path: Path) -> None:
     """And no line that it wrote since then, or that a slower disk does not show yet."""
     here, there = tmp_path / "here", tmp_path / "there"

@@ -1,0 +1,34 @@
+"""The cost of a run, from those of its pipeline calls."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+
+def total_cost(costs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the cost of a run from those of its chunks: sums, the highest peak, the median time of each step."""
+    peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
+    counts = [key for key in ("nfe", "forwards", "calls") if all(key in cost for cost in costs)]
+    return {
+        "seconds": round(sum(cost["seconds"] for cost in costs), 3),
+        **{key: sum(cost[key] for cost in costs) for key in counts},
+        "peak_memory": max(peaks, default=None),
+        "parts": _sum_parts([cost.get("parts", {}) for cost in costs]),
+        "steps": _median_steps([cost.get("steps", []) for cost in costs]),
+    }
+
+
+def _sum_parts(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(part.get(name, 0.0) for part in parts), 3) for name in (parts[0] if parts else {})}
+
+
+def _median_steps(steps: list[list[float]]) -> list[float]:
+    """Return the seconds of each network call, the median over the chunks that made as many calls as the first."""
+    equal = [times for times in steps if steps and len(times) == len(steps[0])]
+    return [round(median(times), 5) for times in zip(*equal, strict=True)]
+
+
+def without_steps(cost: dict[str, Any]) -> dict[str, Any]:
+    """Return a cost without the seconds of each network call."""
+    return {key: value for key, value in cost.items() if key != "steps"}
