@@ -22,7 +22,7 @@ Prediction = Literal["epsilon", "sample", "v_prediction", "velocity", "score"]
 
 
 def _tensor(t: Scalar) -> Tensor:
-    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
 
 
 class Path:

@@ -218,11 +218,12 @@ def _read_vp(scheduler: Any, start: int, prediction: Prediction) -> Schedule:
     table = Tabulated(scheduler.alphas_cumprod)
     timesteps = scheduler.timesteps
     if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
-        ve_sigmas = torch.as_tensor(scheduler.sigmas).detach().to("cpu", torch.float64)
+        ve_sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu").detach()
         sigmas, timesteps = (ve_sigmas / (1 + ve_sigmas))[start:], timesteps[start:]
     else:
         timesteps = _whole_steps(scheduler, start)
-        last = Tabulated(torch.as_tensor(scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0)[None])
+        final = scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0
+        last = Tabulated(torch.as_tensor(final, dtype=torch.float64, device="cpu")[None])
         sigmas = LINEAR.at(torch.cat([table.rho(timesteps), last.rho(0.0)[None]]))
     sigmas, timesteps = _distinct_levels(sigmas, timesteps)
     if prediction == "epsilon" and bool(sigmas[0] == 1):
@@ -250,7 +251,8 @@ def start_index(scheduler: Any, first: Any) -> int:
     index: int | None = getattr(scheduler, "begin_index", None)
     if index is not None:
         return index
-    matches = (timesteps == torch.as_tensor(first).reshape(-1)[:1].to(timesteps.device)).nonzero()[:, 0]
+    value = float(first.reshape(-1)[0] if isinstance(first, Tensor) else first)
+    matches = (timesteps.to("cpu", torch.float64) == value).nonzero()[:, 0]
     if not len(matches):
         raise DiffAccelError(
             f"The pipeline starts at timestep {first}, which is none of the {len(timesteps)} of its "
@@ -282,6 +284,7 @@ def _distinct_levels(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     Heun, KDPM2 and PNDM evaluate a level twice, of which the second entry is kept; a last step between equal levels is
     dropped. Times rounded to integers may repeat although their levels differ.
     """
-    levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float32)[: len(timesteps) + 1]
-    last_entries = torch.cat([levels[1:] != levels[:-1], torch.ones(1, dtype=torch.bool)]).nonzero()[:, 0]
+    levels = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach()[: len(timesteps) + 1]
+    final = torch.ones(1, dtype=torch.bool, device="cpu")
+    last_entries = torch.cat([levels[1:] != levels[:-1], final]).nonzero()[:, 0]
     return levels[last_entries], timesteps[last_entries[:-1].to(timesteps.device)]

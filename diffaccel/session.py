@@ -131,6 +131,8 @@ class Session:
         dtype: the dtype in which the pipeline itself keeps its latents.
         height, width: size of the picture in pixels.
         generator: the caller's generator or list of generators, or None for torch's global one.
+        positional: names of the network's arguments that the pipeline passes by position.
+        scalar_time: whether the pipeline passes its network one time for all rows, a tensor without axes.
         reopen: probes the call again with changed arguments; ``fresh_text=True`` encodes its prompts anew.
         stock_levels: whether noise levels are kept on the scheduler's device, for equality to the bit.
         folder: where a sampler may leave files beside the pictures; None for nowhere.
@@ -151,6 +153,8 @@ class Session:
     width: int
     generator: torch.Generator | list[torch.Generator] | None
     reopen: Callable[..., Session]
+    positional: tuple[str, ...] = ()
+    scalar_time: bool = False
     stock_levels: bool = False
     folder: FilePath | None = None
     shared: bool = False

@@ -24,6 +24,8 @@ class Family(Guided):
         other_denoisers: attributes of further networks that replace it at other noise levels, where there are any.
         casts_latents: whether the pipeline casts its latents back to their first dtype after every step.
         callback_args: names that a step callback may ask for, and the network argument of each.
+        negative_callback_args: the same for names of the negative branch. Where both branches go through one call, the
+            pipeline joins them before its loop, so that a callback sees the negative rows but does not change them.
         size_multiple: picture sides must be multiples of this.
         fps: frame rate of the videos that a video model was trained on.
     """
@@ -33,6 +35,7 @@ class Family(Guided):
     other_denoisers: ClassVar[tuple[str, ...]] = ()
     casts_latents: ClassVar[bool] = False
     callback_args: ClassVar[dict[str, str]] = {}
+    negative_callback_args: ClassVar[dict[str, str]] = {}
     size_multiple: ClassVar[int] = 16
     fps: ClassVar[float] = 16.0
 

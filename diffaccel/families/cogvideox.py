@@ -23,6 +23,7 @@ class CogVideoX(Family):
     casts_latents = True
     fps = 8.0
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         return float(pipe.guidance_scale) if arguments["guidance_scale"] > 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -39,3 +40,20 @@ def is_latent(image: Any) -> bool:
     """Return whether an image argument is latents, alone or in a list: pictures have at most three channels."""
     first = image[0] if isinstance(image, list | tuple) and image else image
     return isinstance(first, Tensor) and first.ndim >= 3 and first.shape[-3] > 3
+
+
+def strength_problem(arguments: dict[str, Any]) -> str | None:
+    """Return why ``strength`` leaves no step and what to ask for, or None; its share of the steps is rounded down."""
+    strength, steps = arguments.get("strength"), arguments.get("num_inference_steps")
+    custom = next((arguments[k] for k in ("timesteps", "sigmas") if arguments.get(k) is not None), None)
+    steps = steps if custom is None else len(custom)
+    if strength is None or not isinstance(steps, int) or steps < 1 or int(steps * strength) > 0:
+        return None
+    if strength <= 0:
+        return f"strength is {strength}. Use one above 0 and up to 1."
+    enough = math.ceil(1 / strength)
+    enough += int(enough * strength) == 0  # by rounding
+    return (
+        f"of num_inference_steps={steps} strength={strength} leaves int({steps} * {strength}) = 0. Ask for "
+        f"num_inference_steps={enough} or more, or use a strength of at least {math.ceil(1000 / steps) / 1000}."
+    )

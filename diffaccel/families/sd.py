@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
-from diffaccel.families.init_image import resized_source, source_size
+from diffaccel.families.init_image import resized_source, source_size, strength_problem
 
 
 class SD(Family):
@@ -20,6 +21,7 @@ class SD(Family):
     row_args: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "timestep_cond", "added_cond_kwargs.image_embeds")
     shared_args = ("cross_attention_kwargs", "added_cond_kwargs")
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     size_multiple = 8
 
     def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
@@ -49,6 +51,12 @@ class SDImg2Img(SD):
     """Stable Diffusion, image to image: the picture has the size of the initial image."""
 
     pipelines = ("StableDiffusionImg2ImgPipeline",)
+
+    def refuse(self, arguments: dict[str, Any]) -> None:
+        super().refuse(arguments)
+        reason = strength_problem(arguments) if arguments.get("denoising_start") is None else None
+        if reason is not None:
+            raise DiffAccelError(f"The call would finish without a single scheduler step: {reason}")
 
     def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         return source_size(pipe, arguments)

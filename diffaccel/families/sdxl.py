@@ -31,8 +31,10 @@ class SDXL(SD):
         "add_text_embeds": "added_cond_kwargs.text_embeds",
         "add_time_ids": "added_cond_kwargs.time_ids",
     }
+    negative_callback_args = {}  # noqa: RUF012
 
     def refuse(self, arguments: dict[str, Any]) -> None:
+        super().refuse(arguments)
         if arguments.get("denoising_end") is not None:
             raise DiffAccelError(
                 "denoising_end cuts the pipeline's own list of steps, which a sampler replaces. "
@@ -63,7 +65,9 @@ class SDXL(SD):
         mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
         x0 = x0.to(next(iter(vae.post_quant_conv.parameters())).dtype)
         if mean is not None and std is not None:
-            mean, std = (torch.tensor(stat).view(1, -1, 1, 1).to(x0) for stat in (mean, std))
+            mean, std = (
+                torch.tensor(stat, dtype=torch.float32, device="cpu").view(1, -1, 1, 1).to(x0) for stat in (mean, std)
+            )
             x0 = x0 * std / vae.config.scaling_factor + mean
         else:
             x0 = x0 / vae.config.scaling_factor

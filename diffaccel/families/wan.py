@@ -25,6 +25,7 @@ class Wan(Family):
     shared_args = ("attention_kwargs",)
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
+    negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
     def network(self, pipe: Any, timestep: Tensor) -> Any:
         return pipe.transformer if self._is_high(pipe, timestep) else pipe.transformer_2
@@ -67,7 +68,7 @@ class Wan(Family):
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         config = pipe.vae.config
         mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(x0.device, pipe.vae.dtype)
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1).to(x0.device, pipe.vae.dtype)
             for values in (config.latents_mean, config.latents_std)
         )
         # the reciprocal of the reciprocal, as the pipeline computes it, for equality to the bit

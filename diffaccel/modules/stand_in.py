@@ -52,7 +52,8 @@ def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
     """Draw a random network output, fp32 so that the guidance fit is sharp; a list where ``like`` is one."""
-    out = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    draw = torch.Generator("cpu").manual_seed(seed)
+    out = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu")
     return out.to(like.device) if isinstance(like, Tensor) else list(out.to(like[0].device).unbind())
 
 

@@ -24,7 +24,7 @@ from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.native import Native
-from diffaccel.runtime.probe import arguments_of, check_call, make_session
+from diffaccel.runtime.probe import arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ def generate(
             session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
         )
         latents = driver.run(config.sample(session))
+        recording.denoised = driver.denoised
         stats.append(driver.stats)
         return latents
 
@@ -82,9 +83,7 @@ def generate(
             "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
         ) from error
     if not stats:
-        raise DiffAccelError(
-            f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
-        )
+        raise no_step(pipe, arguments)
     return result, stats[0]
 
 

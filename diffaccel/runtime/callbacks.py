@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
@@ -14,43 +15,84 @@ from diffaccel.session import Session
 
 @dataclass
 class Callback:
-    """A user's function and the names of the tensors that it asks for."""
+    """A user's function and the names of the tensors that it asks for.
+
+    Attributes:
+        joined: negative tensors by name, which the pipeline joined to the positive ones before its loop: changes are
+            shown at the next step and have no effect on the network.
+    """
 
     function: Any
     inputs: Sequence[str]
+    joined: dict[str, Any] = field(default_factory=dict)
 
-    def __call__(self, session: Session, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
-        """Call the function after a step; return latents if it changed them. Other tensors are replaced in place."""
-        family, cond = session.family, session.conds[0]
-        offered = self._tensors(session, latents)
-        before = dict(offered)  # the function may change the dict
-        returned = self.function(session.pipe, index, timestep, offered) or {}
-        edited_latents = None
-        for name, value in returned.items():
-            if value is before.get(name):
-                continue
-            if name == "latents":
-                edited_latents = value
-            elif name in family.callback_args:
-                _replace(family, cond, family.callback_args[name], value)
-        return edited_latents
-
-    def _tensors(self, session: Session, latents: Callable[[], Tensor]) -> dict[str, Any]:
-        """Return the tensors that the function asks for, by name."""
-        family, cond = session.family, session.conds[0]
-        kwargs = cond.joint if cond.joint is not None else cond.positive
-        tensors: dict[str, Any] = {}
+    def check(self, session: Session) -> None:
+        """Raise for a tensor that the function asks for and that no sampler can show."""
+        family = session.family
+        allowed = ["latents", *family.callback_args, *family.negative_callback_args]
         for name in self.inputs:
-            if name == "latents":
-                tensors[name] = latents()
-            elif name in family.callback_args:
-                tensors[name] = _get(kwargs, family.callback_args[name])
-            else:
+            if name not in allowed:
                 raise DiffAccelError(
                     f"callback_on_step_end asked for '{name}', which has no meaning under a sampler of diffaccel. "
-                    f"It may ask for: latents, {', '.join(family.callback_args)}."
+                    f"It may ask for: {', '.join(allowed)}."
                 )
-        return tensors
+
+    def __call__(self, session: Session, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
+        """Call the function after a step; return latents if it changed them. Other tensors are replaced in place.
+
+        The latents that it sees are a copy of the sampler's; they may be changed in place, as those of a stock loop.
+        """
+        offered = {name: latents() if name == "latents" else self._tensor(session, name) for name in self.inputs}
+        before = dict(offered)  # the function may change the dict
+        shown = before.get("latents")
+        unchanged = None if shown is None else shown.clone()
+        returned = self.function(session.pipe, index, timestep, offered) or {}
+        for name, value in returned.items():
+            if name != "latents" and value is not before.get(name):
+                self._take(session, name, value)
+        latents_now = returned.get("latents", shown)
+        is_same = latents_now is shown and (shown is None or unchanged is None or torch.equal(shown, unchanged))
+        return None if is_same else latents_now
+
+    def _tensor(self, session: Session, name: str) -> Any:
+        """Return a tensor of the conditioning that the function asks for."""
+        family, cond = session.family, session.conds[0]
+        if name in family.callback_args:
+            return _get(cond.positive if cond.joint is None else cond.joint, family.callback_args[name])
+        if cond.negative is None:
+            return cond.arguments.get(name)
+        negative = _get(cond.negative, family.negative_callback_args[name])
+        return self.joined.setdefault(name, negative.clone()) if family.joint_branches else negative
+
+    def _take(self, session: Session, name: str, value: Any) -> None:
+        """Put a tensor that the function returned, asked for or not, where the network finds it.
+
+        Raises:
+            DiffAccelError: for a tensor that the pipeline's own loop would use and a sampler cannot.
+        """
+        family, cond = session.family, session.conds[0]
+        if name in family.callback_args:
+            _replace(family, cond, family.callback_args[name], value)
+        elif name in family.negative_callback_args:
+            if family.joint_branches:
+                self.joined[name] = value
+            elif cond.negative is not None:
+                _put(cond.negative, family.negative_callback_args[name], value)
+        elif name in getattr(session.pipe, "_callback_tensor_inputs", ()):  # others are dropped by the stock loop too
+            raise DiffAccelError(
+                f"callback_on_step_end returned '{name}', which a sampler cannot take over in "
+                f"{type(session.pipe).__name__}: allowed are "
+                f"{', '.join(['latents', *family.callback_args, *family.negative_callback_args])}. {_fix(family, name)}"
+            )
+
+
+def _fix(family: Any, name: str) -> str:
+    if family.name != "generic":
+        return "Leave it out, or diffaccel.remove(pipe)."
+    return (
+        f"Ask for it as well (callback_on_step_end_tensor_inputs=['latents', '{name}']): the call then runs in the "
+        "pipeline's own loop, which takes it."
+    )
 
 
 def _get(kwargs: dict[str, Any], dotted: str) -> Any:
@@ -58,17 +100,17 @@ def _get(kwargs: dict[str, Any], dotted: str) -> Any:
     return kwargs[name][inner] if inner else kwargs[name]
 
 
+def _put(kwargs: dict[str, Any], dotted: str, tensor: Tensor) -> None:
+    name, _, inner = dotted.partition(".")
+    kwargs[name] = {**kwargs[name], inner: tensor} if inner else tensor
+
+
 def _replace(family: Any, cond: Any, dotted: str, value: Tensor) -> None:
     """Set a callback's new tensor for both branches where it has the rows of both, else for the positive one."""
-    name, _, inner = dotted.partition(".")
-
-    def put(kwargs: dict[str, Any], tensor: Tensor) -> None:
-        kwargs[name] = {**kwargs[name], inner: tensor} if inner else tensor
-
     if cond.joint is not None and len(value) == len(_get(cond.joint, dotted)):
-        put(cond.joint, value)
+        _put(cond.joint, dotted, value)
         negative, positive = family.branches(value)
-        put(cond.negative, negative)
-        put(cond.positive, positive)
+        _put(cond.negative, dotted, negative)
+        _put(cond.positive, dotted, positive)
     else:
-        put(cond.positive, value)
+        _put(cond.positive, dotted, value)

@@ -30,15 +30,19 @@ class Recording:
         calls: the network's arguments, call by call.
         answers: the random tensors that it was given for predictions.
         guided: what the pipeline made of them, ``model_output`` of the scheduler's step.
+        positional: names of the network's arguments that were passed by position.
         latents: ``sample`` of the scheduler's step.
+        denoised: the last clean sample where the scheduler's step returns one besides the latents; set by the loop.
         step_arguments: further arguments of the scheduler's step, such as ``eta``.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)
+    positional: tuple[str, ...] = ()
     guided: Tensor | None = None
     latents: Tensor | None = None
     timestep: Any = None
+    denoised: Tensor | None = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
 
     def note_step(self, arguments: dict[str, Any]) -> None:
@@ -71,9 +75,11 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
             steps_left -= 1
             if steps_left <= 0:  # the loop ends: offloading hooks that the call then moves need the real network
                 substitutes.remove()
+            # some pipelines decode the second value, a clean sample; at the end of other samplers it is the latents
+            denoised = latents if recording.denoised is None else recording.denoised
             if kwargs.get("return_dict", True):
-                return SimpleNamespace(prev_sample=latents)
-            return (latents, None)  # the second value is CogVideoXDPMScheduler's previous prediction
+                return SimpleNamespace(prev_sample=latents, pred_original_sample=denoised, denoised=denoised)
+            return (latents, denoised)
 
         substitutes.install(later_step)
         if hasattr(type(pipe), "interrupt"):  # the rest of the loop is skipped, or at least changes nothing
@@ -139,6 +145,7 @@ def _recorder(network: Any, recording: Recording, family: Family) -> StandIn:
     def called(*args: Any, **kwargs: Any) -> Any:
         arguments = network_arguments(network, args, kwargs)
         recording.calls.append(arguments)
+        recording.positional = tuple(arguments)[: len(args)]
         latents = arguments[family.latent_arg]
         answer = random_like(latents, family.output_shape(network, latents), len(recording.calls))
         recording.answers.append(answer)

@@ -48,20 +48,22 @@ class Native:
         self.state = state
         self.max_batch = max_batch
         self.callback = callback
+        if callback is not None:
+            callback.check(session)
         self.stats = Stats()
         self.sigma: Tensor | None = None  # noise level after the last step
         self._scheduler_steps = False  # the latents are the pipeline's own, stepped by its scheduler
         self._previous_x0: Tensor | None = None
+        self.denoised: Tensor | None = None  # second value of the scheduler's last step, which some pipelines decode
         self._cache_key: object = None
         self.dtype = session.dtype  # of the pipeline's latents; in stock state it can change with the first step
         self._output_dtype: torch.dtype | None = None
 
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
-        session = self.session
-        with self._timed(), session.pipe.progress_bar(total=len(session.timesteps)) as bar:
-            x = self._drive(sampling, bar)
-        self.stats.report = session.report
+        with self._timed():
+            x = self._drive(sampling)
+        self.stats.report = self.session.report
         return self.native_latents(x)
 
     @contextlib.contextmanager
@@ -78,24 +80,34 @@ class Native:
             self.stats.peak_memory = torch.cuda.max_memory_allocated(device)
         self.stats.seconds = time.perf_counter() - start
 
-    def _drive(self, sampling: Sampling, bar: Any) -> Tensor:
+    def _drive(self, sampling: Sampling) -> Tensor:
         """Answer the sampler's events until it returns its latents, or the user interrupts it after a step."""
-        reply: Any = None
+        pipe = self.session.pipe
         try:
-            while True:
-                event = sampling.send(reply)
-                reply = self._answer(event, bar)
-                if isinstance(event, Step | Advance) and self._is_interrupted:
-                    sampling.close()
-                    return reply
+            event = next(sampling)
+            self._scheduler_steps = isinstance(event, Advance)
+            if hasattr(pipe, "_num_timesteps"):  # a scheduler of second order has nearly two entries a step
+                object.__setattr__(pipe, "_num_timesteps", len(self.timesteps))
+            with pipe.progress_bar(total=len(self.timesteps)) as bar:
+                while True:
+                    reply = self._answer(event, bar)
+                    if isinstance(event, Step | Advance) and self._is_interrupted:
+                        sampling.close()
+                        return reply
+                    event = sampling.send(reply)
         except StopIteration as stop:
             return stop.value
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timestep of every step: those of the scheduler where it makes the steps, else one a noise level."""
+        return self.session.timesteps if self._scheduler_steps else self.session.schedule.timesteps
 
     def _answer(self, event: Event, bar: Any) -> Any:
         """Return what the sampler receives for one event."""
         if isinstance(event, Step | Advance):
             latents = self._step(event) if isinstance(event, Step) else self._advance(event)
-            if self.stats.steps <= len(self.session.timesteps):
+            if self.stats.steps <= len(self.timesteps):
                 bar.update()
             return latents
         if isinstance(event, Progress):
@@ -196,23 +208,28 @@ class Native:
     def _call_network(
         self, session: Session, x: Tensor, timestep: Tensor, sigma: Tensor | None, kwargs: dict[str, Any], context: str
     ) -> Tensor:
-        """Evaluate the network once, in the cache context called ``context`` where it has caches."""
+        """Evaluate the network once as the pipeline calls it, in the cache context ``context`` where it has caches."""
         family = session.family
         denoiser = family.network(session.pipe, timestep)
         if timestep.ndim and len(timestep) < len(x):
             timestep = torch.cat([timestep] * 2)  # both branches of a joint call
-        time_arg = family.time(session.pipe, timestep, x, self.dtype)
+        time = family.time(session.pipe, timestep, x, self.dtype)
+        if session.scalar_time and not timestep.ndim:
+            time = time.reshape(-1)[0]
+        arguments = {family.latent_arg: x, family.time_arg: time, **kwargs, "return_dict": False}
+        positional = [arguments.pop(name) for name in session.positional]
+        self._show_time(timestep.max() if timestep.ndim else timestep)
         cache_context: Any = contextlib.nullcontext()
         if hasattr(denoiser, "cache_context"):
             cache_context = denoiser.cache_context(
                 context,
                 step_index=self.stats.steps,
-                num_inference_steps=len(session.timesteps),
+                num_inference_steps=len(self.timesteps),
                 sigma=sigma,
                 timestep=timestep,
             )
         with cache_context:
-            out = denoiser(**{family.latent_arg: x, family.time_arg: time_arg, **kwargs, "return_dict": False})[0]
+            out = denoiser(*positional, **arguments)[0]
         self.stats.calls += 1
         self.stats.forwards += len(x)
         prediction = family.prediction(out, x)
@@ -253,7 +270,6 @@ class Native:
 
     def _advance(self, event: Advance) -> Tensor:
         """Take one step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""
-        self._scheduler_steps = True
         latents = self._step_scheduler(event, self._scheduler_prediction(event))
         edited = self._end_step(event.index, self.session.timesteps[event.index], lambda: latents)
         return latents if edited is None else edited
@@ -287,7 +303,7 @@ class Native:
         stepped = session.scheduler.step(
             model_output=output, timestep=timestep, sample=event.latents, return_dict=False, **arguments
         )
-        self._previous_x0 = stepped[1] if len(stepped) > 1 else None
+        self._previous_x0 = self.denoised = stepped[1] if len(stepped) > 1 else None
         latents = stepped[0].to(session.dtype) if family.casts_latents else stepped[0]
         self.dtype = latents.dtype
         return latents
@@ -300,8 +316,8 @@ class Native:
             if not session.family.casts_latents:  # schedulers give their sample the dtype of the network's output
                 self.dtype = self._output_dtype or self.dtype
             x = x.to(self.dtype).to(x.dtype)
-        index = min(self.stats.steps, len(session.schedule.timesteps) - 1)
-        edited = self._end_step(index, session.schedule.timesteps[index], lambda: self.native_latents(x))
+        index = min(self.stats.steps, len(self.timesteps) - 1)
+        edited = self._end_step(index, self.timesteps[index], lambda: self.native_latents(x))
         if edited is None:
             return x
         rows = session.family.unwrap(edited, session.conds[0].arguments)
@@ -310,11 +326,23 @@ class Native:
 
     def _end_step(self, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
         """Count a step and report it to pipeline and callback; return latents if the callback changed them."""
-        pipe = self.session.pipe
         self.stats.steps += 1
+        self._show_time(timestep)
+        self._show_step_index()
+        return None if self.callback is None else self.callback(self.session, index, timestep, latents)
+
+    def _show_time(self, timestep: Tensor) -> None:
+        """Set the pipeline's current timestep, which caches and hooks read while the network runs."""
+        pipe = self.session.pipe
         if hasattr(pipe, "_current_timestep"):
             object.__setattr__(pipe, "_current_timestep", timestep)
-        return None if self.callback is None else self.callback(self.session, index, timestep, latents)
+
+    def _show_step_index(self) -> None:
+        """Set the scheduler's step index as its own steps would, where a step of the sampler is one of its entries."""
+        session = self.session
+        scheduler, entries = session.scheduler, len(session.timesteps)
+        if not self._scheduler_steps and hasattr(scheduler, "_step_index") and len(self.timesteps) == entries:
+            scheduler._step_index = len(scheduler.timesteps) - entries + min(self.stats.steps, entries)
 
     def native_latents(self, x: Tensor) -> Tensor:
         """Return the sampler's latents as the pipeline's own loop would hold them."""

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
+from diffaccel.families.init_image import strength_problem
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.guidance_check import check_guidance
 from diffaccel.runtime.interception import Recording, intercept
@@ -72,10 +74,18 @@ def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[
         pipe.scheduler.__dict__.clear()
         pipe.scheduler.__dict__.update(scheduler_state)
     if not sessions:
-        raise DiffAccelError(
-            f"{type(pipe).__name__} finished without a single scheduler step. Ask for at least one inference step."
-        )
+        raise no_step(pipe, arguments)
     return sessions[0]
+
+
+def no_step(pipe: Any, arguments: dict[str, Any]) -> DiffAccelError:
+    """Return the error for a call that stepped its scheduler not once, with the argument that left no step."""
+    problem = f"{type(pipe).__name__} finished without a single scheduler step"
+    if arguments.get("denoising_start") is not None:
+        start, steps = arguments["denoising_start"], arguments.get("num_inference_steps")
+        return DiffAccelError(f"{problem}: denoising_start={start} leaves none of {steps}. Use a smaller one.")
+    reason = strength_problem(arguments)
+    return DiffAccelError(f"{problem}: {reason}" if reason else f"{problem}. Ask for at least one inference step.")
 
 
 def _copy(scheduler: Any) -> Any:
@@ -118,6 +128,7 @@ def make_session(
         raise DiffAccelError(f"{type(pipe).__name__} passed no sample to its scheduler.")
     check_guidance(family, pipe, recording, arguments)
     height, width = family.size(pipe, arguments)
+    time = recording.calls[0].get(family.time_arg)
     schedule: schedules.Schedule | DiffAccelError
     try:
         schedule = schedules.read(pipe.scheduler, recording.timestep)
@@ -138,6 +149,8 @@ def make_session(
         timesteps=pipe.scheduler.timesteps[schedules.start_index(pipe.scheduler, recording.timestep) :],
         step_arguments=recording.step_arguments,
         read_schedule=schedule,
+        positional=recording.positional,
+        scalar_time=isinstance(time, Tensor) and time.ndim == 0,
         dtype=latents.dtype,
         height=height,
         width=width,

@@ -28,6 +28,7 @@ from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
+from diffaccel.runtime.probe import no_step
 from diffaccel.runtime.stats import Stats
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Sampling, Step, bcast
@@ -65,8 +66,8 @@ class StockSession:
 
 def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
     """Return the noise levels at which a sampler will ask for predictions, in order."""
-    x = torch.zeros(1, 1, 1, 1)
-    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator()))  # type: ignore[arg-type]
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
+    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator("cpu")))  # type: ignore[arg-type]
     requested: list[Tensor] = []
     reply: Any = None
     while True:
@@ -90,7 +91,7 @@ class _Loop:
         has_own_entries: whether the entries are the scheduler's own, so that an index means the same in both.
         start: index of the first entry that the loop visits; None before it visits one.
         event: the sampler's latest event: a finished step, or a request within a step.
-        returned: the latents that the pipeline was given last.
+        returned: a copy of the latents that the pipeline was given last, which it may change in place.
     """
 
     def __init__(self, pipe: Any, config: SamplerConfig, generator: Any) -> None:
@@ -168,8 +169,12 @@ class _Loop:
             "FlowMatchEulerDiscreteScheduler)."
         )
 
-    def step(self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-        """Answer the sampler's request with the guided ``output`` and return the latents of its next request."""
+    def step(self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer the sampler's request with the guided ``output``.
+
+        Returns:
+            The latents of its next request, and the clean sample at this one: after the last step the latents.
+        """
         schedule = self.enter(scheduler, timestep)
         sigma = self.requested[self.stats.calls]
         x, request, sampling = self._request(schedule, sigma, sample)
@@ -182,15 +187,18 @@ class _Loop:
         if self.config.state != "stock":
             output = output.to(_wide_dtype(sample))
         v = schedule.velocity(output, x, bcast(sigma, x))
+        prediction = Pred(schedule.path, x, sigma, v)
         self.stats.calls += 1
         self.stats.nfe += len(x)
         try:
-            self.event = sampling.send(Pred(schedule.path, x, sigma, v))
+            self.event = sampling.send(prediction)
         except StopIteration as stop:
             self.event = Step(stop.value, schedule.sigmas[-1])
         self.stats.steps += isinstance(self.event, Step)
-        self.returned = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
-        return self.returned
+        latents = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
+        self.returned = latents.clone()
+        is_last = self.stats.calls == len(self.requested)
+        return latents, latents if is_last else prediction.x0.to(sample.dtype)
 
     def _request(self, schedule: Schedule, sigma: Tensor, sample: Tensor) -> tuple[Tensor, Any, Sampling]:
         """Return the latents that the loop stands at, the sampler's request for them, and the sampler."""
@@ -210,12 +218,10 @@ class _Loop:
             return self.event.x, self.event, self.sampling
         raise self.cannot_mix()
 
-    def end(self, scheduler: Any) -> None:
+    def end(self, scheduler: Any, arguments: dict[str, Any]) -> None:
         """Raise after a call whose loop made no step, or ended within a step of the sampler."""
         if self.sampling is None and self.has_own_entries:
-            raise DiffAccelError(
-                f"{type(self.pipe).__name__} finished without a single scheduler step. Ask for at least one."
-            )
+            raise no_step(self.pipe, arguments)
         if self.sampling is None:
             raise self.cannot_cut(scheduler)
         if not isinstance(self.event, Step) and not getattr(self.pipe, "_interrupt", False):
@@ -233,7 +239,7 @@ def generate_stock(
     start = time.perf_counter()
     with _patched(pipe.scheduler, loop):
         result = call(pipe, **arguments)
-    loop.end(pipe.scheduler)
+    loop.end(pipe.scheduler, arguments)
     loop.stats.seconds = time.perf_counter() - start
     return result, loop.stats
 
@@ -252,8 +258,10 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
     @functools.wraps(step)
     def step_sampler(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(step).bind(*args, **kwargs).arguments
-        latents = loop.step(scheduler, bound["model_output"], bound["timestep"], bound["sample"])
-        return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents,)
+        latents, x0 = loop.step(scheduler, bound["model_output"], bound["timestep"], bound["sample"])
+        if bound.get("return_dict", True):
+            return SimpleNamespace(prev_sample=latents, pred_original_sample=x0, denoised=x0)
+        return latents, x0
 
     scheduler.set_timesteps, scheduler.step = begin, step_sampler
     if scale is not None:

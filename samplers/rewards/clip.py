@@ -92,7 +92,9 @@ def preprocessing(network: Any) -> Callable[[Tensor], Tensor]:
     height, width = (config.size, config.size) if isinstance(config.size, int) else config.size
     always_bicubic = config.resize_mode == "shortest" and height != width  # as open_clip does, whatever the config says
     mode = "bilinear" if config.interpolation == "bilinear" and not always_bicubic else "bicubic"
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (config.mean, config.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu").view(3, 1, 1) for values in (config.mean, config.std)
+    )
 
     def prepare(images: Tensor) -> Tensor:
         size = resized_size(images.shape[-2:], (height, width), config.resize_mode)

@@ -32,7 +32,8 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
 
     def kilobytes(images: Tensor, prompts: list[str]) -> Tensor:
         pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-        return torch.tensor([_size(picture.numpy(), quality) for picture in pixels], dtype=torch.float64) / -1000
+        sizes = [_size(picture.numpy(), quality) for picture in pixels]
+        return torch.tensor(sizes, dtype=torch.float64, device="cpu") / -1000
 
     name = f"compress:{argument}" if argument else "compress"
     return Reward(name=name, function=kilobytes, device=torch.device("cpu"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,8 @@ def counts(detector: Detector, expected: Counts | Callable[[str], Counts]) -> Re
         for i, prompt in enumerate(prompts):
             groups.setdefault(tuple(expected_of(prompt).items()), []).append(i)
         scores = torch.cat([_residual(detector, images[rows], dict(things)) for things, rows in groups.items()])
-        order = torch.tensor([i for rows in groups.values() for i in rows]).argsort()
+        rows_in_groups = [i for rows in groups.values() for i in rows]
+        order = torch.tensor(rows_in_groups, dtype=torch.int64, device="cpu").argsort()
         return scores[order.to(scores.device)]
 
     things = ", ".join(f"{count} {name}" for name, count in fixed.items()) or "by prompt"
@@ -46,11 +48,12 @@ def counts(detector: Detector, expected: Counts | Callable[[str], Counts]) -> Re
 
 
 def _residual(detector: Detector, images: Tensor, things: Counts) -> Tensor:
-    detected = torch.as_tensor(detector(images, list(things)))
+    answer: Any = detector(images, list(things))
+    detected = answer if isinstance(answer, Tensor) else torch.as_tensor(np.asarray(answer), device="cpu")
     if detected.shape != (len(images), len(things)):
         raise DiffAccelError(
             f"The detector returned counts of shape {tuple(detected.shape)} for {len(images)} images and {len(things)} "
             f"things ({', '.join(things)}); expected ({len(images)}, {len(things)})."
         )
-    target = torch.tensor(list(things.values()), device=detected.device)
+    target = torch.tensor(list(things.values()), dtype=torch.int64, device=detected.device)
     return -((detected - target) ** 2).sum(1)

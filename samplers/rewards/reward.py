@@ -87,7 +87,7 @@ class Reward:
         """
         self._check(images, prompts)
         if not len(images):
-            return torch.zeros(0, dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
         images, size = images if self.device is None else images.to(self.device), self.batch_size
         texts = [list(prompts[i : i + size]) for i in range(0, len(images), size)]
         return torch.cat([self._call(*batch) for batch in zip(images.split(size), texts, strict=True)])
@@ -96,7 +96,8 @@ class Reward:
         """Call the function on one batch and check its answer."""
         try:
             answer: Any = self.function(images, prompts)
-            scores = answer if isinstance(answer, Tensor) else torch.as_tensor(answer, dtype=torch.float64)
+            is_tensor = isinstance(answer, Tensor)
+            scores = answer if is_tensor else torch.as_tensor(answer, dtype=torch.float64, device="cpu")
         except DiffAccelError:
             raise
         except Exception as error:  # the user's own function may raise anything

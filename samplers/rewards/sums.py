@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import reduce
@@ -42,7 +43,7 @@ def weighted(parts: Sequence[tuple[float, Reward]]) -> Reward:
     if not parts:
         raise DiffAccelError("A sum of rewards has at least one term.")
     for weight, reward in parts:
-        if not torch.isfinite(torch.tensor(float(weight))):
+        if not math.isfinite(float(weight)):
             raise DiffAccelError(f"The weight of the reward '{reward.name}' is {weight}; it must be a finite number.")
     inputs = {reward.input: reward.name for _, reward in parts}
     if len(inputs) > 1:

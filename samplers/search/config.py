@@ -188,7 +188,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
         latents = yield from engine.latents(flat)  # in every process: latents known from the log only are gathered
         if processes.rank == 0:
             report.write(folder, session.report["search"], scorer, flat, latents)
-    x = yield Step(x0, torch.tensor(plan.tail[-1]))
+    x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
     return x
 
 

@@ -55,7 +55,7 @@ class Engine:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._stream: Any = None
         schedule, begin = session.schedule, float(session.sigmas[0])
-        scale = schedule.state_scale(torch.tensor(begin, dtype=torch.float64))
+        scale = schedule.state_scale(torch.tensor(begin, dtype=torch.float64, device="cpu"))
         self.initial_std = float(scale) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
 
     def run(self, chains: Sequence[RunningChain]) -> Events:
@@ -138,7 +138,7 @@ class Engine:
 
     def _score(self, rows: list[Row], scored: list[int], x: Tensor, v: Tensor) -> Future[list[float]]:
         """Score ``x0`` of the rows ``scored``; under guidance, add the reward's gradient to their ``v`` in place."""
-        sigma = bcast(torch.tensor([transition.sigma if transition.predict else 0.0 for _, transition in rows]), x)
+        sigma = bcast(_levels([transition.sigma if transition.predict else 0.0 for _, transition in rows]), x)
         x0 = (x - sigma * v)[scored]
         call_rows = [rows[i][0].row for i in scored]
         ready: Future[list[float]] = Future()
@@ -188,7 +188,7 @@ class Engine:
         transitions = [rows[i][1] for i in children]
         x, v = self.pool.get([transition.parent.slot for transition in transitions])  # type: ignore[misc,union-attr]
         columns = zip(*(transition.coefficients for transition in transitions), strict=True)
-        a, b, c = (bcast(torch.tensor(column), x) for column in columns)
+        a, b, c = (bcast(_levels(column), x) for column in columns)
         state = a * x + b * v
         if any(transition.coefficients.c for transition in transitions):
             keys = [(rows[i][0].seed, rows[i][1].key) for i in children]
@@ -214,7 +214,7 @@ class Engine:
         for begin in range(0, len(places), self.rows):
             batch = places[begin : begin + self.rows]
             levels = [rows[i][1].sigma for i in batch]
-            sigma = torch.tensor(levels[0] if len(set(levels)) == 1 else levels)
+            sigma = _levels(levels[0] if len(set(levels)) == 1 else levels)
             whole = len(batch) == len(x)
             pred = yield Eval(x if whole else x[batch], sigma, rows=[rows[i][0].row for i in batch])
             if whole:
@@ -233,7 +233,7 @@ class Engine:
         """Return ``x0`` of particles, ``(R, C, H, W)``; of samples, the samples themselves."""
         yield from self._recompute(particles)
         x, v = self.pool.get([particle.slot for _, particle in particles])  # type: ignore[misc]
-        return x - bcast(torch.tensor([0.0 if p.end else p.sigma for _, p in particles]), x) * v
+        return x - bcast(_levels([0.0 if p.end else p.sigma for _, p in particles]), x) * v
 
     def _recompute(self, particles: Sequence[tuple[Search, Particle]]) -> Events:
         """Give latents to the particles that have none, walking the lineage of each from its first state."""
@@ -267,3 +267,8 @@ def _from_start(lineage: Lineage | None) -> list[Lineage]:
         steps.append(lineage)
         lineage = lineage.parent
     return steps[::-1]
+
+
+def _levels(numbers: float | Sequence[float]) -> Tensor:
+    """Return noise levels or coefficients in fp32 on the CPU, whatever torch's defaults are."""
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")

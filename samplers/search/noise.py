@@ -29,12 +29,13 @@ def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) 
     They are drawn in fp32 on the CPU, so that every device gets the same numbers, and transferred together.
     """
     keys = list(keys)
-    rows = torch.empty(len(keys), *shape, dtype=torch.float32, pin_memory=like.device.type == "cuda")
+    pinned = like.device.type == "cuda"
+    rows = torch.empty(len(keys), *shape, dtype=torch.float32, device="cpu", pin_memory=pinned)
 
     def draw(begin: int, end: int) -> None:
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         for row, (seed, key) in zip(rows[begin:end], keys[begin:end], strict=True):
-            torch.randn(tuple(shape), generator=generator.manual_seed(seed_of(seed, key)), out=row)
+            row.normal_(generator=generator.manual_seed(seed_of(seed, key)))
 
     workers = min(MAX_THREADS, os.cpu_count() or 1, rows.numel() // NUMBERS_PER_THREAD)
     if workers < 2:
@@ -54,7 +55,7 @@ def seeds(generator: torch.Generator | list[torch.Generator] | None, rows: int) 
 
     def draw(generator: torch.Generator | None, count: int) -> list[int]:
         device = "cpu" if generator is None else generator.device
-        return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+        return torch.randint(2**63 - 1, (count,), generator=generator, dtype=torch.int64, device=device).tolist()
 
     if isinstance(generator, list):
         return [draw(row_generator, 1)[0] for row_generator in generator]

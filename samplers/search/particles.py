@@ -155,4 +155,4 @@ class Pool:
         self.free += range(capacity + added - 1, capacity - 1, -1)
 
     def _index(self, slots: Sequence[Slot]) -> Tensor:
-        return torch.tensor([slot.index for slot in slots]).to(self.x.device)
+        return torch.tensor([slot.index for slot in slots], dtype=torch.int64, device="cpu").to(self.x.device)

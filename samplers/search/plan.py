@@ -236,4 +236,4 @@ def _onto(searched: Path, t: float, path: Path) -> float:
 
 def _rounded(sigma: float) -> float:
     """Round to float32, the precision at which the network is evaluated."""
-    return float(torch.tensor(sigma, dtype=torch.float32))
+    return float(torch.tensor(sigma, dtype=torch.float32, device="cpu"))

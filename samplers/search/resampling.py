@@ -15,8 +15,8 @@ _DRAW = -1  # the attempt in the key of such a number; no noise has it
 
 def uniform(seed: int, chain: int, stage: int) -> float:
     """Draw one number in [0, 1)."""
-    generator = torch.Generator().manual_seed(seed_of(seed, Key(chain, stage, _DRAW)))
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
+    generator = torch.Generator("cpu").manual_seed(seed_of(seed, Key(chain, stage, _DRAW)))
+    return float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu"))
 
 
 def softmax(logits: Sequence[float]) -> list[float]:

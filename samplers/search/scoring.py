@@ -77,7 +77,8 @@ class PictureScorer:
         if images.ndim == 4 or self.reward.input == "video":
             return score(images, prompts)
         length = images.shape[2]
-        chosen = torch.linspace(0, length - 1, min(length, MAX_FRAMES)).round().long().tolist()
+        places = torch.linspace(0, length - 1, min(length, MAX_FRAMES), dtype=torch.float32, device="cpu")
+        chosen = places.round().long().tolist()
         frames = images[:, :, chosen].transpose(1, 2).flatten(0, 1)
         scores = score(frames, [prompt for prompt in prompts for _ in chosen])
         return scores.reshape(len(images), -1).mean(1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_more
+import tiny_others
 import torch
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers import Euler
+from diffaccel.samplers import Euler, Heun, Scheduler
 
 
 @pytest.fixture(params=tiny.FAMILIES)
@@ -92,13 +94,17 @@ def test_after_an_interruption_the_next_call_is_whole(family: str) -> None:
 
 def test_a_tensor_that_means_nothing_here_is_refused() -> None:
     pipe = tiny.make("sd")
+    type(pipe)._callback_tensor_inputs.append("noise_pred")
     diffaccel.accelerate(pipe, Euler())
-    with pytest.raises(DiffAccelError, match="asked for 'negative_prompt_embeds'"):
-        pipe(
-            **tiny.call_kwargs("sd"),
-            callback_on_step_end=lambda pipe, i, t, kwargs: kwargs,
-            callback_on_step_end_tensor_inputs=["negative_prompt_embeds"],
-        )
+    try:
+        with pytest.raises(DiffAccelError, match="asked for 'noise_pred'"):
+            pipe(
+                **tiny.call_kwargs("sd"),
+                callback_on_step_end=lambda pipe, i, t, kwargs: pytest.fail("a step was computed"),
+                callback_on_step_end_tensor_inputs=["noise_pred"],
+            )
+    finally:
+        type(pipe)._callback_tensor_inputs.remove("noise_pred")
 
 
 def test_the_progress_bar_is_the_pipelines(capsys, family: str) -> None:
@@ -108,3 +114,101 @@ def test_the_progress_bar_is_the_pipelines(capsys, family: str) -> None:
     pipe(**tiny.call_kwargs(family))
     output = capsys.readouterr().err
     assert "drawing" in output and "4/4" in output
+
+
+@pytest.mark.parametrize("returns", [lambda kwargs: kwargs, lambda kwargs: {}], ids=["returned", "not returned"])
+def test_latents_changed_in_place(family: str, returns) -> None:
+    def darken(pipe, i, t, kwargs):
+        kwargs["latents"].mul_(0.5)
+        return returns(kwargs)
+
+    stock, wrapped = both(family, darken)
+    assert torch.equal(stock, wrapped)
+
+
+def test_latents_changed_through_a_view_of_their_memory() -> None:
+    def darken(pipe, i, t, kwargs):
+        kwargs["latents"].numpy()[...] *= 0.5
+        return kwargs
+
+    stock, wrapped = both("flux", darken)
+    assert torch.equal(stock, wrapped)
+
+
+def test_a_prompt_changed_in_place(family: str) -> None:
+    def fade(pipe, i, t, kwargs):
+        kwargs["prompt_embeds"].mul_(0.5)
+        return kwargs
+
+    results = []
+    for wrap in (False, True):
+        pipe = tiny.make(family)
+        if wrap:
+            diffaccel.accelerate(pipe, Euler())
+        call = tiny.call_kwargs(family)
+        results.append(pipe(**call, callback_on_step_end=fade, callback_on_step_end_tensor_inputs=["prompt_embeds"]))
+    assert torch.equal(results[0].images, results[1].images)
+
+
+@pytest.mark.parametrize("sampler", [Euler(), Scheduler()], ids=lambda sampler: sampler.name)
+def test_the_current_timestep_is_that_of_the_running_network(sampler) -> None:
+    pipe = tiny.make("flux")
+    seen: list[tuple[float, float]] = []
+
+    def look(module, args, kwargs):
+        seen.append((float(kwargs["timestep"][0]) * 1000, float(pipe.current_timestep)))
+
+    pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    pipe(**tiny.call_kwargs("flux"))
+    stock = seen.copy()
+    seen.clear()
+    diffaccel.accelerate(pipe, sampler)(**tiny.call_kwargs("flux"))
+    assert seen == stock and pipe.current_timestep is None
+
+
+def test_the_current_timestep_within_a_step_of_two_predictions() -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), Heun())
+    seen: list[tuple[float, float]] = []
+
+    def look(module, args, kwargs):
+        seen.append((float(kwargs["timestep"][0]) * 1000, float(pipe.current_timestep)))
+
+    pipe.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    pipe(**tiny.call_kwargs("flux", guided=False))
+    assert len(seen) == 7 and all(abs(time - shown) < 0.01 for time, shown in seen)
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["asked for", "not asked for"])
+@pytest.mark.parametrize("name", ["sd", "wan", "cogvideox"])
+def test_the_negative_prompt_is_that_of_the_stock_loop(name: str, asks: bool) -> None:
+    """Wan's loop uses a new one, the other two have joined it to the prompt before."""
+    room = tiny if name == "sd" else tiny_more
+    seen: list[torch.Tensor] = []
+
+    def swap(pipe, i, t, kwargs):
+        seen.append(kwargs["negative_prompt_embeds"].clone() if asks else torch.zeros(0))
+        return {"negative_prompt_embeds": seen[-1].flip(1) if asks else new} if i == 1 else {}
+
+    results = []
+    new = torch.ones(2, 24 if name == "sd" else 16, 32)
+    inputs = ["negative_prompt_embeds"] if asks else ["latents"]
+    for wrap in (False, True):
+        pipe = room.make(name)
+        if wrap:
+            diffaccel.accelerate(pipe, Scheduler())
+        call = room.call_kwargs(name)
+        output = pipe(**call, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=inputs)
+        results.append(output.images if name == "sd" else output.frames)
+    assert torch.equal(*results) and len(seen) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen[:4], seen[4:], strict=True))
+
+
+def test_a_tensor_that_a_callback_returns_without_asking_is_refused_where_it_has_no_place() -> None:
+    call = tiny_others.call_kwargs("ltx")
+
+    def swap(pipe, i, t, kwargs):
+        return {"prompt_embeds": torch.zeros(4, 16, 32)} if i == 1 else {}
+
+    pipe = diffaccel.accelerate(tiny_others.make("ltx"), Euler())
+    with pytest.raises(DiffAccelError, match=r"returned 'prompt_embeds'.*tensor_inputs=\['latents', 'prompt_embeds'\]"):
+        pipe(**call, callback_on_step_end=swap)

@@ -109,3 +109,13 @@ class _Asks:
 def test_what_a_stock_loop_cannot_give_is_refused(kind: str) -> None:
     with pytest.raises(UnsupportedBySampler, match="FluxPipeline"):
         by_stock_driver("sd3", _Asks(kind))
+
+
+def test_latents_changed_in_place_by_a_callback() -> None:
+    def darken(pipe, i, t, kwargs):
+        kwargs["latents"].mul_(0.5)
+        return kwargs
+
+    images, _, _ = by_stock_driver("sd3", Euler(), callback_on_step_end=darken)
+    stock = tiny.make("sd3")(**tiny.call_kwargs("sd3"), callback_on_step_end=darken).images
+    torch.testing.assert_close(images, stock)

@@ -21,7 +21,7 @@ from diffaccel.families.generic.latents_rule import CONDITION
 from diffaccel.families.generic.row_layout import join_layout, map_layout
 from diffaccel.families.generic.study import study
 from diffaccel.families.generic.watching import NotIdentified
-from diffaccel.modules.stand_in import StandIn, TextMemo
+from diffaccel.modules.stand_in import StandIn, TextMemo, signature_of
 
 
 class Generic(Family):
@@ -46,10 +46,14 @@ class Generic(Family):
         module = getattr(pipe, self.denoiser)
         return StandIn(module, functools.partial(self._evaluate, module))
 
-    def _evaluate(self, module: Any, **kwargs: Any) -> tuple[Tensor]:
+    def _evaluate(self, module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         """Call the network on latents in the pipeline's layout, and return its signed prediction in that layout."""
-        findings, x, condition = self.findings, kwargs.pop(self.latent_arg), kwargs.pop(CONDITION, None)
-        out = module(**{self.latent_arg: findings.latents.pack(x, condition)}, **kwargs)
+        findings, condition = self.findings, kwargs.pop(CONDITION, None)
+        positional = list(signature_of(module).parameters)[1 : 1 + len(args)] if args else []
+        arguments = {**dict(zip(positional, args, strict=True)), **kwargs}
+        x = arguments[self.latent_arg]
+        arguments[self.latent_arg] = findings.latents.pack(x, condition)
+        out = module(*[arguments.pop(name) for name in positional], **arguments)
         out = out if isinstance(out, Tensor) else out[0]  # Kandinsky's returns a tensor, others a tuple
         is_list = isinstance(out, list | tuple)
         out = torch.stack(list(out)).reshape(x.shape) if is_list else findings.predicted_part(out)

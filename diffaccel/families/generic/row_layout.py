@@ -56,7 +56,9 @@ def map_layout(value: Any, layout: Layout, change: Callable[[Tensor], Tensor]) -
     if isinstance(layout, int):
         return change(value) if layout == 0 else change(value.transpose(0, layout)).transpose(0, layout)
     if layout == ITEMS:
-        return type(value)([value[i] for i in change(torch.arange(len(value))).tolist()])
+        return type(value)(
+            [value[i] for i in change(torch.arange(len(value), dtype=torch.int64, device="cpu")).tolist()]
+        )
     return _rebuilt(value, {k: map_layout(value[k], inner, change) for k, inner in layout.items()})  # type: ignore[union-attr]
 
 

@@ -46,8 +46,8 @@ def install(
     def take_step(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs).arguments
         latents = step(bound["model_output"], bound["sample"], bound["timestep"])
-        # the second value is CogVideoXDPMScheduler's previous prediction
-        return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents, None)
+        # the second value is a clean sample, which a loop may go on with
+        return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents, latents)
 
     scheduler.set_timesteps, scheduler.step = set_and_begin, take_step
     if hasattr(scheduler, "scale_model_input"):

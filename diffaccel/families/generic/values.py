@@ -11,7 +11,8 @@ from torch import Tensor
 def scalar(time: Any, rows: int) -> Tensor | None:
     """Return the value of a time argument, given once or the same for every row; None for any other argument."""
     if isinstance(time, bool | int | float):
-        return torch.tensor(time)
+        dtype = torch.float32 if isinstance(time, float) else None
+        return torch.tensor(time, dtype=dtype, device="cpu")
     if not isinstance(time, Tensor) or time.shape not in ((), (rows,)) or bool((time != time.reshape(-1)[0]).any()):
         return None
     return time.reshape(-1)[0]

@@ -27,6 +27,10 @@ class NotIdentified(DiffAccelError):
     """The reason why the native driver cannot follow a pipeline that no family describes."""
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device="cpu")
+
+
 @dataclass(eq=False)
 class Turn:
     """One iteration of a pipeline's loop.
@@ -42,9 +46,9 @@ class Turn:
     network: Any
     calls: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Any] = field(default_factory=list)
-    guided: Tensor = field(default_factory=lambda: torch.empty(0))
-    sample: Tensor = field(default_factory=lambda: torch.empty(0))
-    timestep: Tensor = field(default_factory=lambda: torch.empty(0))
+    guided: Tensor = field(default_factory=_nothing)
+    sample: Tensor = field(default_factory=_nothing)
+    timestep: Tensor = field(default_factory=_nothing)
 
 
 class _Done(Exception):

@@ -1,0 +1,85 @@
+"""What a pipeline and its scheduler say about the number and the index of steps, while a sampler makes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import tiny_variants
+from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
+
+import diffaccel
+from diffaccel.samplers import DPMpp2M, Euler, Heun, Scheduler
+
+MULTIPLE_ENTRIES = {"heun": HeunDiscreteScheduler, "kdpm2": KDPM2DiscreteScheduler, "pndm": PNDMScheduler}
+
+
+def wrapped(scheduler: str, sampler: Any) -> Any:
+    pipe = tiny.make("sd", scheduler=MULTIPLE_ENTRIES[scheduler](**tiny.TRAINED))
+    return diffaccel.accelerate(pipe, sampler)
+
+
+@pytest.mark.parametrize("scheduler", MULTIPLE_ENTRIES)
+def test_the_number_of_steps_is_the_samplers(scheduler: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = wrapped(scheduler, Euler())
+    pipe.set_progress_bar_config(disable=False, ascii=True)
+    seen: list[tuple[int, int]] = []
+
+    def look(pipe, i, t, kwargs):
+        seen.append((i, pipe.num_timesteps))
+        return kwargs
+
+    pipe(**tiny.call_kwargs("sd", batch=1, steps=5), callback_on_step_end=look)
+    count = len(seen)
+    assert count == diffaccel.summary(pipe).last_run["steps"] and seen == [(i, count) for i in range(count)]
+    bars = capsys.readouterr().err
+    assert f"{count}/{count}" in bars and f"/{2 * count - 1}" not in bars
+
+
+@pytest.mark.parametrize("sampler", [Euler(), DPMpp2M(), Heun()], ids=lambda sampler: sampler.name)
+@pytest.mark.parametrize("scheduler", ["heun", "kdpm2"])
+def test_a_cutoff_at_a_share_of_the_steps(scheduler: str, sampler: Any) -> None:
+    pipe, rows = wrapped(scheduler, sampler), []
+    pipe.unet.register_forward_pre_hook(lambda _, args, kwargs: rows.append(_rows(args, kwargs)), with_kwargs=True)
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.4)
+    pipe(**tiny.call_kwargs("sd", batch=1, steps=10), callback_on_step_end=cutoff)
+    assert rows.count(2) / len(rows) == pytest.approx(0.5, abs=0.04)  # through the step with index 0.4 n
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    return len(args[0] if args else kwargs["sample"])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_the_scheduler_shows_the_index_of_the_step(name: str) -> None:
+    seen: list[int] = []
+
+    def look(pipe, i, t, kwargs):
+        seen.append(pipe.scheduler.step_index)
+        return kwargs
+
+    for sampler in (None, Euler(), Scheduler()):
+        pipe = tiny.make(name)
+        if sampler is not None:
+            diffaccel.accelerate(pipe, sampler)
+        pipe(**tiny.call_kwargs(name), callback_on_step_end=look)
+        assert seen == [1, 2, 3, 4] and pipe.scheduler.step_index == 4
+        seen.clear()
+
+
+def test_the_index_of_a_call_that_starts_in_the_middle() -> None:
+    seen: list[list[int]] = []
+
+    def look(pipe, i, t, kwargs):
+        seen[-1].append(pipe.scheduler.step_index)
+        return kwargs
+
+    for sampler in (None, Euler()):
+        pipe = tiny_variants.img2img("sd3")
+        if sampler is not None:
+            diffaccel.accelerate(pipe, sampler)
+        seen.append([])
+        pipe(**tiny_variants.img2img_kwargs("sd3"), callback_on_step_end=look)
+    assert seen[0] == seen[1] and seen[0][0] > 1
