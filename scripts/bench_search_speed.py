@@ -130,16 +130,16 @@ def scaled(bench: Bench, state: Any, turns: int) -> dict[str, Any]:
     return {"processes": state.num_processes, "seconds": times, "ratio": ratio(times["alone"], times["together"])}
 
 
-def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """Return the median of the ratios turn by turn, with its interval."""
-    interval = median_ratio(slow, fast)
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float | None]:
+    """Return the median of the ratios turn by turn, with its interval, which fewer than 6 turns do not have."""
+    numbers = median_ratio(slow, fast).to_dict()
+    return {key: numbers[key] for key in ("value", "low", "high")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=("flux", "small"), default="flux")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()

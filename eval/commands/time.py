@@ -76,7 +76,12 @@ def _print(timing: dict[str, Any], batch: int) -> None:
     terminal.write(f"{timing['device']['name']}, {timing['turns']} turns, {batch} a call")
     for entry in timing["variants"]:
         ratio = entry.get("ratio")
-        text = "baseline" if ratio is None else f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
-        if ratio is not None and not ratio["significant"]:
-            text += ", speed-up not significant"
+        text = "baseline" if ratio is None else _ratio_text(ratio)
         terminal.write(f"  {entry['name']:<28}{entry['seconds_per_image']:9.4f} s a picture   {text}")
+
+
+def _ratio_text(ratio: dict[str, Any]) -> str:
+    if ratio["low"] is None:
+        return f"{ratio['value']:.2f}x, {ratio['method']}"
+    text = f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return text if ratio["significant"] else f"{text}, speed-up not significant"

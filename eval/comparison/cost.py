@@ -101,10 +101,10 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
     if run is baseline or (base_entry := entries.get(baseline.name)) is None:
         return [seconds]
     # the timing's own ratios are to its first variant, which may be another one than this baseline's
-    interval = median_ratio(base_entry["seconds"], entry["seconds"])
-    detail = {"from": TURNS, "turns": entry["turns"], "significant": interval.significant}
-    speedup = _row("speedup", run, interval.value, better="higher", unit="x", detail=detail)
-    speedup.interval = interval
+    ratio = median_ratio(base_entry["seconds"], entry["seconds"])
+    detail = {"from": TURNS, "turns": entry["turns"], "significant": ratio.to_dict()["significant"]}
+    speedup = _row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
+    speedup.interval = ratio.interval
     return [seconds, speedup]
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from diffaccel.eval.uncertainty.intervals import Interval
+from diffaccel.eval.uncertainty.intervals import Interval, too_few
 
 Family = Literal["fidelity", "video", "alignment", "distribution", "cost"]
 Better = Literal["lower", "higher"]
@@ -14,6 +14,8 @@ DIGITS = {
     "psnr": 2, "ssim": 4, "latent_error": 4, "lpips": 4, "clip_i": 4, "clip_score": 2, "seconds": 4, "speedup": 2,
     "nfe": 1, "forwards": 1, "first_call": 4, "psnr_drift": 4, "ssim_drift": 5,
 }  # fmt: skip
+
+BY_PROMPT = ("fidelity", "video", "alignment")  # families whose intervals are over prompts
 
 
 @dataclass(kw_only=True)
@@ -59,8 +61,18 @@ class Row:
         return {name: _json_ready(value) for name, value in asdict(self).items()}
 
     @property
+    def too_few(self) -> str:
+        """Sentence that takes the place of a verdict from fewer than 10 prompts; "" where there are enough."""
+        if self.family not in BY_PROMPT:
+            return ""
+        interval = self.delta_interval or self.interval
+        return too_few(1 if interval is None else interval.units)
+
+    @property
     def within_noise(self) -> bool | None:
-        """Whether chance explains the difference to the baseline; None where that is not known."""
+        """Whether chance explains the difference to the baseline; None where that is not known: see ``too_few``."""
+        if self.too_few:
+            return None
         if self.delta_interval is not None:
             return not self.delta_interval.significant
         if self.value is None or self.floor is None:

@@ -87,6 +87,8 @@ def verdicts(comparison: Comparison) -> list[dict[str, str]]:
 def _speed_text(row: Row | None) -> str:
     if row is None or row.value is None:
         return "speed not measured"
+    if row.interval is None and (turns := row.detail.get("turns")):
+        return f"{row.value:.2f}x as fast ({turns} turns, too few for an interval)"
     if row.interval is None:
         return f"{row.value:.2f}x as fast by the runs' own clocks"
     if not row.interval.significant:
@@ -103,7 +105,7 @@ def _fidelity_text(row: Row) -> str:
 
 
 def _change_text(row: Row) -> str:
-    verdict = "within noise" if row.within_noise else "beyond noise"
+    verdict = row.too_few or ("within noise" if row.within_noise else "beyond noise")
     return f"{row.key} {row.delta:+.{digits(row.metric)}f} ({verdict})"
 
 

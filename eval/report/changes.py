@@ -10,6 +10,7 @@ from typing import Any
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.row import digits
+from diffaccel.eval.uncertainty.intervals import too_few
 from diffaccel.files import NUMBER, misfit
 
 # fields of a row that are compared, with their interval and what sentences call them; the first one that both have
@@ -51,7 +52,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
 
     Returns:
         Sentences under ``beyond`` (a new number outside of the old one's 95 % interval), ``unsure`` (it moved, and has
-        no interval), ``gone`` and ``added`` (metrics of one report alone) and ``made`` (versions that differ).
+        no interval, or one of fewer than 10 prompts), ``gone`` and ``added`` (metrics of one report alone) and
+        ``made`` (versions that differ).
     """
     old_rows, new_rows = ({(row["run"], row["key"]): row for row in report["metrics"]} for report in (old, new))
     sentences: dict[str, list[str]] = {"beyond": [], "unsure": []}
@@ -60,10 +62,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
         field, interval_field, word = next(
             (names for names in NUMBERS if old_row and None not in (old_row[names[0]], row[names[0]])), NUMBERS[1]
         )
-        if old_row is None or (text := _change(old_row, row, field, word)) is None:
+        interval = None if old_row is None else old_row[interval_field]
+        few = "" if interval is None else too_few(interval.get("units"))
+        if old_row is None or (text := _change(old_row, row, field, word, few)) is None:
             continue
-        interval = old_row[interval_field]
-        if interval is None or row[field] is None:
+        if interval is None or row[field] is None or few:
             sentences["unsure"].append(text)
         elif not interval["low"] <= row[field] <= interval["high"]:
             places = digits(row["metric"])
@@ -74,13 +77,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[str]]:
     return sentences | {"made": record.differences(old.get("versions", {}), new.get("versions", {}))}
 
 
-def _change(old_row: dict[str, Any], new_row: dict[str, Any], field: str, word: str) -> str | None:
-    """Return the change of a field in words; None where the printed numbers are equal."""
+def _change(old_row: dict[str, Any], new_row: dict[str, Any], field: str, word: str, few: str) -> str | None:
+    """Return the change of a field in words, ``few`` for a verdict if it says something; None for equal texts."""
     places = digits(new_row["metric"])
     before, after = (math.nan if row[field] is None else row[field] for row in (old_row, new_row))
     texts = ["none" if math.isnan(value) else f"{value:.{places}f}" for value in (before, after)]
     if texts[0] == texts[1]:
         return None
     is_better = (after > before) == (new_row["better"] == "higher")
-    verdict = "" if math.isnan(after - before) else ", better" if is_better else ", worse"
+    verdict = "" if math.isnan(after - before) else f", {few or ('better' if is_better else 'worse')}"
     return f"{new_row['run']}: {new_row['key']}, {word} {texts[0]} -> {texts[1]}{verdict}"

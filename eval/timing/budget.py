@@ -146,15 +146,19 @@ def pictures_that_fit(
 
     Returns:
         JSON-ready: ``ratio`` of the baseline's time over that of an accelerated call and its rewards, and ``pictures``:
-        the whole part of its lower end, so that the time is not exceeded by chance.
+        the whole part of its lower end, so that the time is not exceeded by chance; of the smallest ratio of all turns
+        where they are too few for an interval.
     """
     progress(f"{accelerated.name} with its reward against the baseline")
     timed = take_turns(
         pipe, request, [baseline, accelerated], turns=turns, warm_up=1,
         after_call={accelerated.name: reward_scoring(reward)},
     )  # fmt: skip
-    ratio = timed["variants"][1]["ratio"]
-    return {"pictures": max(1, math.floor(ratio["low"])), "ratio": ratio, "reward": reward.name}
+    base_entry, entry = timed["variants"]
+    ratio, low = entry["ratio"], entry["ratio"]["low"]
+    if low is None:
+        low = min(base / own for base, own in zip(base_entry["seconds"], entry["seconds"], strict=True))
+    return {"pictures": max(1, math.floor(low)), "ratio": ratio, "reward": reward.name}
 
 
 def reward_scoring(reward: ClipExtractor) -> AfterCall:

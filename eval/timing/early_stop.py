@@ -5,11 +5,12 @@ condition is proven to hold, or one is proven not to (:mod:`diffaccel.eval.uncer
 about the mean over pictures of
 
 - a distance to the baseline's picture, whose value for equal pictures is known: ``ssim``, ``lpips``, ``latent_error``.
-  "Within 0.02" is a mean SSIM above 0.98.
+  "Within 0.02" is a mean SSIM above 0.98. The proof needs bounds of the metric: a picture counts with an LPIPS of at
+  most 1 and a latent error of at most 2, which those of unrelated pictures rarely reach.
 - a picture's fit to its prompt, minus that of the baseline's picture: ``clip_score[emoji-clip-judge]``.
 
-All conditions together err with a probability of at most 5 %, whatever the number of looks: the level is shared by
-looks and conditions.
+All conditions together err with a probability of at most 5 %, whatever the number of looks and however skewed the
+values: the level is shared by the conditions.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from diffaccel.runs.request import Request
 
 FIRST, LEVEL = 64, 0.95
 EQUAL = {"ssim": 1.0, "lpips": 0.0, "latent_error": 0.0}  # the metric of equal pictures
-CLIP_SCORE = "clip_score"
+BOUNDS = {"ssim": (-1.0, 1.0), "lpips": (0.0, 1.0), "latent_error": (0.0, 2.0)}  # values beyond count as the bound
+CLIP_SCORE, CLIP_BOUNDS = "clip_score", (-100.0, 100.0)  # of a difference of two scores from 0 to 100
 Difference = Callable[[Run, Run], Tensor]  # of two runs of the same pictures to a number a picture, 0 for no change
 _CONDITION = re.compile(r"\s*([A-Za-z_]+(?:\[[^\[\]]+\])?)\s+within\s+(\S+)\s*")
 _HOW = 'Write it like "ssim within 0.02" or "ssim within 0.02 and clip_score[emoji-clip-judge] within 0.5".'
@@ -51,6 +53,14 @@ class Tolerance:
     def clip(self) -> str:
         """Name of a CLIP score's network; "" for other metrics."""
         return self.metric.partition("[")[2].removesuffix("]")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and greatest difference of the metric to its value for equal pictures."""
+        if self.clip:
+            return CLIP_BOUNDS
+        low, high = BOUNDS[self.metric]
+        return low - EQUAL[self.metric], high - EQUAL[self.metric]
 
 
 def parse(text: str) -> tuple[Tolerance, ...]:
@@ -107,7 +117,7 @@ def stopping_rule(
     _check_first_look(planned[0], request)
     _check_baseline(base, request, conditions)
     level = 1 - (1 - LEVEL) / len(conditions)
-    tests = {condition: Sequential(condition.tolerance, planned, level) for condition in conditions}
+    tests = {c: Sequential(c.tolerance, planned, level, c.bounds) for c in conditions}
     differences = {condition: _difference(condition, device) for condition in conditions}
 
     def look(folder: Path, run_record: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _difference(condition: Tolerance, device: Any) -> Difference:
         pairs = [(i, i) for i in range(len(run))]
         for distance, values in fidelity.measure(baseline, run, pairs, distances):
             if distance.metric == condition.metric:
-                return values - EQUAL[condition.metric]
+                return values.clamp(*BOUNDS[condition.metric]) - EQUAL[condition.metric]
         raise DiffAccelError(f"'{condition.metric}' of '{run.name}' and '{baseline.name}' could not be measured.")
 
     return difference

@@ -37,7 +37,7 @@ class Answer:
     Attributes:
         accelerated, instead: names of the two ways.
         time: how their times were made equal, in words.
-        ratio: of times, with its interval.
+        ratio: of times, with its interval, whose ends are None for fewer than 6 turns.
         judge: difference of the judge's scores, accelerated minus instead.
         ssim: difference of SSIM to the baseline with all its steps; None where the pictures are of other seeds.
         fd: difference of Fréchet distances; None where there are too few pictures, or no network.
@@ -207,7 +207,9 @@ def _signed(interval: Interval | None, digits: int) -> str:
     if interval is None:
         return ""
     value, low, high = (f"{end:+.{digits}f}" for end in (interval.value, interval.low, interval.high))
-    return f"{value} ({low} to {high})" + ("" if interval.significant else ", within noise")
+    return f"{value} ({low} to {high})" + (
+        f", {interval.too_few}" if interval.too_few else "" if interval.significant else ", within noise"
+    )
 
 
 def _numbers(answer: Answer) -> dict[str, Any]:
@@ -225,7 +227,8 @@ def _ends(interval: Interval) -> dict[str, Any]:
 
 
 def _times(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['value']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    ends = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return f"{ratio['value']:.2f}x{ends}"
 
 
 def _paired(a: Tensor, b: Tensor, prompts: Sequence[str] | None) -> Paired | None:

@@ -1,7 +1,8 @@
 """Timing in turns: variants alternate on one pipeline, so that other load on the machine meets all of them alike.
 
 Every turn calls each variant once, in alternating order; the speed-up over the first one is the median ratio over turns
-with its bootstrap interval. A call is the whole pipeline call: text encoders, network, decoder.
+with the interval of Student's t of its logarithms, from 6 turns on. A call is the whole pipeline call: text encoders,
+network, decoder.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def take_turns(
     Returns:
         JSON-ready: ``variants``, a dict each with ``seconds`` of every turn, ``seconds_per_image`` (median), ``parts``,
         ``steps``, ``nfe``, ``peak_memory``, ``energy_joules`` a picture (None where NVML gives none) and, but for the
-        first, ``ratio`` with its 95 % interval.
+        first, ``ratio`` with its 95 % interval, null for fewer than 6 turns.
 
     Raises:
         DiffAccelError: for fewer than two variants or turns, two of one name, or a pipeline with methods on it.
@@ -183,14 +184,7 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
         "energy_joules": median(joules) / images if joules else None,
     }
     if calls is not base_calls:
-        ratio = median_ratio(base_calls["seconds"], seconds)
-        entry["ratio"] = {
-            "value": ratio.value,
-            "low": ratio.low,
-            "high": ratio.high,
-            "method": ratio.method,
-            "significant": ratio.significant,
-        }
+        entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
     return entry
 
 

@@ -7,8 +7,8 @@ Prompts are the unit of resampling: images of one prompt with several seeds are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.uncertainty import studentised
+from diffaccel.eval.uncertainty.student import student_quantile
 
 Array = NDArray[np.float64]
 Values = Tensor | Sequence[float] | NDArray[Any]
-_BLOCK = 1 << 22  # resampled values in memory at once
+LEAST_FOR_VERDICT = 10  # independent values; intervals of fewer cover too rarely to call a difference one
+LEAST_TURNS = 6  # of timings, before a ratio of times has an interval
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Interval:
         level: the chance that such an interval covers the truth.
         method: how it was computed, as a report prints it.
         null: the value of "no effect" (0 of a difference, 1 of a ratio), or None where there is none.
+        units: number of independent values behind it, such as prompts; None where it does not say.
     """
 
     value: float
@@ -42,11 +46,17 @@ class Interval:
     level: float = 0.95
     method: str = ""
     null: float | None = None
+    units: int | None = None
 
     @property
     def significant(self) -> bool:
         """Whether the interval excludes ``null``; False where there is none."""
         return self.null is not None and not self.low <= self.null <= self.high
+
+    @property
+    def too_few(self) -> str:
+        """Sentence that takes the place of a verdict where fewer than 10 prompts stand behind it; "" elsewhere."""
+        return too_few(self.units)
 
 
 @dataclass(frozen=True)
@@ -66,18 +76,25 @@ class Paired:
     ties: int
 
 
+def too_few(units: int | None) -> str:
+    """Return the sentence that takes the place of a verdict from fewer than 10 prompts; "" for more, or None."""
+    return "" if units is None or units >= LEAST_FOR_VERDICT else f"too few prompts (n = {units}) for a verdict"
+
+
 def bootstrap_mean(
     values: Values,
     *,
     clusters: Sequence[Hashable] | Tensor | None = None,
-    draws: int = 1000,
+    draws: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Compute the mean with its percentile bootstrap interval (Efron & Tibshirani 1993, chapter 13).
+    """Compute the mean with its studentised bootstrap interval (bootstrap-t; Efron & Tibshirani 1993, section 12.5).
 
-    With ``clusters``, whole clusters are drawn with replacement, and the mean is over all their values. With fewer than
-    some 30 clusters, percentile intervals are too narrow: for 10 normal values they cover about 90 %, not 95 %.
+    With ``clusters``, whole clusters are drawn with replacement, and the mean is over all their values. Simulated, 95 %
+    intervals cover 94 to 95 % for 4 to 100 normal values, and 88, 91, 92 and 94 % for 4, 10, 30 and 100 lognormal ones.
+    What too few values have not shown yet, such as one ruined picture of 50, no interval accounts for. Values that are
+    all equal have an interval of no width. See :func:`diffaccel.eval.uncertainty.studentised.offsets`.
 
     Args:
         values: (n,), finite, n >= 2.
@@ -92,17 +109,15 @@ def bootstrap_mean(
     x = finite(values, "values")
     if draws < 1:
         raise DiffAccelError(f"A bootstrap needs at least 1 draw, not {draws}. 1000 is usual.")
-    tail = _tail(level)
-    if clusters is None:
-        sums, counts, unit = np.sort(x), np.ones_like(x), "values"
-    else:
-        sums, counts = cluster_sums(x, clusters)
-        order = np.lexsort((counts, sums))
-        sums, counts, unit = sums[order], counts[order], "clusters"
-    means = _resample(lambda index: sums[index].sum(1) / counts[index].sum(1), len(sums), draws, seed)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    method = f"percentile bootstrap over {len(sums)} {unit}, {draws} draws"
-    return Interval(math.fsum(x) / len(x), float(low), float(high), level, method)
+    tail, mean = _tail(level), math.fsum(x) / len(x)
+    if (x == x[0]).all():
+        mean = float(x[0])  # without rounding
+    residuals, counts, unit = x - mean, np.ones_like(x), "values"
+    if clusters is not None:
+        (residuals, counts), unit = cluster_sums(residuals, clusters), "clusters"
+    low, high = studentised.offsets(residuals, counts, draws=draws, seed=seed, tail=tail)
+    method = f"studentised bootstrap over {len(counts)} {unit}, {draws} draws"
+    return Interval(mean, mean + low, mean + high, level, method, units=len(counts))
 
 
 def paired_difference(
@@ -111,7 +126,7 @@ def paired_difference(
     *,
     clusters: Sequence[Hashable] | Tensor | None = None,
     better: Literal["higher", "lower"] = "higher",
-    draws: int = 1000,
+    draws: int = 2000,
     seed: int = 0,
     level: float = 0.95,
 ) -> Paired:
@@ -139,9 +154,8 @@ def paired_difference(
     pairs = float(len(wins)) if clusters is None else _effective_pairs(wins, clusters)
     interval = wilson(float(rate * pairs), pairs, level)
     method = interval.method + ", a tie is half a win"
-    wins_interval = Interval(float(rate), interval.low, interval.high, level, method, null=0.5)
-    mean = Interval(mean.value, mean.low, mean.high, level, mean.method, null=0.0)
-    return Paired(mean, wins_interval, len(x), int((difference == 0).sum()))
+    wins_interval = replace(interval, value=float(rate), method=method, null=0.5, units=mean.units)
+    return Paired(replace(mean, null=0.0), wins_interval, len(x), int((difference == 0).sum()))
 
 
 def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
@@ -165,11 +179,39 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
     return Interval(p, low, high, level, f"Wilson, n = {n:.6g}", null=0.5)
 
 
-def median_ratio(a: Values, b: Values, *, draws: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Compute the median of ``a / b`` over turns, with its percentile bootstrap interval.
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of times that were measured in turns.
 
-    For timings taken in turns (A B A B ...): a machine that slows down slows both timings of a turn. The ratio is
-    ``significant`` when the interval excludes 1. With 5 to 20 turns, such intervals cover some 93 %, not 95 %.
+    Attributes:
+        value: the median over turns.
+        interval: its 95 % interval; None for fewer than 6 turns.
+        method: how both were computed, as a report prints it.
+    """
+
+    value: float
+    interval: Interval | None
+    method: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ratio as JSON-ready values; ends that are not known are null, and significance with them."""
+        interval = self.interval
+        return {
+            "value": self.value,
+            "low": None if interval is None else interval.low,
+            "high": None if interval is None else interval.high,
+            "method": self.method,
+            "significant": None if interval is None else interval.significant,
+        }
+
+
+def median_ratio(a: Values, b: Values, *, level: float = 0.95) -> Ratio:
+    """Compute the median of ``a / b`` over turns, with Student's interval of the mean logarithm of the ratio.
+
+    For timings taken in turns (A B A B ...): a machine that slows down slows both timings of a turn. The interval goes
+    from ``exp(mean - h)`` to ``exp(mean + h)`` with ``h = t sd / sqrt(n)`` of the logarithms, and is widened to hold
+    the median where a skewed turn moves the mean away from it. The ratio is ``significant`` when the interval excludes
+    1. Fewer than 6 turns have no interval.
 
     Raises:
         DiffAccelError: for different lengths, fewer than 2 turns, or values that are not positive.
@@ -179,12 +221,14 @@ def median_ratio(a: Values, b: Values, *, draws: int = 1000, seed: int = 0, leve
         raise DiffAccelError(f"An interval of a ratio needs at least 2 turns, got {len(x)}.")
     if (x <= 0).any() or (y <= 0).any():
         raise DiffAccelError(f"Timings must be positive; the smallest is {min(x.min(), y.min()):g}.")
-    tail = _tail(level)
-    ratios = np.sort(x / y)
-    medians = _resample(lambda index: np.median(ratios[index], axis=1), len(ratios), draws, seed)
-    low, high = np.quantile(medians, [tail, 1 - tail])
-    method = f"median of {len(ratios)} turns, percentile bootstrap, {draws} draws"
-    return Interval(float(np.median(ratios)), float(low), float(high), level, method, null=1.0)
+    tail, n, value = _tail(level), len(x), float(np.median(x / y))
+    if n < LEAST_TURNS:
+        return Ratio(value, None, f"median of {n} turns; an interval needs {LEAST_TURNS}")
+    logs = np.sort(np.log(x / y))
+    mean, half = float(logs.mean()), student_quantile(1 - tail, n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
+    low, high = min(math.exp(mean - half), value), max(math.exp(mean + half), value)
+    method = f"median of {n} turns, Student's t of log ratios"
+    return Ratio(value, Interval(value, low, high, level, method, null=1.0), method)
 
 
 def spearman(x: Values, y: Values) -> float:
@@ -251,16 +295,6 @@ def _effective_pairs(wins: Array, clusters: Sequence[Hashable] | Tensor) -> floa
     if independent == 0:  # no variance: nothing shows that seeds of one prompt are independent
         return float(len(sums))
     return len(wins) / max(1.0, mean_variance(sums, counts) / independent)
-
-
-def _resample(statistic: Callable[[NDArray[np.int64]], Array], n: int, draws: int, seed: int) -> Array:
-    """Evaluate a statistic on ``draws`` bootstrap samples, given as indices ``(rows, n)``, in blocks of rows."""
-    if n < 2:
-        raise DiffAccelError(f"A bootstrap interval needs at least 2 values or clusters, got {n}.")
-    generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // n)
-    parts = [statistic(generator.integers(0, n, (min(rows, draws - i), n))) for i in range(0, draws, rows)]
-    return np.concatenate(parts)
 
 
 def _pair(a: Values, b: Values) -> tuple[Array, Array]:

@@ -131,7 +131,7 @@ def test_conventions_of_the_score(run, sets):
     values = alignment.clip_score(a, texts)
     score = found["clip_score"]
     assert score["key"] == "clip_score[emoji-clip-judge]" and score["value"] == pytest.approx(float(values.mean()))
-    assert score["interval"]["method"].startswith("percentile bootstrap over 4 clusters")  # prompts, not pictures
+    assert score["interval"]["method"].startswith("studentised bootstrap over 4 clusters")  # prompts, not pictures
     assert score["delta"] == pytest.approx(float((values - alignment.clip_score(b, texts)).mean()), abs=1e-9)
     w25 = found["clip_score_w2.5"]
     assert w25["value"] == pytest.approx(float(alignment.clip_score_w25(a, texts).mean()))
@@ -156,13 +156,13 @@ BAD = {
     "no prompts": ("clip a", 2, "--prompts FILE"),
     "prompts of another number": ("clip a --prompts few.txt", 2, "8 images, but 4 prompts"),
     "no clip": ("clip a --prompts prompts.txt --clip tiny", 2, "reads no texts"),
-    "no weights of the clip": ("clip a --prompts prompts.txt --clip open_clip:ViT-L-14:openai", 3, "not found"),
+    "no weights of the clip": ("clip a --prompts prompts.txt --clip open_clip:ViT-L-14:openai", 6, "not found"),
     "more than there are": ("clip a --prompts prompts.txt --num 9", 2, "9 images were asked for"),
     "not paired": ("paired a renamed", 2, "1 of 8 pictures of the baseline are missing in it, such as '3'"),
     "clip of what is not paired": ("clip a --pairs renamed", 2, "not paired"),
     "another size": ("paired a wide", 2, "Make both at one size"),
     "too small by name": ("paired small small --metrics ssim", 2, "window of 11x11"),
-    "lpips by name": ("paired a b --metrics lpips", 3, "alexnet-owt-7be5be79.pth"),
+    "lpips by name": ("paired a b --metrics lpips", 6, "alexnet-owt-7be5be79.pth"),
     "latents by name": ("paired a b --metrics latent_error", 2, "--latents"),
     "metric": ("paired a b --metrics psnrr", 2, "Did you mean 'psnr'"),
     "nothing there": ("paired a none", 2, "There is no run folder"),

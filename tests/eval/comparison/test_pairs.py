@@ -61,6 +61,27 @@ def test_a_scorer_gives_paired_differences(sets):
     assert found.gate_values("brighter")["brightness"] == pytest.approx(15) and row.detail["licence"] == "none"
 
 
+@pytest.mark.parametrize(("count", "verdict"), [(9, "too few prompts (n = 9) for a verdict"), (10, "beyond noise")])
+def test_no_verdict_of_fewer_than_ten_prompts(tmp_path, count, verdict):
+    pictures, texts = [made_runs.blocks(i) // 2 for i in range(count)], [f"thing {i}" for i in range(count)]
+    base = made_runs.of_images(tmp_path / "base", pictures, texts)
+    run = made_runs.of_images(tmp_path / "run", [picture + 20 + i for i, picture in enumerate(pictures)], texts)
+    result = compare_runs(base, [run], Measures(scorers=[Scorer("brightness", brightness)]))
+    row = result.row("brightness", "run")
+    assert row.within_noise is (None if count < 10 else False) and row.delta_interval.units == count
+    assert f"({verdict})" in result.table().splitlines()[0] and ("noise" in result.table()) == (count >= 10)
+
+
+def test_one_prompt_gets_no_verdict(tmp_path):
+    pictures = [made_runs.blocks(i) for i in range(2)]
+    base, run, other = (
+        made_runs.of_images(tmp_path / name, [picture // k for picture in pictures], ["thing"] * 2)
+        for k, name in ((2, "base"), (3, "run"), (4, "other"))
+    )
+    row = compare_runs(base, [run], Measures(others=other)).row("ssim", "run")
+    assert row.within_noise is None and row.too_few == "too few prompts (n = 1) for a verdict"
+
+
 def test_a_scorer_sees_the_prompt_of_each_picture(sets):
     seen = []
 

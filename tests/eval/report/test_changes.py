@@ -61,6 +61,16 @@ def test_without_an_interval():
     assert changed(ssim={"value": None})["unsure"] == ["fast: ssim, value 0.9000 -> none"]
 
 
+def test_few_prompts_get_no_verdict():
+    old = report(row("ssim", 0.9, low=0.88, high=0.92), row("psnr", 30.0, low=29, high=31))
+    for entry, prompts in zip(old["metrics"], (6, 10), strict=True):
+        entry["interval"]["units"] = prompts
+    new = report(row("ssim", 0.5), row("psnr", 20.0))
+    sentences = changes.changes(old, new)
+    assert sentences["unsure"] == ["fast: ssim, value 0.9000 -> 0.5000, too few prompts (n = 6) for a verdict"]
+    assert len(sentences["beyond"]) == 1 and ", worse" in sentences["beyond"][0]
+
+
 def test_rows_and_versions_of_one_report_alone():
     new = report(*OLD["metrics"][1:], row("lpips", 0.1), torch="2.14")
     found = changes.changes(OLD, new)

@@ -184,7 +184,7 @@ def test_the_judge_never_chooses(runs, judge):
 
 def test_turns_of_sides(tmp_path):
     found = api.compare(
-        "plain", "heun", model=tiny.make("flux"), prompts=PROMPTS[:2], steps=2, size=(32, 32), turns=2,
+        "plain", "heun", model=tiny.make("flux"), prompts=PROMPTS[:2], steps=2, size=(32, 32), turns=6,
         extractors=(), other_seeds=False, threads=1,
     )  # fmt: skip
     assert found.row("speedup", "heun").interval is not None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.uncertainty import intervals
+from diffaccel.eval.uncertainty import intervals, studentised
 from diffaccel.eval.uncertainty.intervals import bootstrap_mean, median_ratio, paired_difference, spearman, wilson
+from diffaccel.eval.uncertainty.student import student_quantile
 
 Z = 1.959963984540054
 
@@ -26,15 +28,17 @@ def clustered(rng: np.random.Generator, k: int, m: int, rho: float) -> tuple[np.
     return values.ravel(), [c for c in range(k) for _ in range(m)]
 
 
-def test_the_bootstrap_of_many_values_is_the_normal_interval() -> None:
+def test_the_bootstrap_of_many_values_is_the_normal_interval_corrected_for_skewness() -> None:
     x = np.random.default_rng(0).gamma(2.0, size=2000)
     got = bootstrap_mean(torch.from_numpy(x), draws=20_000)
-    half = Z * x.std() / math.sqrt(len(x))
+    error = x.std() / math.sqrt(len(x))
+    # the first Edgeworth term of Student's t: quantiles move by -g (2 z^2 + 1) / (6 sqrt(n))
+    moved = ((x - x.mean()) ** 3).mean() / x.std() ** 3 * (2 * Z * Z + 1) / (6 * math.sqrt(len(x)))
     assert got.value == pytest.approx(x.mean(), rel=1e-14)
-    assert got.low == pytest.approx(x.mean() - half, abs=0.04 * half)
-    assert got.high == pytest.approx(x.mean() + half, abs=0.04 * half)
-    assert got.method == "percentile bootstrap over 2000 values, 20000 draws"
-    assert not got.significant
+    assert got.low == pytest.approx(x.mean() - error * (Z - moved), abs=0.02 * Z * error)
+    assert got.high == pytest.approx(x.mean() + error * (Z + moved), abs=0.02 * Z * error)
+    assert got.method == "studentised bootstrap over 2000 values, 20000 draws"
+    assert not got.significant and got.units == 2000 and not got.too_few
 
 
 def test_clusters_widen_the_interval_by_the_design_effect() -> None:
@@ -50,8 +54,11 @@ def test_clusters_widen_the_interval_by_the_design_effect() -> None:
 def test_unequal_clusters_keep_the_mean_of_all_values() -> None:
     got = bootstrap_mean([0.0, 0.0, 0.0, 8.0], clusters=["a", "a", "a", "b"], draws=4000)
     assert got.value == 2.0
-    # two clusters: both of a, one of each, both of b, with chances 1/4, 1/2, 1/4
-    assert (got.low, got.high) == (0.0, 8.0)
+    # both of a and both of b have no spread, one of each has t = 0: Student's interval of two clusters is left, with
+    # residuals of -6 and 6 and a standard error of sqrt(2 (36 + 36)) / 4 = 3
+    half = 3 * math.tan(0.475 * math.pi)
+    assert (got.low, got.high) == pytest.approx((2 - half, 2 + half), rel=1e-9)
+    assert got.units == 2 and got.too_few == "too few prompts (n = 2) for a verdict"
 
 
 def test_the_interval_depends_on_the_seed_and_not_on_the_order() -> None:
@@ -68,7 +75,7 @@ def test_the_interval_depends_on_the_seed_and_not_on_the_order() -> None:
 def test_the_bootstrap_does_not_depend_on_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(3).normal(size=30)
     whole = bootstrap_mean(x, draws=64)
-    monkeypatch.setattr(intervals, "_BLOCK", 30 * 16)
+    monkeypatch.setattr(studentised, "_BLOCK", 30 * 16)
     assert bootstrap_mean(x, draws=64) == whole
 
 
@@ -81,6 +88,72 @@ def test_coverage_of_the_mean_with_and_without_clusters() -> None:
     blind = [bootstrap_mean(values, draws=400, seed=s) for s, (values, _) in enumerate(drawn)]
     assert 0.91 <= coverage(whole, 0.0) <= 0.97
     assert coverage(blind, 0.0) < 0.85  # taking seeds of one prompt as independent is wrong
+
+
+MIXTURE = 0.02  # share of outliers, five standard deviations up
+DRAWS_OF: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], float]] = {
+    "normal": (lambda rng, n: rng.normal(size=n), 0.0),
+    "lognormal": (lambda rng, n: rng.lognormal(0, 1, n), math.exp(0.5)),
+    "outliers": (lambda rng, n: rng.normal(size=n) + 5 * (rng.random(n) < MIXTURE), 5 * MIXTURE),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "least"),
+    [
+        ("normal", 4, 0.92), ("normal", 10, 0.93), ("normal", 30, 0.93), ("normal", 100, 0.93),
+        ("lognormal", 4, 0.84), ("lognormal", 10, 0.88), ("lognormal", 30, 0.90), ("lognormal", 100, 0.92),
+        ("outliers", 10, 0.92), ("outliers", 30, 0.90), ("outliers", 100, 0.91),
+    ],
+)  # fmt: skip
+def test_coverage_by_number_of_values(name: str, n: int, least: float) -> None:
+    """Percentile intervals cover 80 % of 4 normal values and 82 % of 10 lognormal ones; binomial error here 0.8 %."""
+    draw, truth = DRAWS_OF[name]
+    rng = np.random.default_rng(10)
+    got = [bootstrap_mean(draw(rng, n), draws=400, seed=s) for s in range(800)]
+    assert least <= coverage(got, truth) <= 0.975
+
+
+def test_equivariance_under_shift_scale_and_turn() -> None:
+    rng = np.random.default_rng(11)
+    x, labels = rng.lognormal(size=40), [i % 11 for i in range(40)]
+    for clusters in (None, labels):
+        plain = bootstrap_mean(x, clusters=clusters)
+        ends = np.array([plain.low, plain.value, plain.high])
+        doubled = bootstrap_mean(4 * x, clusters=clusters)
+        assert [doubled.low, doubled.value, doubled.high] == list(4 * ends)  # to the bit: 4 x has no rounding
+        moved = bootstrap_mean(0.7 * x + 100, clusters=clusters)
+        np.testing.assert_allclose([moved.low, moved.value, moved.high], 0.7 * ends + 100, rtol=1e-13)
+        turned = bootstrap_mean(-x, clusters=clusters)
+        assert [turned.high, turned.value, turned.low] == list(-ends)
+
+
+def test_values_without_spread_have_an_interval_without_width() -> None:
+    for value in (0.0, 0.1, -3.7):
+        got = bootstrap_mean([value] * 7)
+        assert (got.low, got.value, got.high) == (value, value, value)
+    got = bootstrap_mean([0.1] * 6, clusters=[1, 1, 1, 2, 2, 3])
+    assert (got.low, got.value, got.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-16)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-4])
+def test_a_rare_difference_has_a_finite_interval(noise: float) -> None:
+    """A third of the resamples miss the one pair of 50 that differs: they have no t, tiny noise on the rest or not."""
+    x = noise * np.random.default_rng(12).normal(size=50)
+    x[7] = 1.0
+    got = bootstrap_mean(x)
+    student = 2.009575237 * x.std(ddof=1) / math.sqrt(50)  # 49 degrees of freedom, by a table
+    assert got.high == pytest.approx(x.mean() + student, rel=1e-3) and got.low < 0.0 <= got.value
+
+
+@pytest.mark.parametrize(
+    ("df", "quantile"),
+    [(1, 12.7062047364), (2, 4.3026527297), (3, 3.1824463053), (5, 2.5705818356), (9, 2.2621571628),
+     (29, 2.0452296421), (60, 2.0002978211), (120, 1.9799304051)],
+)  # fmt: skip
+def test_quantiles_of_student_against_a_table(df: int, quantile: float) -> None:
+    assert student_quantile(0.975, df) == pytest.approx(quantile, rel=1e-9)
+    assert student_quantile(0.025, df) == -student_quantile(0.975, df)
 
 
 def test_wilson_against_published_values_and_its_defining_equation() -> None:
@@ -150,16 +223,40 @@ def test_copies_of_a_pair_add_nothing_to_the_win_rate() -> None:
 def test_median_ratio_of_turns_is_exact_for_a_machine_that_drifts() -> None:
     drift = np.linspace(1, 3, 20)
     got = median_ratio(2.5 * drift, drift)
-    assert (got.low, got.value, got.high) == pytest.approx((2.5, 2.5, 2.5)) and got.significant
-    assert not median_ratio(drift, drift).significant
+    assert got.interval is not None and got.interval.significant and got.value == got.interval.value
+    assert (got.interval.low, got.value, got.interval.high) == pytest.approx((2.5, 2.5, 2.5))
+    same = median_ratio(drift, drift).interval
+    assert same is not None and not same.significant
     noisy = median_ratio([1.0, 1.2, 0.9, 1.1, 0.8, 1.05], [1.0] * 6)
-    assert not noisy.significant and noisy.low < 1 < noisy.high and noisy.value == pytest.approx(1.025)
+    assert noisy.value == pytest.approx(1.025) and noisy.interval is not None and not noisy.interval.significant
+    # Student's t of 5 degrees of freedom at 0.975, by a table
+    logs = np.log([1.0, 1.2, 0.9, 1.1, 0.8, 1.05])
+    half = 2.570581836 * logs.std(ddof=1) / math.sqrt(6)
+    ends = math.exp(logs.mean() - half), math.exp(logs.mean() + half)
+    assert (noisy.interval.low, noisy.interval.high) == pytest.approx(ends, rel=1e-9)
+    turned = median_ratio([1.0] * 6, [1.0, 1.2, 0.9, 1.1, 0.8, 1.05]).interval
+    assert turned is not None and (turned.low, turned.high) == pytest.approx((1 / ends[1], 1 / ends[0]), rel=1e-9)
 
 
-def test_coverage_of_the_median_ratio() -> None:
+def test_fewer_than_six_turns_have_a_ratio_and_no_interval() -> None:
+    few = median_ratio([2.0, 2.2, 2.1, 2.0, 2.4], [1.0] * 5)
+    assert few.interval is None and few.value == 2.1 and few.method == "median of 5 turns; an interval needs 6"
+    ends = {"low": None, "high": None, "significant": None}
+    assert few.to_dict() == {"value": 2.1, "method": few.method} | ends
+
+
+def test_the_interval_of_a_ratio_holds_its_median() -> None:
+    """Five fast turns and one that waited for the disk: the mean logarithm is far above the median."""
+    got = median_ratio([1.0, 1.0, 1.0, 1.0, 1.0, 1000.0], [1.0] * 6)
+    assert got.value == 1.0 and got.interval is not None and got.interval.low <= 1.0 and not got.interval.significant
+
+
+@pytest.mark.parametrize("turns", [6, 10, 25])
+def test_coverage_of_the_ratio_of_turns(turns: int) -> None:
     rng = np.random.default_rng(7)
-    got = [median_ratio(rng.lognormal(0.1, 0.2, 25), np.ones(25), draws=400, seed=s) for s in range(1500)]
-    assert 0.92 <= coverage(got, math.exp(0.1)) <= 0.97
+    got = [median_ratio(rng.lognormal(0.1, 0.2, turns), np.ones(turns)).interval for _ in range(1500)]
+    # binomial error 0.6 %; holding the median adds next to nothing
+    assert 0.93 <= coverage([i for i in got if i is not None], math.exp(0.1)) <= 0.97 and None not in got
 
 
 def test_spearman_against_scipy_with_ties() -> None:
