@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from diffaccel import registry
 from diffaccel.config import ORDER, Handle, SamplerConfig
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.guard import alone
 
 _KEY = "_diffaccel"
 
@@ -28,16 +30,12 @@ class Active:
         configs: configs of the active methods, weights first, then blocks, then the loop.
         handles: of the methods that changed a network, in the order in which they were applied.
         stats: cost of the last run.
-        folder: where the next call may leave files.
-        shared: whether all processes of the launch make the next call together.
     """
 
     original_class: type
     configs: list[Any] = field(default_factory=list)
     handles: list[Handle] = field(default_factory=list)
     stats: Any = None
-    folder: Path | None = None
-    shared: bool = False
 
     @property
     def loop(self) -> SamplerConfig | None:
@@ -71,10 +69,16 @@ def accelerate(pipe: Any, *configs: Any) -> Any:
     if not configs:
         raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
     new_configs = [_config(config) for config in configs]
+    alone(pipe, lambda: _add(pipe, new_configs))
+    return pipe
+
+
+def _add(pipe: Any, new_configs: list[Any]) -> None:
+    """Apply methods to a pipeline that nobody calls; without one that fails, the pipeline is as it was."""
     state = active(pipe)
     _check_clashes([*(state.configs if state else []), *new_configs])
     state = state or Active(type(pipe))
-    old_configs, old_handles = list(state.configs), list(state.handles)
+    old_configs, old_count = list(state.configs), len(state.handles)
     object.__setattr__(pipe, _KEY, state)
     try:
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
@@ -83,27 +87,30 @@ def accelerate(pipe: Any, *configs: Any) -> Any:
             else:
                 state.handles.append(config.apply(pipe))
             state.configs.append(config)
-    except Exception:
-        for handle in reversed(state.handles[len(old_handles) :]):
-            handle.remove()
-        state.configs, state.handles = old_configs, old_handles
+    except BaseException:  # also an interrupt
+        _remove_handles(state, old_count)
+        state.configs = old_configs
         if not state.configs:
             _restore(pipe, state)
         raise
     state.configs.sort(key=lambda config: ORDER.index(config.touches))
-    return pipe
 
 
 def remove(pipe: Any) -> Any:
     """Take every method off a pipeline again; it then computes what it computed before, to the bit.
 
-    A pipeline without methods is returned unchanged.
+    A call that another thread makes is waited for, and what an interrupted call left on the pipeline is put back. A
+    pipeline without methods is returned unchanged.
     """
-    state = active(pipe)
-    if state is not None:
-        for handle in reversed(state.handles):
-            handle.remove()
-        _restore(pipe, state)
+
+    def take_off() -> None:
+        state = active(pipe)
+        if state is not None:
+            _remove_handles(state, 0)
+            _restore(pipe, state)
+
+    if active(pipe) is not None:
+        alone(pipe, take_off)
     return pipe
 
 
@@ -187,19 +194,53 @@ def _wrap_call(pipe: Any, state: Active) -> None:
 
     @functools.wraps(stock_call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from diffaccel.runtime.call import generate
-
-        current = active(self)
-        if current is None or current.loop is None:
-            return stock_call(self, *args, **kwargs)
-        result, current.stats = generate(
-            self, current.loop, stock_call, args, kwargs, folder=current.folder, shared=current.shared
-        )
-        return result
+        return _call(self, stock_call, args, kwargs, None, False)
 
     __call__.stock_call = stock_call  # type: ignore[attr-defined]
     members = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
     object.__setattr__(pipe, "__class__", type(original.__name__, (original,), members))
+
+
+def call(pipe: Any, arguments: dict[str, Any], *, folder: Path | None = None, shared: bool = False) -> Any:
+    """Call ``pipe(**arguments)``, with what only a caller who keeps files or launches processes can say.
+
+    Args:
+        folder: where a search may leave files; None for nowhere.
+        shared: whether all processes of the launch make this one call together.
+    """
+    state = active(pipe)
+    if state is None or state.loop is None:
+        return pipe(**arguments)
+    return _call(pipe, state.original_class.__call__, (), arguments, folder, shared)
+
+
+def _call(
+    pipe: Any,
+    stock_call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    folder: Path | None,
+    shared: bool,
+) -> Any:
+    """Make a call with the loop of the active method, after the calls of other threads."""
+
+    def generate_alone() -> Any:
+        from diffaccel.runtime.call import generate
+
+        state = active(pipe)
+        if state is None or state.loop is None:  # another thread has removed it in between
+            return stock_call(pipe, *args, **kwargs)
+        result, state.stats = generate(pipe, state.loop, stock_call, args, kwargs, folder=folder, shared=shared)
+        return result
+
+    return alone(pipe, generate_alone)
+
+
+def _remove_handles(state: Active, start: int) -> None:
+    """Undo the methods from number ``start``, the latest first; each stays noted until it is undone."""
+    while len(state.handles) > start:
+        state.handles[-1].remove()
+        state.handles.pop()
 
 
 def _restore(pipe: Any, state: Active) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffaccel import record
+from diffaccel import compose, record
 from diffaccel.compose import summary
 from diffaccel.families import find
 from diffaccel.files import Clip
+from diffaccel.modules.guard import alone
 from diffaccel.runs.call_arguments import call_parameters, class_labels, source_of
 from diffaccel.runs.request import Item
 
@@ -17,13 +19,29 @@ if TYPE_CHECKING:
 
 
 def generate_chunk(
-    pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float
+    pipe: Any,
+    chunk: list[Item],
+    call: dict[str, Any],
+    fps: float,
+    *,
+    folder: Path | None = None,
+    shared: bool = False,
 ) -> tuple[list[Any], dict[str, Any], Profile]:
     """Draw one chunk by one pipeline call and return its pictures or clips, its cost, and the call's profile.
 
     Every image is drawn from a CPU generator with its own seed, so that it depends on neither its neighbours nor the
     device.
+
+    Args:
+        folder: where a search may leave files; None for nowhere.
+        shared: whether all processes of the launch make this call together.
     """
+    return alone(pipe, lambda: _generate_chunk(pipe, chunk, call, fps, folder, shared))
+
+
+def _generate_chunk(
+    pipe: Any, chunk: list[Item], call: dict[str, Any], fps: float, folder: Path | None, shared: bool
+) -> tuple[list[Any], dict[str, Any], Profile]:
     import torch
 
     from diffaccel.runs.profile import measure
@@ -40,7 +58,7 @@ def generate_chunk(
     with measure(pipe) as profile, warnings.catch_warnings():
         # diffusers' only sign of not-a-number in a picture, which it then draws black
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
-        output = pipe(generator=generators, **arguments)
+        output = compose.call(pipe, {**arguments, "generator": generators}, folder=folder, shared=shared)
     frames = getattr(output, "frames", None)
     images = output.images if frames is None else [Clip(list(clip), fps) for clip in frames]
     return images, _cost(pipe, arguments, profile), profile

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import record
-from diffaccel.compose import Active, active
+from diffaccel.compose import active
 from diffaccel.processes import Processes, join
 from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import (
@@ -286,13 +286,14 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
     """Draw this process's share of some chunks; all of them are there when it returns."""
     folder, processes = run.folder, run.processes
     with failures(run.request, folder, folder.abandon if processes.size == 1 else None):
-        search = _search(run.pipe)
-        shared = search is not None and len(numbers) < processes.size  # all processes share each call of a search
+        searches = _searches(run.pipe)
+        shared = searches and len(numbers) < processes.size  # all processes share each call of a search
         for number in numbers if shared else numbers[processes.rank :: processes.size]:
             chunk = folder.chunks[number]
-            if search is not None:
-                search.folder, search.shared = folder.path / SEARCH / f"{number:05d}", shared
-            images, cost, profile = generate_chunk(run.pipe, chunk, run.call, frame_rate(run.pipe, run.request))
+            traces = folder.path / SEARCH / f"{number:05d}" if searches else None
+            images, cost, profile = generate_chunk(
+                run.pipe, chunk, run.call, frame_rate(run.pipe, run.request), folder=traces, shared=shared
+            )
             latents = profile.latents if run.request.latents else None
             if processes.rank == 0 or not shared:
                 folder.add(number, images, run.call, cost, noise=profile.noise_sha256(len(chunk)), latents=latents)
@@ -306,10 +307,10 @@ def _look(run: _Run, early: Early, upto: int) -> dict[str, Any]:
     return {**run.processes.share(verdict), "rule": early.rule, "chunks": upto}
 
 
-def _search(pipe: Any) -> Active | None:
-    """Return the state of a pipeline whose loop is a search: it leaves files, and processes may share its calls."""
+def _searches(pipe: Any) -> bool:
+    """Return whether the pipeline's loop is a search: it leaves files, and processes may share its calls."""
     state = active(pipe)
-    return state if state is not None and state.loop is not None and state.loop.searches else None
+    return state is not None and state.loop is not None and state.loop.searches
 
 
 def _result(folder: RunFolder, processes: Processes) -> dict[str, Any]:

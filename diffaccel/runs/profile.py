@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.families import networks
+from diffaccel.modules.guard import attributes_of, restored
 
 TEXT, NETWORK, DECODE = "text", "network", "decode"
 PARTS = (TEXT, NETWORK, DECODE)
@@ -76,81 +77,88 @@ class _Clock:
         return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
 
+class _Hooks:
+    """Hooks on the modules of one pipeline, and its watched decoder."""
+
+    def __init__(self, profile: Profile, clock: _Clock) -> None:
+        self.profile, self.clock = profile, clock
+        self.handles: list[Any] = []
+        self.restore_decoder: Callable[[], None] | None = None
+
+    def remove(self) -> None:
+        """Take off all that was put on, also for the second time."""
+        for handle in self.handles:
+            handle.remove()
+        if self.restore_decoder is not None:
+            self.restore_decoder()
+
+    def count_calls(self, network: torch.nn.Module) -> None:
+        """Count calls and rows of a network, and keep the rows of the first call."""
+        profile = self.profile
+
+        def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+            profile.calls += 1
+            profile.forwards += 1 if rows is None else len(rows)
+            if profile.noise is None and rows is not None:
+                profile.noise = rows.detach().clone()
+
+        self.handles.append(network.register_forward_pre_hook(count, with_kwargs=True))
+
+    def time_calls(self, module: torch.nn.Module, spans: list[_Span]) -> None:
+        """Append the start and end of every call of a module to ``spans``."""
+        starts: list[Any] = []
+
+        def enter(module: Any, args: Any, kwargs: Any) -> None:
+            starts.append(self.clock.now())
+
+        def leave(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            spans.append((starts.pop(), self.clock.now()))
+
+        self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+    def watch_decoder(self, pipe: Any, spans: list[_Span]) -> None:
+        """Time the VAE's ``decode`` and keep its input."""
+        vae: Any = getattr(pipe, "vae", None)
+        decode = getattr(vae, "decode", None)
+        if decode is None:
+            return
+        profile = self.profile
+
+        def watched(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            start = self.clock.now()
+            output = decode(latents, *args, **kwargs)
+            spans.append((start, self.clock.now()))
+            rows = latents.detach()  # some pipelines decode row by row
+            profile.latents = rows if profile.latents is None else torch.cat([profile.latents, rows])
+            return output
+
+        self.restore_decoder = attributes_of(vae, ["decode"])
+        vae.decode = watched
+
+
 @contextlib.contextmanager
 def measure(pipe: Any) -> Iterator[Profile]:
     """Profile the one pipeline call made in the block; all hooks are removed at its end."""
     profile, clock = Profile(), _Clock(pipe.device)
     spans: dict[str, list[_Span]] = {part: [] for part in PARTS}
-    undo: list[Callable[[], None]] = []
-    for network in networks(pipe):
-        undo += _count_calls(network, profile)
-        undo += _time_calls(network, clock, spans[NETWORK])
-    for encoder in _encoders(pipe):
-        undo += _time_calls(encoder, clock, spans[TEXT])
-    undo += _watch_decoder(pipe, profile, clock, spans[DECODE])
-    start = time.perf_counter()
-    try:
+    hooks = _Hooks(profile, clock)
+    with restored(pipe, hooks.remove):
+        for network in networks(pipe):
+            hooks.count_calls(network)
+            hooks.time_calls(network, spans[NETWORK])
+        for encoder in _encoders(pipe):
+            hooks.time_calls(encoder, spans[TEXT])
+        hooks.watch_decoder(pipe, spans[DECODE])
+        start = time.perf_counter()
         yield profile
         clock.wait()
         profile.seconds = time.perf_counter() - start
         profile.parts = {part: sum(clock.between(*span) for span in spans[part]) for part in PARTS}
         profile.steps = [clock.between(*span) for span in spans[NETWORK]]
-    finally:
-        for function in undo:
-            function()
-
-
-def _count_calls(network: torch.nn.Module, profile: Profile) -> list[Callable[[], None]]:
-    """Count calls and rows of a network, and keep the rows of the first call; returns what undoes it."""
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rows = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        profile.calls += 1
-        profile.forwards += 1 if rows is None else len(rows)
-        if profile.noise is None and rows is not None:
-            profile.noise = rows.detach().clone()
-
-    return [network.register_forward_pre_hook(count, with_kwargs=True).remove]
-
-
-def _time_calls(module: torch.nn.Module, clock: _Clock, spans: list[_Span]) -> list[Callable[[], None]]:
-    """Append the start and end of every call of a module to ``spans``; returns what undoes it."""
-    starts: list[Any] = []
-
-    def enter(module: Any, args: Any, kwargs: Any) -> None:
-        starts.append(clock.now())
-
-    def leave(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        spans.append((starts.pop(), clock.now()))
-
-    before = module.register_forward_pre_hook(enter, with_kwargs=True)
-    return [before.remove, module.register_forward_hook(leave, with_kwargs=True).remove]
 
 
 def _encoders(pipe: Any) -> list[torch.nn.Module]:
     names = [name for name in pipe.components if name.startswith(("text_encoder", "image_encoder"))]
     return [module for name in names if isinstance(module := getattr(pipe, name, None), torch.nn.Module)]
-
-
-def _watch_decoder(pipe: Any, profile: Profile, clock: _Clock, spans: list[_Span]) -> list[Callable[[], None]]:
-    """Time the VAE's ``decode`` and keep its input; returns what undoes it."""
-    vae: Any = getattr(pipe, "vae", None)
-    decode = getattr(vae, "decode", None)
-    if decode is None:
-        return []
-
-    def watched(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-        start = clock.now()
-        output = decode(latents, *args, **kwargs)
-        spans.append((start, clock.now()))
-        rows = latents.detach()  # some pipelines decode row by row
-        profile.latents = rows if profile.latents is None else torch.cat([profile.latents, rows])
-        return output
-
-    def restore() -> None:
-        del vae.decode
-        vae.__dict__.update(before)
-
-    before = {name: value for name, value in vae.__dict__.items() if name == "decode"}
-    vae.decode = watched
-    return [restore]

@@ -20,6 +20,7 @@ from diffaccel.families import find
 from diffaccel.families.base import Family
 from diffaccel.families.generic import identify
 from diffaccel.families.generic.watching import NotIdentified
+from diffaccel.modules.guard import restored
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.interception import Recording, intercept
@@ -109,12 +110,13 @@ def _call_with_loop(
     stock_arguments = {**arguments}
     if "callback_on_step_end" in arguments:  # the loop calls it itself
         stock_arguments["callback_on_step_end"] = None
-    try:
-        with intercept(pipe, family, memo, on_first_step):
-            return call(pipe, **stock_arguments)
-    finally:
+
+    def restore_interrupt() -> None:
         if interruptible:
             pipe._interrupt = interrupted
+
+    with restored(pipe, restore_interrupt), intercept(pipe, family, memo, on_first_step):
+        return call(pipe, **stock_arguments)
 
 
 def _generate_stock(

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
+from diffaccel.modules.guard import attributes_of, restored
 from diffaccel.modules.stand_in import StandIn, TextMemo, network_arguments, random_like, silent_bar, uncompiled
 
 
@@ -86,11 +87,9 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
             substitutes.restore_networks()
         return later_step(**kwargs)
 
-    substitutes.install(first_step)
-    try:
+    with restored(pipe, substitutes.remove):
+        substitutes.install(first_step)
         yield
-    finally:
-        substitutes.remove()
 
 
 class _Substitutes:
@@ -105,7 +104,14 @@ class _Substitutes:
             name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)
         ]
         self.is_installed = False
+        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods])
+        self.restore_scheduler = attributes_of(self.scheduler, ["step"])
         for name, network in self.networks.items():
+            if type(network) is StandIn:  # its class is the network's
+                raise DiffAccelError(
+                    f"{type(pipe).__name__} is called by one of its own parts while it prepares a call, "
+                    "which cannot be followed. Call another pipeline there."
+                )
             if hasattr(uncompiled(network), "_cp_config") or hasattr(network, "_cp_shard_fn"):
                 raise DiffAccelError(
                     f"The {name} of {type(pipe).__name__} is split over devices by context parallelism, "
@@ -127,11 +133,9 @@ class _Substitutes:
     def remove(self) -> None:
         """Put everything back, unless that is done."""
         if self.is_installed:
+            self.restore_pipe()
+            self.restore_scheduler()
             self.is_installed = False
-            self.restore_networks()
-            del self.scheduler.step
-            for name in self.methods:
-                self.pipe.__dict__.pop(name, None)
 
     def restore_networks(self) -> None:
         """Put back the networks alone."""

@@ -20,6 +20,7 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
 from diffaccel.families.init_image import strength_problem
+from diffaccel.modules.guard import alone, contents_of, restored
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.guidance_check import check_guidance
 from diffaccel.runtime.interception import Recording, intercept
@@ -42,13 +43,16 @@ def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwa
 
 def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
     """Open a session by running ``call`` up to its first step; the pipeline's state is restored."""
-    with _preserved_private_state(pipe):
-        return _probe(pipe, family, call, arguments, memo)
+
+    def open_and_restore() -> Session:
+        with _preserved_private_state(pipe):
+            return _probe(pipe, family, call, arguments, memo)
+
+    return alone(pipe, open_and_restore)
 
 
 def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
     """Open a session as :func:`probe`, but leave the pipeline's private attributes, such as its guidance scale, set."""
-    scheduler_state = dict(pipe.scheduler.__dict__)
     generator = clone(arguments.get("generator"))
     sessions: list[Session] = []
     overrides = {"callback_on_step_end": None, "output_type": "latent", "return_dict": False}
@@ -64,15 +68,13 @@ def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[
     probe_arguments = {**arguments, **{k: v for k, v in overrides.items() if k in arguments}}
     global_rng = torch.random.get_rng_state() if generator is None else None
     try:
-        with intercept(pipe, family, memo, on_first_step):
+        with restored(pipe, contents_of(pipe.scheduler)), intercept(pipe, family, memo, on_first_step):
             call(pipe, **probe_arguments)
     except _Stop:
         pass
     finally:
         if global_rng is not None:
             torch.random.set_rng_state(global_rng)
-        pipe.scheduler.__dict__.clear()
-        pipe.scheduler.__dict__.update(scheduler_state)
     if not sessions:
         raise no_step(pipe, arguments)
     return sessions[0]
@@ -99,12 +101,14 @@ def _copy(scheduler: Any) -> Any:
 def _preserved_private_state(pipe: Any) -> Iterator[None]:
     """Restore the pipeline's private attributes, where a call notes guidance scale, step count and the like."""
     private = {k: v for k, v in pipe.__dict__.items() if k.startswith("_") and k != "_internal_dict"}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for name in [k for k in pipe.__dict__ if k.startswith("_") and k not in private and k != "_internal_dict"]:
             del pipe.__dict__[name]
         pipe.__dict__.update(private)
+
+    with restored(pipe, restore):
+        yield
 
 
 def make_session(
@@ -175,7 +179,7 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     call, memo = stock_call(type(pipe)), TextMemo()
     call_arguments = arguments_of(call, pipe, (), arguments)
     try:
-        family = find(pipe) or identify(pipe, call, call_arguments, memo)
+        family = find(pipe) or alone(pipe, lambda: identify(pipe, call, call_arguments, memo))
     except NotIdentified as refusal:
         raise DiffAccelError(
             f"No family for {type(pipe).__name__}, and none can be made from its call: {refusal} "
@@ -184,7 +188,7 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     check_call(family, pipe, call_arguments)
     with _preserved_private_state(pipe):
         try:
-            yield _probe(pipe, family, call, call_arguments, memo)
+            yield alone(pipe, lambda: _probe(pipe, family, call, call_arguments, memo))
         finally:
             pipe.maybe_free_model_hooks()
 

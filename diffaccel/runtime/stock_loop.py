@@ -28,6 +28,7 @@ from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
+from diffaccel.modules.guard import contents_of, restored
 from diffaccel.runtime.probe import no_step
 from diffaccel.runtime.stats import Stats
 from diffaccel.schedules import Schedule
@@ -247,7 +248,7 @@ def generate_stock(
 @contextmanager
 def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
     """Redirect the scheduler's methods to ``loop``; signatures stay, since pipelines inspect them."""
-    before = dict(scheduler.__dict__)
+    restore = contents_of(scheduler)
     set_timesteps, step, scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
 
     @functools.wraps(set_timesteps)
@@ -263,22 +264,20 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
             return SimpleNamespace(prev_sample=latents, pred_original_sample=x0, denoised=x0)
         return latents, x0
 
-    scheduler.set_timesteps, scheduler.step = begin, step_sampler
+    methods: dict[str, Any] = {"set_timesteps": begin, "step": step_sampler}
     if scale is not None:
 
         @functools.wraps(scale)
         def input_at(sample: Tensor, timestep: Any = None) -> Tensor:
             return loop.input_at(scheduler, sample, timestep)
 
-        scheduler.scale_model_input = input_at
+        methods["scale_model_input"] = input_at
     for name in ("add_noise", "scale_noise"):
         if hasattr(scheduler, name):
-            setattr(scheduler, name, _announced(getattr(scheduler, name), scheduler, loop))
-    try:
+            methods[name] = _announced(getattr(scheduler, name), scheduler, loop)
+    with restored(loop.pipe, restore):
+        vars(scheduler).update(methods)
         yield
-    finally:
-        scheduler.__dict__.clear()
-        scheduler.__dict__.update(before)
 
 
 def _announced(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:

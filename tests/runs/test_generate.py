@@ -17,7 +17,7 @@ from diffaccel.families import network
 from diffaccel.runs import generate as sampling
 from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.request import Request
-from diffaccel.samplers import Ancestral, Euler, Heun
+from diffaccel.samplers import Ancestral, BoN, Euler, Heun
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,21 @@ def test_an_open_pipeline_is_used_as_it_is(pipes, tmp_path):
         diffaccel.remove(pipe)
     assert plain["settings"]["methods"] == [] and heun["settings"]["methods"] == [Heun().to_dict()]
     assert plain["settings"]["model"] == "mine" and (plain["cost"]["nfe"], heun["cost"]["nfe"]) == (2, 3)
+
+
+def test_a_run_of_a_search_leaves_its_folder_off_the_pipeline(pipes, tmp_path):
+    """The traces of a run lie in its folder; a later call of the caller's own leaves no file there."""
+    pipe = diffaccel.accelerate(pipes["sd3"], BoN(reward="compress", budget=4))
+    try:
+        sampling.generate_run(
+            Request(prompts=("a cat",), model="mine", steps=2, size=(32, 32), threads=1), tmp_path / "run", pipe=pipe
+        )
+        before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
+        assert any("search" in file.parts for file in before)
+        pipe("two cats", num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(5))
+    finally:
+        diffaccel.remove(pipe)
+    assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
 
 
 @pytest.mark.parametrize("config", [Euler(), Ancestral()], ids=lambda config: config.name)

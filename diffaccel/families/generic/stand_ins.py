@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.modules.guard import contents_of, restored
 from diffaccel.modules.stand_in import StandIn, TextMemo, silent_bar
 
 # parts of names of components that are no denoiser and that run while the call is prepared
@@ -74,17 +75,17 @@ def preserved_state(pipe: Any) -> Iterator[None]:
     networks: list[Any] = [c for c in components if isinstance(c, torch.nn.Module)]
     others = [c for c in components if not isinstance(c, torch.nn.Module)]
     helpers = [c for c in others if type(c).__module__.startswith("diffusers.")]
-    before = [(owner, dict(vars(owner))) for owner in (pipe, *helpers)]
+    restores = [contents_of(owner) for owner in (pipe, *helpers)]
     # pipelines with perturbed attention set other processors during a call
     processors = [(network, network.attn_processors) for network in networks if hasattr(network, "set_attn_processor")]
+
+    def restore() -> None:
+        for restore_contents in restores:
+            restore_contents()
+        for network, originals in processors:
+            if any(originals[name] is not current for name, current in network.attn_processors.items()):
+                network.set_attn_processor(dict(originals))
+
     device = torch.device(pipe._execution_device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            for owner, attributes in before:
-                vars(owner).clear()
-                vars(owner).update(attributes)
-            for network, originals in processors:
-                if any(originals[name] is not current for name, current in network.attn_processors.items()):
-                    network.set_attn_processor(dict(originals))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), restored(pipe, restore):
+        yield

@@ -1,0 +1,132 @@
+"""One call at a time on a pipeline, and what a call changes on it put back, also after an interrupt at any line.
+
+A call swaps attributes of objects that the caller keeps: networks and methods of the pipeline, methods of its
+scheduler and VAE, hooks. What restores them is noted here, outside of these objects, before anything is swapped, and
+stays noted until it has run. A restoring that an interrupt cuts off is thus repeated when the call unwinds or, at the
+latest, when the pipeline is called again or freed of its methods.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_MISSING = object()
+
+
+class _Guard:
+    """The lock of one object, and what puts back its parts.
+
+    Attributes:
+        thread: the thread that holds the lock. It may be an old one while nobody does.
+        restores: functions that may be called twice, each noted before the change that it undoes.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: int | None = None
+        self.restores: list[Callable[[], None]] = []
+
+    def is_held_here(self) -> bool:
+        """Return whether a call of this thread holds the lock."""
+        return self.thread == threading.get_ident() and self.lock.locked()
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` while no other thread is here; calls within it pass."""
+        if self.is_held_here():
+            return function()
+        with self.lock:  # no context manager of our own: an interrupt as it opens would leave the lock closed
+            return self._run_and_restore(function)
+
+    def _run_and_restore(self, function: Callable[[], Any]) -> Any:
+        try:
+            self.thread = threading.get_ident()
+            self.restore_from(0)
+            return function()
+        finally:
+            try:
+                self.restore_from(0)
+            finally:
+                self.thread = None
+
+    def restore_from(self, start: int) -> None:
+        """Call the noted functions, the latest first, down to number ``start``."""
+        while len(self.restores) > start:
+            restore = self.restores[-1]
+            try:
+                restore()
+            except Exception:
+                self.restores.pop()  # it would fail again
+                raise
+            self.restores.pop()
+
+
+_GUARDS: WeakKeyDictionary[Any, _Guard] = WeakKeyDictionary()
+
+
+def _guard(owner: Any) -> _Guard:
+    return _GUARDS.setdefault(owner, _Guard())
+
+
+def alone(pipe: Any, function: Callable[[], Any]) -> Any:
+    """Return ``function()``, called while no other thread calls ``pipe``.
+
+    A second thread waits, also one that calls another accelerated pipeline of the same scheduler. What an interrupted
+    call left on the pipeline is put back before and after.
+    """
+    guard, scheduler = _guard(pipe), getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        return guard.run(function)
+    return _guard(scheduler).run(lambda: guard.run(function))
+
+
+@contextlib.contextmanager
+def restored(pipe: Any, restore: Callable[[], None]) -> Iterator[None]:
+    """Call ``restore`` at the end of the block, or when :func:`alone` ends where an interrupt prevents that.
+
+    Args:
+        pipe: the pipeline whose call makes the changes.
+        restore: undoes the changes of the block; must do no harm when called twice, or before any change.
+    """
+    guard = _guard(pipe)
+    if not guard.is_held_here():
+        try:
+            yield
+        finally:
+            restore()
+        return
+    try:
+        guard.restores.append(restore)
+        yield
+    finally:
+        if restore in guard.restores:  # an interrupted block may end late, after everything was put back
+            guard.restore_from(guard.restores.index(restore))
+
+
+def attributes_of(owner: Any, names: list[str]) -> Callable[[], None]:
+    """Return a function that gives ``owner`` the instance attributes ``names`` that it has now, or none."""
+    before = {name: vars(owner).get(name, _MISSING) for name in names}
+
+    def restore() -> None:
+        for name, value in before.items():
+            if value is _MISSING:
+                vars(owner).pop(name, None)
+            else:
+                vars(owner)[name] = value
+
+    return restore
+
+
+def contents_of(owner: Any) -> Callable[[], None]:
+    """Return a function that gives ``owner`` all the instance attributes that it has now, and no others."""
+    before = dict(vars(owner))
+
+    def restore() -> None:
+        vars(owner).update(before)
+        for name in [name for name in vars(owner) if name not in before]:
+            vars(owner).pop(name, None)
+
+    return restore
