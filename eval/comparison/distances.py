@@ -13,6 +13,7 @@ from diffaccel.eval.comparison import printed_distances
 from diffaccel.eval.comparison.printed_distances import FD, thousandfold
 from diffaccel.eval.comparison.row import Better
 from diffaccel.eval.metrics import frechet_intervals, mind, mmd
+from diffaccel.eval.metrics.mmd import RowPairs
 from diffaccel.eval.networks import protocols
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
@@ -37,25 +38,32 @@ class Estimate:
 DistanceFunction = Callable[[Tensor, Tensor], dict[str, Estimate]]
 
 
-def distance_functions(extractor: Extractor, count: int, *, independent: bool) -> Iterator[DistanceFunction]:
+def distance_functions(
+    extractor: Extractor, count: int, *, independent: bool, pairs: RowPairs = ()
+) -> Iterator[DistanceFunction]:
     """Yield functions of two sets of features ``(n, d)``, each of which returns its distances by metric.
+
+    Precision, recall, density and coverage are measured of independent sets alone: against a baseline's own pictures
+    of the same prompts they are 1, or near it, whatever a run did.
 
     Args:
         extractor: network of the features; CMMD is defined for CLIPs only.
         count: pictures of the smallest run; the extrapolation to infinite n needs 500.
         independent: whether the sets are of different seeds. The extrapolation needs that: as a subset grows towards
             all pictures that the other set was paired with, the distance falls faster than 1/n.
+        pairs: rows of both sets that are of one prompt and seed.
     """
-    yield _frechet
+    yield lambda x, y: _frechet(x, y, pairs)
     if independent and count >= FEWEST_INFINITY:
         yield _infinity
-    yield _kid
+    yield lambda x, y: _kid(x, y, pairs)
     if isinstance(extractor, ClipExtractor):
         is_published = extractor.name == PUBLISHED_CLIP and extractor.protocol == "cmmd"
         note = "" if is_published else f"not the published {protocols.CMMD_NETWORK} with its preprocessing"
-        yield lambda x, y: {CMMD: Estimate(mmd.cmmd(x, y), None, note, {"unbiased": mmd.cmmd_unbiased(x, y)})}
+        yield lambda x, y: {CMMD: _cmmd(x, y, note, pairs)}
     yield lambda x, y: {MIND: Estimate(mind.mind(x, y))}
-    yield lambda x, y: {metric: Estimate(value) for metric, value in printed_distances.prdc(x, y).items()}
+    if independent:
+        yield lambda x, y: {metric: Estimate(value) for metric, value in printed_distances.prdc(x, y).items()}
 
 
 def difference_interval(metric: str, a: Tensor, b: Tensor, reference: Tensor) -> Interval | None:
@@ -68,8 +76,12 @@ def difference_interval(metric: str, a: Tensor, b: Tensor, reference: Tensor) ->
     return thousandfold(mmd.kid_difference(a, b, reference)) if metric == KID else None
 
 
-def _frechet(x: Tensor, y: Tensor) -> dict[str, Estimate]:
-    return {FD: Estimate(printed_distances.fid(x, y)[FD], frechet_intervals.distance_interval(x, y))}
+def _frechet(x: Tensor, y: Tensor, pairs: RowPairs) -> dict[str, Estimate]:
+    return {FD: Estimate(printed_distances.fid(x, y)[FD], frechet_intervals.distance_interval(x, y, pairs=pairs))}
+
+
+def _cmmd(x: Tensor, y: Tensor, note: str, pairs: RowPairs) -> Estimate:
+    return Estimate(mmd.cmmd(x, y), None, note, {"unbiased": mmd.cmmd_unbiased(x, y, pairs=pairs)})
 
 
 def _infinity(x: Tensor, y: Tensor) -> dict[str, Estimate]:
@@ -79,6 +91,6 @@ def _infinity(x: Tensor, y: Tensor) -> dict[str, Estimate]:
     return {INFINITY: Estimate(limit.value, limit.interval, note, detail)}
 
 
-def _kid(x: Tensor, y: Tensor) -> dict[str, Estimate]:
-    interval = thousandfold(mmd.kid_interval(x, y))
+def _kid(x: Tensor, y: Tensor, pairs: RowPairs) -> dict[str, Estimate]:
+    interval = thousandfold(mmd.kid_interval(x, y, pairs=pairs))
     return {KID: Estimate(interval.value, interval)}

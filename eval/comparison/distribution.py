@@ -13,7 +13,7 @@ from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
-from diffaccel.eval.sets.run import Pairs, Run
+from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt
 
 CACHE = ".features"
 FEWEST = 100  # pictures; the jackknife needs ten shards of ten
@@ -43,9 +43,15 @@ class _Target:
     count: int
     independent: bool
 
-    def estimates(self, samples: Tensor) -> dict[str, Estimate]:
-        """Measure every distance of samples (n, d), by metric."""
-        functions = distance_functions(self.extractor, self.count, independent=self.independent)
+    def estimates(self, samples: Tensor, pairs: Pairs) -> dict[str, Estimate]:
+        """Measure every distance of samples (n, d), by metric.
+
+        Args:
+            samples: features.
+            pairs: rows of the baseline and of the samples, which count where the baseline is the target.
+        """
+        row_pairs = [] if self.independent else [(j, i) for i, j in pairs]
+        functions = distance_functions(self.extractor, self.count, independent=self.independent, pairs=row_pairs)
         return {
             metric: estimate for function in functions for metric, estimate in function(samples, self.features).items()
         }
@@ -66,11 +72,12 @@ def rows(
     reference: Source | None,
     extractor: Extractor,
 ) -> list[Row]:
-    """Measure Fréchet distance, KID, MIND, precision, recall, density and coverage of every run; by a CLIP CMMD too.
+    """Measure Fréchet distance, KID and MIND of every run, and by a CLIP CMMD too.
 
-    Against ``reference``, the baseline has rows too and the others a difference to it, paired by id; with 500 pictures
-    there is the Fréchet distance at infinite n. Without a reference the baseline's own pictures take its place, and
-    the floor is the distance of its other seeds.
+    Against ``reference``, the baseline has rows too and the others a difference to it, paired by id; there are
+    precision, recall, density and coverage, and with 500 pictures the Fréchet distance at infinite n. Without a
+    reference the baseline's own pictures take its place, paired by id, and the floor is the distance of its other
+    seeds, paired by prompt.
     """
     measured_runs = (baseline, *runs) if reference is not None else runs
     smallest = min(*(len(run) for run in (baseline, *runs)), len(reference or baseline))
@@ -83,8 +90,11 @@ def rows(
     else:
         reference_features = _placed(extract(reference, extractor).values, extractor)
         target = _Target(reference.name, reference_features, extractor, smallest, independent=True)
-    floors = {} if others is None else target.estimates(_placed(features(others, extractor), extractor))
-    estimates = {run.name: target.estimates(run_features[run.name]) for run in measured_runs}
+    floors = {}
+    if others is not None:
+        other_pairs = [] if reference is not None else pair_by_prompt(baseline, others)
+        floors = target.estimates(_placed(features(others, extractor), extractor), other_pairs)
+    estimates = {run.name: target.estimates(run_features[run.name], pairs.get(run.name, [])) for run in measured_runs}
     distance_rows = []
     for run in measured_runs:
         for metric, estimate in estimates[run.name].items():

@@ -1,13 +1,15 @@
 """Sampling error of a Fréchet distance: bias at finite n, extrapolation to infinite n, confidence intervals.
 
-The reference is held fixed throughout: intervals tell how far other samples of the same model would move the number.
+The reference is held fixed: intervals tell how far other samples of the same model would move the number. Where the
+reference is paired with the samples, row by row, as a baseline's pictures of the same prompts and seeds are, other
+samples come with another reference, and shards are left out of both.
 The ordinary bootstrap is wrong here, since repeated rows act like fewer images and the distance grows with 1/n.
 Everything below draws without replacement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -142,18 +144,28 @@ def _fit(u: Tensor, values: list[float], degree: int) -> tuple[Tensor, Tensor, f
     return coefficients, variance, 1.0 if spread == 0 else float(1 - residual / spread)
 
 
-def distance_interval(a: Tensor, reference: Tensor | Moments, *, seed: int = 0) -> Interval:
+def distance_interval(
+    a: Tensor, reference: Tensor | Moments, *, seed: int = 0, pairs: Sequence[tuple[int, int]] = ()
+) -> Interval:
     """Compute ``FD(a, reference)`` with a 95 % interval by the jackknife over ten disjoint shards.
 
     The interval covers the mean of the distance at this number of images. It does not remove the bias of that mean:
     see :func:`infinity`.
+
+    Args:
+        a: ``(n, d)``, at least 100 rows.
+        reference: features ``(m, d)`` or moments.
+        seed: seed of the shards.
+        pairs: rows of ``a`` and of the reference's features that are of one id, and are left out together.
     """
     a = checked(a, "a", least=10 * SHARDS)
-    target = _target(reference, a.shape[1])
-    return _jackknife(len(a), lambda rows: between(gaussian(a[rows]), target), seed, None)
+    target_without = _target_by_shard(reference, a.shape[1], len(a), seed, pairs)
+    return _jackknife(len(a), lambda rows, k: between(gaussian(a[rows]), target_without(k)), seed, None, bool(pairs))
 
 
-def difference(a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int = 0) -> Interval:
+def difference(
+    a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int = 0, pairs: Sequence[tuple[int, int]] = ()
+) -> Interval:
     """Compute ``FD(a, reference) - FD(b, reference)`` of runs of the same ids, row by row, with a 95 % interval.
 
     Each of ten disjoint shards of ids is left out of both runs in turn. With the ten differences ``theta_k``,
@@ -166,15 +178,17 @@ def difference(a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int =
         a, b: ``(n, d)``, at least 100 rows each.
         reference: features ``(m, d)`` or moments.
         seed: seed of the shards.
+        pairs: rows of both runs and of the reference's features that are of one id, and are left out together.
     """
     a, b = checked(a, "a", least=10 * SHARDS), checked(b, "b", least=10 * SHARDS)
     paired(a, b)
-    target, b = _target(reference, a.shape[1]), b.to(a.device)
+    target_without, b = _target_by_shard(reference, a.shape[1], len(a), seed, pairs), b.to(a.device)
 
-    def statistic(rows: Tensor) -> float:
+    def statistic(rows: Tensor, shard: int | None) -> float:
+        target = target_without(shard)
         return between(gaussian(a[rows]), target) - between(gaussian(b[rows]), target)
 
-    return _jackknife(len(a), statistic, seed, 0.0)
+    return _jackknife(len(a), statistic, seed, 0.0, bool(pairs))
 
 
 def _target(reference: Tensor | Moments, d: int) -> Gaussian:
@@ -187,15 +201,37 @@ def _target(reference: Tensor | Moments, d: int) -> Gaussian:
     return gaussian(reference)
 
 
-def _jackknife(n: int, statistic: Callable[[Tensor], float], seed: int, null: float | None) -> Interval:
-    """Evaluate a statistic of row indices on all ``n`` rows, with a jackknife interval over random shards of them."""
+def _target_by_shard(
+    reference: Tensor | Moments, d: int, n: int, seed: int, pairs: Sequence[tuple[int, int]]
+) -> Callable[[int | None], Gaussian]:
+    """Return a function from the shard that is left out, or None, to the reference's Gaussian without its pairs."""
+    whole = _target(reference, d)
+    if not pairs or isinstance(reference, Moments):
+        return lambda shard: whole
+    own, theirs = torch.tensor(pairs, dtype=torch.long).T
+    shard_of_row = torch.full((len(reference),), -1)  # rows without a pair are never left out
+    shard_of_row[theirs] = _shards(n, seed)[own]
+    kept = shard_of_row.to(reference.device)
+    return lambda shard: whole if shard is None else gaussian(reference[kept != shard])
+
+
+def _shards(n: int, seed: int) -> Tensor:
+    """Return the shard of every row, (n,): random, and of sizes that differ by one at most."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     shard = torch.empty(n, dtype=torch.long)
     shard[order] = torch.arange(n) % SHARDS
-    rows = torch.arange(n)
-    replicates = torch.tensor([statistic(rows[shard != k]) for k in range(SHARDS)], dtype=torch.float64)
+    return shard
+
+
+def _jackknife(
+    n: int, statistic: Callable[[Tensor, int | None], float], seed: int, null: float | None, is_paired: bool
+) -> Interval:
+    """Evaluate a statistic of row indices on all ``n`` rows, with a jackknife interval over random shards of them."""
+    shard, rows = _shards(n, seed), torch.arange(n)
+    replicates = torch.tensor([statistic(rows[shard != k], k) for k in range(SHARDS)], dtype=torch.float64)
     error = float(((SHARDS - 1) / SHARDS * (replicates - replicates.mean()).square().sum()).sqrt())
-    value = statistic(rows)
+    value = statistic(rows, None)
     half = _STUDENT * error
-    method = f"jackknife over {SHARDS} disjoint shards of {n} ids, reference fixed"
+    held = "left out of both sides" if is_paired else "reference fixed"
+    method = f"jackknife over {SHARDS} disjoint shards of {n} ids, {held}"
     return Interval(value, value - half, value + half, 0.95, method, null)

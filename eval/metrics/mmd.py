@@ -1,13 +1,15 @@
 """Kernel distances between feature sets: KID (arXiv 1801.01401) and CMMD (arXiv 2401.09603), in float64.
 
 ``MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)``. The U-statistic leaves ``k(x, x)`` out of the first two means and is
-unbiased, so it can be slightly negative; the V-statistic keeps them. Kernels are summed block by block: no matrix
-larger than a block is in memory.
+unbiased, so it can be slightly negative; the V-statistic keeps them. Where rows of both sets are paired, as pictures of
+one prompt and seed are, ``k(x_i, y_i)`` is no product of independent rows either, and with it the statistic would be
+negative by construction: it is left out of the third mean (Gretton et al. 2012, section 2.2). Kernels are summed block
+by block: no matrix larger than a block is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -21,9 +23,10 @@ from diffaccel.eval.uncertainty.intervals import Interval
 BLOCK = 4096
 _NAMES = ("x", "y")
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (a, d), (b, d) -> (a, b)
+RowPairs = Sequence[tuple[int, int]]  # rows of two sets that belong together; each row is in one pair at most
 
 
-def kid(x: Tensor, y: Tensor) -> float:
+def kid(x: Tensor, y: Tensor, *, pairs: RowPairs = ()) -> float:
     """Compute KID over all rows: the U-statistic of ``MMD^2`` with ``k(x, y) = (x.y/d + 1)^3``.
 
     Papers usually print it times 1000.
@@ -31,9 +34,10 @@ def kid(x: Tensor, y: Tensor) -> float:
     Args:
         x: ``(n, d)``.
         y: ``(m, d)``; each has at least two rows.
+        pairs: rows of ``x`` and ``y`` of one id, whose products are left out.
     """
     x, y = checked_pair(x, y, _NAMES, least=2)
-    return _mmd(x, y, _cubic, unbiased=True)
+    return _mmd(x, y, _cubic, unbiased=True, pairs=pairs)
 
 
 def kid_subsets(
@@ -61,10 +65,13 @@ def kid_subsets(
     return float(values.mean()), float(values.std(correction=0))
 
 
-def kid_interval(a: Tensor, reference: Tensor, *, level: float = 0.95) -> Interval:
-    """Compute KID with an interval by the jackknife over the rows of ``a``, the reference held fixed."""
-    value, replicates = _jackknife(a, reference)
-    return _normal_interval(value, replicates, level, null=None)
+def kid_interval(a: Tensor, reference: Tensor, *, level: float = 0.95, pairs: RowPairs = ()) -> Interval:
+    """Compute KID with an interval by the jackknife over the rows of ``a``, the reference held fixed.
+
+    With ``pairs``, the products of paired rows are left out, and a row is left out together with its partner.
+    """
+    value, replicates = _jackknife_of_pairs(a, reference, pairs) if pairs else _jackknife(a, reference)
+    return _normal_interval(value, replicates, level, None, "left out of both sides" if pairs else "reference fixed")
 
 
 def kid_difference(a: Tensor, b: Tensor, reference: Tensor, *, level: float = 0.95) -> Interval:
@@ -76,10 +83,10 @@ def kid_difference(a: Tensor, b: Tensor, reference: Tensor, *, level: float = 0.
     value_a, replicates_a = _jackknife(a, reference)
     value_b, replicates_b = _jackknife(b, reference)
     replicates = replicates_a - replicates_b.to(replicates_a.device)
-    return _normal_interval(value_a - value_b, replicates, level, null=0.0)
+    return _normal_interval(value_a - value_b, replicates, level, 0.0, "reference fixed")
 
 
-def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False) -> float:
+def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False, pairs: RowPairs = ()) -> float:
     """Compute ``MMD^2`` with ``k(x, y) = exp(-|x - y|^2 / (2 sigma^2))``: V-statistic; if ``unbiased``, U-statistic."""
     if not sigma > 0:
         raise DiffAccelError(f"The kernel's sigma must be positive, got {sigma}.")
@@ -93,7 +100,7 @@ def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False)
         # the constant 1 cancels in MMD^2; without it small distances keep their digits
         return torch.expm1(squared.clamp_min_(0) / (-2 * sigma**2))
 
-    return _mmd(x, y, kernel, unbiased=unbiased)
+    return _mmd(x, y, kernel, unbiased=unbiased, pairs=pairs)
 
 
 def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
@@ -105,9 +112,9 @@ def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) ->
     return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma)
 
 
-def cmmd_unbiased(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+def cmmd_unbiased(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, pairs: RowPairs = ()) -> float:
     """Compute :func:`cmmd` by the U-statistic, which does not grow with fewer images. Not the published number."""
-    return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma, unbiased=True)
+    return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma, unbiased=True, pairs=pairs)
 
 
 def _unit(features: Tensor, label: str) -> Tensor:
@@ -152,10 +159,19 @@ def _own_sums(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     return total, own
 
 
-def _mmd(x: Tensor, y: Tensor, kernel: Kernel, *, unbiased: bool) -> float:
+def _pair_products(x: Tensor, y: Tensor, pairs: RowPairs, kernel: Kernel) -> Tensor:
+    """Compute the kernel of every pair of rows, (number of pairs,)."""
+    own, theirs = torch.tensor(pairs, dtype=torch.long, device=x.device).view(-1, 2).T
+    parts = [
+        kernel(x[a].double(), y[b].double()).diagonal() for a, b in zip(own.split(256), theirs.split(256), strict=True)
+    ]
+    return torch.cat(parts) if pairs else torch.zeros(0, dtype=torch.float64, device=x.device)
+
+
+def _mmd(x: Tensor, y: Tensor, kernel: Kernel, *, unbiased: bool, pairs: RowPairs = ()) -> float:
     n, m = len(x), len(y)
     (xx, x_own), (yy, y_own) = _own_sums(x, kernel), _own_sums(y, kernel)
-    cross = _row_sums(x, y, kernel).sum() / (n * m)
+    cross = (_row_sums(x, y, kernel).sum() - _pair_products(x, y, pairs, kernel).sum()) / (n * m - len(pairs))
     if unbiased:
         return float(xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * cross)
     return float((xx.sum() + x_own.sum()) / n**2 + (yy.sum() + y_own.sum()) / m**2 - 2 * cross)
@@ -172,9 +188,28 @@ def _jackknife(a: Tensor, reference: Tensor) -> tuple[float, Tensor]:
     return float(value), replicates
 
 
-def _normal_interval(value: float, replicates: Tensor, level: float, null: float | None) -> Interval:
+def _jackknife_of_pairs(a: Tensor, reference: Tensor, pairs: RowPairs) -> tuple[float, Tensor]:
+    """Compute KID without the products of pairs, and without each row of ``a`` and its partner in turn."""
+    a, reference = checked_pair(a, reference, ("a", "reference"), least=3)
+    n, m, count = len(a), len(reference), len(pairs)
+    own, theirs = torch.tensor(pairs, dtype=torch.long, device=a.device).T
+    aa, rr = _own_sums(a, _cubic)[0], _own_sums(reference, _cubic)[0]
+    rows, columns = _row_sums(a, reference, _cubic), _row_sums(reference, a, _cubic)
+    products = _pair_products(a, reference, pairs, _cubic)
+    cross = rows.sum() - products.sum()
+    value = aa.sum() / (n * (n - 1)) + rr.sum() / (m * (m - 1)) - 2 * cross / (n * m - count)
+    own_terms = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2))
+    # rows without a partner, whose reference stays whole
+    replicates = own_terms + rr.sum() / (m * (m - 1)) - 2 * (cross - rows) / ((n - 1) * m - count)
+    reference_terms = (rr.sum() - 2 * rr[theirs]) / ((m - 1) * (m - 2))
+    crossed = cross - rows[own] - columns[theirs] + 2 * products
+    replicates[own] = own_terms[own] + reference_terms - 2 * crossed / ((n - 1) * (m - 1) - (count - 1))
+    return float(value), replicates
+
+
+def _normal_interval(value: float, replicates: Tensor, level: float, null: float | None, held: str) -> Interval:
     """Return the normal interval around ``value`` from its leave-one-out replicates ``(n,)``."""
     n = len(replicates)
     error = float(((n - 1) / n * (replicates - replicates.mean()).square().sum()).sqrt())
     half = NormalDist().inv_cdf(0.5 + level / 2) * error
-    return Interval(value, value - half, value + half, level, f"jackknife over {n} ids, reference fixed", null)
+    return Interval(value, value - half, value + half, level, f"jackknife over {n} ids, {held}", null)

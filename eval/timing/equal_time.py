@@ -113,7 +113,11 @@ def against_fewer_steps(
     fd = None
     if extractor is not None and len(baseline) >= FEWEST:
         a, b = (in_baseline_order(features(run, extractor), run) for run in two_runs)
-        fd = frechet_intervals.difference(a, b, features(baseline, extractor) if target is None else target)
+        if target is None:  # the baseline's own pictures, of the same prompts and seeds
+            own_pairs = [(i, i) for i in range(len(baseline))]
+            fd = frechet_intervals.difference(a, b, features(baseline, extractor), pairs=own_pairs)
+        else:
+            fd = frechet_intervals.difference(a, b, target)
     return Answer(
         accelerated=accelerated.name, instead=f"{baseline.name}, {budget['steps']} steps", ratio=budget["ratio"],
         time=f"{budget['steps']} steps fit: the acceleration takes {_times(budget['ratio'])} their time", judge=judged,

@@ -236,7 +236,7 @@ def test_a_protocol_is_part_of_the_key(run, sets, inception, tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_protocols_statistics_stand_for_its_images(run, sets, inception, tmp_path, monkeypatch):
     monkeypatch.setenv(weights.VARIABLE, str(inception.parent))
-    known = weights.Known(files=(inception.name,), url="", sha256=sha256(inception)[:8])
+    known = weights.WeightFile(files=(inception.name,), url="", sha256=sha256(inception)[:8])
     monkeypatch.setitem(weights.KNOWN, "inception", known)
     how = ("--num", 4, "--cache", tmp_path / "kept", "--json")
     found = run("eval", "fid", sets / "a", sets / "b", "--protocol", "adm", *how)

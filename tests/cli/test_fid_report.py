@@ -15,7 +15,7 @@ from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from scripts import fid_report
 
-FEW = ["--batch", "3", "--threads", "1", "--turns", "2"]
+FEW = ["--batch", "3", "--threads", "1", "--turns", "6"]
 
 
 @pytest.fixture(scope="module")

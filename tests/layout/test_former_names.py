@@ -15,6 +15,7 @@ FORMER = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:diffaccel.* is now diffaccel:DeprecationWarning")  # as they should say
 @pytest.mark.parametrize(("former", "present", "names"), FORMER, ids=[former for former, _, _ in FORMER])
 def test_a_former_name_gives_the_same_objects(former, present, names):
     old, new = import_module(former), import_module(present)

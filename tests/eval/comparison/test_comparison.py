@@ -67,7 +67,10 @@ def test_degradations_show_in_their_order(runs, tiny):
     assert strong.within_noise is False and "singular" in strong.detail["from"]
     x, y = (distribution.features(runs[name], tiny) for name in ("strong", "base"))
     assert strong.value == pytest.approx(frechet.distance_of_features(x, y), rel=1e-9)
-    assert found.row("kid", "strong").value == pytest.approx(1000 * mmd.kid(x, y), rel=1e-9)
+    same_ids = [(i, i) for i in range(COUNT)]
+    assert found.row("kid", "strong").value == pytest.approx(1000 * mmd.kid(x, y, pairs=same_ids), rel=1e-9)
+    assert not any(found.row(metric, "strong") for metric in ("precision", "recall", "density", "coverage"))
+    assert strong.interval.low > 0 and "left out of both sides" in strong.interval.method
 
 
 def test_a_reference_gives_paired_differences(runs, tiny):

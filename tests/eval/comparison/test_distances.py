@@ -36,7 +36,8 @@ def test_a_clip_gives_cmmd_and_says_that_it_is_not_the_papers(sets, judge):
     row = found.row("cmmd", "darker")
     x, y = (distribution.features(sets[name], judge) for name in ("darker", "base"))
     assert row.value == pytest.approx(mmd.cmmd(x, y), rel=1e-12)
-    assert row.detail["unbiased"] == pytest.approx(mmd.cmmd_unbiased(x, y), rel=1e-12)
+    pairs = [(i, i) for i in range(COUNT)]
+    assert row.detail["unbiased"] == pytest.approx(mmd.cmmd_unbiased(x, y, pairs=pairs), rel=1e-12)
     assert row.key == "CMMD[emoji-clip-judge] x1000" and "not the published ViT-L-14-336" in row.detail["from"]
     assert found.row("fd_infinity", "darker") is None  # of pictures of equal seeds it would say nothing
 
@@ -54,6 +55,7 @@ def test_against_a_reference(sets):
     assert kid.interval.low < kid.value < kid.interval.high
     assert kid.delta_interval.low == pytest.approx(1000 * interval.low)
     assert found.row("cmmd", "darker") is None  # no CLIP
+    assert all(found.row(name, "darker") for name in ("precision", "recall", "density", "coverage"))
     near = next(section for section in found.sections if section.key.startswith("nearest"))
     mine, theirs, cosine = near.data["runs"]["base"]["nearest"][0]
     assert (mine, theirs, round(cosine, 9)) == ("00003", "00109", 1.0)  # the picture that was planted

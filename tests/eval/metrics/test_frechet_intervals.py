@@ -123,6 +123,27 @@ def test_a_run_and_itself_differ_by_nothing() -> None:
     assert "jackknife over 10 disjoint shards" in same.method
 
 
+def test_paired_rows_are_left_out_of_both_sides() -> None:
+    x = samples(3)[:150]
+    y = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(6))
+    pairs = [(i, int(order.argsort()[i])) for i in range(150)]
+    found, fixed = distance_interval(x, y[order], pairs=pairs), distance_interval(x, y)
+    shard = torch.empty(150, dtype=torch.long)
+    shard[torch.randperm(150, generator=torch.Generator().manual_seed(0))] = torch.arange(150) % 10
+    kept = [shard != k for k in range(10)]
+    values = torch.tensor([distance_of_features(x[rows], y[rows]) for rows in kept], dtype=torch.float64)
+    half = 2.2621571628 * float((0.9 * (values - values.mean()).square().sum()).sqrt())
+    assert found.value == pytest.approx(fixed.value, rel=1e-9)
+    assert found.high - found.value == pytest.approx(half, rel=1e-6) and "both sides" in found.method
+    assert found.low > 0 > fixed.low and fixed.high - fixed.low > 2 * (found.high - found.low)
+    same = difference(x, x + 0.1, y[order], pairs=pairs)
+    changes = [distance_of_features(x[rows], y[rows]) - distance_of_features(x[rows] + 0.1, y[rows]) for rows in kept]
+    values = torch.tensor(changes, dtype=torch.float64)
+    half = 2.2621571628 * float((0.9 * (values - values.mean()).square().sum()).sqrt())
+    assert same.high - same.value == pytest.approx(half, rel=1e-6)
+
+
 def test_a_reference_of_features() -> None:
     a, reference = samples(0), samples(1, n=300)
     assert distance_interval(a, reference).value == pytest.approx(distance_of_features(a, reference), rel=1e-12)

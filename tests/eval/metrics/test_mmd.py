@@ -112,6 +112,60 @@ def test_jackknife_leaves_out_one_row_at_a_time() -> None:
         assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
 
 
+def plain_paired_kid(x: Tensor, y: Tensor) -> float:
+    """The U-statistic of Gretton et al. 2012, equation 4, of rows in pairs: all sums go over i != j."""
+    n, (kxx, kyy, kxy) = len(x), ((a @ b.T / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    h = kxx + kyy - kxy - kxy.T
+    return float((h.sum() - h.trace()) / (n * (n - 1)))
+
+
+def test_pairs_are_left_out_of_the_cross_term_and_of_both_sides() -> None:
+    x = draw(20, 5)
+    y = x + 0.1 * draw(20, 5, seed=3)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(4))  # row i of x belongs to row place[i] of it
+    place = order.argsort()
+    pairs, rows = [(i, int(place[i])) for i in range(20)], torch.arange(20)
+    found = kid_interval(x, y[order], pairs=pairs)
+    assert kid(x, y[order], pairs=pairs) == pytest.approx(plain_paired_kid(x, y), rel=1e-9)
+    without = torch.tensor([plain_paired_kid(x[rows != i], y[rows != i]) for i in range(20)])
+    error = float((19 / 20 * (without - without.mean()).square().sum()).sqrt())
+    assert found.value == pytest.approx(plain_paired_kid(x, y), rel=1e-9)
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+    assert "left out of both sides" in found.method
+    assert kid(x, y) < 0 < kid_interval(x, y, pairs=[(i, i) for i in range(20)]).high
+
+
+def test_some_rows_may_be_without_a_partner() -> None:
+    x, y = draw(12, 4), draw(15, 4, seed=1)
+    y[3:9] = x[:6] + 0.01
+    pairs = [(i, i + 3) for i in range(6)]
+
+    def plain_value(x_rows: list[int], y_rows: list[int]) -> float:
+        total = [(x[i] @ y[j] / 4 + 1) ** 3 for i in x_rows for j in y_rows if (i, j) not in pairs]
+        own = plain_kid(x[x_rows], y[y_rows]) + 2 * ((x[x_rows] @ y[y_rows].T / 4 + 1) ** 3).mean()
+        return float(own - 2 * torch.stack(total).mean())
+
+    partner = dict(pairs)
+    without = torch.tensor([
+        plain_value([k for k in range(12) if k != i], [k for k in range(15) if k != partner.get(i)]) for i in range(12)
+    ])  # fmt: skip
+    error = float((11 / 12 * (without - without.mean()).square().sum()).sqrt())
+    found = kid_interval(x, y, pairs=pairs)
+    assert found.value == pytest.approx(plain_value(list(range(12)), list(range(15))), rel=1e-9)
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+
+
+def test_equal_distributions_in_pairs_have_no_negative_distance_on_average() -> None:
+    values, plain_values = [], []
+    for seed in range(60):
+        x = draw(60, 8, seed=seed)
+        y = 0.95 * x + (1 - 0.95**2) ** 0.5 * draw(60, 8, seed=1000 + seed)
+        values.append(kid(x, y, pairs=[(i, i) for i in range(60)]))
+        plain_values.append(kid(x, y))
+    spread = torch.tensor(values).std() / 60**0.5
+    assert abs(sum(values) / 60) < 3 * spread and max(plain_values) < 0
+
+
 @pytest.mark.parametrize("shift", [0.3, 0.0])
 def test_intervals_cover(shift: float) -> None:
     reference = draw(300, 12, seed=7)
