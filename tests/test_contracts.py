@@ -86,7 +86,7 @@ def test_the_lora_scale_of_a_call(family: str, tmp_path: Path) -> None:
 COMPILED = [name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in tiny.FAMILIES]
 
 
-@pytest.mark.parametrize("how", ["in place", "wrapped"])
+@pytest.mark.parametrize("how", ["in place", pytest.param("wrapped", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", COMPILED)
 def test_torch_compile(family: str, how: str) -> None:
     """Compiled before or after wrapping, whole module: equal to the stock call of the same compiled module."""

@@ -45,14 +45,13 @@ class Callback:
         offered = {name: latents() if name == "latents" else self._tensor(session, name) for name in self.inputs}
         before = dict(offered)  # the function may change the dict
         shown = before.get("latents")
-        unchanged = None if shown is None else shown.clone()
+        was_edited = _edit_detector(shown)
         returned = self.function(session.pipe, index, timestep, offered) or {}
         for name, value in returned.items():
             if name != "latents" and value is not before.get(name):
                 self._take(session, name, value)
         latents_now = returned.get("latents", shown)
-        is_same = latents_now is shown and (shown is None or unchanged is None or torch.equal(shown, unchanged))
-        return None if is_same else latents_now
+        return None if latents_now is shown and not was_edited() else latents_now
 
     def _tensor(self, session: Session, name: str) -> Any:
         """Return a tensor of the conditioning that the function asks for."""
@@ -84,6 +83,21 @@ class Callback:
                 f"{type(session.pipe).__name__}: allowed are "
                 f"{', '.join(['latents', *family.callback_args, *family.negative_callback_args])}. {_fix(family, name)}"
             )
+
+
+def _edit_detector(shown: Tensor | None) -> Callable[[], bool]:
+    """Return a function that tells whether a tensor was changed in place since.
+
+    On a GPU torch's count of in-place changes tells, without waiting for the device. On a CPU the values are compared:
+    numpy changes memory that they share past that count.
+    """
+    if shown is None:
+        return lambda: False
+    if shown.device.type != "cpu" and not shown.is_inference():  # tensors of inference mode have no count
+        version = shown._version
+        return lambda: shown._version != version
+    before = shown.clone()
+    return lambda: not torch.equal(shown, before)
 
 
 def _fix(family: Any, name: str) -> str:

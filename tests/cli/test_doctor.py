@@ -244,9 +244,9 @@ def test_a_folder_that_cannot_be_written_is_a_row(monkeypatch, tmp_path):
 
 
 def test_an_old_package_is_a_row():
-    check = doctor_host.tried("torch", lambda: doctor_host._version("torch", ">=99"))
+    check = doctor_host.tried("torch", lambda: doctor_host._package_version("torch", ">=99"))
     assert check.works is False and "diffaccel needs >=99; pip install 'torch>=99'" in check.detail
-    check = doctor_host.tried("nothing-such", lambda: doctor_host._version("nothing-such", ">=1"))
+    check = doctor_host.tried("nothing-such", lambda: doctor_host._package_version("nothing-such", ">=1"))
     assert check.detail == "not installed; pip install 'nothing-such>=1'"
 
 

@@ -22,11 +22,11 @@ def test_a_signal_ends_a_run_as_ctrl_c_does(sample, monkeypatch, tmp_path, name)
 
     number, draw, calls = getattr(signal, name), generate.generate_chunk, []
 
-    def draw_until_the_second(*arguments):
+    def draw_until_the_second(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 2:
             os.kill(os.getpid(), number)
-        return draw(*arguments)
+        return draw(*arguments, **options)
 
     before = signal.signal(number, signal.SIG_DFL)
     try:

@@ -10,7 +10,7 @@ import torch
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.networks import lpips
 from diffaccel.eval.sets.candidates import draw_function
-from diffaccel.runs import loading as opening
+from diffaccel.runs import loading
 from diffaccel.runs.request import Request
 from tests.support import made_runs
 
@@ -68,7 +68,7 @@ def test_lpips_computes_on_the_device(run, drawn, monkeypatch):
         raise DiffAccelError(f"LPIPS of {path} on {device}.")
 
     monkeypatch.setattr(lpips, "load", load)
-    monkeypatch.setattr(opening, "pick_device", lambda name: torch.device("meta" if name == "mps" else name))
+    monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("meta" if name == "mps" else name))
     done = run("eval", "compare", drawn / "base", drawn / "run", "--lpips", "alex.pth", "--device", "mps")
     assert "LPIPS of alex.pth on meta." in done.err
 

@@ -121,6 +121,7 @@ def test_all_methods_on_a_model_without_prompts(make, noise, monkeypatch, tmp_pa
     assert again[0] == 5
 
 
+@pytest.mark.slow  # eval compare and eval fid take statistics in the fast run
 def test_statistics_as_reference(make, noise, tmp_path, run):
     """A file of mean and covariance: its distance is that of ``eval fid``, and the baseline has one too."""
     images = tmp_path / "images"

@@ -9,7 +9,7 @@ import tiny_others as others
 import torch
 
 import diffaccel
-from diffaccel.runtime import stock_loop as stock
+from diffaccel.runtime import stock_loop
 from diffaccel.samplers import Euler
 
 pytestmark = [
@@ -21,7 +21,7 @@ NAMES = [name for name in others.NAMES if name != "qwen"]  # whose guidance only
 
 @pytest.fixture(autouse=True)
 def native_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "generate_stock", None)
+    monkeypatch.setattr(stock_loop, "generate_stock", None)
 
 
 def _to_cuda(value: Any) -> Any:

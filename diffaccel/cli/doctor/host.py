@@ -60,7 +60,7 @@ def software() -> list[Check]:
     requirements = [Requirement(line) for line in requires]
     required = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in required:
-        checks.append(tried(requirement.name, lambda r=requirement: _version(r.name, str(r.specifier))))  # type: ignore[misc]
+        checks.append(tried(requirement.name, lambda r=requirement: _package_version(r.name, str(r.specifier))))  # type: ignore[misc]
     for name in OPTIONAL:
         if name not in {r.name for r in required}:
             try:
@@ -70,7 +70,7 @@ def software() -> list[Check]:
     return checks
 
 
-def _version(name: str, required: str) -> str:
+def _package_version(name: str, required: str) -> str:
     from packaging.specifiers import SpecifierSet
 
     try:

@@ -55,7 +55,7 @@ def install(
         # the native driver scales the network's input itself
         scheduler.scale_model_input = functools.wraps(scheduler.scale_model_input)(lambda sample, *a, **k: sample)
     for name in pipe.config:
-        module = getattr(pipe, name, None)
+        module = vars(pipe).get(name)
         if isinstance(module, torch.nn.Module) and not any(word in name for word in NO_DENOISERS):
             # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, StandIn(module, functools.partial(network, name, module)))
@@ -71,7 +71,7 @@ def preserved_state(pipe: Any) -> Iterator[None]:
 
     That is attributes of pipeline, scheduler and guiders, attention processors, and random states.
     """
-    components = [getattr(pipe, name, None) for name in pipe.config if not name.startswith("_")]
+    components = [vars(pipe).get(name) for name in pipe.config if not name.startswith("_")]
     networks: list[Any] = [c for c in components if isinstance(c, torch.nn.Module)]
     others = [c for c in components if not isinstance(c, torch.nn.Module)]
     helpers = [c for c in others if type(c).__module__.startswith("diffusers.")]

@@ -98,7 +98,7 @@ def test_missing_weights_are_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(weights.MissingWeights, match="not found; looked for") as found:
         scorer(name)
     assert KNOWN[name].files[0] in str(found.value) and str(tmp_path / "weights") in str(found.value)
-    assert found.value.exit_code == 3
+    assert found.value.exit_code == 6
     with pytest.raises(weights.MissingWeights, match="gone"):
         scorer(name, tmp_path / "gone")
     assert KNOWN[name].licence and KNOWN[name].paper

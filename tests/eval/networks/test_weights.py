@@ -63,7 +63,7 @@ def test_missing_weights_say_what_to_do(places):
         "--extractor inception:/path", weights.VARIABLE, "--extractor tiny", "https://",
     ):  # fmt: skip
         assert part in text
-    assert caught.value.exit_code == 3 and isinstance(caught.value, DiffAccelError)
+    assert caught.value.exit_code == 6 and isinstance(caught.value, DiffAccelError)
     with pytest.raises(weights.MissingWeights, match="PSNR and SSIM need no weights"):
         weights.find("alexnet-owt-7be5be79.pth")
 

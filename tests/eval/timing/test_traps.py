@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from diffaccel.eval.timing import turns as timing
-from diffaccel.runs import profile as meter
+from diffaccel.runs import profile
 from diffaccel.runs import variant as variants
 from diffaccel.runs.request import Request
 
@@ -43,7 +43,7 @@ def test_warm_up_is_not_timed_and_turns_alternate(pipe, monkeypatch):
 def test_every_variant_is_timed_from_prompt_to_picture(pipe):
     found = timing.take_turns(pipe, REQUEST, [variants.parse(word) for word in WORDS], turns=2, warm_up=1)
     for entry in found["variants"]:
-        assert set(entry["parts"]) == set(meter.PARTS) and all(seconds > 0 for seconds in entry["parts"].values())
+        assert set(entry["parts"]) == set(profile.PARTS) and all(seconds > 0 for seconds in entry["parts"].values())
         assert min(entry["seconds"]) >= sum(entry["parts"].values()) / 2  # parts are medians of the same calls
     assert found["images_a_call"] == 2
 
@@ -64,13 +64,13 @@ def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
-    clock = meter._Clock(torch.device("cuda"))
+    clock = profile._Clock(torch.device("cuda"))
     start, end = clock.now(), clock.now()
     assert clock.between(start, end) == 1.5 and said == ["recorded"] * 2
     pipe = tiny.make("flux")
     monkeypatch.setattr(type(pipe), "device", torch.device("cuda"))
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: said.append("read") or 0.0)
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: said.append("read") or 0.0)
     said.clear()
-    with meter.measure(pipe):
+    with profile.measure(pipe):
         pass
     assert said == ["read", "waited", "read"]

@@ -173,7 +173,7 @@ def test_missing_weights_pass_through(tmp_path: Path, monkeypatch):
     for spec in (f"clip:{tmp_path}", f"0.5*clip:small:{tmp_path / 'none.safetensors'} + compress"):
         with pytest.raises(weights.MissingWeights) as caught:
             resolve(spec, device="cpu")
-        assert caught.value.exit_code == 3
+        assert caught.value.exit_code == 6
     (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(DiffAccelError, match=r"holds no open_clip_config\.json"):
         resolve(f"clip:{tmp_path}", device="cpu")

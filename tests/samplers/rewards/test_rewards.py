@@ -104,7 +104,7 @@ def test_what_a_function_raises_is_told_by_the_rewards_name():
 
     with pytest.raises(weights.MissingWeights, match=r"^not here$") as through:
         resolve(missing, device="cpu")(images(), PROMPTS)
-    assert through.value.exit_code == 3
+    assert through.value.exit_code == 6
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_published_scorers_are_rewards_on_rounded_pictures(name, monkeypatch):
 def test_missing_weights_of_published_scorers_pass_through(name, tmp_path):
     with pytest.raises(weights.MissingWeights) as caught:
         resolve(f"compress + {name}:{tmp_path}", device="cpu")
-    assert caught.value.exit_code == 3 and str(tmp_path) in str(caught.value)
+    assert caught.value.exit_code == 6 and str(tmp_path) in str(caught.value)
 
 
 def test_every_published_scorer_is_a_reward():

@@ -157,7 +157,7 @@ def test_a_vqa_reward_may_be_a_term(folder):
 def test_folders_that_hold_no_such_model_are_refused(tmp_path):
     with pytest.raises(weights.MissingWeights, match=r"config\.json") as caught:
         resolve(f"vqa:{tmp_path}", device="cpu")
-    assert caught.value.exit_code == 3
+    assert caught.value.exit_code == 6
     with pytest.raises(weights.MissingWeights):
         resolve(f"vqa:{tmp_path / 'nothing'}", device="cpu")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
