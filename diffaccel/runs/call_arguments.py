@@ -11,7 +11,7 @@ import inspect
 from typing import Any, Literal
 
 from diffaccel import zoo
-from diffaccel.errors import DiffAccelError, size_text
+from diffaccel.errors import DiffAccelError
 from diffaccel.families import find, network
 from diffaccel.runs.request import Request
 
@@ -123,17 +123,8 @@ def _video_arguments(pipe: Any, request: Request, accepted: dict[str, Any]) -> d
 def check_size(pipe: Any, arguments: dict[str, Any]) -> None:
     """Raise for a picture size that the stock pipeline would round without saying so."""
     family = find(pipe)
-    if family is None:
-        return
-    height, width = family.size(pipe, arguments)
-    step = family.multiple(pipe)
-    if height % step or width % step or min(height, width) <= 0:
-        nearest = [max(step, round(side / step) * step) for side in (height, width)]
-        raise DiffAccelError(
-            f"The size {size_text(height, width)} (width x height) does not fit {type(pipe).__name__}: both sides "
-            f"must be multiples of {step}. The nearest valid size is {size_text(*nearest)}."
-        )
-    family.check_size(pipe, height, width)
+    if family is not None:
+        family.check_size(pipe, *family.size(pipe, arguments))
 
 
 def check_frames(pipe: Any, frames: int) -> None:
