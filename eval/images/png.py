@@ -18,6 +18,7 @@ _END = b"\0\0\0\0IEND\xaeB`\x82"
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # samples of a pixel by colour type
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # Adam7
 _LAST_FILTER = 4
+_MAX_PIXELS = 178_956_970  # Pillow refuses larger pictures as decompression bombs, before it inflates them
 _STORED = 65535  # largest stored block of a deflate stream
 
 
@@ -61,7 +62,7 @@ def _rows(data: Data) -> list[tuple[int, int]] | None:
     if data[:16] != SIGNATURE + b"\0\0\0\rIHDR" or len(data) < _HEADER_END:
         return None
     width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
-    if colour not in _SAMPLES or bits not in (1, 2, 4, 8) or not width * height:
+    if colour not in _SAMPLES or bits not in (1, 2, 4, 8) or not 0 < width * height <= _MAX_PIXELS:
         return None
     rows = []
     for left, top, across, down in _PASSES if interlaced else ((0, 0, 1, 1),):

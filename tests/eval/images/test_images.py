@@ -20,7 +20,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.images import decode, prefetch
+from diffaccel.eval.images import decode, png, prefetch
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.images.source import Source, to_uint8
@@ -444,3 +444,15 @@ def test_an_error_in_a_process_is_the_error_itself(tmp_path):
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:900])
     with pytest.raises(DiffAccelError, match=r"^The image '1\.png' cannot be read"):
         list(source.batches(processes=1))
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_inflated(monkeypatch):
+    """Two kilobytes may stand for gigabytes of rows: Pillow's limit comes first."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+    monkeypatch.setattr(png.zlib, "decompressobj", lambda: pytest.fail("its rows were inflated"))
+    with pytest.raises(DiffAccelError, match="decompression bomb"):
+        decode.decode(data, "bomb.png")
