@@ -7,10 +7,12 @@ writes ``work/clip_a`` and ``work/clip_b`` (open_clip folders), ``work/text_enco
 The judge's image tower needs timm beside open_clip.
 
 Contrastive training alone learns bags of coloured parts: "A left of B" and "B left of A" get equal features, and so do
-a picture and its shuffled pieces. So each scene adds a false caption (objects, colours, style, number or label changed;
-see captions.contradiction) to the texts, and some add their picture with shuffled patches, or with the two things of a
-pair exchanged, to the images. Each scene is also compared with its own false twins, across and within the towers. A and
-B differ in image tower, in captions, and in the scenes of their training.
+a picture and its shuffled pieces; a blurred picture has the features of a sharp one; and a label's style is learned by
+heart, so that a style in which it was never seen is not recognised. So each scene adds a false caption (objects,
+colours, style, number or label changed; see captions.contradiction) to the texts, and some add their picture to the
+images, damaged (damage.py). Each scene is also compared with its own false twins, across and within the towers, and its
+style with the two others, named with any label. A and B differ in image tower, in captions, and in the scenes of their
+training.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import save_weights
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
-from scripts.zoo.emoji import clip_eval, clip_export, heldout, recipe, tokenizers, world
+from scripts.zoo.emoji import captions, clip_eval, clip_export, damage, heldout, recipe, tokenizers, world
 from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
 from scripts.zoo.emoji.scenes import KINDS, Scenes, build
 
@@ -69,12 +71,6 @@ def tokenize(tokenizer, texts: Sequence[str], length: int) -> torch.Tensor:
     """Encode texts to ids (n, length) int32, padded with EOS as by open_clip's tokenizer."""
     encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
     return torch.from_numpy(encoded["input_ids"]).to(torch.int32)
-
-
-def exchange_halves(images: torch.Tensor, stacked: torch.Tensor) -> torch.Tensor:
-    """Exchange the two things of pairs exactly: images (B, 3, s, s), ``stacked`` (B,) bool."""
-    half = images.shape[-1] // 2
-    return torch.where(stacked[:, None, None, None], images.roll(half, 2), images.roll(half, 3))
 
 
 def augment(images: torch.Tensor, clip: ClipRecipe, generator: torch.Generator) -> torch.Tensor:
@@ -117,6 +113,25 @@ class Data:
         self.stacked = torch.tensor([row.stacked for row in scenes.rows], device=device)
         single = torch.tensor([kind in ("single", "colour") for kind in KINDS], device=device)
         self.may_damage = single[scenes.kind] | self.related
+        self.style = scenes.world.icon_style.to(device)[scenes.placed.icon[:, 0]]
+        self.styled = self._styled_tokens(tokenizer, shared).to(device)
+
+    def _styled_tokens(self, tokenizer, shared: Recipe) -> torch.Tensor:
+        """Encode each label in each style and template, (labels x templates, styles, length).
+
+        Only labels that training shows in every style: of another, its missing style would always be the false one.
+        """
+        shown = self.scenes.world.training.view(len(self.scenes.world.styles), -1).all(0).tolist()
+        labels = [label for label, every in zip(self.scenes.world.labels, shown, strict=True) if every]
+        templates = [template for template, _ in captions.TEMPLATES if "{s}" in template]
+        texts = [
+            template.format(x=label, s=style)
+            for label in labels
+            for template in templates
+            for style in self.scenes.world.styles
+        ]
+        tokens = tokenize(tokenizer, texts, shared.context)
+        return tokens.view(len(labels) * len(templates), len(self.scenes.world.styles), -1)
 
     def batch(self, size: int, generator: torch.Generator) -> torch.Tensor:
         """Draw indices of scenes, those that may be damaged first."""
@@ -125,8 +140,8 @@ class Data:
 
     def damage(self, images: torch.Tensor, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Damage pictures of scenes ``index`` so that their captions are false."""
-        exchanged = exchange_halves(images, self.stacked[index])
-        shuffled = clip_eval.shuffle_patches(images, generator)
+        exchanged = damage.exchange_halves(images, self.stacked[index])
+        shuffled = damage.shuffle_patches(images, generator)
         return torch.where(self.related[index][:, None, None, None], exchanged, shuffled)
 
 
@@ -139,25 +154,36 @@ def crop(tokens: torch.Tensor) -> torch.Tensor:
 def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Return the loss, contrastive with hard negatives plus that against each scene's own twins, and its metrics."""
     index = data.batch(clip.batch, generator)
+    count, device = len(index), index.device
+
+    def some(share: float) -> torch.Tensor:
+        return torch.randperm(count, generator=generator, device=generator.device)[: round(share * count)].to(device)
+
     images = data.scenes.images(index, data.size)
-    damaged = min(round(clip.damaged * len(index)), int(data.may_damage[index].sum()))
-    images = torch.cat([images, data.damage(images[:damaged], index[:damaged], generator)])
-    twins = torch.randperm(len(index), generator=generator, device=generator.device)
-    twins = twins[: round(clip.contradicted * len(index))].to(index.device)
-    texts = crop(torch.cat([data.tokens[index], data.false[index[twins]]]).long())
-    with torch.autocast(index.device.type, torch.bfloat16, enabled=index.device.type == "cuda"):
-        image = model.encode_image(augment(images, clip, generator))
-        text = clip_export.reference(model, texts)[1] @ model.text_projection  # encode_text takes full length only
+    damaged = min(round(clip.damaged * count), int(data.may_damage[index].sum()))
+    degraded, twins, styled = some(clip.degraded), some(clip.contradicted), some(clip.styled)
+    bad = [data.damage(images[:damaged], index[:damaged], generator), damage.degrade(images[degraded], generator)]
+    margin = (clip.severity * damage.severity(images[degraded], bad[1])).clamp_max(clip.margin)
+    labels = torch.randint(len(data.styled), (len(styled),), generator=generator, device=generator.device).to(device)
+    texts = torch.cat([data.tokens[index], data.false[index[twins]], data.styled[labels].flatten(0, 1)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        image = model.encode_image(augment(torch.cat([images, *bad]), clip, generator))
+        text = clip_export.reference(model, crop(texts).long())[1] @ model.text_projection  # encode_text: full length
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    text, named = text.tensor_split([count + len(twins)])
     scale = model.logit_scale.exp()
-    text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, damaged, len(index), scale)
+    owners = torch.cat([torch.arange(damaged, device=device), degraded])
+    margins = F.pad(margin, (damaged, 0))
+    text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, owners, count, scale, margins)
     contrast = _contrast(image, text, data.content[index], scale)
+    style_loss, style_right = _style(image[styled], named, data.style[index[styled]], scale)
     hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_margin, image_margin) if len(gap))
     return {
-        "loss": contrast + clip.hard_weight * hard,
+        "loss": contrast + clip.hard_weight * (hard + style_loss),
         "contrast": contrast.detach(),
         "false_text": (text_gap > 0).float().mean().detach(),
         "false_image": (image_gap > 0).float().mean().detach(),
+        "style": style_right,
         "order": _order(text_gap, data.related[index[twins]]),
     }
 
@@ -176,21 +202,41 @@ def _contrast(image: torch.Tensor, text: torch.Tensor, content: torch.Tensor, sc
 
 
 def _gaps(
-    image: torch.Tensor, text: torch.Tensor, twins: torch.Tensor, damaged: int, count: int, scale: torch.Tensor
+    image: torch.Tensor,
+    text: torch.Tensor,
+    twins: torch.Tensor,
+    owners: torch.Tensor,
+    count: int,
+    scale: torch.Tensor,
+    margins: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return how much closer true pairs are than a scene and its false caption or damaged picture.
 
     The first two compare across the towers. Order is a product of what both towers say about place, and at the start
     neither says anything: a saddle point. The last two, which ask each tower by itself to separate a true input from
-    its false twin, lead away from it.
+    its false twin, lead away from it. ``owners`` are the scenes of the damaged pictures, ``margins`` the cosines by
+    which these have to be behind, so that more damage costs more.
     """
     match = (image[:count] * text[:count]).sum(1)
     false_text, false_image = text[count:], image[count:]
     text_gap = scale * (match[twins] - (image[twins] * false_text).sum(1))
-    image_gap = scale * (match[:damaged] - (false_image * text[:damaged]).sum(1))
+    image_gap = scale * (match[owners] - margins - (false_image * text[owners]).sum(1))
     text_margin = scale * (match[twins] - (text[twins] * false_text).sum(1))
-    image_margin = scale * (match[:damaged] - (image[:damaged] * false_image).sum(1))
+    image_margin = scale * (match[owners] - margins - (image[owners] * false_image).sum(1))
     return text_gap, image_gap, text_margin, image_margin
+
+
+def _style(
+    image: torch.Tensor, named: torch.Tensor, truth: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell the styles (n,) of pictures (n, d) by texts (n x styles, d); return the loss and the share that is right.
+
+    The texts name any label, so that a style is a fact of its own and not one of the label's.
+    """
+    if not len(image):
+        return image.new_zeros(()), image.new_ones(())
+    logits = scale * (named.unflatten(0, (len(image), -1)) @ image[:, :, None])[..., 0]
+    return F.cross_entropy(logits, truth), (logits.argmax(1) == truth).float().mean().detach()
 
 
 def _order(gap: torch.Tensor, related: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +13,13 @@ from torch import nn
 
 from diffaccel.eval.metrics.frechet import distance_of_features as frechet
 from scripts.zoo.emoji import captions as words
+from scripts.zoo.emoji import damage
 from scripts.zoo.emoji.recipe import Recipe
 from scripts.zoo.emoji.scenes import FILLED, Row, Scenes
 from scripts.zoo.emoji.world import COLOURS, COUNTS, World
 
 _BATCH = 256
-
-
-def shuffle_patches(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cut pictures (B, 3, s, s) into four bands, 2 x 2 or 4 x 4 blocks, and shuffle these."""
-    grids = ((4, 1), (1, 4), (2, 2), (4, 4))
-    choice = torch.randint(len(grids), (1,), generator=generator, device=generator.device).item()
-    rows, columns = grids[choice]
-    b, c, height, width = images.shape
-    blocks = images.reshape(b, c, rows, height // rows, columns, width // columns).permute(0, 2, 4, 1, 3, 5)
-    blocks = blocks.reshape(b, rows * columns, c, height // rows, width // columns)
-    order = torch.rand(b, rows * columns, generator=generator, device=generator.device).argsort(1)
-    # The identity, one order of 24 or of many more, changes nothing: it is rotated by one place.
-    identity = (order == torch.arange(rows * columns, device=order.device)).all(1, keepdim=True)
-    order = torch.where(identity, order.roll(1, 1), order).to(images.device)
-    blocks = blocks.gather(1, order[:, :, None, None, None].expand_as(blocks))
-    blocks = blocks.reshape(b, rows, columns, c, height // rows, width // columns).permute(0, 3, 1, 4, 2, 5)
-    return blocks.reshape(b, c, height, width)
+BLURS = (3, 5, 9, 17)  # widths in pixels of the box blurs that are measured, of pictures of 128
 
 
 class Encoder:
@@ -148,34 +134,42 @@ def labels(encoder: Encoder, world: World) -> dict[str, float]:
     )  # (N, 5) in the icons' order, which is by style and label
     top1, top5 = hits[:, 0].float(), hits.any(1).float()
     seen = world.training.to(encoder.device)
-    by_style = torch.stack([(features * texts[truth]).sum(1) for texts in prompts], 1)
+    named = (torch.stack([(features * texts[truth]).sum(1) for texts in prompts], 1).argmax(1) == style).float()
     return {
         "label_top1_seen": top1[seen].mean().item(),
         "label_top5_seen": top5[seen].mean().item(),
         "label_top1_style": top1[~seen].mean().item(),
         "label_top5_style": top5[~seen].mean().item(),
-        "style_word": (by_style.argmax(1) == style).float().mean().item(),
-        **_damage_distances(encoder, icons, raw),
+        "style_word": named[seen].mean().item(),
+        "style_word_unseen": named[~seen].mean().item(),
+        **_damage_distances(encoder, icons, raw, torch.stack(prompts)[style, truth]),
     }
 
 
-def _damage_distances(encoder: Encoder, icons: Scenes, features: torch.Tensor) -> dict[str, float]:
-    """Return Fréchet distances from one half of the icons to the other half as it is, shuffled and grey."""
+def _damage_distances(encoder: Encoder, icons: Scenes, raw: torch.Tensor, texts: torch.Tensor) -> dict[str, float]:
+    """Measure damage of one half of the icons: Fréchet distances from the other half, and points lost to blur.
 
+    ``raw`` (n, d) are the icons' features, ``texts`` (n, d) those of their captions; points are 100 cosines.
+    """
     generator = torch.Generator(encoder.device).manual_seed(0)
     permutation = torch.randperm(len(icons), generator=torch.Generator().manual_seed(0)).to(encoder.device)
     half, rest = permutation.chunk(2)
-    shuffled = torch.cat(
-        [encoder.images(shuffle_patches(icons.images(index, encoder.size), generator)) for index in rest.split(32)]
-    )
-    grey = torch.cat(
-        [
-            encoder.images(icons.images(index, encoder.size).mean(1, keepdim=True).expand(-1, 3, -1, -1))
-            for index in rest.split(_BATCH)
-        ]
-    )
-    return {
-        "fd_identity": frechet(features[half], features[rest]),
-        "fd_shuffled": frechet(features[half], shuffled),
-        "fd_grey": frechet(features[half], grey),
+
+    def features(change: Callable[[torch.Tensor], torch.Tensor], batch: int = _BATCH) -> torch.Tensor:
+        parts = [encoder.images(change(icons.images(index, encoder.size))) for index in rest.split(batch)]
+        return torch.cat(parts)
+
+    blurred = {width: features(partial(damage.box_blur, width=width)) for width in BLURS}
+    damaged = {
+        "shuffled": features(lambda x: damage.shuffle_patches(x, generator), 32),
+        "bands": features(lambda x: damage.shuffle_patches(x, generator, (4, 1))),
+        "grey": features(lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1)),
+        **{f"blur_{width}": seen for width, seen in blurred.items()},
     }
+    distances = {f"fd_{name}": frechet(raw[half], seen) for name, seen in damaged.items()}
+    points = (F.normalize(raw[rest], dim=-1) * texts[rest]).sum(1)
+    lost = {
+        f"points_lost_blur_{width}": 100 * (points - (F.normalize(seen, dim=-1) * texts[rest]).sum(1)).mean().item()
+        for width, seen in blurred.items()
+    }
+    return {"fd_identity": frechet(raw[half], raw[rest]), **distances, **lost}

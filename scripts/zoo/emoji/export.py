@@ -1,6 +1,7 @@
 """Export a work folder to the packed models of ``diffaccel/zoo``, restore one from them, and split files for transfer.
 
     python -m scripts.zoo.emoji.export --recipe full --work WORK --zoo diffaccel/zoo [--report report.json]
+    python -m scripts.zoo.emoji.export --recipe full --work WORK --zoo OUT --only emoji-clip-judge
     python -m scripts.zoo.emoji.export --receive OUT --zoo diffaccel/zoo
 
 It makes three models: ``emoji-flux`` (a FluxPipeline), ``emoji-clip-reward`` and ``emoji-clip-judge`` (open_clip).
@@ -64,11 +65,20 @@ def export(work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, 
         }
         training = training_state(work / "flow.safetensors")
         _pack(plain, zoo / PIPELINE, card.flux(recipe, counts, training, report or {}))
-        for name, source in CLIPS.items():
-            plain = shutil.copytree(work / source, Path(scratch) / name)
-            metrics = work / f"{source}.json"
-            quality = json.loads(metrics.read_text()) if metrics.is_file() else {}
-            _pack(plain, zoo / name, card.clip(name, recipe, report or {}, quality))
+    for name in CLIPS:
+        export_clip(name, work, recipe, zoo, report)
+
+
+def export_clip(
+    name: str, work: Path, recipe: recipe_flow.Recipe, zoo: Path, report: dict[str, Any] | None = None
+) -> None:
+    """Pack one CLIP of a work folder into ``zoo/<name>``."""
+    source = CLIPS[name]
+    metrics = work / f"{source}.json"
+    quality = json.loads(metrics.read_text()) if metrics.is_file() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = shutil.copytree(work / source, Path(scratch) / name)
+        _pack(plain, zoo / name, card.clip(name, recipe, report or {}, quality))
 
 
 def _pack(plain: Path, out: Path, facts: dict[str, Any]) -> None:
@@ -194,12 +204,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--zoo", type=Path, default=Path("diffaccel/zoo"))
     parser.add_argument("--report", type=Path, help="what score.py measured")
+    parser.add_argument("--only", choices=sorted(CLIPS), help="export this CLIP alone")
     parser.add_argument("--receive", type=Path, help="folder with the zoo.tar parts that a job returned")
     options = parser.parse_args()
     if options.receive:
         receive(options.receive, options.zoo)
     elif options.work:
         report = json.loads(options.report.read_text()) if options.report else None
+        if options.only:
+            export_clip(options.only, options.work, recipe_flow.get(options.recipe), options.zoo, report)
+            return
         export(options.work, recipe_flow.get(options.recipe), options.zoo, report)
     else:
         parser.error("give --work to export from, or --receive")

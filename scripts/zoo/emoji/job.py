@@ -46,6 +46,8 @@ class Job:
             export.restore(options.resume, self.work)
             for name in options.reopen:
                 clip.reopen(name, self.work)
+            for name in options.renew:
+                shutil.rmtree(self.work / name)
         self.work.mkdir(parents=True, exist_ok=True)
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -179,6 +181,9 @@ def main() -> None:
         nargs="*",
         default=(),
         help="with --resume: CLIPs that go on training, up to their recipe's seconds",
+    )
+    parser.add_argument(
+        "--renew", choices=clip.NAMES, nargs="*", default=(), help="with --resume: CLIPs that are trained from nothing"
     )
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)

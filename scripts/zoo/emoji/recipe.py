@@ -36,7 +36,11 @@ class ClipRecipe:
     warmup: int = 100
     ema: float = 0.998
     contradicted: float = 1.0  # share of a batch that adds a false caption
-    damaged: float = 0.25  # share of a batch that adds a damaged picture, of which its caption is false
+    damaged: float = 0.25  # share of a batch that adds its picture shuffled or exchanged, of which its caption is false
+    degraded: float = 0.0  # share that adds its picture blurred, sharpened or noisy
+    severity: float = 0.5  # cosine that a degraded picture has to lose, as a share of damage.severity
+    margin: float = 0.3  # that loss at most
+    styled: float = 0.0  # share whose style is told from the two others
     hard_weight: float = 0.5  # weight of the losses of each scene against its own false caption and damaged picture
     # Maximum of the random augmentations: rotation in degrees, scale, translation in pixels, share of ink.
     turn: float = 12.0
@@ -86,13 +90,15 @@ FULL = Recipe(
             "image_size": 128,
         },
         text_width=192,
-        text_layers=3,
+        text_layers=2,
         text_heads=4,
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=305,
+        seconds=420,
         caption=1,
+        degraded=0.25,
+        styled=0.25,
     ),
 )
 
@@ -136,6 +142,8 @@ CPU = Recipe(
         shift=3.0,
         warmup=50,
         contradicted=0.5,
+        degraded=0.25,
+        styled=0.25,
     ),
 )
 

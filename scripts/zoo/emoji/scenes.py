@@ -119,21 +119,30 @@ class Scenes:
         return [words.caption(self.facts(i), rng, related=True, plain=True) for i in range(len(self))]
 
     def contradictions(self, k: int) -> list[str]:
-        """Return caption k of each scene with one fact changed (captions.contradiction)."""
+        """Return caption k of each scene with one fact changed (captions.contradiction).
+
+        A label is never named with the style in which training withholds it: it would be false in every picture.
+        """
         members: dict[str, list[str]] = {}
         for label, group in zip(self.world.labels, self.world.group, strict=True):
             members.setdefault(group, []).append(label)
         group_of = dict(zip(self.world.labels, self.world.group, strict=True))
+        shown = self.world.styles_shown
         texts = []
         for i, related in enumerate(self.related(k)):
             facts = self.facts(i)
+            styles = [style for style in self.world.styles if all(style in shown[label] for label in facts.labels)]
             texts.append(
                 words.contradiction(
                     facts,
                     self._seed(k, i),
                     random.Random(f"{self._seed(k, i)}:false"),
-                    others=[label for label in members[group_of[facts.labels[0]]] if label not in facts.labels],
-                    styles=self.world.styles,
+                    others=[
+                        label
+                        for label in members[group_of[facts.labels[0]]]
+                        if label not in facts.labels and facts.style in shown[label]
+                    ],
+                    styles=styles if len(styles) > 1 else self.world.styles,
                     tags=self._tags_of(k, self.rows[i]),
                     related=related,
                 )

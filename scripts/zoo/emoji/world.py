@@ -88,6 +88,15 @@ class World:
         return torch.tensor([withheld[i] != s for i, s in zip(self.icon_label, self.icon_style, strict=True)])
 
     @cached_property
+    def styles_shown(self) -> dict[str, tuple[str, ...]]:
+        """Styles in which training shows each label."""
+        withheld = {label: withheld_style(label) for label in self.labels}
+        return {
+            label: tuple(style for number, style in enumerate(self.styles) if number != missing)
+            for label, missing in withheld.items()
+        }
+
+    @cached_property
     def recolourable(self) -> torch.Tensor:
         """(L,) bool: labels that do not name a colour themselves."""
         return torch.tensor([not names_a_colour(label) for label in self.labels])

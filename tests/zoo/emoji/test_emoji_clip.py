@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.zoo.emoji import captions as words
-from scripts.zoo.emoji import clip, clip_eval, clip_export, heldout, recipe, tokenizers
+from scripts.zoo.emoji import clip, clip_eval, clip_export, damage, heldout, recipe, tokenizers
 from scripts.zoo.emoji.scenes import Row, Scenes, build
 from scripts.zoo.emoji.world import bucket
 
@@ -62,7 +62,7 @@ def work(scenes, shared, tmp_path_factory):
 def test_shuffling_moves_every_patch_somewhere_and_loses_none():
     images = torch.rand(6, 3, 64, 64)
     for seed in range(8):
-        shuffled = clip_eval.shuffle_patches(images, torch.Generator().manual_seed(seed))
+        shuffled = damage.shuffle_patches(images, torch.Generator().manual_seed(seed))
         assert torch.equal(shuffled.flatten(2).sort().values, images.flatten(2).sort().values)
         assert all(not torch.equal(one, other) for one, other in zip(images, shuffled, strict=True))
 
@@ -74,7 +74,7 @@ def test_exchanged_halves_are_the_scene_with_its_two_things_exchanged(world):
     for icons in ((0, 5), (5, 0)):
         rows += [Row("pair", icons, (-1, -1), two), Row("pair", icons, (-1, -1), above, True)]
     images = Scenes(world, rows, seed=0, device="cpu").images(torch.arange(4))
-    exchanged = clip.exchange_halves(images[:2], torch.tensor([False, True]))
+    exchanged = damage.exchange_halves(images[:2], torch.tensor([False, True]))
     assert torch.allclose(exchanged, images[2:], atol=1e-5)
 
 
