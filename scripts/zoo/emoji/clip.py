@@ -215,14 +215,14 @@ def _gaps(
     The first two compare across the towers. Order is a product of what both towers say about place, and at the start
     neither says anything: a saddle point. The last two, which ask each tower by itself to separate a true input from
     its false twin, lead away from it. ``owners`` are the scenes of the damaged pictures, ``margins`` the cosines by
-    which these have to be behind, so that more damage costs more.
+    which these have to be behind the true ones at the caption, so that more damage costs more.
     """
     match = (image[:count] * text[:count]).sum(1)
     false_text, false_image = text[count:], image[count:]
     text_gap = scale * (match[twins] - (image[twins] * false_text).sum(1))
     image_gap = scale * (match[owners] - margins - (false_image * text[owners]).sum(1))
     text_margin = scale * (match[twins] - (text[twins] * false_text).sum(1))
-    image_margin = scale * (match[owners] - margins - (image[owners] * false_image).sum(1))
+    image_margin = scale * (match[owners] - (image[owners] * false_image).sum(1))
     return text_gap, image_gap, text_margin, image_margin
 
 

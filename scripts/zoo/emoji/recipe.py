@@ -38,8 +38,8 @@ class ClipRecipe:
     contradicted: float = 1.0  # share of a batch that adds a false caption
     damaged: float = 0.25  # share of a batch that adds its picture shuffled or exchanged, of which its caption is false
     degraded: float = 0.0  # share that adds its picture blurred, sharpened or noisy
-    severity: float = 0.5  # cosine that a degraded picture has to lose, as a share of damage.severity
-    margin: float = 0.3  # that loss at most
+    severity: float = 0.12  # cosine that a degraded picture has to lose, as a share of damage.severity
+    margin: float = 0.1  # that loss at most
     styled: float = 0.0  # share whose style is told from the two others
     hard_weight: float = 0.5  # weight of the losses of each scene against its own false caption and damaged picture
     # Maximum of the random augmentations: rotation in degrees, scale, translation in pixels, share of ink.
@@ -95,9 +95,9 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=420,
+        seconds=430,
         caption=1,
-        degraded=0.25,
+        degraded=0.125,
         styled=0.25,
     ),
 )
@@ -142,7 +142,7 @@ CPU = Recipe(
         shift=3.0,
         warmup=50,
         contradicted=0.5,
-        degraded=0.25,
+        degraded=0.125,
         styled=0.25,
     ),
 )
