@@ -123,6 +123,7 @@ class Data:
         """
         shown = self.scenes.world.training.view(len(self.scenes.world.styles), -1).all(0).tolist()
         labels = [label for label, every in zip(self.scenes.world.labels, shown, strict=True) if every]
+        labels += ["emoji"] * (len(labels) // 8)  # the style alone
         templates = [template for template, _ in captions.TEMPLATES if "{s}" in template]
         texts = [
             template.format(x=label, s=style)
@@ -162,28 +163,30 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     images = data.scenes.images(index, data.size)
     damaged = min(round(clip.damaged * count), int(data.may_damage[index].sum()))
     degraded, twins, styled = some(clip.degraded), some(clip.contradicted), some(clip.styled)
-    bad = [data.damage(images[:damaged], index[:damaged], generator), damage.degrade(images[degraded], generator)]
-    margin = (clip.severity * damage.severity(images[degraded], bad[1])).clamp_max(clip.margin)
+    bad = data.damage(images[:damaged], index[:damaged], generator)
+    worse = damage.degrade(images[degraded], generator)
+    cost = (clip.cost * (damage.severity(images[degraded], worse) - 0.1)).clamp(0, 0.4)
     labels = torch.randint(len(data.styled), (len(styled),), generator=generator, device=generator.device).to(device)
     texts = torch.cat([data.tokens[index], data.false[index[twins]], data.styled[labels].flatten(0, 1)])
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        image = model.encode_image(augment(torch.cat([images, *bad]), clip, generator))
+        image = model.encode_image(augment(torch.cat([images, bad, worse]), clip, generator))
         text = clip_export.reference(model, crop(texts).long())[1] @ model.text_projection  # encode_text: full length
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
     text, named = text.tensor_split([count + len(twins)])
+    image, worse = image.tensor_split([count + damaged])
     scale = model.logit_scale.exp()
-    owners = torch.cat([torch.arange(damaged, device=device), degraded])
-    margins = F.pad(margin, (damaged, 0))
-    text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, owners, count, scale, margins)
+    text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, damaged, count, scale)
     contrast = _contrast(image, text, data.content[index], scale)
+    graded = _graded(image[degraded], worse, text[degraded], cost)
     style_loss, style_right = _style(image[styled], named, data.style[index[styled]], scale)
     hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_margin, image_margin) if len(gap))
     return {
-        "loss": contrast + clip.hard_weight * (hard + style_loss),
+        "loss": contrast + clip.hard_weight * (hard + graded) + clip.style_weight * style_loss,
         "contrast": contrast.detach(),
         "false_text": (text_gap > 0).float().mean().detach(),
         "false_image": (image_gap > 0).float().mean().detach(),
         "style": style_right,
+        "graded": graded.detach(),
         "order": _order(text_gap, data.related[index[twins]]),
     }
 
@@ -202,28 +205,32 @@ def _contrast(image: torch.Tensor, text: torch.Tensor, content: torch.Tensor, sc
 
 
 def _gaps(
-    image: torch.Tensor,
-    text: torch.Tensor,
-    twins: torch.Tensor,
-    owners: torch.Tensor,
-    count: int,
-    scale: torch.Tensor,
-    margins: torch.Tensor,
+    image: torch.Tensor, text: torch.Tensor, twins: torch.Tensor, damaged: int, count: int, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return how much closer true pairs are than a scene and its false caption or damaged picture.
 
     The first two compare across the towers. Order is a product of what both towers say about place, and at the start
     neither says anything: a saddle point. The last two, which ask each tower by itself to separate a true input from
-    its false twin, lead away from it. ``owners`` are the scenes of the damaged pictures, ``margins`` the cosines by
-    which these have to be behind the true ones at the caption, so that more damage costs more.
+    its false twin, lead away from it.
     """
     match = (image[:count] * text[:count]).sum(1)
     false_text, false_image = text[count:], image[count:]
     text_gap = scale * (match[twins] - (image[twins] * false_text).sum(1))
-    image_gap = scale * (match[owners] - margins - (false_image * text[owners]).sum(1))
+    image_gap = scale * (match[:damaged] - (false_image * text[:damaged]).sum(1))
     text_margin = scale * (match[twins] - (text[twins] * false_text).sum(1))
-    image_margin = scale * (match[owners] - (image[owners] * false_image).sum(1))
+    image_margin = scale * (match[:damaged] - (image[:damaged] * false_image).sum(1))
     return text_gap, image_gap, text_margin, image_margin
+
+
+def _graded(image: torch.Tensor, worse: torch.Tensor, text: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """Ask that worse pictures (n, d) lose ``cost`` (n,) of the cosine to the caption, no less and no more.
+
+    As negatives like the others they would lose all of it, and the judge would look at nothing but sharpness.
+    """
+    if not len(cost):
+        return cost.new_zeros(())
+    points = 100 * ((image * text).sum(1).detach() - cost - (worse * text).sum(1))
+    return 0.2 * F.smooth_l1_loss(points, torch.zeros_like(points))
 
 
 def _style(

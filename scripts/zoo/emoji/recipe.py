@@ -38,9 +38,9 @@ class ClipRecipe:
     contradicted: float = 1.0  # share of a batch that adds a false caption
     damaged: float = 0.25  # share of a batch that adds its picture shuffled or exchanged, of which its caption is false
     degraded: float = 0.0  # share that adds its picture blurred, sharpened or noisy
-    severity: float = 0.12  # cosine that a degraded picture has to lose, as a share of damage.severity
-    margin: float = 0.1  # that loss at most
+    cost: float = 0.6  # cosine that these lose, as a share of damage.severity beyond 0.1
     styled: float = 0.0  # share whose style is told from the two others
+    style_weight: float = 1.0  # weight of that loss
     hard_weight: float = 0.5  # weight of the losses of each scene against its own false caption and damaged picture
     # Maximum of the random augmentations: rotation in degrees, scale, translation in pixels, share of ink.
     turn: float = 12.0
@@ -95,10 +95,10 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=430,
+        seconds=740,
         caption=1,
         degraded=0.125,
-        styled=0.25,
+        styled=0.5,
     ),
 )
 
