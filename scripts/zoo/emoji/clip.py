@@ -35,7 +35,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import save_weights
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
-from scripts.zoo.emoji import captions, clip_eval, clip_export, damage, heldout, recipe, tokenizers, world
+from scripts.zoo.emoji import captions, clip_eval, clip_export, damage, heldout, recipe, tokenizers, views, world
 from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
 from scripts.zoo.emoji.scenes import KINDS, Scenes, build
 
@@ -71,26 +71,6 @@ def tokenize(tokenizer, texts: Sequence[str], length: int) -> torch.Tensor:
     """Encode texts to ids (n, length) int32, padded with EOS as by open_clip's tokenizer."""
     encoded = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
     return torch.from_numpy(encoded["input_ids"]).to(torch.int32)
-
-
-def augment(images: torch.Tensor, clip: ClipRecipe, generator: torch.Generator) -> torch.Tensor:
-    """Rotate, scale and move each picture a little on white, make it paler or stronger, and add a little noise.
-
-    The world has three drawings of a thing, and features must generalise to a fourth. A quarter of the pictures get the
-    noise only, since the model is used on unchanged pictures.
-    """
-    count, size, device = len(images), images.shape[-1], images.device
-    u = torch.rand(6, count, generator=generator, device=generator.device).to(device)
-    amount = (u[5] < 0.75) * (2 * u[:5] - 1)  # in [-1, 1], and 0 where the picture stays
-    angle, scale = amount[0] * math.radians(clip.turn), clip.zoom ** amount[1]
-    shift = amount[2:4] * 2 * clip.shift / size
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    theta = torch.stack([torch.stack([cos, -sin, shift[0]], 1), torch.stack([sin, cos, shift[1]], 1)], 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    ink = F.grid_sample(1 - images, grid, align_corners=False)  # white is 0, also beyond the border
-    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(device)
-    ink = (ink * (1 + clip.fade * amount[4])[:, None, None, None]).clamp(0, 2)
-    return 1 - ink + 0.02 * noise
 
 
 class Data:
@@ -169,16 +149,17 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     labels = torch.randint(len(data.styled), (len(styled),), generator=generator, device=generator.device).to(device)
     texts = torch.cat([data.tokens[index], data.false[index[twins]], data.styled[labels].flatten(0, 1)])
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        image = model.encode_image(augment(torch.cat([images, bad, worse]), clip, generator))
+        seen = views.augment(torch.cat([images, bad, worse]), clip, generator)
+        image = model.encode_image(torch.cat([seen, views.close_up(images[styled], generator)]))
         text = clip_export.reference(model, crop(texts).long())[1] @ model.text_projection  # encode_text: full length
     image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
     text, named = text.tensor_split([count + len(twins)])
-    image, worse = image.tensor_split([count + damaged])
+    image, worse, close = image.tensor_split([count + damaged, count + damaged + len(degraded)])
     scale = model.logit_scale.exp()
     text_gap, image_gap, text_margin, image_margin = _gaps(image, text, twins, damaged, count, scale)
     contrast = _contrast(image, text, data.content[index], scale)
     graded = _graded(image[degraded], worse, text[degraded], cost)
-    style_loss, style_right = _style(image[styled], named, data.style[index[styled]], scale)
+    style_loss, style_right = _style(close, named, data.style[index[styled]], scale)
     hard = sum(F.softplus(-gap).mean() for gap in (text_gap, image_gap, text_margin, image_margin) if len(gap))
     return {
         "loss": contrast + clip.hard_weight * (hard + graded) + clip.style_weight * style_loss,

@@ -39,7 +39,7 @@ class ClipRecipe:
     damaged: float = 0.25  # share of a batch that adds its picture shuffled or exchanged, of which its caption is false
     degraded: float = 0.0  # share that adds its picture blurred, sharpened or noisy
     cost: float = 0.6  # cosine that these lose, as a share of damage.severity beyond 0.1
-    styled: float = 0.0  # share whose style is told from the two others
+    styled: float = 0.0  # share that adds a close-up, whose style is told from the two others
     style_weight: float = 1.0  # weight of that loss
     hard_weight: float = 0.5  # weight of the losses of each scene against its own false caption and damaged picture
     # Maximum of the random augmentations: rotation in degrees, scale, translation in pixels, share of ink.
@@ -95,10 +95,10 @@ FULL = Recipe(
         embed_dim=192,
         batch=1024,
         lr=1e-3,
-        seconds=740,
+        seconds=1020,
         caption=1,
         degraded=0.125,
-        styled=0.5,
+        styled=0.375,
     ),
 )
 

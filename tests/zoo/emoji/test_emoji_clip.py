@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.zoo.emoji import captions as words
-from scripts.zoo.emoji import clip, clip_eval, clip_export, damage, heldout, recipe, tokenizers
+from scripts.zoo.emoji import clip, clip_eval, clip_export, damage, heldout, recipe, tokenizers, views
 from scripts.zoo.emoji.scenes import Row, Scenes, build
 from scripts.zoo.emoji.world import bucket
 
@@ -81,13 +81,13 @@ def test_exchanged_halves_are_the_scene_with_its_two_things_exchanged(world):
 def test_augmentation_keeps_what_it_must(shared):
     images = torch.rand(64, 3, 64, 64) * 2 - 1
     plain = dataclasses.replace(shared.clip_a, turn=0.0, zoom=1.0, shift=0.0, fade=0.0)
-    unchanged = clip.augment(images, plain, torch.Generator().manual_seed(0))
+    unchanged = views.augment(images, plain, torch.Generator().manual_seed(0))
     noise = unchanged - images
     assert noise.abs().max() < 0.15 and abs(noise.std().item() - 0.02) < 1e-3
     # White stays white beyond the borders, and a quarter of the pictures stays as it was.
-    white = clip.augment(torch.ones_like(images), shared.clip_a, torch.Generator().manual_seed(0))
+    white = views.augment(torch.ones_like(images), shared.clip_a, torch.Generator().manual_seed(0))
     assert (white - 1).abs().max() < 0.15
-    changed = clip.augment(images, shared.clip_a, torch.Generator().manual_seed(0))
+    changed = views.augment(images, shared.clip_a, torch.Generator().manual_seed(0))
     same = ((changed - images).abs().amax((1, 2, 3)) < 0.15).float().mean()
     assert 0.05 < same < 0.5
 
@@ -97,7 +97,7 @@ def test_a_picture_moves_by_whole_pixels_and_turns_by_degrees(shared):
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     disc = 1 - 2 * (((x - 31.5) ** 2 + (y - 31.5) ** 2) < 100).float()
     only_shift = dataclasses.replace(shared.clip_a, turn=180.0, zoom=1.0, shift=8.0, fade=0.0)
-    ink = 1 - clip.augment(disc.expand(200, 3, 64, 64), only_shift, torch.Generator().manual_seed(0))
+    ink = 1 - views.augment(disc.expand(200, 3, 64, 64), only_shift, torch.Generator().manual_seed(0))
     centre = torch.stack([(ink[:, 0] * c).sum((1, 2)) / ink[:, 0].sum((1, 2)) for c in (x, y)], 1)
     away = (centre - 31.5).abs()
     assert away.max() < 8.5 * 2**0.5 and away.max() > 6
