@@ -1,4 +1,4 @@
-"""Views of training pictures (B, 3, s, s) in [-1, 1]: small changes that keep the caption, and close-ups of the style."""
+"""Views of training pictures (B, 3, s, s) in [-1, 1]: small changes that keep the caption, close-ups for the style."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def close_up(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     A style is in lines, shades and palette. Whole icons are learned by heart with their styles, and an icon in a style
     in which it was never seen is then not recognised; a part of one has to be looked at.
     """
+    if not len(images):
+        return images
     u = torch.rand(5, len(images), generator=generator, device=generator.device).to(images.device)
     side = torch.where(u[0] < 0.25, 1.0, 0.3 + 0.7 * u[1])
     x, y = (2 * u[2:4] - 1) * (1 - side)
