@@ -72,7 +72,7 @@ def _noise(x: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _jpeg(x: Tensor, strength: Tensor, generator: torch.Generator) -> Tensor:
-    return jpeg(x / 2 + 0.5, 25 * 0.1**strength) * 2 - 1
+    return (jpeg(x / 2 + 0.5, 25 * 0.1**strength) * 2 - 1).clamp(-1, 1)
 
 
 # Shares of a batch, in order: most of it is blur, which few-step samplers, caches and low resolutions bring.

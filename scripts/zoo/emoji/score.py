@@ -168,9 +168,13 @@ def _row(check: str, target: str, value: float | None, passed: bool | None, **ex
 
 def _judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
     """Return the rows about the judge itself, from the metrics of its training (clip_eval)."""
-    ratio = metrics["fd_shuffled"] / metrics["fd_identity"]
+    floor = metrics["fd_identity"]
     return [
-        _at_least("judge: FD of shuffled over FD of other real pictures", ratio, 5.0),
+        _at_least("judge: FD of shuffled over FD of other real pictures", metrics["fd_shuffled"] / floor, 5.0),
+        _at_least("judge: FD of four shuffled bands over that", metrics["fd_bands"] / floor, 5.0),
+        _at_least("judge: FD of a box blur of 9 pixels over that", metrics["fd_blur_9"] / floor, 3.0),
+        _at_least("judge: points of 100 that this blur costs", metrics["points_lost_blur_9"], 5.0),
+        _at_least("judge: style of real pictures in an unseen style", metrics["style_word_unseen"], 0.80),
         _at_least("judge: order of unseen pairs", metrics["pair_order"], 0.90),
         _at_least("judge: retrieval among unseen scenes, top 1", metrics["retrieval_top1"], 0.85),
     ]

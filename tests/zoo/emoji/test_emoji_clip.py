@@ -1,6 +1,7 @@
 """CLIP training's parts, its measures, and the folders it leaves, with tiny random towers."""
 
 import dataclasses
+import itertools
 import json
 import random
 import shutil
@@ -76,6 +77,65 @@ def test_exchanged_halves_are_the_scene_with_its_two_things_exchanged(world):
     images = Scenes(world, rows, seed=0, device="cpu").images(torch.arange(4))
     exchanged = damage.exchange_halves(images[:2], torch.tensor([False, True]))
     assert torch.allclose(exchanged, images[2:], atol=1e-5)
+
+
+def test_bands_and_blocks_keep_their_rows_and_columns():
+    rows = torch.arange(64.0)[None, None, :, None].expand(5, 3, 64, 64)
+    bands = damage.shuffle_patches(rows, torch.Generator().manual_seed(0), (4, 1))
+    assert torch.equal(bands, bands[..., :1].expand_as(bands))  # a band moves as a whole, across all columns
+    assert torch.equal(bands[:, 0, ::16, 0].sort(1).values, torch.tensor([0.0, 16, 32, 48]).expand(5, 4))
+
+
+def test_a_box_blur_averages_squares_and_more_of_it_is_more_severe():
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    assert torch.allclose(damage.box_blur(images, 5)[..., 10, 7], images[..., 8:13, 5:10].mean((2, 3)), atol=1e-6)
+    assert torch.allclose(damage.box_blur(torch.full_like(images, 0.3), 9), torch.tensor(0.3))
+    severities = [damage.severity(images, damage.box_blur(images, width)) for width in (1, 3, 5, 9)]
+    assert severities[0].max() < 1e-3
+    assert all((more > less).all() for less, more in itertools.pairwise(severities))
+    assert torch.allclose(
+        damage.severity(images, -images + 2 * images.mean((1, 2, 3), keepdim=True)), torch.tensor(2.0)
+    )
+
+
+def test_every_picture_is_degraded_and_stays_in_range():
+    images = (torch.rand(40, 3, 64, 64) > 0.5) * 1.2 - 0.6
+    worse = damage.degrade(images, torch.Generator().manual_seed(0))
+    assert worse.shape == images.shape and worse.abs().max() <= 1.0001
+    assert (damage.severity(images, worse) > 0.05).all()
+    assert damage.degrade(images[:0], torch.Generator()).shape == (0, 3, 64, 64)
+
+
+def test_a_graded_loss_asks_for_its_cost_and_nothing_else():
+    image = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+    lost = torch.linspace(0.0, 0.5, 6)
+    worse = image * (1 - lost)[:, None]  # the cosine to the caption falls by ``lost``
+    assert clip._graded(image, worse, image, lost) < 1e-6
+    assert clip._graded(image, worse, image, lost + 0.1) == pytest.approx(0.2 * (10 - 0.5), rel=1e-3)
+    assert clip._graded(image, worse, image, lost - 0.1) == pytest.approx(0.2 * (10 - 0.5), rel=1e-3)
+
+
+def test_a_close_up_is_a_part_of_the_picture_or_its_mirror_image():
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    images = torch.stack([x, y, torch.ones_like(x)]).expand(64, 3, 64, 64)
+    close = views.close_up(images, torch.Generator().manual_seed(0))
+    width = (close[:, 0, 0, -1] - close[:, 0, 0, 0]) / 2
+    height = (close[:, 1, -1, 0] - close[:, 1, 0, 0]) / 2
+    assert torch.allclose(width.abs(), height, atol=0.03) and height.min() > 0.28
+    assert 16 < (width < 0).sum() < 48 and (height > 0.98).any()
+    assert torch.allclose(close[:, 2], torch.tensor(1.0)) and close.abs().max() <= 1.0001
+
+
+def test_a_missing_style_is_never_told_to_be_false(world):
+    counts = recipe.SceneCounts(variants=1, exact=1, colour=40, pair=60, colour_pair=40, count=30)
+    scenes = build(world, dataclasses.replace(recipe.CPU, scenes=counts), 0, "cpu")
+    shown = world.styles_shown
+    missing = {label: set(world.styles) - set(styles) for label, styles in shown.items()}
+    assert any(missing.values())
+    for i, text in enumerate(scenes.contradictions(1)):
+        for label in scenes.facts(i).labels:
+            if len(scenes.facts(i).labels) == 1 and label in text:
+                assert not any(style in text for style in missing[label]), text
 
 
 def test_augmentation_keeps_what_it_must(shared):
