@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, shortened, unknown
 
 if TYPE_CHECKING:
     from diffaccel.session import Sampling, Session
@@ -53,6 +55,9 @@ class Handle(Protocol):
 class Config:
     """Base of every method's config.
 
+    Fields are checked against their types. Numbers are finite in every field: records are JSON, which has neither
+    infinity nor not-a-number, so a field without a limit takes None or a number that stands for it.
+
     Class attributes:
         name: the registry name, also the prefix of command line options.
         touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
@@ -69,9 +74,11 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
-            if not _fits(value, hints[field.name]):
+            finite = _is_finite(value)
+            if not finite or not _fits(value, hints[field.name]):
+                kind = _describe(hints[field.name]) + ("" if finite else ", and finite")
                 raise DiffAccelError(
-                    f"{type(self).__name__}.{field.name} is {value!r}; it must be {_describe(hints[field.name])}."
+                    f"{type(self).__name__}.{field.name} is {shortened(repr(value), 100)}; it must be {kind}."
                 )
         self.validate()
 
@@ -152,6 +159,15 @@ class ModuleConfig(Protocol):
         """Change the pipeline's network and return the handle that undoes it."""
 
 
+def _is_finite(value: Any) -> bool:
+    """Return whether a value, and all that is in it, is neither infinite nor not-a-number."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_finite, value))
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -169,7 +185,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None:
         return isinstance(value, origin) if isinstance(origin, type) else True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint is None or hint is type(None):

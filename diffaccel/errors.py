@@ -5,9 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LONGEST, _HEAD, _TAIL, _NAME = 2000, 700, 400, 100  # characters of a message, of its kept ends, of a name
+
 
 class DiffAccelError(ValueError):
-    """Bad input or an impossible request; the message names the fix."""
+    """Bad input or an impossible request; the message names the fix.
+
+    A message that echoes a very long value is cut in its middle: it begins with what is wrong, and ends with the fix.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message), _LONGEST, _HEAD, _TAIL))
 
 
 class UnsupportedBySampler(DiffAccelError):
@@ -19,7 +27,15 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> DiffAccelError:
     names = sorted(allowed)
     matches = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     hint = f"Did you mean '{matches[0]}'? " if matches else ""
+    name = shortened(name, _NAME)
     return DiffAccelError(f"Unknown {kind} '{name}'. {hint}Known: {', '.join(names) or 'none'}.")
+
+
+def shortened(text: str, longest: int, head: int = 60, tail: int = 20) -> str:
+    """Return a text as it is, or only its ends when it has more than ``longest`` characters."""
+    if len(text) <= longest:
+        return text
+    return f"{text[:head]} ... ({len(text) - head - tail} more characters) ... {text[-tail:]}"
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -66,8 +66,8 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in UTF-8."""
-    write_bytes(path, text.encode())
+    """Write ``text`` in UTF-8; lone surrogates, such as of a path that is no UTF-8, as escapes that JSON reads back."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

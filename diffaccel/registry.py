@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from diffaccel.config import ORDER
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, first_line, unknown
 
 METHODS = {
     "euler": "diffaccel.samplers.euler:Euler",
@@ -58,8 +58,11 @@ def config_class(name: str) -> type[Any]:
     module, _, attribute = references[name].partition(":")
     try:
         cls = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise DiffAccelError(f"The method '{name}' ({references[name]}) cannot be imported: {error}.") from error
+    except (Exception, SystemExit) as error:  # a plugin's own code runs
+        kind = "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        raise DiffAccelError(
+            f"The method '{name}' ({references[name]}) cannot be imported: {kind}{first_line(error)}."
+        ) from error
     if getattr(cls, "name", None) != name or getattr(cls, "touches", None) not in ORDER:
         raise DiffAccelError(
             f"The method '{name}' ({references[name]}) is no config class of that name. It needs name = '{name}', and "

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +32,8 @@ class Parser(argparse.ArgumentParser):
             argv: the words after the command.
             extra: further option names that an unknown option may be meant to be.
         """
+        if _DESCRIBING.get():
+            raise _ParserReached(self)
         namespace, unparsed = self.parse_known_intermixed_args(argv)
         if unparsed:
             wrong = next((word for word in unparsed if word.startswith("-")), unparsed[0])
@@ -38,9 +41,39 @@ class Parser(argparse.ArgumentParser):
             raise unknown("option", wrong.partition("=")[0], names.union(extra or ()))
         return namespace
 
+    def described_actions(self) -> list[argparse.Action]:
+        """Return the options and positionals that the help describes."""
+        return [action for action in self._actions if action.help != argparse.SUPPRESS]
+
+    def format_help(self) -> str:
+        """Return the help; names of plugins in it may hold control characters."""
+        return printable(super().format_help())
+
     def error(self, message: str) -> NoReturn:
         """Raise argparse's own error as a :class:`DiffAccelError`."""
         raise DiffAccelError(f"{message[:1].upper()}{message[1:]}. See {self.prog} --help.")
+
+
+class _ParserReached(BaseException):
+    """A command that is only described has made its parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+_DESCRIBING: ContextVar[bool] = ContextVar("describing", default=False)
+
+
+def parser_of(command: Callable[[list[str]], int]) -> Parser:
+    """Return the parser of a command, which runs up to its parsing and no further."""
+    token = _DESCRIBING.set(True)
+    try:
+        command([])
+    except _ParserReached as reached:
+        return reached.parser
+    finally:
+        _DESCRIBING.reset(token)
+    raise DiffAccelError(f"The command {command.__module__} parses no options.")
 
 
 def add_model_options(parser: Parser) -> None:

@@ -16,3 +16,7 @@ from diffaccel.samplers.sop import SoP
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = ["RBF", "SMC", "SVDD", "Ancestral", "BoN", "CoDe", "DPMpp2M", "Euler", "Heun", "Scheduler", "SoP"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -159,6 +160,14 @@ def test_every_kind_of_field_survives_json() -> None:
         ({"sizes": (1, "2")}, "Everything.sizes is (1, '2'); it must be tuple[int, ...]."),
         ({"pair": (1.0,)}, "Everything.pair is (1.0,); it must be tuple[float, float]."),
         ({"maybe": "no"}, "Everything.maybe is 'no'; it must be float | None."),
+        ({"share": math.nan}, "Everything.share is nan; it must be float, and finite."),
+        (
+            {"share": 10**400},
+            f"Everything.share is {repr(10**400)[:60]} ... (321 more characters) ... {'0' * 20}; it must be float.",
+        ),
+        ({"maybe": -math.inf}, "Everything.maybe is -inf; it must be float | None, and finite."),
+        ({"pair": (0.0, math.inf)}, "Everything.pair is (0.0, inf); it must be tuple[float, float], and finite."),
+        ({"words": {"a": [math.nan]}}, "Everything.words is {'a': [nan]}; it must be dict[str, Any], and finite."),
         ({"words": []}, "Everything.words is []; it must be dict[str, Any]."),
         ({"pair": (2.0, 1.0)}, "Everything.pair is (2.0, 1.0); the first must not exceed the second."),
     ],
@@ -168,6 +177,17 @@ def test_wrong_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffAccelError) as error:
         dataclasses.replace(FULL, **values)
     assert str(error.value) == message
+
+
+@every_config
+def test_no_number_of_a_method_is_infinite_or_not_a_number(cls: type[Config]) -> None:
+    for field, hint in typing.get_type_hints(cls).items():
+        if hint in (float, float | None):
+            for value in (math.nan, math.inf, -math.inf):
+                with pytest.raises(
+                    DiffAccelError, match=rf"{cls.__name__}\.{field} is -?(nan|inf); it must be .*, and finite"
+                ):
+                    cls(**{field: value})
 
 
 def test_an_integer_is_a_float() -> None:

@@ -148,6 +148,27 @@ def test_a_plugin_that_cannot_be_imported(install: Install, value: str) -> None:
     assert registry.config_class("euler").name == "euler"  # the others still work
 
 
+@pytest.mark.parametrize("source", ["raise RuntimeError('no licence')", "import sys; sys.exit(4)", "1 / 0", "x = = 1"])
+def test_a_plugin_that_fails_when_it_is_imported(
+    install: Install, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    """Its name is told, and commands that do not need it go on."""
+    from diffaccel.cli import main
+
+    install("acme_broken", {"acme-broken\x1b[2J": "acme_broken:Config"}, "acme_broken", source)
+    name = next(name for name in registry.names() if name.startswith("acme"))
+    with pytest.raises(
+        DiffAccelError, match=r"The method 'acme-broken.*' \(acme_broken:Config\) cannot be imported: \w"
+    ):
+        registry.config_class(name)
+    assert main(["list"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", "--help"])
+    assert main(["explain", name]) == 2
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err and "acme-broken\\x1b[2J" in captured.err
+
+
 @pytest.mark.parametrize(
     "source", ["Config = dict", SAMPLER.replace("class Halfway", "class Config")], ids=["dict", "name"]
 )

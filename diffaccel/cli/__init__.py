@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from importlib import import_module
-from typing import Any
 
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, first_line, unknown
 
 # command -> function from its arguments to the exit status, and one line of help
 COMMANDS = {
@@ -20,6 +15,7 @@ COMMANDS = {
     "doctor": ("diffaccel.cli.doctor:run", "what this machine can do, which methods are fast here, and why"),
     "list": ("diffaccel.cli.listing:run_list", "the methods and the embedded models"),
     "explain": ("diffaccel.cli.listing:run_explain", "one method or one model: what it is, its options, an example"),
+    "completion": ("diffaccel.cli.completion:run", "tab completion for bash, zsh or fish"),
 }
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
@@ -33,10 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     received = [INTERRUPTED - 128]
     try:
+        from diffaccel.cli.signals import interrupting
         from diffaccel.terminal import share_cpu
 
         share_cpu()
-        with _signals_interrupt(received):
+        with interrupting(received, _report):
             return _run(argv)
     except KeyboardInterrupt as stop:
         _report(str(stop) or "Stopped.")
@@ -52,33 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DIFFACCEL_DEBUG"):
             raise
-        _report(f"error: {type(error).__name__}: {error} (DIFFACCEL_DEBUG=1 shows where)")
+        _report(f"error: {type(error).__name__}: {first_line(error, 700)} (DIFFACCEL_DEBUG=1 shows where)")
         return FAILED
-
-
-@contextlib.contextmanager
-def _signals_interrupt(received: list[int]) -> Iterator[None]:
-    """Let TERM and HUP interrupt the block as Ctrl-C does, and append their numbers to ``received``.
-
-    Signals that the caller ignores or handles are left alone, as nohup asks. So are those of a launch: a process that
-    waits for others in a collective would not answer, and its launcher has the last word anyway.
-    """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread() or "RANK" in os.environ:
-        numbers = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    for number in numbers:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(argv: list[str]) -> int:
@@ -89,6 +61,7 @@ def _run(argv: list[str]) -> int:
     parser.add_argument("command", nargs="?", metavar="COMMAND", help="one of those below; each has its own --help")
     width = max(map(len, COMMANDS)) + 2
     parser.epilog = "commands:\n" + "\n".join(f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items())
+    parser.epilog += '\n\nto begin with:\n  diffaccel sample "red apple, fluent 3d"\n  diffaccel explain emoji-flux'
     first = next((i for i, word in enumerate(argv) if not word.startswith("-")), len(argv))
     options = parser.parse(argv[: first + 1])
     if options.version:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import registry, terminal, zoo
-from diffaccel.cli import config_source
+from diffaccel.cli import config_source, model_card
 from diffaccel.cli.docstrings import description, documented_arguments, first_sentence
 from diffaccel.errors import unknown
 
@@ -53,13 +53,17 @@ def run_explain(argv: list[str]) -> int:
     if options.name in methods:
         details = explain_method(options.name)
     elif options.name in models:
+        vocabulary = zoo.vocabulary_of(options.name)
         details = {"name": options.name, "kind": "model", "bytes": _bytes(options.name), "card": zoo.card(options.name)}
+        details |= {} if vocabulary is None else {"vocabulary": dataclasses.asdict(vocabulary)}
     else:
         raise unknown("method or model", options.name, [*methods, *models])
     if options.json:
         terminal.write_json(details)
+    elif "options" in details:
+        _write_method(details)
     else:
-        _write_method(details) if "options" in details else _write_model(details)
+        model_card.write(details, vocabulary)
     return 0
 
 
@@ -155,21 +159,3 @@ def list_models() -> list[dict[str, Any]]:
 def _bytes(name: str) -> int:
     folder = Path(zoo.__file__).parent / name
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _write_model(details: dict[str, Any]) -> None:
-    terminal.write(f"{details['name']} (embedded model, {details['bytes'] / 1e6:.1f} MB)\n")
-    terminal.write("\n".join(_lines(details["card"])))
-    if "pipeline" in details["card"]:
-        terminal.write(f'\nExample\n  diffaccel sample "a red apple" --model {details["name"]}')
-
-
-def _lines(values: Any, indent: str = "") -> list[str]:
-    """Return nested JSON as indented lines of text."""
-    pairs = values.items() if isinstance(values, dict) else (("-", value) for value in values)
-    lines = []
-    for key, value in pairs:
-        label = f"{indent}-" if key == "-" else f"{indent}{key}:"
-        nested = isinstance(value, dict | list) and bool(value)
-        lines += [label, *_lines(value, indent + "  ")] if nested else [f"{label} {value}"]
-    return lines

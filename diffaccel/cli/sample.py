@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from diffaccel import registry, terminal, zoo
 from diffaccel.cli import config_source
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.runs.cost import drawn_before
+from diffaccel.runs.folder import check_writable
 from diffaccel.runs.loading import quiet_libraries
 from diffaccel.runs.request import DTYPES, Request
 from diffaccel.runs.variant import parse_fields, parse_size
@@ -16,6 +21,7 @@ _METHOD_OPTION = re.compile(r"--([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)(?:=(.*))?", 
 _EXAMPLES = """examples:
   diffaccel sample "a red apple, fluent 3d" --num 4 --seed 0
   diffaccel sample "a red apple" "two cats" --sampler dpmpp2m --steps 10 --out out/cats
+  diffaccel sample --prompts prompts.txt --batch 8               (one a line; - reads stdin)
   diffaccel sample "a cat walks" --model ./wan --frames 33      (video: one mp4 each)
   diffaccel sample --class goldfish --model ./dit                (and a model that takes neither needs neither)
   accelerate launch --num_processes 2 -m diffaccel sample "a red apple" --num 64    (one process a GPU)
@@ -30,7 +36,8 @@ def make_parser() -> terminal.Parser:
         prog="diffaccel sample", description="Generate images from prompts, or video.", epilog=_EXAMPLES
     )
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; several make --num images each")
+    add("words", nargs="*", metavar="PROMPT", help="what to draw; several make --num images each")
+    add("--prompts", metavar="FILE", help="prompts of a file, one a line, or - for stdin; also jsonl, csv, emoji-1000")
     add("--class", action="append", dest="classes", metavar="C", help="number or name, for a model that draws classes")
     add("--num", type=int, default=1, metavar="N", help="images of each prompt (default 1)")
     add("--seed", type=int, default=0, metavar="S", help="image i of the run uses seed S + i (default 0)")
@@ -65,21 +72,53 @@ def run(argv: list[str]) -> int:
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
     request = Request(
-        prompts=tuple(options.prompts), classes=tuple(options.classes or ()), model=options.model, num=options.num,
+        prompts=_prompts(options), classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
         methods=methods(options.sampler, method_options), steps=options.steps, size=parse_size(options.size),
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip
+    from diffaccel.runs.early_checks import check_early, note_of_unknown_words
+    from diffaccel.runs.generate import OUT, generate_run
+
+    check_writable(options.out or Path(OUT))
+    check_early(request)
+    if (note := note_of_unknown_words(request)) and os.environ.get("RANK", "0") == "0":
+        terminal.write_note(f"note: {note}")
     quiet_libraries(options.json or options.model in zoo.names())
-
-    from diffaccel.runs.generate import generate_run
-
     command = ["diffaccel", "sample", *argv]
     record = generate_run(request, options.out, overwrite=options.overwrite, progress=not options.json, command=command)
     if record["rank"] == 0:
         terminal.write_json(record) if options.json else terminal.write(describe(record))
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the prompts on the command line, or those of ``--prompts``.
+
+    Raises:
+        DiffAccelError: for both, for a prompt that names a file, and for a file that cannot be read.
+    """
+    words = tuple(options.words)
+    if options.prompts is not None:
+        if others := (*words, *(options.classes or ())):
+            raise DiffAccelError(f"Got --prompts '{options.prompts}' and '{others[0]}'. Give one.")
+        from diffaccel.eval.sets import prompts
+
+        return prompts.read(options.prompts).texts
+    if len(words) == 1 and _is_file(words[0]):
+        raise DiffAccelError(
+            f"'{words[0]}' is a file, and would be drawn as these words. To draw the prompts in it: --prompts "
+            f"{words[0]}. To draw the words, put them another way."
+        )
+    return words
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a null character, nobody's home
+        return False
 
 
 def split_method_options(argv: list[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
@@ -131,17 +170,19 @@ def methods(sampler: str | None, options: dict[str, dict[str, str]]) -> tuple[An
 
 
 def describe(record: dict[str, Any]) -> str:
-    """Summarise a run in three lines: its files, its method and NFE, its time."""
+    """Summarise a run in lines: its files, its method and NFE, its time, and what was drawn before."""
     settings, cost, images = record["settings"], record["cost"], record["images"]
     method = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
     files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
-    steps = record["call"]["num_inference_steps"]
+    count = record["call"]["num_inference_steps"]
+    steps = f"{count} step{'s' * (count != 1)}"
     noun = "video" if "frames" in images[0] else "image"
     seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (noun == 'image')} {noun}"
+    before = drawn_before(record, noun)
     return (
         f"{len(images)} {noun}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
-        f"{settings['model']} by {method}: {steps} steps, {cost['nfe']} NFE, {cost['forwards']} rows through the "
-        f"network\n{seconds} on {record['device']['name']} ({settings['dtype']})"
+        f"{settings['model']} by {method}: {steps}, {cost['nfe']} NFE, {cost['forwards']} rows through the "
+        f"network\n{seconds} on {record['device']['name']} ({settings['dtype']})" + (f"\n{before}" if before else "")
     )
 
 

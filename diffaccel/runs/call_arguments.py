@@ -44,10 +44,36 @@ def check_subjects(pipe: Any, request: Request) -> None:
     if source == "text" and request.classes:
         raise DiffAccelError(f"{takes_no} class. Say what to draw as a prompt.")
     if source == "text" and not request.prompts:
-        raise DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
+        raise no_prompt()
     if source == "class" and request.subjects == (None,):
         raise DiffAccelError(
             f"No class was given. {cls.__name__} draws from classes: pass --class with a number or name."
+        )
+
+
+def no_prompt() -> DiffAccelError:
+    """Return the error for a request without a prompt."""
+    return DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
+
+
+def check_settings(pipe: Any, request: Request) -> None:
+    """Raise for a size, frames or a frame rate that the call of a pipeline, or a class of them, does not take.
+
+    Raises:
+        DiffAccelError: also for a pipeline that takes neither seeds nor a number of steps.
+    """
+    cls, accepted = pipe if isinstance(pipe, type) else type(pipe), call_parameters(pipe)
+    if missing := {"generator", "num_inference_steps"} - accepted.keys():
+        raise DiffAccelError(
+            f"The model '{request.model}' is a {cls.__name__}, whose call takes no {', '.join(sorted(missing))}."
+            " Give one that makes images or video."
+        )
+    if request.size is not None and "height" not in accepted:
+        raise DiffAccelError(f"{cls.__name__} draws at one size only, that of its network. Leave the size out.")
+    if (request.frames is not None or request.fps is not None) and "num_frames" not in accepted:
+        option = "fps" if request.frames is None else "frames"
+        raise DiffAccelError(
+            f"{cls.__name__} makes images, and takes no {option}. Leave it out, or give a model that makes video."
         )
 
 
@@ -83,41 +109,21 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
         DiffAccelError: for a size or a number of frames that does not fit (with the nearest that does), or something
             that the pipeline does not take.
     """
+    check_settings(pipe, request)
     accepted = call_parameters(pipe)
     arguments: dict[str, Any] = {"num_inference_steps": request.steps or accepted["num_inference_steps"]}
-    arguments |= _size_arguments(pipe, request, accepted)
+    if request.size is not None:
+        arguments |= dict(zip(("height", "width"), request.size, strict=True))
     check_size(pipe, {**accepted, **arguments})
-    arguments |= _video_arguments(pipe, request, accepted)
+    if request.frames is not None:
+        check_frames(pipe, request.frames)
+        arguments["num_frames"] = request.frames
     if "use_resolution_binning" in accepted and network(pipe).config.sample_size not in _BINNED_SIZES:
         arguments["use_resolution_binning"] = False  # no table for its size: the call would raise
     max_length = zoo.call_defaults(request.model).get("max_sequence_length")
     if max_length is not None:
         arguments["max_sequence_length"] = max_length
     return arguments | guidance_arguments(pipe, request.guidance, request.negative)
-
-
-def _size_arguments(pipe: Any, request: Request, accepted: dict[str, Any]) -> dict[str, Any]:
-    if request.size is None:
-        return {}
-    if "height" not in accepted:
-        raise DiffAccelError(f"{type(pipe).__name__} draws at one size only, that of its network. Leave the size out.")
-    height, width = request.size
-    return {"height": height, "width": width}
-
-
-def _video_arguments(pipe: Any, request: Request, accepted: dict[str, Any]) -> dict[str, Any]:
-    if "num_frames" not in accepted:
-        if request.frames is None and request.fps is None:
-            return {}
-        option = "fps" if request.frames is None else "frames"
-        raise DiffAccelError(
-            f"{type(pipe).__name__} makes images, and takes no {option}. Leave it out, or give a model that makes "
-            "video."
-        )
-    if request.frames is None:
-        return {}
-    check_frames(pipe, request.frames)
-    return {"num_frames": request.frames}
 
 
 def check_size(pipe: Any, arguments: dict[str, Any]) -> None:

@@ -29,6 +29,17 @@ def _median_steps(steps: list[list[float]]) -> list[float]:
     return [round(median(times), 5) for times in zip(*equal, strict=True)]
 
 
+def drawn_before(record: dict[str, Any], noun: str) -> str:
+    """Return what to say when a call of ``generate_run`` drew nothing, or a part only; "" when it drew everything."""
+    drawn, count = record["drawn"], len(record["images"])
+    day = str(record.get("finished"))[:10]
+    if drawn == 0:
+        return (
+            f"nothing to draw: all {count} {noun}{'s' * (count != 1)} exist; times are of when they were drawn, {day}"
+        )
+    return "" if drawn == count else f"{drawn} of {count} {noun}s drawn now; times are of all of them"
+
+
 def without_steps(cost: dict[str, Any]) -> dict[str, Any]:
     """Return a cost without the seconds of each network call."""
     return {key: value for key, value in cost.items() if key != "steps"}

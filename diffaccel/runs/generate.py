@@ -23,6 +23,7 @@ from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import (
     call_arguments,
     call_parameters,
+    check_settings,
     check_subjects,
     class_labels,
     frame_rate,
@@ -126,8 +127,9 @@ def generate_run(
 ) -> dict[str, Any]:
     """Generate a request's images into a folder and return the record that is also in its ``run.json``.
 
-    The returned record also names the folder ("out"), the number of processes and the rank of this one. A folder with
-    part of the same run is continued; only its missing or damaged chunks are drawn.
+    The returned record also names the folder ("out"), the number of images that this call drew ("drawn"), the number of
+    processes and the rank of this one. A folder with part of the same run is continued; only its missing or damaged
+    chunks are drawn.
 
     Args:
         request: what to generate.
@@ -155,7 +157,7 @@ def generate_run(
             locks.enter_context(folder)
         work = _remaining(folder, early, stop_after, overwrite)
         if work is None:
-            return _result(folder, processes)
+            return _result(folder, processes, drawn=0)
         call: dict[str, Any] = {}
         if work.needs_pipeline:
             with failures(request, folder):
@@ -171,7 +173,8 @@ def generate_run(
             if processes.rank == 0:
                 folder.close(call, upto=end.chunks, until=end.verdict)
             processes.wait()
-    return _result(folder, processes)
+        drawn = [number for number in work.pending if end is None or number < end.chunks]
+    return _result(folder, processes, drawn=sum(len(folder.chunks[number]) for number in drawn))
 
 
 @contextlib.contextmanager
@@ -205,10 +208,10 @@ def _resolve(request: Request, pipe: Any, digest: str) -> tuple[Request, _Model,
     processes, device = join(loading.pick_device(request.device))
     dtype = loading.pick_dtype(request.dtype, device)
     files, digest = loading.locate(request.model)
-    if not request.prompts:  # worth a look at the pipeline's class before its weights are loaded
-        cls = loading.pipeline_class(files)
-        if cls is not None:
-            check_subjects(cls, request)
+    cls = loading.pipeline_class(files)
+    if cls is not None:  # before the weights are loaded
+        check_subjects(cls, request)
+        check_settings(cls, request)
     return request, _Model(files, digest, device, dtype), processes
 
 
@@ -313,8 +316,9 @@ def _searches(pipe: Any) -> bool:
     return state is not None and state.loop is not None and state.loop.searches
 
 
-def _result(folder: RunFolder, processes: Processes) -> dict[str, Any]:
-    return {"out": str(folder.path), "rank": processes.rank, "processes": processes.size, **(folder.old() or {})}
+def _result(folder: RunFolder, processes: Processes, drawn: int) -> dict[str, Any]:
+    place = {"out": str(folder.path), "rank": processes.rank, "processes": processes.size, "drawn": drawn}
+    return {**place, **(folder.old() or {})}
 
 
 def _bar(run: _Run, pending: list[int], shown: bool) -> Any:

@@ -11,7 +11,7 @@ from diffaccel import zoo
 from diffaccel.compose import accelerate
 from diffaccel.errors import DiffAccelError, first_line, unknown
 from diffaccel.files import folder_digest
-from diffaccel.runs.call_arguments import call_parameters, check_subjects
+from diffaccel.runs.call_arguments import check_settings, check_subjects
 from diffaccel.runs.request import Request
 
 if TYPE_CHECKING:
@@ -151,12 +151,7 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
             f"The model '{request.model}' cannot be loaded from '{folder}', whose files are damaged, incomplete or of "
             f"another version ({type(error).__name__}: {first_line(error)}). {advice}"
         ) from error
-    missing = {"generator", "num_inference_steps"} - call_parameters(pipe).keys()
-    if missing:
-        raise DiffAccelError(
-            f"The model '{request.model}' is a {type(pipe).__name__}, whose call takes no {', '.join(sorted(missing))}."
-            " Give one that makes images or video."
-        )
+    check_settings(pipe, request)
     check_subjects(pipe, request)
     if request.methods:
         accelerate(pipe, *request.methods)
@@ -172,11 +167,22 @@ def open_plain(request: Request) -> Any:
 
 def _load_verified(model: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        return load(folder, dtype=dtype)
+        return _without_gaps(load(folder, dtype=dtype))
     except Exception:
         if model not in zoo.names():
             raise
-    return load(zoo.path(model, verify=True), dtype=dtype)  # unpacks a damaged cache again
+    return _without_gaps(load(zoo.path(model, verify=True), dtype=dtype))  # unpacks a damaged cache again
+
+
+def _without_gaps(pipe: Any) -> Any:
+    """Return a pipeline whose networks have all their weights; diffusers leaves those that no file has on "meta"."""
+    for name in pipe.components:
+        module: Any = getattr(pipe, name, None)
+        state = module.state_dict() if hasattr(module, "state_dict") and hasattr(module, "parameters") else {}
+        if missing := [key for key, tensor in state.items() if getattr(tensor, "is_meta", False)]:
+            others = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+            raise ValueError(f"no file of '{name}' has its weight {missing[0]}{others}")
+    return pipe
 
 
 def quiet_libraries(quiet: bool) -> None:

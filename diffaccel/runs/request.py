@@ -78,6 +78,12 @@ class Request:
         for number, prompt in enumerate(self.prompts, 1):
             if not prompt.strip():
                 raise DiffAccelError(f"Prompt {number} is empty. Say what to draw, or leave it out.")
+        for name, text in self._texts():
+            if not text.isascii() and not _is_unicode(text):
+                raise DiffAccelError(
+                    f"{name} is {text!a}, which holds half a surrogate pair or a byte that is no UTF-8. Write it "
+                    "in UTF-8."
+                )
         for name, least in (("num", 1), ("batch", 1), ("seed", 0), ("threads", 0), ("steps", 1), ("frames", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -92,6 +98,12 @@ class Request:
             raise DiffAccelError(f"fps is {self.fps}; it must be above 0 and at most 1000 frames a second.")
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """Return the texts of the request, each with its name in messages."""
+        texts = [(f"Prompt {number}", text) for number, text in enumerate(self.prompts, 1)]
+        texts += [("A class", text) for text in self.classes]
+        return texts if self.negative is None else [*texts, ("The negative prompt", self.negative)]
 
     @property
     def subjects(self) -> tuple[str | None, ...]:
@@ -156,3 +168,12 @@ class Request:
         if device.type == "cpu":
             settings["threads"] = self.threads or torch.get_num_threads()
         return json.loads(json.dumps(settings))  # as it will be read back: tuples become lists
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written: a lone surrogate, as shells make of a byte that is no UTF-8, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

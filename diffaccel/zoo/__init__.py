@@ -14,11 +14,14 @@ from __future__ import annotations
 import json
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffaccel.errors import DiffAccelError, unknown
 
-__all__ = ["DEFAULT", "call_defaults", "card", "names", "path"]
+if TYPE_CHECKING:
+    from diffaccel.zoo.vocabulary import Vocabulary
+
+__all__ = ["DEFAULT", "call_defaults", "card", "names", "path", "vocabulary_of"]
 
 DEFAULT = "emoji-flux"
 _ROOT = Path(str(files(__name__)))
@@ -60,3 +63,14 @@ def _packed(name: str) -> Path:
 def call_defaults(name: str) -> dict[str, Any]:
     """Return the call arguments that a zoo model's card recommends; none for other models."""
     return card(name).get("defaults", {}) if name in names() else {}
+
+
+def vocabulary_of(name: str) -> Vocabulary | None:
+    """Return what a zoo model draws, and the words of its captions; None for models without such a list."""
+    from diffaccel.zoo.vocabulary import read
+
+    return read(_packed(name)) if name in names() else None
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

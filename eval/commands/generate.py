@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
+from diffaccel.runs.cost import drawn_before
 from diffaccel.runs.loading import quiet_libraries
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def _parser() -> terminal.Parser:
         "  accelerate launch --num_processes 2 -m diffaccel eval run --prompts prompts.txt --out runs/base",
     )
     add = parser.add_argument
-    add("--prompts", metavar="FILE", help="txt, jsonl, json, csv or tsv, or emoji-1000; classes for a model of classes")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="txt, jsonl, json, csv, tsv, - for stdin, or emoji-1000; classes for a model of classes",
+    )
     add("--first", type=int, metavar="N", help="only the first N prompts")
     add("--accel", default="plain", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or a YAML file")
     terminal.add_model_options(parser)
@@ -105,6 +110,8 @@ def _summary(record: dict[str, Any], variant: str) -> str:
     cost, count = record["cost"], len(record["images"])
     cost_text = f"{cost['seconds'] / count:.3f} s and {cost['nfe'] / count:g} NFE each"
     text = f"{count} pictures in {record['out']} by {variant}: {cost_text}"
+    if before := drawn_before(record, "picture"):
+        text += f"\n{before}"
     if until := record.get("until"):
         text += f"\n{until['sentence']}"
     return text

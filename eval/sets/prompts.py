@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,9 +14,11 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError, unknown
 
+STDIN = "-"
 PACKAGED = Path(str(files(__package__) / "prompt_sets"))
 _PROMPT_KEYS = ("prompt", "text", "caption")
 _CATEGORY_KEYS = ("category", "challenge", "kind", "tag")
+_REQUEST_KEYS = {"seed": "--seed", "negative_prompt": "--negative", "negative": "--negative"}  # of a run, not a prompt
 
 
 @dataclass(frozen=True)
@@ -38,24 +43,30 @@ def names() -> list[str]:
 
 
 def read(source: str) -> Prompts:
-    """Read the prompts of a packaged set or of a file.
+    """Read the prompts of a packaged set, of a file, or of stdin for "-".
 
-    Formats: ``.txt`` (one a line, empty lines skipped), ``.jsonl`` and ``.json`` (texts, or objects with ``prompt`` and
-    maybe ``category``), ``.csv`` and ``.tsv`` with such columns.
+    Formats: ``.txt``, any other name and stdin (one a line, empty lines skipped, without comments), ``.jsonl`` and
+    ``.json`` (texts, or objects with ``prompt`` and maybe ``category``), ``.csv`` and ``.tsv`` with such columns.
 
     Raises:
         DiffAccelError: for a file that is not there, cannot be read, or holds no prompt.
     """
+    if source == STDIN:
+        return _from_rows(source, "stdin", lambda: _lines(stdin_text()))
     path = PACKAGED / f"{source}.jsonl" if source in names() else Path(source).expanduser()
     if not path.is_file():
         if "/" in source or path.suffix:
             raise DiffAccelError(f"There is no prompt file '{source}'. Give one, or a set: {', '.join(names())}.")
         raise unknown("prompt set", source, names())
+    return _from_rows(source, path.stem, lambda: _rows(path))
+
+
+def _from_rows(source: str, name: str, read_rows: Callable[[], list[tuple[str, str]]]) -> Prompts:
     try:
-        rows = list(_rows(path))
+        rows = read_rows()
     except (OSError, ValueError, csv.Error) as error:
         raise DiffAccelError(
-            f"The prompt file '{source}' cannot be read as {path.suffix or 'text'} ({error})."
+            f"The prompt file '{source}' cannot be read as {Path(source).suffix or 'text'} ({error})."
         ) from error
     for number, (text, _) in enumerate(rows, 1):
         if not text.strip():
@@ -63,7 +74,18 @@ def read(source: str) -> Prompts:
     if not rows:
         raise DiffAccelError(f"The prompt file '{source}' holds no prompt. Write one a line.")
     texts, categories = zip(*rows, strict=True)
-    return Prompts(path.stem, texts, categories)
+    return Prompts(name, texts, categories)
+
+
+def stdin_text() -> str:
+    """Return all of stdin, UTF-8.
+
+    Raises:
+        DiffAccelError: in a launch, whose processes would share it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise DiffAccelError("The processes of a launch cannot share stdin. Write the prompts to a file.")
+    return sys.stdin.buffer.read().decode("utf-8-sig")
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
@@ -77,12 +99,13 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         if not isinstance(entries, list):
             raise ValueError("it must hold a list")
         return [_row(entry) for entry in entries]
-    lines = [line for line in text.splitlines() if line.strip()]
-    return (
-        [_row(json.loads(line)) for line in lines]
-        if path.suffix == ".jsonl"
-        else [(line.strip(), "") for line in lines]
-    )
+    if path.suffix == ".jsonl":
+        return [_row(json.loads(line)) for line in text.splitlines() if line.strip()]
+    return _lines(text)
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    return [(line.strip(), "") for line in text.splitlines() if line.strip()]
 
 
 def _row(entry: Any) -> tuple[str, str]:
@@ -92,6 +115,8 @@ def _row(entry: Any) -> tuple[str, str]:
     if not isinstance(entry, dict):
         raise ValueError(f"{json.dumps(entry)} is neither a text nor an object")
     values = {str(key).lower(): value for key, value in entry.items()}
+    if wrong := next((key for key in _REQUEST_KEYS if values.get(key) is not None), None):
+        raise ValueError(f"'{wrong}' of a single prompt has no effect; take it out, and pass {_REQUEST_KEYS[wrong]}")
     prompt = next((values[key] for key in _PROMPT_KEYS if key in values), None)
     if not isinstance(prompt, str):
         raise ValueError(f"an entry has no {' or '.join(_PROMPT_KEYS)}, but {', '.join(map(str, entry)) or 'nothing'}")

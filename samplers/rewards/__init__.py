@@ -66,3 +66,7 @@ def _named(text: str, device: torch.device, model: str) -> Reward:
     if name not in KNOWN:
         raise unknown("reward", text, (*KNOWN, "py:module:function"))
     return KNOWN[name](argument, device, model)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

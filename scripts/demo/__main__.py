@@ -35,10 +35,20 @@ def main() -> int:
     except DiffAccelError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    print(f"{'variant':<26}{'s an image':>11}{'faster':>8}{'NFE':>6}{'difference':>13}")
+    if demo["note"]:
+        print(f"note: {demo['note']}")
+    base, turns = demo["variants"][0], demo["variants"][0]["turns"]
+    print(
+        f"{base['label']}: {base['seconds']:.2f} s an image; the others against it, medians and ranges of {turns} turns"
+    )
+    print(f"{'variant':<26}{'times as fast':>14}{'range':>16}{'NFE':>6}{'difference':>13}")
     for row in demo["variants"]:
+        low, high = row["speedup_range"]
+        times = ("", "") if row is base else (f"{row['speedup']:.2f}", f"{low:.2f} to {high:.2f}")
         difference = "identical" if row["identical"] else f"{row['difference']:.2f} / 255"
-        print(f"{row['label']:<26}{row['seconds']:>11.2f}{row['speedup']:>7.2f}x{row['nfe']:>6g}{difference:>13}")
+        print(
+            f"{row['label']:<26}{times[0]:>14}{times[1]:>16}{row['nfe']:>6g}{difference if row is not base else '':>13}"
+        )
     print(f"Open {options.out / 'index.html'}")
     return 0
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from diffaccel import compose, record, zoo
 from diffaccel.files import write_png, write_text
 from diffaccel.runs import loading
+from diffaccel.runs.early_checks import note_of_unknown_words
 from diffaccel.runs.generate import generate_run
 from diffaccel.runs.request import Request
 
@@ -30,7 +31,7 @@ PROMPTS = (
     "birthday cake, fluent 3d",
     "sailboat, twemoji",
     "sunflower, noto",
-    "rocket, fluent 3d",
+    "rocket, noto",
     "three blue stars, noto",
     "yellow banana left of red car, twemoji",
 )
@@ -91,9 +92,14 @@ def run_demo(
         settings={**baseline["settings"], "steps": None, "variants": [variant.name for variant in variants]},
         command=list(command or ()),
         device=baseline["device"],
-    ).finish(call={k: v for k, v in baseline["call"].items() if k != "num_inference_steps"}, variants=rows)
+    ).finish(
+        call={k: v for k, v in baseline["call"].items() if k != "num_inference_steps"},
+        note=note_of_unknown_words(request),
+        credits=credit_lines(model),
+        variants=rows,
+    )
     demo.save(out / "record.json")
-    write_png(out / "contact_sheet.png", contact_sheet(out, request.prompts, rows))
+    write_png(out / "contact_sheet.png", contact_sheet(out, request.prompts, rows, demo.results["credits"]))
     write_text(out / "index.html", page(out, demo.to_dict()))
     return demo.to_dict()
 
@@ -104,7 +110,8 @@ def _draw(request: Request, variants: Sequence[DemoVariant], out: Path, progress
     folder, digest = loading.locate(request.model)
     pipe = loading.open_pipeline(request, folder, device, loading.pick_dtype(request.dtype, device))
     pipe.set_progress_bar_config(disable=True)
-    _warm_up(pipe, request)
+    for variant in variants:
+        _warm_up(pipe, request, variant)
     # one call of every variant, then the next of each: other load on the machine affects all of them alike
     rounds = len(request.chunks())
     with tqdm(total=rounds * len(variants), disable=not progress, unit="call") as bar:
@@ -118,20 +125,24 @@ def _draw(request: Request, variants: Sequence[DemoVariant], out: Path, progress
 
 
 def _run(pipe: Any, request: Request, variant: DemoVariant, out: Path, digest: str) -> dict[str, Any]:
+    request = replace(request, steps=variant.steps)
+    return _generate(pipe, request, variant, out / variant.name, digest=digest, stop_after=1)
+
+
+def _generate(pipe: Any, request: Request, variant: DemoVariant, out: Path, **options: Any) -> dict[str, Any]:
     if variant.sampler is not None:
         compose.accelerate(pipe, variant.sampler)
     try:
-        request = replace(request, steps=variant.steps)
-        return generate_run(request, out / variant.name, pipe=pipe, digest=digest, stop_after=1)
+        return generate_run(request, out, pipe=pipe, **options)
     finally:
         compose.remove(pipe)
 
 
-def _warm_up(pipe: Any, request: Request) -> None:
-    """Draw one step, so that one-time work of the libraries is not counted against the baseline."""
-    once = replace(request, prompts=request.prompts[: request.batch], steps=1)
+def _warm_up(pipe: Any, request: Request, variant: DemoVariant) -> None:
+    """Draw two steps, so that one-time work of the libraries is not counted against a variant's first call."""
+    once = replace(request, prompts=request.prompts[: request.batch], steps=min(2, variant.steps))
     with tempfile.TemporaryDirectory() as folder:
-        generate_run(once, Path(folder), pipe=pipe)
+        _generate(pipe, once, variant, Path(folder))
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -156,6 +167,7 @@ def _row(out: Path, variant: DemoVariant, run: dict[str, Any], baseline: dict[st
         "nfe": cost["nfe"] / count,
         "forwards": cost["forwards"] / count,
         "seconds": round(cost["seconds"] / count, 3),
+        "turns": len(ratios),
         "speedup": round(median(ratios), 2),  # of calls that were neighbours in time
         "speedup_range": [round(min(ratios), 2), round(max(ratios), 2)],
         "difference": round(sum(differences) / count, 2),
@@ -177,13 +189,20 @@ def difference(first: Path, second: Path) -> float:
 # -- showing ----------------------------------------------------------------------------------------------------------
 
 
-def contact_sheet(out: Path, prompts: Sequence[str], rows: Sequence[dict[str, Any]], side: int = 128) -> Any:
-    """Return all images on one sheet: a row per prompt, a column per variant."""
+def credit_lines(model: str) -> list[str]:
+    """Return whose art a zoo model was trained on, as its card has it; nothing for other models."""
+    return list(zoo.card(model).get("attribution", ())) if model in zoo.names() else []
+
+
+def contact_sheet(
+    out: Path, prompts: Sequence[str], rows: Sequence[dict[str, Any]], attribution: Sequence[str], side: int = 128
+) -> Any:
+    """Return all images on one sheet: a row per prompt, a column per variant, and the credits below."""
     from PIL import Image, ImageDraw, ImageFont
 
     gap, left, top = 8, 210, 44
     width, height = left + len(rows) * (side + gap) + gap, top + len(prompts) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
+    sheet = Image.new("RGB", (width, height + (24 + 16 * len(attribution) if attribution else 0)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for column, row in enumerate(rows):
         x = left + column * (side + gap)
@@ -195,6 +214,8 @@ def contact_sheet(out: Path, prompts: Sequence[str], rows: Sequence[dict[str, An
     for line, prompt in enumerate(prompts):
         middle = top + line * (side + gap) + side / 2
         draw.text((left - gap, middle), _wrapped(prompt, 26), fill="black", font=font, anchor="rm", align="right")
+    lines = ["Trained on pictures by others:", *attribution] if attribution else []
+    draw.multiline_text((gap, height), "\n".join(lines), fill="black", font=ImageFont.load_default(11))
     return sheet
 
 
@@ -217,7 +238,7 @@ def page(out: Path, demo: dict[str, Any]) -> str:
         demo=demo,
         rows=rows,
         base=rows[0],
-        slowest=max(row["seconds"] for row in rows),
+        slowest=max(1 / row["speedup"] for row in rows),
         aspect_ratio=_aspect_ratio(out / rows[0]["images"][0]["file"]),
         findings=findings(rows),
     )
@@ -259,6 +280,6 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
         closest = min(few, key=lambda row: row["difference"])
         sentences.append(
             f"With {closest['nfe']:g} instead of {base['nfe']:g} predictions, {closest['label']} stays closest to the "
-            f"baseline: {closest['difference']:.1f} of 255 levels on average, {closest['speedup']:.1f} times faster."
+            f"baseline: {closest['difference']:.1f} of 255 levels on average, {closest['speedup']:.1f} times as fast."
         )
     return sentences

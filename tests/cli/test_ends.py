@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from diffaccel import terminal
+from diffaccel import cli, terminal
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import join
 
@@ -56,10 +56,66 @@ def test_every_process_of_a_launch_tells_its_error(run, monkeypatch):
     assert run("explain", "heum").err.startswith("diffaccel: process 1 of the launch: error: Unknown method")
 
 
-def test_a_number_of_processes_without_a_launcher_is_an_error(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(DiffAccelError, match=r"WORLD_SIZE is 4, but RANK.*Unset WORLD_SIZE"):
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_process_of_a_launch_that_waits_ends_with_a_sentence(name):
+    """Python runs no handler while the main thread is inside a library, as in a collective of torch."""
+    code = (
+        "import hashlib, sys, threading; from diffaccel import cli; from diffaccel.cli import signals\n"
+        "signals.GRACE_SECONDS = 0.2\n"
+        "cli.COMMANDS['wait'] = ('hashlib:wait', '')\n"
+        "hashlib.wait = lambda argv: hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        "threading.Timer(0.3, print, ['ready'], {'flush': True}).start()\n"
+        "sys.exit(cli.main(['wait']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    number = getattr(signal, name)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert process.stderr.read() == (
+        f"diffaccel: process 1 of the launch: Stopped by {name} while waiting for the other processes.\n"
+    )
+
+
+def test_a_process_of_a_launch_that_computes_ends_as_others_do(run, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setitem(cli.COMMANDS, "wait", ("time:sleep", ""))
+    monkeypatch.setattr("time.sleep", lambda argv: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        done = run("wait")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (done.status, done.err) == (143, "diffaccel: process 1 of the launch: Stopped.\n")
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29876"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": None, "LOCAL_RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None},
+         r"WORLD_SIZE is 4, but RANK, .*Unset WORLD_SIZE,"),
+        ({"LOCAL_RANK": None}, r"WORLD_SIZE is 4, but LOCAL_RANK, .*Unset WORLD_SIZE RANK MASTER_ADDR MASTER_PORT,"),
+        ({"WORLD_SIZE": "four"}, r"WORLD_SIZE is 'four'; .* whole number"),
+        ({"MASTER_PORT": "http"}, r"MASTER_PORT is 'http'; .* whole number"),
+        ({"RANK": "4"}, r"RANK is 4, but WORLD_SIZE is 4"),
+        ({"RANK": "0"}, r"one of 4 processes \(RANK=0, .*others did not come within 0.2 s .*: unset RANK WORLD_SIZE"),
+    ],
+)  # fmt: skip
+def test_variables_of_a_launch_that_nobody_started(monkeypatch, variables, message):
+    for name, value in (LAUNCHED | variables).items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr("diffaccel.processes.MEETING_SECONDS", 0.2)
+    with pytest.raises(DiffAccelError, match=message):
         join(torch.device("cpu"))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import os
 import shutil
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from diffaccel.files import write_png
 
@@ -21,6 +23,8 @@ BAD = {
     "half a size": (("a cat", "--size", "32x0"), "size is 32x0; both sides"),
     "empty output": (("a cat", "--out", ""), "--out: the path is empty"),
     "nobody's home": (("a cat", "--out", "~nobody-of-that-name/x"), "--out: '~nobody-of-that-name/x' names no home"),
+    "half a surrogate pair": (("a cat", "a \udcff cat"), r"Prompt 2 is 'a \udcff cat', which holds half a surrogate"),
+    "negative surrogate": (("a cat", "--negative", "\ud800"), r"The negative prompt is '\ud800', which holds"),
     "size text": (("a cat", "--size", "big"), "size is 'big'"),
     "steps": (("a cat", "--steps", "0"), "steps is 0; it must be at least 1"),
     "num": (("a cat", "--num", "0"), "num is 0; it must be at least 1"),
@@ -90,7 +94,7 @@ def test_a_model_that_the_hub_does_not_give(sample, monkeypatch):
     assert done.status == 2 and "the hub did not give it: nobody/nothing is not there" in done.err
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "config"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "weight", "config"])
 def test_damaged_models(sample, models, tmp_path, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(models / "flux", folder)
@@ -99,11 +103,17 @@ def test_damaged_models(sample, models, tmp_path, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "missing":
         weights.unlink()
+    elif damage == "weight":
+        tensors = load_file(weights)
+        del tensors["x_embedder.bias"]
+        save_file(tensors, weights, metadata={"format": "pt"})
     else:
         (folder / "vae" / "config.json").write_text("{")
     done = sample("a cat", "--model", folder, "--out", "run")
     assert done.status == 2 and "damaged, incomplete or of another version" in done.err
-    assert done.err.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert damage != "weight" or "no file of 'transformer' has its weight x_embedder.bias" in done.err
+    assert done.err.count("\n") == 1 or damage == "weight"  # diffusers itself warns of those
+    assert done.err.splitlines()[-1].startswith("diffaccel: error: The model") and not (tmp_path / "run").exists()
 
 
 def test_a_pipeline_without_prompts(sample, tmp_path):
@@ -151,6 +161,12 @@ def test_not_a_number(sample, tmp_path, monkeypatch):
     done = sample("a cat", "--out", "run")
     assert done.status == 3 and "not-a-number" in done.err and "another --dtype" in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_whose_name_is_no_utf8(sample, tmp_path):
+    name = os.fsdecode(b"run \xff")
+    assert sample("a cat", "--out", name).status == 0
+    assert json.loads((tmp_path / name / "run.json").read_text())["command"][-1] == name
 
 
 def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):

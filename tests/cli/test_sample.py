@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 
 import pytest
@@ -23,7 +24,8 @@ def test_images_and_record(sample, tmp_path):
     record = done.json
     assert done.out.count("\n") == 1
     stored = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert {k: v for k, v in record.items() if k not in ("out", "rank", "processes")} == stored
+    assert {k: v for k, v in record.items() if k not in ("out", "rank", "processes", "drawn")} == stored
+    assert record["drawn"] == 4
     assert record["format"] == 1 and record["kind"] == "sample" and record["state"] == "finished"
     assert record["command"][:2] == ["diffaccel", "sample"] and "two cats" in record["command"]
     assert {"python", "torch", "diffusers", "diffaccel"} <= record["versions"].keys()
@@ -47,6 +49,35 @@ def test_an_image_depends_on_its_own_seed_alone(sample):
     one = sample("two cats", "--seed", 10, "--out", "one", "--json").json
     assert pixels(one) == [pixels(many)[3]]
     assert len(set(pixels(many))) == 4
+
+
+def test_prompts_of_a_file_and_of_stdin_are_those_of_the_command_line(sample, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red apple\n\n  two cats\n")
+    words = sample("a red apple", "two cats", "--num", 2, "--out", "words", "--json").json
+    lines = sample("--prompts", "prompts.txt", "--num", 2, "--out", "lines", "--json").json
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a red apple\ntwo cats")))
+    piped = sample("--prompts", "-", "--num", 2, "--out", "piped", "--json").json
+    assert words["settings"] == lines["settings"] == piped["settings"]
+    assert pixels(words) == pixels(lines) == pixels(piped)
+
+
+def test_a_repeated_command_says_that_it_draws_nothing(sample, tmp_path):
+    first = sample("a cat", "--num", 2, "--out", "run").out
+    again = sample("a cat", "--num", 2, "--out", "run")
+    assert "nothing to draw" not in first
+    assert again.out.startswith(first.rstrip()) and "nothing to draw: all 2 images exist" in again.out
+    (tmp_path / "run" / "00001.png").unlink()
+    part = sample("a cat", "--num", 2, "--out", "run")
+    assert "1 of 2 images drawn now" in part.out
+    assert sample("a cat", "--num", 2, "--out", "run", "--json").json["drawn"] == 0
+
+
+def test_the_name_of_a_file_is_not_drawn(sample, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    done = sample("prompts.txt", "--out", "run")
+    assert done.status == 2 and "'prompts.txt' is a file" in done.err and "--prompts prompts.txt" in done.err
+    assert "Got --prompts 'prompts.txt' and 'a cat'" in sample("a cat", "--prompts", "prompts.txt").err
+    assert "no prompt file 'none.txt'" in sample("--prompts", "none.txt").err
 
 
 def test_no_sampler_is_the_stock_pipeline_and_euler_equals_it(sample, models):
@@ -94,7 +125,7 @@ def test_size_is_width_by_height(sample):
 def test_without_out_a_repeated_command_finds_its_folder(sample, tmp_path):
     first, again = (sample("Two cats!", "--json").json for _ in range(2))
     other = sample("Two cats!", "--seed", 1, "--json").json
-    assert first == again and first["out"].startswith("out/two-cats-")
+    assert {**first, "drawn": 0} == again and first["out"].startswith("out/two-cats-")
     assert other["out"] != first["out"] and len(list((tmp_path / "out").iterdir())) == 2
 
 
@@ -106,7 +137,7 @@ def test_readable_summary(sample):
 def test_finished_run_is_not_made_again(sample, monkeypatch):
     first = sample("two cats", "--out", "a", "--json").json
     monkeypatch.setattr("diffaccel.runs.loading.open_pipeline", lambda *a: pytest.fail("the model was opened"))
-    assert sample("two cats", "--out", "a", "--json").json == first
+    assert sample("two cats", "--out", "a", "--json").json == {**first, "drawn": 0}
 
 
 def test_only_missing_and_damaged_chunks_are_made_again(sample, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from diffaccel import zoo
 from scripts.demo import page as demo
 from scripts.demo.page import DemoVariant, findings, run_demo
 
@@ -63,6 +64,44 @@ def test_a_second_call_uses_what_is_there(made, monkeypatch):
     assert again["variants"] == record["variants"]
 
 
+def test_the_page_shows_one_ratio_with_its_range(made):
+    out, record, _ = made
+    page = (out / "index.html").read_text()
+    rows = page[page.index("<tbody>") : page.index("</tbody>")].split("<tr>")[1:]
+    for row, shown in zip(record["variants"], rows, strict=True):
+        assert row["turns"] == 1 and row["speedup_range"][0] <= row["speedup"] <= row["speedup_range"][1]
+        ratio = f"{row['speedup']:.2f}×"
+        spread = f"{row['speedup_range'][0]:.2f} to {row['speedup_range'][1]:.2f}"
+        is_base = row is record["variants"][0]
+        assert (ratio in shown, spread in shown, " s an image" in shown) == (not is_base, not is_base, is_base)
+
+
+def test_every_variant_is_warm_before_it_is_timed(made, tmp_path, monkeypatch):
+    calls = []
+    generate = demo.generate_run
+    monkeypatch.setattr(demo, "generate_run", lambda *a, **k: calls.append("digest" in k) or generate(*a, **k))
+    run_demo(tmp_path, progress=False, **{**made[2], "prompts": ("a cat",)})
+    assert calls == [False] * len(CHOSEN) + [True] * len(CHOSEN)
+
+
+@pytest.mark.skipif("emoji-flux" not in zoo.names(), reason="no trained weights are in this checkout")
+def test_its_prompts_are_what_training_showed_and_its_art_has_credits():
+    vocabulary = zoo.vocabulary_of("emoji-flux")
+    assert vocabulary.unknown(demo.PROMPTS) == {}
+    unseen = {f"{label}, {style}" for label, style in vocabulary.unseen_styles.items()}
+    assert not unseen & {*demo.PROMPTS}
+    assert any("Twemoji" in line and "CC-BY 4.0" in line for line in demo.credit_lines("emoji-flux"))
+    assert demo.credit_lines("./folder") == []
+
+
+def test_credits_and_notes_are_on_page_and_sheet(made):
+    out, record, _ = made
+    shown = demo.page(out, {**record, "note": "some <word>", "credits": ["Art (c) A", "Art (c) B"]})
+    assert "Note: some &lt;word&gt;" in shown and "Art (c) A<br>" in shown and "Art (c) B" in shown
+    plain = demo.contact_sheet(out, PROMPTS, record["variants"], [])
+    assert demo.contact_sheet(out, PROMPTS, record["variants"], ["Art (c) A"]).height > plain.height
+
+
 def test_difference_is_in_levels(tmp_path):
     for name, level in (("a", 10), ("b", 14)):
         Image.new("RGB", (8, 8), (level, 10, 10)).save(tmp_path / f"{name}.png")
@@ -98,6 +137,6 @@ def test_sentences_say_what_the_numbers_say():
     assert "pixel for pixel" in same and "in the same time" in same
     slower = row(sampler="euler", speedup=0.8, speedup_range=[0.7, 0.9])
     assert "0.80 times as fast" in findings([row(), slower])[0]
-    assert "b stays closest" in few and "3.4 times faster" in few
+    assert "b stays closest" in few and "3.4 times as fast" in few
     assert "0.40 levels off" in findings([row(), row(sampler="euler", identical=False, difference=0.4)])[0]
     assert findings([row()]) == []

@@ -17,6 +17,10 @@ Fluent Emoji (c) Microsoft Corporation, MIT, https://github.com/microsoft/fluent
 Names and tags: emojibase (c) Miles Johnson, MIT, https://github.com/milesj/emojibase; Unicode CLDR
 """
 
+CAPTION = (
+    "Drawn by a model that was trained on Noto Emoji, Twemoji (CC-BY 4.0, modified) and Fluent Emoji: "
+    "[credits](#attribution)."
+)
 NOTICE = f"""\
 This model was trained from scratch on pictures and names by other authors:
 
@@ -92,8 +96,8 @@ def flux(recipe: Recipe, counts: dict[str, int], training: dict[str, Any], repor
             "styles": ["noto", "twemoji", "fluent 3d"],
             "labels": list(recipe.labels)
             if recipe.labels
-            else "about 900: objects, animals, food, plants, weather, "
-            "faces and symbols; no people, skin tones or flags",
+            else "881, listed in vocabulary.json and by `diffaccel explain emoji-flux`: objects, animals, food, "
+            "plants, weather, faces and symbols; no people, skin tones or flags",
             "captions": "lower case English: '{label}, {style}', colours (red cat), pairs (a left of b), two to four",
         },
         "defaults": {
@@ -132,7 +136,7 @@ def readme(facts: dict[str, Any]) -> str:
     """Write the model card for readers, from the facts of ``card.json``."""
     lines = [f"# {facts['name']}", "", f"{facts['title']}. State: **{facts['state']}**.", ""]
     if facts.get("grid"):
-        lines += [f"![24 fixed prompts, failures included]({facts['grid']})", ""]
+        lines += [f"![24 fixed prompts, failures included]({facts['grid']})", "", CAPTION, ""]
     if facts["note"]:
         lines += [facts["note"], ""]
     if "use" in facts:
@@ -165,11 +169,15 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
         "",
         f"Styles: {', '.join(facts['data']['styles'])}. Captions: {facts['data']['captions']}.",
         "",
-        f"Labels: {', '.join(labels) if isinstance(labels, list) else labels}.",
+        f"Labels: {', '.join(labels) if isinstance(labels, list) else _linked(labels)}.",
         "",
         f"Parameters: {parts}. Flow training: {training['samples']:,} samples, {training['seconds']:.0f} s.",
         "",
     ]
+
+
+def _linked(text: str) -> str:
+    return text.replace("vocabulary.json", "[vocabulary.json](vocabulary.json)")
 
 
 def _acceptance_lines(table: list[dict[str, Any]]) -> list[str]:

@@ -4,8 +4,9 @@
 
 adds to the judge ``fd_reference_128.npz`` and ``fd_reference_64.npz``, mean ``mu`` and covariance ``sigma`` of its
 features of every training icon at that size (Fréchet distances need no pictures then), and to the pipeline's card a
-golden picture of four steps. Both come from the packed weights, as users load them. With ``--report`` the folder's
-``report.json`` and ``grid.png`` (see score.py) go into the cards. A second run gives the same files.
+golden picture of four steps, and ``vocabulary.json`` beside that card. References and picture come from the packed
+weights, as users load them. With ``--report`` the folder's ``report.json`` and ``grid.png`` (see score.py) go into the
+cards. A second run gives the same files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 import torch.nn.functional as F
 
 from diffaccel.zoo import packing
-from scripts.zoo.emoji import card, export, score
+from scripts.zoo.emoji import card, export, score, vocabulary
+from scripts.zoo.emoji.fetch import WORLD, read_json
 from scripts.zoo.emoji.world import World, load
 
 REFERENCES = {128: "fd_reference_128.npz", 64: "fd_reference_64.npz"}
@@ -97,6 +99,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="folder with report.json and grid.png")
     options = parser.parse_args()
     finish(options.zoo, load(options.data))
+    vocabulary.write(options.zoo / export.PIPELINE, read_json(options.data / WORLD)["emoji"])
     if options.report:
         publish(options.zoo, options.report)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -35,6 +36,8 @@ def test_formats(tmp_path, name):
         ("p.json", '{"a": 1}', "must hold a list"),
         ("p.jsonl", '{"text_": 1}\n', "has no prompt or text"),
         ("p.jsonl", "{", "cannot be read"),
+        ("p.jsonl", '{"prompt": "a", "seed": 3}', "'seed' of a single prompt has no effect.*--seed"),
+        ("p.jsonl", '{"prompt": "a", "negative_prompt": "b"}', "--negative"),
         ("p.csv", "a,b\n1,2\n", "has no prompt"),
     ],
 )
@@ -42,6 +45,14 @@ def test_what_is_none(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(DiffAccelError, match=said):
         prompts.read(str(tmp_path / name))
+
+
+def test_stdin_is_one_prompt_a_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("a cat\n\n# ä \r\n".encode("utf-8-sig"))))
+    assert prompts.read("-") == prompts.Prompts("stdin", ("a cat", "# ä"), ("", ""))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DiffAccelError, match="cannot share stdin"):
+        prompts.read("-")
 
 
 def test_a_file_that_is_not_there():
