@@ -3,7 +3,8 @@
     python -m scripts.fid_report --accel dpmpp2m:steps=8 --prompts emoji-1000 --first 100 --out out/report
 
 draws the baseline, the baseline with other seeds and every acceleration, times them in turns, measures what the same
-wall time buys, and writes ``report.json``, ``report.md`` and ``report.html`` into the folder.
+wall time buys, and writes ``report.json``, ``report.html``, ``report.md``, ``report.csv`` and ``report.tex`` into the
+folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffaccel.cli import FAILED, INTERRUPTED
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.api import JUDGE
 from diffaccel.eval.comparison import gate
+from diffaccel.eval.report import console
 from diffaccel.eval.report.accelerations import make_report
 from diffaccel.eval.report.plan import ReportPlan
 from diffaccel.eval.sets import requests
@@ -46,6 +48,10 @@ def make_parser() -> terminal.Parser:
     add("--batch", type=int, default=8, metavar="B", help="pictures in one call, drawn and timed (default 8)")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process")
     add("--turns", type=int, default=10, metavar="N", help="timed calls of each way (default 10)")
+    add(
+        "--time-batch", action="append", type=int, default=[], metavar="B",
+        help="time all ways with B pictures in a call too; several",
+    )  # fmt: skip
     add("--no-other-seeds", action="store_true", help="leave out what chance alone does")
     add("--no-equal-time", action="store_true", help="leave out what the same wall time buys")
     add("--extractor", action="append", metavar="NAME", help="tiny (default), inception:FILE, ...: diffaccel eval list")
@@ -70,7 +76,8 @@ def plan_of(options: Any) -> ReportPlan:
     return ReportPlan(
         request=request, baseline=parse(options.baseline),
         accelerated=tuple(parse(text) for text in options.accel), everything=options.all,
-        turns=options.turns, other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
+        turns=options.turns, batches=tuple(dict.fromkeys(options.time_batch)),
+        other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
         extractors=tuple(options.extractor or ["tiny"]),
         judges=tuple(options.clip or ([JUDGE] if zoo_with_prompts else [])),
         reward=options.reward or (REWARD if zoo_with_prompts else ""), reference=options.reference,
@@ -92,7 +99,7 @@ def run(argv: list[str]) -> int:
     report = make_report(plan, options.out, command=command, progress=progress)
     if report is None:  # the first of several processes prints
         return 0
-    terminal.write_json(report.report) if options.json else terminal.write(report.comparison.table())
+    terminal.write_json(report.report) if options.json else console.write(report.report)
     terminal.write_note(f"Open {options.out / 'report.html'}")
     failed, sentences = report.check_gate(rule, [variant.name for variant in plan.accelerated])
     for sentence in sentences:

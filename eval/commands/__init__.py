@@ -23,6 +23,7 @@ COMMANDS = {
         "diffaccel.eval.commands.compare:run_compare",
         "runs against a baseline: a report as JSON, markdown and one HTML file",
     ),
+    "page": ("diffaccel.eval.commands.compare:run_page", "the page and tables of a report.json, made anew"),
     "diff": ("diffaccel.eval.commands.compare:run_diff", "what changed between two reports, beyond their intervals"),
     **{name: (f"diffaccel.eval.commands.sets:run_{name}", text) for name, text in sets.COMMANDS.items()},
     **{name: (f"diffaccel.eval.commands.pictures:run_{name}", text) for name, text in pictures.COMMANDS.items()},

@@ -1,4 +1,4 @@
-"""``diffaccel eval compare``: runs against a baseline, as tables, a report and a gate; ``eval diff`` of two reports."""
+"""``eval compare``: runs against a baseline, as a report and a gate; ``eval page`` and ``eval diff`` of reports."""
 
 from __future__ import annotations
 
@@ -68,35 +68,47 @@ def _compare_parser() -> terminal.Parser:
         action="store_true",
         help="compare runs of different pictures: pairs on what they share, distributions on all",
     )
-    add("--timing", metavar="FILE", help="timing.json of turns on one machine")
-    add("--report", type=terminal.output_path, metavar="DIR", help="write report.json, report.md and report.html here")
+    add(
+        "--timing", action="append", metavar="FILE",
+        help="timing.json of turns on one machine; further ones, of other batches, for latency and throughput by batch",
+    )  # fmt: skip
+    add(
+        "--report", type=terminal.output_path, metavar="DIR",
+        help="write report.json, report.html, report.md, report.csv and report.tex here",
+    )  # fmt: skip
+    _add_export_options(parser)
     add("--fail-if", metavar="RULE", help='exit with 5 when it holds for a run, as in "ssim<0.8 or speedup<1.5"')
     add("--json", action="store_true", help="print the report as one JSON object")
     return parser
 
 
+def _add_export_options(parser: terminal.Parser) -> None:
+    add = parser.add_argument
+    add("--csv", type=terminal.output_path, metavar="FILE", help="write every number and its interval as CSV")
+    add("--tex", type=terminal.output_path, metavar="FILE", help="write a LaTeX table of the runs, for booktabs")
+    add("--markdown", action="store_true", help="print Markdown, as report.md has it")
+
+
 def run_compare(argv: list[str]) -> int:
     """Run ``eval compare`` and return its exit status: 5 when the rule of ``--fail-if`` holds."""
     options = _compare_parser().parse(argv)
-    if options.report is not None:
-        terminal.check_output("--report", options.report, folder=True)
+    _check_outputs(options)
     from diffaccel.eval.commands.options import progress_printer
     from diffaccel.eval.comparison import compare_runs, gate
-    from diffaccel.eval.report.markdown import markdown
     from diffaccel.eval.sets.run import open_run
     from diffaccel.runs import loading
 
     device = loading.pick_device(options.device)
     rule = gate.parse(options.fail_if) if options.fail_if else None
-    timing = _read_timing(options.timing)
+    timings = [_read_timing(path) for path in options.timing or ()]
     distances = _distances(options, device)
     baseline = open_run(options.baseline)
-    measures = _measures(options, device, baseline, timing, distances)
+    measures = _measures(options, device, baseline, next(iter(timings), None), distances)
     runs = [open_run(path) for path in options.runs]
     comparison = compare_runs(baseline, runs, measures, progress=progress_printer(options))
     failed, sentences = gate.check_runs(rule, comparison)
-    report = _report(comparison, options.report, ["diffaccel", "eval", "compare", *argv])
-    terminal.write_json(report) if options.json else terminal.write(markdown(comparison, report))
+    report = _report(comparison, timings, options.report, ["diffaccel", "eval", "compare", *argv])
+    _write_report(options, report)
     for sentence in sentences:
         terminal.write_note(sentence)
     return GATE_FAILED if failed else 0
@@ -136,19 +148,48 @@ def _measures(
     )  # fmt: skip
 
 
-def _report(comparison: Comparison, folder: Path | None, command: list[str]) -> dict[str, Any]:
+def _report(
+    comparison: Comparison, timings: list[dict[str, Any]], folder: Path | None, command: list[str]
+) -> dict[str, Any]:
     """Return what is in ``report.json``; write the report's files where a folder is given."""
     from diffaccel.eval import report
-    from diffaccel.eval.comparison import text
+    from diffaccel.eval.report import by_batch
 
+    if (section := by_batch.section(timings)) is not None:
+        comparison.sections.append(section)
     if folder is not None:
         return report.write(comparison, folder, command=command)
-    return comparison.to_dict() | {"command": command, "verdicts": text.verdicts(comparison)}
+    return report.contents(comparison, command)
 
 
-def _read_timing(path: str | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
+def _check_outputs(options: Any) -> None:
+    """Raise for an output that cannot be written, before anything is measured."""
+    for name, path in (("--csv", options.csv), ("--tex", options.tex)):
+        if path is not None:
+            terminal.check_output(name, path)
+    if options.report is not None:
+        terminal.check_output("--report", options.report, folder=True)
+
+
+def _write_report(options: Any, report: dict[str, Any]) -> None:
+    """Print a report as JSON, Markdown or for the terminal, and write it as CSV and LaTeX where that is asked for."""
+    from diffaccel.eval.report import console, export
+    from diffaccel.eval.report.markdown import markdown
+    from diffaccel.files import write_text
+
+    for path, text_of in ((options.csv, export.csv_text), (options.tex, export.latex_text)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text_of(report))
+    if options.json:
+        terminal.write_json(report)
+    elif options.markdown:
+        terminal.write(markdown(report))
+    else:
+        console.write(report)
+
+
+def _read_timing(path: str) -> dict[str, Any]:
     try:
         timing = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -156,6 +197,26 @@ def _read_timing(path: str | None) -> dict[str, Any] | None:
     from diffaccel.eval.timing.turns import check_timing
 
     return check_timing(timing, path)
+
+
+def run_page(argv: list[str]) -> int:
+    """Run ``eval page`` and return its exit status."""
+    parser = terminal.Parser(
+        prog="diffaccel eval page",
+        description="Make page, Markdown, CSV and LaTeX of a report anew, without measuring.",
+        epilog="example:\n  diffaccel eval page report/report.json",
+    )
+    parser.add_argument("report", type=terminal.output_path, metavar="REPORT", help="report.json, or its folder")
+    parser.add_argument("--out", type=terminal.output_path, metavar="DIR", help="write here (default: the same folder)")
+    _add_export_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    options = parser.parse(argv)
+    options.report, report_path = options.out, options.report
+    _check_outputs(options)
+    from diffaccel.eval.report.remake import remake
+
+    _write_report(options, remake(report_path, options.out))
+    return 0
 
 
 def run_diff(argv: list[str]) -> int:

@@ -1,27 +1,41 @@
-"""A comparison as ``report.json``, ``report.md`` and one ``report.html`` that needs nothing else."""
+"""A comparison as ``report.json``, Markdown, CSV, LaTeX, and one ``report.html`` that needs nothing else."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from importlib.resources import files
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffaccel.eval.comparison import text
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.comparison.row import Section
-from diffaccel.eval.report import charts, pictures
+from diffaccel.eval.report import by_batch, flops, pictures
+from diffaccel.eval.report.credits import credits_of
+from diffaccel.eval.report.export import csv_text, latex_text
 from diffaccel.eval.report.markdown import markdown
+from diffaccel.eval.report.page import html_text
+from diffaccel.eval.report.summary import verdicts
 from diffaccel.files import write_json, write_text
 
-TEMPLATE = files(__name__) / "report.html.jinja"
 LARGEST = 10 * 2**20  # bytes of the page
-LONG = 44  # letters above which a cell wraps
+PICTURES = "pictures.json"
+
+
+def contents(comparison: Comparison, command: list[str] | None = None) -> dict[str, Any]:
+    """Return what is in ``report.json``.
+
+    Args:
+        comparison: everything that was measured.
+        command: the command line, for the record.
+    """
+    report = comparison.to_dict() | {"command": command or []}
+    place = next((i for i, row in enumerate(report["metrics"]) if row["metric"] == "seconds"), len(report["metrics"]))
+    report["metrics"][place:place] = flops.rows(report)
+    if by_batch.KEY not in report["sections"] and (section := by_batch.section_of_rows(report)) is not None:
+        report["sections"][by_batch.KEY] = section.to_dict()
+    return report | {"verdicts": verdicts(report), "credits": credits_of(report)}
 
 
 def write(comparison: Comparison, out: Path, *, command: list[str] | None = None, pairs: int = 8) -> dict[str, Any]:
-    """Write the three files of a report and return what is in ``report.json``.
+    """Write the files of a report and return what is in ``report.json``.
 
     Args:
         comparison: everything that was measured.
@@ -29,61 +43,28 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
         command: the command line, for the record.
         pairs: number of pairs shown of each run, half of them its worst; fewer where the page would pass 10 MiB.
     """
-    report = comparison.to_dict() | {"command": command or [], "verdicts": text.verdicts(comparison)}
+    report = contents(comparison, command)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
-    write_text(out / "report.md", markdown(comparison, report))
-    page = _page(comparison, report, pairs)
-    while len(page.encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
+    shown = pictures.of_page(comparison, pairs)
+    while len(html_text(report, shown).encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
         pairs //= 2
-        page = _page(comparison, report, pairs)
-    write_text(out / "report.html", page)
+        shown = pictures.of_page(comparison, pairs)
+    write_json(out / PICTURES, shown)
+    write_texts(report, out, shown)
     return report
 
 
-def _page(comparison: Comparison, report: dict[str, Any], pairs: int) -> str:
-    import jinja2
+def write_texts(report: Mapping[str, Any], out: Path, shown: Mapping[str, Any] | None) -> None:
+    """Write everything of a report that can be made anew from ``report.json`` and its pictures.
 
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report,
-        table=text.table(comparison),
-        plots=charts.pareto(comparison),
-        curves=charts.curves(comparison),
-        steps=charts.steps(comparison),
-        galleries=[pictures.gallery(comparison, run, pairs) for run in comparison.runs],
-        sections=[(section, _columns(section)) for section in comparison.sections],
-        baseline=comparison.baseline.name,
-        things="videos" if comparison.baseline.is_video else "pictures",
-    )
-
-
-@dataclass(frozen=True)
-class _Column:
-    """A column of a section.
-
-    Attributes:
-        head: its title.
-        index: its place among the columns of the section.
-        words: whether it holds words, aligned to the left, and not numbers, aligned to the right.
-        long: whether it holds long texts, which wrap.
+    Args:
+        report: what is in ``report.json``.
+        out: the folder.
+        shown: what is in ``pictures.json``; None for a page without pictures.
     """
-
-    head: str
-    index: int
-    words: bool
-    long: bool
-
-
-def _columns(section: Section) -> list[_Column]:
-    """Return the columns of a section that have a text in some row."""
-    columns = []
-    for index, head in enumerate(section.columns):
-        cells = [row[index] for row in section.rows if row[index]]
-        long = any(len(cell) > LONG for cell in cells)
-        words = long or not any(re.match(r"[+-]?\d", cell) for cell in cells)
-        if cells:
-            columns.append(_Column(head, index, words, long))
-    return columns
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.md", markdown(report))
+    write_text(out / "report.csv", csv_text(report))
+    write_text(out / "report.tex", latex_text(report))
+    write_text(out / "report.html", html_text(report, shown))

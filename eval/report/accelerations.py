@@ -23,7 +23,7 @@ from diffaccel.eval.images.open import open_source
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors import Extractor, extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
-from diffaccel.eval.report import write
+from diffaccel.eval.report import by_batch, write
 from diffaccel.eval.report.plan import AccelerationReport, ReportPlan, failures_section
 from diffaccel.eval.report.workspace import RUNS, Workspace
 from diffaccel.eval.sets.run import Run
@@ -32,7 +32,7 @@ from diffaccel.eval.timing.turns import take_turns
 from diffaccel.runs import loading
 from diffaccel.runs.variant import Variant
 
-TIMING, BUDGETS = "timing.json", "equal_time.json"
+TIMING, BATCH_TIMING, BUDGETS = "timing.json", "timing-batch-{}.json", "equal_time.json"
 
 
 def make_report(
@@ -61,7 +61,7 @@ def make_report(
     if not runs:
         reasons = "; ".join(f"{name}: {why}" for name, why in failures.items())
         raise DiffAccelError(f"None of the accelerations could run, so there is nothing to report. {reasons}")
-    timing = _time(workspace, variants)
+    timing, *further = (_time(workspace, variants, batch) for batch in (None, *plan.batches))
     answers: list[equal_time.Answer] = []
     if plan.equal_time:
         equal_time_inputs = _EqualTime.load(workspace, baseline, timing, judge, reward)
@@ -76,6 +76,9 @@ def make_report(
         comparison.sections.append(equal_time.section(answers, device=timing["device"]["name"], **names))
     if failures:
         comparison.sections.append(failures_section(failures))
+    by_batch_section = by_batch.section([timing, *further])
+    if by_batch_section is not None:
+        comparison.sections.append(by_batch_section)
     return AccelerationReport(comparison, write(comparison, out, command=command or []), failures)
 
 
@@ -114,13 +117,15 @@ def _accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
     return variants, failures
 
 
-def _time(workspace: Workspace, variants: Mapping[str, Variant]) -> dict[str, Any]:
-    """Time the baseline and the accelerations in turns."""
+def _time(workspace: Workspace, variants: Mapping[str, Variant], batch: int | None = None) -> dict[str, Any]:
+    """Time the baseline and the accelerations in turns, with the report's number of pictures in a call or another."""
     plan, timed = workspace.plan, [workspace.plan.baseline, *variants.values()]
+    request = workspace.request if batch is None else replace(workspace.request, batch=batch)
     return workspace.measure_once(
-        TIMING,
+        TIMING if batch is None else BATCH_TIMING.format(batch),
         timed,
-        lambda: take_turns(workspace.pipe, workspace.request, timed, turns=plan.turns, progress=workspace.progress),
+        lambda: take_turns(workspace.pipe, request, timed, turns=plan.turns, progress=workspace.progress),
+        batch,
     )
 
 

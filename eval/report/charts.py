@@ -1,189 +1,211 @@
-"""Plots as coordinates for inline SVG: quality against time with its Pareto front, and times of network calls."""
+"""Plots as coordinates for inline SVG: quality against speed with its Pareto front, and curves over frames."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.comparison.row import BY_PROMPT
+from diffaccel.eval.report import verdict
+from diffaccel.eval.report.axes import BOTTOM, LEFT, Axes, Plot, padded
+from diffaccel.eval.report.labels import place_names
+from diffaccel.eval.report.names import clean
+from diffaccel.eval.report.summary import main_keys
+from diffaccel.eval.report.verdict import Row
 
 PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # values of equal pictures
-WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 560, 300, 56, 40, 16
-LETTER, LINE = 6.6, 13  # of a label, in pixels
+WIDE, NARROW, SMALL = (600, 330), (330, 330), (330, 250)  # of the first plot on a screen and a phone, of the others
 COLOURS = 6  # of lines; further runs take the first ones again
+Ends = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A plot in pixels: ticks of its axes, points with their Pareto front, and lines."""
+class Point:
+    """A run in a plot: its speed and its quality, each with an interval where there is one."""
+
+    x: float
+    y: float
+    name: str
+    x_ends: Ends | None = None
+    y_ends: Ends | None = None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The lower axis: what it shows of a run, and in which direction it is better."""
 
     title: str
-    x_title: str
-    y_title: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    points: list[dict[str, Any]] = field(default_factory=list)
-    front: str = ""
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    bottom: int = HEIGHT - BOTTOM
+    unit: str
+    metric: str
+    better: str
 
 
-def pareto(comparison: Comparison) -> list[Plot]:
-    """Plot every metric of quality against seconds a picture, a point for every run."""
-    seconds = {row.run: row.value for row in comparison.rows if row.metric == "seconds" and row.value is not None}
-    plots = []
-    metrics = dict.fromkeys((row.key, row.better) for row in comparison.rows if row.family != "cost")
-    for key, better in metrics:
-        rows = [row for row in comparison.rows if row.key == key and row.value is not None and row.run in seconds]
-        points = [(float(seconds[row.run] or 0), float(row.value or 0), row.run) for row in rows]
-        baseline = comparison.baseline.name
-        if rows and rows[0].metric in PERFECT and baseline in seconds:
-            points.append((float(seconds[baseline] or 0), PERFECT[rows[0].metric], baseline))
-        if len(points) < 2:
-            continue
-        plots.append(quality_plot(key, better, points))
-    return plots
+RATIO = Speed("speed-up over the baseline", "x", "speedup", "higher")
+SECONDS = Speed("seconds a picture", "", "seconds", "lower")
 
 
-def quality_plot(key: str, better: str, points: list[tuple[float, float, str]]) -> Plot:
-    """Plot points of seconds, value and name, those of the Pareto front marked and joined by a line."""
-    axes, front = _axes([point[:2] for point in points]), pareto_front(points, better)
-    dots: list[dict[str, Any]] = [
-        {"x": axes.x(x), "y": axes.y(y), "name": name, "value": f"{y:.4g}", "best": (x, y, name) in front}
-        for x, y, name in points
-    ]
-    _place_labels(dots)
+def first_plots(report: Mapping[str, Any]) -> list[Plot]:
+    """Plot the main measure of quality against speed, for a wide screen and for a phone; none without times."""
+    plots = [quality_plot(report, key, WIDE) for key in main_keys(report)]
+    key = next((key for key, plot in zip(main_keys(report), plots, strict=True) if plot is not None), None)
+    return [plot for size in (WIDE, NARROW) if key and (plot := quality_plot(report, key, size)) is not None]
+
+
+def quality_plots(report: Mapping[str, Any]) -> list[Plot]:
+    """Plot every other metric of quality against speed."""
+    shown = {plot.title for plot in first_plots(report)}
+    keys = dict.fromkeys(row["key"] for row in report["metrics"] if row["family"] != "cost")
+    plots = [quality_plot(report, key, SMALL) for key in keys if key not in shown]
+    return [plot for plot in plots if plot is not None]
+
+
+def quality_plot(report: Mapping[str, Any], key: str, size: tuple[int, int]) -> Plot | None:
+    """Plot a metric against speed, a point for every run; None where fewer than two runs have both.
+
+    A metric with differences to the baseline shows these, with the baseline at 0 and other seeds as a band.
+    """
+    rows = [row for row in report["metrics"] if row["key"] == key]
+    differs = any(row.get("delta") is not None for row in rows)
+    by_ratio = any(row["metric"] == "speedup" and row.get("value") for row in report["metrics"])
+    speed, baseline = RATIO if by_ratio else SECONDS, report["baseline"]
+    speeds = _speeds(report, speed)
+    points = []
+    for row in rows:
+        value, interval = _shown(row, differs)
+        if value is not None and row["run"] in speeds and row["run"] != baseline:
+            points.append(Point(speeds[row["run"]][0], value, row["run"], speeds[row["run"]][1], interval))
+    start = _baseline_value(rows, baseline, differs)
+    if start is not None and baseline in speeds:
+        points.append(Point(speeds[baseline][0], start[0], baseline, None, start[1]))
+    if len(points) < 2:
+        return None
+    with_delta = next((row for row in rows if row.get("delta") is not None), rows[0])  # it has the noise of seeds
+    return draw(points, with_delta, speed, size, differs=differs)
+
+
+def draw(points: Sequence[Point], row: Row, speed: Speed, size: tuple[int, int], *, differs: bool = False) -> Plot:
+    """Draw points with their error bars and names, those of the Pareto front filled and joined by a line."""
+    xs = [x for point in points for x in (point.x, *(point.x_ends or ()))]
+    ys = [y for point in points for y in (point.y, *(point.y_ends or ()))]
+    noise = _noise(row) if differs else None
+    log = speed is RATIO
+    x_range = (min(xs) / 1.12, max(xs) * 1.25) if log else (0.0, max(xs) * 1.2 or 1.0)
+    axes = Axes(x_range, padded(ys, 0.16), *size, log=log)
+    front = pareto_front(points, row["better"], speed.better)
+    dots = [_dot(axes, point, row, speed, best=point in front) for point in points]
+    line = [(axes.x(point.x), axes.y(point.y)) for point in front]
+    unnamed = place_names(dots, (LEFT + 2, 2, size[0] - 2, size[1] - BOTTOM - 1), line)
+    what = f"{clean(row['key'])}{', difference to the baseline' if differs else ''}"
+    unit = f", {row['unit']}" if row.get("unit") else ""
     return axes.plot(
-        key, "seconds a picture", f"{key}, {better} is better", points=dots,
-        front=" ".join(f"{axes.x(x)},{axes.y(y)}" for x, y, _ in front),
+        row["key"], f"{speed.title}, {speed.better} is better", f"{what}{unit}, {row['better']} is better",
+        x_unit=speed.unit, points=dots, unnamed=[clean(name) for name in unnamed], band=_band(axes, noise),
+        front=" ".join(f"{x},{y}" for x, y in line),
     )  # fmt: skip
 
 
-def _place_labels(dots: list[dict[str, Any]]) -> None:
-    """Place each name beside its dot, towards the middle, and below the name above it where they would touch."""
-    placed: list[tuple[float, float, float]] = []  # left end, right end and height of each label
-    for dot in sorted(dots, key=lambda dot: dot["y"]):
-        width = LETTER * len(dot["name"])
-        left = dot["x"] > WIDTH * 0.6
-        start = dot["x"] - 9 - width if left else dot["x"] + 9
-        y = max(dot["y"] - 7, 12)
-        for low, high, other_y in sorted(placed, key=lambda label: label[2]):
-            if low < start + width and start < high and abs(other_y - y) < LINE:
-                y = other_y + LINE
-        placed.append((start, start + width, y))
-        dot |= {"label_x": dot["x"] - 9 if left else dot["x"] + 9, "label_y": round(y, 1), "left": left}
-
-
-def pareto_front(points: list[tuple[float, float, str]], better: str) -> list[tuple[float, float, str]]:
-    """Return the points that no other one beats in both time and quality, by time."""
-    sign = 1 if better == "lower" else -1
-    front: list[tuple[float, float, str]] = []
-    for point in sorted(points, key=lambda p: (p[0], sign * p[1])):
-        if not front or sign * point[1] < sign * front[-1][1]:
+def pareto_front(points: Sequence[Point], better: str, faster: str = "lower") -> list[Point]:
+    """Return the points that no other one beats in both speed and quality, the fastest first."""
+    sign, speed = (1 if direction == "lower" else -1 for direction in (better, faster))
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (speed * p.x, sign * p.y)):
+        if not front or sign * point.y < sign * front[-1].y:
             front.append(point)
     return front
 
 
-def steps(comparison: Comparison) -> list[dict[str, Any]]:
-    """Return seconds of every network call of a run as bars on one scale, short ones marked, with a summary."""
-    baseline_calls = len(comparison.steps.get(comparison.baseline.name, ()))
-    longest = max((max(times) for times in comparison.steps.values() if times), default=0)
-    charts = []
-    for name, times in comparison.steps.items():
-        if not times or not longest:
-            continue
-        short = short_calls(times)
-        bars = [
-            {
-                "height": round(100 * seconds / longest, 1),
-                "short": i in short,
-                "text": f"call {i + 1}: {1000 * seconds:.1f} ms{', short' if i in short else ''}",
-            }
-            for i, seconds in enumerate(times)
-        ]
-        charts.append({"run": name, "bars": bars, "summary": _steps_summary(times, len(short), baseline_calls)})
-    return charts
-
-
-def _steps_summary(times: Sequence[float], short: int, baseline_calls: int) -> str:
-    text = f"{len(times)} calls, {sum(times):.3f} s"
-    if short:
-        text += f"; {short} of them under a third of a full one, as cached ones are"
-    if baseline_calls and len(times) != baseline_calls:
-        word = "fewer" if len(times) < baseline_calls else "more"
-        text += f"; {abs(baseline_calls - len(times))} {word} than the baseline"
-    return text
-
-
-def short_calls(times: Sequence[float]) -> set[int]:
-    """Return the calls that took under a third of a full one.
-
-    The second longest call counts as a full one, since the first call may hold a warm-up.
-    """
-    full = sorted(times)[-2:][0]
-    return {i for i, seconds in enumerate(times) if seconds < full / 3}
-
-
-def curves(comparison: Comparison) -> list[Plot]:
+def curves(report: Mapping[str, Any]) -> list[Plot]:
     """Plot every metric's mean over videos against the frame, a line for every run."""
     plots = []
-    for key, by_run in comparison.curves.items():
+    for key, by_run in (report.get("curves") or {}).items():
         lines = {
-            name: [(float(frame), y) for frame, y in enumerate(curve.tolist()) if math.isfinite(y)]
+            name: [(float(frame), y) for frame, y in enumerate(curve) if y is not None]
             for name, curve in by_run.items()
         }
         lines = {name: points for name, points in lines.items() if points}
         if not lines:
             continue
-        axes = _axes([point for points in lines.values() for point in points])
+        frames = [x for points in lines.values() for x, _ in points]
+        heights = [y for points in lines.values() for _, y in points]
+        axes = Axes((0.0, max(frames) * 1.05 or 1.0), padded(heights), *SMALL)
         paths = [
-            {"name": name, "path": " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points), "colour": i % COLOURS}
+            {
+                "name": clean(name),
+                "path": " ".join(f"{axes.x(x)},{axes.y(y)}" for x, y in points),
+                "colour": i % COLOURS,
+            }
             for i, (name, points) in enumerate(lines.items())
         ]
-        plots.append(axes.plot(key, "frame", f"{key} by frame", lines=paths))
+        plots.append(axes.plot(key, "frame", f"{clean(key)} by frame", lines=paths))
     return plots
 
 
-@dataclass(frozen=True)
-class _Axes:
-    """Axes of a plot: the ranges of both, and the way from numbers to pixels."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        return round(LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - MARGIN), 1)
-
-    def y(self, value: float) -> float:
-        return round(
-            HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - BOTTOM - MARGIN), 1
-        )
-
-    def plot(self, title: str, x_title: str, y_title: str, **content: Any) -> Plot:
-        return Plot(
-            title=title, x_title=x_title, y_title=y_title,
-            x_ticks=[(self.x(v), f"{v:.4g}") for v in _ticks(self.x_low, self.x_high)],
-            y_ticks=[(self.y(v), f"{v:.4g}") for v in _ticks(self.y_low, self.y_high)],
-            **content,
-        )  # fmt: skip
+# -- points -----------------------------------------------------------------------------------------------------------
 
 
-def _axes(points: Sequence[tuple[float, float]]) -> _Axes:
-    xs, ys = [p[0] for p in points], [p[1] for p in points]
-    pad = (max(ys) - min(ys)) * 0.15 or abs(max(ys)) * 0.1 or 1.0
-    return _Axes(0.0, max(xs) * 1.15 or 1.0, min(ys) - pad, max(ys) + pad)
+def _speeds(report: Mapping[str, Any], speed: Speed) -> dict[str, tuple[float, Ends | None]]:
+    """Return by run its speed and its interval; a ratio of the baseline's is 1."""
+    found: dict[str, tuple[float, Ends | None]] = {report["baseline"]: (1.0, None)} if speed is RATIO else {}
+    for row in report["metrics"]:
+        if row["metric"] == speed.metric and row.get("value"):
+            found[row["run"]] = float(row["value"]), _ends(row.get("interval"))
+    return found
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return four or five round numbers of a range."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(step * k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 5)
-    first = math.ceil(low / step)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]
+def _shown(row: Row, differs: bool) -> tuple[float | None, Ends | None]:
+    """Return the number that a plot shows of a row, and its interval."""
+    if row.get("identical") and row["metric"] in PERFECT:
+        return PERFECT[row["metric"]], None
+    value, interval = ("delta", "delta_interval") if differs else ("value", "interval")
+    return row.get(value), _ends(row.get(interval))
+
+
+def _baseline_value(rows: Sequence[Row], baseline: str, differs: bool) -> tuple[float, Ends | None] | None:
+    """Return the baseline's own number and interval: 0 of differences, its row's, or that of equal pictures."""
+    if differs:
+        return 0.0, None
+    own = next((row for row in rows if row["run"] == baseline and row.get("value") is not None), None)
+    if own is not None:
+        return own["value"], _ends(own.get("interval"))
+    metric = rows[0]["metric"] if rows else ""
+    return (PERFECT[metric], None) if metric in PERFECT else None
+
+
+def _ends(interval: Mapping[str, Any] | None) -> Ends | None:
+    return None if interval is None else (float(interval["low"]), float(interval["high"]))
+
+
+def _dot(axes: Axes, point: Point, row: Row, speed: Speed, *, best: bool) -> dict[str, Any]:
+    """Return a point in pixels with the ends of its error bars, and all of it in words."""
+    places = verdict.number(row, point.y)
+    words = f"{places}{_bracketed(point.y_ends, row)} at {point.x:.4g}{speed.unit}"
+    if point.x_ends:
+        words += f" ({point.x_ends[0]:.4g} to {point.x_ends[1]:.4g})"
+    return {
+        "x": axes.x(point.x), "y": axes.y(point.y), "name": clean(point.name), "value": words, "best": best,
+        "x_bar": None if point.x_ends is None else tuple(axes.x(end) for end in point.x_ends),
+        "y_bar": None if point.y_ends is None else tuple(axes.y(end) for end in reversed(point.y_ends)),
+    }  # fmt: skip
+
+
+def _bracketed(ends: Ends | None, row: Row) -> str:
+    return "" if ends is None else f" ({verdict.number(row, ends[0])} to {verdict.number(row, ends[1])})"
+
+
+def _noise(row: Row) -> float | None:
+    """Return how far from the baseline other seeds are."""
+    interval = verdict.noise_interval(row)
+    if interval is not None:
+        return max(abs(end) for end in interval)
+    value = verdict.floor(row)[0]
+    return None if value is None or row["family"] not in BY_PROMPT else abs(value)
+
+
+def _band(axes: Axes, noise: float | None) -> tuple[float, float] | None:
+    """Return top and height of what other seeds do, inside the plot."""
+    if noise is None or not math.isfinite(noise):
+        return None
+    low, high = (min(max(end, axes.y_range[0]), axes.y_range[1]) for end in (-noise, noise))
+    return axes.y(high), round(axes.y(low) - axes.y(high), 1)

@@ -1,57 +1,67 @@
-"""A comparison as Markdown, for a terminal, a pull request or a note."""
+"""A report as Markdown, for a pull request or a note; whatever names hold is text there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.comparison.text import HEADS, table
+from diffaccel.eval.report import tables, verdict
+from diffaccel.eval.report.credits import credits_of
+from diffaccel.eval.report.names import markdown_text, shell_line
+from diffaccel.eval.report.summary import compared_runs, headline, main_keys, summaries
 
 
-def markdown(comparison: Comparison, report: dict[str, Any]) -> str:
-    """Return verdicts, tables and warnings as Markdown.
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return verdicts, tables, warnings and credits as Markdown.
 
     Args:
-        comparison: everything that was measured.
         report: what is in ``report.json``.
     """
-    base = comparison.baseline
-    lines = [f"# {', '.join(run.name for run in comparison.runs)} against {base.name}", ""]
-    lines += [f"- **{verdict['run']}**: {verdict['text']}." for verdict in report["verdicts"]]
-    device = base.record.get("device", {}).get("name")
-    lines += [
-        "",
-        f"{len(base)} {'videos' if base.is_video else 'pictures'} a run{f', {device}' if device else ''}, "
-        f"{report['made'][:10]}. 95 % intervals.",
-        "",
+    base = report["baseline"]
+    runs = summaries(report)
+    lines = [f"# {', '.join(map(markdown_text, compared_runs(report)))} against {markdown_text(base)}", ""]
+    lines += [f"{headline(report)}.", ""]
+    lines += [f"- **{markdown_text(run.run)}**: {markdown_text(run.sentence)}." for run in runs]
+    lines += ["", f"{markdown_text(tables.counted(report))}. 95 % intervals.", ""]
+    heads = ("run", "speed-up", "verdict", *main_keys(report))
+    cells = [
+        (
+            run.run,
+            _in_brackets(run.speed.value, run.speed.interval),
+            run.word,
+            *(" ".join(filter(None, (c.difference or _in_brackets(c.value, c.interval), c.word))) for c in run.cells),
+        )
+        for run in runs
     ]
-    for title, group in table(comparison):
-        cells = [
-            (
-                line.run,
-                f"{line.metric} {line.arrow}",
-                line.value,
-                line.interval,
-                line.delta,
-                line.floor,
-                line.n,
-                line.note,
-            )
-            for line in group
-        ]
-        lines += [f"## {title}", "", *_markdown_table((*HEADS, ""), cells), ""]
-    for section in comparison.sections:
-        lines += [f"## {section.title}", "", *_markdown_table(section.columns, section.rows), ""]
-        lines += [section.note, ""] if section.note else []
-    if report["warnings"]:
-        lines += ["## Warnings", "", *(f"- {warning}" for warning in report["warnings"]), ""]
-    if report["command"]:
-        lines += ["```", " ".join(report["command"]), "```", ""]
+    lines += [*_markdown_table(heads, cells), "", verdict.EXPLAINED, ""]
+    lines += [markdown_text(report["reference"]), ""] if report.get("reference") else []
+    for table in tables.full_tables(report):
+        lines += [f"## {table.title}", "", *_markdown_table(table.heads, table.rows), ""]
+    for section in report.get("sections", {}).values():
+        lines += [f"## {markdown_text(section['title'])}", ""]
+        lines += [*_markdown_table(section["columns"], section["rows"]), ""]
+        lines += [markdown_text(section["note"]), ""] if section.get("note") else []
+    if report.get("warnings"):
+        lines += ["## Warnings", "", *(f"- {markdown_text(warning)}" for warning in report["warnings"]), ""]
+    for model, credit in credits_of(report).items():
+        lines += [f"## Credits of {markdown_text(model)}", "", *(f"- {markdown_text(line)}" for line in credit), ""]
+    if report.get("command"):
+        lines += [*_code(shell_line(report["command"])), ""]
     return "\n".join(lines)
 
 
+def _in_brackets(value: str, interval: str) -> str:
+    return f"{value} ({interval})" if interval else value
+
+
+def _code(text: str) -> list[str]:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return [fence, text, fence]
+
+
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    cells = [[markdown_text(cell) for cell in row] for row in (heads, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(heads), *lines[1:]]

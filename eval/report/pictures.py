@@ -1,9 +1,10 @@
-"""Galleries of the page: pictures of one prompt and seed side by side with their difference, the worst pairs first."""
+"""Pictures of the page: a strip of the same prompts across the runs, and galleries of pairs, the worst first."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,44 @@ from torch import Tensor
 from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.sets.run import Run
 
-SIDE = 256  # largest height and width of a picture on the page
+SIDE, STRIP_SIDE = 256, 128  # largest height and width of a picture in a gallery, and in the strip
 SMALL = 128  # pictures up to this size are shown with sharp pixels, not smoothed
 AMPLIFICATION = 5  # of differences
+PROMPTS, MOST_RUNS = 6, 8  # of the strip
+
+
+def of_page(comparison: Comparison, pairs: int) -> dict[str, Any]:
+    """Return everything that the page shows of pictures, JSON-ready.
+
+    Args:
+        comparison: the runs.
+        pairs: number of pairs in the gallery of each run.
+    """
+    return {
+        "strip": strip(comparison),
+        "galleries": [gallery(comparison, run, pairs) for run in comparison.runs],
+    }
+
+
+def strip(comparison: Comparison, count: int = PROMPTS) -> dict[str, Any]:
+    """Choose prompts that all runs share, spread evenly; show them for the baseline and the first runs.
+
+    Returns:
+        ``prompts``, ``runs`` with a picture of every prompt, and names of the runs that were ``left_out``.
+    """
+    baseline, runs = comparison.baseline, comparison.runs[: MOST_RUNS - 1]
+    places = [dict(comparison.pairs[run.name]) for run in runs]
+    shared = [i for i in range(len(baseline)) if all(i in place for place in places)]
+    chosen = _spread(shared, count)
+    lines = [(baseline, chosen), *((run, [place[i] for i in chosen]) for run, place in zip(runs, places, strict=True))]
+    return {
+        "prompts": [baseline.pictures[i].prompt or baseline.pictures[i].id for i in chosen],
+        "runs": [
+            {"run": run.name, "pictures": [_shown(_frame(run, i), STRIP_SIDE) for i in indices]}
+            for run, indices in lines
+        ],
+        "left_out": [run.name for run in comparison.runs[MOST_RUNS - 1 :]],
+    }
 
 
 def gallery(comparison: Comparison, run: Run, count: int) -> dict[str, Any]:
@@ -31,13 +67,21 @@ def gallery(comparison: Comparison, run: Run, count: int) -> dict[str, Any]:
         None,
     )
     worst = [] if row is None or row.identical else row.detail["worst"][: min((count + 1) // 2, len(pairs) // 4)]
-    spread = np.linspace(0, len(pairs) - 1, count).round().astype(int).tolist()
+    spread = _spread(range(len(pairs)), count)
     indices = list(dict.fromkeys([*worst, *(i for i in spread if i not in worst)]))[:count]
     return {
         "run": run.name,
         "metric": row.key if row else "",
         "pairs": [_pair(comparison, run, i) | {"worst": i in worst} for i in indices],
     }
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """Return up to ``count`` of some indices, evenly spread, each once."""
+    if not indices:
+        return []
+    places = np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(int)
+    return [indices[place] for place in dict.fromkeys(places.tolist())]
 
 
 def _pair(comparison: Comparison, run: Run, index: int) -> dict[str, Any]:
@@ -52,8 +96,7 @@ def _pair(comparison: Comparison, run: Run, index: int) -> dict[str, Any]:
         "prompt": picture.prompt or picture.id,
         "seed": picture.seed,
         "measured": ", ".join(f"{key} {number:.4g}" for key, number in numbers.items()),
-        "images": [inline(base_image), inline(image), inline(difference)],
-        "small": max(base_image.shape[1:]) <= SMALL,
+        "images": [_shown(still, SIDE) for still in (base_image, image, difference)],
     }
 
 
@@ -65,10 +108,28 @@ def _still(run: Run, index: int) -> Tensor:
     return torch.cat(list(frames[[0, len(frames) // 2, len(frames) - 1]]), dim=1)
 
 
-def inline(image: Tensor) -> str:
-    """Encode a picture (3, H, W) as a data URL, no larger than a thumbnail."""
+def _frame(run: Run, index: int) -> Tensor:
+    """Return a picture; of a video the middle frame."""
+    if not run.is_video:
+        return run.image(index)
+    frames = run.video(index)
+    return frames[len(frames) // 2]
+
+
+def _shown(image: Tensor, side: int) -> dict[str, Any]:
+    """Return a picture (3, H, W) as the page embeds it: a data URL, its size, and whether its pixels stay sharp."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    picture.thumbnail((SIDE, SIDE * 3) if picture.height > 2 * picture.width else (SIDE, SIDE))
+    picture.thumbnail((side, side * 3) if picture.height > 2 * picture.width else (side, side))
+    return {
+        "src": inline(picture),
+        "width": picture.width,
+        "height": picture.height,
+        "small": max(image.shape[1:]) <= SMALL,
+    }
+
+
+def inline(picture: Image.Image) -> str:
+    """Encode a picture as a data URL."""
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=90, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

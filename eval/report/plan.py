@@ -26,6 +26,7 @@ class ReportPlan:
         accelerated: the others.
         everything: compare every registered method too, with default options and the baseline's call settings.
         turns: timed calls of each variant.
+        batches: pictures in a call that every variant is timed with as well as with the request's own number.
         other_seeds: draw the baseline with other seeds too, as the noise floor of every metric.
         equal_time: answer what the same wall time buys.
         extractors: networks for distances of distributions.
@@ -39,6 +40,7 @@ class ReportPlan:
     accelerated: tuple[Variant, ...] = ()
     everything: bool = False
     turns: int = 10
+    batches: tuple[int, ...] = ()
     other_seeds: bool = True
     equal_time: bool = True
     extractors: tuple[str, ...] = ("tiny",)
@@ -50,6 +52,8 @@ class ReportPlan:
         names = [self.baseline.name, *(variant.name for variant in self.accelerated)]
         if duplicate := next((name for name in names if names.count(name) > 1), None):
             raise DiffAccelError(f"'{duplicate}' is there twice. Take one out.")
+        if wrong := [batch for batch in self.batches if batch < 1]:
+            raise DiffAccelError(f"A call of {wrong[0]} pictures cannot be timed. Give 1 or more.")
         if not self.accelerated and not self.everything:
             raise DiffAccelError("There is nothing to compare with the baseline. Give an acceleration, or ask for all.")
 

@@ -112,7 +112,7 @@ class Workspace:
     # -- measurements -------------------------------------------------------------------------------------------------
 
     def measure_once(
-        self, name: str, variants: Sequence[Variant], measure: Callable[[], dict[str, Any]]
+        self, name: str, variants: Sequence[Variant], measure: Callable[[], dict[str, Any]], batch: int | None = None
     ) -> dict[str, Any]:
         """Return a measurement that a file keeps, measured now unless the file has it for the same conditions.
 
@@ -122,10 +122,11 @@ class Workspace:
             name: of the file in the report's folder.
             variants: that are measured.
             measure: takes the measurement, JSON-ready.
+            batch: pictures in a call; None for the request's own.
         """
         path, measurement = self.out / name, None
         if self.is_first:
-            conditions = self._conditions(variants)
+            conditions = self._conditions(variants, batch or self.request.batch)
             measurement = _read_object(path)
             if measurement is None or measurement.get("of") != conditions:
                 measurement = {**measure(), "of": conditions}
@@ -133,11 +134,11 @@ class Workspace:
                 write_json(path, measurement)
         return self.processes.share(measurement)
 
-    def _conditions(self, variants: Sequence[Variant]) -> dict[str, Any]:
+    def _conditions(self, variants: Sequence[Variant], batch: int) -> dict[str, Any]:
         """Return everything that a measurement of variants depends on: request, device, turns, reward."""
         device = loading.pick_device(self.request.device)
         _, digest = loading.locate(self.request.model)
-        request = self.request.with_model_defaults()
+        request = replace(self.request.with_model_defaults(), batch=batch)
         settings = request.settings(digest, device, loading.pick_dtype(request.dtype, device))
         settings["prompts"] = settings["prompts"][: request.batch]  # times are of the first chunk
         names = {"ways": [variant.name for variant in variants], "turns": self.plan.turns, "reward": self.plan.reward}

@@ -106,3 +106,36 @@ def test_what_does_not_fit_is_refused(run, drawn, words, said):
 def test_a_comparison_reads_as_json(run, drawn):
     done = run("eval", "compare", drawn / "base", drawn / "run", "--device", "cpu", "--json")
     assert json.loads(done.out)["format"] == 2
+
+
+def test_csv_and_latex_and_a_page_made_anew(run, drawn, tmp_path):
+    words = ["eval", "compare", drawn / "base", drawn / "run", "--device", "cpu"]
+    files = ["--csv", tmp_path / "new" / "x.csv", "--tex", tmp_path / "x.tex"]
+    done = run(*words, *files, "--report", tmp_path / "report")
+    assert done.status == 0 and "PSNR" in done.out and "|" not in done.out
+    report = tmp_path / "report"
+    assert (report / "report.csv").read_text() == (tmp_path / "new" / "x.csv").read_text()
+    assert "\\toprule" in (tmp_path / "x.tex").read_text()
+    page = (report / "report.html").read_text()
+    (report / "report.html").unlink()
+    again = run("eval", "page", report / "report.json", "--csv", tmp_path / "y.csv")
+    assert again.status == 0 and again.out == done.out and (report / "report.html").read_text() == page
+    assert (tmp_path / "y.csv").read_text() == (report / "report.csv").read_text()
+    assert run("eval", "page", tmp_path / "none").status == 2
+    refused = run(*words, "--csv", tmp_path)  # before anything is measured
+    assert refused.status == 2 and "--csv" in refused.err
+
+
+def test_several_timings_are_a_table_by_batch(run, drawn, tmp_path):
+    entry = {"turns": 2, "first_call_seconds": 1.0, "parts": {}, "steps": [], "seconds_per_image": 0.5}
+    for images in (1, 4):
+        entries = [{**entry, "name": name, "folder": name, "seconds": [0.5 * images] * 2} for name in ("base", "run")]
+        timing = {"images_a_call": images, "turns": 2, "device": {"type": "cpu"}, "variants": entries}
+        (tmp_path / f"{images}.json").write_text(json.dumps(timing))
+    words = ["--timing", tmp_path / "1.json", "--timing", tmp_path / "4.json", "--device", "cpu", "--json"]
+    done = run("eval", "compare", drawn / "base", drawn / "run", *words)
+    assert done.status == 0, done.err
+    numbers = done.json["sections"]["by_batch"]["numbers"]
+    assert [(line["run"], line["batch"], line["throughput"]) for line in numbers] == [
+        (name, batch, 2.0) for name in ("base", "run") for batch in (1, 4)
+    ]

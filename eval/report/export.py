@@ -1,0 +1,119 @@
+"""A report as CSV, every number with its ends, and as a LaTeX table of the runs with booktabs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from diffaccel.eval.report import tables, verdict
+from diffaccel.eval.report.names import clean, split_key
+from diffaccel.eval.report.names import latex_text as escaped
+from diffaccel.eval.report.summary import Cell, RunSummary, main_keys, rows_of, summaries
+from diffaccel.eval.report.verdict import Row
+
+COLUMNS = (
+    "run", "metric", "key", "family", "better", "verdict", "value", "low", "high", "delta", "delta_low", "delta_high",
+    "floor", "floor_low", "floor_high", "n", "m", "unit", "identical", "missing",
+)  # fmt: skip
+_FORMULAS = ("=", "+", "-", "@")  # with these a spreadsheet would take a text for a formula
+
+
+def csv_text(report: Mapping[str, Any]) -> str:
+    """Return all rows as CSV: a line for every metric of every run, numbers to their last digit.
+
+    A number that is not there is an empty cell. A text that a spreadsheet would take for a formula has ``'`` before it.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in report["metrics"]:
+        values = _values(row)
+        writer.writerow([_csv_cell(values[column]) for column in COLUMNS])
+    return buffer.getvalue()
+
+
+def _values(row: Row) -> dict[str, Any]:
+    interval, delta = row.get("interval") or {}, row.get("delta_interval") or {}
+    floor, floor_ends = verdict.floor(row)
+    low, high = floor_ends or (None, None)
+    return {
+        **{column: row.get(column) for column in COLUMNS},
+        "verdict": verdict.word(row), "low": interval.get("low"), "high": interval.get("high"),
+        "delta_low": delta.get("low"), "delta_high": delta.get("high"),
+        "floor": floor, "floor_low": low, "floor_high": high,
+    }  # fmt: skip
+
+
+def _csv_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    text = clean(value)
+    return f"'{text}" if text.startswith(_FORMULAS) else text
+
+
+def latex_text(report: Mapping[str, Any]) -> str:
+    """Return a table of the runs: speed-up and main measures with their intervals, the baseline first.
+
+    Needs the packages ``booktabs`` and, for names beyond ASCII, ``inputenc`` in UTF-8.
+    """
+    keys, runs = main_keys(report), summaries(report)
+    first = {row["key"]: row for row in reversed(report["metrics"])}
+    heads = ["Run", r"Speed-up $\uparrow$", *(_head(key, tables.arrow(first[key])) for key in keys), "Verdict"]
+    base = rows_of(report, report["baseline"])
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        f"\\caption{{Against {escaped(report['baseline'])}: {escaped(tables.counted(report))}. Differences to the "
+        r"baseline where there are some, else values; in brackets 95\,\% intervals.}",
+        f"\\begin{{tabular}}{{l{'r' * (len(keys) + 1)}l}}",
+        r"\toprule",
+        f"{' & '.join(heads)} \\\\",
+        r"\midrule",
+        " & ".join([escaped(report["baseline"]), "1", *(_base_cell(base.get(key)) for key in keys), ""]) + r" \\",
+        *(_line(run) for run in runs),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _head(key: str, arrow: str) -> str:
+    name, network = split_key(key)
+    small = f" {{\\scriptsize {escaped(network)}}}" if network else ""
+    return f"{escaped(name)}{small} {escaped(arrow)}"
+
+
+def _base_cell(row: Row | None) -> str:
+    return _signed(verdict.number(row, row.get("value"))) if row else ""
+
+
+def _line(run: RunSummary) -> str:
+    speed = run.speed.value + _small(run.speed.interval)
+    return " & ".join([escaped(run.run), speed, *(_cell(cell) for cell in run.cells), run.word]) + r" \\"
+
+
+def _cell(cell: Cell) -> str:
+    if cell.delta:
+        return f"{_signed(cell.delta)}{_small(cell.delta_interval)}"
+    return f"{escaped(cell.value)}{_small(cell.interval)}"
+
+
+def _small(interval: str) -> str:
+    """Return an interval in small print, its ends in brackets."""
+    if not interval:
+        return ""
+    low, _, high = interval.partition(" to ")
+    return f" {{\\scriptsize [{_signed(low)}, {_signed(high)}]}}"
+
+
+def _signed(number: str) -> str:
+    """Return a number with a sign as mathematics, so that its minus is one."""
+    return f"${number}$" if number[:1] in ("-", "+") else number

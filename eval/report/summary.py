@@ -1,0 +1,209 @@
+"""First screen of a report: a row and a sentence for every run, from what is in ``report.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffaccel.eval.report import verdict
+from diffaccel.eval.report.names import clean, short_names
+from diffaccel.eval.report.verdict import Row
+
+DISTANCES = ("lpips", "ssim", "psnr")  # to the baseline's pictures; the first that there is stands in the summary
+FRECHET = ("fd", "fvd")
+MOST_SCORES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table as text: itself, its difference to the baseline, their intervals, a verdict and a note."""
+
+    head: str
+    value: str = ""
+    interval: str = ""
+    delta: str = ""
+    delta_interval: str = ""
+    word: str = ""
+    note: str = ""
+
+    @property
+    def difference(self) -> str:
+        """The difference with its interval in brackets."""
+        return f"{self.delta} ({self.delta_interval})" if self.delta_interval else self.delta
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What the first screen says of a run.
+
+    Attributes:
+        run: its name.
+        word: its verdict on quality.
+        speed: its speed-up, with the interval.
+        cells: its main measures, in the order of :func:`main_keys`.
+        sentence: all of it in a sentence, without the run's name and a full stop.
+    """
+
+    run: str
+    word: str
+    speed: Cell
+    cells: tuple[Cell, ...]
+    sentence: str
+
+
+def rows_of(report: Mapping[str, Any], run: str) -> dict[str, Row]:
+    """Return the rows of a run by their full names."""
+    return {row["key"]: row for row in report["metrics"] if row["run"] == run}
+
+
+def compared_runs(report: Mapping[str, Any]) -> list[str]:
+    """Return the names of the runs that were compared with the baseline."""
+    return [run["name"] for run in report["runs"] if run["name"] != report["baseline"]]
+
+
+def main_keys(report: Mapping[str, Any]) -> list[str]:
+    """Return the full names of the main measures: scores with a difference, a Fréchet distance, and one distance."""
+    rows = [row for row in report["metrics"] if row["run"] != report["baseline"]]
+    scores = [row["key"] for row in rows if row["family"] == "alignment" and row.get("delta") is not None]
+    measured = [row for row in rows if row.get("value") is not None or row.get("identical")]
+    frechet = [row["key"] for row in measured if row["metric"] in FRECHET][:1]
+    distances = [row["key"] for metric in DISTANCES for row in measured if row["metric"] == metric][:1]
+    return list(dict.fromkeys([*list(dict.fromkeys(scores))[:MOST_SCORES], *frechet, *distances]))
+
+
+def summaries(report: Mapping[str, Any]) -> list[RunSummary]:
+    """Return a summary of every run that was compared with the baseline."""
+    keys = main_keys(report)
+    names = short_names(row["key"] for row in report["metrics"])
+    things = "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
+    found = []
+    for run in compared_runs(report):
+        rows = rows_of(report, run)
+        speedup = next((row for row in rows.values() if row["metric"] == "speedup"), None)
+        main = [rows[key] for key in keys if key in rows]
+        word = verdict.run_word([*main, *(row for row in rows.values() if row["metric"] == "psnr")])
+        sentence = ", ".join([_speed_text(speedup), *_quality_texts(rows, main, names, things)])
+        cells = tuple(cell(rows.get(key), key) for key in keys)
+        found.append(RunSummary(run, word, _speed_cell(speedup), cells, sentence))
+    return found
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """Return in a few words how much faster the runs are, and how many are better, worse or the same."""
+    summary = summaries(report)
+    speeds = [row["value"] for row in report["metrics"] if row["metric"] == "speedup" and row.get("value")]
+    low, high = (f"{end:.2f}x" for end in (min(speeds), max(speeds))) if speeds else ("", "")
+    speed = f"{low} to {high} as fast" if low != high else f"{low} as fast" if low else "Speed not measured"
+    if len(summary) == 1:
+        return f"{speed}, quality {summary[0].word}"
+    words = [run.word for run in summary]
+    counts = ", ".join(f"{w} in {words.count(w)}" for w in verdict.WORDS if w in words)
+    return f"{speed}; quality {counts} of {len(words)} runs"
+
+
+def verdicts(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the verdicts as ``report.json`` has them: run, word and sentence."""
+    return [{"run": run.run, "word": run.word, "text": run.sentence} for run in summaries(report)]
+
+
+def cell(row: Row | None, key: str) -> Cell:
+    """Return a row as a cell."""
+    if row is None:
+        return Cell(key)
+    value = "identical" if row.get("identical") else verdict.number(row, row.get("value"))
+    has_unit = row.get("unit") and row.get("value") is not None and not row.get("identical")
+    unit = f"{'' if row['unit'] == 'x' else ' '}{row['unit']}" if has_unit else ""
+    interval = "" if row.get("identical") else verdict.ends(row, row.get("interval"))
+    delta = verdict.number(row, row.get("delta"), "+")
+    delta_interval = verdict.ends(row, row.get("delta_interval"), "+")
+    note = verdict.few_prompts(row) or note_text(row)
+    return Cell(key, value + unit, interval, delta, delta_interval, verdict.word(row), note)
+
+
+def noise_text(row: Row) -> str:
+    """Return what other seeds of the baseline do, as text; "" where that was not measured."""
+    value, interval = verdict.floor(row)
+    sign = "+" if verdict.noise_interval(row) is not None else ""
+    text = verdict.number(row, value, sign)
+    ends = (
+        ""
+        if interval is None
+        else f"{verdict.number(row, interval[0], sign)} to " + verdict.number(row, interval[1], sign)
+    )
+    return f"{text} ({ends})" if text and ends else text or ends
+
+
+def count_text(row: Row) -> str:
+    """Return how many prompts, or else pictures, stand behind a row."""
+    units = (row.get("delta_interval") or row.get("interval") or {}).get("units")
+    if units and row["family"] != "cost":
+        return f"{units} prompts"
+    return f"{row['n']} pictures" if row.get("n") else ""
+
+
+def note_text(row: Row) -> str:
+    """Return why a number is missing, or where it comes from; "" for none."""
+    detail = row.get("detail") or {}
+    batch = f"{detail['batch']} pictures in a call" if detail.get("batch") else ""
+    return clean("; ".join(filter(None, (row.get("missing") or detail.get("from"), batch))))
+
+
+def _speed_cell(row: Row | None) -> Cell:
+    if row is None or row.get("value") is None:
+        return Cell("speed-up", note=clean((row or {}).get("missing") or ""))
+    interval = verdict.ends(row, row.get("interval"))
+    turns = (row.get("detail") or {}).get("turns")
+    note = "" if interval else f"{turns} turns, too few for an interval" if turns else "the runs' own clocks"
+    return Cell("speed-up", f"{row['value']:.2f}x", interval, word=verdict.word(row), note=note)
+
+
+def _speed_text(row: Row | None) -> str:
+    if row is None or row.get("value") is None:
+        return f"speed not measured ({row['missing']})" if row and row.get("missing") else "speed not measured"
+    value, interval = row["value"], row.get("interval")
+    if interval is None:
+        turns = (row.get("detail") or {}).get("turns")
+        source = f"{turns} turns, too few for an interval" if turns else "by the runs' own clocks, without an interval"
+        return f"{value:.2f}x as fast ({source})"
+    low, high = interval["low"], interval["high"]
+    if low <= 1 <= high:
+        return f"speed-up not shown ({value:.2f}x, {low:.2f} to {high:.2f})"
+    if value > 1:
+        return f"{value:.2f}x faster ({low:.2f} to {high:.2f})"
+    return f"{1 / value:.2f}x slower ({1 / high:.2f} to {1 / low:.2f})"
+
+
+def _quality_texts(rows: Mapping[str, Row], main: Sequence[Row], names: Mapping[str, str], things: str) -> list[str]:
+    """Return what a sentence says of quality: differences by their verdicts, then the distance to the baseline."""
+    if any(row.get("identical") and row["metric"] == "psnr" for row in rows.values()):
+        return [f"pixel for pixel the baseline's {things}"]
+    texts = []
+    differences = [row for row in main if row.get("delta_interval")]
+    for word in (verdict.BETTER, verdict.SAME, verdict.WORSE, verdict.NOT_SHOWN):
+        group = [row for row in differences if verdict.word(row) == word]
+        if group:
+            texts.append(f"{_VERBS[word]} by {' and '.join(_difference_text(row, names) for row in group)}")
+    distances = [row for row in rows.values() if row["metric"] in DISTANCES and row.get("value") is not None]
+    if distances:
+        values = ", ".join(_distance_text(row) for row in distances)
+        texts.append(f"{values} to the baseline's {things}")
+    return texts
+
+
+_VERBS = {verdict.BETTER: "better", verdict.SAME: "same", verdict.WORSE: "worse", verdict.NOT_SHOWN: "no verdict"}
+
+
+def _difference_text(row: Row, names: Mapping[str, str]) -> str:
+    delta, low, high = (
+        verdict.number(row, number, "+")
+        for number in (row["delta"], row["delta_interval"]["low"], row["delta_interval"]["high"])
+    )
+    reason = verdict.few_prompts(row) or count_text(row)
+    return f"{names[row['key']]} ({delta}, {low} to {high}; {reason})"
+
+
+def _distance_text(row: Row) -> str:
+    unit = f" {row['unit']}" if row.get("unit") else ""
+    name = row["key"] if row["metric"] != "lpips" else "LPIPS"
+    return f"{name} {verdict.number(row, row['value'])}{unit}"

@@ -1,0 +1,128 @@
+"""Tables of a report: runs x metrics with verdicts, and below them every row as it was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffaccel.eval.comparison.text import FAMILIES
+from diffaccel.eval.report import verdict
+from diffaccel.eval.report.names import clean
+from diffaccel.eval.report.summary import Cell, cell, count_text, noise_text, note_text, rows_of
+from diffaccel.eval.report.verdict import Row
+
+FULL_HEADS = ("run", "metric", "value", "95 % interval", "difference", "verdict", "other seeds", "n", "note")
+
+GROUPS = {
+    "Quality, picture by picture": ("alignment", "fidelity", "video"),
+    "Distribution": ("distribution",),
+    "Cost of a picture": ("cost",),
+}
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """A table of runs x metrics.
+
+    Attributes:
+        title: as the page shows it.
+        family: of its first metrics.
+        heads: a metric's full name, an arrow to its better side, and what other seeds of the baseline do.
+        rows: a run's name, and a cell for every metric.
+        notes: a sentence on some metrics, and their names.
+    """
+
+    title: str
+    family: str
+    heads: list[dict[str, str]]
+    rows: list[tuple[str, list[Cell]]]
+    notes: list[tuple[str, list[str]]]
+
+
+@dataclass(frozen=True)
+class FullTable:
+    """All rows of a family as text, with the columns that hold something."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def arrow(row: Row) -> str:
+    """Return an arrow towards the better side."""
+    return "↓" if row["better"] == "lower" else "↑"
+
+
+def metric_tables(report: Mapping[str, Any]) -> list[MetricTable]:
+    """Return tables of runs x metrics: quality by prompt, distribution and cost, in the order of the runs."""
+    return [table for title, families in GROUPS.items() if (table := _metric_table(report, title, families)).heads]
+
+
+def _metric_table(report: Mapping[str, Any], title: str, families: Sequence[str]) -> MetricTable:
+    runs = [run["name"] for run in report["runs"]]
+    by_run = {run: rows_of(report, run) for run in runs}
+    rows = [row for family in families for row in report["metrics"] if row["family"] == family]
+    first = {row["key"]: row for row in reversed(rows)}
+    keys = list(dict.fromkeys(row["key"] for row in rows))
+    heads = [
+        {"key": key, "arrow": arrow(first[key]), "noise": _shared([r for r in rows if r["key"] == key], noise_text)}
+        for key in keys
+    ]
+    lines = [
+        (run, [cell(by_run[run].get(key), key) for key in keys])
+        for run in runs
+        if any(key in by_run[run] for key in keys)
+    ]
+    return MetricTable(title, families[0], heads, lines, _notes(keys, rows))
+
+
+def full_tables(report: Mapping[str, Any]) -> list[FullTable]:
+    """Return every row as text, grouped by family and metric by metric, each in the order of the runs."""
+    tables = []
+    for family, title in FAMILIES.items():
+        rows = [row for row in report["metrics"] if row["family"] == family]
+        order = {key: place for place, key in enumerate(dict.fromkeys(row["key"] for row in rows))}
+        lines = [_full_line(row) for row in sorted(rows, key=lambda row: order[row["key"]])]
+        if lines:
+            kept = [i for i, head in enumerate(FULL_HEADS) if i < 3 or any(line[i] for line in lines)]
+            heads = tuple(FULL_HEADS[i] for i in kept)
+            tables.append(FullTable(title, heads, [tuple(line[i] for i in kept) for line in lines]))
+    return tables
+
+
+def _full_line(row: Row) -> tuple[str, ...]:
+    text = cell(row, row["key"])
+    counts = str(row.get("n") or "") if row.get("m") in (None, row.get("n")) else f"{row['n']} / {row['m']}"
+    note = text.note
+    if pairs := (row.get("detail") or {}).get("identical_pairs"):
+        note = "; ".join(filter(None, (note, f"without {pairs} identical pairs, which have no {row['key']}")))
+    return (
+        clean(row["run"]), f"{clean(row['key'])} {arrow(row)}", text.value, text.interval, text.difference,
+        verdict.word(row), noise_text(row), counts, note,
+    )  # fmt: skip
+
+
+def _notes(keys: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """Return the notes that all runs of a metric share, each with the metrics that have it."""
+    notes: dict[str, list[str]] = {}
+    for key in keys:
+        if note := _shared([row for row in rows if row["key"] == key and row.get("value") is not None], note_text):
+            notes.setdefault(note, []).append(key)
+    return list(notes.items())
+
+
+def _shared(rows: Sequence[Row], text_of: Any) -> str:
+    """Return the one text that rows share; "" where they differ."""
+    texts = {text_of(row) for row in rows} - {""}
+    return texts.pop() if len(texts) == 1 else ""
+
+
+def counted(report: Mapping[str, Any]) -> str:
+    """Return in words how many pictures, on which device and when: the line above a report."""
+    base = next((run for run in report["runs"] if run["name"] == report["baseline"]), report["runs"][0])
+    things = "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
+    device = clean((base.get("device") or {}).get("name") or "")
+    prompts = next((count_text(row) for row in report["metrics"] if "prompts" in count_text(row)), "")
+    parts = [f"{base['images']} {things} a run", f"of {prompts}" if prompts else "", device, report["made"][:10]]
+    return ", ".join(filter(None, [" ".join(filter(None, parts[:2])), *parts[2:]]))

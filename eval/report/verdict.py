@@ -1,0 +1,110 @@
+"""Verdicts: one word for a row of ``report.json``, and one for a run.
+
+``better`` and ``worse``: the 95 % interval of the paired difference to the baseline excludes 0, and the metric's
+direction says which. ``same``: every picture is equal to the bit, or the interval holds 0 and is no wider than what
+other seeds of the baseline do. ``not shown``: none of these is proven, as with fewer than 10 prompts. A distance to the
+baseline's own pictures has no word: being far from them is neither better nor worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffaccel.eval.comparison.row import BY_PROMPT, digits
+from diffaccel.eval.uncertainty.intervals import too_few
+
+Row = Mapping[str, Any]  # of report.json
+BETTER, WORSE, SAME, NOT_SHOWN, MIXED = "better", "worse", "same", "not shown", "better and worse"
+WORDS = (BETTER, WORSE, SAME, NOT_SHOWN, MIXED)
+EXPLAINED = (
+    f"{BETTER}, {WORSE}: the 95 % interval of the paired difference to the baseline excludes 0. "
+    f"{SAME}: every picture is equal to the bit, or the interval holds 0 and stays inside what other seeds do. "
+    f"{NOT_SHOWN}: neither. A distance to the baseline's own pictures is no quality and has no word."
+)
+COUNTED = ("nfe", "forwards", "flops")  # numbers without uncertainty
+
+
+def word(row: Row) -> str:
+    """Return the verdict of a row in a word; "" for what has none, as distances to the baseline's pictures."""
+    if row.get("identical"):
+        return SAME
+    if row["family"] == "cost":
+        return _word_of_cost(row)
+    interval, delta = row.get("delta_interval"), row.get("delta")
+    if interval is None:
+        return "" if delta is None else NOT_SHOWN
+    if few_prompts(row):
+        return NOT_SHOWN
+    if interval["low"] <= 0 <= interval["high"]:
+        return SAME if _inside_noise(interval, row) else NOT_SHOWN
+    return BETTER if (interval["low"] > 0) == (row["better"] == "higher") else WORSE
+
+
+def few_prompts(row: Row) -> str:
+    """Return the sentence that takes the place of a verdict from too few prompts; "" where there are enough."""
+    interval = row.get("delta_interval") or row.get("interval")
+    if row["family"] not in BY_PROMPT or interval is None:
+        return ""
+    return too_few(interval.get("units"))
+
+
+def floor(row: Row) -> tuple[float | None, tuple[float, float] | None]:
+    """Return what other seeds of the baseline do: a number, and its interval where the report has one."""
+    value = row.get("floor")
+    interval = row.get("floor_interval") or (value if isinstance(value, Mapping) else None)
+    if isinstance(value, Mapping):
+        value = value.get("value")
+    ends = None if interval is None else (interval.get("low"), interval.get("high"))
+    return value, None if ends is None or None in ends else ends  # type: ignore[return-value]
+
+
+def noise_interval(row: Row) -> tuple[float, float] | None:
+    """Return the interval of other seeds' difference to the baseline; None where the floor is no difference."""
+    return floor(row)[1] if row["family"] in BY_PROMPT and row.get("delta") is not None else None
+
+
+def run_word(rows: Sequence[Row]) -> str:
+    """Return the verdict of a run on quality, from the rows of its main measures."""
+    if any(row.get("identical") and row["metric"] == "psnr" for row in rows):
+        return SAME
+    words = {word(row) for row in rows if row["family"] not in ("cost", "fidelity")} - {""}
+    if {BETTER, WORSE} <= words:
+        return MIXED
+    return next((w for w in (WORSE, BETTER, NOT_SHOWN, SAME) if w in words), NOT_SHOWN)
+
+
+def number(row: Row, value: float | None, sign: str = "") -> str:
+    """Return a value of a row as text, with the places of its metric; "" for none."""
+    if value is None:
+        return ""
+    places = ".4g" if row["metric"] == "flops" else f"z.{digits(row['metric'])}f"  # z: no -0.000
+    return f"{value:{sign}{places}}"
+
+
+def ends(row: Row, interval: Mapping[str, Any] | None, sign: str = "") -> str:
+    """Return the ends of an interval as text; "" for none."""
+    if interval is None:
+        return ""
+    return f"{number(row, interval['low'], sign)} to {number(row, interval['high'], sign)}"
+
+
+def _word_of_cost(row: Row) -> str:
+    if row["metric"] == "speedup":
+        interval = row.get("interval")
+        if interval is None:
+            return "" if row.get("value") is None else NOT_SHOWN
+        if interval["low"] <= 1 <= interval["high"]:
+            return NOT_SHOWN
+        return BETTER if interval["low"] > 1 else WORSE
+    delta = row.get("delta")
+    if row["metric"] not in COUNTED or delta is None:
+        return ""
+    return SAME if delta == 0 else BETTER if (delta > 0) == (row["better"] == "higher") else WORSE
+
+
+def _inside_noise(interval: Mapping[str, Any], row: Row) -> bool:
+    if interval["low"] == interval["high"] == 0:
+        return True
+    noise = noise_interval(row)
+    return noise is not None and max(-interval["low"], interval["high"]) <= max(abs(end) for end in noise)

@@ -1,0 +1,91 @@
+"""Verdict words: better, worse, same or not shown, and the sentence and headline that they make."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffaccel.eval.report import summary, verdict
+from tests.support.report_rows import report, row, score, speedup
+
+SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}
+
+
+@pytest.mark.parametrize(
+    ("measured", "word"),
+    [
+        (score("x", 0.3, 0.1, 0.5), "better"),
+        (score("x", -0.3, -0.5, -0.1), "worse"),
+        (score("x", 0.3, 0.1, 0.5, better="lower"), "worse"),
+        (score("x", -0.3, -0.5, -0.1, better="lower"), "better"),
+        (score("x", 0.0, -0.1, 0.1), "not shown"),  # nothing says how much is nothing
+        (score("x", 0.0, -0.1, 0.1, **SEEDS), "same"),
+        (score("x", 0.0, -0.5, 0.1, **SEEDS), "not shown"),  # more than other seeds do
+        (score("x", -0.2, -0.3, -0.1, **SEEDS), "worse"),  # proven, if small
+        (score("x", 0.0, 0.0, 0.0), "same"),
+        (score("x", -3.0, -5.0, -1.0, units=9), "not shown"),
+        (row("clip_score", "x", 80.0, delta=-1.0), "not shown"),
+        (row("fd", "x", 2.0, family="distribution", better="lower", delta=0.5, delta_low=0.2, delta_high=0.9), "worse"),
+        (row("ssim", "x", 0.9, family="fidelity", low=0.8, high=0.95, floor=0.7), ""),  # no quality
+        (row("psnr", "x", None, family="fidelity", identical=True), "same"),
+        (speedup("x", 2.0, 1.9, 2.1), "better"),
+        (speedup("x", 0.5, 0.4, 0.6), "worse"),
+        (speedup("x", 1.0, 0.9, 1.1), "not shown"),
+        (speedup("x", 2.0), "not shown"),
+        (row("nfe", "x", 8.0, family="cost", better="lower", delta=-42.0), "better"),
+        (row("flops", "x", 8.0, family="cost", better="lower", delta=0.0), "same"),
+        (row("peak_memory", "x", 8.0, family="cost", better="lower", delta=1.0), ""),  # without an interval
+    ],
+)
+def test_words(measured, word):
+    assert verdict.word(measured) == word
+
+
+def one(*rows):
+    return summary.summaries(report(row("clip_score", "base", 80.0), *rows))[0]
+
+
+def test_a_sentence_says_how_much_faster_and_by_what_it_is_better_or_worse():
+    hps = row("hpsv2", "x", 2.0, delta=0.5, delta_low=0.4, delta_high=0.6)
+    ssim = row("ssim", "x", 0.9951, family="fidelity", low=0.99, high=0.999, key="SSIM")
+    run = one(score("x", -0.27, -0.31, -0.22, units=1000), hps, ssim, speedup("x", 1.75, 1.73, 1.77))
+    assert run.word == "better and worse"
+    assert run.sentence == (
+        "1.75x faster (1.73 to 1.77), better by hpsv2 (+0.500, +0.400 to +0.600; 100 prompts), worse by clip_score "
+        "(-0.27, -0.31 to -0.22; 1000 prompts), SSIM 0.9951 to the baseline's pictures"
+    )
+
+
+@pytest.mark.parametrize(
+    ("speed", "text"),
+    [
+        (speedup("x", 0.8, 0.75, 0.85), "1.25x slower (1.18 to 1.33)"),
+        (speedup("x", 1.01, 0.98, 1.04), "speed-up not shown (1.01x, 0.98 to 1.04)"),
+        (speedup("x", 2.0), "2.00x as fast (by the runs' own clocks, without an interval)"),
+        (speedup("x", 2.0) | {"detail": {"turns": 3}}, "2.00x as fast (3 turns, too few for an interval)"),
+        (row("speedup", "x", None, family="cost", missing="a twin"), "speed not measured (a twin)"),
+    ],
+)
+def test_speed_in_a_sentence(speed, text):
+    assert one(speed).sentence == text
+
+
+def test_few_prompts_have_no_verdict():
+    run = one(score("x", -3.0, -5.0, -1.0, units=6))
+    assert run.word == "not shown" and "no verdict by clip_score" in run.sentence
+    assert "too few prompts (n = 6) for a verdict" in run.sentence
+
+
+def test_equal_pictures_are_the_same_whatever_else_is_measured():
+    psnr = row("psnr", "x", None, family="fidelity", identical=True, key="PSNR")
+    run = one(psnr, score("x", 0.0, 0.0, 0.0))
+    assert run.word == "same" and "pixel for pixel the baseline's pictures" in run.sentence
+
+
+def test_the_headline_counts_words():
+    made = report(
+        score("a", -1.0, -2.0, -0.5), score("b", 0.0, -1.0, 1.0), score("c", -1.0, -2.0, -0.5),
+        speedup("a", 1.5, 1.4, 1.6), speedup("b", 3.0, 2.9, 3.1),
+    )  # fmt: skip
+    assert summary.headline(made) == "1.50x to 3.00x as fast; quality worse in 2, not shown in 1 of 3 runs"
+    assert summary.headline(report(score("a", 1.0, 0.5, 2.0))) == "Speed not measured, quality better"
+    assert [entry["word"] for entry in summary.verdicts(made)] == ["worse", "not shown", "worse"]
