@@ -65,10 +65,12 @@ def compare(
         out: a folder that keeps the pictures; the same call goes on where it was stopped. None uses a temporary one
             that lives as long as what is returned.
         report: a folder for ``report.json``, ``report.md`` and ``report.html``.
-        extractors: networks for distances of distributions, which need 100 pictures a run; None takes "tiny", and
-            none for videos.
+        extractors: networks for distances of distributions, which need 100 pictures a run; None takes "tiny", that of
+            the shipped statistics for a zoo model that has some (see ``reference``), and none for videos.
         clips: CLIPs for the fit to the prompts; None takes the zoo's judge for the zoo's models, and none for others.
-        reference: images, or a file of statistics, that distributions are compared with; None for the baseline's own.
+        reference: images, or a file of statistics, that distributions are compared with; "none" for the baseline's own.
+            None takes the statistics of the training pictures that ship for a zoo model, where ``extractors`` are not
+            named, else the baseline's own.
         other_seeds: draw the baseline with other seeds too, as the noise floor of every metric; or that run's folder.
             A baseline that is a folder already is not drawn again.
         turns: number of timed calls of every candidate, in turns, where all of them are variants or configs; 0 for
@@ -235,13 +237,10 @@ def _draw_other_seeds(plan: ComparisonPlan, folder: Path, progress: Progress) ->
 
 def _measure(plan: ComparisonPlan, runs: Sequence[Run], others: Run | None, progress: Progress) -> Comparison:
     """Time the candidates in turns where that is asked for, load the networks and measure every run."""
-    extractors = plan.extractors
-    if extractors is None:
-        extractors = () if runs[0].is_video else ("tiny",)
     timing = _time(plan, progress) if plan.turns else None
     measures = Measures.load(
-        others=others, extractors=extractors, clips=plan.clips, reference=plan.reference, timing=timing,
-        device=plan.request.device, **plan.measures,
+        others=others, extractors=plan.extractors, clips=plan.clips, reference=plan.reference, timing=timing,
+        device=plan.request.device, baseline=runs[0], **plan.measures,
     )  # fmt: skip
     return compare_runs(runs[0], runs[1:], measures, progress=progress)
 

@@ -36,7 +36,12 @@ def _compare_parser() -> terminal.Parser:
     add("baseline", metavar="BASE", help="folder of the baseline's run")
     add("runs", nargs="+", metavar="RUN", help="folders of the runs to compare with it")
     add("--other-seeds", metavar="RUN", help="the baseline drawn with other seeds: what chance alone does")
-    add("--extractor", action="append", metavar="NAME", help="network for distances of distributions (default: tiny)")
+    add(
+        "--extractor",
+        action="append",
+        metavar="NAME",
+        help="network for distances of distributions (default: tiny, or that of the shipped statistics)",
+    )
     add("--protocol", metavar="NAME", help="published preprocessing of the extractors, such as cmmd")
     add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
     add(
@@ -48,7 +53,8 @@ def _compare_parser() -> terminal.Parser:
     add(
         "--reference",
         metavar="PATH",
-        help="images, or a file of statistics, that distributions are compared with (default: the baseline's images)",
+        help="images, or a file of statistics, that distributions are compared with; none for the baseline's images "
+        "(default: the training statistics that ship with a zoo model, else the baseline's images)",
     )
     add("--prompts", metavar="FILE", help="names the category of every prompt (default: looked up in packaged sets)")
     add("--device", default="auto", help="where networks compute: cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -129,21 +135,19 @@ def _measures(
     options: Any, device: Any, baseline: Run, timing: dict[str, Any] | None, distances: list[Distance]
 ) -> Measures:
     """Load the networks that the options name, and open the other runs and the reference."""
-    from diffaccel.eval.comparison.measures import Measures, open_reference
+    from diffaccel.eval.comparison.measures import Measures
     from diffaccel.eval.metrics.video import FrameSampling
     from diffaccel.eval.networks import by_spec
-    from diffaccel.eval.networks.extractors import as_clip, extractor
     from diffaccel.eval.sets.run import open_run
 
-    extractors = options.extractor or ([] if baseline.is_video else ["tiny"])
     sampling = FrameSampling(frames=options.clip_frames, stride=options.clip_stride, resolution=options.clip_size)
-    return Measures(
-        others=open_run(options.other_seeds) if options.other_seeds else None,
-        extractors=[extractor(name, device=device, protocol=options.protocol) for name in extractors],
-        clips=[as_clip(extractor(name, device=device)) for name in options.clip or ()],
+    return Measures.load(
+        others=open_run(options.other_seeds) if options.other_seeds else None, baseline=baseline,
+        extractors=options.extractor, protocol=options.protocol, clips=options.clip or (),
+        reference=options.reference, device=options.device,
         scorers=[by_spec.scorer(name, device) for name in options.scorer or ()],
         video=by_spec.of_videos(options.fvd, sampling, device) if options.fvd else None,
-        reference=open_reference(options.reference), prompts=options.prompts, distances=distances, timing=timing,
+        prompts=options.prompts, distances=distances, timing=timing,
         allow_mixed_n=options.allow_mixed_n,
     )  # fmt: skip
 

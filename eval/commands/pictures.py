@@ -50,6 +50,7 @@ def run_clip(argv: list[str]) -> int:
     rows, warnings = prompt_scores.rows(
         run, clip, prompts, paired=paired, batch=options.batch, progress=shows_progress(options)
     )
+    warnings += _order_warnings(run, prompts) if options.prompts else []
     write_rows(options, ["clip", *argv], rows, warnings)
     return 0
 
@@ -63,7 +64,7 @@ def _clip_parser() -> terminal.Parser:
     )
     add = parser.add_argument
     add("images", metavar="IMAGES", help="a run, whose prompts are known; or a folder, zip or npz of images")
-    add("--prompts", metavar="FILE", help="one prompt an image, in the order of their names")
+    add("--prompts", metavar="FILE", help="one prompt an image, in the order of their names, 2 before 10")
     add("--pairs", metavar="IMAGES", help="images that belong to these: CLIP-I, and the score's difference to theirs")
     add("--clip", default=JUDGE, metavar="NAME", help=f"a CLIP of the zoo, or open_clip:... (default {JUDGE})")
     add_image_options(parser)
@@ -104,6 +105,19 @@ def _prompts(file: str | None, run: Run) -> list[str] | None:
     return texts
 
 
+def _order_warnings(run: Run, prompts: Sequence[str] | None) -> list[str]:
+    """Warn where nothing but the order of names says which image a prompt of a file belongs to."""
+    from diffaccel.eval.images.names import are_consecutive
+
+    ids = [picture.id for picture in run.pictures]
+    if prompts is None or are_consecutive(ids):
+        return []
+    return [
+        f"The images of '{run.path}' are not numbered from 0 or 1 without gaps, so prompts go to them in the order of "
+        f"their names: from '{ids[0]}' with '{prompts[0]}' to '{ids[-1]}' with '{prompts[-1]}'."
+    ]
+
+
 def _first(run: Run, num: int) -> Run:
     """Return the run with its first ``num`` pictures."""
     if num > len(run):
@@ -135,7 +149,7 @@ def run_paired(argv: list[str]) -> int:
         raise DiffAccelError(f"{options.num} pairs were asked for, but there are {len(pairs)}. Ask for fewer.")
     distances, rows = _distances(options, baseline, run)
     rows += _measure(options, baseline, run, pairs, distances)
-    warnings = [f"{images.name}: {text}" for images in (baseline, run) for text in images.source.warnings]
+    warnings = [f"{images.name}: {text}" for images in (baseline, run) for text in images.warnings]
     if same_noise(baseline, run, pairs) is False:
         warnings.append(f"{run.name} and {baseline.name} did not start from equal noise, though seeds are equal.")
     if write_machine_rows(options, ["paired", *argv], rows, warnings):

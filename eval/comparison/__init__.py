@@ -21,10 +21,12 @@ from diffaccel.eval.comparison import (
 )
 from diffaccel.eval.comparison.fidelity import Distance
 from diffaccel.eval.comparison.measures import Measures
+from diffaccel.eval.comparison.paired_scores import cluster_labels
 from diffaccel.eval.comparison.result import Comparison
-from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.comparison.row import Estimate, Section
+from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.images.source import Source
-from diffaccel.eval.sets.run import Run, cut_to_shortest, pair, pair_by_prompt
+from diffaccel.eval.sets.run import Pairs, Run, cut_to_shortest, pair, pair_by_prompt
 
 Progress = Callable[[str], None]
 
@@ -58,6 +60,8 @@ def compare_runs(
         *cost.timing_warnings((baseline, *runs), measures.timing),
     ]
     comparison = Comparison(baseline=baseline, runs=list(runs), pairs=pairs, rows=[], values={}, warnings=warnings)
+    if isinstance(measures.reference, ShippedStatistics):
+        comparison.reference = measures.reference.sentence
     measure_pairs = _measure_videos if baseline.is_video else _measure_pictures
     measure_pairs(comparison, others, measures.distances, progress)
     _measure_by_networks(comparison, others, measures, progress)
@@ -103,7 +107,8 @@ def _measure_pictures(
     """Add the distances of every pair of pictures."""
     baseline, floors = comparison.baseline, {}
     if others is not None:
-        floors = _means(fidelity.measure(baseline, others, pair_by_prompt(baseline, others), distances))
+        other_pairs = pair_by_prompt(baseline, others)
+        floors = _floors(baseline, other_pairs, fidelity.measure(baseline, others, other_pairs, distances))
     for run in comparison.runs:
         progress(f"{run.name}: pairs")
         for distance, values in fidelity.measure(baseline, run, comparison.pairs[run.name], distances):
@@ -116,20 +121,22 @@ def _measure_videos(
     """Add the distances of every pair of videos, their curves over frames and drifts, and flicker."""
     baseline, floors = comparison.baseline, {}
     if others is not None:
-        other_curves = videos.measure(baseline, others, pair_by_prompt(baseline, others), distances)
-        floors = _means([(distance, videos.video_values(distance, curves)) for distance, curves in other_curves])
+        other_pairs = pair_by_prompt(baseline, others)
+        other_curves = videos.measure(baseline, others, other_pairs, distances)
+        values = [(distance, videos.video_values(distance, curves)) for distance, curves in other_curves]
+        floors = _floors(baseline, other_pairs, values)
     for run in comparison.runs:
         progress(f"{run.name}: pairs of videos")
         measured = videos.measure(baseline, run, comparison.pairs[run.name], distances)
         for distance, curves in measured:
             _add_distance(comparison, run, distance, videos.video_values(distance, curves), floors)
-            comparison.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(curves)
+            comparison.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(distance, curves)
         comparison.rows += videos.drift_rows(run, measured, comparison.clusters(run.name))
     comparison.add(*videos.flicker_rows(baseline, comparison.runs, comparison.pairs, others))
 
 
 def _add_distance(
-    comparison: Comparison, run: Run, distance: Distance, values: Tensor, floors: dict[str, float]
+    comparison: Comparison, run: Run, distance: Distance, values: Tensor, floors: dict[str, Estimate]
 ) -> None:
     """Add the row of a distance, and its value of every pair."""
     floor = floors.get(distance.metric)
@@ -137,13 +144,11 @@ def _add_distance(
     comparison.values.setdefault(distance.key, {})[run.name] = values
 
 
-def _means(measured: Sequence[tuple[Distance, Tensor]]) -> dict[str, float]:
-    """Return by metric the mean over finite values, of every distance that has some."""
-    return {
-        distance.metric: float(values[values.isfinite()].mean())
-        for distance, values in measured
-        if values.isfinite().any()
-    }
+def _floors(baseline: Run, pairs: Pairs, measured: Sequence[tuple[Distance, Tensor]]) -> dict[str, Estimate]:
+    """Return by metric the mean over the pairs of other seeds, of every distance that has one."""
+    clusters = cluster_labels(baseline, pairs)
+    means = {distance.metric: fidelity.estimate(values, clusters) for distance, values in measured}
+    return {metric: mean for metric, mean in means.items() if mean is not None}
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def _measure_by_networks(comparison: Comparison, others: Run | None, measures: M
         comparison.add(*alignment.preference_scores(baseline, runs, pairs, others, scorer))
     for extractor in measures.extractors:
         progress(f"distributions by {extractor.name}")
-        if isinstance(measures.reference, Path):
+        if isinstance(measures.reference, Path | ShippedStatistics):
             rows, warnings = reference_statistics.rows(baseline, runs, others, measures.reference, extractor)
             comparison.rows += rows
             comparison.warnings += warnings

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import fidelity, paired_scores
+from diffaccel.eval.comparison.clip_scores import CONVENTION, ClipScores
 from diffaccel.eval.comparison.distribution import features
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.images.prefetch import ahead
-from diffaccel.eval.metrics.clip_score import clip_i, clip_score
+from diffaccel.eval.metrics.clip_score import clip_i
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
 from diffaccel.eval.networks.scorers import Scorer
 from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt
@@ -33,19 +34,15 @@ def clip_scores(
     Raises:
         DiffAccelError: for a run whose prompts are not known.
     """
-    all_runs = _runs_with_prompts(baseline, runs, others, "--clip")
-    texts = list(dict.fromkeys(prompt for run in all_runs for prompt in run.prompts or []))
-    place, text_features = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
-
-    def scores(run: Run) -> Tensor:
-        return clip_score(features(run, clip), text_features[[place[prompt] for prompt in run.prompts or []]])
-
-    detail = {"extractor": clip.name, "weights_sha256": clip.weights_sha256, "convention": "100 max(cos, 0) a picture"}
+    _check_prompts_are_known(baseline, runs, others, "--clip")
+    scores = ClipScores(clip)
+    detail = {"extractor": clip.name, "weights_sha256": clip.weights_sha256, "convention": CONVENTION}
     if cut := clip.truncated(list(dict.fromkeys(baseline.prompts or []))):
         detail["from"] = f"{cut} prompts were too long for it and cut"
     score = paired_scores.Score(metric="clip_score", key=f"clip_score[{clip.name}]", family="alignment", detail=detail)
-    values = {run.name: scores(run) for run in (baseline, *runs)}
-    return paired_scores.rows(score, values, baseline, runs, pairs, None if others is None else scores(others))
+    values = {run.name: scores.of_run(run) for run in (baseline, *runs)}
+    scored_others = None if others is None else (others, scores.of_run(others))
+    return paired_scores.rows(score, values, baseline, runs, pairs, scored_others)
 
 
 def clip_similarity(
@@ -65,7 +62,10 @@ def clip_similarity(
         values[(a == b).all(1)] = 1.0  # without rounding
         return values
 
-    floor = None if others is None else float(cosines(others, pair_by_prompt(baseline, others)).mean())
+    floor = None
+    if others is not None:
+        other_pairs = pair_by_prompt(baseline, others)
+        floor = fidelity.estimate(cosines(others, other_pairs), paired_scores.cluster_labels(baseline, other_pairs))
     values = {run.name: cosines(run, pairs[run.name]) for run in runs}
     rows = [
         fidelity.row(
@@ -85,12 +85,12 @@ def preference_scores(
     Raises:
         DiffAccelError: for a run whose prompts are not known, and whatever the scorer refuses.
     """
-    _runs_with_prompts(baseline, runs, others, "--scorer")
+    _check_prompts_are_known(baseline, runs, others, "--scorer")
     detail = {"scorer": scorer.name, "licence": scorer.licence}
     score = paired_scores.Score(metric=scorer.name, key=scorer.name, family="alignment", detail=detail)
     values = {run.name: _score_pictures(scorer, run) for run in (baseline, *runs)}
-    other_values = None if others is None else _score_pictures(scorer, others)
-    return paired_scores.rows(score, values, baseline, runs, pairs, other_values)
+    scored_others = None if others is None else (others, _score_pictures(scorer, others))
+    return paired_scores.rows(score, values, baseline, runs, pairs, scored_others)
 
 
 def _score_pictures(scorer: Scorer, run: Run) -> Tensor:
@@ -107,12 +107,10 @@ def _score_pictures(scorer: Scorer, run: Run) -> Tensor:
     return torch.cat(scores)
 
 
-def _runs_with_prompts(baseline: Run, runs: Sequence[Run], others: Run | None, option: str) -> list[Run]:
-    """Return all runs; raise for one whose prompts are not known."""
-    all_runs = [baseline, *runs, *([others] if others is not None else [])]
-    for run in all_runs:
+def _check_prompts_are_known(baseline: Run, runs: Sequence[Run], others: Run | None, option: str) -> None:
+    """Raise for a run whose prompts are not known."""
+    for run in (baseline, *runs, *([others] if others is not None else [])):
         if run.prompts is None:
             raise DiffAccelError(
                 f"The prompts of '{run.name}' are not known. Leave {option} out, or compare runs of diffaccel."
             )
-    return all_runs

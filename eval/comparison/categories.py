@@ -104,13 +104,16 @@ def _category_cell(comparison: Comparison, key: str, run: str, positions: Sequen
 
 def _cell(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
     """Return the mean of values as text and as numbers, with its interval where there are enough prompts."""
-    finite = torch.isfinite(values)
+    finite, count = torch.isfinite(values), len(values)
     clusters = [text for text, is_finite in zip(texts, finite.tolist(), strict=True) if is_finite]
     if not clusters:
         return "identical", {"value": None, "identical": True}
     values, sign, places = values[finite], "+" if row.family == "alignment" else "", digits(row.metric)
+    equal = count - len(values)
+    more = f", {equal} identical" if equal else ""
+    numbers = {"identical_pairs": equal} if equal else {}
     if len(set(clusters)) < FEWEST:
-        return f"{float(values.mean()):{sign}.{places}f}", {"value": float(values.mean())}
+        return f"{float(values.mean()):{sign}.{places}f}{more}", {"value": float(values.mean()), **numbers}
     mean: Interval = intervals.bootstrap_mean(values, clusters=clusters)
-    text = f"{mean.value:{sign}.{places}f} ({mean.low:{sign}.{places}f} to {mean.high:{sign}.{places}f})"
-    return text, {"value": mean.value, "low": mean.low, "high": mean.high}
+    text = f"{mean.value:{sign}.{places}f} ({mean.low:{sign}.{places}f} to {mean.high:{sign}.{places}f}){more}"
+    return text, {"value": mean.value, "low": mean.low, "high": mean.high, **numbers}

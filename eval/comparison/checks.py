@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.scorers import Scorer
@@ -29,7 +30,7 @@ def check_no_picture_networks(
     extractors: Sequence[Extractor],
     clips: Sequence[Extractor],
     scorers: Sequence[Scorer],
-    reference: Source | Path | None,
+    reference: Source | Path | ShippedStatistics | None,
 ) -> None:
     """Raise when networks of pictures, or a reference of pictures, are given for runs of videos."""
     names = [*(network.name for network in (*extractors, *clips)), *(scorer.name for scorer in scorers)]
@@ -42,7 +43,7 @@ def check_no_picture_networks(
 
 def warnings(baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs]) -> list[str]:
     """Collect what a reader must know: damaged images, unequal counts, unequal noise, settings that differ."""
-    texts = [f"{run.name}: {text}" for run in (baseline, *runs) if not run.is_video for text in run.source.warnings]
+    texts = [f"{run.name}: {text}" for run in (baseline, *runs) for text in run.warnings]
     for run in runs:
         shared = len(pairs[run.name])
         if not shared == len(run) == len(baseline):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
-from diffaccel.eval.comparison.row import Row, Section
+from diffaccel.eval.comparison.row import Row, Section, missing
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty.intervals import median_ratio
 from diffaccel.runs.request import WAY
@@ -16,6 +18,7 @@ LABELS = {
     "nfe": "NFE", "forwards": "rows through the network", "speedup": "speed-up", "peak_memory": "peak memory",
     "first_call": "first call", "set_up": "set-up",
 }  # fmt: skip
+ONCE = ("first_call", "set_up")  # measured once, whatever the number of turns or pictures
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
     "forwards": "rows through the network a picture",
@@ -29,12 +32,14 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
     come from there, for runs that one of the variants drew. Without it seconds are those of the runs themselves, during
     which the machine may have been busy with other work: a ratio then has no interval, and its row names the source.
     """
-    entries = _entries_by_run(timing, (baseline, *runs))
+    entries, images = _entries_by_run(timing, (baseline, *runs)), (timing or {}).get("images_a_call")
     cost_rows: list[Row] = []
     for run in (baseline, *runs):
         cost_rows += _counted_rows(run, baseline)
-        cost_rows += _speed_rows(run, baseline, entries)
-        cost_rows += _resource_rows(run, baseline, entries)
+        measured = [*_speed_rows(run, baseline, entries), *_resource_rows(run, baseline, entries)]
+        for row in measured:
+            row.detail["batch"] = images if run.name in entries else run.record.get("settings", {}).get("batch")
+        cost_rows += measured
     return cost_rows
 
 
@@ -74,6 +79,7 @@ def _resource_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row
         if entry.get(key) is None:
             continue
         row = _row(metric, run, entry[key] / scale, unit=unit, detail={"from": source})
+        row.n = 1 if metric in ONCE else entry.get("turns", row.n)
         if run is not baseline and base_entry is not None and base_entry.get(key) is not None:
             row.delta = (entry[key] - base_entry[key]) / scale
         resources.append(row)
@@ -98,13 +104,21 @@ def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
 def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     entry = entries[run.name]
     seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
+    seconds.n = entry["turns"]
+    images = median(entry["seconds"]) / entry["seconds_per_image"]
+    if interval := median_ratio(entry["seconds"], [images] * len(entry["seconds"])).interval:
+        method = f"median of {entry['turns']} turns, Student's t of logarithms"
+        seconds.interval = replace(interval, method=method, null=None)
     if run is baseline or (base_entry := entries.get(baseline.name)) is None:
         return [seconds]
+    if entry is base_entry:
+        why = f"drawn as {baseline.name} is, and timed once for both"
+        return [seconds, missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why)]
     # the timing's own ratios are to its first variant, which may be another one than this baseline's
     ratio = median_ratio(base_entry["seconds"], entry["seconds"])
     detail = {"from": TURNS, "turns": entry["turns"], "significant": ratio.to_dict()["significant"]}
     speedup = _row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
-    speedup.interval = ratio.interval
+    speedup.interval, speedup.n = ratio.interval, entry["turns"]
     return [seconds, speedup]
 
 
@@ -141,12 +155,13 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
         return None
     parts = ("text", "network", "decoder", "other", "all", "first call", "one-off", "set-up")
     heads = (*(f"{part}, ms" for part in parts), "calls", "measured")
-    note = "Milliseconds a picture. The first call is of a whole batch; one-off is what it took beyond a later one: "
+    note = f"Milliseconds a picture, {images} to a call of the turns. " if entries else "Milliseconds a picture. "
+    note += "The first call is of a whole batch; one-off is what it took beyond a later one: "
     note += "compilation, caches. Set-up puts the methods on, once: converted weights, calibration. Calls are of the "
     note += "network, in one call of the pipeline."
     return Section(
         key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines), note=note,
-        data={"runs": data},
+        data={"runs": data, "images_a_call": images if entries else None},
     )  # fmt: skip
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
 from diffaccel.eval.comparison import printed_distances
 from diffaccel.eval.comparison.printed_distances import FD, thousandfold
-from diffaccel.eval.comparison.row import Better
+from diffaccel.eval.comparison.row import Estimate
 from diffaccel.eval.metrics import frechet_intervals, mind, mmd
 from diffaccel.eval.metrics.mmd import RowPairs
 from diffaccel.eval.networks import protocols
@@ -21,18 +18,7 @@ from diffaccel.eval.uncertainty.intervals import Interval
 
 FEWEST_INFINITY = 500  # pictures; the smallest subsets of the extrapolation then have fifty
 KID, CMMD, MIND, INFINITY = "kid", "cmmd", "mind", "fd_infinity"
-BETTER: dict[str, Better] = {**printed_distances.BETTER, MIND: "lower", CMMD: "lower", INFINITY: "lower"}
 PUBLISHED_CLIP = f"{protocols.CMMD_NETWORK}/openai"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A distance, its 95 % interval if it has one, and a note for the reader."""
-
-    value: float
-    interval: Interval | None = None
-    note: str = ""
-    detail: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 DistanceFunction = Callable[[Tensor, Tensor], dict[str, Estimate]]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffaccel.eval.comparison.distances import BETTER, Estimate, difference_interval, distance_functions
-from diffaccel.eval.comparison.printed_distances import FD, printed_key
-from diffaccel.eval.comparison.row import Row, missing
+from diffaccel.eval.comparison.distances import difference_interval, distance_functions
+from diffaccel.eval.comparison.printed_distances import FD, feature_row
+from diffaccel.eval.comparison.row import Estimate, Row, missing
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
@@ -98,8 +98,14 @@ def rows(
     distance_rows = []
     for run in measured_runs:
         for metric, estimate in estimates[run.name].items():
-            row = _row(run, metric, estimate, len(run_features[run.name]), target)
-            row.floor = floors[metric].value if floors else None
+            count = len(run_features[run.name])
+            note = "; ".join(filter(None, (target.note(count), estimate.note)))
+            row = feature_row(
+                metric, run.name, estimate, extractor, n=count, m=len(target.features),
+                detail={"reference": target.name, "from": note},
+            )  # fmt: skip
+            if floors:
+                row.floor, row.floor_interval = floors[metric].value, floors[metric].interval
             if reference is not None and run is not baseline:
                 row.delta = estimate.value - estimates[baseline.name][metric].value
                 run_pairs = pairs[run.name]
@@ -109,18 +115,6 @@ def rows(
                     row.delta_interval = difference_interval(metric, a, b, target.features)
             distance_rows.append(row)
     return distance_rows
-
-
-def _row(run: Run, metric: str, estimate: Estimate, n: int, target: _Target) -> Row:
-    extractor = target.extractor
-    return Row(
-        metric=metric, key=printed_key(metric, extractor), family="distribution", run=run.name, better=BETTER[metric],
-        value=estimate.value, interval=estimate.interval, n=n, m=len(target.features),
-        detail={
-            "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": target.name,
-            **estimate.detail, "from": "; ".join(filter(None, (target.note(n), estimate.note))),
-        },
-    )  # fmt: skip
 
 
 def _placed(values: Tensor, extractor: Extractor) -> Tensor:

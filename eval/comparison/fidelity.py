@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, size_text
-from diffaccel.eval.comparison.row import Better, Row
+from diffaccel.eval.comparison.paired_scores import mean_estimate
+from diffaccel.eval.comparison.row import Better, Estimate, Row
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.metrics import paired
 from diffaccel.eval.sets.run import Pairs, Run
-from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import read_tensor
 
 if TYPE_CHECKING:
@@ -99,7 +99,25 @@ def _latent_errors(baseline: Run, run: Run, pairs: Pairs) -> Tensor | None:
     return torch.cat(errors)
 
 
-def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any], floor: float | None) -> Row:
+def estimate(values: Tensor, clusters: Sequence[Any]) -> Estimate | None:
+    """Return the mean over the pairs that have a finite value, with its interval; None where none has.
+
+    Only PSNR has no number for pictures that are equal. The detail counts such pairs, and has the PSNR of all pairs'
+    pixels together, ``-10 log10`` of their mean squared error, in which they count.
+    """
+    finite = torch.isfinite(values)
+    if not finite.any():
+        return None
+    kept = [label for label, is_finite in zip(clusters, finite.tolist(), strict=True) if is_finite]
+    mean, equal = mean_estimate(values[finite], kept), int((~finite).sum())
+    if not equal:
+        return mean
+    pooled = -10 * math.log10(float((10 ** (-values / 10)).mean()))
+    note = f"{equal} of {len(values)} pairs identical, left out of the mean; {pooled:.2f} dB over the pixels of all"
+    return replace(mean, note=note, detail={"identical_pairs": equal, "pooled": pooled})
+
+
+def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any], floor: Estimate | None) -> Row:
     """Return the row of a distance: its mean over pairs with an interval, and which pairs are the worst.
 
     Args:
@@ -112,17 +130,19 @@ def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any]
     summary = paired.summarise(values, better=distance.better)
     distance_row = Row(
         metric=distance.metric, key=distance.key, family="fidelity", run=run.name, better=distance.better,
-        unit=distance.unit, floor=floor, n=len(values), m=len(values), detail={**distance.detail, **summary},
+        unit=distance.unit, n=len(values), m=len(values), detail={**distance.detail, **summary},
     )  # fmt: skip
-    finite = values[torch.isfinite(values)]
+    if floor is not None:
+        distance_row.floor, distance_row.floor_interval = floor.value, floor.interval
     equal_value = 0 if distance.better == "lower" else 1
-    distance_row.identical = len(finite) == 0 or bool((values == equal_value).all())
-    if len(finite) < len(values):  # only PSNR has no number for pictures that are equal
-        distance_row.detail["identical_pairs"] = len(values) - len(finite)
-        clusters = [label for label, x in zip(clusters, values.tolist(), strict=True) if math.isfinite(x)]
-    if len(finite) == 0:
+    mean = estimate(values, clusters)
+    distance_row.identical = mean is None or bool((values == equal_value).all())
+    if mean is None:
+        distance_row.detail["identical_pairs"] = len(values)
         return distance_row
-    distance_row.value = float(finite.mean())
-    if len(set(clusters)) > 1:
-        distance_row.interval = intervals.bootstrap_mean(finite, clusters=clusters)
+    distance_row.value = mean.value
+    if mean.note:
+        distance_row.n = len(values) - mean.detail["identical_pairs"]
+        distance_row.detail |= {**mean.detail, "from": mean.note}
+    distance_row.set_interval("interval", mean.interval)
     return distance_row

@@ -1,12 +1,14 @@
-"""Distances of two sets of features as reports and commands print them: names with the network, units, directions."""
+"""Distances of two sets of features as reports and commands print them: one table of measures, and one row of each."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
+from diffaccel.eval.comparison.row import Better, Estimate, Row
 from diffaccel.eval.metrics import frechet, manifold, mmd
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
@@ -14,26 +16,52 @@ from diffaccel.eval.uncertainty.intervals import Interval
 
 FD = "fd"
 THOUSAND = 1000  # the factor by which kernel distances are printed
-BETTER: dict[str, Literal["lower", "higher"]] = {
-    FD: "lower",
-    "kid": "lower",
-    "precision": "higher",
-    "recall": "higher",
-    "density": "higher",
-    "coverage": "higher",
+
+
+@dataclass(frozen=True)
+class FeatureMeasure:
+    """What is printed of a number of two sets of features: name ("" for the network's own), unit and direction."""
+
+    name: str
+    unit: str = ""
+    better: Better = "lower"
+
+
+MEASURES = {
+    FD: FeatureMeasure(""),
+    "sfid": FeatureMeasure("sfid"),
+    "fd_infinity": FeatureMeasure("FD-infinity"),
+    "kid": FeatureMeasure("KID", " x1000"),
+    "kid_subsets": FeatureMeasure("KID (subsets)", " x1000"),
+    "cmmd": FeatureMeasure("CMMD", " x1000"),
+    "cmmd_unbiased": FeatureMeasure("CMMD (unbiased)", " x1000"),
+    "mind": FeatureMeasure("MIND"),
+    "is": FeatureMeasure("IS", better="higher"),
+    **{name: FeatureMeasure(name, better="higher") for name in ("precision", "recall", "density", "coverage")},
 }
 
 
-# metric -> its printed name and unit; a metric that is not here has its own name and no unit
-_NAMES_AND_UNITS = {
-    "kid": ("KID", " x1000"),
-    "kid_subsets": ("KID (subsets)", " x1000"),
-    "cmmd": ("CMMD", " x1000"),
-    "cmmd_unbiased": ("CMMD (unbiased)", " x1000"),
-    "is": ("IS", ""),
-    "mind": ("MIND", ""),
-    "fd_infinity": ("FD-infinity", ""),
-}
+def feature_row(
+    metric: str, run: str, estimate: Estimate, extractor: Extractor, *, n: int | None, m: int | None,
+    detail: Mapping[str, Any],
+) -> Row:  # fmt: skip
+    """Return the row of a measure of :data:`MEASURES`, with the network that its features are of.
+
+    Args:
+        metric: its short name.
+        run: name of the run or set.
+        estimate: the number with its interval, and what belongs to it.
+        extractor: network of the features.
+        n, m: pictures of the run and of the reference.
+        detail: of the comparison.
+    """
+    return Row(
+        metric=metric, key=printed_key(metric, extractor), family="distribution", run=run,
+        better=MEASURES[metric].better, value=estimate.value, interval=estimate.interval, n=n, m=m,
+        detail={
+            "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, **estimate.detail, **detail,
+        },
+    )  # fmt: skip
 
 
 def printed_key(metric: str, extractor: Extractor) -> str:
@@ -43,7 +71,7 @@ def printed_key(metric: str, extractor: Extractor) -> str:
     """
     if metric == FD:
         return extractor.key
-    name, unit = _NAMES_AND_UNITS.get(metric, (metric, ""))
+    name, unit = MEASURES[metric].name, MEASURES[metric].unit
     if extractor.key.startswith("FID"):
         name = "FID-infinity" if metric == "fd_infinity" else name
         return f"{name}{extractor.key.removeprefix('FID')}{unit}"

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from diffaccel.eval.comparison.clip_scores import ClipScores
 from diffaccel.eval.comparison.distribution import CACHE
+from diffaccel.eval.comparison.paired_scores import mean_estimate
 from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.features.extract import extract
-from diffaccel.eval.metrics.clip_score import check_prompts, clip_i, clip_score
+from diffaccel.eval.metrics.clip_score import clip_i
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
 from diffaccel.eval.sets.run import Run, pair
 from diffaccel.eval.uncertainty import intervals
@@ -50,12 +52,12 @@ def rows(
         place = dict(pair(run, paired))
         paired_features = _features(paired, clip, extraction)[[place[i] for i in range(len(run))]]
         detail["reference"] = paired.name
-    measured, warnings = [], list(run.source.warnings)
+    measured, warnings = [], list(run.warnings)
     clusters = list(range(len(run))) if prompts is None else list(prompts)
     if prompts is not None:
-        text_features, cut = _text_features(clip, prompts, len(run))
-        values = clip_score(features, text_features)
-        paired_values = None if paired_features is None else clip_score(paired_features, text_features)
+        scores = ClipScores(clip)
+        values, cut = scores.of_features(features, prompts), scores.truncated(prompts)
+        paired_values = None if paired_features is None else scores.of_features(paired_features, prompts)
         row = _row("clip_score", f"clip_score[{clip.name}]", run, values, clusters, detail | {"truncated": cut})
         _add_difference(row, values, paired_values, clusters)
         measured += [row, _in_w25(row, f"clip_score_w2.5[{clip.name}]", values)]
@@ -73,22 +75,12 @@ def _features(run: Run, clip: ClipExtractor, extraction: dict[str, Any]) -> Tens
     return features.rows([picture.id for picture in run.pictures])
 
 
-def _text_features(clip: ClipExtractor, prompts: Sequence[str], images: int) -> tuple[Tensor, int]:
-    """Return the features of every picture's prompt, and how many pictures have a prompt that was cut."""
-    check_prompts(prompts, images)
-    texts = list(dict.fromkeys(prompts))
-    place = {text: i for i, text in enumerate(texts)}
-    cut = {text for text in texts if clip.truncated([text])}
-    return clip.texts(texts)[[place[text] for text in prompts]], sum(text in cut for text in prompts)
-
-
 def _row(metric: str, key: str, run: Run, values: Tensor, clusters: Sequence[Any], detail: dict[str, Any]) -> Row:
     row = Row(
         metric=metric, key=key, family="alignment", run=run.name, better="higher", value=float(values.mean()),
         n=len(values), m=len(values), detail=dict(detail),
     )  # fmt: skip
-    if len(set(clusters)) > 1:
-        row.interval = intervals.bootstrap_mean(values, clusters=clusters)
+    row.set_interval("interval", mean_estimate(values, clusters).interval)
     return row
 
 
@@ -97,7 +89,8 @@ def _add_difference(row: Row, values: Tensor, paired_values: Tensor | None, clus
     if paired_values is None or len(set(clusters)) < 2:
         return
     difference = intervals.paired_difference(values, paired_values, clusters=clusters)
-    row.delta, row.delta_interval = difference.interval.value, difference.interval
+    row.delta = difference.interval.value
+    row.set_interval("delta_interval", difference.interval)
     wins = difference.wins
     row.detail["wins"] = {"share": wins.value, "low": wins.low, "high": wins.high}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.eval.comparison.distribution import FEWEST, features
-from diffaccel.eval.comparison.printed_distances import FD, fid
-from diffaccel.eval.comparison.row import Row, missing
+from diffaccel.eval.comparison.printed_distances import FD, feature_row
+from diffaccel.eval.comparison.row import Estimate, Row, missing
+from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.features.sets import load
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.metrics import frechet_intervals
@@ -37,7 +38,11 @@ def load_moments(reference: str | Path, extractor: Extractor) -> tuple[Moments, 
 
 
 def rows(
-    baseline: Run, runs: Sequence[Run], others: Run | None, reference: str | Path, extractor: Extractor
+    baseline: Run,
+    runs: Sequence[Run],
+    others: Run | None,
+    reference: str | Path | ShippedStatistics,
+    extractor: Extractor,
 ) -> tuple[list[Row], list[str]]:
     """Measure the Fréchet distance of every run to the reference, and its paired difference to the baseline's.
 
@@ -46,28 +51,39 @@ def rows(
     Returns:
         A row of the baseline and of each run, and warnings about the file.
     """
-    reference_moments, warnings = load_moments(reference, extractor)
-    reference_name, all_runs = Path(reference).stem, (baseline, *runs)
+    all_runs, warnings = (baseline, *runs), list[str]()
+    if isinstance(reference, ShippedStatistics):
+        reference_moments, reference_name = reference.moments, reference.name
+    else:
+        reference_moments, warnings = load_moments(reference, extractor)
+        reference_name = Path(reference).stem
     if (fewest := min(map(len, all_runs))) < FEWEST:
         why = f"{fewest} pictures are too few to compare distributions; give at least {FEWEST}"
         return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in all_runs], warnings
     base_features = features(baseline, extractor)
-    floor = None if others is None else fid(features(others, extractor), reference_moments)[FD]
+    floor = None
+    if others is not None:
+        floor = frechet_intervals.distance_interval(features(others, extractor), reference_moments)
     distance_rows = []
     for run in all_runs:
         run_features = features(run, extractor)
         distance = frechet_intervals.distance_interval(run_features, reference_moments)
-        row = Row(
-            metric=FD, key=extractor.key, family="distribution", run=run.name, better="lower",
-            value=distance.value, interval=distance, n=len(run), m=reference_moments.n, floor=floor,
+        row = feature_row(
+            FD, run.name, Estimate(distance.value, distance), extractor, n=len(run), m=reference_moments.n,
             detail={
-                "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, "reference": reference_name,
-                "from": f"to the statistics {reference_name}",
+                "reference": reference_name,
+                "from": f"to the statistics {reference_name}{_note(len(run), extractor)}",
             },
         )  # fmt: skip
+        if floor is not None:
+            row.floor, row.floor_interval = floor.value, floor
         if run is not baseline:
             paired_features = run_features[[j for _, j in pair(baseline, run)]]
             row.delta_interval = frechet_intervals.difference(paired_features, base_features, reference_moments)
             row.delta = row.delta_interval.value
         distance_rows.append(row)
     return distance_rows, warnings
+
+
+def _note(n: int, extractor: Extractor) -> str:
+    return f"; fewer pictures than the {extractor.dim} features, covariance is singular" if n < extractor.dim else ""

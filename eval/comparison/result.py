@@ -32,6 +32,7 @@ class Comparison:
         curves: by a row's key and run, the mean over videos at every frame.
         steps: by run, seconds of every network call.
         warnings: sentences that a reader of the numbers must know.
+        reference: a sentence on the reference of distributions where one was taken that was not asked for; else "".
         sections: tables beside the metrics, in the report's order.
     """
 
@@ -43,6 +44,7 @@ class Comparison:
     curves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     steps: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    reference: str = ""
     sections: list[Section] = field(default_factory=list)
 
     def row(self, metric: str, run: str) -> Row | None:
@@ -98,6 +100,7 @@ class Comparison:
             "curves": _numbers(self.curves),
             "steps": {run: [round(seconds, 6) for seconds in times] for run, times in self.steps.items() if times},
             "sections": {section.key: section.to_dict() for section in self.sections},
+            "reference": self.reference,
             "warnings": self.warnings,
         }
 

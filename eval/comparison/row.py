@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from diffaccel.eval.uncertainty.intervals import Interval, too_few
@@ -15,7 +17,19 @@ DIGITS = {
     "nfe": 1, "forwards": 1, "first_call": 4, "psnr_drift": 4, "ssim_drift": 5,
 }  # fmt: skip
 
+FEW_CARRIERS = 5  # that carry a spread: a reader must know of fewer
+LEAST_TO_WITHHOLD = 30  # prompts; one alone that carries the spread of so many gives no interval
 BY_PROMPT = ("fidelity", "video", "alignment")  # families whose intervals are over prompts
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95 % interval if it has one, a note for the reader, and what else belongs to it."""
+
+    value: float
+    interval: Interval | None = None
+    note: str = ""
+    detail: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(kw_only=True)
@@ -30,13 +44,16 @@ class Row:
         value: the number; None where it could not be measured (``missing`` says why) or is infinite (``identical``).
         interval: 95 % interval of ``value``.
         delta: difference to the baseline's value, with its own interval from paired data.
-        floor: the same metric between the baseline and itself with other seeds: the noise floor.
-        n, m: pictures of the run, and of what it was compared with.
+        floor: the noise floor: the metric between the baseline and itself with other seeds; of a score that every
+            picture has by itself, the score of other seeds minus the baseline's, paired by prompt.
+        floor_interval: 95 % interval of ``floor``.
+        n, m: pictures that the value is of, and of what it was compared with; of times, the timed calls.
         better: which direction is better.
         unit: of the value and its difference.
         identical: whether every pair is equal to the bit.
         missing: reason for which there is no value.
-        detail: protocol, extractor's sha256, method of the interval, and whatever else belongs to the number.
+        detail: protocol, extractor's sha256, method of the interval, and whatever else belongs to the number;
+            ``carried_by`` and ``delta_carried_by`` where few prompts carry the spread, see :meth:`set_interval`.
     """
 
     metric: str
@@ -49,12 +66,28 @@ class Row:
     delta: float | None = None
     delta_interval: Interval | None = None
     floor: float | None = None
+    floor_interval: Interval | None = None
     n: int | None = None
     m: int | None = None
     unit: str = ""
     identical: bool = False
     missing: str | None = None
     detail: dict[str, Any] = field(default_factory=dict)
+
+    def set_interval(self, name: Literal["interval", "delta_interval"], interval: Interval | None) -> None:
+        """Set an interval over prompts, and say in ``detail`` how many of them carry its spread where they are few.
+
+        Where it is one alone of 30 or more, its count stands for the interval: what rarer ones do cannot be seen.
+        """
+        if interval is not None and interval.carriers and interval.units and interval.carriers < FEW_CARRIERS:
+            count = math.ceil(interval.carriers - 0.5)
+            part = "the spread" if name == "interval" else "the spread of the difference"
+            note = f"{count} of {interval.units} {'carries' if count == 1 else 'carry'} {part}"
+            self.detail["carried_by" if name == "interval" else "delta_carried_by"] = count
+            if interval.units >= LEAST_TO_WITHHOLD and count == 1:
+                note, interval = f"{note}, too few for an interval", None
+            self.detail["from"] = "; ".join(filter(None, (self.detail.get("from"), note)))
+        setattr(self, name, interval)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON-ready values: a missing or infinite number is null."""
@@ -70,14 +103,25 @@ class Row:
 
     @property
     def within_noise(self) -> bool | None:
-        """Whether chance explains the difference to the baseline; None where that is not known: see ``too_few``."""
+        """Whether chance explains the difference to the baseline; None where that is not known: see ``too_few``.
+
+        A value without a difference is beyond noise where it is worse than the floor and their intervals are apart.
+        """
         if self.too_few:
             return None
         if self.delta_interval is not None:
             return not self.delta_interval.significant
+        if "delta_carried_by" in self.detail:
+            return None
         if self.value is None or self.floor is None:
             return None
-        return self.value <= self.floor if self.better == "lower" else self.value >= self.floor
+        sign = 1 if self.better == "lower" else -1
+        if sign * self.value <= sign * self.floor:
+            return True
+        if self.interval is None or self.floor_interval is None:
+            return None
+        own, floor = self.interval, self.floor_interval
+        return own.low <= floor.high and floor.low <= own.high
 
     @property
     def gate_value(self) -> float | None:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison.printed_distances import FD, THOUSAND, fid, kid, printed_key, thousandfold
-from diffaccel.eval.comparison.row import Better, Family, Row, missing
+from diffaccel.eval.comparison.printed_distances import FD, THOUSAND, feature_row, fid, kid, printed_key, thousandfold
+from diffaccel.eval.comparison.row import Estimate, Family, Row, missing
 from diffaccel.eval.features.sets import FeatureSet
 from diffaccel.eval.metrics import frechet_intervals, inception_score, manifold, mmd
 from diffaccel.eval.metrics.frechet import Moments
@@ -83,15 +83,11 @@ def _count_warnings(
     return warnings
 
 
-def _row(
-    metric: str, settings: MetricSettings, samples: FeatureSet, value: float | Interval, better: Better, **detail: Any
-) -> Row:
+def _row(metric: str, settings: MetricSettings, samples: FeatureSet, value: float | Interval, **detail: Any) -> Row:
     interval = value if isinstance(value, Interval) else None
     number = value.value if isinstance(value, Interval) else value
-    return Row(
-        metric=metric, key=printed_key(metric, settings.extractor), family=FAMILY, run=samples.name, better=better,
-        value=number, interval=interval, detail=detail,
-    )  # fmt: skip
+    estimate = Estimate(number, interval, detail=detail)
+    return feature_row(metric, samples.name, estimate, settings.extractor, n=samples.n, m=None, detail={})
 
 
 def _both_features(samples: FeatureSet, reference: FeatureSet | None) -> tuple[Tensor, Tensor]:
@@ -120,13 +116,13 @@ def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, 
         value: float | Interval = frechet_intervals.distance_interval(x, y)
     else:
         value = fid(x, y)[FD]
-    row = _row(name, settings, samples, value, "lower")
+    row = _row(name, settings, samples, value)
     row.key = extractor.key
     rows = [row]
     if settings.infinity and not spatial:
         limit = frechet_intervals.infinity(samples.features, y)
         rows.append(
-            _row("fd_infinity", settings, samples, limit.interval, "lower", r2=limit.r2, slope=limit.slope,
+            _row("fd_infinity", settings, samples, limit.interval, r2=limit.r2, slope=limit.slope,
                  fit=limit.fit, sizes=list(limit.sizes), values=list(limit.values), warning=limit.warning)
         )  # fmt: skip
     return rows
@@ -138,8 +134,8 @@ def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, 
 def _kid(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
     x, y = _both_features(samples, reference)
     if min(len(x), len(y)) < 3:
-        return [_row("kid", settings, samples, kid(x, y)["kid"], "lower")]
-    return [_row("kid", settings, samples, thousandfold(mmd.kid_interval(x, y)), "lower")]
+        return [_row("kid", settings, samples, kid(x, y)["kid"])]
+    return [_row("kid", settings, samples, thousandfold(mmd.kid_interval(x, y)))]
 
 
 def _kid_subsets(
@@ -153,20 +149,19 @@ def _kid_subsets(
         return [missing("kid_subsets", key, FAMILY, samples.name, "lower", why)]
     mean, std = mmd.kid_subsets(x, y, **metric.parameters)
     parameters = {"subsets": metric.parameters["subsets"], "size": min(size, fewest)}
-    return [_row("kid_subsets", settings, samples, THOUSAND * mean, "lower", std=THOUSAND * std, **parameters)]
+    return [_row("kid_subsets", settings, samples, THOUSAND * mean, std=THOUSAND * std, **parameters)]
 
 
 def _cmmd(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
     x, y = _both_features(samples, reference)
     parameters = dict(metric.parameters)
     return [
-        _row("cmmd", settings, samples, mmd.cmmd(x, y, **parameters), "lower", statistic="V", **parameters),
+        _row("cmmd", settings, samples, mmd.cmmd(x, y, **parameters), statistic="V", **parameters),
         _row(
             "cmmd_unbiased",
             settings,
             samples,
             mmd.cmmd_unbiased(x, y, **parameters),
-            "lower",
             statistic="U",
             **parameters,
         ),
@@ -193,7 +188,7 @@ def _density_coverage(
 
 
 def _share_rows(values: dict[str, float], metric: Metric, samples: FeatureSet, settings: MetricSettings) -> list[Row]:
-    return [_row(name, settings, samples, value, "higher", **metric.parameters) for name, value in values.items()]
+    return [_row(name, settings, samples, value, **metric.parameters) for name, value in values.items()]
 
 
 def _inception_score(
@@ -204,7 +199,7 @@ def _inception_score(
     logits = extractor.logits(features.cpu()) if isinstance(extractor, InceptionExtractor) else features
     parameters = dict(metric.parameters)
     mean, std = inception_score.inception_score(logits, **parameters)
-    return [_row("is", settings, samples, mean, "higher", std_over_splits=std, **parameters)]
+    return [_row("is", settings, samples, mean, std_over_splits=std, **parameters)]
 
 
 _RowFunction = Callable[[Metric, FeatureSet, FeatureSet | None, MetricSettings], list[Row]]

@@ -62,9 +62,13 @@ def _line(row: Row) -> Line:
     if row.delta is not None and row.delta_interval is not None:
         delta += f" ({number(row.delta_interval.low, '+')} to {number(row.delta_interval.high, '+')})"
     note = row.missing or row.detail.get("from", "")
+    sign = "+" if row.floor_interval is not None and row.floor_interval.null == 0 else ""
+    floor = number(row.floor, sign)
+    if row.floor_interval is not None:
+        floor += f" ({number(row.floor_interval.low, sign)} to {number(row.floor_interval.high, sign)})"
     counts = str(row.n or "") if row.m in (None, row.n) else f"{row.n} / {row.m}"
     arrow = "↓" if row.better == "lower" else "↑"
-    return Line(row.run, row.key, arrow, value, interval, delta, number(row.floor), counts, note)
+    return Line(row.run, row.key, arrow, value, interval, delta, floor, counts, note)
 
 
 def verdicts(comparison: Comparison) -> list[dict[str, str]]:

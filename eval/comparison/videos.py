@@ -48,14 +48,14 @@ def video_values(distance: Distance, curves: Sequence[Tensor]) -> Tensor:
     return torch.stack([curve.mean() for curve in curves])
 
 
-def mean_curve(curves: Sequence[Tensor]) -> Tensor:
-    """Average curves over videos at every frame that all of them have, (T,).
+def mean_curve(distance: Distance, curves: Sequence[Tensor]) -> Tensor:
+    """Average curves over videos at every frame that all of them have, (T,): PSNR to that of all the pixels.
 
-    A video in which a frame is equal to the baseline's, so that its PSNR is infinite, does not count at that frame.
+    So a video in which a frame is equal to the baseline's, whose PSNR is infinite, counts at that frame.
     """
     shortest = min(map(len, curves))
     stacked = torch.stack([curve[:shortest] for curve in curves])
-    return torch.where(stacked.isfinite(), stacked, torch.nan).nanmean(0)
+    return -10 * torch.log10((10 ** (-stacked / 10)).mean(0)) if distance.metric == "psnr" else stacked.mean(0)
 
 
 def drift_rows(run: Run, measured: FrameCurves, clusters: Sequence[object]) -> list[Row]:
@@ -75,7 +75,7 @@ def drift_rows(run: Run, measured: FrameCurves, clusters: Sequence[object]) -> l
             row.missing = "no video has two frames that differ from the baseline's"
         if len({label for _, label in labelled}) > 1:
             values, labels = zip(*labelled, strict=True)
-            row.interval = intervals.bootstrap_mean(values, clusters=labels)
+            row.set_interval("interval", intervals.bootstrap_mean(values, clusters=labels))
         rows.append(row)
     return rows
 
@@ -97,7 +97,8 @@ def flicker_rows(
         detail={"from": "counts motion too: read the difference"},
     )  # fmt: skip
     values = {run.name: flicker(run) for run in (baseline, *runs)}
-    return paired_scores.rows(score, values, baseline, runs, pairs, None if others is None else flicker(others))
+    scored_others = None if others is None else (others, flicker(others))
+    return paired_scores.rows(score, values, baseline, runs, pairs, scored_others)
 
 
 def frechet_rows(baseline: Run, runs: Sequence[Run], others: Run | None, network: Network) -> list[Row]:

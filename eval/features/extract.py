@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.images.names import natural
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.files import read_tensor, write_tensor
@@ -151,7 +152,7 @@ def merge(parts: Sequence[Features], *, num: int | None = None) -> Features:
         raise DiffAccelError(
             f"The parts hold {len(rows)} different images, but {num} were expected. One is incomplete."
         )
-    ids = tuple(sorted(rows))
+    ids = tuple(sorted(rows, key=natural))
     warnings = list(dict.fromkeys(warning for part in parts for warning in part.warnings))
     values = torch.stack([rows[name] for name in ids]) if ids else first.values
     return Features(

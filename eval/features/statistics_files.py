@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.files import atomic
 
 VERSION = 1
+LARGEST = 1e100  # entry of statistics; products of larger ones are beyond float64
 TOLERANCE = 1e-6  # asymmetry relative to the largest entry, negative eigenvalues relative to the largest
 _NUMPY = {
     (f"numpy.{core}.{module}", name)
@@ -111,6 +113,8 @@ def read_features(path: str | Path) -> Tensor:
     feats = values["feats"]
     if feats.ndim != 2 or feats.dtype.kind != "f":
         raise DiffAccelError(f"'{path}': 'feats' must be a matrix (n, d) of floats, got {feats.dtype} {feats.shape}.")
+    if feats.size == 0 or not (np.abs(feats) <= LARGEST).all():
+        raise DiffAccelError(f"'{path}': 'feats' {feats.shape} is empty, or holds NaN or numbers beyond {LARGEST:g}.")
     return torch.from_numpy(feats.astype(np.float64))
 
 
@@ -146,7 +150,14 @@ def _npz(path: Path) -> dict[str, NDArray[Any]]:
             return {key: np.empty(0) if key.startswith("arr_") else file[key] for key in file.files}
     except DiffAccelError:
         raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        ValueError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # also encrypted ones
         raise DiffAccelError(f"'{path}' is no readable .npz file without pickled objects ({error}).") from error
 
 
@@ -190,9 +201,13 @@ def _moments(path: Path, mean: Any, covariance: Any, n: int | None) -> Moments:
         raise DiffAccelError(f"'{path}': statistics must be floats, got {mean.dtype} and {covariance.dtype}.")
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise DiffAccelError(f"'{path}': expected (d,) and (d, d), got {mean.shape} and {covariance.shape}.")
+    if len(mean) == 0:
+        raise DiffAccelError(f"'{path}' holds statistics of no features. Compute it anew.")
     mu, sigma = torch.from_numpy(mean.astype(np.float64)), torch.from_numpy(covariance.astype(np.float64))
     if not (torch.isfinite(mu).all() and torch.isfinite(sigma).all()):
         raise DiffAccelError(f"'{path}' holds NaN or infinity. Compute it anew.")
+    if (largest := max(float(mu.abs().max()), float(sigma.abs().max()))) > LARGEST:
+        raise DiffAccelError(f"'{path}' holds numbers up to {largest:.3g}, which no features give. Compute it anew.")
     asymmetry = float((sigma - sigma.T).abs().max() / sigma.abs().max().clamp_min(1e-300))
     if asymmetry > TOLERANCE:
         raise DiffAccelError(f"'{path}': the covariance is not symmetric, by {asymmetry:.2g} of its largest entry.")

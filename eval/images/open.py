@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import posixpath
 import zipfile
@@ -17,14 +16,15 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError, size_text
-from diffaccel.eval.images import decode
+from diffaccel.eval.images import decode, names
+from diffaccel.eval.images.folders import files_below
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.images.source import Source, count_sizes, to_uint8
 
-_MAC_METADATA = "__MACOSX"
 STATISTICS = ("mu", "sigma")
 PIXELS = "arr_0"
 _HEADERS_AT_ONCE = 256  # read by one thread
+_ENCRYPTED = 1  # flag of a zip's entry
 
 
 def open_source(
@@ -65,13 +65,21 @@ def open_source(
 
 
 def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = None) -> Source:
-    """Open the ``files`` of a folder; by default a run's pictures, or every image below it that is not hidden."""
-    names = list(files) if files is not None else _files_of_run(path)
-    if names is None:
-        names = []
-        for folder, _, entries in os.walk(path):
-            prefix = "" if Path(folder) == path else f"{Path(folder).relative_to(path).as_posix()}/"
-            names += [f"{prefix}{name}" for name in entries if os.path.isfile(f"{folder}/{name}")]
+    """Open the ``files`` of a folder; by default a run's pictures, or every image below it that is not hidden.
+
+    Links are followed; a warning counts those that lead nowhere, or to files that are there already.
+    """
+    listed, warnings = list(files) if files is not None else _files_of_run(path), []
+    if listed is None:
+        below = files_below(path)
+        listed = below.names
+        if below.broken:
+            warnings.append(f"{len(below.broken)} links in '{path}' lead nowhere, the first '{below.broken[0]}'.")
+        if below.again:
+            warnings.append(
+                f"{len(below.again)} links in '{path}' lead to folders whose files are there already, the first "
+                f"'{below.again[0]}'."
+            )
 
     def read(name: str) -> bytearray:  # writable memory, which torch's decoder takes without a copy
         with open(f"{path}/{name}", "rb") as file:
@@ -79,7 +87,9 @@ def of_folder(path: Path, num: int | None = None, files: Sequence[str] | None = 
             del data[file.readinto(data) :]
         return data
 
-    return _of_files(path, "folder", names, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
+    source = _of_files(path, "folder", listed, num, read, lambda name: open(f"{path}/{name}", "rb", buffering=0))
+    source.warnings += warnings
+    return source
 
 
 def _files_of_run(path: Path) -> list[str] | None:
@@ -115,17 +125,23 @@ def of_zip(path: Path, num: int | None) -> Source:
         return archives[process]
 
     try:
-        names = [entry.filename for entry in archive().infolist() if not entry.is_dir()]
+        entries = [entry for entry in archive().infolist() if not entry.is_dir()]
     except (zipfile.BadZipFile, OSError) as error:
         raise DiffAccelError(f"'{path}' cannot be read as a zip ({error}). Make it again.") from error
 
     def read(name: str) -> bytes:
         try:
             return archive().read(name)
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, zlib.error) as error:
             raise DiffAccelError(f"'{name}' in '{path}' cannot be read ({error}). Make the zip again.") from error
 
-    return _of_files(path, "zip", names, num, read, lambda name: archive().open(name))  # type: ignore[arg-type,return-value]
+    if encrypted := [entry.filename for entry in entries if entry.flag_bits & _ENCRYPTED]:
+        raise DiffAccelError(
+            f"{len(encrypted)} of {len(entries)} files in '{path}' are encrypted, the first '{encrypted[0]}', and no "
+            "password can be given. Unpack it into a folder."
+        )
+    listed = [entry.filename for entry in entries]
+    return _of_files(path, "zip", listed, num, read, lambda name: archive().open(name))  # type: ignore[arg-type,return-value]
 
 
 def of_npz(path: Path, num: int | None) -> Source:
@@ -134,7 +150,14 @@ def of_npz(path: Path, num: int | None) -> Source:
         with np.load(path, allow_pickle=False) as archive:
             keys = list(archive.files)
         pixels = _npz_array(path, PIXELS) if PIXELS in keys else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:  # also encrypted ones
         raise DiffAccelError(f"'{path}' cannot be read as an npz ({error}). Make it again.") from error
     if pixels is None:
         if not set(STATISTICS) <= set(keys):
@@ -162,14 +185,14 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
         raise DiffAccelError(f"Images must have shape (N, 3, H, W); {name} has {tuple(images.shape)}.")
     if ids is not None and len(ids) != len(images):
         raise DiffAccelError(f"{len(images)} images were given with {len(ids)} ids. Give one for each.")
-    names = [f"{i:06d}" for i in range(len(images))] if ids is None else list(ids)
+    labels = [f"{i:06d}" for i in range(len(images))] if ids is None else list(ids)
     if images.is_floating_point() and bool((bad := ~images.isfinite().flatten(1).all(1)).any()):
         raise DiffAccelError(
             f"{int(bad.sum())} of {len(images)} images of {name} hold values that are not finite, the first "
-            f"'{names[int(bad.nonzero()[0])]}'. Look at the network that made them."
+            f"'{labels[int(bad.nonzero()[0])]}'. Look at the network that made them."
         )
     images = to_uint8(images)
-    order = _order(names, num, name)
+    order = names.order(labels, num, name)
     if order != list(range(len(images))):
         images = images[order] if order != list(range(len(order))) else images[: len(order)]
 
@@ -179,7 +202,7 @@ def of_tensor(images: Tensor, num: int | None, ids: Sequence[str] | None, name: 
         return images[start:stop] if contiguous else images[list(positions)]
 
     return Source(
-        name="tensor", kind="tensor", ids=tuple(names[i] for i in order), block=block,
+        name="tensor", kind="tensor", ids=tuple(labels[i] for i in order), block=block,
         sizes={(images.shape[2], images.shape[3]): len(images)},
         image=lambda index: images[index], content=lambda index: _content(images[index]),
     )  # fmt: skip
@@ -194,30 +217,35 @@ def _of_files(
     open_file: Callable[[str], BinaryIO],
 ) -> Source:
     """Open the images among ``candidates``, the paths of files in a container."""
-    files = [(name, clean) for name in candidates if _is_image(clean := _normalised(name))]
+    files = [(name, clean) for name in candidates if names.is_image(clean := _normalised(name))]
     ids = [posixpath.splitext(clean)[0] for _, clean in files]
-    order = _order(ids, num, f"'{path}'")
-    names = [files[i][0] for i in order]  # not normalised: an archive knows './a.png' by no other name
+    order = names.order(ids, num, f"'{path}'")
+    paths = [files[i][0] for i in order]  # not normalised: an archive knows './a.png' by no other name
 
     def read_header(name: str) -> decode.Header:
         with open_file(name) as file:
             return decode.read_header(file, name)
 
     # many headers at once in few threads: handing one over takes longer than reading it
-    headers = list(ahead(read_header, names, workers=2, chunk=_HEADERS_AT_ONCE))
+    headers = list(ahead(read_header, paths, workers=2, chunk=_HEADERS_AT_ONCE))
     source = Source(
         name=path.stem if kind == "zip" else path.resolve().name, kind=kind, ids=tuple(ids[i] for i in order),
-        files=dict(zip((ids[i] for i in order), names, strict=True)),
+        files=dict(zip((ids[i] for i in order), paths, strict=True)),
         sizes=count_sizes(header.size for header in headers), path=path,
         threads=all(header.simple for header in headers),
-        image=lambda index: decode.decode(read(names[index]), names[index]), content=lambda index: read(names[index]),
+        image=lambda index: decode.decode(read(paths[index]), paths[index]), content=lambda index: read(paths[index]),
     )  # fmt: skip
     source.warnings += _warnings(path, headers, source.sizes)
+    others = set(candidates).difference(name for name, _ in files)
+    if reasons := names.left_out(sorted(others), open_file):
+        source.warnings.append(
+            f"Files in '{path}' that look like pictures or videos are left out: {', '.join(reasons)}."
+        )
     folders = [posixpath.dirname(clean) for _, clean in files]
     used = len({folders[i] for i in order})
     if used < len(set(folders)):
         source.warnings.append(
-            f"The first {len(names)} images of '{path}' come from {used} of its {len(set(folders))} folders."
+            f"The first {len(paths)} images of '{path}' come from {used} of its {len(set(folders))} folders."
         )
     return source
 
@@ -235,24 +263,6 @@ def _warnings(path: Path, headers: Sequence[decode.Header], sizes: Mapping[tuple
 def _normalised(name: str) -> str:
     """Drop the "." and the empty parts that paths in archives may have."""
     return "/".join(part for part in name.split("/") if part not in ("", "."))
-
-
-def _is_image(name: str) -> bool:
-    hidden = any(part.startswith(".") or part == _MAC_METADATA for part in name.split("/"))
-    return posixpath.splitext(name)[1].lower() in decode.SUFFIXES and not hidden
-
-
-def _order(ids: list[str], num: int | None, name: str) -> list[int]:
-    """Return the positions of the first ``num`` images in the order of ids; refuse duplicates and missing images."""
-    order = sorted(range(len(ids)), key=lambda i: ids[i])
-    for first, second in itertools.pairwise(order):
-        if ids[first] == ids[second]:
-            raise DiffAccelError(f"Two images of {name} have the id '{ids[first]}'. Ids must be unique: rename one.")
-    if not ids:
-        raise DiffAccelError(f"{name} holds no images. Known files: {', '.join(decode.SUFFIXES)}.")
-    if num is not None and num > len(ids):
-        raise DiffAccelError(f"{num} images were asked for, but {name} holds {len(ids)}. Ask for fewer, or add images.")
-    return order[:num]
 
 
 def _content(image: Tensor) -> bytes:

@@ -1,7 +1,7 @@
 """CLIP score: how well images fit their prompts, and each other, in the features of a CLIP.
 
 A CLIP is any object like :class:`TextImageModel`. Print the convention beside a number: a cosine of 0.31 is 31 by
-:func:`clip_score` and 0.775 by :func:`clip_score_w25`.
+:func:`clip_score`, and 0.775 as ``2.5 max(cos, 0)``.
 """
 
 from __future__ import annotations
@@ -60,11 +60,6 @@ def clip_score(image_features: Tensor, text_features: Tensor) -> Tensor:
         DiffAccelError: unless both are ``(B, d)`` floats of one shape, finite, and no feature is all zeros.
     """
     return 100 * cosine(image_features, text_features).clamp_min(0)
-
-
-def clip_score_w25(image_features: Tensor, text_features: Tensor) -> Tensor:
-    """Compute ``2.5 max(cos, 0)`` of each pair, the CLIPScore of Hessel et al. (arXiv 2104.08718). (B,) float64."""
-    return 2.5 * cosine(image_features, text_features).clamp_min(0)
 
 
 def clip_i(a: Tensor, b: Tensor) -> Tensor:

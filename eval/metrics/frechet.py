@@ -9,7 +9,6 @@ dimensions. No epsilon is ever added to a diagonal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,16 +91,6 @@ class Moments:
         delta = other.mean.to(self.mean.device) - self.mean
         m2 = self.m2 + other.m2.to(self.m2.device) + torch.outer(delta, delta) * (self.n * other.n / n)
         return Moments(n, self.mean + delta * (other.n / n), m2)
-
-
-def merge_all(parts: Sequence[Moments]) -> Moments:
-    """Merge parts in the order given; for reproducible bits that order must not depend on which part finished first."""
-    if not parts:
-        raise DiffAccelError("There are no moments to merge: no features were given.")
-    total = parts[0]
-    for part in parts[1:]:
-        total = total.merge(part)
-    return total
 
 
 @dataclass(frozen=True, eq=False)

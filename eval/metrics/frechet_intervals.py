@@ -26,18 +26,6 @@ _STUDENT = 2.2621571628  # the 0.975 quantile of Student's t with SHARDS - 1 deg
 Fit = Literal["linear", "quadratic"]
 
 
-def expected_bias(d: int, n: int, m: int | None = None) -> float:
-    """Return the mean distance of two equal Gaussians ``N(0, I_d)``, to first order: ``(d/n) (1 + (d+1)/4)``.
-
-    The first term is the squared error of the mean, the second that of the covariance's square root. ``n`` is the
-    number of samples; a reference estimated from ``m`` images adds the same terms in ``m``. For other covariances the
-    value is only a guide, and it is too large where ``n`` is not well above ``d``.
-    """
-    if d < 1 or n < 1 or (m is not None and m < 1):
-        raise DiffAccelError(f"Dimensions and counts must be positive, got d={d}, n={n}, m={m}.")
-    return d * (1 + (d + 1) / 4) * (1 / n + (1 / m if m else 0))
-
-
 @dataclass(frozen=True)
 class Infinity:
     """A Fréchet distance extrapolated to infinitely many samples.

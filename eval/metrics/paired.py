@@ -135,19 +135,6 @@ def summarise(values: Tensor | Sequence[float], *, better: Literal["lower", "hig
     }
 
 
-def json_number(value: float) -> dict[str, Any]:
-    """Encode a value as ``{"value": value}``; infinity, the PSNR of identical images, as ``null`` and ``"identical"``.
-
-    Raises:
-        DiffAccelError: for NaN or ``-inf``, which no paired metric gives.
-    """
-    if value == math.inf:
-        return {"value": None, "identical": True}
-    if not math.isfinite(value):
-        raise DiffAccelError(f"{value} is no value of a paired metric.")
-    return {"value": float(value)}
-
-
 def check_images(images: Tensor, label: str = "images") -> None:
     """Raise for anything but uint8 ``(B, 3, H, W)`` with ``B >= 1``."""
     if images.dtype != torch.uint8:

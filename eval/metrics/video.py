@@ -1,17 +1,12 @@
-"""Metrics of videos: flicker, drift over frames, Fréchet video distance by a given network, and export for VBench.
+"""Metrics of videos: flicker, drift over frames, Fréchet video distance by a given network.
 
 A video is uint8 ``(T, 3, H, W)``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +15,7 @@ from torch.nn import functional as F
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics import frechet
-from diffaccel.eval.metrics.paired import check_images, check_pair, psnr, ssim
-from diffaccel.files import atomic, write_json
-
-NAME_BYTES = 255  # maximum length of a file name, on every common file system
-VBENCH_VIDEOS = 5  # per prompt
-UNSAFE = re.compile(r'[\x00-\x1f\x7f/\\:*?"<>|]' if os.name == "nt" else r"[\x00-\x1f\x7f/]")
+from diffaccel.eval.metrics.paired import check_images
 
 
 def temporal_flicker(video: Tensor) -> float:
@@ -42,19 +32,6 @@ def temporal_flicker(video: Tensor) -> float:
     frames = video.to(torch.int32)
     total = (frames[1:] - frames[:-1]).abs().sum(dtype=torch.int64)
     return int(total) / frames[1:].numel()
-
-
-def frame_curves(a: Tensor, b: Tensor, *, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """Compute PSNR, SSIM, and LPIPS if given, of each frame of ``b`` to that of the baseline ``a``: (T,) float64.
-
-    Raises:
-        DiffAccelError: unless both are uint8 ``(T, 3, H, W)`` of one shape.
-    """
-    check_pair(a, b)
-    curves = {"psnr": psnr(a, b), "ssim": ssim(a, b)}
-    if lpips is not None:
-        curves["lpips"] = lpips(a, b)
-    return curves
 
 
 def drift(curve: Tensor) -> float | None:
@@ -202,61 +179,3 @@ def _square(clip: Tensor, size: int) -> Tensor:
         clip = resized.round().clamp(0, 255).to(torch.uint8)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return clip[..., top : top + size, left : left + size]
-
-
-# -- VBench -----------------------------------------------------------------------------------------------------------
-
-
-def vbench_export(
-    videos: Mapping[str, Sequence[str | Path]], folder: str | Path, *, a_prompt: int = VBENCH_VIDEOS
-) -> dict[str, str]:
-    """Copy videos to ``<prompt>-<index>.mp4``, as VBench (arXiv 2311.17982) finds them, with ``prompts.json`` beside.
-
-    VBench reads prompts from file names. A prompt that is no valid file name (with a slash, or too long) gets a safe
-    name instead, which VBench's own prompts hardly need; ``prompts.json`` maps every file to its prompt.
-
-    Args:
-        videos: files of every prompt, in the order of their index.
-        folder: created if missing; files of the same names are replaced.
-        a_prompt: number of videos that every prompt must have; VBench wants 5.
-
-    Returns:
-        The content of ``prompts.json``: file name to prompt.
-
-    Raises:
-        DiffAccelError: for no prompt, another number of videos, a missing file, or one that is not ``.mp4``.
-    """
-    if not videos:
-        raise DiffAccelError("There is no prompt to export videos of.")
-    folder, names, copies = Path(folder), _safe_names(list(videos)), []
-    for prompt, files in videos.items():
-        if len(files) != a_prompt:
-            raise DiffAccelError(f"'{prompt}' has {len(files)} videos, and {a_prompt} are wanted of every prompt.")
-        for index, file in enumerate(map(Path, files)):
-            if file.suffix.lower() != ".mp4" or not file.is_file():
-                raise DiffAccelError(f"'{file}' of '{prompt}' is no .mp4 file. VBench reads .mp4 only.")
-            copies.append((file, f"{names[prompt]}-{index}.mp4", prompt))
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, name, _ in copies:
-        with open(file, "rb") as source, atomic(folder / name) as target:
-            shutil.copyfileobj(source, target)
-    prompts = {name: prompt for _, name, prompt in copies}
-    write_json(folder / "prompts.json", prompts)
-    return prompts
-
-
-def _safe_names(prompts: Sequence[str]) -> dict[str, str]:
-    """Choose a file name, without index and suffix, for every prompt: the prompt itself where that is a valid name."""
-    names: dict[str, str] = {}
-    used: set[str] = set()
-    for prompt in prompts:
-        name = UNSAFE.sub("_", prompt).strip()
-        longest = NAME_BYTES - len("-999.mp4") - len(".") - len(".12345678.tmp")  # room for its temporary name
-        # some file systems ignore case
-        if name != prompt or not name or name[0] == "." or len(name.encode()) > longest or name.casefold() in used:
-            digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
-            stem = name.lstrip(".").encode()[: longest - 9].decode(errors="ignore")
-            name = f"{stem} {digest}".strip()
-        used.add(name.casefold())
-        names[prompt] = name
-    return names

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.eval.images.names import is_text
 
 STDIN = "-"
 PACKAGED = Path(str(files(__package__) / "prompt_sets"))
@@ -71,6 +72,8 @@ def _from_rows(source: str, name: str, read_rows: Callable[[], list[tuple[str, s
     for number, (text, _) in enumerate(rows, 1):
         if not text.strip():
             raise DiffAccelError(f"Prompt {number} of '{source}' is empty. Take it out.")
+        if not is_text(text):
+            raise DiffAccelError(f"Prompt {number} of '{source}' holds half a character, {text!a}. Write it anew.")
     if not rows:
         raise DiffAccelError(f"The prompt file '{source}' holds no prompt. Write one a line.")
     texts, categories = zip(*rows, strict=True)

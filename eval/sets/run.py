@@ -6,6 +6,7 @@ folder of images is paired by file names and has no prompts.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.images import names
+from diffaccel.eval.images.folders import files_below
 from diffaccel.eval.images.open import check_finished, of_folder, open_source
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.images.video_files import read_video
@@ -50,12 +53,14 @@ class Run:
         path: the folder.
         pictures: in the order of their ids.
         record: the run's ``run.json``; empty for a plain folder.
+        notes: warnings of what was left out when the folder was opened.
     """
 
     name: str
     path: Path
     pictures: tuple[Picture, ...]
     record: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -69,11 +74,16 @@ class Run:
     @property
     def is_video(self) -> bool:
         """Whether its pictures are videos."""
-        return self.pictures[0].file.suffix == VIDEO
+        return self.pictures[0].file.suffix.lower() == VIDEO
 
     def video(self, index: int) -> Tensor:
         """Read the frames of one video, uint8 (T, 3, H, W)."""
         return read_video(self.pictures[index].file)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about its pictures or videos that a report must print."""
+        return list(dict.fromkeys((*self.notes, *([] if self.is_video else self.source.warnings))))
 
     @cached_property
     def source(self) -> Source:
@@ -103,14 +113,27 @@ def open_run(path: str | Path) -> Run:
         raise DiffAccelError(f"There is no run folder '{path}'. Make one with diffaccel eval run.")
     run_record = record.read_run(folder)
     name = folder.resolve().name
-    videos = {} if run_record else {file.stem: file.name for file in sorted(folder.glob(f"*{VIDEO}"))}
-    if videos:
-        return Run(name, folder, tuple(Picture(id=stem, file=folder / file) for stem, file in videos.items()))
     if run_record is None:
-        files = open_source(folder).files
-        return Run(name, folder, tuple(Picture(id=image, file=folder / file) for image, file in files.items()))
+        return _plain_run(name, folder)
     check_finished(run_record, path)
     return run_from_record(folder, run_record)
+
+
+def _plain_run(name: str, folder: Path) -> Run:
+    """Return the run of a folder without a record: of its videos where it holds some, else of its pictures."""
+    below = files_below(folder).names
+    visible = sorted((file for file in below if not names.is_hidden(file)), key=names.natural)
+    videos = [file for file in visible if file.lower().endswith(VIDEO)]
+    if not videos:
+        source = open_source(folder)
+        pictures = tuple(Picture(id=image, file=folder / file) for image, file in source.files.items())
+        return Run(name, folder, pictures, notes=tuple(source.warnings))
+    ids = [posixpath.splitext(file)[0] for file in videos]
+    names.order(ids, None, f"'{folder}'")
+    images = sum(map(names.is_image, below))
+    notes = (f"'{folder}' holds {len(videos)} videos, and its {images} pictures are left out.",) if images else ()
+    pairs = zip(ids, videos, strict=True)
+    return Run(name, folder, tuple(Picture(id=stem, file=folder / file) for stem, file in pairs), notes=notes)
 
 
 def run_from_record(folder: Path, run_record: dict[str, Any]) -> Run:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import fidelity
+from diffaccel.eval.comparison.clip_scores import ClipScores
 from diffaccel.eval.comparison.distribution import FEWEST, features
 from diffaccel.eval.comparison.row import Section
 from diffaccel.eval.metrics import frechet_intervals
-from diffaccel.eval.metrics.clip_score import clip_score
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
@@ -71,10 +71,7 @@ def best_by(reward: ClipExtractor, run: Run, count: int) -> Run:
 
 def scores(clip: ClipExtractor, run: Run) -> Tensor:
     """Score every picture by its prompt, ``100 max(cos, 0)``, (n,) float64."""
-    prompts = run.prompts or []
-    texts = list(dict.fromkeys(prompts))
-    place, text_features = {text: i for i, text in enumerate(texts)}, clip.texts(texts)
-    return clip_score(features(run, clip), text_features[[place[prompt] for prompt in prompts]])
+    return ClipScores(clip).of_run(run)
 
 
 def against_fewer_steps(

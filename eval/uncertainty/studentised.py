@@ -9,6 +9,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty.student import student_quantile
 
 Array = NDArray[np.float64]
+FEW = 4  # carriers with which an end is at half of its tail probability
 FLAT = 0.1  # a resample whose standard error is below this share of the sample's has no t of its own
 _BLOCK = 1 << 20  # resampled values in memory at once
 
@@ -19,6 +20,13 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     With ``k`` clusters of sums ``s_c`` and counts ``n_c``, mean ``m`` and ``r_c = s_c - m n_c``, the squared standard
     error is ``k / (k - 1) sum_c r_c^2 / N^2``. Each resample of whole clusters gives ``t = (m* - m) / se*`` with its
     own standard error, and the interval goes from ``m - se t_(1 - tail)`` to ``m - se t_(tail)``.
+
+    Where few clusters carry the spread, quantiles of the resamples lie too near: with ``K`` carriers, see
+    :func:`carriers`, the probability outside each end is ``tail K / (K + 4)``. The 4 comes from simulation
+    (``python -m scripts.bench_coverage``): without it 95 % intervals cover 87 to 94 % of skewed means and of rare
+    failures that were met five times, with it 92 to 98 %. 100 normal values have some 35 carriers, and intervals 3 %
+    wider than without. No end is nearer than Student's: of differences that are symmetric and heavy-tailed, as those of
+    a run and its twin, a sample is skewed by chance, and its shorter end would leave out 0 in 10 % of cases.
 
     A resample that missed what the clusters differ in has a standard error near zero, below a tenth of the sample's,
     and no meaningful ``t``: it counts as infinite. Where so many of them lie on one side that the quantile is one of
@@ -40,6 +48,8 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     error = float(np.sqrt(k / (k - 1) * (residuals * residuals).sum()) / counts.sum())
     if error == 0:
         return 0.0, 0.0
+    few = carriers(residuals)
+    student, tail = student_quantile(1 - tail, k - 1), tail * few / (few + FEW)
     # a turned sample has the turned interval: the resamples of both are the same
     sign = -1.0 if (residuals**3).sum() < 0 else 1.0
     order = np.lexsort((counts, sign * residuals))
@@ -47,9 +57,22 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     flat = errors < FLAT * error
     infinite = np.where(deviations == 0, 0.0, np.copysign(np.inf, deviations))
     t = np.where(flat, infinite, deviations / np.where(flat, 1.0, errors))
-    upper, lower = _quantile(t, flat, 1 - tail, k), -_quantile(-t, flat, 1 - tail, k)
-    low, high = -error * upper, -error * lower
+    upper, lower = (max(student, _quantile(sided, flat, 1 - tail, k)) for sided in (t, -t))
+    low, high = -error * upper, error * lower
     return (low, high) if sign > 0 else (-high, -low)
+
+
+def carriers(residuals: Array) -> float:
+    """Return how many residuals carry their spread: ``(sum r^2)^2 / sum r^4``, from 1 to their number; 0 for no spread.
+
+    It is a third of their number for normal ones, and the number of failures where few, alike, are all that differs.
+    """
+    squares = np.sort(residuals * residuals)  # sums do not depend on the order of the data
+    largest = float(squares[-1]) if len(squares) else 0.0
+    if largest == 0:
+        return 0.0
+    squares = squares / largest
+    return float(squares.sum() ** 2 / (squares * squares).sum())
 
 
 def _quantile(t: Array, flat: NDArray[np.bool_], p: float, k: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -134,10 +136,27 @@ def test_conventions_of_the_score(run, sets):
     assert score["interval"]["method"].startswith("studentised bootstrap over 4 clusters")  # prompts, not pictures
     assert score["delta"] == pytest.approx(float((values - alignment.clip_score(b, texts)).mean()), abs=1e-9)
     w25 = found["clip_score_w2.5"]
-    assert w25["value"] == pytest.approx(float(alignment.clip_score_w25(a, texts).mean()))
+    assert w25["value"] == pytest.approx(0.025 * float(values.mean()))
     assert w25["interval"]["low"] == pytest.approx(0.025 * score["interval"]["low"])
     assert found["clip_i"]["value"] == pytest.approx(float(alignment.clip_i(a, b).mean()))
     assert score["detail"]["truncated"] == 0 and len(score["detail"]["weights_sha256"]) == 64
+
+
+def test_numbered_pictures_meet_their_prompts(run, sets, tmp_path):
+    for numbers, folder in ((range(12), "plain"), ([*range(11), 12], "gap")):
+        (tmp_path / folder).mkdir()
+        for i, number in enumerate(numbers):
+            shutil.copy(sets / "a" / f"{i % 8}.png", tmp_path / folder / f"{number}.png")
+    texts = [PROMPTS[i % 4] for i in range(12)]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    clip = as_clip(extractor("emoji-clip-judge"))
+    images = tensor(sets / "a")
+    expected = alignment.clip_score(clip(images[[i % 8 for i in range(12)]]), clip.texts(texts)).mean()
+    for folder in ("plain", "gap"):
+        done = run("eval", "clip", tmp_path / folder, "--prompts", tmp_path / "prompts.txt", "--json")
+        assert rows(done)["clip_score"]["value"] == pytest.approx(float(expected))
+        warned = " ".join(json.loads(done.out)["warnings"])
+        assert (f"to '12' with '{texts[-1]}'" in warned) == (folder == "gap")
 
 
 def test_pairs_alone_need_no_prompts(run, sets):

@@ -202,9 +202,7 @@ def contradiction(
     return caption(changed, rng, plain=True, related=related)
 
 
-def _changed(
-    facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str], ordered: bool
-) -> Facts:
+def _changed(facts: Facts, rng: random.Random, *, others: Sequence[str], styles: Sequence[str], ordered: bool) -> Facts:
     """Return the facts with one of them changed, as :func:`contradiction` lists them."""
     if facts.is_pair:
         choices = []

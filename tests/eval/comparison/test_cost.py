@@ -71,6 +71,8 @@ def test_six_turns_have_an_interval(sides, timing):
         variant |= {"turns": 6, "seconds": [seconds + i / 100 for i in range(2) for seconds in variant["seconds"]]}
     row = rows_of(*sides, timing)["speedup", "fast"]
     expected = median_ratio(*(variant["seconds"] for variant in timing["variants"])).interval
+    seconds = rows_of(*sides, timing)["seconds", "fast"]
+    assert seconds.interval.low < seconds.value == 1.0 < seconds.interval.high and seconds.interval.null is None
     assert row.interval == expected and row.detail["significant"] is True and row.detail["turns"] == 6
 
 
@@ -113,6 +115,32 @@ def test_a_run_of_any_name_is_timed_by_the_variant_that_drew_it(sides, timing):
         "No variant of the timing drew fast: it has slow, quick. Their seconds are the runs' own."
     ]
     assert cost.timing_warnings(sides, None) == []
+
+
+def test_a_twin_of_the_baseline_has_no_ratio_that_nobody_measured(sides, timing):
+    base, _ = sides
+    way = {"model": "m", "methods": [], "steps": 4, "size": [8, 8], "guidance": 1.0, "negative": None}
+    base.record["settings"] = dict(way)
+    timing["variants"][0] |= {"drawn": way}
+    twin = Run("twin", base.path, base.pictures, base.record)
+    rows = rows_of(base, twin, timing)
+    speedup = rows["speedup", "twin"]
+    assert speedup.value is None and speedup.interval is None and "timed once for both" in speedup.missing
+    assert rows["seconds", "twin"].value == rows["seconds", "base"].value
+
+
+def test_cost_rows_count_what_was_measured(sides, timing):
+    base, fast = sides
+    for run in sides:
+        run.record["settings"] = {"batch": 5}
+    rows = rows_of(base, fast, timing)
+    counts = {metric: (row.n, row.detail.get("batch")) for (metric, run), row in rows.items() if run == "fast"}
+    assert counts["seconds"] == counts["speedup"] == counts["peak_memory"] == counts["energy"] == (3, 2)
+    assert counts["first_call"] == counts["set_up"] == (1, 2) and counts["nfe"] == (2, None)
+    own = rows_of(base, fast)
+    assert own["seconds", "fast"].n == 2 and own["seconds", "fast"].detail["batch"] == 5
+    section = cost.section(base, [fast], timing)
+    assert "2 to a call of the turns" in section.note and section.data["images_a_call"] == 2
 
 
 def test_where_the_time_goes(sides, timing):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffaccel.eval.comparison import compare_runs, distances, distribution, nearest
+from diffaccel.eval.comparison import compare_runs, distances, distribution, nearest, printed_distances
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.metrics import frechet_intervals, mind, mmd
@@ -76,7 +76,7 @@ def test_infinity_is_measured_of_many_independent_pictures():
     assert f"R² {expected.r2:.3f}" in number.note and number.detail["sizes"] == expected.sizes
     assert number.detail["warning"] == expected.warning
     assert "fd_infinity" not in measured(600, False) and "fd_infinity" not in measured(499, True)
-    assert set(measured(499, True)) < set(distances.BETTER)
+    assert set(measured(499, True)) < set(printed_distances.MEASURES)
 
 
 def test_nearest_is_the_largest_cosine_and_its_place():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import categories, compare_runs
 from diffaccel.eval.comparison.measures import Measures
+from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from diffaccel.eval.networks.scorers import Scorer
 from diffaccel.eval.sets import prompts
+from diffaccel.eval.uncertainty import intervals
 from tests.support import made_runs
 
 WORDS = [f"thing {i // 2}" for i in range(24)]  # two pictures of each prompt
@@ -59,6 +62,75 @@ def test_a_scorer_gives_paired_differences(sets):
     assert base.delta is None and row.value - base.value == pytest.approx(15) and row.delta == pytest.approx(15)
     assert 10 <= row.delta_interval.low < 15 < row.delta_interval.high <= 20 and row.detail["wins"]["share"] == 1
     assert found.gate_values("brighter")["brightness"] == pytest.approx(15) and row.detail["licence"] == "none"
+
+
+def test_the_floor_of_a_score_is_a_paired_difference_with_its_interval(sets):
+    """Not the size of one draw of chance: other seeds minus the baseline, prompt by prompt."""
+    scorer = Scorer("brightness", brightness)
+    result = compare_runs(sets["base"], [sets["brighter"]], Measures(others=sets["other"], scorers=[scorer]))
+    row = result.row("brightness", "brighter")
+    images = {name: torch.stack([sets[name].image(i) for i in range(24)]) for name in ("other", "base")}
+    change = brightness(images["other"], WORDS) - brightness(images["base"], WORDS)
+    expected = intervals.bootstrap_mean(change, clusters=WORDS)
+    assert row.floor == pytest.approx(float(change.mean())) and row.floor_interval.null == 0
+    assert (row.floor_interval.low, row.floor_interval.high) == pytest.approx((expected.low, expected.high))
+    ends = f"({expected.low:+.3f} to {expected.high:+.3f})"
+    assert f"{expected.value:+.3f} {ends}" in result.table()
+    ssim = result.row("ssim", "brighter")
+    assert ssim.floor_interval.low < ssim.floor < ssim.floor_interval.high and ssim.floor_interval.units == 12
+    assert result.to_dict()["metrics"][0]["floor_interval"]["units"] == 12
+
+
+def test_a_value_is_beyond_noise_where_its_interval_and_the_floors_are_apart():
+    def row(value, half, floor, floor_half, better="higher"):
+        ends = (
+            None if h is None else intervals.Interval(v, v - h, v + h, units=20)
+            for v, h in ((value, half), (floor, floor_half))
+        )
+        own, of_floor = ends
+        return Row(
+            metric="ssim", key="SSIM", family="fidelity", run="r", better=better, value=value, interval=own,
+            floor=floor, floor_interval=of_floor,
+        )  # fmt: skip
+
+    assert row(0.9, 0.1, 0.8, 0.1).within_noise is True
+    assert row(0.79, 0.02, 0.8, 0.02).within_noise is True  # two draws of the same chance
+    assert row(0.7, 0.02, 0.8, 0.02).within_noise is False
+    assert row(0.9, 0.02, 0.8, 0.02, "lower").within_noise is False
+    assert row(0.7, 0.02, 0.8, None).within_noise is None
+
+
+def test_few_carriers_of_a_spread_are_counted_and_one_alone_gives_no_interval(tmp_path):
+    texts, pictures = [f"thing {i}" for i in range(40)], [made_runs.blocks(i) // 2 for i in range(40)]
+    base = made_runs.of_images(tmp_path / "base", pictures, texts)
+    scorer, rows = Scorer("brightness", brightness), {}
+    for name, ruined in (("one", {5}), ("three", {5, 9, 21}), ("all", set(range(40)))):
+        changed = [picture + (50 + i if i in ruined else 0) for i, picture in enumerate(pictures)]
+        run = made_runs.of_images(tmp_path / name, changed, texts)
+        rows[name] = compare_runs(base, [run], Measures(scorers=[scorer])).row("brightness", name)
+    one, three = rows["one"], rows["three"]
+    assert one.delta_interval is None and one.detail["delta_carried_by"] == 1 and one.within_noise is None
+    assert one.detail["from"].endswith("1 of 40 carries the spread of the difference, too few for an interval")
+    assert three.delta_interval.low < three.delta < three.delta_interval.high
+    assert three.detail["delta_carried_by"] == 3 and "3 of 40 carry" in three.detail["from"]
+    assert "delta_carried_by" not in rows["all"].detail and rows["all"].within_noise is False
+
+
+def test_identical_pairs_are_counted_and_never_lost(tmp_path):
+    pictures = [made_runs.blocks(i) // 2 for i in range(12)]
+    changed = [picture + (2 if i in (3, 7) else 0) for i, picture in enumerate(pictures)]
+    texts = [f"{'ab'[i < 6]} {i}" for i in range(12)]
+    base = made_runs.of_images(tmp_path / "base", pictures, texts)
+    run = made_runs.of_images(tmp_path / "run", changed, texts)
+    (tmp_path / "p.csv").write_text("prompt,category\n" + "\n".join(f"{text},{text[0]}" for text in texts))
+    result = compare_runs(base, [run], Measures(prompts=str(tmp_path / "p.csv")))
+    row, differing = result.row("psnr", "run"), 20 * math.log10(255 / 2)
+    assert row.value == pytest.approx(differing) and (row.n, row.m) == (2, 12) and not row.identical
+    assert row.detail["identical_pairs"] == 10
+    assert row.detail["pooled"] == pytest.approx(differing + 10 * math.log10(6))
+    assert "10 of 12 pairs identical" in row.detail["from"] and "49.89 dB over the pixels of all" in row.detail["from"]
+    cells = [entry["metrics"]["PSNR"] for entry in result.sections[0].data["categories"]]
+    assert [cell["identical_pairs"] for cell in cells] == [5, 5] and "5 identical" in result.sections[0].rows[0][3]
 
 
 @pytest.mark.parametrize(("count", "verdict"), [(9, "too few prompts (n = 9) for a verdict"), (10, "beyond noise")])

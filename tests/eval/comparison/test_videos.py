@@ -73,8 +73,8 @@ def test_fidelity_is_of_whole_videos_and_of_every_frame(sets, compared):
     assert found.pair_values(row).tolist() == pytest.approx(whole.tolist(), rel=1e-9)
     by_frame = 10 * torch.log10(255**2 / error.mean((2, 3, 4)))
     curve = found.curves["PSNR"]["drifting"]
-    finite = torch.where(by_frame.isfinite(), by_frame, torch.nan)
-    assert torch.allclose(curve, finite.nanmean(0), equal_nan=True)
+    pooled = 10 * torch.log10(255**2 / error.mean((2, 3, 4)).mean(0))  # the first frames are equal in all videos
+    assert torch.allclose(curve, pooled) and curve[0] == torch.inf and by_frame.isfinite()[:, 1:].all()
     slopes = [video.drift(one) for one in by_frame]
     drift = found.row("psnr_drift", "drifting")
     assert drift.value == pytest.approx(sum(slopes) / 4) and drift.value < -2 and drift.unit == "dB/frame"
@@ -140,7 +140,10 @@ def test_whole_and_mean_curves():
     assert videos.video_values(ssim, [curve]).item() == pytest.approx(float(curve.mean()))
     assert videos.video_values(psnr, [torch.tensor([torch.inf, torch.inf]).double()]).item() == torch.inf
     two = [torch.tensor([1.0, torch.inf, 3.0]), torch.tensor([3.0, 5.0])]
-    assert videos.mean_curve(two).tolist() == [2.0, 5.0]
+    assert videos.mean_curve(ssim, [two[0][[0, 2]], two[1]]).tolist() == [2.0, 4.0]
+    half = 5 + 10 * torch.log10(torch.tensor(2.0)).item()  # half of the error: the other video's frame is equal
+    both = -10 * torch.log10(torch.tensor((10**-0.1 + 10**-0.3) / 2)).item()
+    assert videos.mean_curve(psnr, two).tolist() == pytest.approx([both, half])
 
 
 def test_the_report_of_videos(sets, tmp_path):

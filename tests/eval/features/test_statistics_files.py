@@ -193,3 +193,34 @@ def test_refused_files(tmp_path: Path) -> None:
         read(tmp_path / "whole.npz", dim=2048)
     with pytest.raises(DiffAccelError, match=r"written as '\.npz', got 'x\.pkl'"):
         write(tmp_path / "x.pkl", StatisticsFile(MOMENTS))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "holds statistics of no features"),
+        ({"mu": MU, "sigma": 1e308 * np.eye(6)}, "numbers up to 1e\\+308, which no features give"),
+        ({"mu": MU * np.nan, "sigma": SIGMA}, "NaN or infinity"),
+    ],
+)
+def test_numbers_that_are_no_statistics_are_one_sentence(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    with pytest.raises(DiffAccelError, match=f"x.npz'.*{said}"):
+        read(npz(tmp_path / "x.npz", **values))
+
+
+@pytest.mark.parametrize("feats", [np.zeros((0, 3)), np.zeros((3, 0)), np.full((2, 2), np.nan), np.full((2, 2), 1e308)])
+def test_features_that_are_none_are_one_sentence(tmp_path: Path, feats: np.ndarray) -> None:
+    with pytest.raises(DiffAccelError, match="is empty, or holds NaN or numbers beyond"):
+        read_features(npz(tmp_path / "x.npz", feats=feats))
+
+
+def test_an_encrypted_file_is_one_sentence(tmp_path: Path) -> None:
+    path = npz(tmp_path / "x.npz", mu=MU, sigma=SIGMA)
+    data = bytearray(path.read_bytes())
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        start = -1
+        while (start := data.find(mark, start + 1)) >= 0:
+            data[start + place] |= 1
+    path.write_bytes(data)
+    with pytest.raises(DiffAccelError, match=r"no readable \.npz file.*encrypted"):
+        read(path)

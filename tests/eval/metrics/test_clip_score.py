@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics.clip_score import clip_i, clip_score, clip_score_w25, pooled, score
+from diffaccel.eval.metrics.clip_score import clip_i, clip_score, pooled, score
 
 
 class Toy:
@@ -40,10 +40,9 @@ def at_angles(*degrees: float) -> tuple[Tensor, Tensor]:
     return a, 0.5 * torch.stack([radians.cos(), radians.sin()], 1)
 
 
-def test_both_conventions_clamp_each_sample_before_the_mean() -> None:
+def test_the_score_clamps_each_sample_before_the_mean() -> None:
     a, b = at_angles(0, 60, 90, 120, 180)
     assert clip_score(a, b).tolist() == pytest.approx([100, 50, 0, 0, 0], abs=1e-12)
-    assert clip_score_w25(a, b).tolist() == pytest.approx([2.5, 1.25, 0, 0, 0], abs=1e-12)
     assert clip_i(a, b).tolist() == pytest.approx([1, 0.5, 0, -0.5, -1], abs=1e-12)
     # the mean of cosines, clamped after, would be 0 here
     assert clip_score(a, b).mean().item() == pytest.approx(30)

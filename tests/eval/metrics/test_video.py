@@ -1,10 +1,9 @@
-"""Flicker, drift, clips and their distance, and the files for VBench."""
+"""Flicker, drift, clips and their distance."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +11,12 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics import frechet
-from diffaccel.eval.metrics.paired import psnr
 from diffaccel.eval.metrics.video import (
-    NAME_BYTES,
     FrameSampling,
     clip_features,
     drift,
-    frame_curves,
     fvd,
     temporal_flicker,
-    vbench_export,
 )
 
 
@@ -43,14 +38,8 @@ def test_flicker_is_the_mean_step_between_frames() -> None:
     assert temporal_flicker(half) == pytest.approx(7 * 0.5 * 2 / 4, rel=1e-14)
 
 
-def test_curves_are_paired_metrics_by_frame_and_drift_is_their_slope() -> None:
-    a = video(6)
-    b = a + torch.arange(1, 7, dtype=torch.uint8).view(6, 1, 1, 1)
-    curves = frame_curves(a, b, lpips=lambda x, y: (x.double() - y.double()).abs().mean((1, 2, 3)))
-    assert set(curves) == {"psnr", "ssim", "lpips"} and set(frame_curves(a, b)) == {"psnr", "ssim"}
-    assert curves["psnr"].tolist() == pytest.approx([20 * math.log10(255 / k) for k in range(1, 7)])
-    assert torch.equal(curves["psnr"], psnr(a, b))
-    assert drift(curves["lpips"]) == pytest.approx(1.0, rel=1e-12)
+def test_drift_is_the_slope_of_a_curve() -> None:
+    assert drift(torch.arange(1, 7)) == pytest.approx(1.0, rel=1e-12)
     assert drift(5 - 0.25 * torch.arange(9)) == pytest.approx(-0.25)
     assert drift(torch.full((4,), 3.0)) == 0
 
@@ -109,61 +98,13 @@ def test_fvd_is_the_frechet_distance_of_clip_features_with_its_record() -> None:
     }
 
 
-# -- VBench -----------------------------------------------------------------------------------------------------------
-
-
-def files(folder: Path, count: int, tag: str = "v") -> list[Path]:
-    made = [folder / f"{tag}{i}.mp4" for i in range(count)]
-    for path in made:
-        path.write_bytes(path.name.encode())
-    return made
-
-
-def test_export_names_videos_as_vbench_finds_them(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    plain = "A 3D model of a 1800s victorian house."
-    made = vbench_export({plain: files(tmp_path, 5)}, out)
-    assert list(made) == [f"{plain}-{i}.mp4" for i in range(5)] and set(made.values()) == {plain}
-    assert [(out / name).read_bytes() for name in made] == [f"v{i}.mp4".encode() for i in range(5)]
-    assert json.loads((out / "prompts.json").read_text()) == made
-    assert sorted(path.name for path in out.iterdir()) == sorted([*made, "prompts.json"])
-    assert vbench_export({plain: files(tmp_path, 5)}, out) == made  # again, over the first
-
-
-def test_any_prompt_has_a_file_name_of_its_own(tmp_path: Path) -> None:
-    hard = [
-        "a/b",
-        "a_b",
-        "../../etc/x",
-        "",
-        ".hidden",
-        "雪" * 200,
-        "雪" * 201,
-        "A Cat",
-        "a cat",
-        "two\nlines",
-        "x" * 240,
-    ]
-    sources = {prompt: files(tmp_path, 1, f"s{i}-") for i, prompt in enumerate(hard)}
-    out = tmp_path / "out"
-    made = vbench_export(sources, out, a_prompt=1)
-    assert list(made.values()) == hard
-    assert len({name.casefold() for name in made}) == len(hard)
-    assert "a_b-0.mp4" in made and "A Cat-0.mp4" in made
-    for i, name in enumerate(made):
-        assert len(name.encode()) <= NAME_BYTES and "/" not in name and not name.startswith(".")
-        assert (out / name).read_bytes() == f"s{i}-0.mp4".encode()
-    assert {path.parent for path in out.rglob("*")} == {out}
-
-
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_errors_say_what_is_wrong() -> None:
     def refused(message: str, call) -> None:  # type: ignore[no-untyped-def]
         with pytest.raises(DiffAccelError, match=message):
             call()
 
     refused("the video has 1", lambda: temporal_flicker(video(1)))
     refused("frames must be uint8, not torch.float32", lambda: temporal_flicker(video(2).float()))
-    refused(r"one shape; got \(3, 3, 16, 20\) and \(4, 3, 16, 20\)", lambda: frame_curves(video(3), video(4)))
     refused("1 of them NaN", lambda: drift(torch.tensor([1.0, math.nan])))
     refused("stride and resolution >= 1", lambda: FrameSampling(stride=0))
     refused("stride and resolution >= 1", lambda: FrameSampling(resolution=0))
@@ -171,8 +112,3 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     refused("no video", lambda: clip_features([], lambda x: x, sampling))
     refused(r"return \(2, d\); got \(2, 2, 3, 16, 20\)", lambda: clip_features([video(2)] * 2, lambda x: x, sampling))
     refused("differ in size", lambda: clip_features([video(2), video(2, 18)], lambda x: x, sampling))
-    refused("no prompt", lambda: vbench_export({}, tmp_path / "o"))
-    refused("'cat' has 4 videos, and 5 are wanted", lambda: vbench_export({"cat": files(tmp_path, 4)}, tmp_path / "o"))
-    gone = [tmp_path / "gone.mp4"]
-    refused(r"gone.mp4' of 'cat' is no .mp4 file", lambda: vbench_export({"cat": gone}, tmp_path / "o", a_prompt=1))
-    assert not (tmp_path / "o").exists()

@@ -39,6 +39,7 @@ def test_formats(tmp_path, name):
         ("p.jsonl", '{"prompt": "a", "seed": 3}', "'seed' of a single prompt has no effect.*--seed"),
         ("p.jsonl", '{"prompt": "a", "negative_prompt": "b"}', "--negative"),
         ("p.csv", "a,b\n1,2\n", "has no prompt"),
+        ("p.json", '["a\\ud800"]', "Prompt 1 of .* holds half a character"),
     ],
 )
 def test_what_is_none(tmp_path, name, content, said):

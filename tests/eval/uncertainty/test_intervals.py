@@ -28,14 +28,14 @@ def clustered(rng: np.random.Generator, k: int, m: int, rho: float) -> tuple[np.
     return values.ravel(), [c for c in range(k) for _ in range(m)]
 
 
-def test_the_bootstrap_of_many_values_is_the_normal_interval_corrected_for_skewness() -> None:
+def test_the_bootstrap_of_many_values_is_the_normal_interval_widened_for_skewness() -> None:
     x = np.random.default_rng(0).gamma(2.0, size=2000)
     got = bootstrap_mean(torch.from_numpy(x), draws=20_000)
     error = x.std() / math.sqrt(len(x))
     # the first Edgeworth term of Student's t: quantiles move by -g (2 z^2 + 1) / (6 sqrt(n))
     moved = ((x - x.mean()) ** 3).mean() / x.std() ** 3 * (2 * Z * Z + 1) / (6 * math.sqrt(len(x)))
     assert got.value == pytest.approx(x.mean(), rel=1e-14)
-    assert got.low == pytest.approx(x.mean() - error * (Z - moved), abs=0.02 * Z * error)
+    assert got.low == pytest.approx(x.mean() - error * Z, rel=1e-3)  # not nearer than Student's
     assert got.high == pytest.approx(x.mean() + error * (Z + moved), abs=0.02 * Z * error)
     assert got.method == "studentised bootstrap over 2000 values, 20000 draws"
     assert not got.significant and got.units == 2000 and not got.too_few
@@ -56,7 +56,9 @@ def test_unequal_clusters_keep_the_mean_of_all_values() -> None:
     assert got.value == 2.0
     # both of a and both of b have no spread, one of each has t = 0: Student's interval of two clusters is left, with
     # residuals of -6 and 6 and a standard error of sqrt(2 (36 + 36)) / 4 = 3
-    half = 3 * math.tan(0.475 * math.pi)
+    # and two carriers, with which 0.025 becomes 0.025 2 / (2 + 4)
+    half = 3 * math.tan((0.5 - 0.025 / 3) * math.pi)
+    assert got.carriers == 2
     assert (got.low, got.high) == pytest.approx((2 - half, 2 + half), rel=1e-9)
     assert got.units == 2 and got.too_few == "too few prompts (n = 2) for a verdict"
 
@@ -82,11 +84,11 @@ def test_the_bootstrap_does_not_depend_on_its_block(monkeypatch: pytest.MonkeyPa
 def test_coverage_of_the_mean_with_and_without_clusters() -> None:
     rng = np.random.default_rng(4)
     plain = [bootstrap_mean(rng.exponential(size=60), draws=400, seed=s) for s in range(600)]
-    assert 0.91 <= coverage(plain, 1.0) <= 0.97
+    assert 0.92 <= coverage(plain, 1.0) <= 0.985
     drawn = [clustered(rng, 60, 4, 0.6) for _ in range(600)]
     whole = [bootstrap_mean(values, clusters=labels, draws=400, seed=s) for s, (values, labels) in enumerate(drawn)]
     blind = [bootstrap_mean(values, draws=400, seed=s) for s, (values, _) in enumerate(drawn)]
-    assert 0.91 <= coverage(whole, 0.0) <= 0.97
+    assert 0.92 <= coverage(whole, 0.0) <= 0.985
     assert coverage(blind, 0.0) < 0.85  # taking seeds of one prompt as independent is wrong
 
 
@@ -95,6 +97,7 @@ DRAWS_OF: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], floa
     "normal": (lambda rng, n: rng.normal(size=n), 0.0),
     "lognormal": (lambda rng, n: rng.lognormal(0, 1, n), math.exp(0.5)),
     "outliers": (lambda rng, n: rng.normal(size=n) + 5 * (rng.random(n) < MIXTURE), 5 * MIXTURE),
+    "failures": (lambda rng, n: 0.01 * rng.normal(size=n) - (rng.random(n) < 0.05), -0.05),
 }
 
 
@@ -102,16 +105,19 @@ DRAWS_OF: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], floa
     ("name", "n", "least"),
     [
         ("normal", 4, 0.92), ("normal", 10, 0.93), ("normal", 30, 0.93), ("normal", 100, 0.93),
-        ("lognormal", 4, 0.84), ("lognormal", 10, 0.88), ("lognormal", 30, 0.90), ("lognormal", 100, 0.92),
-        ("outliers", 10, 0.92), ("outliers", 30, 0.90), ("outliers", 100, 0.91),
+        ("lognormal", 4, 0.88), ("lognormal", 10, 0.92), ("lognormal", 30, 0.93), ("lognormal", 100, 0.93),
+        ("outliers", 10, 0.92), ("outliers", 30, 0.92), ("outliers", 100, 0.92), ("failures", 100, 0.92),
     ],
 )  # fmt: skip
 def test_coverage_by_number_of_values(name: str, n: int, least: float) -> None:
-    """Percentile intervals cover 80 % of 4 normal values and 82 % of 10 lognormal ones; binomial error here 0.8 %."""
+    """Percentile intervals cover 80 % of 4 normal values and 82 % of 10 lognormal ones; binomial error here 0.8 %.
+
+    With the level of each end as it is, 10 lognormal values are covered in 91 % and five failures of 100 in 87 %.
+    """
     draw, truth = DRAWS_OF[name]
     rng = np.random.default_rng(10)
     got = [bootstrap_mean(draw(rng, n), draws=400, seed=s) for s in range(800)]
-    assert least <= coverage(got, truth) <= 0.975
+    assert least <= coverage(got, truth) <= 0.99
 
 
 def test_equivariance_under_shift_scale_and_turn() -> None:
@@ -142,7 +148,9 @@ def test_a_rare_difference_has_a_finite_interval(noise: float) -> None:
     x = noise * np.random.default_rng(12).normal(size=50)
     x[7] = 1.0
     got = bootstrap_mean(x)
-    student = 2.009575237 * x.std(ddof=1) / math.sqrt(50)  # 49 degrees of freedom, by a table
+    few = 0.98**2 / (0.98**4 + 49 * 0.02**4)  # (sum r^2)^2 / sum r^4 of the pair and the 49 others
+    student = student_quantile(1 - 0.025 * few / (few + 4), 49) * x.std(ddof=1) / math.sqrt(50)
+    assert got.carriers == pytest.approx(few, abs=1e-3)
     assert got.high == pytest.approx(x.mean() + student, rel=1e-3) and got.low < 0.0 <= got.value
 
 

@@ -1,0 +1,336 @@
+"""Measure by simulation how often intervals cover the truth, and how often tests and verdicts are wrong.
+
+    python -m scripts.bench_coverage --out docs/results
+
+Every row draws samples of ``n`` from a population that is known, and counts how often the interval of the package's own
+function holds what it estimates. Populations are normal, skewed, and the pairs of 1,000 prompts of a report
+(``--report``). ``carriers`` is the number of values of a sample that carry the population's spread, ``n`` over its
+kurtosis: of failures at a rate it is ``n`` times the rate. Below 5 of them most samples have not seen what the mean
+depends on, and no interval of the sample can cover: such rows are marked, and promise nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffaccel import record
+from diffaccel.eval.comparison import row as comparison_row
+from diffaccel.eval.metrics import frechet_intervals, mmd
+from diffaccel.eval.metrics.frechet import Moments
+from diffaccel.eval.uncertainty.intervals import Interval, bootstrap_mean, median_ratio, wilson
+from diffaccel.eval.uncertainty.sequential import Sequential
+
+Array = NDArray[np.float64]
+Row = dict[str, Any]
+LEAST, MOST, FEW = 0.92, 0.98, 5  # bounds of coverage, and the carriers from which it is promised
+REPORT = Path("docs/results/report_emoji-flux_steps/report.json")
+COUNTS = {"mean": (10, 30, 100, 300, 1000), "failures": (30, 100, 300, 1000), "turns": (6, 10, 20)}
+SIZES = (200, 1000)  # of sets of features
+LOOKS = {"64 to 1000": (64, 128, 256, 512, 1000), "16 and 32": (16, 32)}
+HEADS = {
+    "means": ("population", "n", "carriers", "coverage", "promised", "holds"),
+    "ratios": ("population", "turns", "coverage", "holds"),
+    "distances": ("number", "features", "population", "n", "coverage", "holds"),
+    "early stop": ("population", "looks", "false", "holds", "tolerance", "pictures until proven equal", "proven"),
+    "A against A": ("number", "population", "n", "beyond noise", "holds"),
+}
+
+
+def generator(*names: object) -> np.random.Generator:
+    """Return a generator whose seed is made from names, so that every row stands alone."""
+    return np.random.default_rng(zlib.crc32(json.dumps(names).encode()))
+
+
+# -- populations ------------------------------------------------------------------------------------------------------
+
+
+def pairs_of_report(file: Path) -> dict[str, Array]:
+    """Return by name the values of every pair of a report: PSNR, SSIM, CLIP-I, and differences of the CLIP score."""
+    report = json.loads(file.read_text())
+    base, populations = report["baseline"], {}
+    for key, by_run in report["pairs"].items():
+        for run, numbers in by_run.items():
+            if run == base or None in numbers:
+                continue
+            values = np.array(numbers)
+            name = f"{key.partition('[')[0]}, {run.removeprefix('plain-')}"
+            is_score = base in by_run
+            populations[f"{name}, difference" if is_score else name] = values - by_run[base] if is_score else values
+    return populations
+
+
+def closed_forms(size: int = 200_000) -> dict[str, Array]:
+    """Return large samples of distributions, which stand for the distributions."""
+    draw = generator("populations")
+    return {
+        "normal": draw.normal(size=size), "uniform": draw.random(size), "exponential": draw.exponential(size=size),
+        "lognormal, sigma 0.5": draw.lognormal(0, 0.5, size), "lognormal, sigma 1": draw.lognormal(0, 1, size),
+    }  # fmt: skip
+
+
+def carriers(population: Array, n: int) -> float:
+    """Return how many of ``n`` values carry the spread: ``n`` over the kurtosis of the population."""
+    squares = (population - population.mean()) ** 2
+    return float(n * squares.mean() ** 2 / (squares * squares).mean())
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def holds(coverage: float, repeats: int) -> bool:
+    """Return whether a coverage is from 92 to 98 %, up to two standard errors of the simulation."""
+    error = 2 * math.sqrt(0.95 * 0.05 / repeats)
+    return LEAST - error <= coverage <= MOST + error
+
+
+def means(populations: dict[str, Array], scale: float) -> Iterator[Row]:
+    """Yield the coverage of means, of values and of paired differences alike."""
+    cases = [(name, values, n) for name, values in populations.items() for n in COUNTS["mean"]]
+    for n in COUNTS["failures"]:
+        draw = generator("failures", n)
+        for times in (5, 10):
+            failures = 0.01 * draw.normal(size=400_000) - (draw.random(400_000) < times / n)
+            cases.append((f"failures, n x rate = {times}", failures, n))
+    for name, values, n in cases:
+        repeats = max(50, int(scale * (1000 if n <= 100 else 300)))
+        draw, truth, covered = generator("means", name, n), float(values.mean()), 0
+        for seed in range(repeats):
+            interval = bootstrap_mean(values[draw.integers(0, len(values), n)], seed=seed)
+            covered += interval.low <= truth <= interval.high
+        few = carriers(values, n)
+        yield {
+            "population": name, "n": n, "carriers": round(few, 1), "coverage": covered / repeats,
+            "promised": few >= FEW, "holds": holds(covered / repeats, repeats), "repeats": repeats,
+        }  # fmt: skip
+
+
+def ratios(scale: float) -> Iterator[Row]:
+    """Yield the coverage of ratios of times that were measured in turns, and of shares of wins."""
+    repeats = max(50, int(scale * 2000))
+    noise: dict[str, Callable[[np.random.Generator, int], Array]] = {
+        "normal, 3 %": lambda draw, n: 0.03 * draw.normal(size=n),
+        "skewed, exponential 10 %": lambda draw, n: 0.1 * draw.exponential(size=n),
+        "a call of ten takes twice as long": lambda draw, n: 0.01 * draw.normal(size=n) + 0.69 * (draw.random(n) < 0.1),
+    }
+    for name, sample in noise.items():
+        for turns in COUNTS["turns"]:
+            draw, covered = generator("ratios", name, turns), 0
+            for _ in range(repeats):
+                drift = np.exp(draw.normal(size=turns))  # of the machine, alike for both
+                a, b = (seconds * drift * np.exp(sample(draw, turns)) for seconds in (2.0, 1.0))
+                interval = median_ratio(a, b).interval
+                covered += interval is not None and interval.low <= 2.0 <= interval.high
+            yield _share_row(name, turns, covered, repeats)
+    for share in (0.5, 0.8):
+        for n in (10, 30, 100):
+            wins = generator("wins", share, n).binomial(n, share, repeats)
+            covered = sum(wilson(int(k), n).low <= share <= wilson(int(k), n).high for k in wins)
+            yield _share_row(f"wins, {share:.0%} of pairs", n, covered, repeats)
+
+
+def _share_row(name: str, n: int, covered: int, repeats: int) -> Row:
+    coverage = covered / repeats
+    return {"population": name, "turns": n, "coverage": coverage, "holds": holds(coverage, repeats), "repeats": repeats}
+
+
+def distances(scale: float) -> Iterator[Row]:
+    """Yield the coverage of Fréchet distances and KID: of their mean at this number of pictures, reference fixed."""
+    kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "normal": lambda x: x,
+        "skewed": lambda x: x.mul(0.5).exp(),
+    }
+    for d in (16, 64):
+        for name, shape in kinds.items():
+            for n in SIZES:
+                yield from _distances_of(d, name, shape, n, max(30, int(scale * 300)))
+
+
+def _distances_of(
+    d: int, name: str, shape: Callable[[torch.Tensor], torch.Tensor], n: int, repeats: int
+) -> Iterator[Row]:
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{d} {name} {n}".encode()))
+    spread = torch.linspace(0.5, 1.5, d, dtype=torch.float64)
+
+    def sample(count: int, shift: float) -> torch.Tensor:
+        return shape(torch.randn(count, d, generator=draw, dtype=torch.float64) * spread + shift)
+
+    reference, intervals = sample(1000, 0.0), dict[str, list[Interval]]()
+    moments, same_ids = Moments.of(reference), [(i, i) for i in range(n)]
+    for _ in range(repeats):
+        base = sample(n, 0.1)
+        run = base + 0.3 * sample(n, 0.2)
+        found = {
+            "FD": frechet_intervals.distance_interval(run, moments),
+            "FD, difference": frechet_intervals.difference(run, base, moments),
+            "FD, to the baseline's own": frechet_intervals.distance_interval(run, base, pairs=same_ids),
+            "KID": mmd.kid_interval(run, reference),
+            "KID, difference": mmd.kid_difference(run, base, reference),
+            "KID, to the baseline's own": mmd.kid_interval(run, base, pairs=same_ids),
+        }
+        for number, interval in found.items():
+            intervals.setdefault(number, []).append(interval)
+    for number, made in intervals.items():
+        truth = sum(interval.value for interval in made) / repeats
+        coverage = sum(interval.low <= truth <= interval.high for interval in made) / repeats
+        yield {
+            "number": number, "features": d, "population": name, "n": n, "coverage": coverage,
+            "holds": holds(coverage, repeats), "repeats": repeats,
+        }  # fmt: skip
+
+
+def early_stop(pairs: dict[str, Array], scale: float) -> Iterator[Row]:
+    """Yield how often the test calls runs equivalent whose mean is at the tolerance, and how soon it proves what holds.
+
+    The second part is of the same pairs at a tolerance that is 2.5 % of the metric's range above the mean difference.
+    """
+    draw = generator("ruined")
+    ruined = np.where(draw.random(100_000) < 0.02, -0.9, draw.uniform(-1e-4, 0, 100_000))
+    cases = {"2 % ruined, tiny noise": (ruined, (-2.0, 0.0))}
+    for name, values in pairs.items():
+        if name.startswith("SSIM"):
+            cases[name] = (values - 1, (-2.0, 0.0))
+        if name.startswith("clip_score"):
+            cases[name] = (values, (-100.0, 100.0))
+    for name, (values, bounds) in cases.items():
+        for text, looks in LOOKS.items():
+            repeats = max(30, int(scale * 1000))
+            false = sum(
+                _verdict(values, abs(float(values.mean())), looks, bounds, seed)[0] != "go on"
+                for seed in range(repeats)
+            )
+            wide = abs(float(values.mean())) + 0.025 * (bounds[1] - bounds[0])
+            ends = [_verdict(values, wide, looks, bounds, seed) for seed in range(max(30, repeats // 5))]
+            proven = [n for verdict, n in ends if verdict == "equivalent"]
+            yield {
+                "population": name, "looks": text, "false": false / repeats, "holds": false / repeats <= 0.05,
+                "pictures until proven equal": int(np.median(proven)) if proven else None,
+                "proven": len(proven) / len(ends), "tolerance": round(wide, 3), "repeats": repeats,
+            }  # fmt: skip
+
+
+def _verdict(
+    values: Array, tolerance: float, looks: tuple[int, ...], bounds: tuple[float, float], seed: int
+) -> tuple[str, int]:
+    """Return the verdict of a run of the test on values drawn from a population, and after how many."""
+    x = values[generator("early stop", seed).integers(0, len(values), looks[-1])]
+    test = Sequential(tolerance, looks, bounds=bounds)
+    for n in looks:
+        if (verdict := test.look(x[:n])) != "go on":
+            return verdict, n
+    return "go on", looks[-1]
+
+
+def against_itself(pairs: dict[str, Array], scale: float) -> Iterator[Row]:
+    """Yield how often the report calls a run beyond noise that is drawn as the baseline is, with other seeds."""
+    normal = closed_forms()["normal"]
+    scores = {"normal": normal, **{name: x for name, x in pairs.items() if name.startswith("clip_score")}}
+    values = {"normal": normal, **{name: x for name, x in pairs.items() if name.startswith("SSIM")}}
+    for number, populations in (("difference of a score", scores), ("value and floor", values)):
+        for name, population in populations.items():
+            for n in (2, 4, 6, 10, 24, 100, 1000):
+                repeats, draw = max(50, int(scale * (1000 if n <= 100 else 300))), generator("itself", number, name, n)
+                rows = (_row_of_itself(number, population, n, draw, seed) for seed in range(repeats))
+                beyond = sum(row.within_noise is False for row in rows) / repeats
+                yield {
+                    "number": number, "population": name, "n": n, "beyond noise": beyond,
+                    "holds": beyond <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / repeats), "repeats": repeats,
+                }  # fmt: skip
+
+
+def _row_of_itself(number: str, population: Array, n: int, draw: np.random.Generator, seed: int) -> comparison_row.Row:
+    """Return the row of a comparison of two samples of one population."""
+    a, b = (population[draw.integers(0, len(population), n)] for _ in range(2))
+    row = comparison_row.Row(metric="ssim", key="SSIM", family="fidelity", run="twin", better="higher")
+    if number == "value and floor":
+        row.value, row.floor, row.floor_interval = float(a.mean()), float(b.mean()), bootstrap_mean(b, seed=seed)
+        row.set_interval("interval", bootstrap_mean(a, seed=seed))
+    else:
+        row.set_interval("delta_interval", replace(bootstrap_mean(a - b, seed=seed), null=0.0))
+    return row
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+def table(part: str, rows: list[Row]) -> str:
+    """Return the rows of one part as a markdown table."""
+    heads = HEADS[part]
+    lines = [" | ".join(_cell(row[head], head) for head in heads) for row in rows]
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {line} |" for line in lines)])
+
+
+def summary(tables: dict[str, list[Row]]) -> str:
+    """Return the least and the greatest coverage, or the greatest rate of errors, of every kind of number."""
+    lines = ["| what | rows | from | least | most |", "|---|---|---|---|---|"]
+    for part, rows in tables.items():
+        share = next(head for head in ("coverage", "false", "beyond noise") if head in rows[0])
+        kinds: dict[str, list[Row]] = {}
+        for row in rows:
+            kind = row.get("number") or {"means": "means and differences", "ratios": "ratios of times"}.get(part, part)
+            if part == "means":
+                kind += f", {FEW} carriers or more" if row["promised"] else f", fewer than {FEW}: not promised"
+            if row["population"].startswith("wins"):
+                kind = "shares of wins"
+            kinds.setdefault(f"{kind}: {share}", []).append(row)
+        for kind, group in kinds.items():
+            counts = [row.get("n") or row.get("turns") for row in group]
+            least = f"n = {min(counts)}" if all(counts) else ""
+            shares = [row[share] for row in group]
+            lines.append(
+                f"| {kind} | {len(group)} | {least} | {_cell(min(shares), share)} | {_cell(max(shares), share)} |"
+            )
+    return "\n".join(lines)
+
+
+def _cell(value: Any, head: str) -> str:
+    if head in ("holds", "promised"):
+        return "yes" if value else "no"
+    if head in ("coverage", "false", "beyond noise", "proven"):
+        return f"{100 * value:.1f} %"
+    return "" if value is None else str(value)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Simulate, print the tables and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", type=Path, default=REPORT, help="report.json with the values of every pair")
+    parser.add_argument("--part", action="append", choices=HEADS, help="only this part; several")
+    parser.add_argument("--scale", type=float, default=1.0, help="times as many repeats; 0.05 for a try")
+    parser.add_argument("--out", type=Path, help="folder for the JSON record")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    pairs = pairs_of_report(options.report)
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "means": lambda: means({**closed_forms(), **pairs}, options.scale),
+        "ratios": lambda: ratios(options.scale),
+        "distances": lambda: distances(options.scale),
+        "early stop": lambda: early_stop(pairs, options.scale),
+        "A against A": lambda: against_itself(pairs, options.scale),
+    }
+    command = ["python", "-m", "scripts.bench_coverage", *(sys.argv[1:] if argv is None else argv)]
+    report = record.Record(kind="bench_coverage", settings={"scale": options.scale, "few": FEW}, command=command)
+    report.device = record.describe_device(torch.device("cpu"))
+    tables: dict[str, list[Row]] = {}
+    for part in options.part or parts:
+        tables[part] = list(parts[part]())
+        print(f"## {part}\n\n{table(part, tables[part])}\n", flush=True)
+        if options.out:
+            report.finish(tables=tables)
+            report.save(options.out / "coverage_cpu.json")
+    print(f"## summary\n\n{summary(tables)}")
+
+
+if __name__ == "__main__":
+    main()
