@@ -127,6 +127,7 @@ class SamplerConfig(Config):
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
     searches: ClassVar[bool] = False  # one call may use many processes, and writes files of its own
+    is_stock_rule: ClassVar[bool] = False  # its result is the stock call's, which is made where it is not followed
 
     state: State = "float32"
     max_batch: int = 0

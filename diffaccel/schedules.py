@@ -13,6 +13,7 @@ terminal signal-to-noise ratio is zero), the second in its own coordinates, wher
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,10 @@ FLOW_STATE = {
 ENDS_AT_FINAL = {  # at final_alpha_cumprod, often not 1
     "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
 }  # fmt: skip
+OWN_RULES = (  # what a subclass of these must leave alone for their convention to be its own
+    "step", "set_timesteps", "scale_model_input", "add_noise", "scale_noise", "get_velocity", "init_noise_sigma",
+    "index_for_timestep", "_init_step_index", "convert_model_output",
+)  # fmt: skip
 PREDICTIONS: dict[str, Prediction] = {
     "epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction", "flow_prediction": "velocity",
 }  # fmt: skip
@@ -58,6 +63,8 @@ class Schedule:
             the dtype of the tensor that it multiplies, one on the CPU is not.
         table: the trained noise levels, for times between those of the grid; None for flow models.
         continuous: whether the network's time is ``log(sigma) / 4`` (EDM, arXiv 2206.00364) and not a train step.
+        entries: the place of every level among the scheduler's own entries, which may have one level twice; () for
+            one entry a level.
     """
 
     path: Path
@@ -69,6 +76,7 @@ class Schedule:
     table: Tabulated | None = None
     device: torch.device | str = "cpu"
     continuous: bool = False
+    entries: tuple[int, ...] = ()
     _index: dict[float, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,9 +87,19 @@ class Schedule:
         """``sigmas`` on the device where the scheduler keeps them."""
         return self.sigmas.to(self.device, copy=True)
 
+    @property
+    def has_scheduler_levels(self) -> bool:
+        """Whether ``sigmas`` are the scheduler's own numbers; those of VP states are converted."""
+        return not self.vp or self.path is VE_PATH
+
     def since(self, index: int) -> Schedule:
         """Return the schedule without its first ``index`` steps."""
-        return replace(self, sigmas=self.sigmas[index:], timesteps=self.timesteps[index:], _index={})
+        entries = tuple(entry - self.entries[index] for entry in self.entries[index:])
+        return replace(self, sigmas=self.sigmas[index:], timesteps=self.timesteps[index:], entries=entries, _index={})
+
+    def entry(self, level: int) -> int:
+        """Return the place of a level among the scheduler's own entries, counted from the first of this schedule."""
+        return self.entries[level] if self.entries else level
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Return the network's time at ``sigma`` (scalar or one per row): the pipeline's own on the grid.
@@ -90,7 +108,9 @@ class Schedule:
         ``log(sigma) / 4``, and of a tabulated model the (fractional) train step of equal log signal-to-noise ratio.
         """
         if sigma.ndim == 0 and _same_memory(sigma, self.stock_sigmas):
-            return self.timesteps[sigma.storage_offset()]  # the index of a view needs no device sync
+            place = sigma.storage_offset()  # the index of a view needs no device sync
+            if place < len(self.timesteps):  # the last level may be one at which only some samplers ask
+                return self.timesteps[place]
         index = [self._index.get(level, -1) for level in sigma.reshape(-1).tolist()]
         if -1 not in index:
             return self.timesteps[index if sigma.ndim else index[0]]
@@ -158,13 +178,15 @@ def read(scheduler: Any, first: Any = None) -> Schedule:
     Raises:
         DiffAccelError: for a scheduler or prediction type whose convention is not known here.
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name, config = known_name(scheduler), scheduler.config
     start = start_index(scheduler, first)
     kind = config.get("prediction_type")
     is_flow = name in FLOW_STATE or bool(config.get("use_flow_sigmas")) or kind == "flow_prediction"
-    if not is_flow and name not in VE_STATE | VP_STATE:
+    replaced = _replaced_rules(scheduler)
+    if replaced or (not is_flow and name not in VE_STATE | VP_STATE):
         supported = ", ".join(sorted(FLOW_STATE | VE_STATE | VP_STATE))
-        raise DiffAccelError(f"The scheduler {name} is not supported. Set pipe.scheduler to one of: {supported}.")
+        problem = f"The scheduler {type(scheduler).__name__} is not supported{replaced}."
+        raise DiffAccelError(f"{problem} Set pipe.scheduler to one of: {supported}.")
     for flag in ("clip_sample", "thresholding"):
         if config.get(flag):
             raise DiffAccelError(
@@ -181,9 +203,28 @@ def read(scheduler: Any, first: Any = None) -> Schedule:
     return (_read_ve if name in VE_STATE else _read_vp)(scheduler, start, prediction)
 
 
+def known_name(scheduler: Any) -> str:
+    """Return the name of the nearest listed class whose convention a scheduler inherits, or that of its own class."""
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    return next((name for name in names if name in FLOW_STATE | VE_STATE | VP_STATE), names[0])
+
+
+def _replaced_rules(scheduler: Any) -> str:
+    """Return in words which rules of its listed base class a scheduler replaces; "" for none, or without such a base.
+
+    A subclass with rules of its own may have another convention.
+    """
+    base = known_name(scheduler)
+    below = list(itertools.takewhile(lambda cls: cls.__name__ != base, type(scheduler).__mro__))
+    replaced = [rule for rule in OWN_RULES if any(rule in vars(cls) for cls in below)]
+    if not replaced or len(below) == len(type(scheduler).__mro__):
+        return ""
+    return f": it replaces {', '.join(replaced)} of {base}"
+
+
 def _read_flow(scheduler: Any, start: int) -> Schedule:
     """Return the schedule of a flow model, in its own coordinates."""
-    name, config = type(scheduler).__name__, scheduler.config
+    name, config = known_name(scheduler), scheduler.config
     kind, has_flow_sigmas = config.get("prediction_type"), bool(config.get("use_flow_sigmas"))
     if config.get("invert_sigmas"):
         raise DiffAccelError(
@@ -196,42 +237,51 @@ def _read_flow(scheduler: Any, start: int) -> Schedule:
             f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, prediction_type='flow_prediction', "
             "use_flow_sigmas=True), or use_flow_sigmas=False and the prediction type the model was trained with."
         )
-    sigmas, timesteps = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
+    sigmas, timesteps, entries = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
     train = int(config.num_train_timesteps)
     # the VE and VP schedulers keep their levels on the CPU, these where the pipeline runs
-    return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=scheduler.sigmas.device)
+    device = scheduler.sigmas.device
+    return Schedule(LINEAR, sigmas, timesteps, "velocity", False, train, device=device, entries=entries)
 
 
 def _read_ve(scheduler: Any, start: int, prediction: Prediction) -> Schedule:
     """Return the schedule of a scheduler with VE state, in its own coordinates."""
     config = scheduler.config
     table = Tabulated(scheduler.alphas_cumprod)
-    sigmas, timesteps = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
-    train = int(config.num_train_timesteps)
+    sigmas, timesteps, entries = _distinct_levels(scheduler.sigmas[start:], scheduler.timesteps[start:])
     continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-    return Schedule(VE_PATH, sigmas, timesteps, prediction, True, train, table, continuous=continuous)
+    return Schedule(
+        VE_PATH, sigmas, timesteps, prediction, True, int(config.num_train_timesteps), table,
+        continuous=continuous, entries=entries,
+    )  # fmt: skip
 
 
 def _read_vp(scheduler: Any, start: int, prediction: Prediction) -> Schedule:
     """Return the schedule of a scheduler with VP state, on the linear path at equal signal-to-noise ratio."""
-    name = type(scheduler).__name__
+    name = known_name(scheduler)
     table = Tabulated(scheduler.alphas_cumprod)
     timesteps = scheduler.timesteps
+    whole = None
     if len(getattr(scheduler, "sigmas", ())) == len(timesteps) + 1:
         ve_sigmas = torch.as_tensor(scheduler.sigmas, dtype=torch.float64, device="cpu").detach()
         sigmas, timesteps = (ve_sigmas / (1 + ve_sigmas))[start:], timesteps[start:]
     else:
-        timesteps = _whole_steps(scheduler, start)
+        whole = _whole_steps(scheduler, start)
+        timesteps = timesteps[whole.to(timesteps.device)]
         final = scheduler.final_alpha_cumprod if name in ENDS_AT_FINAL else 1.0
         last = Tabulated(torch.as_tensor(final, dtype=torch.float64, device="cpu")[None])
         sigmas = LINEAR.at(torch.cat([table.rho(timesteps), last.rho(0.0)[None]]))
-    sigmas, timesteps = _distinct_levels(sigmas, timesteps)
+    sigmas, timesteps, entries = _distinct_levels(sigmas, timesteps)
+    if whole is not None:
+        places = [*(whole - start).tolist(), len(scheduler.timesteps) - start]
+        entries = tuple(places[entry] for entry in entries)
     if prediction == "epsilon" and bool(sigmas[0] == 1):
         raise DiffAccelError(
             f"{name} has a zero terminal signal-to-noise ratio, where an epsilon prediction says nothing about the "
             "sample. Use a v_prediction model, or a schedule without rescale_betas_zero_snr."
         )
-    return Schedule(LINEAR, sigmas, timesteps, prediction, True, int(scheduler.config.num_train_timesteps), table)
+    train = int(scheduler.config.num_train_timesteps)
+    return Schedule(LINEAR, sigmas, timesteps, prediction, True, train, table, entries=entries)
 
 
 def start_index(scheduler: Any, first: Any) -> int:
@@ -263,23 +313,24 @@ def start_index(scheduler: Any, first: Any) -> int:
 
 
 def _whole_steps(scheduler: Any, start: int) -> Tensor:
-    """Return the timesteps from ``start`` on, one for each Runge-Kutta step of PNDM, which makes four calls."""
-    timesteps: Tensor = scheduler.timesteps
+    """Return the entries from ``start`` on, one for each Runge-Kutta step of PNDM, which makes four calls."""
     midpoints = len(getattr(scheduler, "prk_timesteps", ()))
     if start < midpoints and start % 4:
         raise DiffAccelError(
             f"The pipeline starts inside a Runge-Kutta step of {type(scheduler).__name__}, which only that solver "
             "follows. Set pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)."
         )
-    return torch.cat([timesteps[start:midpoints:4], timesteps[max(start, midpoints) :]])
+    total = len(scheduler.timesteps)
+    places = [*range(start, midpoints, 4), *range(max(start, midpoints), total)]
+    return torch.tensor(places, dtype=torch.long, device="cpu")
 
 
 def _same_memory(view: Tensor, base: Tensor) -> bool:
     return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
-def _distinct_levels(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the noise levels without repetition, and the network's times at all but the last of them.
+def _distinct_levels(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return the noise levels without repetition, the network's times at all but the last, and the entries of all.
 
     Heun, KDPM2 and PNDM evaluate a level twice, of which the second entry is kept; a last step between equal levels is
     dropped. Times rounded to integers may repeat although their levels differ.
@@ -287,4 +338,5 @@ def _distinct_levels(sigmas: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     levels = torch.as_tensor(sigmas, dtype=torch.float32, device="cpu").detach()[: len(timesteps) + 1]
     final = torch.ones(1, dtype=torch.bool, device="cpu")
     last_entries = torch.cat([levels[1:] != levels[:-1], final]).nonzero()[:, 0]
-    return levels[last_entries], timesteps[last_entries[:-1].to(timesteps.device)]
+    times = timesteps[last_entries[:-1].to(timesteps.device)]
+    return levels[last_entries], times, tuple(last_entries.tolist())

@@ -17,10 +17,15 @@ class Scheduler(SamplerConfig):
     For pipelines that keep their solver while the rest of diffaccel applies: caches receive the step and its noise
     level, cost is counted, and network calls have at most ``max_batch`` rows. Every family is tested against the stock
     loop with it. Latents stay in the pipeline's layout and dtype.
+
+    A call that cannot be followed (ControlNets, guidance of several branches, callbacks that may change anything) is
+    made by the pipeline itself: with the same result, counted from outside, and without ``max_batch``.
     """
 
     name: ClassVar[str] = "scheduler"
     paper: ClassVar[str] = "UniPC, arXiv 2302.04867; DPM-Solver++, arXiv 2211.01095; DDIM, arXiv 2010.02502; and others"
+
+    is_stock_rule: ClassVar[bool] = True
 
     state: State = "stock"
 

@@ -318,6 +318,56 @@ def test_one_euler_step_is_that_of_ddim(name: str, config: dict[str, Any], predi
         torch.testing.assert_close(schedule.to_pipeline(stepped, sigma_next), expected, rtol=1e-5, atol=1e-5)
 
 
+class Renamed(diffusers.DDIMScheduler):
+    """A subclass that keeps every rule, as pipelines' own schedulers often do."""
+
+
+class Solver(diffusers.UniPCMultistepScheduler):
+    """A subclass with a step of its own."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+class FurtherSolver(Solver):
+    pass
+
+
+def test_a_subclass_has_the_convention_of_its_base() -> None:
+    base, renamed = (cls(clip_sample=False, set_alpha_to_one=False) for cls in (diffusers.DDIMScheduler, Renamed))
+    for scheduler in (base, renamed):
+        scheduler.set_timesteps(STEPS)
+    expected, schedule = read(base), read(renamed)
+    assert torch.equal(schedule.sigmas, expected.sigmas) and torch.equal(schedule.timesteps, expected.timesteps)
+
+
+@pytest.mark.parametrize("cls", [Solver, FurtherSolver])
+@pytest.mark.parametrize("config", [{}, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}])
+def test_a_subclass_with_a_rule_of_its_own_is_refused(cls: type, config: dict[str, Any]) -> None:
+    scheduler = cls(**config)
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(DiffAccelError, match="Solver is not supported: it replaces step of UniPCMultistepScheduler"):
+        read(scheduler)
+
+
+def test_the_time_of_a_last_level_above_zero() -> None:
+    """It is off the grid, also for a view of the levels themselves; second order samplers ask there."""
+    schedule = read(make("PNDMScheduler", skip_prk_steps=True, steps_offset=1))
+    last = schedule.stock_sigmas[-1]
+    assert torch.equal(schedule.timestep(last), schedule.timestep(last.clone()))
+    assert schedule.timestep(last) < schedule.timesteps[-1]
+
+
+def test_the_entry_of_every_level() -> None:
+    heun = read(make("HeunDiscreteScheduler"))
+    assert heun.entries == (*range(0, 2 * STEPS, 2), 2 * STEPS - 1)
+    assert heun.since(2).entries == tuple(entry - 4 for entry in heun.entries[2:])
+    whole = read(make("PNDMScheduler"))  # three Runge-Kutta steps of four calls, then one call a step
+    scheduler = make("PNDMScheduler")
+    assert whole.entries[:4] == (0, 4, 8, 12) and whole.entry(len(whole.timesteps)) == len(scheduler.timesteps)
+    assert torch.equal(scheduler.timesteps[list(whole.entries[:-1])], whole.timesteps)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_one_euler_step_is_the_transfer_of_pndm(prediction: str) -> None:
     """Stable Diffusion's default scheduler: it ends at its first trained level, not at zero."""

@@ -33,8 +33,9 @@ class Wan(Family):
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         if not pipe.do_classifier_free_guidance:
             return None
-        high = timestep is None or self._is_high(pipe, timestep)
-        return float(pipe._guidance_scale if high else pipe._guidance_scale_2)
+        high, second = timestep is None or self._is_high(pipe, timestep), arguments["guidance_scale_2"]
+        # of the call, since a callback switches it off but does not change it
+        return float(arguments["guidance_scale"] if high or second is None else second)
 
     def _is_high(self, pipe: Any, timestep: Tensor) -> bool:
         """Return whether the timestep belongs to the first network; syncs with the device, as the stock loop does."""

@@ -27,6 +27,7 @@ from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.probe import arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
+from diffaccel.runtime.stock_call import follow_or_call
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +52,37 @@ def generate(
     Returns:
         The call's result and the cost of the loop.
     """
-    family = find(pipe)
     arguments = arguments_of(call, pipe, args, kwargs)
+
+    def follow(begin: Callable[[], None]) -> tuple[Any, Stats]:
+        return _follow(pipe, config, call, arguments, folder, shared, begin)
+
+    if getattr(config, "is_stock_rule", False):
+        return follow_or_call(pipe, config, call, arguments, follow)
+    return follow(lambda: None)
+
+
+def _follow(
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    folder: Path | None,
+    shared: bool,
+    begin: Callable[[], None],
+) -> tuple[Any, Stats]:
+    """Run the call in the native driver, or the sampler in the stock loop; call ``begin`` before the first step."""
+    family = find(pipe)
     memo = TextMemo()
     if family is None:
         try:
             family = identify(pipe, call, arguments, memo)
         except NotIdentified as reason:
+            if getattr(config, "is_stock_rule", False):
+                raise
             return _generate_stock(pipe, config, call, arguments, reason)
+        if getattr(config, "is_stock_rule", False) and not family.is_exact:
+            raise NotIdentified("its rules are known up to rounding only.")
     check_call(family, pipe, arguments)
     initial_generator = clone(arguments.get("generator"))
     callback = _callback(arguments)
@@ -71,6 +95,7 @@ def generate(
         driver = Native(
             session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
         )
+        begin()
         latents = driver.run(config.sample(session))
         recording.denoised = driver.denoised
         stats.append(driver.stats)

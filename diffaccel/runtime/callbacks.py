@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.runtime.probe import stock_call
 from diffaccel.session import Session
 
 
@@ -77,12 +79,25 @@ class Callback:
                 self.joined[name] = value
             elif cond.negative is not None:
                 _put(cond.negative, family.negative_callback_args[name], value)
-        elif name in getattr(session.pipe, "_callback_tensor_inputs", ()):  # others are dropped by the stock loop too
+        elif _is_taken_by_loop(session.pipe, name):  # others are dropped by the stock loop too
+            allowed = ", ".join(["latents", *family.callback_args, *family.negative_callback_args])
             raise DiffAccelError(
                 f"callback_on_step_end returned '{name}', which a sampler cannot take over in "
-                f"{type(session.pipe).__name__}: allowed are "
-                f"{', '.join(['latents', *family.callback_args, *family.negative_callback_args])}. {_fix(family, name)}"
+                f"{type(session.pipe).__name__}: allowed are {allowed}. {_fix(session.pipe, family, name)}"
             )
+
+
+def _is_taken_by_loop(pipe: Any, name: str) -> bool:
+    """Return whether a pipeline's own loop takes over a tensor of this name from its callback.
+
+    Some loops take more than the pipeline lists; those mention the name.
+    """
+    if name in getattr(pipe, "_callback_tensor_inputs", ()):
+        return True
+    try:
+        return f'"{name}"' in inspect.getsource(inspect.unwrap(stock_call(type(pipe))))
+    except (OSError, TypeError):
+        return True
 
 
 def _edit_detector(shown: Tensor | None) -> Callable[[], bool]:
@@ -100,9 +115,11 @@ def _edit_detector(shown: Tensor | None) -> Callable[[], bool]:
     return lambda: not torch.equal(shown, before)
 
 
-def _fix(family: Any, name: str) -> str:
+def _fix(pipe: Any, family: Any, name: str) -> str:
     if family.name != "generic":
         return "Leave it out, or diffaccel.remove(pipe)."
+    if name not in getattr(pipe, "_callback_tensor_inputs", ()):
+        return "Leave it out, or use diffaccel.samplers.Scheduler(), which runs the pipeline's own loop."
     return (
         f"Ask for it as well (callback_on_step_end_tensor_inputs=['latents', '{name}']): the call then runs in the "
         "pipeline's own loop, which takes it."

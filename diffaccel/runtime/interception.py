@@ -21,6 +21,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
 from diffaccel.modules.guard import attributes_of, restored
 from diffaccel.modules.stand_in import StandIn, TextMemo, network_arguments, random_like, silent_bar, uncompiled
+from diffaccel.modules.step_output import StepOutput
 
 
 @dataclass(eq=False)
@@ -79,7 +80,7 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
             # some pipelines decode the second value, a clean sample; at the end of other samplers it is the latents
             denoised = latents if recording.denoised is None else recording.denoised
             if kwargs.get("return_dict", True):
-                return SimpleNamespace(prev_sample=latents, pred_original_sample=denoised, denoised=denoised)
+                return StepOutput(latents, denoised, denoised)
             return (latents, denoised)
 
         substitutes.install(later_step)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,24 +60,10 @@ class Native:
 
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
-        with self._timed():
+        with self.stats.timed(self.session.device):
             x = self._drive(sampling)
         self.stats.report = self.session.report
         return self.native_latents(x)
-
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Note wall time and peak device memory of a block that ends well."""
-        device = self.session.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            self.stats.peak_memory = torch.cuda.max_memory_allocated(device)
-        self.stats.seconds = time.perf_counter() - start
 
     def _drive(self, sampling: Sampling) -> Tensor:
         """Answer the sampler's events until it returns its latents, or the user interrupts it after a step."""
@@ -338,11 +323,12 @@ class Native:
             object.__setattr__(pipe, "_current_timestep", timestep)
 
     def _show_step_index(self) -> None:
-        """Set the scheduler's step index as its own steps would, where a step of the sampler is one of its entries."""
+        """Set the scheduler's step index to the entry of the level reached, as its own steps would."""
         session = self.session
-        scheduler, entries = session.scheduler, len(session.timesteps)
-        if not self._scheduler_steps and hasattr(scheduler, "_step_index") and len(self.timesteps) == entries:
-            scheduler._step_index = len(scheduler.timesteps) - entries + min(self.stats.steps, entries)
+        scheduler = session.scheduler
+        if not self._scheduler_steps and hasattr(scheduler, "_step_index"):
+            entry = session.schedule.entry(min(self.stats.steps, len(self.timesteps)))
+            scheduler._step_index = len(scheduler.timesteps) - len(session.timesteps) + entry
 
     def native_latents(self, x: Tensor) -> Tensor:
         """Return the sampler's latents as the pipeline's own loop would hold them."""

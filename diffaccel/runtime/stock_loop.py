@@ -12,12 +12,9 @@ the first entries (``strength`` of image-to-image) the sampler starts at the fir
 
 from __future__ import annotations
 
-import functools
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,59 +26,14 @@ from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
 from diffaccel.modules.guard import contents_of, restored
+from diffaccel.modules.instance_method import InstanceMethod
+from diffaccel.modules.step_output import StepOutput
+from diffaccel.runtime.meter import Meter
 from diffaccel.runtime.probe import no_step
+from diffaccel.runtime.rehearsal import StockSession, check_single, rehearse
 from diffaccel.runtime.stats import Stats
 from diffaccel.schedules import Schedule
-from diffaccel.session import Eval, Pred, Sampling, Step, bcast
-
-
-class StockSession:
-    """The part of a session that a stock loop can provide: initial latents, noise levels, and noise."""
-
-    def __init__(self, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
-        self.schedule, self.x, self.generator = schedule, x, generator
-        self._pipeline = type(pipe).__name__
-
-    @property
-    def sigmas(self) -> Tensor:
-        """``(n + 1,)`` noise levels of the call."""
-        return self.schedule.sigmas
-
-    @property
-    def path(self) -> Any:
-        """The noise path whose coordinates ``x`` has."""
-        return self.schedule.path
-
-    def randn_like(self, x: Tensor) -> Tensor:
-        """Draw noise from the caller's generator, as a full session does."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        return randn_tensor(tuple(x.shape), generator=self.generator, device=x.device, dtype=x.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        raise UnsupportedBySampler(
-            f"The sampler needs the session's '{name}', which needs a pipeline family; {self._pipeline} has none. "
-            f"Supported: {', '.join(sorted(FAMILIES))}."
-        )
-
-
-def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
-    """Return the noise levels at which a sampler will ask for predictions, in order."""
-    x = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
-    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator("cpu")))  # type: ignore[arg-type]
-    requested: list[Tensor] = []
-    reply: Any = None
-    while True:
-        try:
-            event = sampling.send(reply)
-        except StopIteration:
-            return requested
-        if isinstance(event, Step):
-            reply = event.x
-        else:
-            _check_single(event, config, pipe)
-            requested.append(event.sigma)  # type: ignore[union-attr]
-            reply = Pred(schedule.path, event.x, event.sigma, torch.zeros_like(x))  # type: ignore[union-attr]
+from diffaccel.session import Pred, Sampling, Step, bcast
 
 
 class _Loop:
@@ -89,19 +41,25 @@ class _Loop:
 
     Attributes:
         requested: noise levels at which the sampler asks for predictions, one per entry of ``scheduler.timesteps``.
+        own_timesteps, entries: the scheduler's own timesteps, and those of the requests, which replace them.
+        levels: a copy of the scheduler's noise levels as it set them, which the pipeline may edit before its loop.
         has_own_entries: whether the entries are the scheduler's own, so that an index means the same in both.
+        is_copied: whether the pipeline made a deep copy of its scheduler, whose steps are its own.
         start: index of the first entry that the loop visits; None before it visits one.
+        visited: number of entries that the sampler has had its prediction for.
         event: the sampler's latest event: a finished step, or a request within a step.
         returned: a copy of the latents that the pipeline was given last, which it may change in place.
     """
 
-    def __init__(self, pipe: Any, config: SamplerConfig, generator: Any) -> None:
-        self.pipe, self.config, self.generator = pipe, config, generator
-        self.stats = Stats()
+    def __init__(self, pipe: Any, config: SamplerConfig, generator: Any, stats: Stats) -> None:
+        self.pipe, self.config, self.generator, self.stats = pipe, config, generator, stats
         self.schedule: Schedule | None = None
         self.requested: list[Tensor] = []
-        self.has_own_entries = False
+        self.own_timesteps = self.entries = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.levels: Tensor | None = None
+        self.has_own_entries = self.is_copied = False
         self.start: int | None = None
+        self.visited = 0
         self.sampling: Sampling | None = None
         self.event: Any = None
         self.returned: Tensor | None = None
@@ -110,23 +68,73 @@ class _Loop:
         """Replace the timesteps that the pipeline has just set by the sampler's."""
         self.schedule = schedules.read(scheduler)
         self.requested = rehearse(self.config, self.pipe, self.schedule)
-        own_timesteps, self.start = scheduler.timesteps, None
-        scheduler.timesteps = torch.stack([self.schedule.timestep(sigma) for sigma in self.requested])
-        self.has_own_entries = _same(scheduler.timesteps, own_timesteps)
+        self.own_timesteps, self.start = scheduler.timesteps, None
+        scheduler.timesteps = self.entries = self._entries_of(self.schedule, self.requested)
+        self.has_own_entries = _same(self.entries, self.own_timesteps)
+        self._check_copies()
+        levels = getattr(scheduler, "sigmas", None)
+        if isinstance(levels, Tensor) and not self.has_own_entries and self.schedule.has_scheduler_levels:
+            # loops look up the level of an entry by its index
+            levels = torch.stack([*self.requested, self.schedule.sigmas[-1]]).to(levels)
+            scheduler.sigmas = levels
+        self.levels = levels.clone() if isinstance(levels, Tensor) else None
         self.pipe._num_timesteps = len(self.requested)
+
+    def note_copy(self) -> None:
+        """Note that the pipeline copies its scheduler, for a second stream that it steps beside the first."""
+        self.is_copied = True
+        if self.schedule is not None:
+            self._check_copies()
+
+    def _check_copies(self) -> None:
+        """Raise where a copy of the scheduler would stand at other entries than the sampler."""
+        if self.is_copied and not self.has_own_entries:
+            raise UnsupportedBySampler(
+                f"{type(self.pipe).__name__} steps a copy of its scheduler for a second stream, beside which "
+                f"'{self.config.name}' would ask at other times. Use a sampler with one prediction a step ('euler', "
+                "'dpmpp2m'), or 'scheduler'."
+            )
+
+    def _entries_of(self, schedule: Schedule, requested: list[Tensor]) -> Tensor:
+        return torch.stack([schedule.timestep(sigma) for sigma in requested])
+
+    def _read_edits(self, scheduler: Any) -> None:
+        """Read the noise levels again where the pipeline edited them after they were set (as Cosmos does)."""
+        levels: Any = getattr(scheduler, "sigmas", None)
+        is_edited = self.levels is not None and not _same(levels, self.levels)
+        if not is_edited and _same(scheduler.timesteps, self.entries):
+            return
+        if self.has_own_entries and _same(scheduler.timesteps, self.entries):
+            self.schedule = schedules.read(scheduler)
+            self.requested = rehearse(self.config, self.pipe, self.schedule)
+            entries = self._entries_of(self.schedule, self.requested)
+            if _same(entries, self.entries[: len(entries)]):  # a last step between equal levels changes nothing
+                return
+        raise UnsupportedBySampler(
+            f"{type(self.pipe).__name__} changes the noise levels of its {type(scheduler).__name__} after setting "
+            f"them, which '{self.config.name}' cannot follow in its loop. Use a sampler with one prediction a step "
+            "('euler', 'dpmpp2m'), or 'scheduler'."
+        )
 
     def enter(self, scheduler: Any, timestep: Any) -> Schedule:
         """Return the schedule from the first entry that the loop visits; the sampler does not see earlier ones."""
         if self.schedule is None:
             raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
         if self.start is None:
+            self._read_edits(scheduler)
             self.start = schedules.start_index(scheduler, timestep)
             if self.start:
                 self.schedule, uncut = self.schedule.since(self.start), self.requested
                 self.requested = rehearse(self.config, self.pipe, self.schedule) if self.has_own_entries else []
                 if self.requested != uncut[self.start :]:
                     raise self.cannot_cut(scheduler)
+            self._show_step_index(scheduler)
         return self.schedule
+
+    def _show_step_index(self, scheduler: Any) -> None:
+        """Set the scheduler's step index to the entry at which the loop stands, as its own steps would."""
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = (self.start or 0) + self.visited
 
     def cannot_cut(self, scheduler: Any) -> UnsupportedBySampler:
         """Return the error for a loop that drops first steps which the sampler cannot drop."""
@@ -142,7 +150,7 @@ class _Loop:
         if self.schedule is None or self.schedule.path is not VE_PATH:
             return sample  # pipeline latents are the network's input already
         schedule = self.enter(scheduler, timestep)
-        return schedule.network_input(sample, self.requested[min(self.stats.calls, len(self.requested) - 1)])
+        return schedule.network_input(sample, self.requested[min(self.visited, len(self.requested) - 1)])
 
     def before_noising(self, scheduler: Any, arguments: list[Any]) -> None:
         """Set the scheduler's step index, where it has one, before the pipeline adds noise to something.
@@ -159,7 +167,7 @@ class _Loop:
         if not isinstance(self.event, Step) or (needs_own_entries and not self.has_own_entries):
             raise self.cannot_mix()
         if is_indexed:
-            scheduler._step_index = (self.start or 0) + self.stats.calls
+            self._show_step_index(scheduler)
 
     def cannot_mix(self) -> UnsupportedBySampler:
         """Return the error for a loop that changes latents within a step of the sampler."""
@@ -177,9 +185,11 @@ class _Loop:
             The latents of its next request, and the clean sample at this one: after the last step the latents.
         """
         schedule = self.enter(scheduler, timestep)
-        sigma = self.requested[self.stats.calls]
+        if self.visited == len(self.requested):  # a last step between equal levels
+            return sample, sample
+        sigma = self.requested[self.visited]
         x, request, sampling = self._request(schedule, sigma, sample)
-        _check_single(request, self.config, self.pipe)
+        check_single(request, self.config, self.pipe)
         if request.sigma != sigma or not (request.x is x or torch.equal(request.x, x)):
             raise UnsupportedBySampler(
                 f"'{self.config.name}' asks where the loop of {type(self.pipe).__name__} does not stand. It needs a "
@@ -189,7 +199,8 @@ class _Loop:
             output = output.to(_wide_dtype(sample))
         v = schedule.velocity(output, x, bcast(sigma, x))
         prediction = Pred(schedule.path, x, sigma, v)
-        self.stats.calls += 1
+        self.visited += 1
+        self._show_step_index(scheduler)
         self.stats.nfe += len(x)
         try:
             self.event = sampling.send(prediction)
@@ -198,7 +209,7 @@ class _Loop:
         self.stats.steps += isinstance(self.event, Step)
         latents = schedule.to_pipeline(self.event.x, self.event.sigma).to(sample.dtype)
         self.returned = latents.clone()
-        is_last = self.stats.calls == len(self.requested)
+        is_last = self.visited == len(self.requested)
         return latents, latents if is_last else prediction.x0.to(sample.dtype)
 
     def _request(self, schedule: Schedule, sigma: Tensor, sample: Tensor) -> tuple[Tensor, Any, Sampling]:
@@ -236,45 +247,44 @@ def generate_stock(
     pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any]
 ) -> tuple[Any, Stats]:
     """Run a pipeline's own loop with a sampler in the place of its solver; return its result and the cost."""
-    loop = _Loop(pipe, config, arguments.get("generator"))
-    start = time.perf_counter()
-    with _patched(pipe.scheduler, loop):
-        result = call(pipe, **arguments)
+    meter = Meter(pipe, "stock loop")
+    loop = _Loop(pipe, config, arguments.get("generator"), meter.stats)
+    with restored(pipe, meter.remove):
+        meter.install()
+        with _patched(pipe.scheduler, loop), meter.stats.timed(meter.device):
+            result = call(pipe, **arguments)
     loop.end(pipe.scheduler, arguments)
-    loop.stats.seconds = time.perf_counter() - start
-    return result, loop.stats
+    return result, meter.finish()
 
 
 @contextmanager
 def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
     """Redirect the scheduler's methods to ``loop``; signatures stay, since pipelines inspect them."""
     restore = contents_of(scheduler)
-    set_timesteps, step, scale = scheduler.set_timesteps, scheduler.step, getattr(scheduler, "scale_model_input", None)
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-    @functools.wraps(set_timesteps)
     def begin(*args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         loop.begin(scheduler)
 
-    @functools.wraps(step)
     def step_sampler(*args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(step).bind(*args, **kwargs).arguments
         latents, x0 = loop.step(scheduler, bound["model_output"], bound["timestep"], bound["sample"])
         if bound.get("return_dict", True):
-            return SimpleNamespace(prev_sample=latents, pred_original_sample=x0, denoised=x0)
+            return StepOutput(latents, x0, x0)
         return latents, x0
 
+    def input_at(sample: Tensor, timestep: Any = None) -> Tensor:
+        return loop.input_at(scheduler, sample, timestep)
+
     methods: dict[str, Any] = {"set_timesteps": begin, "step": step_sampler}
-    if scale is not None:
-
-        @functools.wraps(scale)
-        def input_at(sample: Tensor, timestep: Any = None) -> Tensor:
-            return loop.input_at(scheduler, sample, timestep)
-
+    if hasattr(scheduler, "scale_model_input"):
         methods["scale_model_input"] = input_at
     for name in ("add_noise", "scale_noise"):
         if hasattr(scheduler, name):
             methods[name] = _announced(getattr(scheduler, name), scheduler, loop)
+    on_copy = {"step": loop.note_copy}
+    methods = {name: InstanceMethod(scheduler, name, m, on_copy.get(name)) for name, m in methods.items()}
     with restored(loop.pipe, restore):
         vars(scheduler).update(methods)
         yield
@@ -283,7 +293,6 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
 def _announced(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:
     """Wrap ``add_noise`` or ``scale_noise`` so that the loop hears of a call before it is made."""
 
-    @functools.wraps(noise)
     def noise_at_this_step(*args: Any, **kwargs: Any) -> Any:
         loop.before_noising(scheduler, [*args, *kwargs.values()])
         return noise(*args, **kwargs)
@@ -298,12 +307,3 @@ def _wide_dtype(sample: Tensor) -> torch.dtype:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and a.device == b.device and torch.equal(a, b))
-
-
-def _check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
-    plain = isinstance(event, Eval) and event.cond == 0 and event.branch == "guided" and event.sigma.ndim == 0
-    if not plain or event.rows is not None or event.at is not None:
-        raise UnsupportedBySampler(
-            f"'{config.name}' asks for more than one guided prediction at a time, which needs a pipeline family; "
-            f"{type(pipe).__name__} has none. Supported: {', '.join(sorted(FAMILIES))}."
-        )

@@ -289,7 +289,7 @@ def test_a_pipeline_without_a_family_is_rehearsed(examined, flux):
     assert reasons["euler"] == "runs at least inside the loop of AuraFlowPipeline, 8 predictions for 8 steps"
     assert "15 predictions" in reasons["heun"]
     fits = {m["name"]: m["fits"] for m in found["methods"]}
-    assert fits["euler"] is True and fits["scheduler"] is None and "first run finds out" in reasons["scheduler"]
+    assert fits["euler"] is True and fits["scheduler"] is True and "own call" in reasons["scheduler"]
 
 
 def test_a_pipeline_of_another_diffusers(examined, flux):

@@ -282,7 +282,7 @@ def test_cost_by_resolution_is_counted_under_the_own_scheduler() -> None:
 
 
 def test_dynamic_guidance_is_refused() -> None:
-    pipe = diffaccel.accelerate(make("cogvideox"), Scheduler())
+    pipe = diffaccel.accelerate(make("cogvideox"), DPMpp2M())
     with pytest.raises(DiffAccelError, match="use_dynamic_cfg"):
         run(pipe, "cogvideox", extra={"use_dynamic_cfg": True})
 

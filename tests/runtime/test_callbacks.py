@@ -212,3 +212,33 @@ def test_a_tensor_that_a_callback_returns_without_asking_is_refused_where_it_has
     pipe = diffaccel.accelerate(tiny_others.make("ltx"), Euler())
     with pytest.raises(DiffAccelError, match=r"returned 'prompt_embeds'.*tensor_inputs=\['latents', 'prompt_embeds'\]"):
         pipe(**call, callback_on_step_end=swap)
+
+
+def test_a_tensor_that_a_loop_takes_without_listing_it_is_refused_too() -> None:
+    """Z-Image's loop takes the negative prompt of a callback, which cannot ask for it."""
+
+    def swap(pipe, i, t, kwargs):
+        return {"negative_prompt_embeds": [torch.zeros(3, 16)] * 2} if i == 1 else {"notes": i}
+
+    pipe = diffaccel.accelerate(tiny_others.make("z_image"), Euler())
+    with pytest.raises(DiffAccelError, match=r"returned 'negative_prompt_embeds'.*Scheduler\(\)"):
+        pipe(**tiny_others.call_kwargs("z_image"), callback_on_step_end=swap)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "sd"])
+def test_guidance_that_a_callback_raises(name: str) -> None:
+    """Wan's loop keeps the scale of the call; the other two read it at every step."""
+    room = tiny if name == "sd" else tiny_more
+
+    def raise_it(pipe, i, t, kwargs):
+        pipe._guidance_scale += 1.0
+        return {}
+
+    results = []
+    for wrap in (False, True):
+        pipe = room.make(name)
+        if wrap:
+            diffaccel.accelerate(pipe, Scheduler())
+        output = pipe(**room.call_kwargs(name), callback_on_step_end=raise_it)
+        results.append(output.images if name == "sd" else output.frames)
+    assert torch.equal(*results)

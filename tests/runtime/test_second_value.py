@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import toy
 from diffusers import LatentConsistencyModelImg2ImgPipeline, LatentConsistencyModelPipeline, LCMScheduler
 
 import diffaccel
@@ -66,3 +67,14 @@ def test_another_sampler_gives_its_final_latents_in_both_drivers(cls: type) -> N
     call = stock_call(type(pipe))
     inside, _ = generate_stock(pipe, Euler(), call, arguments_of(call, pipe, (), call_kwargs(cls)))
     torch.testing.assert_close(inside.images, images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("does", "path"), [("step by index", "native"), ("step by index, inpainting", "stock loop")])
+def test_a_loop_that_takes_the_first_value_by_its_index(does: str, path: str) -> None:
+    """Kandinsky's ``scheduler.step(...)[0]`` without ``return_dict=False``."""
+    pipe = toy.make()
+    before = pipe(**toy.call_kwargs(does))["latents"]
+    diffaccel.accelerate(pipe, Euler())
+    assert torch.equal(pipe(**toy.call_kwargs(does))["latents"], before)
+    last = diffaccel.summary(pipe).last_run
+    assert last is not None and last["path"] == path

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import tiny
 import tiny_variants
-from diffusers import HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
+import torch
+import toy
+from diffusers import DEISMultistepScheduler, HeunDiscreteScheduler, KDPM2DiscreteScheduler, PNDMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import diffaccel
@@ -83,3 +85,48 @@ def test_the_index_of_a_call_that_starts_in_the_middle() -> None:
         seen.append([])
         pipe(**tiny_variants.img2img_kwargs("sd3"), callback_on_step_end=look)
     assert seen[0] == seen[1] and seen[0][0] > 1
+
+
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler])
+def test_the_index_where_the_scheduler_has_a_level_twice(kind: type) -> None:
+    """It is that of the entry at which the solver itself stands after a whole step."""
+    seen: list[int] = []
+
+    def look(pipe, i, t, kwargs):
+        seen.append(pipe.scheduler.step_index)
+        return kwargs
+
+    pipe = tiny.make("sd", scheduler=kind(**tiny.TRAINED))
+    pipe(**tiny.call_kwargs("sd"), callback_on_step_end=look)
+    whole_steps = [*seen[1::2], seen[-1]]
+    seen.clear()
+    diffaccel.accelerate(pipe, Euler())
+    pipe(**tiny.call_kwargs("sd"), callback_on_step_end=look)
+    assert seen == whole_steps == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("kind", [PNDMScheduler, DEISMultistepScheduler])
+def test_two_predictions_a_step_down_to_a_level_above_zero(kind: type) -> None:
+    """Levels on the scheduler's device change the rounding alone."""
+    options = {"skip_prk_steps": True} if kind is PNDMScheduler else {}
+    images = []
+    for state in ("float32", "stock"):
+        pipe = diffaccel.accelerate(tiny.make("sd", scheduler=kind(**tiny.TRAINED, **options)), Heun(state=state))
+        images.append(pipe(**tiny.call_kwargs("sd")).images)
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
+
+
+def test_the_index_in_the_pipelines_own_loop() -> None:
+    seen: list[int] = []
+
+    def look(pipe, i, t, kwargs):
+        seen.append(pipe.scheduler.step_index)
+        return kwargs
+
+    pipe = toy.make()
+    pipe(**toy.call_kwargs("inpainting", callback_on_step_end=look))
+    stock = seen.copy()
+    seen.clear()
+    diffaccel.accelerate(pipe, Euler())
+    pipe(**toy.call_kwargs("inpainting", callback_on_step_end=look))
+    assert seen == stock == [1, 2, 3, 4, 5, 6] and diffaccel.summary(pipe).last_run["path"] == "stock loop"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import toy
 
 import diffaccel
 from diffaccel.errors import UnsupportedBySampler
@@ -119,3 +120,30 @@ def test_latents_changed_in_place_by_a_callback() -> None:
     images, _, _ = by_stock_driver("sd3", Euler(), callback_on_step_end=darken)
     stock = tiny.make("sd3")(**tiny.call_kwargs("sd3"), callback_on_step_end=darken).images
     torch.testing.assert_close(images, stock)
+
+
+def test_noise_levels_that_the_pipeline_edits_after_setting_them() -> None:
+    """Cosmos makes the last two equal, so that its last step changes nothing."""
+    pipe = toy.make()
+    stock = pipe(**toy.call_kwargs("edited levels"))["latents"]
+    assert not torch.equal(stock, pipe(**toy.call_kwargs("inpainting"))["latents"])
+    diffaccel.accelerate(pipe, Euler())
+    assert torch.equal(pipe(**toy.call_kwargs("edited levels"))["latents"], stock)
+    last = diffaccel.summary(pipe).last_run
+    assert (last["path"], last["steps"], last["calls"]) == ("stock loop", 5, 12)
+    assert "decodes" in last["not_counted"]
+    diffaccel.accelerate(diffaccel.remove(pipe), Heun())
+    with pytest.raises(UnsupportedBySampler, match="ToyPipeline changes the noise levels of its FlowMatchEuler"):
+        pipe(**toy.call_kwargs("edited levels"))
+
+
+def test_the_levels_that_a_loop_looks_up_are_those_of_its_entries() -> None:
+    seen: list[tuple[float, float]] = []
+
+    def look(pipe, i, t, kwargs):
+        seen.append((float(t), float(pipe.scheduler.sigmas[i])))
+        return {}
+
+    pipe = diffaccel.accelerate(toy.make(), Heun())
+    pipe(**toy.call_kwargs("two networks", callback_on_step_end=look))
+    assert len(seen) == 11 and all(abs(time - 1000 * sigma) < 1e-3 for time, sigma in seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -51,6 +52,9 @@ class ToyPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Any = ("latents",),
     ) -> Any:
         self.scheduler.set_timesteps(num_inference_steps)
+        if does == "edited levels":  # with inpainting, which keeps it in its own loop
+            self.scheduler.sigmas[-1] = self.scheduler.sigmas[-2]
+        second = copy.deepcopy(self.scheduler) if does == "second stream" else None
         latents = randn_tensor((len(prompt_embeds), 4, 4, 4), generator=generator)
         for i, t in enumerate(self.scheduler.timesteps):
             x, time, extra = self._inputs(does, i, t, latents, prompt_embeds)
@@ -60,8 +64,12 @@ class ToyPipeline(DiffusionPipeline):
             out = _combine(does, i, guidance_scale, positive, negative)
             if does == "perturbed":
                 out = out + 0.5 * (positive - predict(0.5 * prompt_embeds))
-            latents = self.scheduler.step(out[:, :, :4], t, latents, return_dict=False)[0]
-            if does == "inpainting":
+            by_index = {} if does in ("step by index", "step by index, inpainting") else {"return_dict": False}
+            latents = self.scheduler.step(out[:, :, :4], t, latents, **by_index)[0]
+            if second is not None:  # which stands at the same time
+                second.step(out, t, latents, return_dict=False)
+                latents[:, :, 0] = second.step_index
+            if does in ("inpainting", "edited levels", "step by index, inpainting"):
                 latents[:, :, 0] = 0.0
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
@@ -110,6 +118,10 @@ def _combine(does: str, i: int, scale: float, positive: torch.Tensor, negative: 
     if does == "interval":
         scale = scale if i < 4 else 1.5
     out = negative + scale * (positive - negative)
+    if does == "weighted":
+        out = scale * positive - (scale - 1) * negative
+    if does == "halves":
+        out = 0.5 * negative + (0.5 - scale) * negative + scale * positive
     if does == "blend":
         out = 0.25 * negative + 0.75 * positive
     if does == "rescaled":

@@ -170,10 +170,12 @@ def _sampler_fit(config: Any, model: Model, pipeline: str, family: Any) -> tuple
     import diffusers
 
     from diffaccel import schedules
-    from diffaccel.runtime import stock_loop
+    from diffaccel.runtime import rehearsal
 
     if "scheduler" not in model.components:
         raise DiffAccelError(f"{pipeline} has no scheduler, so there is no loop to replace")
+    if config.is_stock_rule and family is None:
+        return True, f"runs over {pipeline}, in the pipeline's own call where that cannot be followed"
     scheduler = getattr(diffusers, model.components["scheduler"][1]).from_pretrained(model.folder / "scheduler")
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     scheduler.set_timesteps(_STEPS, **shift)
@@ -185,7 +187,7 @@ def _sampler_fit(config: Any, model: Model, pipeline: str, family: Any) -> tuple
     if family is not None:
         return True, f"runs its own loop over {pipeline}"
     try:
-        sigmas = stock_loop.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
+        sigmas = rehearsal.rehearse(config, type(pipeline, (), {})(), schedules.read(scheduler))
     except Exception:
         return None, f"only if the call of {pipeline} can be followed, which its first run finds out"
     return True, f"runs at least inside the loop of {pipeline}, {len(sigmas)} predictions for {_STEPS} steps"

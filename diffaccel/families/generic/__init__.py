@@ -42,6 +42,11 @@ class Generic(Family):
             negative_first=findings.guidance.positive == 1,
         )
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the inferred rules give the pipeline's own numbers to the bit, and not only up to rounding."""
+        return self.findings.guidance.exact and self.findings.time.exact
+
     def network(self, pipe: Any, timestep: Tensor) -> Any:
         module = getattr(pipe, self.denoiser)
         return StandIn(module, functools.partial(self._evaluate, module))

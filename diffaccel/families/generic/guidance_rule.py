@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,17 +22,23 @@ class GuidanceRule:
         sign: of the network's output; some networks are trained on ``x0 - eps``.
         positive: index of the positive prediction.
         around_positive: whether the pipeline computes ``positive + (scale - 1) (positive - negative)``.
+        weighted: whether it computes ``scale positive - (scale - 1) negative``.
+        exact: whether the rule equals the pipeline's to the bit.
     """
 
     scale: float | None
     sign: int
     positive: int = 0
     around_positive: bool = False
+    weighted: bool = False
+    exact: bool = True
 
     def combine(self, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         """Return the guided prediction; the sign was applied to both before."""
         if self.around_positive:
             return positive + (scale - 1) * (positive - negative)
+        if self.weighted:
+            return scale * positive - (scale - 1) * negative
         return negative + scale * (positive - negative)
 
     def __call__(self, predictions: list[Tensor]) -> Tensor:
@@ -84,15 +90,18 @@ def fit_guidance(predictions: list[Tensor], guided: Tensor) -> GuidanceRule:
         )
     sign = 1 if total > 0 else -1
     if len(weights) == 1:
-        return GuidanceRule(None, sign)
+        rule = GuidanceRule(None, sign)
+        return rule if torch.equal(rule(predictions), guided) else replace(rule, exact=False)
     if min(weight * sign for weight in weights) > TOLERANCE:
         raise NotIdentified(f"it blends two predictions, and which is the negative one does not show ({fit}).")
     positive = 0 if weights[0] * sign > weights[1] * sign else 1
     fitted_scale = weights[positive] * sign
     decimal_scale = float(f"{fitted_scale:.6g}")  # probably what the user passed
     scales = (decimal_scale, fitted_scale)
-    rules = [GuidanceRule(scale, sign, positive, around) for scale in scales for around in (False, True)]
-    return next((rule for rule in rules if torch.equal(rule(predictions), guided)), rules[2])
+    forms = ((False, False), (True, False), (False, True))
+    rules = [GuidanceRule(scale, sign, positive, *form) for scale in scales for form in forms]
+    inexact = GuidanceRule(fitted_scale, sign, positive, exact=False)
+    return next((rule for rule in rules if torch.equal(rule(predictions), guided)), inexact)
 
 
 def _weights(predictions: list[Tensor], guided: Tensor) -> tuple[list[float], float]:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from diffaccel.modules.guard import contents_of, restored
 from diffaccel.modules.stand_in import StandIn, TextMemo, silent_bar
+from diffaccel.modules.step_output import StepOutput
 
 # parts of names of components that are no denoiser and that run while the call is prepared
 NO_DENOISERS = ("encoder", "vae", "vocoder", "safety", "vqgan", "movq", "connector", "tokenizer", "feature")
@@ -48,7 +48,7 @@ def install(
         bound = signature.bind(*args, **kwargs).arguments
         latents = step(bound["model_output"], bound["sample"], bound["timestep"])
         # the second value is a clean sample, which a loop may go on with
-        return SimpleNamespace(prev_sample=latents) if bound.get("return_dict", True) else (latents, latents)
+        return StepOutput(latents, latents, latents) if bound.get("return_dict", True) else (latents, latents)
 
     scheduler.set_timesteps, scheduler.step = set_and_begin, take_step
     if hasattr(scheduler, "scale_model_input"):
@@ -65,11 +65,10 @@ def install(
         object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 
 
-@contextlib.contextmanager
-def preserved_state(pipe: Any) -> Iterator[None]:
-    """Restore the state that a call changes.
+def state_of(pipe: Any) -> Callable[[], None]:
+    """Return a function that restores what a call changes on a pipeline.
 
-    That is attributes of pipeline, scheduler and guiders, attention processors, and random states.
+    That is attributes of pipeline, scheduler and guiders, and attention processors.
     """
     components = [vars(pipe).get(name) for name in pipe.config if not name.startswith("_")]
     networks: list[Any] = [c for c in components if isinstance(c, torch.nn.Module)]
@@ -86,6 +85,13 @@ def preserved_state(pipe: Any) -> Iterator[None]:
             if any(originals[name] is not current for name, current in network.attn_processors.items()):
                 network.set_attn_processor(dict(originals))
 
+    return restore
+
+
+@contextlib.contextmanager
+def preserved_state(pipe: Any) -> Iterator[None]:
+    """Restore what :func:`state_of` does, and the random states."""
+    restore = state_of(pipe)
     device = torch.device(pipe._execution_device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), restored(pipe, restore):
         yield

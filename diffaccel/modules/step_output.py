@@ -1,0 +1,22 @@
+"""What a stand-in for ``scheduler.step`` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+
+@dataclass
+class StepOutput(BaseOutput):
+    """The output of a scheduler's step, by attribute or by index: some loops take ``step(...)[0]``.
+
+    Attributes:
+        prev_sample: the latents after the step.
+        pred_original_sample, denoised: the clean sample, as two kinds of schedulers name it.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+    denoised: Tensor

@@ -1,0 +1,73 @@
+"""What a sampler sees in a stock loop, and the noise levels at which it will ask there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.config import SamplerConfig
+from diffaccel.errors import UnsupportedBySampler
+from diffaccel.families import FAMILIES
+from diffaccel.schedules import Schedule
+from diffaccel.session import Eval, Pred, Step
+
+
+class StockSession:
+    """The part of a session that a stock loop can provide: initial latents, noise levels, and noise."""
+
+    def __init__(self, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
+        self.schedule, self.x, self.generator = schedule, x, generator
+        self._pipeline = type(pipe).__name__
+
+    @property
+    def sigmas(self) -> Tensor:
+        """``(n + 1,)`` noise levels of the call."""
+        return self.schedule.sigmas
+
+    @property
+    def path(self) -> Any:
+        """The noise path whose coordinates ``x`` has."""
+        return self.schedule.path
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Draw noise from the caller's generator, as a full session does."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(tuple(x.shape), generator=self.generator, device=x.device, dtype=x.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedBySampler(
+            f"The sampler needs the session's '{name}', which needs a pipeline family; {self._pipeline} has none. "
+            f"Supported: {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
+    """Return the noise levels at which a sampler will ask for predictions, in order."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
+    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator("cpu")))  # type: ignore[arg-type]
+    requested: list[Tensor] = []
+    reply: Any = None
+    while True:
+        try:
+            event = sampling.send(reply)
+        except StopIteration:
+            return requested
+        if isinstance(event, Step):
+            reply = event.x
+        else:
+            check_single(event, config, pipe)
+            requested.append(event.sigma)  # type: ignore[union-attr]
+            reply = Pred(schedule.path, event.x, event.sigma, torch.zeros_like(x))  # type: ignore[union-attr]
+
+
+def check_single(event: Any, config: SamplerConfig, pipe: Any) -> None:
+    """Raise for anything but a request for one guided prediction of the call's own rows."""
+    plain = isinstance(event, Eval) and event.cond == 0 and event.branch == "guided" and event.sigma.ndim == 0
+    if not plain or event.rows is not None or event.at is not None:
+        raise UnsupportedBySampler(
+            f"'{config.name}' asks for more than one guided prediction at a time, which needs a pipeline family; "
+            f"{type(pipe).__name__} has none. Supported: {', '.join(sorted(FAMILIES))}."
+        )

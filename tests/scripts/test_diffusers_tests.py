@@ -1,0 +1,112 @@
+"""diffusers' own tests on wrapped pipelines: outcomes side by side, and a whole run on a checkout of one test file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts.diffusers_tests.outcomes import Comparison, markdown, outcomes_of
+from scripts.diffusers_tests.plugin import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = """
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+
+def make(clips):
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return DDPMPipeline(network, DDPMScheduler(clip_sample=clips))
+
+
+def draw(clips):
+    pipe = make(clips)
+    assert type(pipe).__name__ == "DDPMPipeline" and isinstance(pipe, DDPMPipeline)
+    generator = torch.Generator().manual_seed(0)
+    assert pipe(generator=generator, num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
+def test_clipped():
+    draw(True)
+
+
+def test_plain():
+    draw(False)
+
+
+def test_of_a_folder_that_is_not_here():
+    DDPMPipeline.from_pretrained("nobody/nothing")
+"""
+
+
+def row(outcome: str, outputs: list[str], **others: Any) -> dict[str, Any]:
+    return {"outcome": outcome, "outputs": outputs, "paths": ["native"] * len(outputs), **others}
+
+
+def test_outcomes_side_by_side() -> None:
+    stock = {
+        "equal": row("passed", ["a", "b"]),
+        "another": row("passed", ["a", "b"]),
+        "refused": row("passed", ["a"]),
+        "broken": row("passed", ["a"]),
+        "skipped": row("skipped", []),
+        "missing": row("failed", [], message="OSError: no such folder"),
+    }
+    refusal = "diffaccel.errors.UnsupportedBySampler: one two three four five six seven eight nine"
+    wrapped = {
+        "equal": row("passed", ["a", "b"]),
+        "another": row("passed", ["a", "c"]),
+        "refused": row("failed", [], message=refusal),
+        "broken": row("failed", [], message="ValueError: bad"),
+        "missing": row("failed", [], message="OSError: no such folder"),
+    }
+    c = Comparison.of("euler", stock, wrapped)
+    assert (c.stock_passes, c.passed, c.refused, c.failed, c.equal, c.outputs) == (4, 2, 1, 1, 3, 4)
+    assert c.differing == ["another"] and set(c.tests) == {"refused", "broken"} and c.paths == {"native": 4}
+    assert outcomes_of(stock) == {"passed": 4, "skipped": 1, "missing": 1}
+    assert "| `euler` | 4 | 2 | 1 | 1 | 3 of 4 | native 4 |" in markdown(stock, [c])
+
+
+def test_digests_tell_every_bit_apart() -> None:
+    zeros, picture = torch.zeros(2, 2), Image.new("RGB", (2, 2))
+    outputs = [
+        zeros, -zeros, zeros.double(), zeros.reshape(4), np.zeros((2, 2), np.float32), picture, [zeros], {"a": zeros},
+        {"b": zeros}, [picture, None], torch.zeros(0), zeros.bfloat16(),
+    ]  # fmt: skip
+    assert len({digest(output) for output in outputs}) == len(outputs)
+    assert digest({"a": [zeros, picture]}) == digest({"a": [torch.zeros(2, 2), picture.copy()]})
+
+
+@pytest.mark.slow
+def test_a_whole_run(tmp_path: Path) -> None:
+    tests = tmp_path / "checkout" / "tests" / "pipelines"
+    tests.mkdir(parents=True)
+    (tests / "test_them.py").write_text(TESTS)
+    (tmp_path / "checkout" / "setup.py").write_text('setup(\n    version="9.9.9",\n)\n')
+    words = ["--diffusers-tests", tmp_path / "checkout", "--folder", tmp_path / "out", "--select", ""]
+    words += ["--out", tmp_path / "record.json"]
+    for _ in range(2):  # the second has nothing left to run
+        done = subprocess.run(
+            [sys.executable, "-m", "scripts.diffusers_tests", *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "3 tests on the stock pipelines: 2 pass, 0 are skipped, 1 need" in done.stdout
+        assert "| `scheduler` | 2 | 2 | 0 | 0 | 2 of 2 | native 2 |" in done.stdout
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["settings"]["tests_of"] == "9.9.9" and record["methods"]["euler"]["refused"] == 1
+    assert len((tmp_path / "out" / "stock.jsonl").read_text().splitlines()) == 3
