@@ -6,41 +6,83 @@ the stock call around the method's own loop. Weight and block methods change the
 
 from __future__ import annotations
 
-import functools
+import copy
+import inspect
 import itertools
+import logging
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffaccel import registry
 from diffaccel.config import ORDER, Handle, SamplerConfig
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.call_class import facts_of, put_on, stock_class, take_off
 from diffaccel.modules.guard import alone
 
+OnBusy = Literal["wait", "refuse"]
 _KEY = "_diffaccel"
+_EXTRAS: ContextVar[tuple[Any, Path | None, bool] | None] = ContextVar("diffaccel_call_extras", default=None)
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
+class Applied:
+    """A method on a network. Pipelines that share the network (``copy.copy``) share this, too.
+
+    Attributes:
+        handle: what takes it off; None before it is on and after it is off.
+    """
+
+    config: Any
+    handle: Handle | None = None
+
+    def remove(self) -> None:
+        """Take the method off, unless that is done."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
+        """Copy with the network, where the handle is a value and not bound to this very network."""
+        if self.handle is not None and not _is_value(self.handle):
+            raise DiffAccelError(
+                f"'{self.config.name}' is on a network of this pipeline in a way that a copy could not be freed of: "
+                f"its {type(self.handle).__name__} keeps functions. diffaccel.remove(pipe), copy, and accelerate both."
+            )
+        return Applied(self.config, copy.deepcopy(self.handle, memo))
+
+
+@dataclass(frozen=True, eq=False)
 class Active:
-    """State of the methods on one pipeline.
+    """State of the methods on one pipeline. It is replaced and never changed, so that copies may share it.
 
     Attributes:
         original_class: the pipeline's class before :func:`accelerate`.
-        configs: configs of the active methods, weights first, then blocks, then the loop.
-        handles: of the methods that changed a network, in the order in which they were applied.
+        applied: the methods on its networks, in the order in which they were applied.
+        loop: the method that owns the sampling loop.
         stats: cost of the last run.
+        on_busy: what a call does while another thread makes one.
+        told: what was made of the pipeline without the method of its loop, and logged.
     """
 
     original_class: type
-    configs: list[Any] = field(default_factory=list)
-    handles: list[Handle] = field(default_factory=list)
+    applied: tuple[Applied, ...] = ()
+    loop: SamplerConfig | None = None
     stats: Any = None
+    on_busy: OnBusy = "wait"
+    told: tuple[str, ...] = ()
 
     @property
-    def loop(self) -> SamplerConfig | None:
-        """The method that owns the sampling loop."""
-        return next((c for c in self.configs if c.touches == "loop"), None)
+    def configs(self) -> list[Any]:
+        """Configs of the active methods, weights first, then blocks, then the loop."""
+        on_networks = [applied.config for applied in self.applied if applied.handle is not None]
+        configs = on_networks if self.loop is None else [*on_networks, self.loop]
+        return sorted(configs, key=lambda config: ORDER.index(config.touches))
 
 
 def active(pipe: Any) -> Active | None:
@@ -48,7 +90,7 @@ def active(pipe: Any) -> Active | None:
     return pipe.__dict__.get(_KEY)
 
 
-def accelerate(pipe: Any, *configs: Any) -> Any:
+def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
     """Apply methods to a diffusers pipeline, in place, and return the same object.
 
     Methods are applied weights first, then blocks, then the loop, whatever their order here; the pipeline's call keeps
@@ -57,6 +99,8 @@ def accelerate(pipe: Any, *configs: Any) -> Any:
     Args:
         pipe: a diffusers pipeline, or a list of them for a method that composes several (the first is returned).
         configs: config objects, or names of methods with their default config.
+        on_busy: what a call does while another thread calls the pipeline, or one with the same scheduler: "wait", the
+            default, or "refuse" with an error that leaves the other call alone. None keeps what was said before.
 
     Raises:
         DiffAccelError: for an unknown name, two methods that exclude each other, or a pipeline that cannot be followed.
@@ -69,49 +113,79 @@ def accelerate(pipe: Any, *configs: Any) -> Any:
     if not configs:
         raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
     new_configs = [_config(config) for config in configs]
-    alone(pipe, lambda: _add(pipe, new_configs))
+    if on_busy not in (None, "wait", "refuse"):
+        raise DiffAccelError(f"on_busy is {on_busy!r}; it must be 'wait' or 'refuse'.")
+    alone(pipe, lambda: _add(pipe, new_configs, on_busy))
     return pipe
 
 
-def _add(pipe: Any, new_configs: list[Any]) -> None:
+def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None) -> None:
     """Apply methods to a pipeline that nobody calls; without one that fails, the pipeline is as it was."""
-    state = active(pipe)
-    _check_clashes([*(state.configs if state else []), *new_configs])
-    state = state or Active(type(pipe))
-    old_configs, old_count = list(state.configs), len(state.handles)
-    object.__setattr__(pipe, _KEY, state)
+    before = active(pipe)
+    _check_clashes([*(before.configs if before else []), *new_configs])
     try:
+        if before is None:
+            take_off(pipe)
+            _set(pipe, Active(stock_class(type(pipe))))
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
             if config.touches == "loop":
-                _wrap_call(pipe, state)
+                put_on(pipe, _call, _tell, _KEY)
+                _update(pipe, loop=config)
             else:
-                state.handles.append(config.apply(pipe))
-            state.configs.append(config)
+                applied = Applied(config)
+                _update(pipe, applied=(*_state(pipe).applied, applied))
+                applied.handle = config.apply(pipe)
+        _update(pipe, on_busy=on_busy or _state(pipe).on_busy)
     except BaseException:  # also an interrupt
-        _remove_handles(state, old_count)
-        state.configs = old_configs
-        if not state.configs:
-            _restore(pipe, state)
+        _take_off(pipe, before)
         raise
-    state.configs.sort(key=lambda config: ORDER.index(config.touches))
 
 
 def remove(pipe: Any) -> Any:
     """Take every method off a pipeline again; it then computes what it computed before, to the bit.
 
     A call that another thread makes is waited for, and what an interrupted call left on the pipeline is put back. A
-    pipeline without methods is returned unchanged.
+    pipeline without methods is returned unchanged. What others have done to the pipeline in the meantime stays.
     """
-
-    def take_off() -> None:
-        state = active(pipe)
-        if state is not None:
-            _remove_handles(state, 0)
-            _restore(pipe, state)
-
-    if active(pipe) is not None:
-        alone(pipe, take_off)
+    if active(pipe) is not None or facts_of(type(pipe)) is not None:
+        alone(pipe, lambda: _take_off(pipe, None))
     return pipe
+
+
+def _take_off(pipe: Any, before: Active | None) -> None:
+    """Take off the methods that ``before`` does not have, the latest first; each stays noted until it is off."""
+    state = active(pipe)
+    kept = before.applied if before else ()
+    for applied in reversed(state.applied if state else ()):
+        if applied not in kept:
+            applied.remove()
+    _set(pipe, before)
+    if before is None or before.loop is None:  # without a state the class passes calls on, should this be interrupted
+        take_off(pipe)
+
+
+def _state(pipe: Any) -> Active:
+    return pipe.__dict__[_KEY]
+
+
+def _set(pipe: Any, state: Active | None) -> None:
+    if state is None:
+        pipe.__dict__.pop(_KEY, None)
+    else:
+        pipe.__dict__[_KEY] = state
+
+
+def _update(pipe: Any, **changes: Any) -> None:
+    _set(pipe, replace(_state(pipe), **changes))
+
+
+def _is_value(handle: Any) -> bool:
+    """Return whether a handle is data: of a class that can be found by its name, without functions in it."""
+    cls = type(handle)
+    named: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        named = getattr(named, part, None)
+    return named is cls and not any(map(inspect.isroutine, getattr(handle, "__dict__", {}).values()))
 
 
 @dataclass
@@ -188,19 +262,6 @@ def _check_clashes(configs: list[Any]) -> None:
             )
 
 
-def _wrap_call(pipe: Any, state: Active) -> None:
-    original = state.original_class
-    stock_call = original.__call__
-
-    @functools.wraps(stock_call)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call(self, stock_call, args, kwargs, None, False)
-
-    __call__.stock_call = stock_call  # type: ignore[attr-defined]
-    members = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    object.__setattr__(pipe, "__class__", type(original.__name__, (original,), members))
-
-
 def call(pipe: Any, arguments: dict[str, Any], *, folder: Path | None = None, shared: bool = False) -> Any:
     """Call ``pipe(**arguments)``, with what only a caller who keeps files or launches processes can say.
 
@@ -208,21 +269,17 @@ def call(pipe: Any, arguments: dict[str, Any], *, folder: Path | None = None, sh
         folder: where a search may leave files; None for nowhere.
         shared: whether all processes of the launch make this one call together.
     """
-    state = active(pipe)
-    if state is None or state.loop is None:
+    token = _EXTRAS.set((pipe, folder, shared))
+    try:
         return pipe(**arguments)
-    return _call(pipe, state.original_class.__call__, (), arguments, folder, shared)
+    finally:
+        _EXTRAS.reset(token)
 
 
-def _call(
-    pipe: Any,
-    stock_call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    folder: Path | None,
-    shared: bool,
-) -> Any:
+def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a call with the loop of the active method, after the calls of other threads."""
+    extras = _EXTRAS.get()
+    folder, shared = extras[1:] if extras is not None and extras[0] is pipe else (None, False)
 
     def generate_alone() -> Any:
         from diffaccel.runtime.call import generate
@@ -230,19 +287,20 @@ def _call(
         state = active(pipe)
         if state is None or state.loop is None:  # another thread has removed it in between
             return stock_call(pipe, *args, **kwargs)
-        result, state.stats = generate(pipe, state.loop, stock_call, args, kwargs, folder=folder, shared=shared)
+        result, stats = generate(pipe, state.loop, stock_call, args, kwargs, folder=folder, shared=shared)
+        if active(pipe) is not None:  # a callback may have removed it
+            _update(pipe, stats=stats)
         return result
 
-    return alone(pipe, generate_alone)
+    state = active(pipe)
+    if state is None:  # but somebody else has changed the class, so that it stayed
+        return stock_call(pipe, *args, **kwargs)
+    return alone(pipe, generate_alone, waits=state.on_busy == "wait")
 
 
-def _remove_handles(state: Active, start: int) -> None:
-    """Undo the methods from number ``start``, the latest first; each stays noted until it is undone."""
-    while len(state.handles) > start:
-        state.handles[-1].remove()
-        state.handles.pop()
-
-
-def _restore(pipe: Any, state: Active) -> None:
-    object.__setattr__(pipe, "__class__", state.original_class)
-    pipe.__dict__.pop(_KEY, None)
+def _tell(pipe: Any, what: str) -> None:
+    """Log, once for each pipeline, that something is made of it without the method of its loop."""
+    state = active(pipe)
+    if state is not None and state.loop is not None and what not in state.told:
+        _update(pipe, told=(*state.told, what))
+        logger.warning("%s, without '%s': call diffaccel.accelerate on that one as well.", what, state.loop.name)

@@ -82,6 +82,10 @@ class Config:
                 )
         self.validate()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields for copies and pickles; what calls cache beside them, such as networks, stays behind."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     def validate(self) -> None:
         """Raise :class:`DiffAccelError` for values that do not fit together; types were checked already."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -103,6 +103,9 @@ class VE(Path):
 
     ``alpha = 1``, ``sigma = t``, ``v = eps``.
     """
+
+    def __reduce__(self) -> Any:
+        return "VE_PATH" if self is VE_PATH else (VE, ())
 
     def alpha(self, t: Scalar) -> Scalar:
         return 1.0 if isinstance(t, float) else torch.ones_like(_tensor(t))
@@ -214,7 +217,7 @@ class Tabulated(Path):
 
 
 LINEAR = Linear()
-VE_PATH = VE()
+VE_PATH = VE()  # compared by identity, also after a copy
 
 
 def x0_eps(kind: Prediction, out: Tensor, x: Tensor, alpha: Scalar, sigma: Scalar) -> tuple[Tensor, Tensor]:

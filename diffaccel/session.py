@@ -176,7 +176,7 @@ class Session:
     def x(self) -> Tensor:
         """``(B, C, H, W)`` initial latents in the coordinates of :attr:`path`, fp32."""
         rows = self.family.unwrap(self.latents, self.conds[0].arguments)
-        state = self.family.spatial(rows, self.height, self.width)
+        state = self.family.spatial(self.pipe, rows, self.height, self.width)
         return self.schedule.from_pipeline(state.to(torch.promote_types(state.dtype, torch.float32)))
 
     @property

@@ -206,7 +206,9 @@ def test_packing_is_the_pipelines_own(name: str) -> None:
     fam = find(pipe)
     x = torch.randn(2, 4, 4, 6)
     assert torch.equal(fam.from_network(fam.to_network(x), x), x)
-    assert torch.equal(fam.spatial(fam.to_network(x), 32, 48), x)
+    assert torch.equal(fam.spatial(pipe, fam.to_network(x), 32, 48), x)
     if name == "flux":
         assert torch.equal(fam.to_network(x), pipe._pack_latents(x, 2, 4, 4, 6))
-        assert torch.equal(fam.spatial(fam.to_network(x), 32, 48), pipe._unpack_latents(fam.to_network(x), 32, 48, 8))
+        assert torch.equal(
+            fam.spatial(pipe, fam.to_network(x), 32, 48), pipe._unpack_latents(fam.to_network(x), 32, 48, 8)
+        )

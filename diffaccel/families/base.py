@@ -6,6 +6,7 @@ pipeline itself while it is probed.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,8 @@ class Family(Guided):
         callback_args: names that a step callback may ask for, and the network argument of each.
         negative_callback_args: the same for names of the negative branch. Where both branches go through one call, the
             pipeline joins them before its loop, so that a callback sees the negative rows but does not change them.
-        size_multiple: picture sides must be multiples of this.
+        checked_multiple: the pipeline's own check of its arguments takes sides that are multiples of this only.
+        rounds: whether it rounds these down to what it can draw; else it fails on other ones later.
         fps: frame rate of the videos that a video model was trained on.
     """
 
@@ -36,7 +38,8 @@ class Family(Guided):
     casts_latents: ClassVar[bool] = False
     callback_args: ClassVar[dict[str, str]] = {}
     negative_callback_args: ClassVar[dict[str, str]] = {}
-    size_multiple: ClassVar[int] = 16
+    checked_multiple: ClassVar[int] = 1
+    rounds: ClassVar[bool] = False
     fps: ClassVar[float] = 16.0
 
     # -- network -------------------------------------------------------------------------------------------------
@@ -80,8 +83,8 @@ class Family(Guided):
         """Convert the network's output to spatial latents of the shape of ``like``."""
         return out
 
-    def spatial(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Convert the pipeline's latents, one row per sample, to spatial ones."""
+    def spatial(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """Convert the pipeline's latents, one row per sample, to spatial ones, for a picture of this size."""
         return latents
 
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,17 +96,40 @@ class Family(Guided):
 
     # -- size ----------------------------------------------------------------------------------------------------
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-        """Return height and width in pixels of a call, with the pipeline's own default."""
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        """Return height and width in pixels that a call asks for, with the pipeline's own default."""
         default = pipe.default_sample_size * pipe.vae_scale_factor
         return int(arguments.get("height") or default), int(arguments.get("width") or default)
 
+    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+        """Return height and width in pixels of the picture that the pipeline draws."""
+        grid = self.grid(pipe)
+        height, width = self.asked_size(pipe, arguments)
+        return height // grid * grid, width // grid * grid
+
+    def grid(self, pipe: Any) -> int:
+        """Return the side in pixels of what the network sees as one: the VAE's factor times the patch."""
+        return vae_factor(pipe) * self.patch(pipe)
+
+    def patch(self, pipe: Any) -> int:
+        """Return the side of the network's patches in latents."""
+        patch = next(iter(self.networks(pipe).values())).config.get("patch_size") or 1
+        return patch if isinstance(patch, int) else patch[-1]
+
     def multiple(self, pipe: Any) -> int:
-        """Return the number that both sides of a picture must be multiples of."""
-        return self.size_multiple
+        """Return the number of which the sides of a picture must be multiples to be drawn as they are asked for."""
+        return math.lcm(self.grid(pipe), self.checked_multiple)
+
+    def check_call_size(self, pipe: Any, arguments: dict[str, Any]) -> None:
+        """Raise with the nearest valid size for a call whose size the pipeline cannot draw, rounded or not."""
+        height, width = self.asked_size(pipe, arguments)
+        if height % self.checked_multiple or width % self.checked_multiple or not self.rounds:
+            self.check_size(pipe, height, width)
+        if min(self.size(pipe, arguments)) <= 0:
+            self.check_size(pipe, height, width)
 
     def check_size(self, pipe: Any, height: int, width: int) -> None:
-        """Raise with the nearest valid size when a side does not fit the model."""
+        """Raise with the nearest valid size when the pipeline cannot draw one, or draws a smaller one instead."""
         multiple = self.multiple(pipe)
         if height % multiple or width % multiple or min(height, width) <= 0:
             nearest = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
@@ -126,3 +152,9 @@ class Family(Guided):
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Decode clean latents as the pipeline does to pixels ``(B, 3, H, W)`` or ``(B, 3, F, H, W)`` in [-1, 1]."""
         raise NotImplementedError
+
+
+def vae_factor(pipe: Any) -> int:
+    """Return the side in pixels of one latent; 1 for a pipeline on pixels."""
+    names = ("vae_scale_factor", "vae_scale_factor_spatial")
+    return next((value for name in names if (value := getattr(pipe, name, None))), 1)

@@ -21,6 +21,7 @@ class CogVideoX(Family):
     row_args = ("encoder_hidden_states",)
     shared_args = ("image_rotary_emb", "attention_kwargs")
     casts_latents = True
+    checked_multiple = 8
     fps = 8.0
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
@@ -31,8 +32,8 @@ class CogVideoX(Family):
     def refuse(self, arguments: dict[str, Any]) -> None:
         if arguments.get("use_dynamic_cfg"):
             raise DiffAccelError(
-                "use_dynamic_cfg changes the guidance with the pipeline's own steps, which a sampler does not share. "
-                "Leave it out, or diffaccel.remove(pipe)."
+                "use_dynamic_cfg changes the guidance with the pipeline's own steps, which of all samplers only "
+                "Scheduler() keeps. Leave it out, use that one, or diffaccel.remove(pipe)."
             )
 
     def prediction(self, out: Tensor, like: Tensor) -> Tensor:
@@ -44,10 +45,10 @@ class CogVideoX(Family):
     def from_network(self, out: Tensor, like: Tensor) -> Tensor:
         return out.transpose(1, 2)
 
-    def spatial(self, latents: Tensor, height: int, width: int) -> Tensor:
+    def spatial(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
         return latents.transpose(1, 2)
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         config, scale = pipe.transformer.config, pipe.vae_scale_factor_spatial
         height = arguments.get("height") or config.sample_height * scale
         return int(height), int(arguments.get("width") or config.sample_width * scale)

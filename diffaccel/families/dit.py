@@ -17,7 +17,6 @@ class DiT(LearnedVariance):
     pipelines = ("DiTPipeline",)
     row_args = ("class_labels",)
     negative_first = False
-    size_multiple = 1
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         scale = float(arguments["guidance_scale"])
@@ -29,7 +28,7 @@ class DiT(LearnedVariance):
     def wrap(self, rows: Tensor, arguments: dict[str, Any]) -> Tensor:
         return torch.cat([rows] * 2) if arguments["guidance_scale"] > 1 else rows
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         side = pipe.transformer.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         return side, side
 

@@ -21,6 +21,7 @@ class Flux(Family):
         "encoder_hidden_states", "pooled_projections", "guidance", "joint_attention_kwargs.ip_adapter_image_embeds",
     )  # fmt: skip
     shared_args = ("txt_ids", "img_ids", "joint_attention_kwargs", "controlnet_blocks_repeat")
+    rounds = True
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
 
@@ -41,8 +42,11 @@ class Flux(Family):
         out = out.view(b, h // 2, w // 2, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return out.reshape(b, -1, h, w)
 
-    def spatial(self, latents: Tensor, height: int, width: int) -> Tensor:
-        h, w = 2 * (height // 16), 2 * (width // 16)
+    def patch(self, pipe: Any) -> int:
+        return 2  # packed by the pipeline: the network's own patch is one token
+
+    def spatial(self, pipe: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        h, w = (side // self.grid(pipe) * self.patch(pipe) for side in (height, width))
         return self.from_network(latents, latents.new_empty(len(latents), 1, h, w))
 
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ class HunyuanVideo(Family):
     pipelines = ("HunyuanVideoPipeline",)
     row_args = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "guidance")
     shared_args = ("attention_kwargs",)
+    checked_multiple = 16
     fps = 24.0
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
@@ -31,7 +32,7 @@ class HunyuanVideo(Family):
     def time(self, pipe: Any, timestep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         return timestep.expand(len(x)).to(dtype)
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         return int(arguments["height"]), int(arguments["width"])
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -17,12 +17,12 @@ def source_size(pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
     return height * scale, width * scale
 
 
-def resized_source(arguments: dict[str, Any], height: int, width: int, multiple: int) -> Tensor:
+def resized_source(arguments: dict[str, Any], height: int, width: int) -> Tensor:
     """Resize the call's image to ``(B, 3, H, W)`` in [0, 1], as pipelines resize images themselves."""
     from diffusers.image_processor import VaeImageProcessor
 
     check_resizable(arguments)
-    return VaeImageProcessor(vae_scale_factor=multiple, do_normalize=False).preprocess(
+    return VaeImageProcessor(vae_scale_factor=1, do_normalize=False).preprocess(
         arguments["image"], height=height, width=width
     )
 

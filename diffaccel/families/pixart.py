@@ -29,15 +29,19 @@ class PixArt(LearnedVariance):
         "added_cond_kwargs.aspect_ratio",
     )  # fmt: skip
     shared_args = ("added_cond_kwargs",)
-    size_multiple = 8
+    checked_multiple = 8
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         scale = float(arguments["guidance_scale"])
         return scale if scale > 1 else None
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         default = pipe.transformer.config.sample_size * pipe.vae_scale_factor
         return int(arguments.get("height") or default), int(arguments.get("width") or default)
+
+    def check_call_size(self, pipe: Any, arguments: dict[str, Any]) -> None:
+        if not arguments.get("use_resolution_binning"):
+            super().check_call_size(pipe, arguments)
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         return pipe.vae.decode(x0.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor, return_dict=False)[0]

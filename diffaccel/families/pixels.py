@@ -17,7 +17,6 @@ class Pixels(Family):
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     denoiser = "unet"
     latent_arg = "sample"
-    size_multiple = 1
 
     def guidance_scale(self, pipe: Any, arguments: dict[str, Any], timestep: Tensor | None = None) -> float | None:
         return None
@@ -30,7 +29,7 @@ class Pixels(Family):
             )
         return out
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         sample = pipe.unet.config.sample_size
         return (sample, sample) if isinstance(sample, int) else tuple(sample)
 

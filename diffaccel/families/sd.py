@@ -22,7 +22,8 @@ class SD(Family):
     shared_args = ("cross_attention_kwargs", "added_cond_kwargs")
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
-    size_multiple = 8
+    checked_multiple = 8
+    rounds = True
 
     def combine(self, pipe: Any, negative: Tensor, positive: Tensor, scale: float) -> Tensor:
         guided = super().combine(pipe, negative, positive, scale)
@@ -35,7 +36,7 @@ class SD(Family):
     def is_linear(self, pipe: Any) -> bool:
         return not getattr(pipe, "guidance_rescale", 0.0) > 0.0
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         sample = pipe.unet.config.sample_size
         latent_size = (sample, sample) if isinstance(sample, int) else tuple(sample)
         if not arguments.get("height") or not arguments.get("width"):
@@ -51,6 +52,7 @@ class SDImg2Img(SD):
     """Stable Diffusion, image to image: the picture has the size of the initial image."""
 
     pipelines = ("StableDiffusionImg2ImgPipeline",)
+    checked_multiple = 1  # images are brought to multiples of the VAE's factor
 
     def refuse(self, arguments: dict[str, Any]) -> None:
         super().refuse(arguments)
@@ -58,8 +60,8 @@ class SDImg2Img(SD):
         if reason is not None:
             raise DiffAccelError(f"The call would finish without a single scheduler step: {reason}")
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         return source_size(pipe, arguments)
 
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-        return {"image": resized_source(arguments, height, width, self.size_multiple)}
+        return {"image": resized_source(arguments, height, width)}

@@ -25,8 +25,8 @@ class SD3(Family):
     def refuse(self, arguments: dict[str, Any]) -> None:
         if arguments.get("skip_guidance_layers") is not None:
             raise DiffAccelError(
-                "skip_guidance_layers follows the pipeline's own step index, which a sampler does not share. "
-                "Leave it out, or diffaccel.remove(pipe)."
+                "skip_guidance_layers follows the pipeline's own step index, which of all samplers only Scheduler() "
+                "keeps. Leave it out, use that one, or diffaccel.remove(pipe)."
             )
 
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:

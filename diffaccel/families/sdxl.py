@@ -37,11 +37,11 @@ class SDXL(SD):
         super().refuse(arguments)
         if arguments.get("denoising_end") is not None:
             raise DiffAccelError(
-                "denoising_end cuts the pipeline's own list of steps, which a sampler replaces. "
-                "Leave it out, or diffaccel.remove(pipe)."
+                "denoising_end cuts the pipeline's own list of steps, which all samplers but Scheduler() replace. "
+                "Leave it out, use that one, or diffaccel.remove(pipe)."
             )
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         default = pipe.default_sample_size * pipe.vae_scale_factor
         return int(arguments.get("height") or default), int(arguments.get("width") or default)
 
@@ -54,7 +54,7 @@ class SDXL(SD):
         }
 
     def conditioning(self, pipe: Any, calls: list[dict[str, Any]], arguments: dict[str, Any]) -> Conditioning:
-        height, width = self.size(pipe, arguments)  # resized() needs them, a call may omit them
+        height, width = self.asked_size(pipe, arguments)  # resized() needs them, a call may omit them
         return super().conditioning(pipe, calls, {**arguments, "height": height, "width": width})
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -63,7 +63,7 @@ class SDXL(SD):
         if upcast:
             pipe.upcast_vae()
         mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-        x0 = x0.to(next(iter(vae.post_quant_conv.parameters())).dtype)
+        x0 = x0.to(vae.dtype if vae.post_quant_conv is None else vae.post_quant_conv.weight.dtype)
         if mean is not None and std is not None:
             mean, std = (
                 torch.tensor(stat, dtype=torch.float32, device="cpu").view(1, -1, 1, 1).to(x0) for stat in (mean, std)
@@ -81,6 +81,7 @@ class SDXLImg2Img(SDXL, SDImg2Img):
     """Stable Diffusion XL, image to image: the picture has the size of the initial image."""
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
+    checked_multiple = SDImg2Img.checked_multiple
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         return source_size(pipe, arguments)

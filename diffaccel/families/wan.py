@@ -23,6 +23,8 @@ class Wan(Family):
     other_denoisers = ("transformer_2",)
     row_args = ("encoder_hidden_states",)
     shared_args = ("attention_kwargs",)
+    checked_multiple = 16
+    rounds = True
     joint_branches = False  # positive first, then negative
     callback_args = {"prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
     negative_callback_args = {"negative_prompt_embeds": "encoder_hidden_states"}  # noqa: RUF012
@@ -59,12 +61,8 @@ class Wan(Family):
         tokens = x[0, 0, :, ::2, ::2].numel()
         return rows.to(torch.float32)[:, None].expand(-1, tokens)
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         return int(arguments["height"]), int(arguments["width"])
-
-    def multiple(self, pipe: Any) -> int:
-        network = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
-        return pipe.vae_scale_factor_spatial * network.config.patch_size[1]
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         config = pipe.vae.config

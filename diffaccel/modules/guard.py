@@ -14,7 +14,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from diffaccel.errors import DiffAccelError
+
 _MISSING = object()
+
+
+class Busy(DiffAccelError):
+    """A call of a pipeline that another thread calls."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The pipeline is busy: another thread is calling it, or a pipeline with the same scheduler, and on_busy is "
+            "'refuse'. Call it when that call has ended, or let calls wait: diffaccel.accelerate(..., on_busy='wait')."
+        )
 
 
 class _Guard:
@@ -34,10 +46,16 @@ class _Guard:
         """Return whether a call of this thread holds the lock."""
         return self.thread == threading.get_ident() and self.lock.locked()
 
-    def run(self, function: Callable[[], Any]) -> Any:
-        """Call ``function`` while no other thread is here; calls within it pass."""
+    def run(self, function: Callable[[], Any], waits: bool) -> Any:
+        """Call ``function`` while no other thread is here; calls within it pass.
+
+        Raises:
+            Busy: another thread is here, and this one does not wait.
+        """
         if self.is_held_here():
             return function()
+        if not waits and self.lock.locked():
+            raise Busy
         with self.lock:  # no context manager of our own: an interrupt as it opens would leave the lock closed
             return self._run_and_restore(function)
 
@@ -71,16 +89,22 @@ def _guard(owner: Any) -> _Guard:
     return _GUARDS.setdefault(owner, _Guard())
 
 
-def alone(pipe: Any, function: Callable[[], Any]) -> Any:
+def alone(pipe: Any, function: Callable[[], Any], *, waits: bool = True) -> Any:
     """Return ``function()``, called while no other thread calls ``pipe``.
 
     A second thread waits, also one that calls another accelerated pipeline of the same scheduler. What an interrupted
     call left on the pipeline is put back before and after.
+
+    Args:
+        waits: False refuses the second thread instead.
+
+    Raises:
+        Busy: another thread calls the pipeline, and this one does not wait.
     """
     guard, scheduler = _guard(pipe), getattr(pipe, "scheduler", None)
     if scheduler is None:
-        return guard.run(function)
-    return _guard(scheduler).run(lambda: guard.run(function))
+        return guard.run(function, waits)
+    return _guard(scheduler).run(lambda: guard.run(function, waits), waits)
 
 
 @contextlib.contextmanager

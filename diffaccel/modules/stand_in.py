@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,24 +60,97 @@ def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:
 
 
 class TextMemo:
-    """Cached results of ``encode_prompt`` by the ordinal of the call: pipelines call it once per branch."""
+    """What a call's encoders gave while it was watched: of prompts by ordinal, of pictures by their pixels.
+
+    An encoder in train mode draws from torch's global generators. A cached answer leaves them as the encoder did, so
+    that whatever the pipeline draws next is the same.
+    """
 
     def __init__(self) -> None:
-        self.results: list[Any] = []
+        self._answers: list[_Answer] = []
+        self._pictures: list[tuple[Any, _Answer]] = []  # arguments of ``vae.encode`` first
 
-    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``encode`` with the i-th call answered from the cache where it has an i-th result."""
+    def has_pictures(self) -> bool:
+        """Return whether pictures were encoded."""
+        return bool(self._pictures)
+
+    def stand_in_for(self, vae: Any, device: torch.device) -> StandIn:
+        """Return a substitute for a VAE on ``device`` that encodes the same pictures once only."""
+        return _CachedVae(vae, functools.partial(self._encode_picture, vae.encode, device))
+
+    def _encode_picture(self, encode: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # never while a call is watched; a graph is not copied
+            return encode(*args, **kwargs)
+        before = _random_states(device)
+        for arguments, answer in self._pictures:
+            if _equal(arguments, [args, kwargs]):
+                if all(map(torch.equal, before, answer.before)):
+                    _set_random_states(device, answer.after)
+                return copy.deepcopy(answer.result)  # a pipeline may change it in place
+        arguments = copy.deepcopy([args, kwargs])
+        result = encode(*args, **kwargs)
+        self._pictures.append((arguments, _Answer(copy.deepcopy(result), before, _random_states(device))))
+        return result
+
+    def wrap(self, encode: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+        """Return ``encode``, which draws on ``device``, with the i-th call answered by the i-th cached result."""
         ordinal = 0
 
         @functools.wraps(encode)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             nonlocal ordinal
-            if ordinal == len(self.results):
-                self.results.append(encode(*args, **kwargs))
+            before = _random_states(device)
+            if ordinal == len(self._answers):
+                result = encode(*args, **kwargs)
+                self._answers.append(_Answer(result, before, _random_states(device)))
+            answer = self._answers[ordinal]
+            if all(map(torch.equal, before, answer.before)):
+                _set_random_states(device, answer.after)
             ordinal += 1
-            return self.results[ordinal - 1]
+            return answer.result
 
         return encode_prompt
+
+
+class _CachedVae(StandIn):
+    """A VAE whose ``encode`` is another."""
+
+    def __init__(self, vae: Any, encode: Callable[..., Any]) -> None:
+        super().__init__(vae, vae)
+        self.encode = encode
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Return whether arguments are equal, tensors to the bit."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        alike = isinstance(a, Tensor) and isinstance(b, Tensor) and (a.dtype, a.device) == (b.dtype, b.device)
+        return alike and torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[name]) for name, value in a.items())
+    return bool(a == b)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """An encoding, and the states of torch's global generators before and after it."""
+
+    result: Any
+    before: list[Tensor]
+    after: list[Tensor]
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Return the states of the global generators that a network on ``device`` may draw from."""
+    states = [torch.random.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.random.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def silent_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:

@@ -130,7 +130,7 @@ def check_size(pipe: Any, arguments: dict[str, Any]) -> None:
     """Raise for a picture size that the stock pipeline would round without saying so."""
     family = find(pipe)
     if family is not None:
-        family.check_size(pipe, *family.size(pipe, arguments))
+        family.check_size(pipe, *family.asked_size(pipe, arguments))
 
 
 def check_frames(pipe: Any, frames: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffaccel import schedules
@@ -105,7 +106,7 @@ class _Substitutes:
             name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)
         ]
         self.is_installed = False
-        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods])
+        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, "vae"])
         self.restore_scheduler = attributes_of(self.scheduler, ["step"])
         for name, network in self.networks.items():
             if type(network) is StandIn:  # its class is the network's
@@ -126,8 +127,11 @@ class _Substitutes:
         for name, network in self.networks.items():  # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, _recorder(network, self.recording, self.family))
         self.scheduler.step = functools.wraps(self.original_step)(step)
+        device = torch.device(pipe._execution_device)
         if "encode_prompt" in self.methods:
-            object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt))
+            object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, device))
+        if self.recording.latents is None and self.memo.has_pictures():  # afterwards the VAE decodes
+            object.__setattr__(pipe, "vae", self.memo.stand_in_for(pipe.vae, device))
         if "progress_bar" in self.methods:  # the loop that follows brings its own bar
             object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 

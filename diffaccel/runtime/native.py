@@ -306,7 +306,7 @@ class Native:
         if edited is None:
             return x
         rows = session.family.unwrap(edited, session.conds[0].arguments)
-        state = session.family.spatial(rows, session.height, session.width).to(x)
+        state = session.family.spatial(session.pipe, rows, session.height, session.width).to(x)
         return state * session.schedule.state_scale(event.sigma)
 
     def _end_step(self, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:

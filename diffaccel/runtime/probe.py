@@ -11,6 +11,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
 from diffaccel.families.init_image import strength_problem
+from diffaccel.modules.call_class import stock_class
 from diffaccel.modules.guard import alone, contents_of, restored
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.guidance_check import check_guidance
@@ -29,6 +31,21 @@ from diffaccel.session import Session
 
 class _Stop(Exception):
     """Unwinds a probed call."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Reopen:
+    """:attr:`Session.reopen` of one call: its arguments, with a generator in the state before it, and its texts."""
+
+    pipe: Any
+    family: Family
+    call: Callable[..., Any]
+    arguments: dict[str, Any]
+    memo: TextMemo
+
+    def __call__(self, fresh_text: bool = False, **changes: Any) -> Session:
+        changed = {**self.arguments, "generator": clone(self.arguments.get("generator")), **changes}
+        return probe(self.pipe, self.family, self.call, changed, TextMemo() if fresh_text else self.memo)
 
 
 def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,12 +155,6 @@ def make_session(
         schedule = schedules.read(pipe.scheduler, recording.timestep)
     except DiffAccelError as error:  # raised where the schedule is used: the scheduler's own steps need none
         schedule = error
-    initial_generator = arguments.get("generator")
-
-    def reopen(fresh_text: bool = False, **changes: Any) -> Session:
-        changed = {**arguments, "generator": clone(initial_generator), **changes}
-        return probe(pipe, family, call, changed, TextMemo() if fresh_text else memo)
-
     return Session(
         pipe=pipe,
         family=family,
@@ -159,7 +170,7 @@ def make_session(
         height=height,
         width=width,
         generator=generator,
-        reopen=reopen,
+        reopen=_Reopen(pipe, family, call, arguments, memo),
     )
 
 
@@ -196,7 +207,7 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
 def check_call(family: Family, pipe: Any, arguments: dict[str, Any]) -> None:
     """Raise for arguments that no sampler can follow, before anything is computed."""
     family.refuse(arguments)
-    family.check_size(pipe, *family.size(pipe, arguments))
+    family.check_call_size(pipe, arguments)
     if arguments.get("callback") is not None:
         raise DiffAccelError("The old `callback` argument is not called by samplers; pass `callback_on_step_end`.")
     if arguments.get("output_type") not in ("pil", "np", "pt", "latent", None):
@@ -210,5 +221,4 @@ def check_call(family: Family, pipe: Any, arguments: dict[str, Any]) -> None:
 
 def stock_call(cls: type) -> Callable[..., Any]:
     """Return the ``__call__`` of a pipeline class without diffaccel's wrapper."""
-    call = cls.__call__
-    return getattr(call, "stock_call", call)
+    return stock_class(cls).__call__

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,8 @@ def resolve(reward: Any, *, device: torch.device | str, model: str = "") -> Rewa
         return reward
     if isinstance(reward, str):
         target = torch.device(device)
-        return weighted([(weight, _named(name, target, model)) for weight, name in terms(reward)])
+        total = weighted([(weight, _named(name, target, model)) for weight, name in terms(reward)])
+        return replace(total, source=partial(resolve, reward, device=target, model=model))
     return from_callable(reward)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,22 +30,32 @@ def counts(detector: Detector, expected: Counts | Callable[[str], Counts]) -> Re
         DiffAccelError: for nothing to count; when called, for counts of another shape.
     """
     fixed = {} if callable(expected) else dict(expected)
-    expected_of = expected if callable(expected) else lambda prompt: fixed
     if not callable(expected) and not fixed:
         raise DiffAccelError("There is nothing to count. Say how many of what, such as {'apple': 3}.")
 
-    def residual(images: Tensor, prompts: list[str]) -> Tensor:
-        groups: dict[tuple[tuple[str, int], ...], list[int]] = {}  # rows by what their prompts ask for
-        for i, prompt in enumerate(prompts):
-            groups.setdefault(tuple(expected_of(prompt).items()), []).append(i)
-        scores = torch.cat([_residual(detector, images[rows], dict(things)) for things, rows in groups.items()])
-        rows_in_groups = [i for rows in groups.values() for i in rows]
-        order = torch.tensor(rows_in_groups, dtype=torch.int64, device="cpu").argsort()
-        return scores[order.to(scores.device)]
+    residual = _Residual(detector, expected if callable(expected) else fixed)
 
     things = ", ".join(f"{count} {name}" for name, count in fixed.items()) or "by prompt"
     attributes = {"needs_prompts": callable(expected), **reward_attributes(detector)}
     return Reward(name=f"counts[{things}]", function=residual, **attributes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Residual:
+    """The function of :func:`counts`, which can be pickled where its detector can."""
+
+    detector: Detector
+    expected: Counts | Callable[[str], Counts]
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        groups: dict[tuple[tuple[str, int], ...], list[int]] = {}  # rows by what their prompts ask for
+        for i, prompt in enumerate(prompts):
+            expected = self.expected(prompt) if callable(self.expected) else self.expected
+            groups.setdefault(tuple(expected.items()), []).append(i)
+        scores = torch.cat([_residual(self.detector, images[rows], dict(things)) for things, rows in groups.items()])
+        rows_in_groups = [i for rows in groups.values() for i in rows]
+        order = torch.tensor(rows_in_groups, dtype=torch.int64, device="cpu").argsort()
+        return scores[order.to(scores.device)]
 
 
 def _residual(detector: Detector, images: Tensor, things: Counts) -> Tensor:

@@ -28,6 +28,7 @@ class Reward:
         function: from float32 pictures in [0, 1] and their prompts to ``b`` numbers.
         input: "pixels" ``(b, 3, H, W)``, "video" ``(b, 3, F, H, W)``, or clean "latents" as they are.
         batch_size: maximum number of pictures in one call of ``function``.
+        source: makes the reward again, by its name; a copy or a pickle of it is then made so, without its networks.
         device: device that the pictures are moved to; None leaves them where they are.
         differentiable: whether its numbers can be differentiated with respect to the pictures.
         needs_prompts: whether it cannot score a picture without a text.
@@ -37,6 +38,7 @@ class Reward:
     function: Function = field(repr=False)
     input: Input = "pixels"
     batch_size: int = 32
+    source: Callable[[], Reward] | None = field(default=None, repr=False)
     device: torch.device | None = None
     differentiable: bool = False
     needs_prompts: bool = False
@@ -58,6 +60,9 @@ class Reward:
         """
         with torch.no_grad():
             return self._without_nan(self.numbers(images, prompts).cpu().to(torch.float64))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.source is None else (self.source, ())
 
     def graph(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return rewards, ``(b,)`` float, that are differentiable with respect to ``images``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -52,19 +53,26 @@ def weighted(parts: Sequence[tuple[float, Reward]]) -> Reward:
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1]
 
-    def total(images: Tensor, prompts: list[str]) -> Tensor:
-        addends = (weight * reward.numbers(images, prompts).to("cpu", torch.float64) for weight, reward in parts)
-        return reduce(torch.add, addends)
-
     rewards = [reward for _, reward in parts]
     return Reward(
         name=_name(parts),
-        function=total,
+        function=_Total(tuple(parts)),
         input=rewards[0].input,
         batch_size=min(reward.batch_size for reward in rewards),
         differentiable=all(reward.differentiable for reward in rewards),
         needs_prompts=any(reward.needs_prompts for reward in rewards),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Total:
+    """``sum_i w_i r_i``, a function that can be pickled where its rewards can."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        addends = (weight * reward.numbers(images, prompts).to("cpu", torch.float64) for weight, reward in self.parts)
+        return reduce(torch.add, addends)
 
 
 def _name(parts: Sequence[tuple[float, Reward]]) -> str:

@@ -226,7 +226,7 @@ def test_decode_is_the_pipelines_own(session: Any) -> None:
         driver = Native(short, state="stock")
         final = driver.run(Scheduler().sample(short))
         rows = short.family.unwrap(final, short.conds[0].arguments)
-        latents = short.family.spatial(rows, short.height, short.width)
+        latents = short.family.spatial(short.pipe, rows, short.height, short.width)
         pixels = Native(short)._decode(Decode(latents))
     if pixels.ndim == 5:
         pixels = pixels.transpose(1, 2)  # stock videos are (B, F, C, H, W)

@@ -5,89 +5,28 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
+import tiny
 import torch
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils.torch_utils import randn_tensor
 
 import diffaccel
 from diffaccel import compose
+from diffaccel.config import Config
+from diffaccel.errors import DiffAccelError
 from diffaccel.families.generic import stand_ins, watching
-from diffaccel.modules import guard
+from diffaccel.modules import call_class, guard
 from diffaccel.runs import profile
 from diffaccel.runtime import call as runtime_call
 from diffaccel.runtime import interception, probe, stock_loop
-from diffaccel.samplers import Euler
+from diffaccel.samplers import DPMpp2M, Euler
 from tests.support.interrupts import Interrupted, interrupt, visits
+from tests.support.small_pipelines import Drifting, Small, draw, make, seeded
 
-NATIVE = [compose, guard, runtime_call, probe, interception, stand_ins, watching, contextlib]
-STOCK = [compose, guard, runtime_call, stand_ins, watching, stock_loop, contextlib]
-
-
-class Net(ModelMixin, ConfigMixin):
-    """One product: calls of it take no time."""
-
-    @register_to_config
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 4).reshape(4, 1, 1))
-
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, return_dict: bool = True) -> Any:
-        time = torch.as_tensor(timestep).float().reshape(-1, 1, 1, 1) / 1000
-        output = sample * self.weight * time + encoder_hidden_states[:, :, None, None]
-        return (output,)
-
-
-class Small(DiffusionPipeline):
-    """A text pipeline of no family, which the native driver can follow."""
-
-    drift = 0.0
-
-    def __init__(self, unet: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
-
-    def encode_prompt(self, prompt: str) -> torch.Tensor:
-        return torch.full((1, 4), float(len(prompt)))
-
-    @torch.no_grad()
-    def __call__(
-        self, prompt: str = "", num_inference_steps: int = 3, generator: Any = None, output_type: str = "latent",
-        return_dict: bool = True,
-    ) -> Any:  # fmt: skip
-        text = self.encode_prompt(prompt)
-        self.scheduler.set_timesteps(num_inference_steps)
-        latents = randn_tensor((1, 4, 2, 2), generator=generator) * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
-            network_input = self.scheduler.scale_model_input(latents, t)
-            output = self.unet(network_input, t, encoder_hidden_states=text, return_dict=False)[0]
-            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
-            latents = latents + self.drift
-        return (latents,)
-
-
-class Drifting(Small):
-    """A pipeline that changes latents between its steps, so that samplers run in its own loop."""
-
-    drift = 0.25
-
-
-def make(cls: type[Small]) -> Small:
-    pipe = cls(Net(), EulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def draw(pipe: Any) -> torch.Tensor:
-    return pipe("a cat", generator=seeded())[0]
+NATIVE = [compose, call_class, guard, runtime_call, probe, interception, stand_ins, watching, contextlib]
+STOCK = [compose, call_class, guard, runtime_call, stand_ins, watching, stock_loop, contextlib]
 
 
 def profiled(pipe: Any) -> torch.Tensor:
@@ -133,6 +72,108 @@ def test_an_interrupt_leaves_nothing(cls: Any, modules: list, call: Any) -> None
 @CASES
 def test_an_interrupt_at_any_line_leaves_nothing(cls: Any, modules: list, call: Any) -> None:
     check_lines(cls, modules, call, every=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negate(Config):
+    """A block method."""
+
+    name: ClassVar[str] = "negate"
+    touches: ClassVar[Any] = "blocks"
+
+    def apply(self, pipe: Any) -> Any:
+        return pipe.unet.register_forward_hook(lambda module, args, out: (-out[0],))
+
+
+def test_an_interrupt_at_any_line_of_accelerate_or_remove_leaves_all_or_nothing() -> None:
+    modules = [compose, call_class, guard, contextlib]
+    pipe, stock, kept_alive = make(Small), draw(make(Small)), []
+
+    def wrap() -> None:
+        diffaccel.accelerate(pipe, Negate(), Euler())
+
+    def unwrap() -> None:
+        diffaccel.remove(pipe)
+
+    def restored() -> bool:
+        return type(pipe) is Small and not pipe.unet._forward_hooks and torch.equal(draw(pipe), stock)
+
+    wrapping, unwrapping = visits(modules, wrap), visits(modules, unwrap)
+    assert len(wrapping) > 40 and len(unwrapping) > 15 and restored()
+    for line in wrapping:
+        kept_alive.append(interrupt(modules, line, wrap))
+        assert isinstance(kept_alive[-1], Interrupted), line
+        methods = [method["name"] for method in diffaccel.summary(pipe).methods]
+        assert methods == ["negate", "euler"] or (methods == [] and restored()), line
+        diffaccel.remove(pipe)
+        assert restored(), line
+    for line in unwrapping:
+        wrap()
+        kept_alive.append(interrupt(modules, line, unwrap))
+        assert isinstance(kept_alive[-1], Interrupted), line
+        draw(pipe)
+        diffaccel.remove(pipe)
+        assert restored(), line
+
+
+@pytest.mark.slow
+def test_fifty_calls_of_four_threads_are_those_of_one() -> None:
+    pipe = tiny.make("sd")
+
+    def picture(seed: int) -> torch.Tensor:
+        return pipe(**tiny.call_kwargs("sd", batch=1, steps=2, seed=seed)).images
+
+    stock = picture(0)
+    diffaccel.accelerate(pipe, DPMpp2M())
+    alone = [picture(seed) for seed in range(200)]
+    together: dict[int, torch.Tensor] = {}
+    threads = [
+        threading.Thread(target=lambda first=first: together.update({i: picture(i) for i in range(first, 200, 4)}))
+        for first in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    assert len(together) == 200 and all(torch.equal(together[seed], alone[seed]) for seed in range(200))
+    diffaccel.remove(pipe)
+    assert torch.equal(picture(0), stock)
+
+
+@pytest.mark.parametrize("cls", [Small, Drifting])
+def test_a_second_caller_can_be_refused(cls: type[Small]) -> None:
+    stock = draw(make(cls))
+    wanted = draw(diffaccel.accelerate(make(cls), Euler()))
+    pipe = diffaccel.accelerate(make(cls), Euler(), on_busy="refuse")
+    other = diffaccel.accelerate(cls(make(cls).unet, pipe.scheduler), Euler(), on_busy="refuse")
+    entered, leave, drawn = threading.Event(), threading.Event(), []
+    forward = pipe.unet.forward
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        entered.set()
+        leave.wait(60)
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = held
+    first = threading.Thread(target=lambda: drawn.append(draw(pipe)))
+    first.start()
+    entered.wait(60)
+    for busy in (pipe, other):
+        with pytest.raises(DiffAccelError, match=r"^The pipeline is busy: .*on_busy='wait'\)\.$"):
+            draw(busy)
+    leave.set()
+    first.join(60)
+    assert torch.equal(drawn[0], wanted) and torch.equal(draw(pipe), wanted)
+    diffaccel.remove(pipe)
+    assert torch.equal(draw(pipe), stock)
+
+
+def test_on_busy_is_kept_and_checked() -> None:
+    pipe = diffaccel.accelerate(make(Small), Negate(), on_busy="refuse")
+    diffaccel.accelerate(pipe, Euler())
+    assert compose.active(pipe).on_busy == "refuse"
+    with pytest.raises(DiffAccelError, match="on_busy is 'queue'; it must be 'wait' or 'refuse'"):
+        diffaccel.accelerate(pipe, Euler(), on_busy="queue")
 
 
 @pytest.mark.parametrize("cls", [Small, Drifting])

@@ -94,10 +94,13 @@ class Generic(Family):
         """Return False: the rule was fitted, so that no declared one has to be checked."""
         return False
 
-    def size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
+    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
         side = getattr(pipe, "default_sample_size", 0) * getattr(pipe, "vae_scale_factor", 1)
         side = side if isinstance(side, int) else 0
         return int(arguments.get("height") or side), int(arguments.get("width") or side)
+
+    def grid(self, pipe: Any) -> int:
+        return 1
 
     def check_size(self, pipe: Any, height: int, width: int) -> None:
         """Leave the check to the pipeline, whose call's size is the only one."""

@@ -29,7 +29,7 @@ def install(
     """Put stand-ins into a pipeline; :func:`preserved_state` takes them out.
 
     Args:
-        memo: caches text encodings.
+        memo: caches encodings of prompts and pictures.
         begin: called when the scheduler sets its timesteps.
         network: called as ``network(name, module, *args, **kwargs)`` in the place of every component that may be the
             denoiser.
@@ -59,8 +59,11 @@ def install(
         if isinstance(module, torch.nn.Module) and not any(word in name for word in NO_DENOISERS):
             # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, StandIn(module, functools.partial(network, name, module)))
+    device = torch.device(pipe._execution_device)
     if hasattr(pipe, "encode_prompt"):
-        object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt))
+        object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt, device))
+    if hasattr(vars(pipe).get("vae"), "encode"):
+        object.__setattr__(pipe, "vae", memo.stand_in_for(pipe.vae, device))
     if hasattr(pipe, "progress_bar"):
         object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 
