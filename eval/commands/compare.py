@@ -36,20 +36,7 @@ def _compare_parser() -> terminal.Parser:
     add("baseline", metavar="BASE", help="folder of the baseline's run")
     add("runs", nargs="+", metavar="RUN", help="folders of the runs to compare with it")
     add("--other-seeds", metavar="RUN", help="the baseline drawn with other seeds: what chance alone does")
-    add(
-        "--extractor",
-        action="append",
-        metavar="NAME",
-        help="network for distances of distributions (default: tiny, or that of the shipped statistics)",
-    )
-    add("--protocol", metavar="NAME", help="published preprocessing of the extractors, such as cmmd")
-    add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
-    add(
-        "--scorer",
-        action="append",
-        metavar="NAME[:FILE]",
-        help="what people would like better: hpsv2, pickscore, aesthetic, image-reward, or py:module:function",
-    )
+    _add_networks(parser)
     add(
         "--reference",
         metavar="PATH",
@@ -58,17 +45,6 @@ def _compare_parser() -> terminal.Parser:
     )
     add("--prompts", metavar="FILE", help="names the category of every prompt (default: looked up in packaged sets)")
     add("--device", default="auto", help="where networks compute: cpu, cuda, cuda:1, mps (default: the best there is)")
-    add(
-        "--lpips",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="measure LPIPS-Alex too, with AlexNet's weights from FILE or the cache",
-    )
-    add("--fvd", metavar="NAME", help="network of videos: torchscript:/path or py:module:function")
-    add("--clip-frames", type=int, default=16, metavar="N", help="frames that it sees of every video (default 16)")
-    add("--clip-stride", type=int, default=1, metavar="N", help="from one of them to the next (default 1)")
-    add("--clip-size", type=int, metavar="PX", help="their height and width (default: as they are)")
     add(
         "--allow-mixed-n",
         action="store_true",
@@ -86,6 +62,35 @@ def _compare_parser() -> terminal.Parser:
     add("--fail-if", metavar="RULE", help='exit with 5 when it holds for a run, as in "ssim<0.8 or speedup<1.5"')
     add("--json", action="store_true", help="print the report as one JSON object")
     return parser
+
+
+def _add_networks(parser: terminal.Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--extractor",
+        action="append",
+        metavar="NAME",
+        help="network for distances of distributions (default: tiny, or that of the shipped statistics)",
+    )
+    add("--protocol", metavar="NAME", help="published preprocessing of the extractors, such as cmmd")
+    add("--clip", action="append", metavar="NAME", help="CLIP for the fit to the prompts: of the zoo, or open_clip:...")
+    add(
+        "--scorer",
+        action="append",
+        metavar="NAME[:FILE]",
+        help="what people would like better: hpsv2, pickscore, aesthetic, image-reward, or py:module:function",
+    )
+    add(
+        "--lpips",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="measure LPIPS-Alex too, with AlexNet's weights from FILE or the cache",
+    )
+    add("--fvd", metavar="NAME", help="network of videos: torchscript:/path or py:module:function")
+    add("--clip-frames", type=int, default=16, metavar="N", help="frames that it sees of every video (default 16)")
+    add("--clip-stride", type=int, default=1, metavar="N", help="from one of them to the next (default 1)")
+    add("--clip-size", type=int, metavar="PX", help="their height and width (default: as they are)")
 
 
 def _add_export_options(parser: terminal.Parser) -> None:
