@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,18 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove temporary files that a killed process left of files in ``folder`` whose names match ``names``.
+
+    Args:
+        names: a regular expression.
+    """
+    leftover = re.compile(rf"\.({names})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if leftover.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Any) -> None:

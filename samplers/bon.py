@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,13 +11,15 @@ from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import SearchConfig
 from diffaccel.samplers.search.particles import Particle
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BoN(SearchConfig):
     """Best of N: ``argmax_i r(x_i)`` over ``N = floor(budget / steps)`` samples of the call's own deterministic steps.
 
     The baseline of every search (random search in arXiv 2501.09732). The first sample is the one that the call gives
-    without a search, so the result is never worse by the reward. Latents ``(B, C, H, W)``.
+    without a search, so without ``guide`` the result is never worse by the reward. Latents ``(B, C, H, W)``.
 
     Args:
         wave: samples of one picture that are drawn in parallel; it bounds memory and changes nothing else.
@@ -39,7 +42,14 @@ class BoN(SearchConfig):
             raise DiffAccelError(
                 f"BoN: a budget of {search.budget} NFE is less than one sample of {steps} steps. Raise budget."
             )
-        return [bon(search, search.budget // steps, self.wave)]
+        count = search.budget // steps
+        search.used = {"samples": count}
+        if count == 1 and search.row == 0:
+            logger.warning(
+                "BoN: a budget of %d NFE is one sample of %d steps, so there is nothing to choose from. Give at least "
+                "%d.", search.budget, steps, 2 * steps,
+            )  # fmt: skip
+        return [bon(search, count, self.wave)]
 
 
 def bon(search: Search, count: int, wave: int) -> Chain:

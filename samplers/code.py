@@ -13,8 +13,9 @@ from diffaccel.samplers.search.config import PathSearchConfig
 class CoDe(PathSearchConfig):
     """CoDe, blockwise control for denoising (Singh et al., arXiv 2502.00968).
 
-    Each chain runs ``K = floor((budget - tail) / (particles stages))`` trajectories in parallel, and at every
-    ``block``-th level all of them continue from the one with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
+    Each chain runs about ``K = (budget - tail) / (particles stages)`` trajectories in parallel, rounded up or down for
+    each block so that the budget is spent, at least 2. At every ``block``-th level all of them continue from the one
+    with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
 
     Args:
         particles: chains per picture.
@@ -32,27 +33,43 @@ class CoDe(PathSearchConfig):
         self.require_at_least(particles=1, block=1)
 
     def chains(self, search: Search) -> list[Chain]:
-        trajectories = self.tries_per_level(search, self.particles)
-        return [code(search, chain, trajectories, self.block) for chain in range(self.particles)]
+        plan, n = search.plan, self.particles
+        tries = self.tries(search, n)
+        levels = [min(self.block, plan.stages - begin) for begin in range(0, plan.stages, self.block)]
+        counts = [blocks(sum(tries[chain]), levels) for chain in range(n)]
+        search.used = {"trajectories": counts}
+        return [code(search, chain, counts[chain], self.block) for chain in range(n)]
 
 
-def code(search: Search, chain: int, trajectories: int, block: int) -> Chain:
+def blocks(total: int, levels: list[int]) -> list[int]:
+    """Return how many trajectories each block has, of so many levels: of a chain's ``total`` predictions, evenly."""
+    each, rest = divmod(total, sum(levels))
+    counts, upto, spent = [], 0, 0
+    for size in levels:
+        upto += size
+        more = upto * rest // sum(levels) - spent >= size
+        counts.append(each + more)
+        spent += more * size
+    return counts
+
+
+def code(search: Search, chain: int, trajectories: list[int], block: int) -> Chain:
     """Run one chain: ``x_j' = K(x_j, z_j)``, and ``x_j = argmax_i r(x0_i)`` after every block (arXiv 2502.00968).
 
     ``K`` is the plan's kernel, such as ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``. The last level always
-    ends a block.
+    ends a block. Of each block there are so many ``trajectories``.
     """
     last = search.plan.stages - 1
 
     def selects(stage: int) -> bool:
         return stage == last or (stage + 1) % block == 0
 
-    states = yield [search.start(chain, i, score=selects(0)) for i in range(trajectories)]
+    states = yield [search.start(chain, i, score=selects(0)) for i in range(trajectories[0])]
     for stage in range(last + 1):
         if selects(stage):
             best = max(states, key=lambda p: p.reward)
-            search.note(chain=chain, stage=stage, tried=trajectories, reward=best.reward)
-            states = [best] * trajectories
+            search.note(chain=chain, stage=stage, tried=len(states), reward=best.reward)
+            states = [best] * trajectories[min(stage // block + 1, len(trajectories) - 1)]
         if stage < last:
             states = yield [search.propose(state, i, score=selects(stage + 1)) for i, state in enumerate(states)]
     return (yield from search.finish(states[:1]))

@@ -31,7 +31,7 @@ class RBF(PathSearchConfig):
     scored there for the first time. That raises the reward most, and with it what is peculiar to this reward.
 
     The budget is split equally: ``Q = floor((budget - tail - first) / levels)`` tries per level and chain, over the
-    levels from ``begin`` on.
+    levels from ``begin`` on; the last level has what that leaves. The trace says which sizes were used.
 
     Args:
         particles: chains per picture.
@@ -76,20 +76,27 @@ class RBF(PathSearchConfig):
             raise DiffAccelError(f"RBF.begin is {self.begin}; it is a share of the levels and must be below 1.")
         if self.rule == "threshold" and self.threshold is None:
             raise DiffAccelError("RBF with rule='threshold' needs a threshold: the reward that is good enough.")
+        if self.rule == "threshold":
+            why = "the rule 'threshold' compares with the threshold alone and carries nothing over"
+            self.refuse_without_effect("rule='rollover'", why, against="running_max", leftover="next", cap=-1)
+        else:
+            self.refuse_without_effect("rule='threshold'", "the rule 'rollover' has none", threshold=None)
 
     def chains(self, search: Search) -> list[Chain]:
         plan, n = search.plan, self.particles
         begin = min(int(self.begin * plan.stages), plan.stages - 2)  # leaves at least one transition to search
         initial = self.initial or max(1, search.budget // (3 * n * (begin + 1)))
         overhead = initial * (begin + 1) + plan.tail_nfe  # predictions of a chain outside its searched levels
+        transitions = plan.stages - 1 - begin
         self.check_budget(
-            search, n * (overhead + plan.stages - begin),
-            f"{n} chains of {initial} noises at {begin + 1} of the levels, {plan.stages - begin} levels and "
+            search, n * (overhead + transitions),
+            f"{n} chains of {initial} noises at {begin + 1} of the levels, {transitions} levels with one try and "
             f"{plan.tail_nfe} steps of the tail",
         )  # fmt: skip
-        quota = (search.budget - n * overhead) // (n * (plan.stages - begin))
-        tries = -(-(search.budget - n * plan.tail_nfe) // n) - 1 - initial * (begin + 1)
+        quota = max(1, (search.budget - n * overhead) // (n * (transitions + 1)))
+        tries = max(transitions, -(-(search.budget - n * plan.tail_nfe) // n) - 1 - initial * (begin + 1))
         beam = max(1, min(self.beam, quota // MIN_TRIES))
+        search.used = {"initial": initial, "begin_level": begin, "beam": beam, "quota": quota, "tries": tries}
         return [rbf(search, chain, self, begin, initial, beam, quota, tries) for chain in range(n)]
 
 

@@ -32,6 +32,11 @@ class SMC(PathSearchConfig):
     resampled systematically and their weights become equal. The target is ``p(x0) exp(r(x0) / temperature)``; the
     result is the particle with the highest reward. Latents ``(B, C, H, W)``.
 
+    ``guide`` twists the proposals (arXiv 2306.17775): the mean of a kernel with noise ``c`` moves by
+    ``guide c^2 alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature``, which is about the best for 1, and
+    the weights are multiplied by ``p(x' | x) / q(x' | x)``, a ratio of Gaussians of one covariance, so that the target
+    stays the same. Steps without noise, as those of the tail, are not guided.
+
     Args:
         temperature: of the target, in units of the reward. A good start is the size of a difference that matters,
             about the standard deviation of the rewards.
@@ -60,18 +65,24 @@ class SMC(PathSearchConfig):
         if not 0 <= self.resample <= 1:
             raise DiffAccelError(f"SMC.resample is {self.resample}; it must lie in [0, 1].")
 
+    @property
+    def target_temperature(self) -> float:
+        return self.temperature
+
     def chains(self, search: Search) -> list[Chain]:
         nfe = search.plan.stages + search.plan.tail_nfe  # of one particle
         self.check_budget(
             search, 2 * nfe, f"2 particles of {search.plan.stages} levels and {search.plan.tail_nfe} steps"
         )
+        search.used = {"particles": search.budget // nfe}
         return [smc(search, search.budget // nfe, self)]
 
 
 def smc(search: Search, count: int, config: SMC) -> Chain:
-    """Run ``count`` particles with weights ``w_k ~ exp((G(r_0 ... r_k) - G(r_0 ... r_m)) / temperature)``.
+    """Run ``count`` particles with weights ``w_k ~ exp((G(r_0 ... r_k) - G(r_0 ... r_m)) / temperature) p / q``.
 
-    ``G`` is the accumulated potential and ``m`` the level of the last resampling. Where ``1 / sum w^2 < resample
+    ``G`` is the accumulated potential, ``m`` the level of the last resampling, and ``p / q`` the product of the ratios
+    of the plain and the guided kernel since then, 1 without guidance. Where ``1 / sum w^2 < resample
     count`` the particles are resampled by ``w``; then each moves by the plan's kernel, such as ``x' = alpha' x0 +
     sqrt(sigma'^2 - gamma^2) eps + gamma z`` (arXiv 2501.06848, algorithm 1).
     """
@@ -79,28 +90,35 @@ def smc(search: Search, count: int, config: SMC) -> Chain:
     states = yield [search.start(i) for i in range(count)]
     histories: list[list[float]] = [[] for _ in states]
     resampled = [0.0] * count  # each particle's potential at the last resampling
+    log_ratios = [0.0] * count  # since then
     for stage in range(search.plan.stages):
         histories = [[*rewards, p.reward] for rewards, p in zip(histories, states, strict=True)]
         potentials = [potential(rewards) for rewards in histories]
-        weights = _weights(potentials, resampled, config.temperature)
+        log_ratios = [before + p.log_ratio for before, p in zip(log_ratios, states, strict=True)]
+        weights = _weights(potentials, resampled, config.temperature, log_ratios)
         size = effective_size(weights)
         search.note(stage=stage, effective=size, reward=max(p.reward for p in states))
         if size < config.resample * count or config.resample == 1:
             ancestors = systematic(weights, uniform(search.seed, 0, stage))
             states, histories = [states[i] for i in ancestors], [histories[i] for i in ancestors]
-            resampled = [potentials[i] for i in ancestors]
+            resampled, log_ratios = [potentials[i] for i in ancestors], [0.0] * count
         if stage < search.plan.stages - 1:
             states = yield [search.propose(state, 0, chain=i) for i, state in enumerate(states)]
     samples = yield from _finish_once(search, states)
     rewards = [p.reward for p in samples]
-    search.note(samples=rewards, weights=_weights(rewards, resampled, config.temperature))
+    search.note(samples=rewards, weights=_weights(rewards, resampled, config.temperature, log_ratios))
     return search.ranked(samples)
 
 
-def _weights(potentials: list[float], resampled: list[float], temperature: float) -> list[float]:
-    """Return ``exp((potential - resampled) / temperature)``, normalised; a ``resampled`` that is not finite is 0."""
+def _weights(
+    potentials: list[float], resampled: list[float], temperature: float, log_ratios: list[float]
+) -> list[float]:
+    """Return ``exp((potential - resampled) / temperature + log_ratio)``, normalised.
+
+    A ``resampled`` that is not finite is 0.
+    """
     differences = [p - (r if math.isfinite(r) else 0.0) for p, r in zip(potentials, resampled, strict=True)]
-    return softmax([difference / temperature for difference in differences])
+    return softmax([d / temperature + log_ratio for d, log_ratio in zip(differences, log_ratios, strict=True)])
 
 
 def _finish_once(search: Search, states: list[Particle]) -> Chain:

@@ -14,8 +14,9 @@ from diffaccel.samplers.search.resampling import draw
 class SVDD(PathSearchConfig):
     """Soft value-based decoding in diffusion models (Li et al., arXiv 2408.08252), with ``r(x0)`` as the value.
 
-    At every level each chain tries ``K = floor((budget - tail) / (particles stages))`` children and continues from
-    ``argmax r(x0')``, or from one drawn from ``softmax(r / temperature)``. Latents ``(B, C, H, W)``.
+    At every level each chain tries about ``K = (budget - tail) / (particles stages)`` children, rounded up or down so
+    that the whole budget is spent, at least 2. It continues from ``argmax r(x0')``, or from one drawn from
+    ``softmax(r / temperature)``. Latents ``(B, C, H, W)``.
 
     Args:
         particles: chains per picture.
@@ -36,20 +37,21 @@ class SVDD(PathSearchConfig):
         self.require_at_least(particles=1, temperature=0)
 
     def chains(self, search: Search) -> list[Chain]:
-        count = self.tries_per_level(search, self.particles)
-        return [svdd(search, chain, count, self.temperature) for chain in range(self.particles)]
+        tries = self.tries(search, self.particles)
+        search.used = {"tries": tries}
+        return [svdd(search, chain, counts, self.temperature) for chain, counts in enumerate(tries)]
 
 
-def svdd(search: Search, chain: int, count: int, temperature: float) -> Chain:
-    """Run one chain: ``x = x_i`` with ``i ~ softmax(r(x0_i) / temperature)``, ``x_i = K(x, z_i)``, ``i = 1 ... count``.
+def svdd(search: Search, chain: int, counts: list[int], temperature: float) -> Chain:
+    """Run one chain: ``x = x_i`` with ``i ~ softmax(r(x0_i) / temperature)`` and ``x_i = K(x, z_i)``.
 
-    ``K`` is the plan's kernel, such as ``alpha' x0 + sqrt(sigma'^2 - gamma^2) eps + gamma z``, and temperature 0 takes
-    the argmax (arXiv 2408.08252, algorithm 1).
+    There are ``counts`` of the ``x_i``, one number a level. ``K`` is the plan's kernel, such as ``alpha' x0 +
+    sqrt(sigma'^2 - gamma^2) eps + gamma z``, and temperature 0 takes the argmax (arXiv 2408.08252, algorithm 1).
     """
-    children = yield [search.start(chain, i) for i in range(count)]
+    children = yield [search.start(chain, i) for i in range(counts[0])]
     for stage in range(search.plan.stages):
         state = children[draw([p.reward for p in children], temperature, search.seed, chain, stage)]
-        search.note(chain=chain, stage=stage, tried=count, reward=state.reward)
+        search.note(chain=chain, stage=stage, tried=counts[stage], reward=state.reward)
         if stage < search.plan.stages - 1:
-            children = yield [search.propose(state, i) for i in range(count)]
+            children = yield [search.propose(state, i) for i in range(counts[stage + 1])]
     return (yield from search.finish([state]))

@@ -127,7 +127,7 @@ def methods(budget: int, temperature: float) -> dict[str, Any]:
         "sop": SoP(budget=budget, particles=1 if budget < 80 else 2),
     }
     for path in PATHS:
-        common: dict[str, Any] = {"budget": budget, "path": path, "tail_steps": TAIL}
+        common: dict[str, Any] = {"budget": budget, "path": path} | ({"tail_steps": TAIL} if path == "vp" else {})
         configs[f"smc {path}"] = SMC(temperature=temperature, **common)
         configs[f"code {path}"] = CoDe(particles=2, **common)
         configs[f"svdd {path}"] = SVDD(particles=2, **common)

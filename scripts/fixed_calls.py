@@ -162,7 +162,7 @@ def planned(name: str, case: Case, guided: bool) -> Iterator[tuple[str, Any, dic
     """Label, config's class with its options (None for the stock call) and arguments of every call."""
     loops = {key: kind for key in registry.names() if (kind := registry.config_class(key)).touches == "loop"}
     samplers = {key: partial(kind) for key, kind in loops.items() if not kind.searches}
-    least = {key: 40 if key == "sop" else 24 for key in loops if key not in samplers}
+    least = {key: 80 if key == "sop" else 24 for key in loops if key not in samplers}
     searches = {key: partial(loops[key], reward=brightness, budget=budget) for key, budget in least.items()}
     usual, whole = {"guided": guided, "batch": 2}, guided == case.guided[0] and not case.brief
     few = searches if whole else {"rbf": searches["rbf"]}

@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 
 MARKERS = ".chunks"
 LATENTS = ".safetensors"
+SEARCH = "search"  # subfolder where searches leave their traces, one folder for each call
 _MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
 _LEFTOVER = re.compile(rf"\.(run\.json|{_IMAGE.pattern})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
+_TRACE = re.compile(r"rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|\d{3,}-\d+_.*\.png")
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -155,6 +157,12 @@ class RunFolder:
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
         for name in (record.RUN, *self._replaced):
             (self.path / name).unlink(missing_ok=True)
+        for folder in (self.path / SEARCH).glob("[0-9]*"):
+            for trace in folder.iterdir() if folder.is_dir() else ():
+                if _TRACE.fullmatch(trace.name) and trace.is_file():
+                    trace.unlink()
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # fails when something else is in it
 
     def abandon(self) -> None:
         """Remove what this process wrote of a run that failed before its first chunk was finished."""

@@ -31,14 +31,13 @@ from diffaccel.runs.call_arguments import (
 )
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.failures import failures
-from diffaccel.runs.folder import RunFolder, check_writable
+from diffaccel.runs.folder import SEARCH, RunFolder, check_writable
 from diffaccel.runs.request import Request
 
 if TYPE_CHECKING:
     import torch
 
 OUT = "out"
-SEARCH = "search"  # subfolder of a run where searches leave their traces, one for each call
 GO_ON = "go on"  # verdict of a look that proves nothing yet
 
 
@@ -299,7 +298,8 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
             )
             latents = profile.latents if run.request.latents else None
             if processes.rank == 0 or not shared:
-                folder.add(number, images, run.call, cost, noise=profile.noise_sha256(len(chunk)), latents=latents)
+                noise = [] if searches else profile.noise_sha256(len(chunk))  # of a search it is one of many
+                folder.add(number, images, run.call, cost, noise=noise, latents=latents)
             bar.update(len(images))
     processes.wait()
 

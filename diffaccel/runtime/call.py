@@ -23,6 +23,7 @@ from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.guard import restored
 from diffaccel.modules.stand_in import TextMemo, clone
 from diffaccel.runtime.callbacks import Callback
+from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.probe import arguments_of, check_call, make_session, no_step
@@ -96,7 +97,7 @@ def _follow(
             session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
         )
         begin()
-        latents = driver.run(config.sample(session))
+        latents = driver.run(checked_sampling(config, session))
         recording.denoised = driver.denoised
         stats.append(driver.stats)
         return latents

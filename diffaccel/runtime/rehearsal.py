@@ -10,6 +10,7 @@ from torch import Tensor
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.families import FAMILIES
+from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Step
 
@@ -47,7 +48,8 @@ class StockSession:
 def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
     """Return the noise levels at which a sampler will ask for predictions, in order."""
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
-    sampling = config.sample(StockSession(pipe, schedule, x, torch.Generator("cpu")))  # type: ignore[arg-type]
+    session: Any = StockSession(pipe, schedule, x, torch.Generator("cpu"))
+    sampling = checked_sampling(config, session)
     requested: list[Tensor] = []
     reply: Any = None
     while True:

@@ -28,6 +28,7 @@ from diffaccel.flow import VE_PATH
 from diffaccel.modules.guard import contents_of, restored
 from diffaccel.modules.instance_method import InstanceMethod
 from diffaccel.modules.step_output import StepOutput
+from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.runtime.meter import Meter
 from diffaccel.runtime.probe import no_step
 from diffaccel.runtime.rehearsal import StockSession, check_single, rehearse
@@ -218,8 +219,8 @@ class _Loop:
         is_unchanged = self.returned is not None and _same(sample, self.returned)
         if self.sampling is None:
             x = schedule.from_pipeline(sample.to(wide))
-            session = StockSession(self.pipe, schedule, x, self.generator)
-            self.sampling = self.config.sample(session)  # type: ignore[arg-type]
+            session: Any = StockSession(self.pipe, schedule, x, self.generator)
+            self.sampling = checked_sampling(self.config, session)
             return x, next(self.sampling), self.sampling
         if isinstance(self.event, Step):
             x = self.event.x if is_unchanged else sample.to(wide) * schedule.state_scale(sigma)

@@ -13,7 +13,7 @@ from diffaccel.eval.report.export import csv_text, latex_text
 from diffaccel.eval.report.markdown import markdown
 from diffaccel.eval.report.page import html_text
 from diffaccel.eval.report.summary import verdicts
-from diffaccel.files import write_json, write_text
+from diffaccel.files import remove_leftovers, write_json, write_text
 
 LARGEST = 10 * 2**20  # bytes of the page
 PICTURES = "pictures.json"
@@ -45,6 +45,7 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
     """
     report = contents(comparison, command)
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out, r"report\.(json|md|html|csv|tex)|pictures\.json")
     write_json(out / "report.json", report)
     shown = pictures.of_page(comparison, pairs)
     while len(html_text(report, shown).encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each

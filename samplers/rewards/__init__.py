@@ -19,11 +19,12 @@ from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.samplers.rewards import clip, compress, vqa
 from diffaccel.samplers.rewards.callables import from_callable, import_function
 from diffaccel.samplers.rewards.counting import counts
+from diffaccel.samplers.rewards.identity import digest, weights
 from diffaccel.samplers.rewards.preference import published
 from diffaccel.samplers.rewards.reward import Reward
 from diffaccel.samplers.rewards.sums import terms, weighted
 
-__all__ = ["KNOWN", "Reward", "counts", "resolve", "weighted"]
+__all__ = ["KNOWN", "Reward", "counts", "digest", "resolve", "weighted", "weights"]
 
 # Name: a function of the text after the name's colon, a device, and the name of the model that makes the pictures. All
 # have this one signature, though most ignore the model and some the device.
@@ -40,9 +41,9 @@ def resolve(reward: Any, *, device: torch.device | str, model: str = "") -> Rewa
 
     Args:
         reward: a :class:`Reward`; a callable ``(images, prompts) -> scores``, whose attributes ``name``, ``input``,
-            ``batch_size``, ``device``, ``differentiable`` and ``needs_prompts`` are used where it has them; or text: a
-            name of :data:`KNOWN`, with its argument after a colon, ``py:module:function``, or a weighted sum of these
-            such as ``clip + 0.2*compress``.
+            ``batch_size``, ``device``, ``differentiable``, ``needs_prompts`` and ``identity`` are used where it has
+            them; or text: a name of :data:`KNOWN`, with its argument after a colon, ``py:module:function``, or a
+            weighted sum of these such as ``clip + 0.2*compress``.
         device: device of a named reward's network.
         model: name or folder of the model that makes the pictures; only ``clip`` needs it.
 

@@ -10,7 +10,7 @@ import torch
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.rewards.reward import Reward
 
-ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts")
+ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts", "identity")
 
 
 def from_callable(function: Any, name: str = "") -> Reward:

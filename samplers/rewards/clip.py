@@ -14,6 +14,7 @@ from torch import Tensor
 from diffaccel import zoo
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval.networks import extractors
+from diffaccel.samplers.rewards import identity
 from diffaccel.samplers.rewards.reward import Reward
 
 # Model of the zoo: its CLIP for rewards. The zoo's judge is not among them: it is kept for evaluation.
@@ -59,7 +60,7 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
 
     return Reward(
         name=f"clip:{clip_name}", function=score, device=device, batch_size=_BATCH_SIZE, differentiable=True,
-        needs_prompts=True,
+        needs_prompts=True, identity=lambda: identity.weights(network),
     )  # fmt: skip
 
 

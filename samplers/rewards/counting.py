@@ -36,7 +36,7 @@ def counts(detector: Detector, expected: Counts | Callable[[str], Counts]) -> Re
     residual = _Residual(detector, expected if callable(expected) else fixed)
 
     things = ", ".join(f"{count} {name}" for name, count in fixed.items()) or "by prompt"
-    attributes = {"needs_prompts": callable(expected), **reward_attributes(detector)}
+    attributes = {"needs_prompts": callable(expected), **reward_attributes(detector), "identity": None}
     return Reward(name=f"counts[{things}]", function=residual, **attributes)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.eval.networks import scorers
+from diffaccel.samplers.rewards import identity
 from diffaccel.samplers.rewards.reward import Reward
 
 WITHOUT_TEXT = ("aesthetic",)  # scorers that look at the picture alone
@@ -29,4 +30,7 @@ def published(name: str, path: str, device: torch.device, model: str) -> Reward:
         return score((images.clamp(0, 1) * 255).round().to(torch.uint8), prompts)
 
     full_name = f"{name}:{path}" if path else name
-    return Reward(name=full_name, function=score_rounded, batch_size=16, needs_prompts=name not in WITHOUT_TEXT)
+    return Reward(
+        name=full_name, function=score_rounded, batch_size=16, needs_prompts=name not in WITHOUT_TEXT,
+        identity=lambda: identity.digest(score.function),
+    )  # fmt: skip

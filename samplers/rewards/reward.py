@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line, unknown
+from diffaccel.samplers.rewards import identity
 
 Function = Callable[[Tensor, list[str]], Any]
 Input = Literal["pixels", "latents", "video"]
@@ -32,6 +33,8 @@ class Reward:
         device: device that the pictures are moved to; None leaves them where they are.
         differentiable: whether its numbers can be differentiated with respect to the pictures.
         needs_prompts: whether it cannot score a picture without a text.
+        identity: text, or a function without arguments that returns one, which differs where the numbers do; None for
+            the code of ``function`` with all that it refers to.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Reward:
     device: torch.device | None = None
     differentiable: bool = False
     needs_prompts: bool = False
+    identity: str | Callable[[], str] | None = field(default=None, repr=False)
     _returned: set[str] = field(default_factory=set, init=False, repr=False)  # so far, of "number" and "nan"
 
     def __post_init__(self) -> None:
@@ -51,6 +55,11 @@ class Reward:
             raise DiffAccelError(
                 f"The batch_size of the reward '{self.name}' is {self.batch_size!r}; it must be a whole number above 0."
             )
+
+    def fingerprint(self) -> str:
+        """Return a digest of what its numbers depend on, the same in another process."""
+        stated = self.identity() if callable(self.identity) else self.identity
+        return identity.digest(self.name, self.input, self.function if stated is None else stated)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return rewards, ``(b,)`` float64 on the CPU. NaN becomes -inf, the worst; the first one gives a warning.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval.networks import weights
+from diffaccel.samplers.rewards import identity
 from diffaccel.samplers.rewards.reward import Reward
 
 QUESTION = 'Does this figure show "{}"? Please answer yes or no.'
@@ -66,7 +67,10 @@ def reward(argument: str, device: torch.device, model: str) -> Reward:
             )  # fmt: skip
         return answer.logits[0].double().softmax(-1)[:, yes[0]]
 
-    return Reward(name=f"vqa:{argument}", function=probability, batch_size=8, needs_prompts=True)
+    return Reward(
+        name=f"vqa:{argument}", function=probability, batch_size=8, needs_prompts=True,
+        identity=lambda: identity.weights(network),
+    )  # fmt: skip
 
 
 def _load(folder: Path, device: torch.device) -> tuple[Any, Any]:

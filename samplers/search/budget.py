@@ -84,3 +84,10 @@ RULES: dict[str, Callable[..., BudgetPolicy]] = {
     "rollover": lambda config, base_quota, stages: Rollover(base_quota, stages, config.leftover, config.cap),
     "threshold": lambda config, base_quota, stages: Threshold(base_quota, config.threshold),
 }
+
+
+def shares(total: int, chains: int, rounds: int) -> list[list[int]]:
+    """Split tries among the rounds of chains, the first axis: evenly, what does not divide spread over the rounds."""
+    each, rest = divmod(total, chains * rounds)
+    extra = [rest // chains + (chain < rest % chains) for chain in range(chains)]
+    return [[each + (k + 1) * more // rounds - k * more // rounds for k in range(rounds)] for more in extra]

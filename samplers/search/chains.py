@@ -22,13 +22,11 @@ class Ledger:
     Attributes:
         nfe: predictions, one per state and level; a guided one counts once.
         nfe_wasted: the part of ``nfe`` spent on children that were not compared.
-        nfe_recomputed: predictions beyond ``nfe``: of states computed again when a search was resumed from its log.
         scored: pictures decoded and scored.
     """
 
     nfe: int = 0
     nfe_wasted: int = 0
-    nfe_recomputed: int = 0
     scored: int = 0
 
     def to_dict(self) -> dict[str, int]:
@@ -51,6 +49,8 @@ class Search:
         samples: samples of the finished chains, best first.
         rewards: lowest and highest reward so far; None before the first.
         climb: ``(NFE, reward, whether it is a sample)`` of every scored particle that became the best so far.
+        own: reward of the call's own noise, the first that was scored of it.
+        used: sizes that the method derived from its options and the budget, JSON-ready.
     """
 
     row: int
@@ -65,6 +65,8 @@ class Search:
     samples: list[Particle] = field(default_factory=list)
     rewards: tuple[float, float] | None = None
     climb: list[tuple[int, float, bool]] = field(default_factory=list)
+    own: float | None = None
+    used: dict[str, Any] = field(default_factory=dict)
 
     def start(self, chain: int, attempt: int = 0, *, score: bool = True) -> Transition:
         """Ask for a first state, of pure noise; the first attempt of chain 0 has the call's own noise."""
@@ -107,16 +109,18 @@ class Search:
         """Sort by falling reward, equal rewards by key, and keep ``count``; 0 keeps the best and ``keep`` more."""
         return sorted(particles, key=lambda particle: (-particle.reward, particle.key))[: count or self.keep + 1]
 
-    def charge(self, transition: Transition) -> None:
-        """Add the cost of a transition to the ledger."""
+    def charge(self, transition: Transition, *, guided: bool = False) -> None:
+        """Add the cost of a transition to the ledger; guided predictions are scored for their gradients."""
         self.ledger.nfe += transition.predict
-        self.ledger.scored += transition.score
+        self.ledger.scored += transition.score or (guided and transition.predict)
 
     def observe(self, particle: Particle) -> None:
         """Record a particle's reward, and keep the particle if it is the best so far."""
         if not math.isnan(particle.reward):
             low, high = self.rewards or (particle.reward, particle.reward)
             self.rewards = min(low, particle.reward), max(high, particle.reward)
+            if self.own is None and particle.key.chain == particle.key.attempt == 0:
+                self.own = particle.reward
         if particle.better(self.best):
             self.best = particle
             if not math.isnan(particle.reward):

@@ -14,8 +14,10 @@ from diffaccel.config import Level, Machine, SamplerConfig
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import rewards
 from diffaccel.samplers.search import noise, report
+from diffaccel.samplers.search.budget import shares
 from diffaccel.samplers.search.chains import Chain, RunningChain, Search
 from diffaccel.samplers.search.engine import Engine
+from diffaccel.samplers.search.identity import identity
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import KernelName, PathName, ScaleName, SearchPlan, make_plan
 from diffaccel.samplers.search.processes import SearchProcesses
@@ -26,7 +28,6 @@ from diffaccel.session import Sampling, Session, Step
 logger = logging.getLogger(__name__)
 
 FRAMES_PER_LATENT = 4  # of a video, about
-NEUTRAL_OPTIONS = ("max_batch", "reward_device", "keep", "folder", "shared")  # no decision of a search depends on them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,17 @@ class SearchConfig(SamplerConfig):
     def require_at_least(self, **minimums: float) -> None:
         """Raise for the first of these fields that is below its minimum."""
         for field, minimum in minimums.items():
-            if getattr(self, field) < minimum:
+            value = getattr(self, field)
+            if value is not None and value < minimum:
+                raise DiffAccelError(f"{type(self).__name__}.{field} is {value}; it must be at least {minimum}.")
+
+    def refuse_without_effect(self, advice: str, why: str, **defaults: Any) -> None:
+        """Raise for the first of these fields that has another value than its default, where none has an effect."""
+        for field, default in defaults.items():
+            if getattr(self, field) != default:
                 raise DiffAccelError(
-                    f"{type(self).__name__}.{field} is {getattr(self, field)}; it must be at least {minimum}."
+                    f"{type(self).__name__}.{field} is {getattr(self, field)!r}, which has no effect: {why}. Set "
+                    f"{advice}, or leave {field} out."
                 )
 
     @classmethod
@@ -85,6 +94,11 @@ class SearchConfig(SamplerConfig):
         return {"name": self.name, **options}
 
     # -- what a method defines --------------------------------------------------------------------------------------
+
+    @property
+    def target_temperature(self) -> float | None:
+        """Temperature of ``p(x0) exp(r(x0) / temperature)`` where the particles are weighed to follow that."""
+        return None
 
     def chains(self, search: Search) -> list[Chain]:
         """Return the method's generators for one prompt, each of which returns its samples, best first.
@@ -112,22 +126,35 @@ class PathSearchConfig(SearchConfig):
         path: the noise levels. "native": the call's own, to the end, with DDPM's noise between them; "linear": the
             same with noise by ``scale``; "vp": those of the variance-preserving path, then a deterministic tail.
         kernel: "cps" keeps every marginal exactly; "em" is Euler-Maruyama.
-        scale, norm: strength of the fresh noise, ``g(t) = norm f(t)``; ``scale`` names ``f``.
-        stages: noise levels of "vp" that are searched; the other paths take the call's own.
-        tail_steps: deterministic steps after the search on "vp": -1 for the call's own from there, 0 for none, where
-            the sample is a posterior mean.
+        scale: name of ``f`` of the strength ``g(t) = norm f(t)`` of the fresh noise; None is "square". It is no option
+            of "native".
+        norm: factor of that strength, None for 3; on "native" the share of DDPM's noise, at most 1, None for 1.
+        stages: noise levels of "vp" that are searched, None for 10; the other paths take the call's own.
+        tail_steps: deterministic steps after the search on "vp": None or -1 for the call's own from there, 0 for none,
+            where the sample is a posterior mean.
     """
 
     path: PathName = "native"
     kernel: KernelName = "cps"
-    scale: ScaleName = "square"
-    norm: float = 3.0
-    stages: int = 10
-    tail_steps: int = -1
+    scale: ScaleName | None = None
+    norm: float | None = None
+    stages: int | None = None
+    tail_steps: int | None = None
 
     def validate(self) -> None:
         super().validate()
         self.require_at_least(stages=2, tail_steps=-1, norm=0)
+        if self.path != "vp":
+            why = f"the path '{self.path}' has the call's own levels, to the end"
+            self.refuse_without_effect("path='vp'", why, stages=None, tail_steps=None)
+        if self.path == "native":
+            why = "the path 'native' has DDPM's noise"
+            self.refuse_without_effect("path='linear' or 'vp'", why, scale=None)
+            if self.norm is not None and self.norm > 1:
+                raise DiffAccelError(
+                    f"{type(self).__name__}.norm is {self.norm:g}; on the path 'native' it is a share of DDPM's noise, "
+                    "at most 1. Lower it, or set path='linear' or 'vp'."
+                )
         if self.kernel == "em" and (self.scale == "ancestral" or self.path == "native"):
             raise DiffAccelError(
                 f"{type(self).__name__}: ancestral noise, which the path 'native' has, is of the kernel 'cps'. Set "
@@ -135,23 +162,26 @@ class PathSearchConfig(SearchConfig):
             )
 
     def plan(self, session: Session) -> SearchPlan:
-        return make_plan(
-            session.schedule, path=self.path, kernel=self.kernel, scale=self.scale, norm=self.norm, stages=self.stages,
-            tail_steps=self.tail_steps,
-        )  # fmt: skip
+        given = {"scale": self.scale, "norm": self.norm, "stages": self.stages, "tail_steps": self.tail_steps}
+        options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+        return make_plan(session.schedule, path=self.path, kernel=self.kernel, **options)
 
-    def tries_per_level(self, search: Search, chains: int) -> int:
-        """Return how many states each chain may try at every level: ``floor((budget - tail) / (chains stages))``.
+    def tries(self, search: Search, chains: int) -> list[list[int]]:
+        """Return how many states each chain may try at each level.
+
+        All of ``budget - tail`` is spent, as evenly as whole tries go.
 
         Raises:
-            DiffAccelError: as :meth:`check_budget` does.
+            DiffAccelError: for fewer than two a level, which leave nothing to choose from, and as
+                :meth:`check_budget` does.
         """
         plan = search.plan
         self.check_budget(
-            search, chains * (plan.stages + plan.tail_nfe),
-            f"{chains} chains of {plan.stages} levels and {plan.tail_nfe} steps of the tail",
+            search, chains * (2 * plan.stages + plan.tail_nfe),
+            f"{chains} chains of 2 tries, which is the least to choose from, at {plan.stages} levels, and "
+            f"{plan.tail_nfe} steps of the tail",
         )  # fmt: skip
-        return (search.budget - chains * plan.tail_nfe) // (chains * plan.stages)
+        return shares(search.budget - chains * plan.tail_nfe, chains, plan.stages)
 
     def check_budget(self, search: Search, minimum: int, why: str) -> None:
         """Raise for a budget below ``minimum``, or a plan without fresh noise, whose children would all be equal."""
@@ -174,20 +204,23 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     chains = [RunningChain(search, i, policy) for search in searches for i, policy in enumerate(config.chains(search))]
     processes = SearchProcesses.of_launch(session.device) if config.shared or session.shared else SearchProcesses()
     folder = Path(config.folder) if config.folder else session.folder
+    header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
+    log = RewardLog(folder, header, processes=processes, keep=config.keep)
     engine = Engine(
-        session, scorer, reward_log=RewardLog(folder, _identity(config, searches, plan), processes=processes),
-        processes=processes, rows=config.max_batch, overlap=scorer.elsewhere(session.device), guide=config.guide,
+        session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
+        overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
     )  # fmt: skip
     interrupted = yield from engine.run(chains)
     results = _results(searches)
     _warn_of_a_constant_reward(searches, scorer)
-    x0 = yield from engine.latents([(search, samples[0]) for search, samples in results.items()])
+    x0 = engine.latents([(search, samples[0]) for search, samples in results.items()])
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
     if folder is not None:
         flat = [(search, sample) for search, samples in results.items() for sample in samples]
-        latents = yield from engine.latents(flat)  # in every process: latents known from the log only are gathered
         if processes.rank == 0:
-            report.write(folder, session.report["search"], scorer, flat, latents)
+            report.write(folder, session.report["search"], scorer, flat, engine.latents(flat))
+        if not interrupted:
+            engine.store_results([sample for _, sample in flat], config.keep)
     x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
     return x
 
@@ -207,13 +240,6 @@ def _searches(config: SearchConfig, session: Session, plan: SearchPlan) -> list[
         Search(row, prompt, seed, plan, config.budget, config.keep)
         for row, (prompt, seed) in enumerate(zip(session.prompts, seeds, strict=True))
     ]
-
-
-def _identity(config: SearchConfig, searches: Sequence[Search], plan: SearchPlan) -> dict[str, Any]:
-    """Return everything that the decisions of a search depend on, JSON-ready."""
-    method = {option: value for option, value in config.to_dict().items() if option not in NEUTRAL_OPTIONS}
-    prompts, seeds = [search.prompt for search in searches], [search.seed for search in searches]
-    return {"method": method, "prompts": prompts, "seeds": seeds, "sigmas": list(plan.sigmas)}
 
 
 def _results(searches: Sequence[Search]) -> dict[Search, list[Particle]]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from diffaccel.samplers.search import noise
 from diffaccel.samplers.search.chains import RunningChain, Search
-from diffaccel.samplers.search.particles import Lineage, Particle, Pool, Transition
+from diffaccel.samplers.search.particles import Particle, Pool, Slot, Transition
 from diffaccel.samplers.search.processes import SearchProcesses
-from diffaccel.samplers.search.reward_log import RewardLog
+from diffaccel.samplers.search.reward_log import RewardLog, numbers
 from diffaccel.samplers.search.scoring import PictureScorer
 from diffaccel.session import Eval, Progress, Session, bcast
 
 Events = Generator[Any, Any, Any]
 Row = tuple[Search, Transition]  # one row of a round: a transition, and the search that asks for it
 MAX_ELEMENTS = 2**22  # of latents in one network call, where the caller does not limit its rows
+STORING_SHARE = 0.05  # of a search's time, at most, that goes into storing latents for a resumed one
 
 
 class Engine:
@@ -34,7 +38,12 @@ class Engine:
         processes: the processes that share the search.
         rows: maximum number of rows in one network call; 0 for one that suits the latents' size.
         overlap: score one half of the chains while the other half is predicted, for a scorer on another device.
-        guide: factor of ``x0 + guide grad r(x0)``, for a differentiable reward; 0 for none.
+        guide: factor of ``x0 + guide grad r(x0)`` at every prediction, for a differentiable reward; 0 for none.
+        temperature: of ``p(x0) exp(r(x0) / temperature)``, which the particles are weighed to follow; None where they
+            only climb. Guidance then twists the kernels ``p(x' | x) = N(m, c^2)`` to ``q(x' | x) = N(m + guide c^2
+            alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature, c^2)``, which is the best to first order for data
+            of unit variance and ``guide = 1``, and each particle is told ``log p / q``. Predictions, and transitions
+            without noise, stay as they are.
     """
 
     def __init__(
@@ -47,11 +56,20 @@ class Engine:
         rows: int = 0,
         overlap: bool = False,
         guide: float = 0.0,
+        temperature: float | None = None,
     ) -> None:
         self.session, self.scorer, self.guide, self.overlap = session, scorer, guide, overlap
         self.reward_log, self.processes = reward_log or RewardLog(), processes or SearchProcesses()
         self.rows = rows or max(1, min(4096, MAX_ELEMENTS // session.x[0].numel()))
-        self.pool = Pool(session.x)
+        self.weighed = temperature is not None and guide > 0
+        self.twist = guide / (temperature or 1.0)
+        self.pool = Pool(session.x, 2 + self.weighed)
+        self._numbers = itertools.count()
+        self._first_numbers: list[int] = []  # of the particles of every round that has begun
+        self._settled = self._stored = 0  # rounds whose rewards are known, and those whose latents are stored
+        self._storing_seconds, self._stored_at = 0.0, time.perf_counter()
+        self._living: WeakValueDictionary[int, Slot] = WeakValueDictionary()
+        self._restored = self._restore()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._stream: Any = None
         schedule, begin = session.schedule, float(session.sigmas[0])
@@ -72,6 +90,8 @@ class Engine:
             while turns:
                 running, settle = turns.popleft()
                 settle()
+                del settle  # and with it the particles that nothing starts from any more
+                self._store()
                 running = [chain for chain in running if chain.transitions]
                 if not running:
                     continue
@@ -88,45 +108,61 @@ class Engine:
         Returns:
             A function that waits for the rewards and advances the chains.
         """
-        particles = {chain: [Particle.from_transition(t) for t in chain.transitions] for chain in chains}
-        replayed = {chain: rewards for chain in chains if (rewards := self.reward_log.replay(chain)) is not None}
-        fresh = [chain for chain in chains if chain not in replayed]
-        rows = [(chain.search, transition) for chain in fresh for transition in chain.transitions]
+        number = len(self._first_numbers)
+        particles = {chain: [self._particle(transition) for transition in chain.transitions] for chain in chains}
+        self._first_numbers.append(next(iter(particles.values()))[0].number)
+        answers = self.reward_log.replay(number, chains)
         wait: Callable[[], list[float]] = list
-        if rows:
-            wait = yield from self._answer(rows, [particle for chain in fresh for particle in particles[chain]])
+        if answers is None or number >= self._stored:  # else its latents are known, or not needed any more
+            rows = [(chain.search, transition) for chain in chains for transition in chain.transitions]
+            states = [particle for chain in chains for particle in particles[chain]]
+            wait = yield from self._answer(rows, states, score=answers is None)
         for chain in chains:
             for transition in chain.transitions:
-                chain.search.charge(transition)
+                chain.search.charge(transition, guided=self.guide > 0)
 
         def settle() -> None:
-            computed = iter(wait())
-            for chain, states in particles.items():
-                rewards = replayed.get(chain) or [next(computed) for _ in states]
-                for particle, reward in zip(states, rewards, strict=True):
+            rewards = wait()
+            if answers is None:
+                for particle, reward in zip(itertools.chain(*particles.values()), rewards, strict=True):
                     particle.reward = reward
+                self.reward_log.append(particles, guided=self.weighed)
+            else:
+                _replay(particles, answers)
+            self._settled += 1
+            for chain, states in particles.items():
+                for particle in states:
                     chain.search.observe(particle)
-                if chain not in replayed:
-                    self.reward_log.append(chain, rewards)
                 chain.advance(states)
 
         return settle
 
-    def _answer(self, rows: list[Row], particles: list[Particle]) -> Events:
-        """Compute the latents of each row's particle, and start scoring them.
+    def _particle(self, transition: Transition) -> Particle:
+        particle = Particle.from_transition(transition, next(self._numbers))
+        particle.slot = self._restored.pop(particle.number, None)
+        return particle
+
+    def _answer(self, rows: list[Row], particles: list[Particle], *, score: bool = True) -> Events:
+        """Compute the latents of each row's particle, and start scoring them unless ``score`` is False.
 
         Returns:
             A function that waits for the rewards of all rows; NaN for those that are not scored.
         """
-        yield from self._restore_parents(rows)
         own = rows[self.processes.part(len(rows), self.rows)]
-        x = self._states(own)
+        x, log_ratios = self._states(own)
         v = yield from self._velocities(own, x)
-        scored = [i for i, (_, transition) in enumerate(own) if transition.score]
-        ready = self._score(own, scored, x, v)
-        slots = self.pool.put(*self.processes.gather(x, v, len(rows), self.rows))
+        scored = [i for i, (_, transition) in enumerate(own) if transition.score and score]
+        if self.guide:  # scored again where the reward is known: its gradient is not
+            latents, ready, scored = self._guided(own, x, v)
+        else:
+            latents, ready = [x, v], self._score(own, scored, x, v)
+        slots = self.pool.put(*self.processes.gather(latents, len(rows), self.rows))
+        if self.weighed:
+            log_ratios = self.processes.gather_numbers(log_ratios, x.device, len(rows), self.rows)
+            for particle, log_ratio in zip(particles, log_ratios, strict=True):
+                particle.log_ratio = log_ratio
         for particle, slot in zip(particles, slots, strict=True):
-            particle.slot = slot
+            particle.slot = self._living[particle.number] = slot
 
         def wait() -> list[float]:
             rewards = [math.nan] * len(own)
@@ -136,23 +172,36 @@ class Engine:
 
         return wait
 
+    def _x0(self, rows: list[Row], x: Tensor, v: Tensor) -> Tensor:
+        """Return the clean latents of each row; of one without a prediction, ``x`` itself."""
+        return x - bcast(_levels([transition.sigma if transition.predict else 0.0 for _, transition in rows]), x) * v
+
     def _score(self, rows: list[Row], scored: list[int], x: Tensor, v: Tensor) -> Future[list[float]]:
-        """Score ``x0`` of the rows ``scored``; under guidance, add the reward's gradient to their ``v`` in place."""
-        sigma = bcast(_levels([transition.sigma if transition.predict else 0.0 for _, transition in rows]), x)
-        x0 = (x - sigma * v)[scored]
-        call_rows = [rows[i][0].row for i in scored]
-        ready: Future[list[float]] = Future()
-        if self.guide and scored:
-            rewards, gradient = self.scorer.guided(x0, call_rows)
-            ready.set_result(rewards)
-            predicted = [k for k, i in enumerate(scored) if rows[i][1].predict]
-            places = [scored[k] for k in predicted]
-            v[places] -= self.guide * gradient[predicted] / sigma[places]
-        elif self.overlap and scored:
-            ready = self._worker.submit(self._deferred_scoring(x0, call_rows))
-        else:
-            ready.set_result(self.scorer(x0, call_rows))
-        return ready
+        """Score ``x0`` of the rows ``scored``."""
+        x0, call_rows = self._x0(rows, x, v)[scored], [rows[i][0].row for i in scored]
+        if self.overlap and scored:
+            return self._worker.submit(self._deferred_scoring(x0, call_rows))
+        return _known(self.scorer(x0, call_rows))
+
+    def _guided(self, rows: list[Row], x: Tensor, v: Tensor) -> tuple[list[Tensor], Future[list[float]], list[int]]:
+        """Score ``x0`` of all rows that are predicted or scored, and guide the predictions by the gradients.
+
+        Returns:
+            What the pool stores, the rewards, and which rows they are of.
+        """
+        looked = [i for i, (_, transition) in enumerate(rows) if transition.score or transition.predict]
+        gradients = torch.zeros_like(v)
+        rewards: list[float] = []
+        if looked:
+            rewards, gradients[looked] = self.scorer.guided(
+                self._x0(rows, x, v)[looked], [rows[i][0].row for i in looked]
+            )
+        scored = [(i, reward) for i, reward in zip(looked, rewards, strict=True) if rows[i][1].score]
+        ready = _known([reward for _, reward in scored]), [i for i, _ in scored]
+        if self.weighed:
+            return [x, v, gradients], *ready
+        per_sigma = _levels([1 / transition.sigma if transition.predict else 0.0 for _, transition in rows])
+        return [x, v - self.guide * bcast(per_sigma, x) * gradients], *ready
 
     def _deferred_scoring(self, x0: Tensor, rows: list[int]) -> Callable[[], list[float]]:
         """Return the scoring as a function for another thread.
@@ -175,28 +224,41 @@ class Engine:
 
         return score
 
-    def _states(self, rows: list[Row]) -> Tensor:
-        """Compute ``a x + b v + c z`` of every row, ``(R, C, H, W)``."""
+    def _states(self, rows: list[Row]) -> tuple[Tensor, list[float]]:
+        """Compute ``a x + b v + c z`` of every row, ``(R, C, H, W)``, and its ``log p / q`` under guidance."""
         like = self.session.x
-        out = like.new_empty(len(rows), *like.shape[1:])
+        out, log_ratios = like.new_empty(len(rows), *like.shape[1:]), [0.0] * len(rows)
         starts = [i for i, (_, transition) in enumerate(rows) if transition.parent is None]
         if starts:
             out[starts] = self._starts([rows[i] for i in starts])
         children = [i for i, (_, transition) in enumerate(rows) if transition.parent is not None]
         if not children:
-            return out
+            return out, log_ratios
         transitions = [rows[i][1] for i in children]
-        x, v = self.pool.get([transition.parent.slot for transition in transitions])  # type: ignore[misc,union-attr]
+        x, v, *gradients = self.pool.get([transition.parent.slot for transition in transitions])  # type: ignore[misc,union-attr]
         columns = zip(*(transition.coefficients for transition in transitions), strict=True)
         a, b, c = (bcast(_levels(column), x) for column in columns)
         state = a * x + b * v
         if any(transition.coefficients.c for transition in transitions):
             keys = [(rows[i][0].seed, rows[i][1].key) for i in children]
-            state += c * noise.normal(keys, like.shape[1:], like)
+            z = noise.normal(keys, like.shape[1:], like)
+            state += c * z
+            if gradients:
+                shift = self._twist(transitions, c, gradients[0])
+                state += shift
+                for i, log_ratio in zip(children, _log_ratios(shift, c, z), strict=True):
+                    log_ratios[i] = log_ratio
         if len(children) == len(rows):
-            return state
+            return state, log_ratios
         out[children] = state
-        return out
+        return out, log_ratios
+
+    def _twist(self, transitions: list[Transition], c: Tensor, gradients: Tensor) -> Tensor:
+        """Return by how much guidance moves the mean of each transition; by nothing where it has no noise."""
+        path = self.session.path
+        alphas = [float(path.alpha(transition.sigma)) for transition in transitions]
+        slopes = [a / (a * a + t.sigma**2) for a, t in zip(alphas, transitions, strict=True)]
+        return self.twist * bcast(_levels(slopes), gradients) * c * c * gradients
 
     def _starts(self, rows: list[Row]) -> Tensor:
         """Make first states: the call's own latents for the first attempt of chain 0, noise for the others."""
@@ -224,49 +286,68 @@ class Engine:
 
     # -- a search that is resumed ------------------------------------------------------------------------------------
 
-    def _restore_parents(self, rows: list[Row]) -> Events:
-        """Compute again the latents of parents that are known from the log only."""
-        parents = [(search, transition.parent) for search, transition in rows if transition.parent is not None]
-        yield from self._recompute(parents)
-
-    def latents(self, particles: Sequence[tuple[Search, Particle]]) -> Events:
+    def latents(self, particles: Sequence[tuple[Search, Particle]]) -> Tensor:
         """Return ``x0`` of particles, ``(R, C, H, W)``; of samples, the samples themselves."""
-        yield from self._recompute(particles)
-        x, v = self.pool.get([particle.slot for _, particle in particles])  # type: ignore[misc]
+        x, v, *_ = self.pool.get([particle.slot for _, particle in particles])  # type: ignore[misc]
         return x - bcast(_levels([0.0 if p.end else p.sigma for _, p in particles]), x) * v
 
-    def _recompute(self, particles: Sequence[tuple[Search, Particle]]) -> Events:
-        """Give latents to the particles that have none, walking the lineage of each from its first state."""
-        missing = {particle: search for search, particle in particles if particle.slot is None}
-        if not missing:
+    def _restore(self) -> dict[int, Slot]:
+        """Take over the latents that are stored beside the log: a slot by the number of its particle."""
+        stored = self.reward_log.latents
+        if stored is None or len(stored.tensors) != len(self.pool.tensors):
+            return {}
+        if any(tensor.shape[1:] != self.session.x.shape[1:] for tensor in stored.tensors):
+            return {}
+        self._stored = stored.rounds
+        slots = self.pool.put(*(tensor.to(self.session.x) for tensor in stored.tensors)) if stored.numbers else []
+        restored = dict(zip(stored.numbers, slots, strict=True))
+        self._living.update(restored)
+        return restored
+
+    def _store(self) -> None:
+        """Store the latents of all living particles, as often as that takes a small share of the time."""
+        if self.reward_log.file is None or self._settled <= self._stored or self._settled < len(self.reward_log.rounds):
             return
-        restored: dict[Lineage, Particle] = {}
-        ways = [(search, particle, _from_start(particle.lineage)) for particle, search in missing.items()]
-        for depth in range(max(len(way) for _, _, way in ways)):
-            steps = {way[depth]: search for search, _, way in ways if depth < len(way) and way[depth] not in restored}
-            rows = [(search, self._transition_of(step, restored)) for step, search in steps.items()]
-            states = [Particle.from_transition(transition) for _, transition in rows]
-            yield from self._answer(rows, states)
-            restored.update(zip(steps, states, strict=True))
-            for search, _ in rows:
-                search.ledger.nfe_recomputed += 1  # also for ends, which need no prediction: they are few
-        for _, particle, way in ways:
-            particle.slot = restored[way[-1]].slot
+        begin = time.perf_counter()
+        if self._storing_seconds >= STORING_SHARE * (begin - self._stored_at):
+            return
+        begun = self._first_numbers[self._settled :]  # rounds that will be made again
+        self._store_particles([number for number in self._living if not begun or number < begun[0]])
+        self._stored_at = time.perf_counter()
+        self._storing_seconds = self._stored_at - begin
 
-    def _transition_of(self, step: Lineage, restored: dict[Lineage, Particle]) -> Transition:
-        """Rebuild the transition of one step of a lineage; it is scored only where the reward's gradient guided it."""
-        parent = None if step.parent is None else restored[step.parent]
-        score = bool(self.guide) and step.score
-        return Transition(parent, step.sigma, step.coefficients, step.key, step.stage, score, step.predict)
+    def store_results(self, particles: Sequence[Particle], keep: int) -> None:
+        """Store the latents of the samples that a search has ended with, and no others."""
+        self._store_particles([particle.number for particle in particles], keep)
+
+    def _store_particles(self, chosen: list[int], keep: int | None = None) -> None:
+        if not self.reward_log.writes:
+            return
+        chosen = sorted(chosen)
+        self._stored = self._settled
+        tensors = [tensor.cpu() for tensor in self.pool.get([self._living[number] for number in chosen])]
+        self.reward_log.store(self._settled, chosen, tensors, keep)
 
 
-def _from_start(lineage: Lineage | None) -> list[Lineage]:
-    """Return the steps of a lineage in order, the first state first."""
-    steps = []
-    while lineage is not None:
-        steps.append(lineage)
-        lineage = lineage.parent
-    return steps[::-1]
+def _replay(particles: dict[RunningChain, list[Particle]], answers: list[dict[str, Any]]) -> None:
+    """Give the particles of a round the rewards and ratios that the log has of it."""
+    for states, answer in zip(particles.values(), answers, strict=True):
+        for particle, reward in zip(states, numbers(answer["rewards"]), strict=True):
+            particle.reward = reward
+        for particle, log_ratio in zip(states, numbers(answer.get("log_ratios", [])), strict=False):
+            particle.log_ratio = log_ratio
+
+
+def _known(rewards: list[float]) -> Future[list[float]]:
+    ready: Future[list[float]] = Future()
+    ready.set_result(rewards)
+    return ready
+
+
+def _log_ratios(shift: Tensor, c: Tensor, z: Tensor) -> list[float]:
+    """Return ``log N(x'; m, c^2) / N(x'; m + shift, c^2)`` of every row, for ``x' = m + shift + c z``."""
+    ratio = torch.where(c > 0, shift / c, 0.0).double()
+    return (-0.5 * ratio * ratio - ratio * z).flatten(1).sum(1).tolist()
 
 
 def _levels(numbers: float | Sequence[float]) -> Tensor:

@@ -22,19 +22,6 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Lineage:
-    """The transitions that led to a state, linked by parent: enough to compute its latents again."""
-
-    sigma: float
-    stage: int
-    coefficients: Coefficients
-    key: Key
-    score: bool
-    predict: bool
-    parent: Lineage | None
-
-
-@dataclass(frozen=True, eq=False)
 class Transition:
     """A request for a state at ``sigma``, with a prediction and a score there.
 
@@ -58,12 +45,6 @@ class Transition:
     predict: bool = True
     end: bool = False
 
-    @property
-    def lineage(self) -> Lineage:
-        """Lineage of the resulting state."""
-        parent = None if self.parent is None else self.parent.lineage
-        return Lineage(self.sigma, self.stage, self.coefficients, self.key, self.score, self.predict, parent)
-
 
 @dataclass(eq=False)
 class Particle:
@@ -72,24 +53,25 @@ class Particle:
     Attributes:
         sigma, stage, key: those of its transition.
         reward: reward of its ``x0``, or of the sample; NaN where it was not scored.
-        lineage: the transitions that led to it.
         end: whether it is a sample.
-        slot: where its latents are; None in a resumed search until they are computed again.
+        number: its place among all particles of the call, in the order in which they were asked for.
+        log_ratio: ``log p(x' | x) / q(x' | x)`` of its transition, where a guided kernel q stands in for p; else 0.
+        slot: where its latents are; None in a resumed search for those that nothing starts from any more.
     """
 
     sigma: float
     stage: int
     key: Key
-    reward: float
-    lineage: Lineage
+    reward: float = math.nan
     end: bool = False
+    number: int = 0
+    log_ratio: float = 0.0
     slot: Slot | None = field(default=None, repr=False)
 
     @classmethod
-    def from_transition(cls, transition: Transition) -> Particle:
+    def from_transition(cls, transition: Transition, number: int = 0) -> Particle:
         """Make the particle that a transition leads to, before its latents and its reward are known."""
-        lineage = transition.lineage
-        return cls(lineage.sigma, lineage.stage, lineage.key, math.nan, lineage, transition.end)
+        return cls(transition.sigma, transition.stage, transition.key, end=transition.end, number=number)
 
     def better(self, other: Particle | None) -> bool:
         """Return whether it is strictly better than another particle, so that of two equal ones the first stays.
@@ -109,7 +91,7 @@ class Particle:
 class Slot:
     """A row of a :class:`Pool`, freed when its last holder is gone."""
 
-    __slots__ = ("index", "pool")
+    __slots__ = ("__weakref__", "index", "pool")
 
     def __init__(self, pool: Pool, index: int) -> None:
         self.pool, self.index = pool, index
@@ -122,37 +104,42 @@ class Pool:
     """Latents and velocities of the living particles: memory grows with their number, not with the budget.
 
     Attributes:
-        x, v: ``(capacity, C, H, W)``.
+        tensors: ``(capacity, C, H, W)`` each: states ``x``, predictions ``v``, and what else is kept of every particle.
         free: indices of unused rows.
     """
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, tensors: int = 2) -> None:
         """Make an empty pool with the shape ``(C, H, W)``, dtype and device of the rows of ``like``."""
-        self.x = like.new_empty(0, *like.shape[1:])
-        self.v = like.new_empty(0, *like.shape[1:])
+        self.tensors = [like.new_empty(0, *like.shape[1:]) for _ in range(tensors)]
         self.free: list[int] = []
 
-    def put(self, x: Tensor, v: Tensor) -> list[Slot]:
-        """Store rows ``(R, C, H, W)`` and return one slot for each."""
-        if len(self.free) < len(x):
-            self._grow(len(x) - len(self.free))
-        slots = [Slot(self, self.free.pop()) for _ in range(len(x))]
+    @property
+    def capacity(self) -> int:
+        """Number of rows, used or not."""
+        return len(self.tensors[0])
+
+    def put(self, *rows: Tensor) -> list[Slot]:
+        """Store rows ``(R, *shape)`` of every tensor, and return one slot for each."""
+        count = len(rows[0])
+        if len(self.free) < count:
+            self._grow(count - len(self.free))
+        slots = [Slot(self, self.free.pop()) for _ in range(count)]
         index = self._index(slots)
-        self.x.index_copy_(0, index, x)
-        self.v.index_copy_(0, index, v)
+        for stored, new in zip(self.tensors, rows, strict=True):
+            stored.index_copy_(0, index, new)
         return slots
 
-    def get(self, slots: Sequence[Slot]) -> tuple[Tensor, Tensor]:
-        """Return ``x`` and ``v`` of the slots, ``(R, C, H, W)`` each."""
+    def get(self, slots: Sequence[Slot]) -> list[Tensor]:
+        """Return the rows of the slots, ``(R, *shape)`` of every tensor."""
         index = self._index(slots)
-        return self.x.index_select(0, index), self.v.index_select(0, index)
+        return [stored.index_select(0, index) for stored in self.tensors]
 
     def _grow(self, missing: int) -> None:
-        capacity = len(self.x)
+        capacity = self.capacity
         added = max(missing, capacity // 4)
-        self.x = torch.cat([self.x, self.x.new_empty(added, *self.x.shape[1:])])
-        self.v = torch.cat([self.v, self.v.new_empty(added, *self.v.shape[1:])])
+        self.tensors = [torch.cat([stored, stored.new_empty(added, *stored.shape[1:])]) for stored in self.tensors]
         self.free += range(capacity + added - 1, capacity - 1, -1)
 
     def _index(self, slots: Sequence[Slot]) -> Tensor:
-        return torch.tensor([slot.index for slot in slots], dtype=torch.int64, device="cpu").to(self.x.device)
+        device = self.tensors[0].device
+        return torch.tensor([slot.index for slot in slots], dtype=torch.int64, device="cpu").to(device)

@@ -97,8 +97,8 @@ def make_plan(
 
     Args:
         schedule: the call's schedule, whose coordinates the plan has.
-        path: "vp": levels of the variance-preserving path at ``s_k = s_0 sqrt(1 - (k/S)^2)``; "linear" and "native":
-            the call's own levels to the end, with noise by ``scale``, or DDPM's.
+        path: "vp": levels of the variance-preserving path at ``s_k = s_0 sqrt(1 - (k/S)^2)``, ``s_0`` at most 1;
+            "linear" and "native": the call's own levels to the end, with noise by ``scale``, or DDPM's.
         kernel: "cps", or "em": ``x' = x - h (u - g^2/2 score) + g sqrt(h) z`` on the path that is searched.
         scale, norm: ``g = norm f(t)``, and ``gamma^2 = min(g^2 h, sigma'^2)`` under cps. "ancestral" is DDPM's share
             ``gamma = norm sigma' sqrt(1 - (alpha sigma' / (alpha' sigma))^2)``; "native" always has it, norm at most 1.
@@ -109,7 +109,6 @@ def make_plan(
     Raises:
         DiffAccelError: for fewer than two levels, or numbers out of range.
     """
-    flow = not schedule.vp
     if path == "native":
         scale, norm = "ancestral", min(norm, 1.0)
     own = [float(sigma) for sigma in schedule.sigmas]
@@ -136,7 +135,8 @@ def make_plan(
         else:
             gamma = _fresh(searched, s, s_next, scale, norm) * onto
             kernels.append(cps(schedule.path, sigma, sigma_next, min(gamma, sigma_next)))
-    start = 1 / _sum(searched, times[0]) if path == "vp" and flow else None
+    no_signal = _linear(schedule.path, own[0]) >= 1
+    start = 1 / _sum(searched, times[0]) if path == "vp" and (no_signal or not schedule.vp) else None
     return SearchPlan(tuple(sigmas), tuple(kernels), tuple(tail), start, schedule.path, kind)
 
 
@@ -146,7 +146,8 @@ def make_plan(
 def _vp_times(schedule: Schedule, stages: int) -> list[float]:
     """Return the VP path's times ``s_0 sqrt(1 - (k/S)^2)``, where ``s_0`` has the call's initial SNR."""
     begin = float(schedule.sigmas[0])
-    top = float(VP_PATH.at(LINEAR.rho(_linear(schedule.path, begin)))) if begin < 1 or schedule.vp else 1.0
+    linear = _linear(schedule.path, begin)
+    top = float(VP_PATH.at(LINEAR.rho(linear))) if linear < 1 else 1.0  # a call may begin at no signal, the path not
     return [top * math.sqrt(1 - (k / stages) ** 2) for k in range(stages)]
 
 

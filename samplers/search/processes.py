@@ -40,12 +40,11 @@ class SearchProcesses(Processes):
         calls = math.ceil(count / rows)
         return slice(rank * calls // self.size * rows, min((rank + 1) * calls // self.size * rows, count))
 
-    def gather(self, x: Tensor, v: Tensor, count: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Gather latents and velocities of all ``count`` rows from those of this process's part."""
+    def gather(self, tensors: list[Tensor], count: int, rows: int) -> list[Tensor]:
+        """Gather tensors of one shape, whose first axis is all ``count`` rows, from this process's parts of them."""
         if self.size == 1:
-            return x, v
-        both = self._gather(torch.stack([x, v], 1), count, rows)
-        return both[:, 0], both[:, 1]
+            return tensors
+        return list(self._gather(torch.stack(tensors, 1), count, rows).unbind(1))
 
     def gather_numbers(self, numbers: list[float], device: torch.device, count: int, rows: int) -> list[float]:
         """Gather one number for each of the ``count`` rows from those of this process's part."""

@@ -17,7 +17,8 @@ from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import SearchPlan
 from diffaccel.samplers.search.scoring import PictureScorer
 
-FORMAT = 1
+FORMAT = 2
+LEGEND = 9  # pictures that the plot names
 
 
 def make_report(
@@ -38,6 +39,9 @@ def make_report(
                 "rewards": [sample.reward for sample in search.samples],
                 "climb": [{"nfe": nfe, "reward": reward, "sample": end} for nfe, reward, end in search.climb],
                 "decisions": search.log,
+                "own": search.own,
+                "budget": search.budget,
+                "used": search.used,
                 **search.ledger.to_dict(),
             }
             for search in searches
@@ -69,21 +73,52 @@ def write(
 
 
 def plot(report: dict[str, Any], file: BinaryIO) -> None:
-    """Plot the highest reward so far against NFE, one line per picture that ends in a dot, its final sample."""
-    from matplotlib.figure import Figure
+    """Plot reward against NFE, one colour per picture.
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    The line is the highest reward of a prediction so far, to the end of the search; the dot the final sample's; the
+    dotted line that of the call's own noise, where it was first scored. A legend tells these and the prompts.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    pictures = report["pictures"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for picture in report["pictures"]:
+    shown = []
+    for picture in pictures:
         climb = [step for step in picture["climb"] if not step["sample"]]
-        line = axes.step([s["nfe"] for s in climb], [s["reward"] for s in climb], where="post", linewidth=1)
-        color = line[0].get_color()
+        nfe, rewards = [step["nfe"] for step in climb], [step["reward"] for step in climb]
+        if climb:  # the best stays the best to the end
+            nfe, rewards = [*nfe, picture["nfe"]], [*rewards, rewards[-1]]
+        (line,) = axes.step(nfe, rewards, where="post", linewidth=1)
         if picture["reward"] is not None:
-            axes.plot([picture["nfe"]], [picture["reward"]], "o", color=color, markersize=4)
-    axes.set_xlabel("NFE")
-    axes.set_ylabel(f"highest reward so far ({report['method']['reward']})")
+            axes.plot([picture["nfe"]], [picture["reward"]], "o", color=line.get_color(), markersize=5)
+        if picture["own"] is not None and math.isfinite(picture["own"]):
+            axes.axhline(picture["own"], color=line.get_color(), linewidth=1, linestyle=":")
+        shown.append((line, f"{_short(picture['prompt'])} (seed {picture['seed'] % 10**6})"))
+    meanings: list[Any] = [
+        (Line2D([], [], color="black", linewidth=1), "best prediction so far, $r(x_0)$"),
+        (Line2D([], [], color="black", linestyle="", marker="o", markersize=5), "the final sample"),
+        (Line2D([], [], color="black", linewidth=1, linestyle=":"), "the call's own noise, nothing chosen yet"),
+    ]
+    lines, texts = zip(*meanings, *shown[:LEGEND], strict=True)
+    more = [f"and {len(shown) - LEGEND} more"] * (len(shown) > LEGEND)
+    figure.legend(
+        [*lines, *(Line2D([], [], linestyle="") for _ in more)], [*texts, *more],
+        loc="outside lower center", fontsize=7, ncols=2,
+    )  # fmt: skip
+    spent = max((picture["nfe"] for picture in pictures), default=0)
+    axes.set_title(f"{report['method']['name']}: {spent} of {report['method']['budget']} NFE a picture", fontsize=9)
+    axes.set_xlabel("predictions (NFE)")
+    axes.set_ylabel(f"reward ({report['method']['reward']}), higher is better".replace("$", r"\$"))
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120, format="png")
+
+
+def _short(text: str) -> str:
+    """Return at most 48 characters of a prompt, without what matplotlib reads as mathematics."""
+    text = " ".join(text.split()).replace("$", r"\$")
+    return text if len(text) <= 48 else text[:47] + "…"
 
 
 def _finite(value: Any) -> Any:

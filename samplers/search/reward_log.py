@@ -1,38 +1,57 @@
 """The rewards of a search in the order in which they came: a search that was killed is resumed from them.
 
 A policy is a function of its rewards, and its noise of their keys, so rewards are all that has to be stored: replayed,
-they lead to the same states. Latents are computed again only for the states from which the search continues.
+they lead to the same states. A round, the transitions that were answered together, is one line, so that a resumed
+search has rounds of the same rows, on which the last bits depend. Latents of the states from which the search continues
+lie beside it; where they do not, the rounds are predicted again, with their own rows.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
-from collections import defaultdict, deque
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import COUNT, misfit, write_text
+from diffaccel.files import COUNT, TEMPORARY, misfit, write_text
+from diffaccel.samplers.search import stored_latents
 from diffaccel.samplers.search.chains import RunningChain
+from diffaccel.samplers.search.identity import differing
+from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.processes import SearchProcesses
+from diffaccel.samplers.search.stored_latents import StoredLatents
 
-FORMAT = 1
+FORMAT = 2
 NAME = "rewards.jsonl"
 
+logger = logging.getLogger(__name__)
 
-_ROUND = {"row": COUNT, "chain": COUNT, "rewards": [(float, int, None)]}
+_NUMBERS = [(float, int, None)]
+_ROUND = {"round": [{"row": COUNT, "chain": COUNT, "rewards": _NUMBERS, "log_ratios?": _NUMBERS}]}
+_FILES = rf"{re.escape(NAME)}|{re.escape(stored_latents.NAME)}|trace\.json|reward\.png|\d{{3,}}-\d+_.*\.png"
+_LEFTOVER = re.compile(rf"\.({_FILES})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
 
 
 class RewardLog:
-    """Rewards by chain. Without a folder nothing is stored.
+    """Rewards by round. Without a folder nothing is stored.
 
     Args:
-        folder: where ``rewards.jsonl`` is: a header that identifies the search, then one line per round of a chain.
+        folder: where ``rewards.jsonl`` is: a header that identifies the search, then one line per round.
         header: everything that the search depends on; the file of a search with another header is refused.
         processes: the processes that share the search. The first one reads and writes, and sends what it read to the
             others: had each read the file by itself, one could see a line more or less than another and would then
             wait for a round that the others do not make.
+        keep: number of samples beside the best that the search is to end with.
+
+    Attributes:
+        rounds: the stored rounds.
+        latents: those that belong to the first of these rounds; None where there are none.
 
     Raises:
         DiffAccelError: for the file of another search, naming what differs, and for a damaged line before the last.
@@ -44,26 +63,48 @@ class RewardLog:
         header: dict[str, Any] | None = None,
         *,
         processes: SearchProcesses | None = None,
+        keep: int = 0,
     ) -> None:
         processes = processes or SearchProcesses()
-        self.file = None if folder is None else folder / NAME
-        self.writes = processes.rank == 0
-        self.rounds: dict[tuple[int, int], deque[list[float]]] = defaultdict(deque)
-        if folder is None:
+        self.folder, self.file = folder, None if folder is None else folder / NAME
+        self.writes = processes.rank == 0 and folder is not None
+        self.rounds: list[list[dict[str, Any]]] = []
+        self.latents: StoredLatents | None = None
+        self._digest = hashlib.sha256()
+        if folder is None or self.file is None:
             return
         header = json.loads(json.dumps({"format": FORMAT, **(header or {})}))
-        file = folder / NAME
-        read = self.writes and file.is_file()
-        text = processes.share(file.read_text(encoding="utf-8", errors="replace") if read else "")
-        lines = text.split("\n")[:-1]  # without a last line that a kill cut short
-        if lines and _parsed(lines[-1], {} if len(lines) == 1 else _ROUND) is None:
-            lines.pop()  # nor one that a crash filled with something else
+        read = self.writes and self.file.is_file()
+        text = processes.share(self.file.read_text(encoding="utf-8", errors="replace") if read else "")
+        lines = self._whole_lines(text)
         if lines:
             self._read(lines, header)
-        complete = "".join(f"{line}\n" for line in lines or [json.dumps(header)])
-        if self.writes and complete != text:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, complete)
+        lines = lines or [json.dumps(header)]
+        complete = "".join(f"{line}\n" for line in lines)
+        if self.writes:
+            if text not in ("", complete):
+                logger.warning("The end of '%s' is damaged; what is missing there is computed again.", self.file)
+            self._begin(folder, complete if complete != text else None)
+        latents = processes.share(stored_latents.read(folder) if self.writes else None)
+        if latents is not None and self._fits(latents, lines, keep):
+            self.latents = latents
+        self._digest.update(complete.encode())
+
+    def _whole_lines(self, text: str) -> list[str]:
+        """Return the lines of the file without an end that a kill or a power failure left unreadable."""
+        lines = text.split("\n")[:-1]
+        while lines and _parsed(lines[-1], {} if len(lines) == 1 else _ROUND) is None:
+            lines.pop()
+        return lines
+
+    def _begin(self, folder: Path, text: str | None) -> None:
+        """Make the folder, write the log's ``text`` unless None, and remove what a killed search was just writing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for temporary in folder.glob(f".*{TEMPORARY}"):
+            if _LEFTOVER.fullmatch(temporary.name):
+                temporary.unlink()
+        if text is not None and self.file is not None:
+            write_text(self.file, text)
 
     def _read(self, lines: list[str], header: dict[str, Any]) -> None:
         entries = [_parsed(line, _ROUND if number else {}) for number, line in enumerate(lines)]
@@ -74,37 +115,67 @@ class RewardLog:
             )
         stored, *rounds = (entry for entry in entries if entry is not None)
         if stored != header:
-            differ = ", ".join(key for key in {**stored, **header} if stored.get(key) != header.get(key))
             raise DiffAccelError(
-                f"'{self.file}' is of another search: it differs in {differ}. Remove it, or give another folder."
+                f"'{self.file}' is of another search: it differs in {differing(stored, header)}. Remove it, or give "
+                "another folder."
             )
-        for entry in rounds:
-            rewards = [math.nan if reward is None else float(reward) for reward in entry["rewards"]]
-            self.rounds[entry["row"], entry["chain"]].append(rewards)
+        self.rounds = [entry["round"] for entry in rounds]
 
-    def replay(self, chain: RunningChain) -> list[float] | None:
-        """Return the stored rewards of a chain's current transitions; None where there are no more of that chain.
+    def _fits(self, latents: StoredLatents, lines: list[str], keep: int) -> bool:
+        """Return whether latents belong to the first of the stored rounds, and suffice."""
+        if latents.rounds > len(self.rounds) or (latents.keep is not None and latents.keep < keep):
+            return False
+        before = "".join(f"{line}\n" for line in lines[: latents.rounds + 1])
+        return hashlib.sha256(before.encode()).hexdigest() == latents.log
+
+    def replay(self, number: int, chains: Sequence[RunningChain]) -> list[dict[str, Any]] | None:
+        """Return the stored answers to the chains' current transitions; None where no such round is stored.
 
         Raises:
-            DiffAccelError: for another number of rewards than of transitions.
+            DiffAccelError: for a round of other chains, or another number of rewards than of transitions.
         """
-        rounds = self.rounds.get((chain.search.row, chain.number))
-        if not rounds:
+        if number >= len(self.rounds):
             return None
-        rewards, count = rounds.popleft(), len(chain.transitions)
-        if len(rewards) != count:
+        answers = self.rounds[number]
+        stored = [(answer["row"], answer["chain"], len(answer["rewards"])) for answer in answers]
+        asked = [(chain.search.row, chain.number, len(chain.transitions)) for chain in chains]
+        if stored != asked:
+            rewards, moves = sum(count for *_, count in stored), sum(count for *_, count in asked)
+            others = " of other chains" if rewards == moves else ""
             raise DiffAccelError(
-                f"'{self.file}' has {len(rewards)} rewards where this search makes {count} moves. Remove it."
+                f"'{self.file}' has {rewards} rewards where this search makes {moves} moves{others}. Remove it."
             )
-        return rewards
+        return answers
 
-    def append(self, chain: RunningChain, rewards: list[float]) -> None:
-        """Store the rewards of one round of a chain."""
+    def append(self, particles: dict[RunningChain, list[Particle]], *, guided: bool) -> None:
+        """Store the answers of one round: rewards, and where kernels were guided their ratios."""
         if self.file is None or not self.writes:
             return
-        values = [None if math.isnan(reward) else reward for reward in rewards]
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"row": chain.search.row, "chain": chain.number, "rewards": values}) + "\n")
+        answers = []
+        for chain, states in particles.items():
+            answer = {"row": chain.search.row, "chain": chain.number, "rewards": _json([p.reward for p in states])}
+            answers.append(answer | ({"log_ratios": _json([p.log_ratio for p in states])} if guided else {}))
+        line = json.dumps({"round": answers}) + "\n"
+        with self.file.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+        self._digest.update(line.encode())
+
+    def store(self, rounds: int, numbers: list[int], tensors: list[Any], keep: int | None = None) -> None:
+        """Store latents after so many rounds, which must all be in the log."""
+        if self.file is None or self.folder is None or not self.writes:
+            return
+        with self.file.open("ab") as file:  # latents must never reach the disk before the rewards that led to them
+            os.fsync(file.fileno())
+        StoredLatents(rounds, self._digest.hexdigest(), numbers, tensors, keep).write(self.folder)
+
+
+def numbers(values: list[float | None]) -> list[float]:
+    """Return stored numbers as they were: JSON has no NaN."""
+    return [math.nan if value is None else float(value) for value in values]
+
+
+def _json(values: list[float]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _parsed(line: str, shape: dict[str, Any]) -> dict[str, Any] | None:

@@ -84,6 +84,23 @@ def test_overwriting_keeps_tensors_that_no_run_wrote(tmp_path):
     assert names(tmp_path) == ["00007.png", "run.json"]
 
 
+def test_overwriting_throws_the_traces_of_searches_away(tmp_path):
+    """Else the rewards of the old run would refuse the new one's search, or answer it."""
+    traces = [tmp_path / "search" / f"0000{number}" for number in range(2)]
+    for folder in traces:
+        folder.mkdir(parents=True)
+        for name in ("rewards.jsonl", "latents.safetensors", "trace.json", "reward.png", "000-0_84.2.png"):
+            (folder / name).write_text("left")
+    (traces[1] / "notes.txt").write_text("theirs")
+    with folder_of(tmp_path) as folder:
+        folder.prepare()
+    assert len(list(traces[0].iterdir())) == 5
+    with folder_of(tmp_path, prompt="a dog") as folder:
+        folder.check(overwrite=True)
+        folder.prepare(overwrite=True)
+    assert not traces[0].exists() and names(traces[1]) == ["notes.txt"]
+
+
 def test_a_folder_has_one_writer(tmp_path):
     with folder_of(tmp_path / "run") as first:
         with folder_of(tmp_path / "run") as late:  # neither found a folder

@@ -130,6 +130,7 @@ def test_a_run_of_a_search_leaves_its_folder_off_the_pipeline(pipes, tmp_path):
         )
         before = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
         assert any("search" in file.parts for file in before)
+        assert "noise_sha256" not in json.loads((tmp_path / "run/run.json").read_text())["images"][0], "one of many"
         pipe("two cats", num_inference_steps=2, height=32, width=32, generator=torch.Generator().manual_seed(5))
     finally:
         diffaccel.remove(pipe)

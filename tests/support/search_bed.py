@@ -51,6 +51,14 @@ class Played:
 
     search: Search
     moves: list[list[Transition]] = field(default_factory=list)
+    came_by: dict[Particle, Transition] = field(default_factory=dict)
+
+    def lineage(self, particle: Particle) -> list[Transition]:
+        """The moves that led to a particle, the last one first."""
+        moves = [self.came_by[particle]]
+        while moves[-1].parent is not None:
+            moves.append(self.came_by[moves[-1].parent])
+        return moves
 
     def proposals(self, chain: int = 0) -> list[int]:
         """Children that a chain tried at each level but the first."""
@@ -72,6 +80,7 @@ def play(config: Any, budget: int, plan: SearchPlan, script: Script, keep: int =
             particles = [Particle.from_transition(move) for move in running.transitions]
             for move, particle in zip(running.transitions, particles, strict=True):
                 search.charge(move)
+                played.came_by[particle] = move
                 particle.reward = script(move) if move.score else float("nan")
                 search.observe(particle)
             asked += running.transitions

@@ -69,7 +69,10 @@ class Page(HTMLParser):
 
 
 def test_sections_are_in_all_three_files(comparison, tmp_path):
+    (tmp_path / ".report.md.0123abcd.tmp").write_text("of a process that was killed")
+    (tmp_path / ".report.md.mine.tmp").write_text("theirs")
     made = report.write(comparison, tmp_path)
+    assert [file.name for file in tmp_path.glob(".*")] == [".report.md.mine.tmp"]
     written = json.loads((tmp_path / "report.json").read_text())
     assert written["sections"]["more"] == {
         **TABLE.to_dict(),

@@ -40,19 +40,19 @@ def search(config: Any, reward: Any = score, **options: Any) -> Found:
 @pytest.mark.parametrize(
     "config, tail, least",
     [
-        (RBF(particles=2, initial=5), 0, 2 * (5 + 8)),
-        (RBF(particles=3, initial=2), 4, 3 * (2 + 8 + 3 + 1)),
-        (SVDD(particles=3), 4, 3 * (8 + 4)),
-        (CoDe(particles=2), 4, 2 * (8 + 4)),
+        (RBF(particles=2, initial=5), 0, 2 * (5 + 7)),
+        (RBF(particles=3, initial=2), 4, 3 * (2 + 7 + 4)),
+        (RBF(particles=1, initial=1), 0, 1 + 7),
+        (SVDD(particles=3), 4, 3 * (2 * 8 + 4)),
+        (CoDe(particles=2), 4, 2 * (2 * 8 + 4)),
         (SMC(), 4, 2 * (8 + 4)),
-        (SoP(particles=2, walk=4), 0, 2 * 4 * 5),
+        (SoP(particles=2, walk=4), 0, 2 * 2 * 4 * 5),
         (BoN(), 0, 8),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_budget_that_is_too_small_names_the_least(config: Any, tail: int, least: int) -> None:
     levels = plan(8, tail)
-    least = config.particles * (config.initial + 8 + levels.tail_nfe) if config.name == "rbf" else least
     with pytest.raises(DiffAccelError, match=rf"\b{least}\b") as caught:
         play(config, least - 1, levels, lambda move: 0.0)
     assert f"{least - 1} NFE" in str(caught.value)
@@ -153,8 +153,11 @@ def test_a_reward_that_tells_nothing_apart_is_warned_of(caplog: pytest.LogCaptur
     assert "was 0.25 for all that the search of 2 of 2 pictures saw" in caplog.text
     caplog.clear()
     search(SVDD(budget=60, particles=2))
-    search(BoN(budget=6))
     assert not caplog.records
+    search(BoN(budget=6))
+    assert [record.getMessage() for record in caplog.records] == [
+        "BoN: a budget of 6 NFE is one sample of 6 steps, so there is nothing to choose from. Give at least 12."
+    ]
 
 
 def test_guidance_needs_gradients() -> None:
@@ -164,13 +167,12 @@ def test_guidance_needs_gradients() -> None:
 
 def test_guidance_follows_the_gradient() -> None:
     """``x0 + guide grad r``: of the sum of a row, its ones; every prediction and the sample move by it."""
-    plain = search(BoN(budget=6))
-    guided = search(BoN(budget=6, guide=0.01), differentiable=True)
-    assert torch.equal(plain.x, guided.x), "of best-of-N only samples are scored, and these are not predictions"
     soft = SVDD(budget=12, particles=1, path="linear", norm=0.3)
-    better = search(replace(soft, guide=0.05), differentiable=True)
-    for a, b in zip(better.pictures, search(soft).pictures, strict=True):
-        assert a["reward"] > b["reward"]
+    for config in (soft, BoN(budget=6), SoP(budget=60, particles=1, walk=2)):
+        better = search(replace(config, guide=0.05), differentiable=True)
+        for a, b in zip(better.pictures, search(config).pictures, strict=True):
+            assert a["reward"] > b["reward"]
+            assert a["scored"] >= a["nfe"] + 1, "every prediction is scored for its gradient"
 
 
 # -- calls of pipelines ------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def test_a_scheduler_that_clips_is_refused() -> None:
 @pytest.mark.parametrize("after", [1, 2, 4])
 @pytest.mark.parametrize(
     "config",
-    [RBF(reward=reward(), budget=60, particles=2, initial=3, chunk=2), CoDe(reward=reward(), budget=60),
+    [RBF(reward=reward(), budget=60, particles=2, initial=3, chunk=2), CoDe(reward=reward(), budget=60, particles=2),
      RBF(reward=reward(), budget=60, particles=2, initial=3, beam=2, begin=0.6, chunk=2),
      SVDD(reward=reward(), budget=40, particles=2),
      BoN(reward=reward(), budget=100, wave=2), SMC(reward=reward(), budget=40)],

@@ -112,7 +112,7 @@ def test_scoring_beside_the_network(config: Any, monkeypatch: pytest.MonkeyPatch
 
     assert list(map(by_chain, overlapped.decisions)) == list(map(by_chain, expected.decisions))
     for a, b in zip(overlapped.pictures, expected.pictures, strict=True):
-        timeless = ("prompt", "seed", "reward", "rewards", "nfe", "nfe_wasted", "nfe_recomputed", "scored")
+        timeless = ("prompt", "seed", "reward", "rewards", "nfe", "nfe_wasted", "scored")
         assert [a[k] for k in timeless] == [b[k] for k in timeless]
 
 
@@ -170,9 +170,9 @@ def test_memory_does_not_follow_the_budget(config: Any, monkeypatch: pytest.Monk
     most: list[int] = []
     keep = Pool.put
 
-    def put(self: Pool, x: Tensor, v: Tensor) -> Any:
-        slots = keep(self, x, v)
-        most.append(len(self.x) - len(self.free))
+    def put(self: Pool, *rows: Tensor) -> Any:
+        slots = keep(self, *rows)
+        most.append(self.capacity - len(self.free))
         return slots
 
     monkeypatch.setattr(Pool, "put", put)
@@ -188,11 +188,11 @@ def test_memory_does_not_follow_the_budget(config: Any, monkeypatch: pytest.Monk
 def test_memory_is_given_back() -> None:
     pool = Pool(torch.zeros(1, 1, 2, 2))
     slots = pool.put(torch.ones(3, 1, 2, 2), torch.zeros(3, 1, 2, 2))
-    assert (len(pool.x), len(pool.free)) == (3, 0)
+    assert (pool.capacity, len(pool.free)) == (3, 0)
     kept = slots.pop()
     del slots
     assert len(pool.free) == 2
     more = pool.put(torch.full((2, 1, 2, 2), 2.0), torch.zeros(2, 1, 2, 2))
-    assert len(pool.x) == 3 and kept.index not in {slot.index for slot in more}
+    assert pool.capacity == 3 and kept.index not in {slot.index for slot in more}
     assert torch.equal(pool.get([kept])[0], torch.ones(1, 1, 2, 2))
     assert torch.equal(pool.get(more)[0], torch.full((2, 1, 2, 2), 2.0))

@@ -98,10 +98,7 @@ def test_equal_rewards_keep_the_first() -> None:
     played = play(RBF(**PAPER), 500, plan(10), lambda move: 1.0)
     assert played.proposals() == [22] * 8 + [48]
     assert played.search.samples[0].key.attempt == 0
-    lineage = played.search.samples[0].lineage
-    while lineage is not None:
-        assert lineage.key.attempt == 0
-        lineage = lineage.parent
+    assert {move.key.attempt for move in played.lineage(played.search.samples[0])} == {0}
 
 
 CASES: list[Any] = [
@@ -130,14 +127,15 @@ def test_no_budget_is_overspent_and_little_is_left(config: Any, budget: int, tai
     if isinstance(config, RBF):
         least = 2 * config.particles - 1  # the reference's loop ends when one more of each chain would reach the budget
     elif isinstance(config, SoP):
-        least = config.walk * config.particles * (config.rounds + 1) - 1
+        least = config.walk - 1
     elif isinstance(config, SMC):
         least = levels.stages + levels.tail_nfe - 1
     elif isinstance(config, BoN):
         least = levels.stages - 1
+    elif isinstance(config, CoDe):
+        least = config.particles * config.block - 1
     else:
-        # all but one of the parallel states end before the tail, which one alone walks
-        least = config.particles * levels.stages - 1
+        least = 0
     assert left <= least
     assert played.search.ledger.scored == sum(move.score for move in asked)
     assert played.search.samples[0].end
@@ -277,15 +275,26 @@ def test_noises_walk_unseen_to_where_they_are_compared(begin: float, walked: int
     assert budget - 4 < played.search.ledger.nfe <= budget
 
 
+@pytest.mark.parametrize("config", [SVDD(), CoDe(), SoP(), CoDe(block=3, particles=3)], ids=lambda c: c.name)
+@pytest.mark.parametrize("budget", [224, 251, 399])
+def test_every_level_has_a_choice_and_none_has_much_more(config: Any, budget: int) -> None:
+    """Of 28 levels; what does not divide is spread over them, and the report says how."""
+    played = play(config, budget, plan(28), lambda move: float(move.key.attempt % 3))
+    (sizes,) = played.search.used.values()
+    assert {max(counts) - min(counts) <= 1 for counts in sizes} == {True}
+    assert min(min(counts) for counts in sizes) >= 2
+    tried = [[line["tried"] for line in played.search.log if line["chain"] == chain] for chain in range(len(sizes))]
+    assert tried == sizes
+
+
 @pytest.mark.parametrize("block, selected", [(1, list(range(8))), (2, [1, 3, 5, 7]), (3, [2, 5, 7])])
 def test_code_selects_at_the_end_of_every_block(block: int, selected: list[int]) -> None:
     played = play(CoDe(particles=1, block=block), 8 * 4, plan(8), lambda move: float(move.key.attempt == 2))
     assert [line["stage"] for line in played.search.log] == selected
     assert {move.stage for move in played.moves[0] if move.score and not move.end} == set(selected)
-    lineage = played.search.samples[0].lineage.parent
-    while lineage is not None:  # between two selections the best is followed by its own child of the same number
-        assert lineage.key.attempt == 2 or lineage.stage % block
-        lineage = lineage.parent
+    for move in played.lineage(played.search.samples[0])[1:]:
+        # between two selections the best is followed by its own child of the same number
+        assert move.key.attempt == 2 or move.stage % block
 
 
 def test_code_of_blocks_of_one_is_svdd() -> None:

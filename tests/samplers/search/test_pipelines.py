@@ -89,7 +89,7 @@ def test_every_method_runs_within_its_budget(family: str, config: Any) -> None:
     assert cost["nfe"] == sum(picture["nfe"] for picture in pictures)
     for picture in pictures:
         assert 40 - 20 < picture["nfe"] <= 40
-        assert (picture["nfe_recomputed"], picture["prompt"] != "") == (0, True)
+        assert picture["prompt"] != ""
     assert torch.equal(run(pipe, family), run(make(family), family)), "after removal"
     again = searched(make(family), config, family)
     assert torch.equal(again[0], found)
@@ -118,14 +118,14 @@ def test_the_best_of_many_is_never_worse_than_the_call_itself(family: str) -> No
 
 
 def test_the_first_noise_is_the_call_s_own() -> None:
-    """A search of one noise and one child per level starts from the latents that the pipeline drew."""
+    """The first of a chain's noises are the latents that the pipeline drew."""
     seen: list[Tensor] = []
 
     def watch(x0: Tensor) -> Tensor:
         seen.append(x0.clone())
         return bright(x0)
 
-    config = SVDD(reward=latent_reward(watch), budget=STEPS, particles=1, path="native")
+    config = SVDD(reward=latent_reward(watch), budget=2 * STEPS, particles=1, path="native")
     pipe = make("flux")
     searched(pipe, config, "flux")
     firsts: list[Tensor] = []
@@ -140,14 +140,15 @@ def test_the_first_noise_is_the_call_s_own() -> None:
     sigma, sigma_next = 1.0, pipe.scheduler.sigmas[1].item()
     first = pipe._unpack_latents(firsts[0], 32, 32, pipe.vae_scale_factor)
     v = (first - noise) / (sigma_next - sigma)
-    torch.testing.assert_close(seen[0], noise - v, rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen[0][::2], noise - v, rtol=0, atol=1e-5)
 
 
 def test_a_chain_without_fresh_noise_is_the_pipeline_s_own_walk() -> None:
-    """A posterior of one child whose noise is all kept: norm tends to 0, the search to Euler."""
+    """Norm tends to 0, the search to Euler: of children that are all equal the first goes on."""
     pipe = make("flux")
     stock = run(pipe, "flux")
-    quiet = SVDD(reward=reward(), budget=STEPS, particles=1, path="linear", norm=1e-7)
+    flat = latent_reward(lambda x0: torch.zeros(len(x0)))
+    quiet = SVDD(reward=flat, budget=2 * STEPS, particles=1, path="linear", norm=1e-7)
     found, _, _ = searched(pipe, quiet, "flux")
     torch.testing.assert_close(found, stock, rtol=0, atol=1e-5)
 

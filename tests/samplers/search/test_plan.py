@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffaccel import schedules
 from diffaccel.samplers.search import plan
@@ -48,3 +50,20 @@ def test_the_published_grid() -> None:
     found = plan.make_plan(schedule(8), path="vp", stages=10)
     published = [0.9935, 0.9931, 0.9920, 0.9898, 0.9856, 0.9776, 0.9617, 0.9289, 0.8591, 0.7087]
     assert list(found.sigmas) == pytest.approx(published, abs=5e-5)
+
+
+@pytest.mark.parametrize("cls", [DDIMScheduler, EulerDiscreteScheduler], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("kernel", ["cps", "em"])
+@pytest.mark.parametrize("path", ["native", "linear", "vp"])
+def test_a_call_that_begins_without_any_signal(path: Any, kernel: Any, cls: Any) -> None:
+    """Zero terminal SNR (arXiv 2305.08891): the VP path, which has some, begins where it begins itself."""
+    options = {"clip_sample": False} if cls is DDIMScheduler else {}
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    scheduler = cls(**zero, **options)
+    scheduler.set_timesteps(8)
+    found = plan.make_plan(schedules.read(scheduler), path=path, kernel="cps" if path == "native" else kernel)
+    numbers = [*found.sigmas, *found.tail, *(number for kernel in found.kernels for number in kernel)]
+    assert all(map(math.isfinite, numbers)) and list(found.sigmas) == sorted(found.sigmas, reverse=True)
+    if path == "vp" and cls is DDIMScheduler:
+        assert found.sigmas[0] == pytest.approx(0.993471, abs=1e-5)
+        assert found.start == pytest.approx(1 / 1.006550, abs=1e-5)

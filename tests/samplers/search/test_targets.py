@@ -37,10 +37,13 @@ def quadratic(x: Tensor) -> Tensor:
     return linear(x) - linear(x) ** 2
 
 
-def search(reward: Any, potential: Any, resample: float = 0.5, kernel: Any = "cps") -> tuple[Found, SearchPlan]:
+def search(
+    reward: Any, potential: Any, resample: float = 0.5, kernel: Any = "cps", guide: float = 0.0
+) -> tuple[Found, SearchPlan]:
     config = SMC(
-        reward=latent_reward(reward), budget=PARTICLES * (len(LEVELS) - 1), temperature=POTENTIALS[potential],
-        path="linear", kernel=kernel, scale="square", norm=1.5, potential=potential, resample=resample,
+        reward=latent_reward(reward, differentiable=True), budget=PARTICLES * (len(LEVELS) - 1), guide=guide,
+        temperature=POTENTIALS[potential], potential=potential, resample=resample, path="linear", kernel=kernel,
+        scale="square", norm=1.5,
     )  # fmt: skip
     here = stand_in(torch.full((1, 1, 1, 1), 0.3), LEVELS)
     levels = config.plan(here)
@@ -95,6 +98,24 @@ def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any) -> None:
     assert abs(got - expected) < 4 * (spread / independent(potential, weights)) ** 0.5
 
 
+@pytest.mark.parametrize("reward, kernel", [(linear, "cps"), (quadratic, "em")])
+@pytest.mark.parametrize("guide", [0.3, 1.0])
+def test_guided_particles_follow_the_same_target(guide: float, reward: Any, kernel: Any) -> None:
+    """Weights have the ratio of the plain and the guided kernel; what moves without noise is not guided."""
+    run, levels = search(reward, "difference", 0.5, kernel, guide)
+    plain, _ = search(reward, "difference", 0.5, kernel)
+    assert not torch.equal(run.evals[1].x, plain.evals[1].x)
+    values, weights = weighted(run)
+    got, spread = mean_and_variance(values, weights)
+    mean, variance = moments(levels)
+    temperature = POTENTIALS["difference"]
+    precision = 1 / variance + (2 / temperature if reward is quadratic else 0)
+    tilted = (mean / variance + 1 / temperature) / precision
+    expected = tilted - (tilted**2 + 1 / precision if reward is quadratic else 0)
+    assert abs(got - expected) < 4 * (spread / independent("difference", weights)) ** 0.5
+    assert effective_size(weights) > PARTICLES / 2
+
+
 @pytest.mark.parametrize("kernel", ["cps", "em"])
 def test_particles_that_nobody_weighs_follow_the_kernels(kernel: Any) -> None:
     """A sampled run is within its statistical error of the recursion."""
@@ -118,7 +139,7 @@ def test_a_high_temperature_draws_nobody_anew() -> None:
     played = play(SMC(temperature=1e9), 60, plan(6), lambda move: float(move.key.chain % 3))
     assert [line["effective"] for line in played.search.log[:-1]] == pytest.approx([10.0] * 6)
     ends = [move for move in played.moves[0] if move.end]
-    chains = [move.lineage.parent.key.chain for move in ends]  # type: ignore[union-attr]
+    chains = [move.parent.key.chain for move in ends]  # type: ignore[union-attr]
     assert chains == list(range(10))
 
 
