@@ -15,6 +15,13 @@ from diffaccel.runs.loading import INDEX, check_pipeline, find_folder
 from diffaccel.runs.request import Request
 
 
+class _Config(SimpleNamespace):
+    """A network's config: attributes, and ``get`` as of a dict."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self).get(name, default)
+
+
 def check_early(request: Request) -> None:
     """Raise for a missing prompt, or a size that does not fit a model on this machine.
 
@@ -60,7 +67,7 @@ def note_of_unknown_words(request: Request, longest: int = 5) -> str:
 
 def _outline(pipeline: str, folder: Path) -> Any:
     """Return an object of the pipeline's class name that has the configs of its networks and its scale factors."""
-    configs = {name: SimpleNamespace(**_read(folder / name / "config.json")) for name in ("vae", "transformer", "unet")}
+    configs = {name: _Config(**_read(folder / name / "config.json")) for name in ("vae", "transformer", "unet")}
     outline = type(pipeline, (), {})()
     for name, config in configs.items():
         if vars(config):

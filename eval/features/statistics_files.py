@@ -113,9 +113,10 @@ def read_features(path: str | Path) -> Tensor:
     feats = values["feats"]
     if feats.ndim != 2 or feats.dtype.kind != "f":
         raise DiffAccelError(f"'{path}': 'feats' must be a matrix (n, d) of floats, got {feats.dtype} {feats.shape}.")
+    feats = feats.astype(np.float64)
     if feats.size == 0 or not (np.abs(feats) <= LARGEST).all():
         raise DiffAccelError(f"'{path}': 'feats' {feats.shape} is empty, or holds NaN or numbers beyond {LARGEST:g}.")
-    return torch.from_numpy(feats.astype(np.float64))
+    return torch.from_numpy(feats)
 
 
 def write(path: str | Path, statistics: StatisticsFile) -> None:

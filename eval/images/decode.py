@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Data = bytes | bytearray
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _EXACT = ("RGB", "L", "P", "1")
 _ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _BITS_PER_SAMPLE = 258  # the TIFF tag

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.images.decode import SUFFIXES
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAC_FOLDER, MAC_PREFIX = "__MACOSX", "._"  # copies of a file's attributes that macOS puts into archives
 # pictures and videos of kinds that are not read
 OTHER_SUFFIXES = (
