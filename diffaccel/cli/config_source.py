@@ -124,6 +124,8 @@ def _type_text(module: _Module, annotation: ast.expr) -> str:
     if isinstance(annotation, ast.Subscript) and module.full_name(annotation.value) == "typing.Literal":
         values = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
         return "|".join(_value_text(value) for value in values)
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return f"{_type_text(module, annotation.left)} | {_type_text(module, annotation.right)}"
     return ast.unparse(annotation).replace("typing.", "")
 
 

@@ -41,6 +41,7 @@ class Fast(Parent):
     rate: float | None = None
     limit: int = LIMIT
     rule: RULES = "b"
+    other: RULES | None = None
     path: str = ""
     must: int
     first: bool = dc.field(default=True)

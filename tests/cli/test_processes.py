@@ -86,6 +86,7 @@ def test_stopped_and_killed_runs_continue(start, sample, tmp_path):
     assert {k: record["cost"][k] for k in ("nfe", "forwards")} == {k: whole["cost"][k] for k in ("nfe", "forwards")}
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_files(start, sample, tmp_path):
     options = ("--num", 3, "--batch", 2, "--sampler", "heun", "--device", "cpu")
     process = start(*options, "--out", "shared", "--json", launcher=(*LAUNCH, "2", "-m"))

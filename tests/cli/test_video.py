@@ -365,7 +365,7 @@ def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypat
     for method in (m for m in says if m["fits"] is not None):
         name = method["name"]
         # a search needs a reward that knows what it looks at
-        more = (f"--{name}.reward", "compress", f"--{name}.budget", 40) if config_class(name).searches else ()
+        more = (f"--{name}.reward", "compress", f"--{name}.budget", 80) if config_class(name).searches else ()
         done = sample(model, *asked, "--sampler", name, *more, "--out", name, size=size)
         assert done.status == (0 if method["fits"] else 2), (method, done.err)
         assert method["fits"] or method["reason"] in done.err

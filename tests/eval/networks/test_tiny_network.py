@@ -121,7 +121,7 @@ def features(network):
     return call
 
 
-SLOW_KINDS = ("jpeg", "desaturation", "patch shuffle")
+SLOW_KINDS = ("blur", "jpeg", "desaturation", "patch shuffle")
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in check_tiny.LEVELS]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.samplers.search import launched as search_launched
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_does(tmp_path: Path) -> None:
     """With calls of a fixed number of rows every process sees the same numbers to the bit."""
     for name in ("two", "one"):
