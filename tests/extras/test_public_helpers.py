@@ -22,6 +22,12 @@ STEPS = 6
 
 
 @contextmanager
+def cached(pipe: Any, config: Any) -> Any:
+    pipe.transformer.enable_cache(config)
+    yield
+    pipe.transformer.disable_cache()
+
+
 def broadcast(pipe: Any) -> Any:
     """Pyramid attention broadcast (arXiv 2408.12588): attention of every other step."""
     config = PyramidAttentionBroadcastConfig(
@@ -29,12 +35,9 @@ def broadcast(pipe: Any) -> Any:
         cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(100, 950),
         current_timestep_callback=lambda: pipe.current_timestep,
     )  # fmt: skip
-    pipe.transformer.enable_cache(config)
-    yield
-    pipe.transformer.disable_cache()
+    return cached(pipe, config)
 
 
-@contextmanager
 def faster_cache(pipe: Any) -> Any:
     """FasterCache (arXiv 2410.19355): attention of every other step, and the negative branch of some."""
     config = FasterCacheConfig(
@@ -44,9 +47,7 @@ def faster_cache(pipe: Any) -> Any:
         is_guidance_distilled="CogVideoX" not in type(pipe).__name__,
         current_timestep_callback=lambda: pipe.current_timestep,
     )  # fmt: skip
-    pipe.transformer.enable_cache(config)
-    yield
-    pipe.transformer.disable_cache()
+    return cached(pipe, config)
 
 
 @contextmanager

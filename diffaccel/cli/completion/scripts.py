@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from diffaccel.cli.completion.tree import Command, Option
 
-_BASH = """\
-_diffaccel() {{
-  local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" place="" choices="" paths="" word
-  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+# bash and zsh alike: the commands before the word, and what may follow them
+_PLACE = """\
     case "$place|$word" in
       {steps}) place="${{place:+$place }}$word" ;;
     esac
@@ -19,6 +17,15 @@ _diffaccel() {{
   case "$place|$before" in
 {cases}
   esac
+"""
+_BASH = (
+    """\
+_diffaccel() {{
+  local current="${{COMP_WORDS[COMP_CWORD]}}" before="${{COMP_WORDS[COMP_CWORD-1]}}" place="" choices="" paths="" word
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+"""
+    + _PLACE
+    + """\
   COMPREPLY=($(compgen -W "$choices" -- "$current"))
   if [ -n "$paths" ]; then
     compopt -o filenames 2>/dev/null
@@ -28,23 +35,22 @@ _diffaccel() {{
 }}
 complete -F _diffaccel diffaccel
 """
-_ZSH = """\
+)
+_ZSH = (
+    """\
 #compdef diffaccel
 _diffaccel() {{
   local before="${{words[CURRENT-1]}}" place="" choices="" paths="" word
   for word in "${{(@)words[2,CURRENT-1]}}"; do
-    case "$place|$word" in
-      {steps}) place="${{place:+$place }}$word" ;;
-    esac
-  done
-  case "$place|$before" in
-{cases}
-  esac
+"""
+    + _PLACE
+    + """\
   compadd -- ${{=choices}}
   if [[ -n "$paths" ]]; then _files; fi
 }}
 if [[ "${{funcstack[1]}}" == _diffaccel ]]; then _diffaccel "$@"; else compdef _diffaccel diffaccel; fi
 """
+)
 
 
 def bash(commands: Sequence[Command]) -> str:
