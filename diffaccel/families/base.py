@@ -49,6 +49,10 @@ class Family(Guided):
         modules = {name: getattr(pipe, name, None) for name in (self.denoiser, *self.other_denoisers)}
         return {name: module for name, module in modules.items() if module is not None}
 
+    def callback_names(self) -> list[str]:
+        """Return the names of all tensors that a step callback may ask for."""
+        return ["latents", *self.callback_args, *self.negative_callback_args]
+
     def network(self, pipe: Any, timestep: Tensor) -> Any:
         """Return the network for the schedule's ``timestep`` (scalar or one per row)."""
         return getattr(pipe, self.denoiser)
@@ -123,9 +127,8 @@ class Family(Guided):
     def check_call_size(self, pipe: Any, arguments: dict[str, Any]) -> None:
         """Raise with the nearest valid size for a call whose size the pipeline cannot draw, rounded or not."""
         height, width = self.asked_size(pipe, arguments)
-        if height % self.checked_multiple or width % self.checked_multiple or not self.rounds:
-            self.check_size(pipe, height, width)
-        if min(self.size(pipe, arguments)) <= 0:
+        is_refused = height % self.checked_multiple or width % self.checked_multiple or not self.rounds
+        if is_refused or min(self.size(pipe, arguments)) <= 0:
             self.check_size(pipe, height, width)
 
     def check_size(self, pipe: Any, height: int, width: int) -> None:

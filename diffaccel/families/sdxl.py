@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.conditioning import Conditioning
-from diffaccel.families.init_image import source_size
 from diffaccel.families.sd import SD, SDImg2Img
 
 
@@ -82,6 +81,4 @@ class SDXLImg2Img(SDXL, SDImg2Img):
 
     pipelines = ("StableDiffusionXLImg2ImgPipeline",)
     checked_multiple = SDImg2Img.checked_multiple
-
-    def asked_size(self, pipe: Any, arguments: dict[str, Any]) -> tuple[int, int]:
-        return source_size(pipe, arguments)
+    asked_size = SDImg2Img.asked_size

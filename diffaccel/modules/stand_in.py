@@ -81,15 +81,15 @@ class TextMemo:
     def _encode_picture(self, encode: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():  # never while a call is watched; a graph is not copied
             return encode(*args, **kwargs)
-        before = _random_states(device)
+        before = random_states(device)
         for arguments, answer in self._pictures:
             if _equal(arguments, [args, kwargs]):
                 if all(map(torch.equal, before, answer.before)):
-                    _set_random_states(device, answer.after)
+                    set_random_states(device, answer.after)
                 return copy.deepcopy(answer.result)  # a pipeline may change it in place
         arguments = copy.deepcopy([args, kwargs])
         result = encode(*args, **kwargs)
-        self._pictures.append((arguments, _Answer(copy.deepcopy(result), before, _random_states(device))))
+        self._pictures.append((arguments, _Answer(copy.deepcopy(result), before, random_states(device))))
         return result
 
     def wrap(self, encode: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -99,13 +99,13 @@ class TextMemo:
         @functools.wraps(encode)
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             nonlocal ordinal
-            before = _random_states(device)
+            before = random_states(device)
             if ordinal == len(self._answers):
                 result = encode(*args, **kwargs)
-                self._answers.append(_Answer(result, before, _random_states(device)))
+                self._answers.append(_Answer(result, before, random_states(device)))
             answer = self._answers[ordinal]
             if all(map(torch.equal, before, answer.before)):
-                _set_random_states(device, answer.after)
+                set_random_states(device, answer.after)
             ordinal += 1
             return answer.result
 
@@ -141,13 +141,14 @@ class _Answer:
     after: list[Tensor]
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
+def random_states(device: torch.device) -> list[Tensor]:
     """Return the states of the global generators that a network on ``device`` may draw from."""
     states = [torch.random.get_rng_state()]
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+def set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Put the global generators into states of :func:`random_states`."""
     torch.random.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

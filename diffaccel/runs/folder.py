@@ -19,7 +19,6 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import (
     COUNT,
-    TEMPORARY,
     Clip,
     clip_sha256,
     holds_tensor,
@@ -27,6 +26,7 @@ from diffaccel.files import (
     obstacle,
     pixels_sha256,
     read_result,
+    remove_leftovers,
     sha256,
     write_json,
     write_mp4,
@@ -45,7 +45,6 @@ LATENTS = ".safetensors"
 SEARCH = "search"  # subfolder where searches leave their traces, one folder for each call
 _MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
-_LEFTOVER = re.compile(rf"\.(run\.json|{_IMAGE.pattern})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
 _TRACE = re.compile(r"rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|\d{3,}-\d+_.*\.png")
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
@@ -141,9 +140,7 @@ class RunFolder:
             if not self._lock.held:
                 self._acquire()
                 self.check(overwrite)  # another run may have come in between
-            for temporary in self.path.glob(f".*{TEMPORARY}"):
-                if _LEFTOVER.fullmatch(temporary.name):
-                    temporary.unlink()
+            remove_leftovers(self.path, rf"run\.json|{_IMAGE.pattern}")
             if overwrite:
                 self._clear()
             if self.old() is None:

@@ -30,8 +30,7 @@ class Callback:
 
     def check(self, session: Session) -> None:
         """Raise for a tensor that the function asks for and that no sampler can show."""
-        family = session.family
-        allowed = ["latents", *family.callback_args, *family.negative_callback_args]
+        allowed = session.family.callback_names()
         for name in self.inputs:
             if name not in allowed:
                 raise DiffAccelError(
@@ -80,7 +79,7 @@ class Callback:
             elif cond.negative is not None:
                 _put(cond.negative, family.negative_callback_args[name], value)
         elif _is_taken_by_loop(session.pipe, name):  # others are dropped by the stock loop too
-            allowed = ", ".join(["latents", *family.callback_args, *family.negative_callback_args])
+            allowed = ", ".join(family.callback_names())
             raise DiffAccelError(
                 f"callback_on_step_end returned '{name}', which a sampler cannot take over in "
                 f"{type(session.pipe).__name__}: allowed are {allowed}. {_fix(session.pipe, family, name)}"

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.families import find
 from diffaccel.families.generic.stand_ins import state_of
 from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.guard import restored
+from diffaccel.modules.stand_in import random_states, set_random_states
 from diffaccel.runtime.meter import Meter, device_of
 from diffaccel.runtime.stats import Stats
 
@@ -92,7 +91,7 @@ def _callback_reason(pipe: Any, config: SamplerConfig, arguments: dict[str, Any]
     if family is None:
         return "its step callback may change more than latents."
     names = set(getattr(pipe, "_callback_tensor_inputs", ()))
-    others = names - {"latents", *family.callback_args, *family.negative_callback_args}
+    others = names - set(family.callback_names())
     return f"its step callback may change {', '.join(sorted(others))}." if others else None
 
 
@@ -103,16 +102,13 @@ def _rewinder(pipe: Any, arguments: dict[str, Any]) -> Callable[[], None]:
     generators = [g for g in (generator if isinstance(generator, list | tuple) else [generator]) if g is not None]
     states = [g.get_state() for g in generators]
     device = device_of(pipe)
-    cpu_state = torch.random.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    global_states = random_states(device)
 
     def rewind() -> None:
         restore()
         for g, state in zip(generators, states, strict=True):
             g.set_state(state)
-        torch.random.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
+        set_random_states(device, global_states)
 
     return rewind
 

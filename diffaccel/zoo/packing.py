@@ -15,7 +15,6 @@ gives the same codes and the same scales again.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
 import zipfile
@@ -24,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def verify(folder: str | Path, expected: dict[str, dict[str, Any]], kind: str, f
         size = path.stat().st_size
         if size != entry["size"]:
             raise DiffAccelError(f"{kind} '{path}' has {size} bytes, expected {entry['size']}; {fix}.")
-        digest = _sha256(path)
+        digest = sha256(path)
         if digest != entry["sha256"]:
             raise DiffAccelError(f"{kind} '{path}' has sha256 {digest[:12]}, expected {entry['sha256'][:12]}; {fix}.")
 
@@ -262,9 +262,4 @@ def _inside(folder: Path, relative: str) -> Path:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "size": os.path.getsize(path)}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": sha256(path), "size": os.path.getsize(path)}

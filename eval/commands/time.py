@@ -63,9 +63,7 @@ def _measure(options: Any) -> dict[str, Any]:
         device=options.device,
     ).with_model_defaults()  # fmt: skip
     quiet_libraries(options.json or options.model in zoo.names())
-    device = loading.pick_device(options.device)
-    folder, _ = loading.locate(options.model)
-    pipe = loading.open_pipeline(request, folder, device, loading.pick_dtype(options.dtype, device))
+    pipe = loading.open_plain(request)
     return take_turns(
         pipe, request, variants, turns=options.turns, warm_up=options.warm_up, progress=progress_printer(options)
     )

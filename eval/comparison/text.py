@@ -1,4 +1,4 @@
-"""A comparison as text: verdicts, and the table that the page and the markdown share."""
+"""A comparison as plain text, for ``Comparison.table()``: verdicts, aligned tables and warnings."""
 
 from __future__ import annotations
 

@@ -48,24 +48,29 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
     remove_leftovers(out, r"report\.(json|md|html|csv|tex)|pictures\.json")
     write_json(out / "report.json", report)
     shown = pictures.of_page(comparison, pairs)
-    while len(html_text(report, shown).encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
+    page = html_text(report, shown)
+    while len(page.encode()) > LARGEST and pairs > 1:  # many runs: fewer pictures of each
         pairs //= 2
         shown = pictures.of_page(comparison, pairs)
+        page = html_text(report, shown)
     write_json(out / PICTURES, shown)
-    write_texts(report, out, shown)
+    write_texts(report, out, shown, page)
     return report
 
 
-def write_texts(report: Mapping[str, Any], out: Path, shown: Mapping[str, Any] | None) -> None:
+def write_texts(
+    report: Mapping[str, Any], out: Path, shown: Mapping[str, Any] | None, page: str | None = None
+) -> None:
     """Write everything of a report that can be made anew from ``report.json`` and its pictures.
 
     Args:
         report: what is in ``report.json``.
         out: the folder.
         shown: what is in ``pictures.json``; None for a page without pictures.
+        page: the page with these pictures; None makes it.
     """
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", markdown(report))
     write_text(out / "report.csv", csv_text(report))
     write_text(out / "report.tex", latex_text(report))
-    write_text(out / "report.html", html_text(report, shown))
+    write_text(out / "report.html", html_text(report, shown) if page is None else page)

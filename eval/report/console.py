@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from diffaccel.eval.report import tables, verdict
 from diffaccel.eval.report.names import clean, short_names
-from diffaccel.eval.report.summary import headline, main_keys, summaries
+from diffaccel.eval.report.summary import bracketed, headline, main_keys, summaries
 
 COLOURS = {verdict.BETTER: "green", verdict.WORSE: "red", verdict.SAME: "cyan", verdict.NOT_SHOWN: "dim"}
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, heads, rows
@@ -53,9 +53,9 @@ def _summary_table(report: Mapping[str, Any]) -> Table:
     rows = [
         (
             run.run,
-            _bracketed(run.speed.value, run.speed.interval),
+            bracketed(run.speed.value, run.speed.interval),
             run.word,
-            *(c.difference or _bracketed(c.value, c.interval) for c in run.cells),
+            *(c.difference or bracketed(c.value, c.interval) for c in run.cells),
         )
         for run in summaries(report)
     ]
@@ -75,10 +75,6 @@ def _full_table(table: tables.FullTable, watched: bool) -> Table:
             rows.append((metric, *("" for _ in kept)))
         rows.append((f"  {line[0]}", *(line[i] for i in kept)))
     return table.title, ("metric, run", *(table.heads[i] for i in kept)), rows
-
-
-def _bracketed(value: str, interval: str) -> str:
-    return f"{value} ({interval})" if interval else value
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> str:

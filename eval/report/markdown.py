@@ -8,7 +8,7 @@ from typing import Any
 from diffaccel.eval.report import tables, verdict
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import markdown_text, shell_line
-from diffaccel.eval.report.summary import compared_runs, headline, main_keys, summaries
+from diffaccel.eval.report.summary import bracketed, compared_runs, headline, main_keys, summaries
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -27,9 +27,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     cells = [
         (
             run.run,
-            _in_brackets(run.speed.value, run.speed.interval),
+            bracketed(run.speed.value, run.speed.interval),
             run.word,
-            *(" ".join(filter(None, (c.difference or _in_brackets(c.value, c.interval), c.word))) for c in run.cells),
+            *(" ".join(filter(None, (c.difference or bracketed(c.value, c.interval), c.word))) for c in run.cells),
         )
         for run in runs
     ]
@@ -48,10 +48,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     if report.get("command"):
         lines += [*_code(shell_line(report["command"])), ""]
     return "\n".join(lines)
-
-
-def _in_brackets(value: str, interval: str) -> str:
-    return f"{value} ({interval})" if interval else value
 
 
 def _code(text: str) -> list[str]:

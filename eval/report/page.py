@@ -11,7 +11,7 @@ from typing import Any
 from diffaccel.eval.report import call_times, charts, tables, verdict
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import shell_line, short_names, split_key
-from diffaccel.eval.report.summary import headline, main_keys, summaries
+from diffaccel.eval.report.summary import headline, main_keys, summaries, things_of
 from diffaccel.terminal import printable
 
 TEMPLATES = files(__name__.rpartition(".")[0])
@@ -54,7 +54,7 @@ def html_text(report: Mapping[str, Any], pictures: Mapping[str, Any] | None = No
         steps=call_times.steps(report),
         credits=credits_of(report),
         baseline=report["baseline"],
-        things="videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures",
+        things=things_of(report),
     )
 
 

@@ -30,7 +30,7 @@ class Cell:
     @property
     def difference(self) -> str:
         """The difference with its interval in brackets."""
-        return f"{self.delta} ({self.delta_interval})" if self.delta_interval else self.delta
+        return bracketed(self.delta, self.delta_interval)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,16 @@ def compared_runs(report: Mapping[str, Any]) -> list[str]:
     return [run["name"] for run in report["runs"] if run["name"] != report["baseline"]]
 
 
+def bracketed(value: str, interval: str) -> str:
+    """Return a number with its interval in brackets, where it has one."""
+    return f"{value} ({interval})" if interval else value
+
+
+def things_of(report: Mapping[str, Any]) -> str:
+    """Return what the runs hold: "videos" or "pictures"."""
+    return "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
+
+
 def main_keys(report: Mapping[str, Any]) -> list[str]:
     """Return the full names of the main measures: scores with a difference, a Fréchet distance, and one distance."""
     rows = [row for row in report["metrics"] if row["run"] != report["baseline"]]
@@ -76,7 +86,7 @@ def summaries(report: Mapping[str, Any]) -> list[RunSummary]:
     """Return a summary of every run that was compared with the baseline."""
     keys = main_keys(report)
     names = short_names(row["key"] for row in report["metrics"])
-    things = "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
+    things = things_of(report)
     found = []
     for run in compared_runs(report):
         rows = rows_of(report, run)

@@ -9,7 +9,7 @@ from typing import Any
 from diffaccel.eval.comparison.text import FAMILIES
 from diffaccel.eval.report import verdict
 from diffaccel.eval.report.names import clean
-from diffaccel.eval.report.summary import Cell, cell, count_text, noise_text, note_text, rows_of
+from diffaccel.eval.report.summary import Cell, cell, count_text, noise_text, note_text, rows_of, things_of
 from diffaccel.eval.report.verdict import Row
 
 FULL_HEADS = ("run", "metric", "value", "95 % interval", "difference", "verdict", "other seeds", "n", "note")
@@ -121,7 +121,7 @@ def _shared(rows: Sequence[Row], text_of: Any) -> str:
 def counted(report: Mapping[str, Any]) -> str:
     """Return in words how many pictures, on which device and when: the line above a report."""
     base = next((run for run in report["runs"] if run["name"] == report["baseline"]), report["runs"][0])
-    things = "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
+    things = things_of(report)
     device = clean((base.get("device") or {}).get("name") or "")
     prompts = next((count_text(row) for row in report["metrics"] if "prompts" in count_text(row)), "")
     parts = [f"{base['images']} {things} a run", f"of {prompts}" if prompts else "", device, report["made"][:10]]

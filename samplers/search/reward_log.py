@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import COUNT, TEMPORARY, misfit, write_text
+from diffaccel.files import COUNT, misfit, remove_leftovers, write_text
 from diffaccel.samplers.search import stored_latents
 from diffaccel.samplers.search.chains import RunningChain
 from diffaccel.samplers.search.identity import differing
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 _NUMBERS = [(float, int, None)]
 _ROUND = {"round": [{"row": COUNT, "chain": COUNT, "rewards": _NUMBERS, "log_ratios?": _NUMBERS}]}
 _FILES = rf"{re.escape(NAME)}|{re.escape(stored_latents.NAME)}|trace\.json|reward\.png|\d{{3,}}-\d+_.*\.png"
-_LEFTOVER = re.compile(rf"\.({_FILES})\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}")
 
 
 class RewardLog:
@@ -100,9 +99,7 @@ class RewardLog:
     def _begin(self, folder: Path, text: str | None) -> None:
         """Make the folder, write the log's ``text`` unless None, and remove what a killed search was just writing."""
         folder.mkdir(parents=True, exist_ok=True)
-        for temporary in folder.glob(f".*{TEMPORARY}"):
-            if _LEFTOVER.fullmatch(temporary.name):
-                temporary.unlink()
+        remove_leftovers(folder, _FILES)
         if text is not None and self.file is not None:
             write_text(self.file, text)
 
