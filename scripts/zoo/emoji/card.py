@@ -140,8 +140,9 @@ def readme(facts: dict[str, Any]) -> str:
     if facts["note"]:
         lines += [facts["note"], ""]
     if "use" in facts:
-        lines += [facts["use"], "", "```python", "import diffaccel.zoo, open_clip", f"name = {facts['name']!r}"]
-        lines += [f"model, _, preprocess = {facts['load']}", "```", ""]
+        lines += [facts["use"], "", "```python", "import diffaccel.zoo, open_clip", ""]
+        load = facts["load"].replace("'", '"')
+        lines += [f'name = "{facts["name"]}"', f"model, _, preprocess = {load}", "```", ""]
     if "defaults" in facts:
         lines += _pipeline_lines(facts)
     if facts.get("acceptance"):
@@ -152,7 +153,7 @@ def readme(facts: dict[str, Any]) -> str:
 
 def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
     """Write the pipeline's example, its data and its size."""
-    call = ", ".join(f"{key}={value!r}" for key, value in facts["defaults"].items())
+    call = [f"    {key}={value!r}," for key, value in facts["defaults"].items()]
     labels, training = facts["data"]["labels"], facts["training"]
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in facts["parameters"].items())
     return [
@@ -160,8 +161,11 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
         "import diffaccel.zoo",
         "from diffusers import FluxPipeline",
         "",
-        f"pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path({facts['name']!r}))",
-        f"pipe('red apple, noto', {call}).images[0]",
+        f'pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path("{facts["name"]}"))',
+        "pipe(",
+        '    "red apple, noto",',
+        *(line.replace("'", '"') for line in call),
+        ").images[0]",
         "```",
         "",
         "Give `height` and `width`: stock FluxPipeline's own default is 1024 px. Guidance is on only with a "

@@ -99,10 +99,10 @@ class Data:
     def _styled_tokens(self, tokenizer, shared: Recipe) -> torch.Tensor:
         """Encode each label in each style and template, (labels x templates, styles, length).
 
-        Only labels that training shows in every style: of another, its missing style would always be the false one.
+        Also a label that was withheld in this style: its caption is read with pictures of other labels, so that what a
+        style's name means does not depend on the label beside it.
         """
-        shown = self.scenes.world.training.view(len(self.scenes.world.styles), -1).all(0).tolist()
-        labels = [label for label, every in zip(self.scenes.world.labels, shown, strict=True) if every]
+        labels = list(self.scenes.world.labels)
         labels += ["emoji"] * (len(labels) // 8)  # the style alone
         templates = [template for template, _ in captions.TEMPLATES if "{s}" in template]
         texts = [

@@ -31,7 +31,7 @@ def augment(images: torch.Tensor, clip: ClipRecipe, generator: torch.Generator) 
 
 
 def close_up(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Cut out a square of 0.3 to 1 of each side and mirror half of them.
+    """Cut out a square of 0.4 to 1 of each side, of a third of them the whole, and mirror half of them.
 
     A style is in lines, shades and palette. Whole icons are learned by heart with their styles, and an icon in a style
     in which it was never seen is then not recognised; a part of one has to be looked at.
@@ -39,7 +39,7 @@ def close_up(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if not len(images):
         return images
     u = torch.rand(5, len(images), generator=generator, device=generator.device).to(images.device)
-    side = torch.where(u[0] < 0.25, 1.0, 0.3 + 0.7 * u[1])
+    side = torch.where(u[0] < 1 / 3, 1.0, 0.4 + 0.6 * u[1])
     x, y = (2 * u[2:4] - 1) * (1 - side)
     zero, mirrored = torch.zeros_like(side), torch.where(u[4] < 0.5, -side, side)
     theta = torch.stack([torch.stack([mirrored, zero, x], 1), torch.stack([zero, side, y], 1)], 1)
