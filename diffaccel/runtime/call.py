@@ -60,6 +60,11 @@ def generate(
 
     if getattr(config, "is_stock_rule", False):
         return follow_or_call(pipe, config, call, arguments, follow)
+    if getattr(pipe, "scheduler", None) is None:
+        raise UnsupportedBySampler(
+            f"{type(pipe).__name__} has no scheduler, so there is nothing to sample. Accelerate the pipeline whose "
+            "result it takes, or remove it here by diffaccel.remove(pipe)."
+        )
     return follow(lambda: None)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from diffaccel import schedules
@@ -104,6 +105,9 @@ def no_step(pipe: Any, arguments: dict[str, Any]) -> DiffAccelError:
         start, steps = arguments["denoising_start"], arguments.get("num_inference_steps")
         return DiffAccelError(f"{problem}: denoising_start={start} leaves none of {steps}. Use a smaller one.")
     reason = strength_problem(arguments)
+    inner = [name for name, part in getattr(pipe, "__dict__", {}).items() if isinstance(part, DiffusionPipeline)]
+    if inner and not reason:
+        return DiffAccelError(f"{problem}: its steps are those of {' and '.join(inner)}. Accelerate these pipelines.")
     return DiffAccelError(f"{problem}: {reason}" if reason else f"{problem}. Ask for at least one inference step.")
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import tiny
 import tiny_variants
+from diffusers import DiffusionPipeline
 
 import diffaccel
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.runtime.probe import arguments_of, no_step, open_session, stock_call
 from diffaccel.runtime.stock_loop import generate_stock
 from diffaccel.samplers import Euler, Scheduler
@@ -55,3 +56,31 @@ def test_in_the_stock_loop() -> None:
 )
 def test_the_reason(arguments: dict[str, Any], text: str) -> None:
     assert text in str(no_step(object(), arguments))
+
+
+def test_a_pipeline_that_calls_others() -> None:
+    pipe, inner = tiny.sd(), tiny.sd()
+    pipe.upsampling_pipe = inner
+    assert "steps are those of upsampling_pipe" in str(no_step(pipe, {"num_inference_steps": 4}))
+
+
+def test_a_pipeline_without_a_scheduler() -> None:
+    """Such a one, as an upsampler of latents, has nothing to sample; the stock rule calls it as it is."""
+    pipe = _Doubler()
+    diffaccel.accelerate(pipe, Scheduler())
+    assert pipe(3) == 6
+    diffaccel.remove(pipe)
+    diffaccel.accelerate(pipe, Euler())
+    with pytest.raises(UnsupportedBySampler, match="_Doubler has no scheduler, so there is nothing to sample"):
+        pipe(3)
+    diffaccel.remove(pipe)
+    assert pipe(3) == 6
+
+
+class _Doubler(DiffusionPipeline):
+    def __init__(self, vae: Any = None) -> None:
+        super().__init__()
+        self.register_modules(vae=vae)
+
+    def __call__(self, value: int) -> int:
+        return 2 * value

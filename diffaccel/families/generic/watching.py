@@ -164,7 +164,9 @@ def watch(
         raise
     except Exception as error:
         if watcher.turn is None and watcher.index == 0:
-            raise
+            if "output_type" not in str(error):
+                raise
+            raise NotIdentified(f"it has no output_type 'latent' ({error}).") from error
         reason = f"its loop does not take made-up predictions ({type(error).__name__}: {error})."
         raise NotIdentified(reason) from error
     raise NotIdentified(f"its loop ended after {watcher.index} steps, before the last timestep of its scheduler.")
