@@ -54,10 +54,17 @@ def make_parser() -> terminal.Parser:
     )  # fmt: skip
     add("--no-other-seeds", action="store_true", help="leave out what chance alone does")
     add("--no-equal-time", action="store_true", help="leave out what the same wall time buys")
-    add("--extractor", action="append", metavar="NAME", help="tiny (default), inception:FILE, ...: diffaccel eval list")
+    add(
+        "--extractor", action="append", metavar="NAME",
+        help="network for distances of distributions (default: tiny, or that of the shipped statistics)",
+    )  # fmt: skip
     add("--clip", action="append", metavar="NAME", help=f"judges of the fit to prompts (zoo models: {JUDGE})")
     add("--reward", metavar="NAME", help=f"chooses the best of several pictures (zoo models: {REWARD})")
-    add("--reference", metavar="PATH", help="images or statistics (npz) that distributions are compared with")
+    add(
+        "--reference", metavar="PATH",
+        help="images, or a file of statistics, that distributions are compared with; none for the baseline's images "
+        "(default: the training statistics that ship with a zoo model, else the baseline's images)",
+    )  # fmt: skip
     add("--fail-if", metavar="RULE", help='exit with 5 when it holds, as in "clip_score<-1 or speedup<1.5"')
     add("--out", type=Path, required=True, metavar="DIR", help="the report's folder")
     add("--json", action="store_true", help="print report.json instead of tables")
@@ -78,7 +85,7 @@ def plan_of(options: Any) -> ReportPlan:
         accelerated=tuple(parse(text) for text in options.accel), everything=options.all,
         turns=options.turns, batches=tuple(dict.fromkeys(options.time_batch)),
         other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
-        extractors=tuple(options.extractor or ["tiny"]),
+        extractors=tuple(options.extractor) if options.extractor else None,
         judges=tuple(options.clip or ([JUDGE] if zoo_with_prompts else [])),
         reward=options.reward or (REWARD if zoo_with_prompts else ""), reference=options.reference,
     )  # fmt: skip

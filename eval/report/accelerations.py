@@ -18,10 +18,11 @@ from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval.comparison import compare_runs, reference_statistics
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.features.extract import extract
-from diffaccel.eval.images.open import open_source
+from diffaccel.eval.images.source import Source
 from diffaccel.eval.metrics.frechet import Moments
-from diffaccel.eval.networks.extractors import Extractor, extractor
+from diffaccel.eval.networks.extractors import Extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
 from diffaccel.eval.report import by_batch, write
 from diffaccel.eval.report.plan import AccelerationReport, ReportPlan, failures_section
@@ -29,7 +30,6 @@ from diffaccel.eval.report.workspace import RUNS, Workspace
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.timing import budget, equal_time
 from diffaccel.eval.timing.turns import take_turns
-from diffaccel.runs import loading
 from diffaccel.runs.variant import Variant
 
 TIMING, BATCH_TIMING, BUDGETS = "timing.json", "timing-batch-{}.json", "equal_time.json"
@@ -136,7 +136,7 @@ def _compare(
     plan = workspace.plan
     measures = Measures.load(
         others=others, extractors=plan.extractors, clips=plan.judges, reference=plan.reference, timing=timing,
-        device=plan.request.device,
+        device=plan.request.device, baseline=baseline,
     )  # fmt: skip
     return compare_runs(baseline, list(runs.values()), measures, progress=workspace.progress)
 
@@ -176,11 +176,14 @@ class _EqualTime:
         reward: ClipExtractor | None,
     ) -> _EqualTime:
         """Load the network of Fréchet distances and, in the first process, what they are measured from."""
-        plan, network, target = workspace.plan, None, None
-        if plan.extractors:
-            network = extractor(plan.extractors[0], device=loading.pick_device(plan.request.device))
-        if plan.reference is not None and network is not None and workspace.is_first:
-            target = _load_target(plan.reference, network)
+        plan, target = workspace.plan, None
+        measures = Measures.load(
+            extractors=None if plan.extractors is None else plan.extractors[:1], reference=plan.reference,
+            device=plan.request.device, baseline=baseline,
+        )  # fmt: skip
+        network = next(iter(measures.extractors), None)
+        if measures.reference is not None and network is not None and workspace.is_first:
+            target = _target(measures.reference, network)
         return cls(
             workspace=workspace, baseline=baseline, timing=timing, judge=judge, reward=reward, extractor=network,
             target=target,
@@ -238,8 +241,10 @@ class _EqualTime:
         return self.workspace.draw(variant, request, f"{variant.folder}-{count}-of-each")
 
 
-def _load_target(reference: str, network: Extractor) -> Tensor | Moments:
-    """Load the moments of a file of statistics, or extract the features of images."""
-    if reference_statistics.is_statistics_file(reference):
+def _target(reference: Source | Path | ShippedStatistics, network: Extractor) -> Tensor | Moments:
+    """Return the moments of a reference that is statistics, or extract the features of images."""
+    if isinstance(reference, ShippedStatistics):
+        return reference.moments
+    if isinstance(reference, Path):
         return reference_statistics.load_moments(reference, network)[0]
-    return extract(open_source(reference), network).values
+    return extract(reference, network).values

@@ -29,10 +29,12 @@ class ReportPlan:
         batches: pictures in a call that every variant is timed with as well as with the request's own number.
         other_seeds: draw the baseline with other seeds too, as the noise floor of every metric.
         equal_time: answer what the same wall time buys.
-        extractors: networks for distances of distributions.
+        extractors: networks for distances of distributions; None for that of the statistics that ship for a zoo model,
+            else "tiny".
         judges: CLIPs for the fit to the prompts; the first judges what equal time buys.
         reward: the CLIP that chooses the best of several pictures; "" for no such question.
-        reference: images, or a file of statistics, for distances from data; None for the baseline's own pictures.
+        reference: images, or a file of statistics, for distances from data; "none" for the baseline's own pictures;
+            None for the statistics that ship for a zoo model where extractors are not named, else its own pictures.
     """
 
     request: Request
@@ -43,7 +45,7 @@ class ReportPlan:
     batches: tuple[int, ...] = ()
     other_seeds: bool = True
     equal_time: bool = True
-    extractors: tuple[str, ...] = ("tiny",)
+    extractors: tuple[str, ...] | None = None
     judges: tuple[str, ...] = ()
     reward: str = ""
     reference: str | None = None

@@ -205,12 +205,9 @@ _VERBS = {verdict.BETTER: "better", verdict.SAME: "same", verdict.WORSE: "worse"
 
 
 def _difference_text(row: Row, names: Mapping[str, str]) -> str:
-    delta, low, high = (
-        verdict.number(row, number, "+")
-        for number in (row["delta"], row["delta_interval"]["low"], row["delta_interval"]["high"])
-    )
+    interval = verdict.ends(row, row["delta_interval"], "+")
     reason = verdict.few_prompts(row) or count_text(row)
-    return f"{names[row['key']]} ({delta}, {low} to {high}; {reason})"
+    return f"{names[row['key']]} ({verdict.number(row, row['delta'], '+')}, {interval}; {reason})"
 
 
 def _distance_text(row: Row) -> str:

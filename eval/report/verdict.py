@@ -83,10 +83,19 @@ def number(row: Row, value: float | None, sign: str = "") -> str:
 
 
 def ends(row: Row, interval: Mapping[str, Any] | None, sign: str = "") -> str:
-    """Return the ends of an interval as text; "" for none."""
+    """Return the ends of an interval as text; "" for none.
+
+    Where 0 is outside, an end that would round to 0 shows its first digit.
+    """
     if interval is None:
         return ""
-    return f"{number(row, interval['low'], sign)} to {number(row, interval['high'], sign)}"
+    low, high = interval["low"], interval["high"]
+
+    def text(end: float) -> str:
+        rounded = number(row, end, sign)
+        return rounded if low <= 0 <= high or float(rounded) != 0 else f"{end:{sign}.1g}"
+
+    return f"{text(low)} to {text(high)}"
 
 
 def _word_of_cost(row: Row) -> str:

@@ -89,3 +89,11 @@ def test_the_headline_counts_words():
     assert summary.headline(made) == "1.50x to 3.00x as fast; quality worse in 2, not shown in 1 of 3 runs"
     assert summary.headline(report(score("a", 1.0, 0.5, 2.0))) == "Speed not measured, quality better"
     assert [entry["word"] for entry in summary.verdicts(made)] == ["worse", "not shown", "worse"]
+
+
+def test_an_interval_that_excludes_zero_is_printed_so() -> None:
+    """The end next to zero keeps a digit more where it would round to zero; an interval around zero does not."""
+    row = {"metric": "clip_score"}
+    assert verdict.ends(row, {"low": -0.1148, "high": -0.0044}, "+") == "-0.11 to -0.004"
+    assert verdict.ends(row, {"low": -0.1148, "high": 0.0044}, "+") == "-0.11 to +0.00"
+    assert verdict.ends(row, {"low": 0.0, "high": 0.0}) == "0.00 to 0.00"
