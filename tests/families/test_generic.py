@@ -351,11 +351,12 @@ def test_bad_arguments_raise_as_in_the_stock_call() -> None:
         ("rescaled", r"rescaled, as guidance_rescale does .*sum 0.9000"),
         ("clipped", r"not linear: a rule unknown here .*residual"),
         ("inpainting", "changes the latents between the scheduler's steps"),
+        ("pixels only", "has no output_type 'latent'"),
     ],
 )
 def test_what_cannot_be_followed_is_named(does: str, match: str) -> None:
     with pytest.raises(NotIdentified, match=match):
-        family_of(toy.make(), toy.call_kwargs(does))
+        family_of(toy.make(), toy.call_kwargs(does, output_type="pt"))
 
 
 @pytest.mark.parametrize(

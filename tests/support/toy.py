@@ -51,6 +51,8 @@ class ToyPipeline(DiffusionPipeline):
         callback_on_step_end: Any = None,
         callback_on_step_end_tensor_inputs: Any = ("latents",),
     ) -> Any:
+        if does == "pixels only" and output_type == "latent":
+            raise ValueError("`output_type` must be one of `pt` or `np`.")
         self.scheduler.set_timesteps(num_inference_steps)
         if does == "edited levels":  # with inpainting, which keeps it in its own loop
             self.scheduler.sigmas[-1] = self.scheduler.sigmas[-2]
