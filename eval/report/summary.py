@@ -136,11 +136,7 @@ def noise_text(row: Row) -> str:
     value, interval = verdict.floor(row)
     sign = "+" if verdict.noise_interval(row) is not None else ""
     text = verdict.number(row, value, sign)
-    ends = (
-        ""
-        if interval is None
-        else f"{verdict.number(row, interval[0], sign)} to " + verdict.number(row, interval[1], sign)
-    )
+    ends = "" if interval is None else verdict.ends(row, {"low": interval[0], "high": interval[1]}, sign)
     return f"{text} ({ends})" if text and ends else text or ends
 
 

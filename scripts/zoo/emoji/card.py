@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def readme(facts: dict[str, Any]) -> str:
 
 def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
     """Write the pipeline's example, its data and its size."""
-    call = [f"    {key}={value!r}," for key, value in facts["defaults"].items()]
+    call = [f"    {key}={json.dumps(value)}," for key, value in facts["defaults"].items()]
     labels, training = facts["data"]["labels"], facts["training"]
     parts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in facts["parameters"].items())
     return [
@@ -164,7 +165,7 @@ def _pipeline_lines(facts: dict[str, Any]) -> list[str]:
         f'pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path("{facts["name"]}"))',
         "pipe(",
         '    "red apple, noto",',
-        *(line.replace("'", '"') for line in call),
+        *call,
         ").images[0]",
         "```",
         "",
