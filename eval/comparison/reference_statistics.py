@@ -26,12 +26,14 @@ def is_statistics_file(reference: Any) -> bool:
     return path.suffix.lower() == ".pkl" or (path.suffix.lower() == ".npz" and open_source(path).kind == "statistics")
 
 
-def load_moments(reference: str | Path, extractor: Extractor) -> tuple[Moments, list[str]]:
-    """Load the mean and covariance that a file keeps, and warnings about the file.
+def load_moments(reference: str | Path | ShippedStatistics, extractor: Extractor) -> tuple[Moments, list[str]]:
+    """Return the mean and covariance of a reference, and warnings about its file.
 
     Raises:
         DiffAccelError: for statistics of another network or another number of features.
     """
+    if isinstance(reference, ShippedStatistics):
+        return reference.moments, []
     feature_set = load(reference, extractor)
     main = feature_set.main
     return (main if isinstance(main, Moments) else Moments.of(main)), feature_set.warnings
@@ -51,12 +53,9 @@ def rows(
     Returns:
         A row of the baseline and of each run, and warnings about the file.
     """
-    all_runs, warnings = (baseline, *runs), list[str]()
-    if isinstance(reference, ShippedStatistics):
-        reference_moments, reference_name = reference.moments, reference.name
-    else:
-        reference_moments, warnings = load_moments(reference, extractor)
-        reference_name = Path(reference).stem
+    all_runs = (baseline, *runs)
+    reference_moments, warnings = load_moments(reference, extractor)
+    reference_name = reference.name if isinstance(reference, ShippedStatistics) else Path(reference).stem
     if (fewest := min(map(len, all_runs))) < FEWEST:
         why = f"{fewest} pictures are too few to compare distributions; give at least {FEWEST}"
         return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in all_runs], warnings

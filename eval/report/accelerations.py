@@ -243,8 +243,6 @@ class _EqualTime:
 
 def _target(reference: Source | Path | ShippedStatistics, network: Extractor) -> Tensor | Moments:
     """Return the moments of a reference that is statistics, or extract the features of images."""
-    if isinstance(reference, ShippedStatistics):
-        return reference.moments
-    if isinstance(reference, Path):
+    if isinstance(reference, (Path, ShippedStatistics)):
         return reference_statistics.load_moments(reference, network)[0]
     return extract(reference, network).values
