@@ -62,13 +62,13 @@ class Config:
         name: the registry name, also the prefix of command line options.
         touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
         conflicts: names of methods that cannot be active at the same time.
-        paper: title and arXiv id.
+        citation: title and arXiv id.
     """
 
     name: ClassVar[str]
     touches: ClassVar[Touches]
     conflicts: ClassVar[tuple[str, ...]] = ()
-    paper: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

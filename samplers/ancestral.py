@@ -29,7 +29,7 @@ class Ancestral(SamplerConfig):
     """
 
     name: ClassVar[str] = "ancestral"
-    paper: ClassVar[str] = "Denoising Diffusion Implicit Models, arXiv 2010.02502; Flow-CPS, arXiv 2509.05952"
+    citation: ClassVar[str] = "Denoising Diffusion Implicit Models, arXiv 2010.02502; Flow-CPS, arXiv 2509.05952"
 
     eta: float = 1.0
 

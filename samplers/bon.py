@@ -26,7 +26,7 @@ class BoN(SearchConfig):
     """
 
     name: ClassVar[str] = "bon"
-    paper: ClassVar[str] = (
+    citation: ClassVar[str] = (
         "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv 2501.09732"
     )
 

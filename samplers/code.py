@@ -23,7 +23,7 @@ class CoDe(PathSearchConfig):
     """
 
     name: ClassVar[str] = "code"
-    paper: ClassVar[str] = "CoDe: Blockwise Control for Denoising Diffusion Models, arXiv 2502.00968"
+    citation: ClassVar[str] = "CoDe: Blockwise Control for Denoising Diffusion Models, arXiv 2502.00968"
 
     particles: int = 4
     block: int = 2

@@ -23,7 +23,7 @@ class DPMpp2M(SamplerConfig):
     """
 
     name: ClassVar[str] = "dpmpp2m"
-    paper: ClassVar[str] = "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models, arXiv 2211.01095"
+    citation: ClassVar[str] = "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models, arXiv 2211.01095"
 
     def sample(self, session: Session) -> Sampling:
         return dpmpp2m(session)

@@ -20,7 +20,7 @@ class Euler(SamplerConfig):
     """
 
     name: ClassVar[str] = "euler"
-    paper: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
+    citation: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
 
     def sample(self, session: Session) -> Sampling:
         return euler(session)

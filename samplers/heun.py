@@ -19,7 +19,7 @@ class Heun(SamplerConfig):
     """
 
     name: ClassVar[str] = "heun"
-    paper: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
+    citation: ClassVar[str] = "Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364"
     evals_per_step: ClassVar[int] = 2
 
     def sample(self, session: Session) -> Sampling:

@@ -53,7 +53,7 @@ class RBF(PathSearchConfig):
     """
 
     name: ClassVar[str] = "rbf"
-    paper: ClassVar[str] = (
+    citation: ClassVar[str] = (
         "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv 2503.19385"
     )
 

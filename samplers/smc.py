@@ -47,7 +47,7 @@ class SMC(PathSearchConfig):
     """
 
     name: ClassVar[str] = "smc"
-    paper: ClassVar[str] = (
+    citation: ClassVar[str] = (
         "A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv 2501.06848"
     )
 

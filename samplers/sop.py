@@ -32,7 +32,7 @@ class SoP(SearchConfig):
     """
 
     name: ClassVar[str] = "sop"
-    paper: ClassVar[str] = (
+    citation: ClassVar[str] = (
         "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv 2501.09732"
     )
 

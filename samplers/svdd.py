@@ -24,7 +24,7 @@ class SVDD(PathSearchConfig):
     """
 
     name: ClassVar[str] = "svdd"
-    paper: ClassVar[str] = (
+    citation: ClassVar[str] = (
         "Derivative-Free Guidance in Continuous and Discrete Diffusion Models with Soft Value-Based Decoding, "
         "arXiv 2408.08252"
     )

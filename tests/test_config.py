@@ -124,7 +124,7 @@ def test_frozen_and_keyword_only(cls: type[Config]) -> None:
 def test_class_facts(cls: type[Config]) -> None:
     assert registry.config_class(cls.name) is cls
     assert cls.touches in ORDER
-    assert "arXiv" in cls.paper
+    assert "arXiv" in cls.citation
     assert set(cls.conflicts) <= set(registry.METHODS)
     if issubclass(cls, SamplerConfig):
         assert cls.touches == "loop"

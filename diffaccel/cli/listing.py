@@ -77,7 +77,7 @@ def list_methods() -> list[dict[str, str]]:
     for name, reference in registry.names().items():
         source = config_source.read(reference)
         summary = "(not importable)" if source is None else source.summary
-        paper = "" if source is None else str(source.variables.get("paper", ""))
+        paper = "" if source is None else str(source.variables.get("citation", ""))
         methods.append({"name": name, "kind": _kind(reference), "summary": summary, "paper": paper})
     return methods
 
@@ -97,7 +97,7 @@ def explain_method(name: str) -> dict[str, Any]:
         "touches": cls.touches,
         "summary": first_sentence(sys.modules[cls.__module__].__doc__ or ""),
         "description": description(inspect.cleandoc(cls.__doc__ or "")),
-        "paper": cls.paper,
+        "paper": cls.citation,
         "conflicts": list(cls.conflicts),
         "options": options_of(cls),
         "command": command.get(kind, ""),

@@ -66,7 +66,7 @@ class Base(Mixin):
     """
 
     touches: ClassVar[str] = "loop"
-    paper = "P, arXiv 1"
+    citation = "P, arXiv 1"
     first: bool = False
 '''
 
@@ -89,14 +89,14 @@ def plugin(monkeypatch, tmp_path):
 def test_options_from_source_are_those_of_the_class(name):
     cls, source = registry.config_class(name), config_source.read(registry.METHODS[name])
     assert source.options == options_of(cls)
-    variables = ("name", "touches", "conflicts", "paper", "evals_per_step", "searches")
+    variables = ("name", "touches", "conflicts", "citation", "evals_per_step", "searches")
     assert all(source.variables[key] == getattr(cls, key) for key in variables)
 
 
 def test_a_plugin_is_read_through_its_imports(plugin):
     source = config_source.read(plugin)
     assert "planted_source" not in sys.modules
-    assert source.summary == "Draws faster" and source.variables["paper"] == "P, arXiv 1"
+    assert source.summary == "Draws faster" and source.variables["citation"] == "P, arXiv 1"
     from planted_source.method import Fast
 
     assert source.options == options_of(Fast)

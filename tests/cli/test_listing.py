@@ -39,7 +39,7 @@ def test_list_names_every_method_and_model(run, embedded):
     found = run("list", "--json").json
     assert {m["name"]: m["kind"] for m in found["methods"]} == dict.fromkeys(registry.METHODS, "sampler")
     for method in found["methods"]:
-        assert method["summary"] and method["paper"] == registry.config_class(method["name"]).paper
+        assert method["summary"] and method["paper"] == registry.config_class(method["name"]).citation
     size = 2_000_000 + len("{}") + len(json.dumps(CARD))
     assert found["models"] == [{"name": "tiny-flux", "bytes": size, "state": "interim", "summary": CARD["title"]}]
     shown = run("list").out
@@ -50,7 +50,7 @@ def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):
     package = tmp_path / "planted_plugin"
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "method.py").write_text('"""Draws faster. Really."""\nclass M:\n    paper: str = "P, arXiv 1"\n')
+    (package / "method.py").write_text('"""Draws faster. Really."""\nclass M:\n    citation: str = "P, arXiv 1"\n')
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "names", lambda: {"fast": "planted_plugin.method:M", "gone": "nowhere.at_all:M"})
     methods = run("list", "--json").json["methods"]
@@ -62,7 +62,7 @@ def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):
 def test_explain_a_method(run, name):
     about = run("explain", name, "--json").json
     cls = registry.config_class(name)
-    assert about["paper"] == cls.paper and about["touches"] == "loop" and about["description"]
+    assert about["paper"] == cls.citation and about["touches"] == "loop" and about["description"]
     assert "Args:" not in about["description"]
     assert [o["name"] for o in about["options"]] == [f.name for f in dataclasses.fields(cls)]
     assert all(o["help"] and o["type"] and o["default"] for o in about["options"])

@@ -94,7 +94,7 @@ def test_public_names_are_documented():
 
 
 def test_methods_name_their_paper():
-    """Every registered method's config says in its docstring or its ``paper`` field which paper it follows."""
+    """Every registered method's config says in its docstring or its ``citation`` field which paper it follows."""
     files = tree.modules()
     silent = []
     for name in sorted(tree.method_modules()):
