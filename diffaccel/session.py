@@ -27,6 +27,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families.conditioning import Conditioning
+from diffaccel.families.spectra import spectrum_of
 from diffaccel.flow import Path
 from diffaccel.schedules import Schedule
 
@@ -63,6 +64,25 @@ class Decode:
 
     x0: Tensor
     at: Session | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Encode:
+    """A request for clean latents ``(R, C, H, W)`` of pixels ``(R, 3, H, W)`` in [-1, 1]."""
+
+    pixels: Tensor
+    at: Session | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """An announcement, as the first event: the steps to come in order, each with the session of its resolution.
+
+    Attributes:
+        parts: the session and the ``(n + 1,)`` noise levels of every stage of n steps; the last at the call's own size.
+    """
+
+    parts: Sequence[tuple[Session, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +134,7 @@ class Progress:
     total: int
 
 
-Event = Eval | list[Eval] | Decode | Advance | Step | Progress
+Event = Eval | list[Eval] | Decode | Encode | Advance | Step | Progress | Stages
 Sampling = Generator[Event, Any, Tensor]
 
 
@@ -193,6 +213,16 @@ class Session:
     def path(self) -> Path:
         """The noise path whose coordinates ``x`` has."""
         return self.schedule.path
+
+    @property
+    def latent_pixels(self) -> int:
+        """Pixels a latent, along a side."""
+        return self.height // self.x.shape[-2]
+
+    @cached_property
+    def spectrum(self) -> tuple[float, float]:
+        """``(A, beta)`` of the power spectrum ``A w^-beta`` of clean latents."""
+        return spectrum_of(self.pipe)
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,7 @@ if "." not in __name__:
 
 from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.bon import BoN
+from diffaccel.samplers.bottleneck.config import Bottleneck
 from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.euler import Euler
@@ -15,7 +16,9 @@ from diffaccel.samplers.smc import SMC
 from diffaccel.samplers.sop import SoP
 from diffaccel.samplers.svdd import SVDD
 
-__all__ = ["RBF", "SMC", "SVDD", "Ancestral", "BoN", "CoDe", "DPMpp2M", "Euler", "Heun", "Scheduler", "SoP"]
+__all__ = [
+    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "Euler", "Heun", "Scheduler", "SoP",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

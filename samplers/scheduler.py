@@ -23,7 +23,9 @@ class Scheduler(SamplerConfig):
     """
 
     name: ClassVar[str] = "scheduler"
-    citation: ClassVar[str] = "UniPC, arXiv 2302.04867; DPM-Solver++, arXiv 2211.01095; DDIM, arXiv 2010.02502; and others"
+    citation: ClassVar[str] = (
+        "UniPC, arXiv 2302.04867; DPM-Solver++, arXiv 2211.01095; DDIM, arXiv 2010.02502; and others"
+    )
 
     is_stock_rule: ClassVar[bool] = True
 

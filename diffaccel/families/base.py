@@ -156,6 +156,29 @@ class Family(Guided):
         """Decode clean latents as the pipeline does to pixels ``(B, 3, H, W)`` or ``(B, 3, F, H, W)`` in [-1, 1]."""
         raise NotImplementedError
 
+    def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
+        """Encode pixels ``(B, 3, H, W)`` in [-1, 1] to clean latents, the mode of the VAE's posterior.
+
+        Raises:
+            DiffAccelError: for a pipeline whose VAE has another form.
+        """
+        vae: Any = getattr(pipe, "vae", None)
+        if vae is None or not hasattr(vae, "encode"):
+            raise DiffAccelError(f"{type(pipe).__name__} has no VAE that encodes pictures. Use a method without it.")
+        config, dtype = vae.config, vae.dtype
+        needs_float = dtype == torch.float16 and config.get("force_upcast")  # SDXL's overflows in half precision
+        vae = vae.to(torch.float32) if needs_float else vae
+        posterior = vae.encode(pixels.to(vae.dtype), return_dict=False)[0]
+        latents = posterior.mode() if hasattr(posterior, "mode") else posterior
+        if needs_float:
+            vae.to(dtype)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        factor = config.get("scaling_factor") or 1.0
+        if mean and std:
+            shape = (1, -1, *[1] * (latents.ndim - 2))
+            return (latents - latents.new_tensor(mean).view(shape)) / latents.new_tensor(std).view(shape) * factor
+        return (latents - (config.get("shift_factor") or 0.0)) * factor
+
 
 def vae_factor(pipe: Any) -> int:
     """Return the side in pixels of one latent; 1 for a pipeline on pixels."""

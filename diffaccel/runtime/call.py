@@ -99,8 +99,9 @@ def _follow(
         session = make_session(pipe, family, call, recording, prepared, memo, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
         driver = Native(
-            session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches
-        )
+            session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches,
+            guidance_stop=config.guidance_stop,
+        )  # fmt: skip
         begin()
         latents = driver.run(checked_sampling(config, session))
         recording.denoised = driver.denoised
@@ -156,6 +157,11 @@ def _generate_stock(
     """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
     from diffaccel.runtime.stock_loop import generate_stock
 
+    if config.guidance_stop < 1:
+        raise UnsupportedBySampler(
+            f"guidance_stop={config.guidance_stop} was asked of {type(pipe).__name__}, which keeps its own loop: "
+            f"{reason} Leave it out."
+        )
     logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
     try:
         return generate_stock(pipe, config, call, arguments)

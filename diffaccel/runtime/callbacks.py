@@ -38,19 +38,33 @@ class Callback:
                     f"It may ask for: {', '.join(allowed)}."
                 )
 
-    def __call__(self, session: Session, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
+    def __call__(
+        self, sessions: Sequence[Session], stage: int, index: int, timestep: Tensor, latents: Callable[[], Tensor]
+    ) -> Tensor | None:
         """Call the function after a step; return latents if it changed them. Other tensors are replaced in place.
 
         The latents that it sees are a copy of the sampler's; they may be changed in place, as those of a stock loop.
+        Under a sampler with several resolutions they have that of the stage, and the function is also given ``stage``
+        and ``resolution``, height and width in pixels.
+
+        Args:
+            sessions: those of all stages, in order; one for a sampler without stages.
+            stage: index of the present one.
         """
-        offered = {name: latents() if name == "latents" else self._tensor(session, name) for name in self.inputs}
+        session = sessions[stage]
+        offered: dict[str, Any] = {
+            name: latents() if name == "latents" else self._tensor(session, name) for name in self.inputs
+        }
+        if len(sessions) > 1:
+            offered |= {"stage": stage, "resolution": (session.height, session.width)}
         before = dict(offered)  # the function may change the dict
         shown = before.get("latents")
         was_edited = _edit_detector(shown)
         returned = self.function(session.pipe, index, timestep, offered) or {}
         for name, value in returned.items():
             if name != "latents" and value is not before.get(name):
-                self._take(session, name, value)
+                for each in dict.fromkeys(sessions):
+                    self._take(each, name, value)
         latents_now = returned.get("latents", shown)
         return None if latents_now is shown and not was_edited() else latents_now
 

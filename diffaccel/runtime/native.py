@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,22 @@ from diffaccel.runtime.batching import Batch, join, share_calls
 from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.row_selection import RowSelection
 from diffaccel.runtime.stats import Stats
-from diffaccel.session import Advance, Branch, Decode, Eval, Event, Pred, Progress, Sampling, Session, Step, bcast
+from diffaccel.runtime.track import Track
+from diffaccel.session import (
+    Advance,
+    Branch,
+    Decode,
+    Encode,
+    Eval,
+    Event,
+    Pred,
+    Progress,
+    Sampling,
+    Session,
+    Stages,
+    Step,
+    bcast,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +47,7 @@ class Native:
         max_batch: maximum number of rows in one network call; None for no limit.
         callback: called after every step with the pipeline's own contract.
         halves: whether a network call that does not fit in memory is tried again with half its rows, once a run.
+        guidance_stop: share of the steps after which guided predictions are the conditional ones.
     """
 
     def __init__(
@@ -41,8 +58,9 @@ class Native:
         max_batch: int | None = None,
         callback: Callback | None = None,
         halves: bool = False,
+        guidance_stop: float = 1.0,
     ) -> None:
-        self.halves = halves
+        self.halves, self.counts_levels, self.guidance_stop = halves, halves, guidance_stop
         self.session = session
         self.state = state
         self.max_batch = max_batch
@@ -51,6 +69,7 @@ class Native:
             callback.check(session)
         self.stats = Stats()
         self.sigma: Tensor | None = None  # noise level after the last step
+        self.track = Track(session)
         self._scheduler_steps = False  # the latents are the pipeline's own, stepped by its scheduler
         self._previous_x0: Tensor | None = None
         self.denoised: Tensor | None = None  # second value of the scheduler's last step, which some pipelines decode
@@ -71,6 +90,8 @@ class Native:
         try:
             event = next(sampling)
             self._scheduler_steps = isinstance(event, Advance)
+            if isinstance(event, Stages):
+                self.track = Track(self.session, event.parts)
             if hasattr(pipe, "_num_timesteps"):  # a scheduler of second order has nearly two entries a step
                 object.__setattr__(pipe, "_num_timesteps", len(self.timesteps))
             with pipe.progress_bar(total=len(self.timesteps)) as bar:
@@ -78,7 +99,7 @@ class Native:
                     reply = self._answer(event, bar)
                     if isinstance(event, Step | Advance) and self._is_interrupted:
                         sampling.close()
-                        return reply
+                        return self.track.at_full_size(reply, self.stats.steps)
                     event = sampling.send(reply)
         except StopIteration as stop:
             return stop.value
@@ -86,7 +107,7 @@ class Native:
     @property
     def timesteps(self) -> Tensor:
         """The timestep of every step: those of the scheduler where it makes the steps, else one a noise level."""
-        return self.session.timesteps if self._scheduler_steps else self.session.schedule.timesteps
+        return self.session.timesteps if self._scheduler_steps else self.track.timesteps
 
     def _answer(self, event: Event, bar: Any) -> Any:
         """Return what the sampler receives for one event."""
@@ -101,6 +122,10 @@ class Native:
             return self._is_interrupted
         if isinstance(event, Decode):
             return self._decode(event)
+        if isinstance(event, Encode):
+            return self._encode(event)
+        if isinstance(event, Stages):
+            return None
         if isinstance(event, Eval):
             return self.predict([event])[0]
         return self.predict(event)
@@ -117,7 +142,7 @@ class Native:
             return [self.predict([request])[0] for request in evals]
         batch = join(self.session, evals)
         session, x = batch.session, batch.x
-        self._reset_caches((id(session), len(x), batch.branch, tuple(batch.conds)))
+        self._reset_caches((self._stage, id(session), len(x), batch.branch, tuple(batch.conds)))
         velocities = self._velocity_in_memory(batch).split([len(request.x) for request in evals])
         self._count(session, len(x))
         return [
@@ -146,8 +171,33 @@ class Native:
         for part, suffix in self._chunks(len(batch.x), batch.conds[0][0]):
             selection = RowSelection(batch.session, batch.conds, part, len(batch.x))
             sigma = batch.sigma if batch.sigma.ndim == 0 else batch.sigma[part]
-            parts.append(self._velocity_of_rows(batch.x[part], sigma, batch.branch, selection, suffix))
+            parts.append(self._velocity_at_levels(batch.x[part], sigma, batch.branch, selection, suffix))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @property
+    def _stage(self) -> int:
+        """Index of the stage of the step that is being made."""
+        return self.track.stage(self.stats.steps)
+
+    def _past_guidance(self, sigma: Tensor | None) -> Tensor | bool:
+        """Return whether guidance has stopped: by the step, in a search for each row by its noise level."""
+        if self.guidance_stop >= 1:
+            return False
+        stop = math.ceil(round(self.guidance_stop * len(self.timesteps), 6))
+        if not self.counts_levels or sigma is None:
+            return self.stats.steps >= stop
+        past = sigma <= self.session.sigmas[stop]
+        return bool(past.all()) if bool(past.all() == past.any()) else past
+
+    def _velocity_at_levels(
+        self, x: Tensor, sigma: Tensor, branch: Branch, selection: RowSelection, suffix: str
+    ) -> Tensor:
+        """Return the velocity of rows, of which some may be past the end of guidance and others not."""
+        past = self._past_guidance(sigma) if branch == "guided" else False
+        if isinstance(past, bool):
+            return self._velocity_of_rows(x, sigma, "positive" if past else branch, selection, suffix)
+        guided, plain = (self._velocity_of_rows(x, sigma, b, selection, suffix) for b in ("guided", "positive"))
+        return torch.where(past.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), plain, guided)
 
     def _velocity_of_rows(
         self, x: Tensor, sigma: Tensor, branch: Branch, selection: RowSelection, suffix: str
@@ -253,6 +303,11 @@ class Native:
         self.stats.decodes += len(event.x0)
         return session.family.decode(session.pipe, event.x0, session.conds[0].arguments)
 
+    def _encode(self, event: Encode) -> Tensor:
+        session = event.at or self.session
+        self.stats.encodes += len(event.pixels)
+        return session.family.encode(session.pipe, event.pixels)
+
     def _advance(self, event: Advance) -> Tensor:
         """Take one step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""
         latents = self._step_scheduler(event, self._scheduler_prediction(event))
@@ -273,7 +328,8 @@ class Native:
         parts = []
         for part, suffix in self._chunks(len(x), 0):
             selection = RowSelection(session, [(0, None)], part, len(x))
-            parts.append(self._prediction(x[part], timestep, sigma, "guided", selection, suffix))
+            branch: Branch = "positive" if self._past_guidance(None) else "guided"
+            parts.append(self._prediction(x[part], timestep, sigma, branch, selection, suffix))
         self._count(session, len(x))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -295,14 +351,14 @@ class Native:
 
     def _step(self, event: Step) -> Tensor:
         """Finish a step of the sampler and return the latents to go on with."""
-        session = self.session
+        session = self.track.session(self.stats.steps)
         x, self.sigma = event.x, event.sigma
         if self.state == "stock":
             if not session.family.casts_latents:  # schedulers give their sample the dtype of the network's output
                 self.dtype = self._output_dtype or self.dtype
             x = x.to(self.dtype).to(x.dtype)
         index = min(self.stats.steps, len(self.timesteps) - 1)
-        edited = self._end_step(index, self.timesteps[index], lambda: self.native_latents(x))
+        edited = self._end_step(index, self.timesteps[index], lambda: self._latents_of(session, x))
         if edited is None:
             return x
         rows = session.family.unwrap(edited, session.conds[0].arguments)
@@ -311,10 +367,13 @@ class Native:
 
     def _end_step(self, index: int, timestep: Tensor, latents: Callable[[], Tensor]) -> Tensor | None:
         """Count a step and report it to pipeline and callback; return latents if the callback changed them."""
+        stage = self._stage
         self.stats.steps += 1
         self._show_time(timestep)
         self._show_step_index()
-        return None if self.callback is None else self.callback(self.session, index, timestep, latents)
+        if self.callback is None:
+            return None
+        return self.callback(self.track.sessions, stage, index, timestep, latents)
 
     def _show_time(self, timestep: Tensor) -> None:
         """Set the pipeline's current timestep, which caches and hooks read while the network runs."""
@@ -327,14 +386,16 @@ class Native:
         session = self.session
         scheduler = session.scheduler
         if not self._scheduler_steps and hasattr(scheduler, "_step_index"):
-            entry = session.schedule.entry(min(self.stats.steps, len(self.timesteps)))
+            entry = session.schedule.entry(min(self.stats.steps, len(session.schedule.timesteps)))
             scheduler._step_index = len(scheduler.timesteps) - len(session.timesteps) + entry
 
     def native_latents(self, x: Tensor) -> Tensor:
         """Return the sampler's latents as the pipeline's own loop would hold them."""
-        session, family = self.session, self.session.family
-        if self._scheduler_steps:
-            return x
+        return x if self._scheduler_steps else self._latents_of(self.session, x)
+
+    def _latents_of(self, session: Session, x: Tensor) -> Tensor:
+        """Return latents of one session as its pipeline's loop would hold them."""
+        family = session.family
         sigma = session.sigmas[0] if self.sigma is None else self.sigma
         rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(self.dtype))
         return family.wrap(rows, session.conds[0].arguments)

@@ -35,6 +35,7 @@ class Stats:
     calls: int = 0
     steps: int = 0
     decodes: int = 0
+    encodes: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
     nfe_by_resolution: dict[str, int] = field(default_factory=dict)

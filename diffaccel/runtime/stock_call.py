@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from diffaccel.config import SamplerConfig
-from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.errors import DiffAccelError, UnsupportedBySampler, first_line
 from diffaccel.families import find
 from diffaccel.families.generic.stand_ins import state_of
 from diffaccel.families.generic.watching import NotIdentified
@@ -53,6 +53,11 @@ def follow_or_call(
                 raise
             error, reason = failure, first_line(failure)
         rewind()
+    if config.guidance_stop < 1:
+        raise UnsupportedBySampler(
+            f"guidance_stop={config.guidance_stop} was asked of a call that only the pipeline's own loop can make: "
+            f"{reason} Leave it out."
+        ) from error
     result, stats = _call_metered(pipe, call, arguments, error)
     if isinstance(error, DiffAccelError):  # others may pass
         refusals[kind] = reason

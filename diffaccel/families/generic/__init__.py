@@ -112,6 +112,9 @@ class Generic(Family):
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         raise self._needs_family("The sampler asks for pixels between steps.", "Use one that works on latents.")
 
+    def encode(self, pipe: Any, pixels: Tensor) -> Tensor:
+        raise self._needs_family("The sampler asks for latents of pixels.", "Use one that works on latents.")
+
     def _needs_family(self, problem: str, fix: str) -> UnsupportedBySampler:
         reason = "no family describes this pipeline, so the layout of its latents and its options are unknown"
         return UnsupportedBySampler(f"{self.pipeline}: {problem} That is not possible, since {reason}. {fix}")

@@ -1,0 +1,84 @@
+"""The stage engine: Euler's method at one size after the other, and what happens to the latents in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffaccel.flow import LINEAR, transport
+from diffaccel.samplers.bottleneck.lift import lift
+from diffaccel.samplers.bottleneck.resizing import Interpolation, expand_spectrum, interpolate
+from diffaccel.samplers.bottleneck.stages import Stage
+from diffaccel.session import Decode, Encode, Eval, Pred, Sampling, Session, Stages, Step
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a stage is entered from the one before.
+
+    Attributes:
+        kind: "spectrum" expands the noisy state; "noise" resizes the clean estimate and noises it; "lift" enlarges it
+            in latents and through pixels, and noises it.
+        resize: interpolation of clean estimates, or for "lift" of pixels.
+        lift: share of places that go through pixels, and their least and greatest weight.
+    """
+
+    kind: Literal["spectrum", "noise", "lift"]
+    resize: Interpolation = "bilinear"
+    lift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+
+def staged(session: Session, stages: Sequence[Stage], entry: Entry) -> Sampling:
+    """Sample by Euler's method in each stage, and enter the next at its size (arXiv 2503.18940, 2605.18736)."""
+    places = [session.at(*stage.size) for stage in stages]
+    levels = [sigmas_of(session, stage) for stage in stages]
+    yield Stages(list(zip(places, levels, strict=True)))
+    x = places[0].x
+    pred: Pred | None = None
+    for index, (at, sigmas) in enumerate(zip(places, levels, strict=True)):
+        if pred is not None:
+            x = yield from _entered(session, places[index - 1], at, stages[index], sigmas[0], x, pred, entry)
+        for sigma, sigma_next in pairwise(sigmas):
+            pred = yield Eval(x, sigma, at=at)
+            x = yield Step(x + (sigma_next - sigma) * pred.v, sigma_next)
+        if pred is not None:
+            pred = Pred(session.path, x, sigmas[-1], pred.v)  # the last velocity, at the state that it led to
+    return x
+
+
+def sigmas_of(session: Session, stage: Stage) -> Tensor:
+    """Return a stage's noise levels on the session's path: its own numbers where they are the call's."""
+    sigmas = stage.levels.to(session.sigmas)
+    if session.path is not LINEAR:
+        sigmas = torch.as_tensor(session.path.at(LINEAR.rho(stage.levels.double()))).to(session.sigmas)
+    if stage.own is None:
+        return sigmas
+    own = session.sigmas[stage.own.start - 1 : stage.own.stop]
+    return own if stage.enters_own else torch.cat([sigmas[:1], own[1:]])
+
+
+def _entered(
+    session: Session, before: Session, at: Session, stage: Stage, sigma: Tensor, x: Tensor, pred: Pred, entry: Entry
+) -> Generator[Any, Any, Tensor]:
+    """Return the state with which a stage begins, ``(B, C, H, W)`` at ``sigma``."""
+    noise = session.randn_like(at.x)
+    path = session.path
+    if entry.kind == "spectrum":
+        linear, t = transport(x, pred.sigma.double(), path, LINEAR)
+        expanded, t_new = expand_spectrum(linear, float(t), noise)
+        return transport(expanded, torch.tensor(t_new, dtype=torch.float64), LINEAR, path)[0].to(x)
+    size = (noise.shape[-2], noise.shape[-1])
+    if entry.kind == "lift" and size != tuple(x.shape[-2:]):
+        pixels = yield Decode(pred.x0, at=before)
+        enlarged = interpolate(pixels, (at.height, at.width), entry.resize)
+        through_pixels = yield Encode(enlarged, at=at)
+        x0 = lift(interpolate(pred.x0, size, "nearest"), through_pixels.to(x), *entry.lift)
+    else:
+        x0 = interpolate(pred.x0, size, entry.resize)
+    level = sigma if stage.noised_to is None else torch.as_tensor(path.at(LINEAR.rho(stage.noised_to))).to(sigma)
+    return path.mix(x0, noise, level).to(x)
