@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 SPECTRA: dict[tuple[float | None, int], tuple[float, float]] = {
     (0.3611, 16): (203.615097, 1.915461),
     (None, 16): (219.484718, 2.422687),  # Wan: a mean and a deviation for each channel instead of one factor
+    (0.4386, 16): (3.3836, 1.3787),  # emoji-flux: python -m scripts.zoo.emoji.spectrum, at 128 px
 }
 GENERIC = SPECTRA[0.3611, 16]
 

@@ -159,6 +159,12 @@ class Bottleneck(SamplerConfig):
 
     def sample(self, session: Session) -> Sampling:
         stages, entry = self.stages(session)
+        total = sum(stage.steps for stage in stages)
+        if total <= FEW_STEPS and len(stages) > 1 and entry.kind != "lift" and session.x.ndim == 4:
+            logger.warning(
+                "%d steps leave few after the change of resolution; preset='selflift-zero' is made for such calls.",
+                total,
+            )
         return staged(session, stages, entry)
 
     def stages(self, session: Session) -> tuple[list[Stage], Entry]:
@@ -211,17 +217,11 @@ class Bottleneck(SamplerConfig):
         )
 
     def _preset(self, total: int, is_video: bool) -> str:
-        """Return the preset of a call; warn where another is the measured choice, refuse what it cannot do."""
+        """Return the preset of a call, and refuse what it cannot do."""
         if self.preset == "selflift-zero" and is_video:
             raise DiffAccelError("The preset 'selflift-zero' is for pictures; for videos use preset='speed'.")
         is_few = total <= FEW_STEPS and not is_video
-        if self.preset == "auto":
-            return "selflift-zero" if is_few else "speed"
-        if is_few and self.preset != "selflift-zero":
-            logger.warning(
-                "%d steps leave few after the change of resolution; 'selflift-zero' is made for such calls.", total
-            )
-        return self.preset
+        return ("selflift-zero" if is_few else "speed") if self.preset == "auto" else self.preset
 
     # -- planning ---------------------------------------------------------------------------------------------------
 
