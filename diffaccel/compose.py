@@ -67,7 +67,7 @@ class Active:
         loop: the method that owns the sampling loop.
         stats: cost of the last run.
         on_busy: what a call does while another thread makes one.
-        told: what was made of the pipeline without the method of its loop, and logged.
+        announced: what was made of the pipeline without its methods, and logged.
     """
 
     original_class: type
@@ -75,7 +75,7 @@ class Active:
     loop: SamplerConfig | None = None
     stats: Any = None
     on_busy: OnBusy = "wait"
-    told: tuple[str, ...] = ()
+    announced: tuple[str, ...] = ()
 
     @property
     def configs(self) -> list[Any]:
@@ -83,6 +83,27 @@ class Active:
         on_networks = [applied.config for applied in self.applied if applied.handle is not None]
         configs = on_networks if self.loop is None else [*on_networks, self.loop]
         return sorted(configs, key=lambda config: ORDER.index(config.touches))
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Names of the methods on the networks that must be told the step of every network call."""
+        return tuple(config.name for config in self.configs if _needs_steps(config))
+
+    @property
+    def owns_calls(self) -> bool:
+        """Whether calls of the pipeline are made here: by a loop method, or step by step for a method that is told."""
+        return self.loop is not None or bool(self.told)
+
+    @property
+    def driver(self) -> Any:
+        """The loop method, or the pipeline's own rule where a method on a network needs steps and there is no loop."""
+        if self.loop is None and self.told:
+            return registry.config_class("scheduler")()
+        return self.loop
+
+
+def _needs_steps(config: Any) -> bool:
+    return bool(getattr(config, "needs_steps", False))
 
 
 def active(pipe: Any) -> Active | None:
@@ -95,6 +116,9 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
 
     Methods are applied weights first, then blocks, then the loop, whatever their order here; the pipeline's call keeps
     its signature. More methods can be added later by another call.
+
+    A cache is told the step of every network call. Without a loop method its calls run under the rule of the pipeline's
+    own scheduler ('scheduler'), which equals the stock loop to the bit; one that cannot be followed so raises.
 
     Args:
         pipe: a diffusers pipeline, or a list of them for a method that composes several (the first is returned).
@@ -128,8 +152,9 @@ def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None) -> None:
             take_off(pipe)
             _set(pipe, Active(stock_class(type(pipe))))
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
-            if config.touches == "loop":
+            if (config.touches == "loop" or _needs_steps(config)) and not _state(pipe).owns_calls:
                 put_on(pipe, _call, _tell, _KEY)
+            if config.touches == "loop":
                 _update(pipe, loop=config)
             else:
                 applied = Applied(config)
@@ -160,7 +185,7 @@ def _take_off(pipe: Any, before: Active | None) -> None:
         if applied not in kept:
             applied.remove()
     _set(pipe, before)
-    if before is None or before.loop is None:  # without a state the class passes calls on, should this be interrupted
+    if before is None or not before.owns_calls:  # without a state the class passes calls on, should this be interrupted
         take_off(pipe)
 
 
@@ -195,16 +220,19 @@ class Summary:
     pipeline: str
     methods: list[dict[str, Any]]
     last_run: dict[str, Any] | None
+    implied: str | None = None  # name of the loop that runs because a method needs steps and none was given
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for records."""
-        return {"pipeline": self.pipeline, "methods": self.methods, "last_run": self.last_run}
+        return {"pipeline": self.pipeline, "methods": self.methods, "last_run": self.last_run, "implied": self.implied}
 
     def __str__(self) -> str:
         lines = [self.pipeline]
         for method in self.methods:
             options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in ("name", "touches"))
             lines.append(f"  {method['name']:<12}{method['touches']:<9}{options}")
+        if self.implied:
+            lines.append(f"  {self.implied:<12}{'loop':<9}the pipeline's own steps, which tell a cache where it is")
         if not self.methods:
             lines.append("  no methods active")
         if self.last_run:
@@ -214,6 +242,10 @@ class Summary:
             if run["peak_memory"]:
                 cost += f", peak {run['peak_memory'] / 2**30:.2f} GiB"
             lines.append(cost)
+            if caches := run.get("caches"):
+                calls = caches["real_calls"] + caches["skipped_calls"]
+                share = f"{caches['skipped_share_of_seconds']:.1%} of their seconds"
+                lines.append(f"  caches      {caches['skipped_calls']} of {calls} network calls skipped, {share}")
         return "\n".join(lines)
 
 
@@ -224,7 +256,8 @@ def summary(pipe: Any) -> Summary:
     cls = state.original_class if state else type(pipe)
     methods = [{**c.to_dict(), "touches": c.touches} for c in state.configs] if state else []
     last = state.stats.to_dict() if state and state.stats else None
-    return Summary(cls.__name__, methods, last)
+    implied = state.driver.name if state and state.loop is None and state.told else None
+    return Summary(cls.__name__, methods, last, implied)
 
 
 def _config(config: Any) -> Any:
@@ -253,6 +286,8 @@ def _check_clashes(configs: list[Any]) -> None:
             raise DiffAccelError(
                 f"'{first.name}' is already active. diffaccel.remove(pipe) first to change its options."
             )
+        if _needs_steps(first) or _needs_steps(second):
+            _check_trajectories(first, second)
         if second.name in first.conflicts or first.name in second.conflicts:
             raise DiffAccelError(f"'{first.name}' and '{second.name}' cannot be active together. Use one.")
         if first.touches == second.touches == "loop":
@@ -260,6 +295,16 @@ def _check_clashes(configs: list[Any]) -> None:
                 f"'{first.name}' and '{second.name}' both replace the sampling loop. Use one of them, "
                 "or diffaccel.remove(pipe) in between."
             )
+
+
+def _check_trajectories(first: Any, second: Any) -> None:
+    """Raise for a method that keeps what each row computed, with a loop whose rows change between steps."""
+    cache, loop = (first, second) if _needs_steps(first) else (second, first)
+    if not getattr(loop, "keeps_rows", True):
+        raise DiffAccelError(
+            f"'{cache.name}' keeps what each row of a network call computed at earlier steps, and '{loop.name}' calls "
+            f"the network for other rows from step to step. Use one of them, or '{cache.name}' with 'euler'."
+        )
 
 
 def call(pipe: Any, arguments: dict[str, Any], *, folder: Path | None = None, shared: bool = False) -> Any:
@@ -285,9 +330,10 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
         from diffaccel.runtime.call import generate
 
         state = active(pipe)
-        if state is None or state.loop is None:  # another thread has removed it in between
+        if state is None or not state.owns_calls:  # another thread has removed it in between
             return stock_call(pipe, *args, **kwargs)
-        result, stats = generate(pipe, state.loop, stock_call, args, kwargs, folder=folder, shared=shared)
+        driver, told = state.driver, state.told
+        result, stats = generate(pipe, driver, stock_call, args, kwargs, folder=folder, shared=shared, told=told)
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)
         return result
@@ -299,8 +345,9 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
 
 
 def _tell(pipe: Any, what: str) -> None:
-    """Log, once for each pipeline, that something is made of it without the method of its loop."""
+    """Log, once for each pipeline, that something is made of it without the methods of its calls."""
     state = active(pipe)
-    if state is not None and state.loop is not None and what not in state.told:
-        _update(pipe, told=(*state.told, what))
-        logger.warning("%s, without '%s': call diffaccel.accelerate on that one as well.", what, state.loop.name)
+    if state is not None and state.owns_calls and what not in state.announced:
+        _update(pipe, announced=(*state.announced, what))
+        names = "' and '".join(state.told if state.loop is None else (*state.told, state.loop.name))
+        logger.warning("%s, without '%s': call diffaccel.accelerate on that one as well.", what, names)

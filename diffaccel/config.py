@@ -63,12 +63,15 @@ class Config:
         touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
         conflicts: names of methods that cannot be active at the same time.
         citation: title and arXiv id.
+        needs_steps: whether a method on the network must be told the step of every network call. Without a loop method
+            the call then runs under the pipeline's own scheduler, step by step.
     """
 
     name: ClassVar[str]
     touches: ClassVar[Touches]
     conflicts: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = ""
+    needs_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -88,6 +91,11 @@ class Config:
 
     def validate(self) -> None:
         """Raise :class:`DiffAccelError` for values that do not fit together; types were checked already."""
+
+    @classmethod
+    def tunable(cls) -> dict[str, tuple[Any, ...]]:
+        """Return the fields that a tuner may change: for each its values, in the order of growing speed."""
+        return {}
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
@@ -135,6 +143,7 @@ class SamplerConfig(Config):
     evals_per_step: ClassVar[int] = 1
     searches: ClassVar[bool] = False  # one call may use many processes, and writes files of its own
     is_stock_rule: ClassVar[bool] = False  # its result is the stock call's, which is made where it is not followed
+    keeps_rows: ClassVar[bool] = True  # the rows of its network calls are those of the step before, one by one
 
     state: State = "float32"
     max_batch: int = 0

@@ -70,11 +70,3 @@ def config_class(name: str) -> type[Any]:
             f"touches one of {', '.join(ORDER)}, as subclasses of diffaccel.config.Config have."
         )
     return cls
-
-
-def open_session(pipe: Any, **arguments: Any) -> Any:
-    """Open a session of a pipeline call, as :func:`diffaccel.runtime.probe.open_session`, which methods do not see.
-
-    A method needs it to plan a call; to make one it is given a session.
-    """
-    return import_module("diffaccel.runtime.probe").open_session(pipe, **arguments)

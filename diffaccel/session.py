@@ -19,6 +19,7 @@ import copy
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from diffaccel.families.base import Family
 
 Branch = Literal["guided", "positive", "negative"]
+OPENER = "diffaccel.runtime.probe:open_session"
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,6 +304,15 @@ class Session:
             )
         self.conds.append(other.conds[0])
         return len(self.conds) - 1
+
+
+def open_session(pipe: Any, **arguments: Any) -> Any:
+    """Open a session of a pipeline call without making it, as a method must to plan one.
+
+    Methods do not see the room that makes calls; this is :func:`diffaccel.open_session`, by its name.
+    """
+    module, _, function = OPENER.partition(":")
+    return getattr(import_module(module), function)(pipe, **arguments)
 
 
 def _with_decoder_on(pipe: Any, device: torch.device) -> Any:

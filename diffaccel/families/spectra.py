@@ -48,8 +48,8 @@ def fit(latents: Tensor) -> tuple[float, float]:
     height, width = x.shape[-2:]
     power = ((dct_matrix(height) @ x @ dct_matrix(width).T) ** 2).flatten(0, -3).mean(0)  # (H, W)
     side = min(height, width)
-    rows = torch.arange(height, dtype=torch.float64)[:, None] * side / height
-    columns = torch.arange(width, dtype=torch.float64)[None] * side / width
+    rows = torch.arange(height, dtype=torch.float64, device="cpu")[:, None] * side / height
+    columns = torch.arange(width, dtype=torch.float64, device="cpu")[None] * side / width
     cycles = torch.hypot(rows, columns) / 2  # a DCT's k-th row has k / 2 cycles
     inside = (cycles > 0) & (cycles <= side / 2)
     logs, values = cycles[inside].log(), power[inside].log()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.probe import arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
-from diffaccel.runtime.stock_call import follow_or_call
+from diffaccel.runtime.stock_call import follow_or_call, needs_steps
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def generate(
     *,
     folder: Path | None = None,
     shared: bool = False,
+    told: tuple[str, ...] = (),
 ) -> tuple[Any, Stats]:
     """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``.
 
@@ -49,6 +51,8 @@ def generate(
         call: the pipeline's stock ``__call__``.
         folder: where a sampler may leave files; None for nowhere.
         shared: whether all processes of the launch make this one call together.
+        told: names of the methods on the network that must be told the step of every network call, as only the native
+            driver does.
 
     Returns:
         The call's result and the cost of the loop.
@@ -56,10 +60,10 @@ def generate(
     arguments = arguments_of(call, pipe, args, kwargs)
 
     def follow(begin: Callable[[], None]) -> tuple[Any, Stats]:
-        return _follow(pipe, config, call, arguments, folder, shared, begin)
+        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told), begin)
 
     if getattr(config, "is_stock_rule", False):
-        return follow_or_call(pipe, config, call, arguments, follow)
+        return follow_or_call(pipe, config, call, arguments, follow, told)
     if getattr(pipe, "scheduler", None) is None:
         raise UnsupportedBySampler(
             f"{type(pipe).__name__} has no scheduler, so there is nothing to sample. Accelerate the pipeline whose "
@@ -68,13 +72,21 @@ def generate(
     return follow(lambda: None)
 
 
+@dataclass(frozen=True)
+class _Extras:
+    """What a call gets beside its arguments; see :func:`generate`."""
+
+    folder: Path | None
+    shared: bool
+    told: tuple[str, ...]
+
+
 def _follow(
     pipe: Any,
     config: SamplerConfig,
     call: Callable[..., Any],
     arguments: dict[str, Any],
-    folder: Path | None,
-    shared: bool,
+    extras: _Extras,
     begin: Callable[[], None],
 ) -> tuple[Any, Stats]:
     """Run the call in the native driver, or the sampler in the stock loop; call ``begin`` before the first step."""
@@ -86,6 +98,8 @@ def _follow(
         except NotIdentified as reason:
             if getattr(config, "is_stock_rule", False):
                 raise
+            if extras.told:
+                raise needs_steps(pipe, extras.told, reason) from reason
             return _generate_stock(pipe, config, call, arguments, reason)
         if getattr(config, "is_stock_rule", False) and not family.is_exact:
             raise NotIdentified("its rules are known up to rounding only.")
@@ -97,11 +111,14 @@ def _follow(
     def run_sampler(recording: Recording) -> Tensor:
         prepared = {**arguments, "generator": initial_generator}
         session = make_session(pipe, family, call, recording, prepared, memo, arguments.get("generator"))
-        session.stock_levels, session.folder, session.shared = config.state == "stock", folder, shared
-        driver = Native(
-            session, state=config.state, max_batch=config.max_batch or None, callback=callback, halves=config.searches,
-            guidance_stop=config.guidance_stop,
-        )  # fmt: skip
+        session.stock_levels, session.folder, session.shared = config.state == "stock", extras.folder, extras.shared
+        options: Any = {
+            "max_batch": config.max_batch or None,
+            "halves": config.searches,
+            "told": extras.told,
+            "guidance_stop": config.guidance_stop,
+        }
+        driver = Native(session, state=config.state, callback=callback, **options)
         begin()
         latents = driver.run(checked_sampling(config, session))
         recording.denoised = driver.denoised

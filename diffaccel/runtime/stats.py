@@ -25,6 +25,7 @@ class Stats:
         peak_memory: peak of allocated device memory in bytes, 0 on a CPU.
         nfe_by_resolution: ``nfe`` by picture size, ``WIDTHxHEIGHT``.
         report: what the sampler reports about the run, JSON-ready.
+        caches: real and skipped network calls and their seconds, where a cache is on the network; JSON-ready.
         path: what ran the loop: our driver ("native"), the pipeline's loop with a sampler in the place of its solver
             ("stock loop"), or the pipeline's own call with its own solver ("stock call").
         not_counted: names of the fields that this path cannot count.
@@ -40,6 +41,7 @@ class Stats:
     peak_memory: int = 0
     nfe_by_resolution: dict[str, int] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    caches: dict[str, Any] = field(default_factory=dict)
     path: RunPath = "native"
     not_counted: list[str] = field(default_factory=list)
 

@@ -25,7 +25,12 @@ Follow = Callable[[Callable[[], None]], tuple[Any, Stats]]
 
 
 def follow_or_call(
-    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any], follow: Follow
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    follow: Follow,
+    told: tuple[str, ...] = (),
 ) -> tuple[Any, Stats]:
     """Return ``follow(begin)``, or the result of the stock call where that fails before it calls ``begin``.
 
@@ -35,6 +40,7 @@ def follow_or_call(
         call: the pipeline's stock ``__call__``.
         arguments: the call's, by name.
         follow: runs the call in the native driver; it calls ``begin`` before the first step.
+        told: names of methods on the network that need the native driver, without which the call is refused.
     """
     kind, refusals = _kind(pipe, arguments), _REFUSALS.setdefault(pipe, {})
     reason = refusals.get(kind) or _callback_reason(pipe, config, arguments)
@@ -49,7 +55,7 @@ def follow_or_call(
         try:
             return follow(begin)
         except Exception as failure:
-            if has_begun:
+            if has_begun or (told and not isinstance(failure, DiffAccelError)):
                 raise
             error, reason = failure, first_line(failure)
         rewind()
@@ -58,6 +64,8 @@ def follow_or_call(
             f"guidance_stop={config.guidance_stop} was asked of a call that only the pipeline's own loop can make: "
             f"{reason} Leave it out."
         ) from error
+    if told:
+        raise needs_steps(pipe, told, reason) from error
     result, stats = _call_metered(pipe, call, arguments, error)
     if isinstance(error, DiffAccelError):  # others may pass
         refusals[kind] = reason
@@ -66,6 +74,15 @@ def follow_or_call(
     if config.max_batch:
         logger.warning("max_batch=%d was not applied to it.", config.max_batch)
     return result, stats
+
+
+def needs_steps(pipe: Any, told: tuple[str, ...], reason: object) -> UnsupportedBySampler:
+    """Return the error for a call that cannot be followed step by step, as methods on its network need."""
+    names = " and ".join(f"'{name}'" for name in told)
+    return UnsupportedBySampler(
+        f"{names} must be told the step of every network call, and this call of {type(pipe).__name__} cannot be "
+        f"followed: {str(reason).rstrip('.')}. Leave that out of the call, or diffaccel.remove(pipe) first."
+    )
 
 
 def _call_metered(

@@ -1,5 +1,1 @@
 """Fewer pixels: a call in stages of different resolution, whose rules are presets named after their sources."""
-
-from diffaccel.samplers.bottleneck.config import Bottleneck
-
-__all__ = ["Bottleneck"]

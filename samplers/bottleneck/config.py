@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.bottleneck import stages as rules
-from diffaccel.samplers.bottleneck.engine import Entry, staged
+from diffaccel.samplers.bottleneck.engine import Handover, staged
 from diffaccel.samplers.bottleneck.plan import ResolutionPlan, plan_call, reach, target_of
 from diffaccel.samplers.bottleneck.presets import FEW_STEPS, OTHERS, PRESETS, STAGES, shares
 from diffaccel.samplers.bottleneck.resizing import Interpolation
@@ -158,16 +158,16 @@ class Bottleneck(SamplerConfig):
     # -- one call ---------------------------------------------------------------------------------------------------
 
     def sample(self, session: Session) -> Sampling:
-        stages, entry = self.stages(session)
+        stages, handover = self.stages(session)
         total = sum(stage.steps for stage in stages)
-        if total <= FEW_STEPS and len(stages) > 1 and entry.kind != "lift" and session.x.ndim == 4:
+        if total <= FEW_STEPS and len(stages) > 1 and handover.kind != "lift" and session.x.ndim == 4:
             logger.warning(
                 "%d steps leave few after the change of resolution; preset='selflift-zero' is made for such calls.",
                 total,
             )
-        return staged(session, stages, entry)
+        return staged(session, stages, handover)
 
-    def stages(self, session: Session) -> tuple[list[Stage], Entry]:
+    def stages(self, session: Session) -> tuple[list[Stage], Handover]:
         """Return the stages of a call, and how each is entered from the one before."""
         target = target_of(session)
         is_video, total = session.x.ndim == 5, len(target.levels) - 1
@@ -175,17 +175,17 @@ class Bottleneck(SamplerConfig):
         options = {**PRESETS[preset], **self._given()}
         scales = options["scales"]
         if len(scales) == 1 and preset != "bottleneck":
-            return rules.whole(target), Entry("noise")
+            return rules.whole(target), Handover("noise")
         if preset == "speed":
             spectrum = options["spectrum"] or session.spectrum
-            return rules.spectral(target, scales, spectrum, options["tolerance"]), Entry("spectrum")
+            return rules.spectral(target, scales, spectrum, options["tolerance"]), Handover("spectrum")
         if preset == "selflift-zero":
-            return rules.switched(target, scales, options["switches"]), Entry(
+            return rules.switched(target, scales, options["switches"]), Handover(
                 "lift", options["resize"], options["lift"]
             )
         if preset == "lightx2v":
-            return rules.reshifted(target, scales, options["switches"]), Entry("noise", options["resize"])
-        return self._renoised(session, target, options), Entry("noise", options["resize"])
+            return rules.reshifted(target, scales, options["switches"]), Handover("noise", options["resize"])
+        return self._renoised(session, target, options), Handover("noise", options["resize"])
 
     def _renoised(self, session: Session, target: rules.Target, options: dict[str, Any]) -> list[Stage]:
         """Return the stages of the preset "bottleneck", with the family's numbers where none were given."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from diffaccel.session import Decode, Encode, Eval, Pred, Sampling, Session, Sta
 
 
 @dataclass(frozen=True)
-class Entry:
+class Handover:
     """How a stage is entered from the one before.
 
     Attributes:
@@ -33,7 +33,7 @@ class Entry:
     lift: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
-def staged(session: Session, stages: Sequence[Stage], entry: Entry) -> Sampling:
+def staged(session: Session, stages: Sequence[Stage], handover: Handover) -> Sampling:
     """Sample by Euler's method in each stage, and enter the next at its size (arXiv 2503.18940, 2605.18736)."""
     places = [session.at(*stage.size) for stage in stages]
     levels = [sigmas_of(session, stage) for stage in stages]
@@ -42,7 +42,7 @@ def staged(session: Session, stages: Sequence[Stage], entry: Entry) -> Sampling:
     pred: Pred | None = None
     for index, (at, sigmas) in enumerate(zip(places, levels, strict=True)):
         if pred is not None:
-            x = yield from _entered(session, places[index - 1], at, stages[index], sigmas[0], x, pred, entry)
+            x = yield from _entered(session, places[index - 1], at, stages[index], sigmas[0], x, pred, handover)
         for sigma, sigma_next in pairwise(sigmas):
             pred = yield Eval(x, sigma, at=at)
             x = yield Step(x + (sigma_next - sigma) * pred.v, sigma_next)
@@ -53,32 +53,46 @@ def staged(session: Session, stages: Sequence[Stage], entry: Entry) -> Sampling:
 
 def sigmas_of(session: Session, stage: Stage) -> Tensor:
     """Return a stage's noise levels on the session's path: its own numbers where they are the call's."""
-    sigmas = stage.levels.to(session.sigmas)
-    if session.path is not LINEAR:
-        sigmas = torch.as_tensor(session.path.at(LINEAR.rho(stage.levels.double()))).to(session.sigmas)
+    levels = stage.levels.double()
+    sigmas = levels if session.path is LINEAR else _on_path(session, levels)
+    sigmas = sigmas.to(session.sigmas)
     if stage.own is None:
         return sigmas
     own = session.sigmas[stage.own.start - 1 : stage.own.stop]
     return own if stage.enters_own else torch.cat([sigmas[:1], own[1:]])
 
 
+def _on_path(session: Session, levels: Tensor) -> Tensor:
+    """Convert noise levels of the linear path to the session's."""
+    return cast(Tensor, session.path.at(LINEAR.rho(levels)))
+
+
 def _entered(
-    session: Session, before: Session, at: Session, stage: Stage, sigma: Tensor, x: Tensor, pred: Pred, entry: Entry
+    session: Session,
+    before: Session,
+    at: Session,
+    stage: Stage,
+    sigma: Tensor,
+    x: Tensor,
+    pred: Pred,
+    handover: Handover,
 ) -> Generator[Any, Any, Tensor]:
     """Return the state with which a stage begins, ``(B, C, H, W)`` at ``sigma``."""
     noise = session.randn_like(at.x)
     path = session.path
-    if entry.kind == "spectrum":
+    if handover.kind == "spectrum":
         linear, t = transport(x, pred.sigma.double(), path, LINEAR)
         expanded, t_new = expand_spectrum(linear, float(t), noise)
-        return transport(expanded, torch.tensor(t_new, dtype=torch.float64), LINEAR, path)[0].to(x)
+        return transport(expanded, torch.tensor(t_new, dtype=torch.float64, device="cpu"), LINEAR, path)[0].to(x)
     size = (noise.shape[-2], noise.shape[-1])
-    if entry.kind == "lift" and size != tuple(x.shape[-2:]):
+    if handover.kind == "lift" and size != tuple(x.shape[-2:]):
         pixels = yield Decode(pred.x0, at=before)
-        enlarged = interpolate(pixels, (at.height, at.width), entry.resize)
+        enlarged = interpolate(pixels, (at.height, at.width), handover.resize)
         through_pixels = yield Encode(enlarged, at=at)
-        x0 = lift(interpolate(pred.x0, size, "nearest"), through_pixels.to(x), *entry.lift)
+        x0 = lift(interpolate(pred.x0, size, "nearest"), through_pixels.to(x), *handover.lift)
     else:
-        x0 = interpolate(pred.x0, size, entry.resize)
-    level = sigma if stage.noised_to is None else torch.as_tensor(path.at(LINEAR.rho(stage.noised_to))).to(sigma)
+        x0 = interpolate(pred.x0, size, handover.resize)
+    level = sigma
+    if stage.noised_to is not None:
+        level = _on_path(session, torch.tensor(stage.noised_to, dtype=torch.float64, device="cpu")).to(sigma)
     return path.mix(x0, noise, level).to(x)

@@ -29,8 +29,8 @@ def fitted_shift(levels: Tensor) -> float:
 
 def shifted(start: float, end: float, steps: int, h: float) -> Tensor:
     """Return ``steps + 1`` levels from ``start`` to ``end``, equally spaced before the shift h; both ends are exact."""
-    ends = unshift(torch.tensor([start, end], dtype=torch.float64), h)
-    levels = shift(torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64), h)
+    ends = unshift(torch.tensor([start, end], dtype=torch.float64, device="cpu"), h)
+    levels = shift(torch.linspace(float(ends[0]), float(ends[1]), steps + 1, dtype=torch.float64, device="cpu"), h)
     levels[0], levels[-1] = start, end
     return levels
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffaccel import registry
 from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families.flops import flops
 from diffaccel.flow import LINEAR
 from diffaccel.samplers.bottleneck.stages import Stage, Target
-from diffaccel.session import Session
-
-if TYPE_CHECKING:
-    from diffaccel.samplers.bottleneck.config import Bottleneck
+from diffaccel.session import Session, open_session
 
 SCALES = ((0.5, 1.0), (0.5, 0.75, 1.0))
 TOLERANCES = tuple(round(10 ** (-3 + place / 16), 5) for place in range(48))  # .001 to .87
@@ -52,7 +48,7 @@ class ResolutionPlan:
         speedup: the ratio of both: what a GPU would gain whose time follows the FLOPs, without encoders and decoder.
     """
 
-    config: Bottleneck
+    config: Any
     stages: tuple[PlannedStage, ...]
     plain_tflop: float
 
@@ -119,13 +115,13 @@ def cost_of(stages: list[Stage], costs: Mapping[tuple[int, int], int]) -> tuple[
     )
 
 
-def plan_call(pipe: Any, config: Bottleneck, arguments: dict[str, Any]) -> ResolutionPlan:
+def plan_call(pipe: Any, config: Any, arguments: dict[str, Any]) -> ResolutionPlan:
     """Plan one call of a pipeline, opened but not run."""
     with _opened(pipe, arguments) as session:
         return plan_session(session, config)
 
 
-def plan_session(session: Session, config: Bottleneck) -> ResolutionPlan:
+def plan_session(session: Session, config: Any) -> ResolutionPlan:
     """Plan a call that is open."""
     stages, _ = config.stages(session)
     sizes = {stage.size for stage in stages} | {(session.height, session.width)}
@@ -134,7 +130,7 @@ def plan_session(session: Session, config: Bottleneck) -> ResolutionPlan:
     return ResolutionPlan(config, cost_of(stages, costs), plain)
 
 
-def reach(cls: type[Bottleneck], pipe: Any, speedup: float, arguments: dict[str, Any]) -> ResolutionPlan:
+def reach(cls: type[Any], pipe: Any, speedup: float, arguments: dict[str, Any]) -> ResolutionPlan:
     """Return the plan of the least tolerance whose predicted speed is at least ``speedup``.
 
     Raises:
@@ -174,4 +170,4 @@ def _opened(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Open a session of a call; the prompt is empty unless one is given."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given = any(name in arguments for name in ("prompt", "prompt_embeds"))
-    return registry.open_session(pipe, **({"prompt": ""} if "prompt" in takes and not given else {}), **arguments)
+    return open_session(pipe, **({"prompt": ""} if "prompt" in takes and not given else {}), **arguments)

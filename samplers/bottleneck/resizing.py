@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +24,8 @@ def interpolate(x: Tensor, size: tuple[int, int], mode: Interpolation) -> Tensor
         return x
     frames = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x  # (B F, C, H, W)
     smooth = {"antialias": True, "align_corners": False} if mode in ("bilinear", "bicubic") else {}
-    resized = functional.interpolate(frames, size=size, mode=mode, **smooth)
+    wide = frames.to(torch.promote_types(x.dtype, torch.float32))  # not every kernel knows half precision
+    resized = functional.interpolate(wide, size=size, mode=mode, **smooth).to(x.dtype)
     return resized.unflatten(0, (len(x), -1)).transpose(1, 2) if x.ndim == 5 else resized
 
 

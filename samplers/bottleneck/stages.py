@@ -170,7 +170,9 @@ def renoised(
     if is_truncated:
         lists = [truncated(start, n, s) for start, n, s in zip(starts, steps, h, strict=True)]
         return [Stage(size, levels) for size, levels in zip(sizes, lists, strict=True)]
-    heights = [float(shift(torch.tensor(u, dtype=torch.float64), s)) for u, s in zip(starts, h, strict=True)]
+    heights = [
+        float(shift(torch.tensor(u, dtype=torch.float64, device="cpu"), s)) for u, s in zip(starts, h, strict=True)
+    ]
     begins = heights if before_shift else list(starts)
     stages = []
     for index, (size, count) in enumerate(zip(sizes, steps, strict=True)):

@@ -48,6 +48,7 @@ class SearchConfig(SamplerConfig):
     """
 
     searches: ClassVar[bool] = True
+    keeps_rows: ClassVar[bool] = False
 
     reward: Any = "clip"
     budget: int = 200

@@ -10,7 +10,7 @@ from diffaccel.flow import LINEAR, VE_PATH
 from diffaccel.modules.dct import dct_matrix
 from diffaccel.samplers.bottleneck import stages as rules
 from diffaccel.samplers.bottleneck.detail import detail_gain
-from diffaccel.samplers.bottleneck.engine import Entry, sigmas_of, staged
+from diffaccel.samplers.bottleneck.engine import Handover, sigmas_of, staged
 from diffaccel.samplers.bottleneck.levels import shifted
 from diffaccel.samplers.bottleneck.lift import lift, lift_weights
 from diffaccel.samplers.bottleneck.resizing import expand_spectrum, interpolate, time_at_scale
@@ -24,7 +24,7 @@ def test_one_stage_is_euler_to_the_bit() -> None:
     levels = wan_levels(12)
     plain, in_stages = Bed(*SIZE, levels), Bed(*SIZE, levels)
     expected = plain.drive(euler(plain))
-    got = in_stages.drive(staged(in_stages, rules.whole(target(*SIZE, levels)), Entry("noise")))
+    got = in_stages.drive(staged(in_stages, rules.whole(target(*SIZE, levels)), Handover("noise")))
     assert torch.equal(got, expected) and in_stages.calls == plain.calls
 
 
@@ -33,7 +33,7 @@ def test_two_stages_of_one_size_are_one_run() -> None:
     levels = wan_levels(12)
     parts = [stage(SIZE, levels[:6]), stage(SIZE, levels[5:])]
     plain, bed = Bed(*SIZE, levels), Bed(*SIZE, levels)
-    torch.testing.assert_close(bed.drive(staged(bed, parts, Entry("spectrum"))), plain.drive(euler(plain)))
+    torch.testing.assert_close(bed.drive(staged(bed, parts, Handover("spectrum"))), plain.drive(euler(plain)))
 
 
 @pytest.mark.parametrize("kind", ["spectrum", "noise", "lift"])
@@ -44,7 +44,7 @@ def test_a_constant_picture_is_returned(kind: str) -> None:
     parts = rules.switched(target(*SIZE, levels), (0.5, 1.0), (0.6,))
     if kind == "spectrum":
         parts = rules.spectral(target(*SIZE, levels), (0.5, 1.0), (3.0, 1.4), 0.05)
-    out = bed.drive(staged(bed, parts, Entry(kind, "bilinear", (0.4, 0.5, 1.0))))
+    out = bed.drive(staged(bed, parts, Handover(kind, "bilinear", (0.4, 0.5, 1.0))))
     torch.testing.assert_close(out, torch.full_like(out, 0.7), rtol=0, atol=1e-6)
     assert [at.height for at, _ in bed.parts] == [64, 128]
     assert bed.steps == 10 and sum(size == (8, 8) for size in bed.calls) == len(bed.parts[0][1]) - 1
@@ -54,7 +54,7 @@ def test_a_transition_leaves_noise_of_its_level_that_is_white_and_fresh() -> Non
     bed = Bed(256, 256, wan_levels(4), rows=64)
     x0 = torch.randn(64, 1, 16, 16, dtype=torch.float64)
     parts = [stage((128, 128), [1.0, 0.5]), stage((256, 256), [0.6, 0.0])]
-    sampling = staged(bed, parts, Entry("noise", "bilinear"))
+    sampling = staged(bed, parts, Handover("noise", "bilinear"))
     sampling.send(None)
     event = sampling.send(None)
     first_noise = event.x
@@ -104,7 +104,7 @@ def test_detail_of_the_last_stage(start: float) -> None:
     power[:16, :16] = 0.0  # nothing lies in the low frequencies, so that the low stage ends at a constant
     bed = Bed(256, 256, wan_levels(8), power=power, rows=256)
     parts = [stage((128, 128), shifted(1.0, 0.0, 8, 6.0)), stage((256, 256), last)]
-    out = bed.drive(staged(bed, parts, Entry("noise")))
+    out = bed.drive(staged(bed, parts, Handover("noise")))
     spectrum = dct_matrix(32) @ out @ dct_matrix(32).T
     gain = float((spectrum[..., power > 0] ** 2).mean().sqrt()) / 0.3**0.5
     assert gain == pytest.approx(detail_gain(last.tolist(), 0.3), rel=0.01)
@@ -115,7 +115,7 @@ def test_noise_of_later_stages_does_not_depend_on_the_steps_of_earlier_ones() ->
     for steps in (3, 7):
         bed = Bed(*SIZE, wan_levels(8), power=0.0, mean=0.3)
         parts = [stage((64, 64), shifted(1.0, 0.0, steps, 3.0)), stage(SIZE, [0.6, 0.0])]
-        sampling = staged(bed, parts, Entry("noise"))
+        sampling = staged(bed, parts, Handover("noise"))
         reply, seen = None, []
         while len(seen) <= steps:
             event = sampling.send(reply)

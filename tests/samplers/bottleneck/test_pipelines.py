@@ -119,7 +119,7 @@ def test_presets_by_the_number_of_steps(caplog) -> None:
     diffaccel.accelerate(diffaccel.remove(pipe), RULES["speed"])
     with caplog.at_level(logging.WARNING):
         call(pipe, "flux")
-    assert "'selflift-zero' is made for such calls" in caplog.text
+    assert "preset='selflift-zero' is made for such calls" in caplog.text
 
 
 def test_errors_of_a_call() -> None:
