@@ -86,6 +86,11 @@ def _kind(module: str) -> str:
     return next((kind for package, kind in KINDS.items() if module.startswith(f"{package}.")), "plugin")
 
 
+def _door(module: str) -> str:
+    """Return the package that users import a method of this module from."""
+    return next((package for package in KINDS if module.startswith(f"{package}.")), module.rpartition(".")[0])
+
+
 def explain_method(name: str) -> dict[str, Any]:
     """Return a method's docstring, paper, options and an example."""
     cls = registry.config_class(name)
@@ -102,7 +107,7 @@ def explain_method(name: str) -> dict[str, Any]:
         "options": options_of(cls),
         "command": command.get(kind, ""),
         "python": f"diffaccel.accelerate(pipe, {cls.__name__}())",
-        "import": f"from {cls.__module__.rpartition('.')[0]} import {cls.__name__}",
+        "import": f"from {_door(cls.__module__)} import {cls.__name__}",
     }
 
 

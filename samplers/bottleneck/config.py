@@ -43,12 +43,12 @@ class Bottleneck(SamplerConfig):
     Args:
         preset: the rule between stages.
         scales: side of each stage's picture relative to the call's; the last is 1.
-        steps: steps of each stage (``bottleneck``), which add up to ``num_inference_steps``; None to divide these.
+        stage_steps: steps of each stage (``bottleneck``); they add up to ``num_inference_steps``. None divides these.
         starts: noise level in (0, 1] at which each stage begins (``bottleneck``).
         shifts: of each stage's schedule (``bottleneck``); None for the family's, or the curve of the call's own.
         stage_end: "clean": a stage ends at level 0; "handoff": at the level at which the next one begins.
         strength_space: "sigma": ``starts`` are noise levels; "linear": noise levels before the shift.
-        count: "nominal": ``steps`` are made in each stage; "truncated": its grid from 1 to 0 has ``steps``, of which
+        count: "nominal": ``stage_steps`` are made in each; "truncated": its grid from 1 to 0 has so many, of which
             only those from its start on are made.
         tolerance: share of a frequency's power that may be missing when a grid is left (``speed``); larger is faster.
         spectrum: (A, beta) of the power ``A w^-beta`` of clean latents; None for that of the pipeline's VAE.
@@ -63,7 +63,7 @@ class Bottleneck(SamplerConfig):
 
     preset: Preset = "auto"
     scales: tuple[float, ...] | None = None
-    steps: tuple[int, ...] | None = None
+    stage_steps: tuple[int, ...] | None = None
     starts: tuple[float, ...] | None = None
     shifts: tuple[float, ...] | None = None
     stage_end: Literal["clean", "handoff"] | None = None
@@ -82,7 +82,8 @@ class Bottleneck(SamplerConfig):
         It makes 34 or 44 steps, so the call needs ``num_inference_steps=34`` or 44.
         """
         published = STAGES["hunyuan_video" if video else "flux"]
-        return cls(preset="bottleneck", **published._asdict())
+        options = published._asdict()
+        return cls(preset="bottleneck", stage_steps=options.pop("steps"), **options)
 
     @classmethod
     def tunable(cls) -> dict[str, tuple[Any, ...]]:
@@ -130,12 +131,12 @@ class Bottleneck(SamplerConfig):
         """Raise for numbers out of range, and for lists whose lengths differ."""
         options = self._given()
         number = len(options.get("scales") or (PRESETS.get(self.preset) or {}).get("scales", ()))
-        for name, count in (("steps", number), ("starts", number), ("shifts", number), ("switches", number - 1)):
+        for name, count in (("stage_steps", number), ("starts", number), ("shifts", number), ("switches", number - 1)):
             values = options.get(name)
             if values is not None and len(values) != count:
                 raise DiffAccelError(f"{name} is {values}; {number} stages need {count} numbers.")
         limits = {
-            "steps": (lambda n: n >= 1, "1 or more"),
+            "stage_steps": (lambda n: n >= 1, "1 or more"),
             "starts": (lambda s: 0 < s <= 1, "in (0, 1]"),
             "shifts": (lambda h: h > 0, "above 0"),
             "switches": (lambda share: 0 < share < 1, "in (0, 1)"),
@@ -191,13 +192,13 @@ class Bottleneck(SamplerConfig):
         """Return the stages of the preset "bottleneck", with the family's numbers where none were given."""
         of_family, given = STAGES.get(session.family.name, OTHERS), self._given()
         total, scales = len(target.levels) - 1, self.scales or of_family.scales
-        if len(scales) != len(of_family.scales) and (self.steps is None or self.starts is None):
-            raise DiffAccelError(f"{len(scales)} stages were asked for: pass steps and starts for each of them.")
-        steps = self.steps or shares(total, of_family.steps)
+        if len(scales) != len(of_family.scales) and (self.stage_steps is None or self.starts is None):
+            raise DiffAccelError(f"{len(scales)} stages were asked for: pass stage_steps and starts for each of them.")
+        steps = self.stage_steps or shares(total, of_family.steps)
         if sum(steps) != total:
             raise DiffAccelError(
-                f"steps is {steps}, {sum(steps)} in all, and the call makes {total}. Pass num_inference_steps="
-                f"{sum(steps)}, or leave steps out."
+                f"stage_steps is {steps}, {sum(steps)} in all, and the call makes {total}. Pass num_inference_steps="
+                f"{sum(steps)}, or leave stage_steps out."
             )
         if self.shifts is not None and session.schedule.vp:
             raise DiffAccelError(

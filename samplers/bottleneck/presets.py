@@ -12,7 +12,7 @@ FEW_STEPS = 9  # up to here a call counts as one of a distilled few-step model
 PRESETS: dict[str, dict[str, Any]] = {
     "bottleneck": {
         "scales": (1.0, 0.5, 1.0),
-        "steps": None,
+        "stage_steps": None,
         "starts": (1.0, 0.8, 0.6),
         "shifts": None,
         "stage_end": "clean",

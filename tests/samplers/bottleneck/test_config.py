@@ -12,14 +12,14 @@ from diffaccel.samplers import Bottleneck
 
 BASE = {
     "speed": {"scales": (0.5, 1.0), "tolerance": 0.2, "spectrum": (3.0, 1.4)},
-    "bottleneck": {"scales": (1.0, 0.5, 1.0), "steps": (2, 3, 1), "starts": (1.0, 0.8, 0.6), "shifts": (9.0, 6.0, 9.0)},
+    "bottleneck": {"scales": (1.0, 0.5, 1.0), "stage_steps": (2, 3, 1), "starts": (1.0, 0.8, 0.6), "shifts": (9.0, 6.0, 9.0)},
     "selflift-zero": {},
     "lightx2v": {"scales": (0.5, 1.0)},
 }
 OTHER = {
     "speed": {"scales": (1.0,), "tolerance": 0.02, "spectrum": (0.5, 1.4)},
     "bottleneck": {
-        "scales": (1.0, 0.75, 1.0), "steps": (1, 3, 2), "starts": (1.0, 0.7, 0.6), "shifts": (3.0, 3.0, 3.0),
+        "scales": (1.0, 0.75, 1.0), "stage_steps": (1, 3, 2), "starts": (1.0, 0.7, 0.6), "shifts": (3.0, 3.0, 3.0),
         "stage_end": "handoff", "strength_space": "linear", "count": "truncated", "resize": "nearest",
     },
     "selflift-zero": {"scales": (0.75, 1.0), "switches": (0.5,), "lift": (0.9, 1.0, 1.0), "resize": "nearest"},
@@ -54,15 +54,15 @@ def test_every_option_changes_the_picture(pipe, preset: str) -> None:
     ("options", "message"),
     [
         ({"tolerance": 0.1}, "tolerance needs a preset, since 'auto' chooses one by the number of steps"),
-        ({"preset": "speed", "steps": (1, 2)}, "The preset 'speed' has no option steps. It has: scales, tolerance"),
+        ({"preset": "speed", "stage_steps": (1, 2)}, "The preset 'speed' has no option stage_steps. It has: scales, tolerance"),
         ({"preset": "speed", "scales": (1.0, 0.5, 1.0)}, "those of the preset 'speed' grow"),
         ({"preset": "speed", "scales": (0.5, 0.75)}, "numbers in (0, 1], the last of them 1"),
         ({"preset": "speed", "scales": ()}, "numbers in (0, 1], the last of them 1"),
         ({"preset": "speed", "tolerance": 1.0}, "tolerance is 1.0; it must be in (0, 1)"),
         ({"preset": "speed", "spectrum": (0.0, 1.0)}, "spectrum is (0.0, 1.0); each must be above 0"),
         ({"preset": "bottleneck", "scales": (0.5, 1.0)}, "begins and ends at 1"),
-        ({"preset": "bottleneck", "steps": (6, 0, 8)}, "steps is (6, 0, 8); each must be 1 or more"),
-        ({"preset": "bottleneck", "steps": (6, 8)}, "3 stages need 3 numbers"),
+        ({"preset": "bottleneck", "stage_steps": (6, 0, 8)}, "stage_steps is (6, 0, 8); each must be 1 or more"),
+        ({"preset": "bottleneck", "stage_steps": (6, 8)}, "3 stages need 3 numbers"),
         ({"preset": "bottleneck", "starts": (0.9, 0.8, 0.6)}, "the first stage begins at 1"),
         ({"preset": "bottleneck", "starts": (1.0, 1.2, 0.6)}, "each must be in (0, 1]"),
         ({"preset": "bottleneck", "shifts": (9.0, 0.0, 9.0)}, "each must be above 0"),
@@ -79,10 +79,10 @@ def test_options_that_do_not_fit(options: dict, message: str) -> None:
 
 def test_published_forms() -> None:
     paper = Bottleneck.paper()
-    assert (paper.preset, paper.steps, paper.starts) == ("bottleneck", (6, 20, 8), (1.0, 0.8, 0.6))
+    assert (paper.preset, paper.stage_steps, paper.starts) == ("bottleneck", (6, 20, 8), (1.0, 0.8, 0.6))
     assert paper.shifts == (9.0, 6.0, 9.0) and paper.scales == (1.0, 0.5, 1.0)
     video = Bottleneck.paper(video=True)
-    assert (video.steps, video.starts, video.shifts) == ((4, 24, 16), (1.0, 0.8, 0.7), (7.0, 9.0, 9.0))
+    assert (video.stage_steps, video.starts, video.shifts) == ((4, 24, 16), (1.0, 0.8, 0.7), (7.0, 9.0, 9.0))
     assert Bottleneck.from_dict(paper.to_dict()) == paper
 
 
@@ -96,5 +96,5 @@ def test_what_a_tuner_may_try_is_valid() -> None:
 def test_steps_that_leave_a_stage_empty(pipe) -> None:
     with pytest.raises(DiffAccelError, match="leave a stage without any"):
         draw(pipe, Bottleneck(preset="lightx2v", scales=(0.5, 1.0), switches=(0.05,)))
-    with pytest.raises(DiffAccelError, match=r"steps is .*, 34 in all, and the call makes 6"):
+    with pytest.raises(DiffAccelError, match=r"stage_steps is .*, 34 in all, and the call makes 6"):
         draw(pipe, Bottleneck.paper())

@@ -18,7 +18,7 @@ from diffaccel.session import Pred
 FAMILIES = [*tiny.FAMILIES, "wan", "hunyuan", "cogvideox"]
 RULES = {
     "speed": Bottleneck(preset="speed", tolerance=0.2, spectrum=(3.0, 1.4)),
-    "bottleneck": Bottleneck(preset="bottleneck", scales=(1.0, 0.5, 1.0), steps=(1, 2, 1), starts=(1.0, 0.8, 0.6)),
+    "bottleneck": Bottleneck(preset="bottleneck", scales=(1.0, 0.5, 1.0), stage_steps=(1, 2, 1), starts=(1.0, 0.8, 0.6)),
     "lightx2v": Bottleneck(preset="lightx2v", scales=(0.5, 1.0)),
     "selflift-zero": Bottleneck(preset="selflift-zero"),
 }

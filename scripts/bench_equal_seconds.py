@@ -1,0 +1,203 @@
+"""Compare accelerations with fewer steps at equal measured seconds: likeness to 50 steps and a judge, with intervals.
+
+    python -m scripts.bench_equal_seconds --variants "bottleneck:preset=speed,tolerance=0.05" --out docs/results
+
+Every variant draws the same prompts and seeds. Seconds are of the denoising loop, the median over turns in which all
+variants take their turn on one batch. A variant is compared, picture by picture, with the plain sampler at the least
+number of steps that takes at least as long. The record is written after each variant; the command continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffaccel
+from diffaccel import record
+from diffaccel.eval.metrics import paired
+from diffaccel.eval.metrics.clip_score import clip_score
+from diffaccel.eval.networks.extractors import as_clip, extractor
+from diffaccel.eval.sets import prompts
+from diffaccel.eval.uncertainty import intervals
+from diffaccel.files import write_json
+from diffaccel.runs import loading
+from diffaccel.runs.call_arguments import call_arguments
+from diffaccel.runs.request import Request
+from diffaccel.runs.variant import parse
+
+JUDGE = "emoji-clip-judge"
+SCORES = ("ssim", "psnr", "judge")
+PLAIN = "euler:steps={}"
+CHOICES = ("out", "variants", "plain", "turns", "kind")  # options that change no picture
+
+
+class Bench:
+    """One open pipeline and the judge; what each variant drew is measured at once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.device = args, loading.pick_device(args.device)
+        request = Request(model=args.model, size=(args.size, args.size), prompts=("x",)).with_model_defaults()
+        self.request, dtype = request, loading.pick_dtype(args.dtype, self.device)
+        self.pipe = loading.open_pipeline(request, loading.locate(args.model)[0], self.device, dtype)
+        self.pipe.set_progress_bar_config(disable=True)
+        if args.compile:
+            torch._dynamo.config.cache_size_limit = 64
+            self.pipe.transformer.compile(dynamic=False)
+        self.judge = as_clip(extractor(JUDGE, device=self.device))
+        self.texts = list(prompts.read(args.prompts).texts)[args.skip : args.skip + args.count]
+        self.base: Tensor | None = None
+
+    def call(self, text: str, begin: int) -> tuple[Tensor, float, float]:
+        """Draw one batch by a variant that is on; return the pictures, the seconds of the loop, those of the call."""
+        request = parse(text).of(self.request)
+        batch = self.texts[begin : begin + self.args.batch]
+        arguments = call_arguments(self.pipe, request)
+        arguments["negative_prompt"] = [arguments.get("negative_prompt") or ""] * len(batch)
+        seeds = range(self.args.seed + begin, self.args.seed + begin + len(batch))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._wait()
+        start = time.perf_counter()
+        images = self.pipe(batch, generator=generators, output_type="pt", **arguments).images
+        self._wait()
+        whole = time.perf_counter() - start
+        return images, diffaccel.summary(self.pipe).last_run["seconds"], whole
+
+    def draw(self, text: str) -> tuple[Tensor, dict[str, Any]]:
+        """Draw all prompts by a variant, uint8 (n, 3, H, W), with the cost of the last batch."""
+        self._put_on(text)
+        try:
+            parts = [self.call(text, begin)[0] for begin in range(0, len(self.texts), self.args.batch)]
+            cost = diffaccel.summary(self.pipe).last_run
+        finally:
+            diffaccel.remove(self.pipe)
+        return torch.cat([(part.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu() for part in parts]), cost
+
+    def measure(self, text: str) -> dict[str, Any]:
+        """Return a variant's row: its scores, picture by picture, and its cost."""
+        images, cost = self.draw(text)
+        self.base = images if self.base is None else self.base
+        features = torch.cat([self.judge(part.to(self.device)).cpu() for part in images.split(256)])
+        scores = {
+            "ssim": paired.ssim(images, self.base),
+            "psnr": paired.psnr(images, self.base).clamp(max=60),
+            "judge": clip_score(features, self.judge.texts(self.texts)),
+        }
+        row = {"variant": text, "nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"]}
+        row["pictures_in_a_call"] = min(self.args.batch, len(self.texts))
+        return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
+
+    def time(self, variants: list[str]) -> dict[str, dict[str, float]]:
+        """Return median seconds a picture of every variant, in turns on one batch; each is warmed up by one call."""
+        seconds: dict[str, list[tuple[float, float]]] = {text: [] for text in variants}
+        rows = min(self.args.batch, len(self.texts))
+        for turn in range(self.args.turns + 1):
+            for text in variants if turn % 2 else variants[::-1]:
+                self._put_on(text)
+                try:
+                    _, loop, whole = self.call(text, 0)
+                finally:
+                    diffaccel.remove(self.pipe)
+                if turn:
+                    seconds[text].append((loop / rows, whole / rows))
+        return {
+            text: {"loop": median(loop for loop, _ in values), "whole": median(whole for _, whole in values)}
+            for text, values in seconds.items()
+        }
+
+    def _put_on(self, text: str) -> None:
+        diffaccel.accelerate(self.pipe, *parse(text).of(self.request).methods)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return differences to the plain sampler with the fewest steps that take at least as long, with intervals."""
+    slower = [other for other in plain if other["seconds"]["loop"] >= row["seconds"]["loop"]]
+    if not slower:
+        return None
+    rival = min(slower, key=lambda other: other["seconds"]["loop"])
+    leads = {}
+    for name in SCORES:
+        lead = intervals.paired_difference(row[name], rival[name]).interval
+        leads[name] = [round(value, 4) for value in (lead.value, lead.low, lead.high)]
+    return {"rival": rival["variant"], **leads}
+
+
+def shown(row: dict[str, Any], plain: list[dict[str, Any]]) -> str:
+    """Return a row as a line of the table."""
+    means = [f"{sum(row[name]) / len(row[name]):.4g}" for name in SCORES]
+    against = compare(row, plain) if row not in plain else None
+    cells = [row["variant"], f"{1000 * row['seconds']['loop']:.2f}", f"{1000 * row['seconds']['whole']:.2f}", *means]
+    if against is None:
+        return "| " + " | ".join([*cells, "", "", ""]) + " |"
+    leads = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*against[name]) for name in ("ssim", "judge")]
+    return "| " + " | ".join([*cells, against["rival"].partition(":")[2], *leads]) + " |"
+
+
+HEAD = (
+    "| variant | ms a picture, loop | call | SSIM | PSNR | judge | at equal seconds | SSIM against it | judge |\n"
+    + "|---" * 9
+    + "|"
+)
+
+
+def main() -> None:
+    """Draw, measure, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default="emoji-flux")
+    add("--prompts", default="emoji-1000", help="prompt set, or a file of prompts")
+    add("--skip", type=int, default=0, help="prompts left out: options are chosen on others than are reported")
+    add("--count", type=int, default=1000)
+    add("--seed", type=int, default=0)
+    add("--size", type=int, default=128)
+    add("--batch", type=int, default=100)
+    add("--turns", type=int, default=9)
+    add("--plain", type=int, nargs="+", default=[50, 28, 20, 14, 10, 8, 6], help="steps of the plain sampler; 50 first")
+    add("--variants", nargs="*", default=[])
+    add("--compile", action="store_true")
+    add("--device", default="auto")
+    add("--dtype", default="auto")
+    add("--kind", default=None, help="name of the machine, for the record")
+    add("--out", type=Path, required=True, help="folder of the record")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(args)
+    file = args.out / f"bench_equal_seconds_{args.model}_{args.kind or bench.device.type}.json"
+    options = {k: v for k, v in vars(args).items() if k not in CHOICES}
+    values = {
+        "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
+        "versions": record.versions(), "judge": JUDGE, "date": time.strftime("%Y-%m-%d"), "rows": [],
+    }  # fmt: skip
+    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8")))["options"] == options:
+        values["rows"] = before["rows"]
+    plain = [PLAIN.format(steps) for steps in args.plain]
+    rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
+    for text in [*plain, *args.variants]:
+        if text not in rows or bench.base is None:
+            rows[text] = bench.measure(text)
+            values["rows"] = list(rows.values())
+            write_json(file, values)
+            print(text, rows[text]["nfe"], flush=True)
+    for text, seconds in bench.time([*plain, *args.variants]).items():
+        rows[text]["seconds"] = seconds
+    of_plain = [rows[text] for text in plain]
+    for text in args.variants:
+        rows[text]["equal_seconds"] = compare(rows[text], of_plain)
+    write_json(file, values)
+    print(HEAD)
+    for text in [*plain, *args.variants]:
+        print(shown(rows[text], of_plain))
+
+
+if __name__ == "__main__":
+    main()
