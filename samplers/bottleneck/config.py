@@ -20,6 +20,9 @@ from diffaccel.session import Sampling, Session
 logger = logging.getLogger(__name__)
 
 Preset = Literal["auto", "bottleneck", "speed", "selflift-zero", "lightx2v"]
+KINDS: dict[str, Literal["spectrum", "noise", "lift"]] = {
+    "speed": "spectrum", "bottleneck": "noise", "selflift-zero": "lift", "lightx2v": "noise",
+}  # fmt: skip
 _GENERAL = {"preset", *(field.name for field in fields(SamplerConfig))}
 
 
@@ -54,6 +57,8 @@ class Bottleneck(SamplerConfig):
         spectrum: (A, beta) of the power ``A w^-beta`` of clean latents; None for that of the pipeline's VAE.
         switches: shares of the steps after which the stages end (``selflift-zero``, ``lightx2v``).
         lift: share of places that go through pixels, and their least and greatest weight (``selflift-zero``).
+        noise: "shared": all sizes have the call's own noise, small ones its low frequencies, so that a picture stays
+            near the one that the seed gives without stages; "fresh": new noise at each size, as published.
         resize: interpolation of clean estimates.
     """
 
@@ -73,6 +78,7 @@ class Bottleneck(SamplerConfig):
     spectrum: tuple[float, float] | None = None
     switches: tuple[float, ...] | None = None
     lift: tuple[float, float, float] | None = None
+    noise: Literal["shared", "fresh"] | None = None
     resize: Interpolation | None = None
 
     @classmethod
@@ -83,7 +89,7 @@ class Bottleneck(SamplerConfig):
         """
         published = STAGES["hunyuan_video" if video else "flux"]
         options = published._asdict()
-        return cls(preset="bottleneck", stage_steps=options.pop("steps"), **options)
+        return cls(preset="bottleneck", stage_steps=options.pop("steps"), noise="fresh", **options)
 
     @classmethod
     def tunable(cls) -> dict[str, tuple[Any, ...]]:
@@ -177,16 +183,17 @@ class Bottleneck(SamplerConfig):
         scales = options["scales"]
         if len(scales) == 1 and preset != "bottleneck":
             return rules.whole(target), Handover("noise")
+        shares = options["noise"] == "shared" and session.conds[0].arguments.get("strength") is None
+        resize, weights = options.get("resize", "bilinear"), options.get("lift", (0.0, 0.0, 0.0))
+        handover = Handover(KINDS[preset], resize, weights, shares)
         if preset == "speed":
-            spectrum = options["spectrum"] or session.spectrum
-            return rules.spectral(target, scales, spectrum, options["tolerance"]), Handover("spectrum")
-        if preset == "selflift-zero":
-            return rules.switched(target, scales, options["switches"]), Handover(
-                "lift", options["resize"], options["lift"]
-            )
-        if preset == "lightx2v":
-            return rules.reshifted(target, scales, options["switches"]), Handover("noise", options["resize"])
-        return self._renoised(session, target, options), Handover("noise", options["resize"])
+            return rules.spectral(
+                target, scales, options["spectrum"] or session.spectrum, options["tolerance"]
+            ), handover
+        if preset == "bottleneck":
+            return self._renoised(session, target, options), handover
+        rule = rules.switched if preset == "selflift-zero" else rules.reshifted
+        return rule(target, scales, options["switches"]), handover
 
     def _renoised(self, session: Session, target: rules.Target, options: dict[str, Any]) -> list[Stage]:
         """Return the stages of the preset "bottleneck", with the family's numbers where none were given."""

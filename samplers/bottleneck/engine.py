@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffaccel.flow import LINEAR, transport
 from diffaccel.samplers.bottleneck.lift import lift
-from diffaccel.samplers.bottleneck.resizing import Interpolation, expand_spectrum, interpolate
+from diffaccel.samplers.bottleneck.resizing import Interpolation, crop_spectrum, expand_spectrum, interpolate
 from diffaccel.samplers.bottleneck.stages import Stage
 from diffaccel.session import Decode, Encode, Eval, Pred, Sampling, Session, Stages, Step
 
@@ -26,11 +26,13 @@ class Handover:
             in latents and through pixels, and noises it.
         resize: interpolation of clean estimates, or for "lift" of pixels.
         lift: share of places that go through pixels, and their least and greatest weight.
+        shares_noise: whether all sizes have the call's own noise: of smaller ones its low frequencies.
     """
 
     kind: Literal["spectrum", "noise", "lift"]
     resize: Interpolation = "bilinear"
     lift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    shares_noise: bool = False
 
 
 def staged(session: Session, stages: Sequence[Stage], handover: Handover) -> Sampling:
@@ -38,7 +40,7 @@ def staged(session: Session, stages: Sequence[Stage], handover: Handover) -> Sam
     places = [session.at(*stage.size) for stage in stages]
     levels = [sigmas_of(session, stage) for stage in stages]
     yield Stages(list(zip(places, levels, strict=True)))
-    x = places[0].x
+    x = _begun(session, places[0], handover)
     pred: Pred | None = None
     for index, (at, sigmas) in enumerate(zip(places, levels, strict=True)):
         if pred is not None:
@@ -62,6 +64,21 @@ def sigmas_of(session: Session, stage: Stage) -> Tensor:
     return own if stage.enters_own else torch.cat([sigmas[:1], own[1:]])
 
 
+def _begun(session: Session, first: Session, handover: Handover) -> Tensor:
+    """Return the state with which the first stage begins."""
+    if not handover.shares_noise or first is session:
+        return first.x
+    return crop_spectrum(session.x, (first.x.shape[-2], first.x.shape[-1]))
+
+
+def _noise(session: Session, at: Session, handover: Handover) -> Tensor:
+    """Return noise of a session's size: fresh, or what the call's own noise is there."""
+    if not handover.shares_noise:
+        return session.randn_like(at.x)
+    noise = session.x / session.path.sigma(session.sigmas[0])  # the call begins at pure noise
+    return crop_spectrum(noise, (at.x.shape[-2], at.x.shape[-1]))
+
+
 def _on_path(session: Session, levels: Tensor) -> Tensor:
     """Convert noise levels of the linear path to the session's."""
     return cast(Tensor, session.path.at(LINEAR.rho(levels)))
@@ -78,8 +95,7 @@ def _entered(
     handover: Handover,
 ) -> Generator[Any, Any, Tensor]:
     """Return the state with which a stage begins, ``(B, C, H, W)`` at ``sigma``."""
-    noise = session.randn_like(at.x)
-    path = session.path
+    noise, path = _noise(session, at, handover), session.path
     if handover.kind == "spectrum":
         linear, t = transport(x, pred.sigma.double(), path, LINEAR)
         expanded, t_new = expand_spectrum(linear, float(t), noise)

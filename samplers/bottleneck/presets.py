@@ -18,12 +18,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stage_end": "clean",
         "strength_space": "sigma",
         "count": "nominal",
+        "noise": "shared",
         "resize": "bilinear",
     },
-    "speed": {"scales": (0.5, 1.0), "tolerance": 0.01, "spectrum": None},
-    "selflift-zero": {"scales": (0.5, 1.0), "switches": (0.75,), "lift": (0.35, 0.5, 1.0), "resize": "bicubic"},
-    "lightx2v": {"scales": (0.75, 1.0), "switches": (0.5,), "resize": "bilinear"},
-}
+    "speed": {"scales": (0.5, 1.0), "tolerance": 0.01, "spectrum": None, "noise": "shared"},
+    "selflift-zero": {
+        "scales": (0.5, 1.0), "switches": (0.75,), "lift": (0.35, 0.5, 1.0), "noise": "shared", "resize": "bicubic",
+    },
+    "lightx2v": {"scales": (0.75, 1.0), "switches": (0.5,), "noise": "shared", "resize": "bilinear"},
+}  # fmt: skip
 
 
 class HighLowHigh(NamedTuple):

@@ -43,6 +43,16 @@ def side_ratio(old: tuple[int, int], new: tuple[int, int]) -> float:
     return math.sqrt(new[0] * new[1] / (old[0] * old[1]))
 
 
+def crop_spectrum(noise: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the low frequencies of white noise as white noise on a smaller grid: the corner of its DCT."""
+    if tuple(noise.shape[-2:]) == size:
+        return noise
+    (h, w), (height, width) = size, noise.shape[-2:]
+    tall, wide = (dct_matrix(n, noise.device, noise.dtype) for n in (height, width))
+    low = tall[:h] @ noise @ wide[:w].T
+    return dct_matrix(h, noise.device, noise.dtype).T @ low @ dct_matrix(w, noise.device, noise.dtype)
+
+
 def expand_spectrum(x: Tensor, t: float, noise: Tensor) -> tuple[Tensor, float]:
     """Expand a noisy state to the larger grid of ``noise``: its spectrum stays, the rest is noise (arXiv 2605.18736).
 

@@ -12,18 +12,25 @@ from diffaccel.samplers import Bottleneck
 
 BASE = {
     "speed": {"scales": (0.5, 1.0), "tolerance": 0.2, "spectrum": (3.0, 1.4)},
-    "bottleneck": {"scales": (1.0, 0.5, 1.0), "stage_steps": (2, 3, 1), "starts": (1.0, 0.8, 0.6), "shifts": (9.0, 6.0, 9.0)},
+    "bottleneck": {
+        "scales": (1.0, 0.5, 1.0),
+        "stage_steps": (2, 3, 1),
+        "starts": (1.0, 0.8, 0.6),
+        "shifts": (9.0, 6.0, 9.0),
+    },
     "selflift-zero": {},
     "lightx2v": {"scales": (0.5, 1.0)},
 }
 OTHER = {
-    "speed": {"scales": (1.0,), "tolerance": 0.02, "spectrum": (0.5, 1.4)},
+    "speed": {"scales": (1.0,), "tolerance": 0.02, "spectrum": (0.5, 1.4), "noise": "fresh"},
     "bottleneck": {
         "scales": (1.0, 0.75, 1.0), "stage_steps": (1, 3, 2), "starts": (1.0, 0.7, 0.6), "shifts": (3.0, 3.0, 3.0),
-        "stage_end": "handoff", "strength_space": "linear", "count": "truncated", "resize": "nearest",
+        "stage_end": "handoff", "strength_space": "linear", "count": "truncated", "noise": "fresh", "resize": "nearest",
     },
-    "selflift-zero": {"scales": (0.75, 1.0), "switches": (0.5,), "lift": (0.9, 1.0, 1.0), "resize": "nearest"},
-    "lightx2v": {"scales": (0.75, 1.0), "switches": (0.75,), "resize": "nearest"},
+    "selflift-zero": {
+        "scales": (0.75, 1.0), "switches": (0.5,), "lift": (0.9, 1.0, 1.0), "noise": "fresh", "resize": "nearest",
+    },
+    "lightx2v": {"scales": (0.75, 1.0), "switches": (0.75,), "noise": "fresh", "resize": "nearest"},
 }  # fmt: skip
 
 
@@ -54,7 +61,10 @@ def test_every_option_changes_the_picture(pipe, preset: str) -> None:
     ("options", "message"),
     [
         ({"tolerance": 0.1}, "tolerance needs a preset, since 'auto' chooses one by the number of steps"),
-        ({"preset": "speed", "stage_steps": (1, 2)}, "The preset 'speed' has no option stage_steps. It has: scales, tolerance"),
+        (
+            {"preset": "speed", "stage_steps": (1, 2)},
+            "The preset 'speed' has no option stage_steps. It has: scales, tolerance",
+        ),
         ({"preset": "speed", "scales": (1.0, 0.5, 1.0)}, "those of the preset 'speed' grow"),
         ({"preset": "speed", "scales": (0.5, 0.75)}, "numbers in (0, 1], the last of them 1"),
         ({"preset": "speed", "scales": ()}, "numbers in (0, 1], the last of them 1"),

@@ -13,7 +13,7 @@ from diffaccel.samplers.bottleneck.detail import detail_gain
 from diffaccel.samplers.bottleneck.engine import Handover, sigmas_of, staged
 from diffaccel.samplers.bottleneck.levels import shifted
 from diffaccel.samplers.bottleneck.lift import lift, lift_weights
-from diffaccel.samplers.bottleneck.resizing import expand_spectrum, interpolate, time_at_scale
+from diffaccel.samplers.bottleneck.resizing import crop_spectrum, expand_spectrum, interpolate, time_at_scale
 from diffaccel.samplers.euler import euler
 from diffaccel.session import Pred
 
@@ -86,6 +86,31 @@ def test_an_expanded_spectrum_keeps_signal_and_noise_on_the_path() -> None:
     assert float((spectrum.reshape(4, 8, 4, 8).mean((1, 3)) / 0.75**2 - 1).abs().max()) < 0.05
     same, t = expand_spectrum(x, 0.6, x)
     assert same is x and t == 0.6
+
+
+def test_shared_noise_is_the_whole_spectrum_of_one_draw() -> None:
+    """A crop of white noise is white, and a crop that is expanded with the same noise at t = 1 is that noise again."""
+    noise = torch.randn(200, 1, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low = crop_spectrum(noise, (8, 8))
+    spectrum = ((dct_matrix(8) @ low @ dct_matrix(8).T) ** 2).mean((0, 1))
+    assert float((spectrum.reshape(2, 4, 2, 4).mean((1, 3)) - 1).abs().max()) < 0.1
+    whole, t = expand_spectrum(low, 1.0, noise)
+    assert t == 1.0
+    torch.testing.assert_close(whole, noise)
+    assert crop_spectrum(noise, (16, 16)) is noise
+
+
+def test_stages_with_shared_noise_follow_the_plain_call() -> None:
+    """Frequencies of a Gaussian go their own ways: what the low stage cannot hold stays as the plain call has it."""
+    levels, power = wan_levels(200), torch.full((16, 16), 0.02, dtype=torch.float64)
+    power[:8, :8] = 1.0
+    plain, bed = Bed(*SIZE, levels, power=power), Bed(*SIZE, levels, power=power)
+    expected = plain.drive(euler(plain))
+    parts = rules.spectral(target(*SIZE, levels), (0.5, 1.0), (3.0, 1.4), 0.01)
+    shared = bed.drive(staged(bed, parts, Handover("spectrum", shares_noise=True)))
+    other = Bed(*SIZE, levels, power=power)
+    fresh = other.drive(staged(other, parts, Handover("spectrum")))
+    assert float((shared - expected).std()) < 0.15 * float((fresh - expected).std())
 
 
 def test_two_expansions_are_one() -> None:
