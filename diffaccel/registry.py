@@ -25,6 +25,10 @@ METHODS = {
     "sop": "diffaccel.samplers.sop:SoP",
     "bottleneck": "diffaccel.samplers.bottleneck.config:Bottleneck",
     "scheduler": "diffaccel.samplers.scheduler:Scheduler",
+    "spectrum": "diffaccel.samplers.caches.spectrum:Spectrum",
+    "seacache": "diffaccel.samplers.caches.seacache:SeaCache",
+    "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",
+    "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
 }
 PLUGINS = "diffaccel.plugins"
 

@@ -6,6 +6,10 @@ if "." not in __name__:
 from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.bon import BoN
 from diffaccel.samplers.bottleneck.config import Bottleneck
+from diffaccel.samplers.caches.firstblock import FirstBlockCache
+from diffaccel.samplers.caches.seacache import SeaCache
+from diffaccel.samplers.caches.spectrum import Spectrum
+from diffaccel.samplers.caches.taylorseer import TaylorSeer
 from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.euler import Euler
@@ -17,7 +21,8 @@ from diffaccel.samplers.sop import SoP
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
-    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "Euler", "Heun", "Scheduler", "SoP",
+    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "Euler", "FirstBlockCache", "Heun",
+    "Scheduler", "SeaCache", "SoP", "Spectrum", "TaylorSeer",
 ]  # fmt: skip
 
 

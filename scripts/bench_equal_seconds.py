@@ -89,7 +89,7 @@ class Bench:
             "psnr": paired.psnr(images, self.base).clamp(max=60),
             "judge": clip_score(features, self.judge.texts(self.texts)),
         }
-        row = {"variant": text, "nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"]}
+        row = {"variant": text, "nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
         row["pictures_in_a_call"] = min(self.args.batch, len(self.texts))
         return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
 
@@ -161,7 +161,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--size", type=int, default=128)
     add("--batch", type=int, default=100)
-    add("--turns", type=int, default=9)
+    add("--turns", type=int, default=9, help="0 measures no time")
     add("--plain", type=int, nargs="+", default=[50, 28, 20, 14, 10, 8, 6], help="steps of the plain sampler; 50 first")
     add("--variants", nargs="*", default=[])
     add("--compile", action="store_true")
@@ -187,7 +187,10 @@ def main() -> None:
             rows[text] = bench.measure(text)
             values["rows"] = list(rows.values())
             write_json(file, values)
-            print(text, rows[text]["nfe"], flush=True)
+            means = {name: round(sum(rows[text][name]) / len(rows[text][name]), 4) for name in SCORES}
+            print(text, rows[text]["nfe"], rows[text]["caches"], means, flush=True)
+    if not args.turns:
+        return
     for text, seconds in bench.time([*plain, *args.variants]).items():
         rows[text]["seconds"] = seconds
     of_plain = [rows[text] for text in plain]

@@ -21,6 +21,7 @@ from diffaccel.errors import unknown
 
 # package of a method -> kind of method
 KINDS = {
+    "diffaccel.samplers.caches": "cache",
     "diffaccel.samplers": "sampler",
     "diffaccel.quant": "quantizer",
     "diffaccel.distill": "distillation",
@@ -86,16 +87,12 @@ def _kind(module: str) -> str:
     return next((kind for package, kind in KINDS.items() if module.startswith(f"{package}.")), "plugin")
 
 
-def _door(module: str) -> str:
-    """Return the package that users import a method of this module from."""
-    return next((package for package in KINDS if module.startswith(f"{package}.")), module.rpartition(".")[0])
-
-
 def explain_method(name: str) -> dict[str, Any]:
     """Return a method's docstring, paper, options and an example."""
     cls = registry.config_class(name)
     kind = _kind(cls.__module__)
-    command = {"sampler": f'diffaccel sample "a red apple" --sampler {name}'}
+    option = {"sampler": "--sampler", "cache": "--method"}
+    command = f'diffaccel sample "a red apple" {option[kind]} {name}' if kind in option else ""
     return {
         "name": name,
         "kind": kind,
@@ -105,10 +102,18 @@ def explain_method(name: str) -> dict[str, Any]:
         "paper": cls.citation,
         "conflicts": list(cls.conflicts),
         "options": options_of(cls),
-        "command": command.get(kind, ""),
+        "command": command,
         "python": f"diffaccel.accelerate(pipe, {cls.__name__}())",
-        "import": f"from {_door(cls.__module__)} import {cls.__name__}",
+        "import": f"from {_package_of(cls)} import {cls.__name__}",
     }
+
+
+def _package_of(cls: type[Any]) -> str:
+    """Return the nearest package above a class from which it can be imported; else its module."""
+    package = cls.__module__.rpartition(".")[0]
+    while package and getattr(sys.modules.get(package), cls.__name__, None) is not cls:
+        package = package.rpartition(".")[0]
+    return package or cls.__module__
 
 
 def options_of(cls: type[Any]) -> list[dict[str, str]]:

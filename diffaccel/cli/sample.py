@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ _EXAMPLES = """examples:
   diffaccel sample "a red apple" "two cats" --sampler dpmpp2m --steps 10 --out out/cats
   diffaccel sample --prompts prompts.txt --batch 8               (one a line; - reads stdin)
   diffaccel sample "a cat walks" --model ./wan --frames 33      (video: one mp4 each)
+  diffaccel sample "a red apple" --method spectrum --spectrum.growth 1.5       (a cache, under any sampler)
   diffaccel sample --class goldfish --model ./dit                (and a model that takes neither needs neither)
   accelerate launch --num_processes 2 -m diffaccel sample "a red apple" --num 64    (one process a GPU)
 
@@ -43,6 +45,9 @@ def make_parser() -> terminal.Parser:
     add("--seed", type=int, default=0, metavar="S", help="image i of the run uses seed S + i (default 0)")
     terminal.add_model_options(parser)
     add("--sampler", metavar="NAME", help="the sampler; without it the pipeline's own loop runs. See diffaccel list")
+    add(
+        "--method", action="append", default=[], metavar="NAME", help="a cache or another method on the network; repeat"
+    )
     add("--steps", type=int, metavar="N", help="inference steps (default: the model's own)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="classifier-free or embedded guidance (default: the model's own)")
@@ -74,9 +79,9 @@ def run(argv: list[str]) -> int:
     request = Request(
         prompts=_prompts(options), classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
-        methods=methods(options.sampler, method_options), steps=options.steps, size=parse_size(options.size),
-        guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
-        device=options.device, threads=options.threads,
+        methods=methods(options.sampler, method_options, options.method), steps=options.steps,
+        size=parse_size(options.size), guidance=options.guidance, negative=options.negative, batch=options.batch,
+        dtype=options.dtype, device=options.device, threads=options.threads,
     )  # fmt: skip
     from diffaccel.runs.early_checks import check_early, note_of_unknown_words
     from diffaccel.runs.generate import OUT, generate_run
@@ -143,36 +148,47 @@ def split_method_options(argv: list[str]) -> tuple[list[str], dict[str, dict[str
     return others, options
 
 
-def methods(sampler: str | None, options: dict[str, dict[str, str]]) -> tuple[Any, ...]:
-    """Return the chosen sampler's config, made from its options.
+def methods(sampler: str | None, options: dict[str, dict[str, str]], on_network: Sequence[str] = ()) -> tuple[Any, ...]:
+    """Return the configs of the methods on the network and of the sampler, made from their options.
 
     Raises:
-        DiffAccelError: for an unknown sampler or option (with the nearest match), and options of another method.
+        DiffAccelError: for an unknown method or option (with the nearest match), and options of another method.
     """
     names = registry.names()
     for name in options:
         if name not in names:
             raise unknown("method", name, names)
-        if name != sampler:
+        if name not in (sampler, *on_network):
             choice = f"the sampler is '{sampler}'" if sampler else "no sampler was chosen"
+            source = config_source.read(names[name])
+            is_loop = source is None or source.variables.get("touches", "loop") == "loop"
             raise DiffAccelError(
                 f"--{name}.{next(iter(options[name]))} is an option of '{name}', but {choice}. "
-                f"Pass --sampler {name}, or leave the option out."
+                f"Pass --{'sampler' if is_loop else 'method'} {name}, or leave the option out."
             )
-    if sampler is None:
-        return ()
-    if sampler not in names:
-        raise unknown("sampler", sampler, names)
-    config_class = registry.config_class(sampler)
-    if config_class.touches != "loop":
-        raise DiffAccelError(f"'{sampler}' is no sampler: it works on the {config_class.touches}.")
-    return (config_class.from_dict(parse_fields(config_class, options.get(sampler, {}))),)
+    chosen = [("method", name) for name in on_network] + [("sampler", sampler)] * (sampler is not None)
+    return tuple(_method(option, name, options.get(name, {})) for option, name in chosen if name is not None)
+
+
+def _method(option: str, name: str, options: dict[str, str]) -> Any:
+    """Return the config of one method, named by ``--sampler`` or ``--method``."""
+    if name not in registry.names():
+        raise unknown(option, name, registry.names())
+    config_class = registry.config_class(name)
+    if option == "sampler" and config_class.touches != "loop":
+        raise DiffAccelError(
+            f"'{name}' is no sampler: it works on the {config_class.touches}. Pass --method {name}, with or without a "
+            "--sampler."
+        )
+    if option == "method" and config_class.touches == "loop":
+        raise DiffAccelError(f"'{name}' is a sampler: it replaces the loop. Pass --sampler {name}.")
+    return config_class.from_dict(parse_fields(config_class, options))
 
 
 def describe(record: dict[str, Any]) -> str:
     """Summarise a run in lines: its files, its method and NFE, its time, and what was drawn before."""
     settings, cost, images = record["settings"], record["cost"], record["images"]
-    method = settings["methods"][0]["name"] if settings["methods"] else "the pipeline's own loop"
+    method = " + ".join(config["name"] for config in settings["methods"]) or "the pipeline's own loop"
     files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
     count = record["call"]["num_inference_steps"]
     steps = f"{count} step{'s' * (count != 1)}"
@@ -187,13 +203,13 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def _sampler_help() -> str:
-    """Return the options of every sampler, read from its source; of one without readable source, only its name."""
+    """Return the options of every method, read from its source; of one without readable source, only its name."""
     blocks = []
     for name, reference in registry.names().items():
         source = config_source.read(reference)
-        if source is not None and source.variables.get("touches", "loop") != "loop":
-            continue
-        title = f"options of --sampler {name} (diffaccel explain {name})"
+        touches = "loop" if source is None else source.variables.get("touches", "loop")
+        option = "--sampler" if touches == "loop" else "--method"
+        title = f"options of {option} {name} (diffaccel explain {name})"
         if source is None or source.options is None:
             blocks.append(title)
             continue

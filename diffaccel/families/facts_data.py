@@ -21,6 +21,7 @@ class Facts:
 
     Attributes:
         blocks: attribute paths of the repeated blocks in execution order, each a list of blocks or one block.
+        hidden_output: position of the image tokens in what a block returns, where that is a tuple.
         attention: regex that fully matches the names of the attention modules inside the blocks.
         modulation: regex that fully matches the linears that turn the time embedding into shifts, scales and gates:
             they run once per sample and their output does not depend on the sample.
@@ -42,6 +43,7 @@ class Facts:
     vae_frames: int = 1
     text_tokens: int | None = None
     timestep_range: tuple[float, float] = (0.0, 1000.0)
+    hidden_output: int = 0
 
     def tokens(
         self,
@@ -130,6 +132,7 @@ FACTS: dict[str, Facts] = {
         never_quantize=("x_embedder", "context_embedder", "time_text_embed", NORMS, "proj_out"),
         patch=_packed,
         text_tokens=512,
+        hidden_output=1,  # after the text's
         timestep_range=(0.0, 1.0),  # sigma itself: the network multiplies by 1000
     ),
     "SD3Transformer2DModel": Facts(
@@ -138,6 +141,7 @@ FACTS: dict[str, Facts] = {
         modulation=r"transformer_blocks\.\d+\.norm1(?:_context)?\.linear|norm_out\.linear",
         never_quantize=("pos_embed", "context_embedder", "time_text_embed", NORMS, "proj_out"),
         patch=_square,
+        hidden_output=1,  # after the text's
         text_tokens=333,  # 77 of CLIP, 256 of T5
     ),
     "UNet2DConditionModel": Facts(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +37,17 @@ class Tally:
     device: torch.device
     names: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    _endings: list[Callable[[Tally], None]] = field(default_factory=list)
     _skips: bool = False
     _spans: list[tuple[bool, Any, Any]] = field(default_factory=list)
 
     def skip(self) -> None:
         """Note that the call being made is a skipped one: its blocks do not run."""
         self._skips = True
+
+    def at_end(self, ending: Callable[[Tally], None]) -> None:
+        """Call ``ending`` when the run has ended, where a method adds its notes and frees what it keeps."""
+        self._endings.append(ending)
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -64,6 +69,8 @@ class Tally:
 
     def report(self) -> dict[str, Any]:
         """Return the counts and seconds of real and skipped calls; on a CUDA device its queue must have drained."""
+        while self._endings:
+            self._endings.pop()(self)
         seconds, calls = {False: 0.0, True: 0.0}, {False: 0, True: 0}
         for skipped, start, end in self._spans:
             calls[skipped] += 1
@@ -94,6 +101,9 @@ class NetworkCall:
         context: the guidance branch and the chunk of rows that the call is for.
         trajectory: a number that changes with every call of the pipeline, stage, shape and conditioning.
         tally: where a method notes that it skips the call.
+        noise_share: the part of noise in the latents, ``sigma / (alpha + sigma)`` in [0, 1], a scalar or one per row;
+            None where the noise levels cannot be read.
+        spatial: makes the latents of this call in the layout ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
     """
 
     step: int
@@ -103,6 +113,8 @@ class NetworkCall:
     context: str
     trajectory: int
     tally: Tally
+    noise_share: Tensor | None = None
+    spatial: Callable[[], Tensor] | None = None
 
 
 _CURRENT: ContextVar[NetworkCall | None] = ContextVar("diffaccel_network_call", default=None)

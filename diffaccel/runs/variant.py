@@ -2,7 +2,7 @@
 
 ``plain``, ``plain:steps=8``, ``dpmpp2m:steps=8``, ``euler:steps=4,state=stock``: names of methods joined by ``+``, or
 ``plain`` for the pipeline as it is; after a colon, settings of the call (steps, guidance, size, negative) and options
-of the method, written ``name.option`` where there are several methods.
+of the method, written ``name.option`` where there are several methods: ``euler+spectrum:steps=28,spectrum.growth=1.5``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Variant:
             defaults = {option.name: option.default for option in fields(config)}
             changed = {key: v for key, v in config.to_dict().items() if key in defaults and v != defaults[key]}
             prefix = f"{config.name}." if several else ""
-            options += [f"{prefix}{key}={_word(value)}" for key, value in changed.items()]
+            options += [f"{prefix}{key}={_option_word(value)}" for key, value in changed.items()]
         head = "+".join(config.name for config in self.methods) or PLAIN
         return f"{head}:{','.join(options)}" if options else head
 
@@ -63,6 +63,12 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _option_word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{','.join(map(_option_word, value))}]"
+    return "null" if value is None else _word(value)
+
+
 def parse(text: str) -> Variant:
     """Return the variant that a word, or a YAML or JSON file, describes.
 
@@ -74,7 +80,7 @@ def parse(text: str) -> Variant:
     if text.endswith(FILES):
         return _from_file(Path(text))
     head, _, tail = text.partition(":")
-    names = [] if head in (PLAIN, "") else head.split("+")
+    names = [name for name in head.split("+") if name not in (PLAIN, "")]
     options: dict[str, dict[str, str]] = {name: {} for name in names}
     for name in names:
         if name not in registry.names():

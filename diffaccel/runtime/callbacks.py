@@ -22,11 +22,13 @@ class Callback:
     Attributes:
         joined: negative tensors by name, which the pipeline joined to the positive ones before its loop: changes are
             shown at the next step and have no effect on the network.
+        replaced: number of tensors that the function has returned in the place of others, latents apart.
     """
 
     function: Any
     inputs: Sequence[str]
     joined: dict[str, Any] = field(default_factory=dict)
+    replaced: int = 0
 
     def check(self, session: Session) -> None:
         """Raise for a tensor that the function asks for and that no sampler can show."""
@@ -63,6 +65,7 @@ class Callback:
         returned = self.function(session.pipe, index, timestep, offered) or {}
         for name, value in returned.items():
             if name != "latents" and value is not before.get(name):
+                self.replaced += 1
                 for each in dict.fromkeys(sessions):
                     self._take(each, name, value)
         latents_now = returned.get("latents", shown)

@@ -201,7 +201,11 @@ class Predictor:
             cache_context = denoiser.cache_context(
                 context, step_index=step, num_inference_steps=steps, sigma=sigma, timestep=timestep
             )
-        call = NetworkCall(step, steps, sigma, timestep, context, self._trajectory, self._tally)
+        call = NetworkCall(
+            step, steps, sigma, timestep, context, self._trajectory, self._tally,
+            noise_share=self._noise_share(session, sigma) if self._tally.names else None,
+            spatial=lambda: family.spatial(session.pipe, x, session.height, session.width),
+        )  # fmt: skip
         with cache_context, telling(call), self._tally.timed():
             out = denoiser(*positional, **arguments)[0]
         self.stats.calls += 1
@@ -209,6 +213,17 @@ class Predictor:
         prediction = family.prediction(out, x)
         self._output_dtype = prediction.dtype
         return prediction
+
+    def _noise_share(self, session: Session, sigma: Tensor | None) -> Tensor | None:
+        """Return the part of noise ``sigma / (alpha + sigma)`` of a noise level, or of the step that has none."""
+        if isinstance(session.read_schedule, DiffAccelError):
+            return None
+        schedule, step = session.read_schedule, self.stats.steps
+        if sigma is None:
+            if step >= len(schedule.sigmas):
+                return None
+            sigma = schedule.sigmas[step]
+        return sigma / (schedule.path.alpha(sigma) + sigma)
 
     def _show_time(self, timestep: Tensor) -> None:
         """Set the pipeline's current timestep, which caches and hooks read while the network runs."""
@@ -221,6 +236,7 @@ class Predictor:
 
     def _reset_caches(self, key: object) -> None:
         """Clear stateful caches, which hold one trajectory at one shape, when another trajectory begins."""
+        key = key, 0 if self.callback is None else self.callback.replaced  # another conditioning from here on
         if key != self._cache_key:
             self._trajectory = next_trajectory()
         if key != self._cache_key and self._cache_key is not None:

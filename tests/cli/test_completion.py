@@ -30,7 +30,8 @@ echo; end
 LINES = {
     "diffaccel": {*cli.COMMANDS},
     "diffaccel eval": {*eval_commands.COMMANDS},
-    "diffaccel sample --sampler": {*registry.names()},
+    "diffaccel sample --sampler": {n for n in registry.names() if registry.config_class(n).touches == "loop"},
+    "diffaccel sample --method": {n for n in registry.names() if registry.config_class(n).touches != "loop"},
     "diffaccel explain emoji": {name for name in zoo.names() if name.startswith("emoji")},
     "diffaccel sample cat --model emoji-f": {name for name in zoo.names() if name.startswith("emoji-f")},
     "diffaccel sample --heun.s": {"--heun.state"},

@@ -37,7 +37,9 @@ def embedded(monkeypatch, tmp_path):
 
 def test_list_names_every_method_and_model(run, embedded):
     found = run("list", "--json").json
-    assert {m["name"]: m["kind"] for m in found["methods"]} == dict.fromkeys(registry.METHODS, "sampler")
+    assert {m["name"]: m["kind"] for m in found["methods"]} == {
+        name: "sampler" if registry.config_class(name).touches == "loop" else "cache" for name in registry.METHODS
+    }
     for method in found["methods"]:
         assert method["summary"] and method["paper"] == registry.config_class(method["name"]).citation
     size = 2_000_000 + len("{}") + len(json.dumps(CARD))
@@ -62,12 +64,13 @@ def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):
 def test_explain_a_method(run, name):
     about = run("explain", name, "--json").json
     cls = registry.config_class(name)
-    assert about["paper"] == cls.citation and about["touches"] == "loop" and about["description"]
+    assert about["paper"] == cls.citation and about["touches"] == cls.touches and about["description"]
     assert "Args:" not in about["description"]
     assert [o["name"] for o in about["options"]] == [f.name for f in dataclasses.fields(cls)]
     assert all(o["help"] and o["type"] and o["default"] for o in about["options"])
     shown = run("explain", name).out
-    assert f"--{name}.state" in shown and f"--sampler {name}" in shown and "arXiv" in shown
+    field, option = ("state", "sampler") if cls.touches == "loop" else ("payload", "method")
+    assert f"--{name}.{field}" in shown and f"--{option} {name}" in shown and "arXiv" in shown
 
 
 def test_explained_python_runs(models):

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("session",), "what a sampler sees"),
     (("config",), "what a method's options are"),
     (("registry", "samplers.rewards"), "names to methods; what a search climbs"),
-    (("samplers.search",), "what all searches share"),
+    (("samplers.search", "samplers.caches"), "what all searches share; step caches"),
     (("samplers", "quant", "distill"), "the methods: none sees another, and nothing but the registry names one"),
     (("runtime",), "one pipeline call"),
     (("compose",), "methods on a pipeline, and off it"),

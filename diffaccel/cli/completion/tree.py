@@ -85,7 +85,8 @@ def _known_values() -> dict[str, tuple[str, ...]]:
     """Return values of options by their names, which mean the same in every command."""
     return {
         "--model": tuple(zoo.names()),
-        "--sampler": _methods(),
+        "--sampler": _methods("loop"),
+        "--method": _methods("weights", "blocks"),
         "--accel": (PLAIN, *_methods()),
         "--prompts": tuple(prompts.names()),
         "--dtype": DTYPES,
@@ -93,9 +94,17 @@ def _known_values() -> dict[str, tuple[str, ...]]:
     }
 
 
-def _methods() -> tuple[str, ...]:
-    """Return the names of the methods; those of plugins may hold characters that a shell would act on."""
-    return tuple(name for name in registry.names() if _PLAIN_WORD.fullmatch(name))
+def _methods(*touches: str) -> tuple[str, ...]:
+    """Return the names of the methods, or of those that touch one of these parts.
+
+    Names of plugins may hold characters that a shell would act on, and are left out.
+    """
+    references = {name: reference for name, reference in registry.names().items() if _PLAIN_WORD.fullmatch(name)}
+    if not touches:
+        return tuple(references)
+    sources = {name: config_source.read(reference) for name, reference in references.items()}
+    parts = {n: "loop" if source is None else source.variables.get("touches", "loop") for n, source in sources.items()}
+    return tuple(name for name, part in parts.items() if part in touches)
 
 
 def _positional(words: tuple[str, ...]) -> tuple[str, ...]:
