@@ -35,7 +35,7 @@ from diffaccel.runs.variant import parse
 JUDGE = "emoji-clip-judge"
 SCORES = ("ssim", "psnr", "judge")
 PLAIN = "euler:steps={}"
-CHOICES = ("out", "variants", "plain", "turns", "kind")  # options that change no picture
+CHOICES = ("out", "table", "variants", "plain", "turns", "kind")  # options that change no picture
 
 
 class Bench:
@@ -49,7 +49,7 @@ class Bench:
         self.pipe.set_progress_bar_config(disable=True)
         if args.compile:
             torch._dynamo.config.cache_size_limit = 64
-            self.pipe.transformer.compile(dynamic=False)
+            self.pipe.transformer.compile_repeated_blocks(dynamic=False)  # whole blocks: caches skip them
         self.judge = as_clip(extractor(JUDGE, device=self.device))
         self.texts = list(prompts.read(args.prompts).texts)[args.skip : args.skip + args.count]
         self.base: Tensor | None = None
@@ -83,14 +83,15 @@ class Bench:
         """Return a variant's row: its scores, picture by picture, and its cost."""
         images, cost = self.draw(text)
         self.base = images if self.base is None else self.base
-        features = torch.cat([self.judge(part.to(self.device)).cpu() for part in images.split(256)])
+        parts = [(a.to(self.device), b.to(self.device)) for a, b in zip(images.split(250), self.base.split(250))]
+        features = torch.cat([self.judge(drawn).cpu() for drawn, _ in parts])
         scores = {
-            "ssim": paired.ssim(images, self.base),
-            "psnr": paired.psnr(images, self.base).clamp(max=60),
+            "ssim": torch.cat([paired.ssim(drawn, base).cpu() for drawn, base in parts]),
+            "psnr": torch.cat([paired.psnr(drawn, base).clamp(max=60).cpu() for drawn, base in parts]),
             "judge": clip_score(features, self.judge.texts(self.texts)),
         }
-        row = {"variant": text, "nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
-        row["pictures_in_a_call"] = min(self.args.batch, len(self.texts))
+        row = {"variant": text, "pictures_in_a_call": min(self.args.batch, len(self.texts))}
+        row |= {"nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
         return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
 
     def time(self, variants: list[str]) -> dict[str, dict[str, float]]:
@@ -168,8 +169,14 @@ def main() -> None:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--kind", default=None, help="name of the machine, for the record")
-    add("--out", type=Path, required=True, help="folder of the record")
+    add("--out", type=Path, help="folder of the record")
+    add("--table", type=Path, metavar="FILE", help="print the table of a record, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        print_table(json.loads(args.table.read_text(encoding="utf-8")))
+        return
+    if args.out is None:
+        parser.error("--out or --table is needed")
     args.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
     file = args.out / f"bench_equal_seconds_{args.model}_{args.kind or bench.device.type}.json"
@@ -182,24 +189,26 @@ def main() -> None:
         values["rows"] = before["rows"]
     plain = [PLAIN.format(steps) for steps in args.plain]
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
+    seconds = bench.time([*plain, *args.variants]) if args.turns else {}
     for text in [*plain, *args.variants]:
         if text not in rows or bench.base is None:
             rows[text] = bench.measure(text)
-            values["rows"] = list(rows.values())
-            write_json(file, values)
-            means = {name: round(sum(rows[text][name]) / len(rows[text][name]), 4) for name in SCORES}
-            print(text, rows[text]["nfe"], rows[text]["caches"], means, flush=True)
-    if not args.turns:
-        return
-    for text, seconds in bench.time([*plain, *args.variants]).items():
-        rows[text]["seconds"] = seconds
-    of_plain = [rows[text] for text in plain]
-    for text in args.variants:
-        rows[text]["equal_seconds"] = compare(rows[text], of_plain)
-    write_json(file, values)
+        rows[text]["seconds"] = seconds.get(text)
+        values["rows"] = list(rows.values())
+        write_json(file, values)
+        means = {name: round(sum(rows[text][name]) / len(rows[text][name]), 4) for name in SCORES}
+        print(text, rows[text]["nfe"], means, rows[text]["seconds"], flush=True)
+    if args.turns:
+        print_table(values)
+
+
+def print_table(values: dict[str, Any]) -> None:
+    """Print a record's table; the plain sampler's rows are those without options but steps."""
+    rows = values["rows"]
+    plain = [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
     print(HEAD)
-    for text in [*plain, *args.variants]:
-        print(shown(rows[text], of_plain))
+    for row in rows:
+        print(shown(row, plain))
 
 
 if __name__ == "__main__":
