@@ -26,7 +26,7 @@ RUN = "run.json"  # the record in a folder of generated pictures
 SAMPLE = "sample"  # the kind of that record
 COST = {
     "seconds": NUMBER, "peak_memory": (NUMBER, None), "nfe?": NUMBER, "forwards?": NUMBER, "calls?": NUMBER,
-    "parts?": dict, "steps?": [NUMBER],
+    "parts?": dict, "steps?": [NUMBER], "resumed?": {"nfe": COUNT},
 }  # fmt: skip
 IMAGE = {
     "id": COUNT, "prompt": (str, None), "seed": COUNT, "file": FILE_NAME, "sha256": str, "latents?": FILE_NAME,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PICTURE_ENCODERS = ("vae", "image_encoder")  # attributes of pipelines
+
 
 def uncompiled(network: Any) -> Any:
     """Return the network below ``torch.compile``."""
@@ -68,26 +70,43 @@ class TextMemo:
 
     def __init__(self) -> None:
         self._answers: list[_Answer] = []
-        self._pictures: list[tuple[Any, _Answer]] = []  # arguments of ``vae.encode`` first
+        self._pictures: list[tuple[Any, _Answer]] = []  # name and arguments of the encoder first
+
+    def has_texts(self) -> bool:
+        """Return whether prompts were encoded."""
+        return bool(self._answers)
 
     def has_pictures(self) -> bool:
         """Return whether pictures were encoded."""
         return bool(self._pictures)
 
-    def stand_in_for(self, vae: Any, device: torch.device) -> StandIn:
-        """Return a substitute for a VAE on ``device`` that encodes the same pictures once only."""
-        return _CachedVae(vae, functools.partial(self._encode_picture, vae.encode, device))
+    def picture_encoders(self, pipe: Any, device: torch.device) -> dict[str, StandIn]:
+        """Return substitutes, by attribute, for a pipeline's networks that encode pictures: the same ones once only.
 
-    def _encode_picture(self, encode: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any) -> Any:
+        Args:
+            device: on which the networks draw.
+        """
+        vae, network = vars(pipe).get("vae"), vars(pipe).get("image_encoder")
+        stand_ins: dict[str, StandIn] = {}
+        if hasattr(vae, "encode"):
+            stand_ins["vae"] = _CachedVae(vae, functools.partial(self._encode_picture, "vae", vae.encode, device))
+        if isinstance(network, torch.nn.Module):
+            encode = functools.partial(self._encode_picture, "image_encoder", network, device)
+            stand_ins["image_encoder"] = StandIn(network, encode)
+        return stand_ins
+
+    def _encode_picture(
+        self, name: str, encode: Callable[..., Any], device: torch.device, *args: Any, **kwargs: Any
+    ) -> Any:
         if torch.is_grad_enabled():  # never while a call is watched; a graph is not copied
             return encode(*args, **kwargs)
         before = random_states(device)
         for arguments, answer in self._pictures:
-            if _equal(arguments, [args, kwargs]):
+            if _equal(arguments, [name, args, kwargs]):
                 if all(map(torch.equal, before, answer.before)):
                     set_random_states(device, answer.after)
                 return copy.deepcopy(answer.result)  # a pipeline may change it in place
-        arguments = copy.deepcopy([args, kwargs])
+        arguments = copy.deepcopy([name, args, kwargs])
         result = encode(*args, **kwargs)
         self._pictures.append((arguments, _Answer(copy.deepcopy(result), before, random_states(device))))
         return result
@@ -152,6 +171,12 @@ def set_random_states(device: torch.device, states: list[Tensor]) -> None:
     torch.random.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def global_generator(device: torch.device) -> torch.Generator:
+    """Return an independent generator that draws what the global one draws next for a network on ``device``."""
+    own = device if device.type == "cuda" else torch.device("cpu")
+    return torch.Generator(own).set_state(random_states(device)[-1])
 
 
 def silent_bar(original: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:

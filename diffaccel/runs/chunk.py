@@ -77,20 +77,24 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
     """Return the cost of a call.
 
     Seconds, whole, by part and by network call; NFE (a guided prediction counts once), rows through the network and
-    network calls; peak memory in bytes.
+    network calls; peak memory in bytes. Of a search that goes on where an earlier process was stopped NFE are those of
+    the whole search, and "resumed" has those of them that the earlier process made: the rest is of this process alone.
     """
     stats = summary(pipe).last_run
+    resumed = (stats or {}).get("report", {}).get("resumed")
+    nfe = profile.forwards // _branches(pipe, arguments) if stats is None else stats["nfe"]
     peak = record.peak_memory(pipe.device)
     if stats is not None:
         peak = max(peak or 0, stats["peak_memory"]) or None
     return {
         "seconds": round(profile.seconds, 4),
-        "nfe": profile.forwards // _branches(pipe, arguments) if stats is None else stats["nfe"],
+        "nfe": nfe + (resumed["nfe"] if resumed else 0),
         "forwards": profile.forwards,
         "calls": profile.calls,
         "peak_memory": peak,
         "parts": {part: round(seconds, 4) for part, seconds in profile.parts.items()},
         "steps": [round(seconds, 5) for seconds in profile.steps],
+        **({"resumed": {"nfe": resumed["nfe"]}} if resumed else {}),
     }
 
 

@@ -10,12 +10,14 @@ def total_cost(costs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the cost of a run from those of its chunks: sums, the highest peak, the median time of each step."""
     peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
     counts = [key for key in ("nfe", "forwards", "calls") if all(key in cost for cost in costs)]
+    resumed = [cost["resumed"]["nfe"] for cost in costs if "resumed" in cost]
     return {
         "seconds": round(sum(cost["seconds"] for cost in costs), 3),
         **{key: sum(cost[key] for cost in costs) for key in counts},
         "peak_memory": max(peaks, default=None),
         "parts": _sum_parts([cost.get("parts", {}) for cost in costs]),
         "steps": _median_steps([cost.get("steps", []) for cost in costs]),
+        **({"resumed": {"nfe": sum(resumed)}} if resumed else {}),
     }
 
 
@@ -32,12 +34,18 @@ def _median_steps(steps: list[list[float]]) -> list[float]:
 def drawn_before(record: dict[str, Any], noun: str) -> str:
     """Return what to say when a call of ``generate_run`` drew nothing, or a part only; "" when it drew everything."""
     drawn, count = record["drawn"], len(record["images"])
+    resumed = record["cost"].get("resumed")
     day = str(record.get("finished"))[:10]
     if drawn == 0:
         return (
             f"nothing to draw: all {count} {noun}{'s' * (count != 1)} exist; times are of when they were drawn, {day}"
         )
-    return "" if drawn == count else f"{drawn} of {count} {noun}s drawn now; times are of all of them"
+    if drawn != count:
+        return f"{drawn} of {count} {noun}s drawn now; times are of all of them"
+    if resumed is None:
+        return ""
+    made = f"a search went on that had been stopped after {resumed['nfe']} of these NFE"
+    return f"{made}; rows and times are of the process that ended it"
 
 
 def without_steps(cost: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from diffaccel.errors import DiffAccelError, first_line, unknown
 from diffaccel.files import folder_digest
 from diffaccel.runs.call_arguments import check_settings, check_subjects
 from diffaccel.runs.request import Request
+from diffaccel.runs.whole_weights import find_gap
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +53,18 @@ def load(name_or_path: str | Path, **kwargs: Any) -> Any:
         kwargs: passed to ``DiffusionPipeline.from_pretrained``.
 
     Raises:
-        DiffAccelError: when there is no such model, with the nearest zoo name.
+        DiffAccelError: when there is no such model, with the nearest zoo name; when its files lack weights.
     """
+    pipe = _read(name_or_path, **kwargs)
+    if gap := find_gap(pipe, kwargs):
+        raise DiffAccelError(
+            f"The model '{name_or_path}' is incomplete: {gap}. Copy or download it again, or give the component itself."
+        )
+    return pipe
+
+
+def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Load a pipeline as :func:`load` does, with whatever weights its files have."""
     from diffusers import DiffusionPipeline
 
     name = str(name_or_path)
@@ -167,21 +178,17 @@ def open_plain(request: Request) -> Any:
 
 def _load_verified(model: str, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        return _without_gaps(load(folder, dtype=dtype))
+        return _without_gaps(_read(folder, dtype=dtype))
     except Exception:
         if model not in zoo.names():
             raise
-    return _without_gaps(load(zoo.path(model, verify=True), dtype=dtype))  # unpacks a damaged cache again
+    return _without_gaps(_read(zoo.path(model, verify=True), dtype=dtype))  # unpacks a damaged cache again
 
 
 def _without_gaps(pipe: Any) -> Any:
-    """Return a pipeline whose networks have all their weights; diffusers leaves those that no file has on "meta"."""
-    for name in pipe.components:
-        module: Any = getattr(pipe, name, None)
-        state = module.state_dict() if hasattr(module, "state_dict") and hasattr(module, "parameters") else {}
-        if missing := [key for key, tensor in state.items() if getattr(tensor, "is_meta", False)]:
-            others = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
-            raise ValueError(f"no file of '{name}' has its weight {missing[0]}{others}")
+    """Return a pipeline whose networks have all their weights."""
+    if gap := find_gap(pipe):
+        raise ValueError(gap)
     return pipe
 
 

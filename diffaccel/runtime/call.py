@@ -6,6 +6,7 @@ watermarks, output types and offloading are the pipeline's own.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,17 +20,19 @@ from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import find
 from diffaccel.families.base import Family
-from diffaccel.families.generic import identify
+from diffaccel.families.generic import Generic, Outdated, identify
+from diffaccel.families.generic.memory import CallMemory
 from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.guard import restored
-from diffaccel.modules.stand_in import TextMemo, clone
+from diffaccel.modules.stand_in import TextMemo, clone, random_states
 from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.runtime.interception import Recording, intercept
+from diffaccel.runtime.meter import device_of
 from diffaccel.runtime.native import Native
-from diffaccel.runtime.probe import arguments_of, check_call, make_session, no_step
+from diffaccel.runtime.probe import Opening, arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
-from diffaccel.runtime.stock_call import follow_or_call, needs_steps
+from diffaccel.runtime.stock_call import follow_or_call, needs_steps, rewinder
 
 logger = logging.getLogger(__name__)
 
@@ -90,34 +93,80 @@ def _follow(
     begin: Callable[[], None],
 ) -> tuple[Any, Stats]:
     """Run the call in the native driver, or the sampler in the stock loop; call ``begin`` before the first step."""
-    family = find(pipe)
-    memo = TextMemo()
-    if family is None:
-        try:
-            family = identify(pipe, call, arguments, memo)
-        except NotIdentified as reason:
-            if getattr(config, "is_stock_rule", False):
-                raise
-            if extras.told:
-                raise needs_steps(pipe, extras.told, reason) from reason
-            return _generate_stock(pipe, config, call, arguments, reason)
-        if getattr(config, "is_stock_rule", False) and not family.is_exact:
-            raise NotIdentified("its rules are known up to rounding only.")
+    drive = functools.partial(_drive, pipe, config, call, arguments, extras, begin)
+    family, memo = find(pipe), TextMemo()
+    if family is not None:
+        return drive(family, memo)
+    is_stock_rule = getattr(config, "is_stock_rule", False)
+    memory = CallMemory(pipe, call, arguments)
+    try:
+        generic, is_recalled = _generic(pipe, call, arguments, memo, memory)
+    except NotIdentified as reason:
+        if is_stock_rule:
+            raise
+        if extras.told:
+            raise needs_steps(pipe, extras.told, reason) from reason
+        return _generate_stock(pipe, config, call, arguments, memo, reason)
+    rewind = rewinder(pipe, arguments)
+    try:
+        return drive(_exact(generic, is_stock_rule), memo, is_recalled)
+    except Outdated as reason:
+        logger.info("%s is watched again: %s", type(pipe).__name__, reason)
+        memory.forget()
+        rewind()
+    return _follow(pipe, config, call, arguments, extras, begin)
+
+
+def _generic(
+    pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo, memory: CallMemory
+) -> tuple[Generic, bool]:
+    """Return the family of a call that none is listed for, and whether it is that of an earlier call."""
+    try:
+        findings = memory.findings()
+        if findings is not None:
+            return Generic(findings, pipe, arguments), True
+        generic = identify(pipe, call, arguments, memo)
+    except NotIdentified as reason:
+        memory.keep(reason)
+        raise
+    memory.keep(generic.findings)
+    return generic, False
+
+
+def _exact(family: Generic, is_stock_rule: bool) -> Generic:
+    """Return a family whose rules suffice: under the pipeline's own rule they must be known to the bit."""
+    if is_stock_rule and not family.is_exact:
+        raise NotIdentified("its rules are known up to rounding only.")
+    return family
+
+
+def _drive(
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    extras: _Extras,
+    begin: Callable[[], None],
+    family: Family,
+    memo: TextMemo,
+    is_recalled: bool = False,
+) -> tuple[Any, Stats]:
+    """Run the call in the native driver; with ``is_recalled`` the family is that of an earlier call, to be checked."""
     check_call(family, pipe, arguments)
-    initial_generator = clone(arguments.get("generator"))
+    initial = {**arguments, "generator": clone(arguments.get("generator"))}
+    opening = Opening(pipe, family, call, initial, memo, random_states(device_of(pipe)))
     callback = _callback(arguments)
     stats: list[Stats] = []
 
     def run_sampler(recording: Recording) -> Tensor:
-        prepared = {**arguments, "generator": initial_generator}
-        session = make_session(pipe, family, call, recording, prepared, memo, arguments.get("generator"))
+        if is_recalled and isinstance(family, Generic):
+            family.check_first_step(
+                pipe, recording.calls, recording.answers, recording.guided, recording.latents, recording.timestep
+            )
+        session = make_session(opening, recording, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", extras.folder, extras.shared
-        options: Any = {
-            "max_batch": config.max_batch or None,
-            "halves": config.searches,
-            "told": extras.told,
-            "guidance_stop": config.guidance_stop,
-        }
+        options: Any = {"max_batch": config.max_batch or None, "halves": config.searches, "told": extras.told}
+        options["guidance_stop"] = config.guidance_stop
         driver = Native(session, state=config.state, callback=callback, **options)
         begin()
         latents = driver.run(checked_sampling(config, session))
@@ -169,7 +218,12 @@ def _call_with_loop(
 
 
 def _generate_stock(
-    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any], reason: NotIdentified
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    memo: TextMemo,
+    reason: NotIdentified,
 ) -> tuple[Any, Stats]:
     """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
     from diffaccel.runtime.stock_loop import generate_stock
@@ -181,7 +235,7 @@ def _generate_stock(
         )
     logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
     try:
-        return generate_stock(pipe, config, call, arguments)
+        return generate_stock(pipe, config, call, arguments, memo)
     except UnsupportedBySampler as error:
         raise UnsupportedBySampler(f"{error} It was not identified either: {reason}") from error
 

@@ -21,7 +21,15 @@ from diffaccel import schedules
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.base import Family
 from diffaccel.modules.guard import attributes_of, restored
-from diffaccel.modules.stand_in import StandIn, TextMemo, network_arguments, random_like, silent_bar, uncompiled
+from diffaccel.modules.stand_in import (
+    PICTURE_ENCODERS,
+    StandIn,
+    TextMemo,
+    network_arguments,
+    random_like,
+    silent_bar,
+    uncompiled,
+)
 from diffaccel.modules.step_output import StepOutput
 
 
@@ -106,7 +114,7 @@ class _Substitutes:
             name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)
         ]
         self.is_installed = False
-        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, "vae"])
+        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, *PICTURE_ENCODERS])
         self.restore_scheduler = attributes_of(self.scheduler, ["step"])
         for name, network in self.networks.items():
             if type(network) is StandIn:  # its class is the network's
@@ -131,7 +139,8 @@ class _Substitutes:
         if "encode_prompt" in self.methods:
             object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, device))
         if self.recording.latents is None and self.memo.has_pictures():  # afterwards the VAE decodes
-            object.__setattr__(pipe, "vae", self.memo.stand_in_for(pipe.vae, device))
+            for name, encoder in self.memo.picture_encoders(pipe, device).items():
+                object.__setattr__(pipe, name, encoder)
         if "progress_bar" in self.methods:  # the loop that follows brings its own bar
             object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 

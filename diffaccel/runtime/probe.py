@@ -11,10 +11,9 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -24,9 +23,10 @@ from diffaccel.families.base import Family
 from diffaccel.families.init_image import strength_problem
 from diffaccel.modules.call_class import stock_class
 from diffaccel.modules.guard import alone, contents_of, restored
-from diffaccel.modules.stand_in import TextMemo, clone
+from diffaccel.modules.stand_in import TextMemo, clone, global_generator, random_states, set_random_states
 from diffaccel.runtime.guidance_check import check_guidance
 from diffaccel.runtime.interception import Recording, intercept
+from diffaccel.runtime.meter import device_of
 from diffaccel.session import Session
 
 
@@ -35,18 +35,26 @@ class _Stop(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class _Reopen:
-    """:attr:`Session.reopen` of one call: its arguments, with a generator in the state before it, and its texts."""
+class Opening:
+    """All that opens a session of one call of a pipeline, any number of times; :attr:`Session.reopen` of the session.
+
+    Attributes:
+        call: the pipeline's stock ``__call__``.
+        arguments: the call's, by name, with its generator in the state before the call.
+        memo: the call's text encodings, for the same call at another resolution.
+        random_before: states of torch's global generators before the call.
+    """
 
     pipe: Any
     family: Family
     call: Callable[..., Any]
     arguments: dict[str, Any]
     memo: TextMemo
+    random_before: list[Tensor]
 
     def __call__(self, fresh_text: bool = False, **changes: Any) -> Session:
         changed = {**self.arguments, "generator": clone(self.arguments.get("generator")), **changes}
-        return probe(self.pipe, self.family, self.call, changed, TextMemo() if fresh_text else self.memo)
+        return probe(replace(self, arguments=changed, memo=TextMemo() if fresh_text else self.memo))
 
 
 def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -59,40 +67,47 @@ def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwa
     return arguments
 
 
-def probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
-    """Open a session by running ``call`` up to its first step; the pipeline's state is restored."""
+def probe(opening: Opening) -> Session:
+    """Open a session by running the call up to its first step; the pipeline's state is restored."""
 
     def open_and_restore() -> Session:
-        with _preserved_private_state(pipe):
-            return _probe(pipe, family, call, arguments, memo)
+        with _preserved_private_state(opening.pipe):
+            return _probe(opening)
 
-    return alone(pipe, open_and_restore)
+    return alone(opening.pipe, open_and_restore)
 
 
-def _probe(pipe: Any, family: Family, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Session:
-    """Open a session as :func:`probe`, but leave the pipeline's private attributes, such as its guidance scale, set."""
+def _probe(opening: Opening) -> Session:
+    """Open a session as :func:`probe`, but leave the pipeline's private attributes, such as its guidance scale, set.
+
+    A call without a generator draws from torch's global ones. These are left as they are, and the session goes on with
+    a generator of its own, in the state in which the pipeline left the global one.
+    """
+    pipe, arguments = opening.pipe, opening.arguments
     generator = clone(arguments.get("generator"))
     sessions: list[Session] = []
     overrides = {"callback_on_step_end": None, "output_type": "latent", "return_dict": False}
     overrides["generator"] = clone(generator)
+    kept = replace(opening, arguments={**arguments, "generator": generator})
 
     def on_first_step(recording: Recording) -> Any:
-        advanced = probe_arguments["generator"]
-        session = make_session(pipe, family, call, recording, {**arguments, "generator": generator}, memo, advanced)
+        advanced = probe_arguments.get("generator")
+        session = make_session(kept, recording, global_generator(device) if advanced is None else advanced)
         session.scheduler = _copy(pipe.scheduler)  # the pipeline's own goes back to what it was
         sessions.append(session)
         raise _Stop
 
     probe_arguments = {**arguments, **{k: v for k, v in overrides.items() if k in arguments}}
-    global_rng = torch.random.get_rng_state() if generator is None else None
+    device = device_of(pipe)
+    random_now = random_states(device)
     try:
-        with restored(pipe, contents_of(pipe.scheduler)), intercept(pipe, family, memo, on_first_step):
-            call(pipe, **probe_arguments)
+        set_random_states(device, opening.random_before)
+        with restored(pipe, contents_of(pipe.scheduler)), intercept(pipe, opening.family, opening.memo, on_first_step):
+            opening.call(pipe, **probe_arguments)
     except _Stop:
         pass
     finally:
-        if global_rng is not None:
-            torch.random.set_rng_state(global_rng)
+        set_random_states(device, random_now)
     if not sessions:
         raise no_step(pipe, arguments)
     return sessions[0]
@@ -132,22 +147,14 @@ def _preserved_private_state(pipe: Any) -> Iterator[None]:
         yield
 
 
-def make_session(
-    pipe: Any,
-    family: Family,
-    call: Callable[..., Any],
-    recording: Recording,
-    arguments: dict[str, Any],
-    memo: TextMemo,
-    generator: Any,
-) -> Session:
+def make_session(opening: Opening, recording: Recording, generator: Any) -> Session:
     """Return the session of a recorded first step.
 
     Args:
-        arguments: the call's, by name, with its generator in the state before the call.
-        memo: the call's text encodings, for the same call at another resolution.
+        opening: opens the session of the same call with other arguments.
         generator: the generator in the state in which the pipeline left it.
     """
+    pipe, family, arguments = opening.pipe, opening.family, opening.arguments
     latents = recording.latents
     if latents is None:
         raise DiffAccelError(f"{type(pipe).__name__} passed no sample to its scheduler.")
@@ -174,7 +181,7 @@ def make_session(
         height=height,
         width=width,
         generator=generator,
-        reopen=_Reopen(pipe, family, call, arguments, memo),
+        reopen=opening,
     )
 
 
@@ -182,7 +189,8 @@ def make_session(
 def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     """Open a session of a pipeline call, to inspect it or drive it by hand; the pipeline is restored afterwards.
 
-    ``arguments`` are those of ``pipe(...)``. The caller's generators are not advanced.
+    ``arguments`` are those of ``pipe(...)``. The caller's generators are not advanced, nor are torch's global ones:
+    without a generator the session draws what the call would draw, from a copy of them.
 
     Raises:
         DiffAccelError: for a pipeline of no family that cannot be identified, or options that a sampler cannot follow.
@@ -201,9 +209,10 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
             f"Supported pipelines: {', '.join(sorted(FAMILIES))}."
         ) from refusal
     check_call(family, pipe, call_arguments)
+    opening = Opening(pipe, family, call, call_arguments, memo, random_states(device_of(pipe)))
     with _preserved_private_state(pipe):
         try:
-            yield alone(pipe, lambda: _probe(pipe, family, call, call_arguments, memo))
+            yield alone(pipe, lambda: _probe(opening))
         finally:
             pipe.maybe_free_model_hooks()
 

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler, first_line
 from diffaccel.families import find
+from diffaccel.families.generic.memory import kind_of_parts
 from diffaccel.families.generic.stand_ins import state_of
 from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.guard import restored
@@ -46,7 +47,7 @@ def follow_or_call(
     reason = refusals.get(kind) or _callback_reason(pipe, config, arguments)
     error: Exception | None = None
     if reason is None:
-        rewind, has_begun = _rewinder(pipe, arguments), False
+        rewind, has_begun = rewinder(pipe, arguments), False
 
         def begin() -> None:
             nonlocal has_begun
@@ -117,7 +118,7 @@ def _callback_reason(pipe: Any, config: SamplerConfig, arguments: dict[str, Any]
     return f"its step callback may change {', '.join(sorted(others))}." if others else None
 
 
-def _rewinder(pipe: Any, arguments: dict[str, Any]) -> Callable[[], None]:
+def rewinder(pipe: Any, arguments: dict[str, Any]) -> Callable[[], None]:
     """Return a function that undoes what the preparation of a call changes: pipeline, scheduler, random states."""
     restore = state_of(pipe)
     generator = arguments.get("generator")
@@ -136,10 +137,10 @@ def _rewinder(pipe: Any, arguments: dict[str, Any]) -> Callable[[], None]:
 
 
 def _kind(pipe: Any, arguments: dict[str, Any]) -> Any:
-    """Return what tells apart calls that may be followed or not: the scheduler, options, and types of the others."""
+    """Return what tells apart calls that may be followed or not: the pipeline's parts, options, types of the others."""
 
     def is_option(name: str, value: Any) -> bool:
         return isinstance(value, bool | int | float) or (isinstance(value, str) and "prompt" not in name)
 
     plain = {k: v if is_option(k, v) else type(v).__name__ for k, v in arguments.items()}
-    return type(getattr(pipe, "scheduler", None)).__name__, tuple(sorted(plain.items()))
+    return kind_of_parts(pipe), tuple(sorted(plain.items()))

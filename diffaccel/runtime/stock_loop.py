@@ -27,8 +27,10 @@ from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
 from diffaccel.modules.guard import contents_of, restored
 from diffaccel.modules.instance_method import InstanceMethod
+from diffaccel.modules.stand_in import TextMemo
 from diffaccel.modules.step_output import StepOutput
 from diffaccel.runtime.checked_sampling import checked_sampling
+from diffaccel.runtime.encodings import encodings
 from diffaccel.runtime.meter import Meter
 from diffaccel.runtime.probe import no_step
 from diffaccel.runtime.rehearsal import StockSession, check_single, rehearse
@@ -41,6 +43,7 @@ class _Loop:
     """``scheduler.step`` of one call: feeds the sampler and keeps its pending request.
 
     Attributes:
+        prepared: called when the loop begins.
         requested: noise levels at which the sampler asks for predictions, one per entry of ``scheduler.timesteps``.
         own_timesteps, entries: the scheduler's own timesteps, and those of the requests, which replace them.
         levels: a copy of the scheduler's noise levels as it set them, which the pipeline may edit before its loop.
@@ -52,7 +55,10 @@ class _Loop:
         returned: a copy of the latents that the pipeline was given last, which it may change in place.
     """
 
-    def __init__(self, pipe: Any, config: SamplerConfig, generator: Any, stats: Stats) -> None:
+    def __init__(
+        self, pipe: Any, config: SamplerConfig, generator: Any, stats: Stats, prepared: Callable[[], None]
+    ) -> None:
+        self.prepared = prepared
         self.pipe, self.config, self.generator, self.stats = pipe, config, generator, stats
         self.schedule: Schedule | None = None
         self.requested: list[Tensor] = []
@@ -122,6 +128,7 @@ class _Loop:
         if self.schedule is None:
             raise DiffAccelError(f"{type(self.pipe).__name__} stepped its scheduler before setting timesteps.")
         if self.start is None:
+            self.prepared()
             self._read_edits(scheduler)
             self.start = schedules.start_index(scheduler, timestep)
             if self.start:
@@ -245,13 +252,23 @@ class _Loop:
 
 
 def generate_stock(
-    pipe: Any, config: SamplerConfig, call: Callable[..., Any], arguments: dict[str, Any]
+    pipe: Any,
+    config: SamplerConfig,
+    call: Callable[..., Any],
+    arguments: dict[str, Any],
+    memo: TextMemo | None = None,
 ) -> tuple[Any, Stats]:
-    """Run a pipeline's own loop with a sampler in the place of its solver; return its result and the cost."""
+    """Run a pipeline's own loop with a sampler in the place of its solver; return its result and the cost.
+
+    Args:
+        memo: encodings of the call's prompts and pictures, from watching it.
+    """
     meter = Meter(pipe, "stock loop")
-    loop = _Loop(pipe, config, arguments.get("generator"), meter.stats)
-    with restored(pipe, meter.remove):
+    remember, forget = encodings(pipe, memo)
+    loop = _Loop(pipe, config, arguments.get("generator"), meter.stats, forget)
+    with restored(pipe, meter.remove), restored(pipe, forget):
         meter.install()
+        remember()
         with _patched(pipe.scheduler, loop), meter.stats.timed(meter.device):
             result = call(pipe, **arguments)
     loop.end(pipe.scheduler, arguments)

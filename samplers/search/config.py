@@ -216,6 +216,8 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     _warn_of_a_constant_reward(searches, scorer)
     x0 = engine.latents([(search, samples[0]) for search, samples in results.items()])
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
+    if log.rounds:
+        session.report["resumed"] = {"rounds": len(log.rounds), "nfe": engine.nfe_before}
     if folder is not None:
         flat = [(search, sample) for search, samples in results.items() for sample in samples]
         if processes.rank == 0:

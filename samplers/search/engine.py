@@ -44,6 +44,9 @@ class Engine:
             alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature, c^2)``, which is the best to first order for data
             of unit variance and ``guide = 1``, and each particle is told ``log p / q``. Predictions, and transitions
             without noise, stay as they are.
+
+    Attributes:
+        nfe_before: predictions of this process that an earlier one of the same search made, and this one need not.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Engine:
         self.weighed = temperature is not None and guide > 0
         self.twist = guide / (temperature or 1.0)
         self.pool = Pool(session.x, 2 + self.weighed)
+        self.nfe_before = 0
         self._numbers = itertools.count()
         self._first_numbers: list[int] = []  # of the particles of every round that has begun
         self._settled = self._stored = 0  # rounds whose rewards are known, and those whose latents are stored
@@ -113,8 +117,11 @@ class Engine:
         self._first_numbers.append(next(iter(particles.values()))[0].number)
         answers = self.reward_log.replay(number, chains)
         wait: Callable[[], list[float]] = list
-        if answers is None or number >= self._stored:  # else its latents are known, or not needed any more
-            rows = [(chain.search, transition) for chain in chains for transition in chain.transitions]
+        rows = [(chain.search, transition) for chain in chains for transition in chain.transitions]
+        if answers is not None and number < self._stored:  # its latents are known, or not needed any more
+            own = rows[self.processes.part(len(rows), self.rows)]
+            self.nfe_before += sum(transition.predict for _, transition in own)
+        else:
             states = [particle for chain in chains for particle in particles[chain]]
             wait = yield from self._answer(rows, states, score=answers is None)
         for chain in chains:

@@ -94,7 +94,7 @@ def test_a_model_that_the_hub_does_not_give(sample, monkeypatch):
     assert done.status == 2 and "the hub did not give it: nobody/nothing is not there" in done.err
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "weight", "config"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "weight", "text", "config"])
 def test_damaged_models(sample, models, tmp_path, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(models / "flux", folder)
@@ -107,12 +107,16 @@ def test_damaged_models(sample, models, tmp_path, damage):
         tensors = load_file(weights)
         del tensors["x_embedder.bias"]
         save_file(tensors, weights, metadata={"format": "pt"})
+    elif damage == "text":
+        text = folder / "text_encoder" / "model.safetensors"
+        save_file({k: v for k, v in load_file(text).items() if "final" not in k}, text, metadata={"format": "pt"})
     else:
         (folder / "vae" / "config.json").write_text("{")
     done = sample("a cat", "--model", folder, "--out", "run")
     assert done.status == 2 and "damaged, incomplete or of another version" in done.err
     assert damage != "weight" or "no file of 'transformer' has its weight x_embedder.bias" in done.err
-    assert done.err.count("\n") == 1 or damage == "weight"  # diffusers itself warns of those
+    assert damage != "text" or "no file of 'text_encoder' has its weights final_layer_norm.bias, " in done.err
+    assert done.err.count("\n") == 1 or damage in ("weight", "text")  # the libraries themselves warn of those
     assert done.err.splitlines()[-1].startswith("diffaccel: error: The model") and not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import shutil
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -91,6 +93,18 @@ def test_without_the_hub_nothing_of_ours_answers(folder):
     )
     out = tree.python("-c", code, cwd=tree.ROOT / folder).stdout.splitlines()
     assert out == ["False ModuleSpec(name='kernels', loader=None)", "kernels", "kernels.locking"]
+
+
+@pytest.mark.parametrize("present", [True, pytest.param(False, marks=without_hub)])
+def test_several_checkouts_on_the_path(hub, tmp_path, present):
+    """No checkout is taken for the hub's package, whatever comes first."""
+    for name in ("first", "second"):
+        shutil.copytree(tree.ROOT / "kernels", tmp_path / name / "kernels")
+    path = os.pathsep.join(str(entry) for entry in (tmp_path / "first", tmp_path / "second", *[hub] * present))
+    code = "import kernels; print(getattr(kernels, 'get_kernel', lambda: None)(), hasattr(kernels, '__file__'))"
+    for folder in (tree.ROOT, tmp_path):
+        out = tree.python("-c", code, cwd=folder, PYTHONPATH=path).stdout
+        assert out == ("from the hub True\n" if present else "None False\n")
 
 
 def test_an_error_inside_the_hub_package_is_its_own(tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 
 import pytest
 import tiny
 import torch
+from search_bed import latent_reward
 
 import diffaccel
 from diffaccel import zoo
@@ -16,8 +18,10 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.families import network
 from diffaccel.runs import generate as sampling
 from diffaccel.runs.call_arguments import call_arguments
+from diffaccel.runs.cost import drawn_before, total_cost
 from diffaccel.runs.request import Request
-from diffaccel.samplers import Ancestral, BoN, Euler, Heun
+from diffaccel.samplers import RBF, Ancestral, BoN, Euler, Heun
+from diffaccel.samplers.search import engine
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +183,38 @@ def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
         hook.remove()
     assert len(calls) == 3 + 2
     assert continued["images"] == sampling.generate_run(request, tmp_path / "whole", pipe=pipe)["images"]
+
+
+def test_the_cost_of_a_search_that_goes_on_says_what_was_made_before(pipes, tmp_path, monkeypatch):
+    """NFE are those of the whole search; the rest is of the process that ended it, and the summary says so."""
+    monkeypatch.setattr(engine, "STORING_SHARE", math.inf)
+    calls, limit = [], math.inf
+
+    def total(x0):
+        calls.append(len(x0))
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        return x0.flatten(1).sum(1)
+
+    request = Request(prompts=("a cat",), model="mine", steps=2, size=(32, 32), threads=1)
+    reward = latent_reward(total, identity="the sum")
+    pipe = diffaccel.accelerate(pipes["sd3"], RBF(reward=reward, budget=40, initial=2))
+    try:
+        whole = sampling.generate_run(request, tmp_path / "whole", pipe=pipe)
+        limit = 2 * len(calls) - 1  # the last but one of its calls
+        with pytest.raises(KeyboardInterrupt):
+            sampling.generate_run(request, tmp_path / "parts", pipe=pipe)
+        ended = sampling.generate_run(request, tmp_path / "parts", pipe=pipe)
+    finally:
+        diffaccel.remove(pipe)
+    assert ended["images"] == whole["images"]
+    before = ended["cost"]["resumed"]["nfe"]
+    assert before > 0 and "resumed" not in whole["cost"]
+    assert ended["cost"]["nfe"] == whole["cost"]["nfe"]
+    assert ended["cost"]["forwards"] == whole["cost"]["forwards"] - 2 * before
+    assert drawn_before(whole, "image") == ""
+    assert f"stopped after {before} of these NFE" in drawn_before(ended, "image")
+    assert total_cost([whole["cost"], ended["cost"], ended["cost"]])["resumed"] == {"nfe": 2 * before}
 
 
 def test_a_run_in_parts_is_the_run(pipes, tmp_path):

@@ -63,12 +63,39 @@ def test_open_session_leaves_no_trace(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_open_session_without_a_generator_keeps_the_global_state(family: str) -> None:
+def test_open_session_without_a_generator_draws_what_the_call_draws(family: str) -> None:
+    """From a copy of torch's global generator, which stays as it is: noise of the session is not its latents' again."""
     pipe = tiny.make(family)
     kwargs = {**tiny.call_kwargs(family), "generator": None}
+    drawn: list[torch.Tensor] = []
+
+    class Noisy(Euler):
+        def sample(self, session):
+            drawn.extend([session.latents, session.randn_like(session.x)])
+            return super().sample(session)
+
     torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    with diffaccel.open_session(pipe, **kwargs):
+    diffaccel.accelerate(pipe, Noisy())(**kwargs)
+    diffaccel.remove(pipe)
+    state = torch.manual_seed(3).get_state()
+    with diffaccel.open_session(pipe, **kwargs) as session:
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert torch.equal(session.latents, drawn[0])
+        assert torch.equal(session.randn_like(session.x), drawn[1])
+        torch.randn(5)  # the user's own
+        assert torch.equal(session.reopen().latents, session.latents)
+        state = torch.random.get_rng_state()
+        assert not torch.equal(session.randn_like(session.x), drawn[1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_open_session_with_an_encoder_that_draws_keeps_the_global_state() -> None:
+    pipe = tiny.make("flux")
+    encode = pipe.encode_prompt
+    pipe.encode_prompt = lambda *args, **kwargs: (torch.rand(1), encode(*args, **kwargs))[1]
+    state = torch.manual_seed(3).get_state()
+    with diffaccel.open_session(pipe, **tiny.call_kwargs("flux")) as session:
+        session.add_cond(prompt=["a cup", "a hat"])
         assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -123,6 +123,7 @@ class Found:
     x: Tensor
     report: dict[str, Any]
     evals: list[Eval]
+    resumed: dict[str, Any] | None = None
 
     @property
     def pictures(self) -> list[dict[str, Any]]:
@@ -154,7 +155,7 @@ def found(config: Any, here: Session, velocity: Velocity, stop: Callable[[int], 
         try:
             event = sampling.send(reply)
         except StopIteration as end:
-            return Found(end.value, here.report["search"], evals)
+            return Found(end.value, here.report["search"], evals, here.report.get("resumed"))
         if isinstance(event, Progress):
             reply = stop(event.done)
         elif isinstance(event, Step):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel import schedules
 from diffaccel.errors import UnsupportedBySampler, size_text
 from diffaccel.families.base import Family
 from diffaccel.families.conditioning import Conditioning
@@ -20,8 +21,12 @@ from diffaccel.families.generic.findings import Findings, read_guidance_settings
 from diffaccel.families.generic.latents_rule import CONDITION
 from diffaccel.families.generic.row_layout import join_layout, map_layout
 from diffaccel.families.generic.study import study
-from diffaccel.families.generic.watching import NotIdentified
+from diffaccel.families.generic.watching import NotIdentified, Turn
 from diffaccel.modules.stand_in import StandIn, TextMemo, signature_of
+
+
+class Outdated(Exception):
+    """Findings of an earlier call do not hold for this one."""
 
 
 class Generic(Family):
@@ -41,6 +46,27 @@ class Generic(Family):
             joint_branches=findings.latents.copies == 2,
             negative_first=findings.guidance.positive == 1,
         )
+
+    def check_first_step(
+        self, pipe: Any, calls: list[dict[str, Any]], answers: list[Any], guided: Any, latents: Any, timestep: Any
+    ) -> None:
+        """Raise where findings of an earlier call do not hold for a recorded first step.
+
+        Raises:
+            Outdated: with the reason.
+        """
+        scheduler = pipe.scheduler
+        time = scheduler.timesteps[schedules.start_index(scheduler, timestep)]
+        scale = getattr(scheduler, "scale_model_input", None)
+        try:
+            if read_guidance_settings(pipe) != self.findings.guidance_settings:
+                raise NotIdentified("its guidance has other settings.")
+            turn = Turn(self.denoiser, self.pipeline, calls, answers, guided, latents, time)
+            if scale is not None:  # a call that was watched did not scale
+                turn.sample = scale(latents, timestep)
+            self.findings.check_again(turn)
+        except Exception as reason:  # a turn of another form altogether
+            raise Outdated(str(reason)) from reason
 
     @property
     def is_exact(self) -> bool:

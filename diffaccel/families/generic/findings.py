@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffaccel.families.generic.guidance_rule import GuidanceRule
 from diffaccel.families.generic.latents_rule import CONDITION, LatentsRule
-from diffaccel.families.generic.row_layout import Layout
+from diffaccel.families.generic.row_layout import Layout, find_rows
 from diffaccel.families.generic.time_rule import TimeRule
 from diffaccel.families.generic.values import same, scalar
 from diffaccel.families.generic.watching import NotIdentified, Turn
@@ -77,6 +77,32 @@ class Findings:
                     f"its network's argument '{self.time_arg}' is no affine map of its scheduler's time."
                 )
         self.guidance.check(self.predictions(turn), turn.guided, step)
+
+    def check_again(self, turn: Turn) -> None:
+        """Raise when the first turn of another call, whose constant arguments may be others, contradicts the findings.
+
+        The guidance rule is compared to the bit where it is known so.
+        """
+        arg, rows = self.latents.arg, self.latents.copies * len(turn.sample)
+        if (turn.sample.shape[1:], turn.sample.dtype, len(turn.calls)) != (
+            self.row_shape, self.dtype, len(self.constants),
+        ):  # fmt: skip
+            raise NotIdentified("its latents have another shape or dtype, or its network is called another time.")
+        for call, constant in zip(turn.calls, self.constants, strict=True):
+            if call.keys() - {arg, self.time_arg} != constant.keys() - {CONDITION} or arg not in call:
+                raise NotIdentified("its network has other arguments.")
+            self.latents.check(call[arg], turn.sample, 0)
+            arguments = self.constant_arguments(call)
+            layouts = {k: 0 if k == CONDITION else find_rows(value, rows, k) for k, value in arguments.items()}
+            if any(self.rows.get(name) != layout for name, layout in layouts.items()):
+                raise NotIdentified("the rows of its network's arguments lie elsewhere.")
+            time = scalar(call.get(self.time_arg), rows)
+            if time is None or not self.time.holds(turn.timestep, time):
+                raise NotIdentified(f"its network's argument '{self.time_arg}' {NO_TIME}.")
+        predictions = self.predictions(turn)
+        self.guidance.check(predictions, turn.guided, 0)
+        if self.guidance.exact and not torch.equal(self.guidance(predictions), turn.guided):
+            raise NotIdentified("its predictions are joined with other rounding.")
 
 
 def read_guidance_settings(pipe: Any) -> dict[str, Any]:

@@ -62,8 +62,8 @@ def install(
     device = torch.device(pipe._execution_device)
     if hasattr(pipe, "encode_prompt"):
         object.__setattr__(pipe, "encode_prompt", memo.wrap(pipe.encode_prompt, device))
-    if hasattr(vars(pipe).get("vae"), "encode"):
-        object.__setattr__(pipe, "vae", memo.stand_in_for(pipe.vae, device))
+    for name, encoder in memo.picture_encoders(pipe, device).items():
+        object.__setattr__(pipe, name, encoder)
     if hasattr(pipe, "progress_bar"):
         object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))
 

@@ -118,6 +118,9 @@ def test_a_killed_search_ends_as_one_that_was_not(
     assert 0 < rest.rows < calls.rows, "what was scored before is not scored again"
     spent = [sum(len(e.x) for e in run.evals) for run in (resumed, whole)]
     assert spent[0] < spent[1], "nor predicted again"
+    nfe = [sum(picture["nfe"] for picture in run.pictures) for run in (resumed, whole)]
+    assert nfe[0] == nfe[1] == spent[1] == spent[0] + resumed.resumed["nfe"] and resumed.resumed["rounds"] > 0
+    assert whole.resumed is None
 
 
 @pytest.mark.parametrize("config, lost", [*((config, "never") for config in METHODS), (METHODS[0], "of others")])
