@@ -6,109 +6,25 @@ the stock call around the method's own loop. Weight and block methods change the
 
 from __future__ import annotations
 
-import copy
-import inspect
 import itertools
 import logging
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from diffaccel import registry
-from diffaccel.config import ORDER, Handle, SamplerConfig
+from diffaccel import presets, registry
+from diffaccel.active import KEY, Active, Applied, OnBusy, Summary, active, needs_steps
+from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.call_class import facts_of, put_on, stock_class, take_off
 from diffaccel.modules.guard import alone
+from diffaccel.presets import Preset
 
-OnBusy = Literal["wait", "refuse"]
-_KEY = "_diffaccel"
 _EXTRAS: ContextVar[tuple[Any, Path | None, bool] | None] = ContextVar("diffaccel_call_extras", default=None)
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Applied:
-    """A method on a network. Pipelines that share the network (``copy.copy``) share this, too.
-
-    Attributes:
-        handle: what takes it off; None before it is on and after it is off.
-    """
-
-    config: Any
-    handle: Handle | None = None
-
-    def remove(self) -> None:
-        """Take the method off, unless that is done."""
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
-        """Copy with the network, where the handle is a value and not bound to this very network."""
-        if self.handle is not None and not _is_value(self.handle):
-            raise DiffAccelError(
-                f"'{self.config.name}' is on a network of this pipeline in a way that a copy could not be freed of: "
-                f"its {type(self.handle).__name__} keeps functions. diffaccel.remove(pipe), copy, and accelerate both."
-            )
-        return Applied(self.config, copy.deepcopy(self.handle, memo))
-
-
-@dataclass(frozen=True, eq=False)
-class Active:
-    """State of the methods on one pipeline. It is replaced and never changed, so that copies may share it.
-
-    Attributes:
-        original_class: the pipeline's class before :func:`accelerate`.
-        applied: the methods on its networks, in the order in which they were applied.
-        loop: the method that owns the sampling loop.
-        stats: cost of the last run.
-        on_busy: what a call does while another thread makes one.
-        announced: what was made of the pipeline without its methods, and logged.
-    """
-
-    original_class: type
-    applied: tuple[Applied, ...] = ()
-    loop: SamplerConfig | None = None
-    stats: Any = None
-    on_busy: OnBusy = "wait"
-    announced: tuple[str, ...] = ()
-
-    @property
-    def configs(self) -> list[Any]:
-        """Configs of the active methods, weights first, then blocks, then the loop."""
-        on_networks = [applied.config for applied in self.applied if applied.handle is not None]
-        configs = on_networks if self.loop is None else [*on_networks, self.loop]
-        return sorted(configs, key=lambda config: ORDER.index(config.touches))
-
-    @property
-    def told(self) -> tuple[str, ...]:
-        """Names of the methods on the networks that must be told the step of every network call."""
-        return tuple(config.name for config in self.configs if _needs_steps(config))
-
-    @property
-    def owns_calls(self) -> bool:
-        """Whether calls of the pipeline are made here: by a loop method, or step by step for a method that is told."""
-        return self.loop is not None or bool(self.told)
-
-    @property
-    def driver(self) -> Any:
-        """The loop method, or the pipeline's own rule where a method on a network needs steps and there is no loop."""
-        if self.loop is None and self.told:
-            return registry.config_class("scheduler")()
-        return self.loop
-
-
-def _needs_steps(config: Any) -> bool:
-    return bool(getattr(config, "needs_steps", False))
-
-
-def active(pipe: Any) -> Active | None:
-    """Return the state of the methods on ``pipe``, or None."""
-    return pipe.__dict__.get(_KEY)
 
 
 def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
@@ -122,7 +38,8 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
 
     Args:
         pipe: a diffusers pipeline, or a list of them for a method that composes several (the first is returned).
-        configs: config objects, or names of methods with their default config.
+        configs: config objects, names of methods with their default config, or the file of a preset that
+            ``diffaccel tune`` wrote: its default point's methods, and its number of steps where a call says none.
         on_busy: what a call does while another thread calls the pipeline, or one with the same scheduler: "wait", the
             default, or "refuse" with an error that leaves the other call alone. None keeps what was said before.
 
@@ -136,14 +53,78 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
     _check_pipeline(pipe)
     if not configs:
         raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
-    new_configs = [_config(config) for config in configs]
+    preset = _preset(pipe, configs)
+    own = () if preset is None else preset.point().methods
+    new_configs = [*own, *(_config(config) for config in configs if not presets.is_preset(config))]
     if on_busy not in (None, "wait", "refuse"):
         raise DiffAccelError(f"on_busy is {on_busy!r}; it must be 'wait' or 'refuse'.")
-    alone(pipe, lambda: _add(pipe, new_configs, on_busy))
+    alone(pipe, lambda: _add(pipe, new_configs, on_busy, preset))
     return pipe
 
 
-def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None) -> None:
+def _preset(pipe: Any, configs: tuple[Any, ...]) -> Preset | None:
+    """Return the preset among the arguments, which fits the pipeline; None where there is none."""
+    read = [presets.read(config) for config in configs if presets.is_preset(config)]
+    if len(read) > 1:
+        raise DiffAccelError(f"Got {len(read)} presets, '{read[0].source}' and '{read[1].source}'. Use one.")
+    for preset in read:
+        preset.check(pipe)
+        if (state := active(pipe)) is not None and state.preset is not None:
+            raise DiffAccelError(
+                f"The preset '{state.preset.source}' is already active. Switch with diffaccel.set_quality(pipe, NAME), "
+                "or diffaccel.remove(pipe) first."
+            )
+    return read[0] if read else None
+
+
+def set_quality(pipe: Any, name: str) -> Any:
+    """Switch a pipeline to another point of its preset, and return the same object.
+
+    Only the methods that differ are taken off and put on. A call that another thread makes is waited for and keeps the
+    point that it began with; later calls have the new one.
+
+    Args:
+        pipe: to which ``accelerate(pipe, "preset.json")`` was applied.
+        name: of the point, such as "balanced"; "baseline" for the plain pipeline's own steps and loop.
+
+    Raises:
+        DiffAccelError: for a pipeline without a preset, an unknown name, and points that differ on the weights.
+    """
+    _check_pipeline(pipe)
+    alone(pipe, lambda: _switch(pipe, name))
+    return pipe
+
+
+def _switch(pipe: Any, name: str) -> None:
+    before = active(pipe)
+    if before is None or before.preset is None or before.point is None:
+        raise DiffAccelError("The pipeline has no preset. Call diffaccel.accelerate(pipe, 'preset.json') first.")
+    point = before.preset.point(name)
+    leaving = [config for config in before.point.methods if config not in point.methods]
+    coming = [config for config in point.methods if config not in before.point.methods]
+    if weights := [config for config in (*leaving, *coming) if config.touches == "weights"]:
+        raise DiffAccelError(
+            f"'{before.point.name}' and '{name}' differ in '{weights[0].name}', which changes weights. "
+            f"diffaccel.remove(pipe), and accelerate with another preset."
+        )
+    kept = tuple(applied for applied in before.applied if applied.config not in leaving)
+    try:
+        for applied in reversed(before.applied):
+            if applied not in kept:
+                applied.remove()
+        loop = None if before.loop in leaving else before.loop
+        _update(pipe, applied=kept, loop=loop, point=point)
+        _add(pipe, coming, None, None)
+    except BaseException:  # nothing half-done: what was on before is put on again
+        _update(pipe, applied=kept, loop=before.loop, point=before.point)
+        for config in leaving:
+            if config.touches != "loop":
+                applied = Applied(config, config.apply(pipe))
+                _update(pipe, applied=(*_state(pipe).applied, applied))
+        raise
+
+
+def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None, preset: Preset | None) -> None:
     """Apply methods to a pipeline that nobody calls; without one that fails, the pipeline is as it was."""
     before = active(pipe)
     _check_clashes([*(before.configs if before else []), *new_configs])
@@ -152,14 +133,18 @@ def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None) -> None:
             take_off(pipe)
             _set(pipe, Active(stock_class(type(pipe))))
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
-            if (config.touches == "loop" or _needs_steps(config)) and not _state(pipe).owns_calls:
-                put_on(pipe, _call, _tell, _KEY)
+            if (config.touches == "loop" or needs_steps(config)) and not _state(pipe).owns_calls:
+                put_on(pipe, _call, _tell, KEY)
             if config.touches == "loop":
                 _update(pipe, loop=config)
             else:
                 applied = Applied(config)
                 _update(pipe, applied=(*_state(pipe).applied, applied))
                 applied.handle = config.apply(pipe)
+        if preset is not None:
+            if not _state(pipe).owns_calls:  # its settings change calls
+                put_on(pipe, _call, _tell, KEY)
+            _update(pipe, preset=preset, point=preset.point())
         _update(pipe, on_busy=on_busy or _state(pipe).on_busy)
     except BaseException:  # also an interrupt
         _take_off(pipe, before)
@@ -190,63 +175,18 @@ def _take_off(pipe: Any, before: Active | None) -> None:
 
 
 def _state(pipe: Any) -> Active:
-    return pipe.__dict__[_KEY]
+    return pipe.__dict__[KEY]
 
 
 def _set(pipe: Any, state: Active | None) -> None:
     if state is None:
-        pipe.__dict__.pop(_KEY, None)
+        pipe.__dict__.pop(KEY, None)
     else:
-        pipe.__dict__[_KEY] = state
+        pipe.__dict__[KEY] = state
 
 
 def _update(pipe: Any, **changes: Any) -> None:
     _set(pipe, replace(_state(pipe), **changes))
-
-
-def _is_value(handle: Any) -> bool:
-    """Return whether a handle is data: of a class that can be found by its name, without functions in it."""
-    cls = type(handle)
-    named: Any = sys.modules.get(cls.__module__)
-    for part in cls.__qualname__.split("."):
-        named = getattr(named, part, None)
-    return named is cls and not any(map(inspect.isroutine, getattr(handle, "__dict__", {}).values()))
-
-
-@dataclass
-class Summary:
-    """The active methods of a pipeline and the cost of its last run; prints as a table."""
-
-    pipeline: str
-    methods: list[dict[str, Any]]
-    last_run: dict[str, Any] | None
-    implied: str | None = None  # name of the loop that runs because a method needs steps and none was given
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict for records."""
-        return {"pipeline": self.pipeline, "methods": self.methods, "last_run": self.last_run, "implied": self.implied}
-
-    def __str__(self) -> str:
-        lines = [self.pipeline]
-        for method in self.methods:
-            options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in ("name", "touches"))
-            lines.append(f"  {method['name']:<12}{method['touches']:<9}{options}")
-        if self.implied:
-            lines.append(f"  {self.implied:<12}{'loop':<9}the pipeline's own steps, which tell a cache where it is")
-        if not self.methods:
-            lines.append("  no methods active")
-        if self.last_run:
-            run = self.last_run
-            cost = f"  last run    {run['steps']} steps, {run['nfe']} NFE, {run['forwards']} forward rows, "
-            cost += f"{run['seconds']:.2f} s"
-            if run["peak_memory"]:
-                cost += f", peak {run['peak_memory'] / 2**30:.2f} GiB"
-            lines.append(cost)
-            if caches := run.get("caches"):
-                calls = caches["real_calls"] + caches["skipped_calls"]
-                share = f"{caches['skipped_share_of_seconds']:.1%} of their seconds"
-                lines.append(f"  caches      {caches['skipped_calls']} of {calls} network calls skipped, {share}")
-        return "\n".join(lines)
 
 
 def summary(pipe: Any) -> Summary:
@@ -257,7 +197,10 @@ def summary(pipe: Any) -> Summary:
     methods = [{**c.to_dict(), "touches": c.touches} for c in state.configs] if state else []
     last = state.stats.to_dict() if state and state.stats else None
     implied = state.driver.name if state and state.loop is None and state.told else None
-    return Summary(cls.__name__, methods, last, implied)
+    preset = None
+    if state is not None and state.preset is not None and state.point is not None:
+        preset = {"source": state.preset.source, "quality": state.point.name, "call": dict(state.point.call)}
+    return Summary(cls.__name__, methods, last, implied, preset)
 
 
 def _config(config: Any) -> Any:
@@ -286,7 +229,7 @@ def _check_clashes(configs: list[Any]) -> None:
             raise DiffAccelError(
                 f"'{first.name}' is already active. diffaccel.remove(pipe) first to change its options."
             )
-        if _needs_steps(first) or _needs_steps(second):
+        if needs_steps(first) or needs_steps(second):
             _check_trajectories(first, second)
         if second.name in first.conflicts or first.name in second.conflicts:
             raise DiffAccelError(f"'{first.name}' and '{second.name}' cannot be active together. Use one.")
@@ -299,7 +242,7 @@ def _check_clashes(configs: list[Any]) -> None:
 
 def _check_trajectories(first: Any, second: Any) -> None:
     """Raise for a method that keeps what each row computed, with a loop whose rows change between steps."""
-    cache, loop = (first, second) if _needs_steps(first) else (second, first)
+    cache, loop = (first, second) if needs_steps(first) else (second, first)
     if not getattr(loop, "keeps_rows", True):
         raise DiffAccelError(
             f"'{cache.name}' keeps what each row of a network call computed at earlier steps, and '{loop.name}' calls "
@@ -330,10 +273,11 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
         from diffaccel.runtime.call import generate
 
         state = active(pipe)
-        if state is None or not state.owns_calls:  # another thread has removed it in between
-            return stock_call(pipe, *args, **kwargs)
+        named = kwargs if state is None or state.point is None else state.point.fill_in(stock_call, args, kwargs)
+        if state is None or not (state.loop or state.told):  # another thread has removed it in between
+            return stock_call(pipe, *args, **named)
         driver, told = state.driver, state.told
-        result, stats = generate(pipe, driver, stock_call, args, kwargs, folder=folder, shared=shared, told=told)
+        result, stats = generate(pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told)
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)
         return result

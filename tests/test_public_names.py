@@ -23,5 +23,5 @@ def test_a_package_shows_its_own_names_only(name: str) -> None:
 
 
 def test_the_first_page_of_names() -> None:
-    names = {"DiffAccelError", "__version__", "accelerate", "load", "open_session", "remove", "summary"}
+    names = {"DiffAccelError", "__version__", "accelerate", "load", "open_session", "remove", "set_quality", "summary"}
     assert names <= set(dir(import_module("diffaccel"))) <= names | {"eval", "samplers", "zoo"}

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffaccel import registry, terminal, zoo
+from diffaccel import presets, registry, terminal, zoo
 from diffaccel.cli import config_source
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, size_text, unknown
+from diffaccel.presets import PresetPoint
 from diffaccel.runs.cost import drawn_before
 from diffaccel.runs.folder import check_writable
-from diffaccel.runs.loading import quiet_libraries
+from diffaccel.runs.loading import find_folder, quiet_libraries
 from diffaccel.runs.request import DTYPES, Request
 from diffaccel.runs.variant import parse_fields, parse_size
 
@@ -26,6 +27,7 @@ _EXAMPLES = """examples:
   diffaccel sample "a cat walks" --model ./wan --frames 33      (video: one mp4 each)
   diffaccel sample "a red apple" --method spectrum --spectrum.growth 1.5       (a cache, under any sampler)
   diffaccel sample --class goldfish --model ./dit                (and a model that takes neither needs neither)
+  diffaccel sample "a red apple" --preset out/tune/preset.json --quality balanced    (see diffaccel tune)
   accelerate launch --num_processes 2 -m diffaccel sample "a red apple" --num 64    (one process a GPU)
 
 A run that was stopped goes on when its command is repeated. Images carry what made them as PNG text; run.json in the
@@ -48,6 +50,8 @@ def make_parser() -> terminal.Parser:
     add(
         "--method", action="append", default=[], metavar="NAME", help="a cache or another method on the network; repeat"
     )
+    add("--preset", metavar="FILE", help="methods and steps of a preset that diffaccel tune wrote")
+    add("--quality", metavar="NAME", help="point of the preset (default: the fastest certified one)")
     add("--steps", type=int, metavar="N", help="inference steps (default: the model's own)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="classifier-free or embedded guidance (default: the model's own)")
@@ -76,12 +80,14 @@ def run(argv: list[str]) -> int:
     options = parser.parse(words, [f"--{name}.FIELD" for name in registry.names()])
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
+    point = preset_point(options)
     request = Request(
         prompts=_prompts(options), classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
-        methods=methods(options.sampler, method_options, options.method), steps=options.steps,
-        size=parse_size(options.size), guidance=options.guidance, negative=options.negative, batch=options.batch,
-        dtype=options.dtype, device=options.device, threads=options.threads,
+        methods=methods(options.sampler, method_options, options.method) if point is None else point.methods,
+        steps=options.steps or (None if point is None else point.call.get("steps")), size=parse_size(options.size),
+        guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
+        device=options.device, threads=options.threads,
     )  # fmt: skip
     from diffaccel.runs.early_checks import check_early, note_of_unknown_words
     from diffaccel.runs.generate import OUT, generate_run
@@ -89,6 +95,8 @@ def run(argv: list[str]) -> int:
     check_writable(options.out or Path(OUT))
     check_early(request)
     if (note := note_of_unknown_words(request)) and os.environ.get("RANK", "0") == "0":
+        terminal.write_note(f"note: {note}")
+    if point is not None and (note := note_of_other_settings(point, request.with_model_defaults())):
         terminal.write_note(f"note: {note}")
     quiet_libraries(options.json or options.model in zoo.names())
     command = ["diffaccel", "sample", *argv]
@@ -183,6 +191,41 @@ def _method(option: str, name: str, options: dict[str, str]) -> Any:
     if option == "method" and config_class.touches == "loop":
         raise DiffAccelError(f"'{name}' is a sampler: it replaces the loop. Pass --sampler {name}.")
     return config_class.from_dict(parse_fields(config_class, options))
+
+
+def preset_point(options: argparse.Namespace) -> PresetPoint | None:
+    """Return the point of the preset that the options name, which fits the model; None where they name none.
+
+    Raises:
+        DiffAccelError: for a sampler beside a preset, a quality without one, and whatever is wrong with the file.
+    """
+    if options.preset is None:
+        if options.quality is not None:
+            raise DiffAccelError(f"--quality {options.quality} is a point of a preset. Pass --preset FILE as well.")
+        return None
+    if options.sampler is not None or options.method:
+        other = f"--sampler is '{options.sampler}'" if options.sampler else f"--method is '{options.method[0]}'"
+        raise DiffAccelError(f"--preset brings its own methods, and {other}. Leave one of them out.")
+    preset = presets.read(options.preset)
+    point = preset.point(options.quality)
+    if (folder := find_folder(options.model)) is not None:
+        preset.check_folder(folder)
+    return point
+
+
+def note_of_other_settings(point: PresetPoint, request: Request) -> str:
+    """Return a sentence where a run is drawn in another way than its point's certificate is of; "" elsewhere."""
+    measured = {"steps": point.call.get("steps"), **point.certificate.get("settings", {})}
+    size = measured.get("size")
+    measured["size"] = tuple(size) if size else None
+    for name in ("steps", "size", "guidance", "negative"):
+        own = getattr(request, name)
+        if name in measured and point.certificate and own != measured[name]:
+            texts = [size_text(*v) if isinstance(v, tuple) else str(v) for v in (measured[name], own)]
+            return (
+                f"'{point.name}' was measured with {name} {texts[0]}, and this run has {texts[1]}: nothing is proven."
+            )
+    return ""
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffaccel import record
-from diffaccel.compose import active
+from diffaccel.active import active
 from diffaccel.processes import Processes, join
 from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import (

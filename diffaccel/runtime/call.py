@@ -166,7 +166,7 @@ def _drive(
         session = make_session(opening, recording, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", extras.folder, extras.shared
         options: Any = {"max_batch": config.max_batch or None, "halves": config.searches, "told": extras.told}
-        options["guidance_stop"] = config.guidance_stop
+        options["guidance_stop"] = getattr(config, "guidance_stop", 1.0)
         driver = Native(session, state=config.state, callback=callback, **options)
         begin()
         latents = driver.run(checked_sampling(config, session))
@@ -228,7 +228,7 @@ def _generate_stock(
     """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
     from diffaccel.runtime.stock_loop import generate_stock
 
-    if config.guidance_stop < 1:
+    if getattr(config, "guidance_stop", 1.0) < 1:
         raise UnsupportedBySampler(
             f"guidance_stop={config.guidance_stop} was asked of {type(pipe).__name__}, which keeps its own loop: "
             f"{reason} Leave it out."

@@ -60,7 +60,7 @@ def follow_or_call(
                 raise
             error, reason = failure, first_line(failure)
         rewind()
-    if config.guidance_stop < 1:
+    if getattr(config, "guidance_stop", 1.0) < 1:
         raise UnsupportedBySampler(
             f"guidance_stop={config.guidance_stop} was asked of a call that only the pipeline's own loop can make: "
             f"{reason} Leave it out."

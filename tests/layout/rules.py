@@ -30,7 +30,8 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("registry", "samplers.rewards"), "names to methods; what a search climbs"),
     (("samplers.search", "samplers.caches"), "what all searches share; step caches"),
     (("samplers", "quant", "distill"), "the methods: none sees another, and nothing but the registry names one"),
-    (("runtime",), "one pipeline call"),
+    (("runtime", "presets"), "one pipeline call; files of methods with their certificate"),
+    (("active",), "which methods are on a pipeline"),
     (("compose",), "methods on a pipeline, and off it"),
     (("runs", "terminal"), "one run: many calls into a folder; what commands share"),
     (("eval.features",), "features of a set of images, and files of their statistics"),
@@ -38,7 +39,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("eval.comparison",), "runs against a baseline"),
     (("eval.timing",), "turns on one machine, early stop, equal time"),
     (("eval.report",), "pages and files of a comparison"),
-    (("eval.api",), "compare"),
+    (("eval.api", "eval.tuning"), "compare; the search for the fastest methods that keep a promise"),
     (("eval", "eval.commands"), "the commands of the evaluation"),
     (("cli",), "the command line"),
 )

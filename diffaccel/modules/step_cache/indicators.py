@@ -113,7 +113,7 @@ def filtered(latents: Tensor, noise_share: Tensor, power: float) -> Tensor:
     axes = tuple(range(2, latents.ndim))
     share = noise_share.to(latents.device, non_blocking=True)
     share = share.float().mean() if share.ndim else share
-    gain = torch.ones((), device=latents.device)
+    gain = torch.ones((), dtype=torch.float32, device=latents.device)
     for axis in axes:
         shape = [1] * latents.ndim
         shape[axis] = latents.shape[axis]

@@ -1,0 +1,158 @@
+"""Which methods are on a pipeline: its state, and the table of it that ``summary`` prints."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffaccel import registry
+from diffaccel.config import ORDER, Handle, SamplerConfig
+from diffaccel.errors import DiffAccelError
+from diffaccel.presets import Preset, PresetPoint
+
+OnBusy = Literal["wait", "refuse"]
+KEY = "_diffaccel"
+
+
+@dataclass(eq=False)
+class Applied:
+    """A method on a network. Pipelines that share the network (``copy.copy``) share this, too.
+
+    Attributes:
+        handle: what takes it off; None before it is on and after it is off.
+    """
+
+    config: Any
+    handle: Handle | None = None
+
+    def remove(self) -> None:
+        """Take the method off, unless that is done."""
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
+        """Copy with the network, where the handle is a value and not bound to this very network."""
+        if self.handle is not None and not _is_value(self.handle):
+            raise DiffAccelError(
+                f"'{self.config.name}' is on a network of this pipeline in a way that a copy could not be freed of: "
+                f"its {type(self.handle).__name__} keeps functions. diffaccel.remove(pipe), copy, and accelerate both."
+            )
+        return Applied(self.config, copy.deepcopy(self.handle, memo))
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """State of the methods on one pipeline. It is replaced and never changed, so that copies may share it.
+
+    Attributes:
+        original_class: the pipeline's class before :func:`accelerate`.
+        applied: the methods on its networks, in the order in which they were applied.
+        loop: the method that owns the sampling loop.
+        stats: cost of the last run.
+        on_busy: what a call does while another thread makes one.
+        announced: what was made of the pipeline without its methods, and logged.
+        preset: the preset that some of the methods are from.
+        point: of the preset, whose methods are on and whose settings a call has where it says nothing else.
+    """
+
+    original_class: type
+    applied: tuple[Applied, ...] = ()
+    loop: SamplerConfig | None = None
+    stats: Any = None
+    on_busy: OnBusy = "wait"
+    announced: tuple[str, ...] = ()
+    preset: Preset | None = None
+    point: PresetPoint | None = None
+
+    @property
+    def configs(self) -> list[Any]:
+        """Configs of the active methods, weights first, then blocks, then the loop."""
+        on_networks = [applied.config for applied in self.applied if applied.handle is not None]
+        configs = on_networks if self.loop is None else [*on_networks, self.loop]
+        return sorted(configs, key=lambda config: ORDER.index(config.touches))
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Names of the methods on the networks that must be told the step of every network call."""
+        return tuple(config.name for config in self.configs if needs_steps(config))
+
+    @property
+    def owns_calls(self) -> bool:
+        """Whether its calls are made here: by a loop, for a method that is told steps, or with a preset's settings."""
+        return self.loop is not None or bool(self.told) or self.preset is not None
+
+    @property
+    def driver(self) -> Any:
+        """The loop method, or the pipeline's own rule where a method on a network needs steps and there is no loop."""
+        if self.loop is None and self.told:
+            return registry.config_class("scheduler")()
+        return self.loop
+
+
+def needs_steps(config: Any) -> bool:
+    """Return whether a method on a network must be told the step of every network call."""
+    return bool(getattr(config, "needs_steps", False))
+
+
+def active(pipe: Any) -> Active | None:
+    """Return the state of the methods on ``pipe``, or None."""
+    return pipe.__dict__.get(KEY)
+
+
+def _is_value(handle: Any) -> bool:
+    """Return whether a handle is data: of a class that can be found by its name, without functions in it."""
+    cls = type(handle)
+    named: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        named = getattr(named, part, None)
+    return named is cls and not any(map(inspect.isroutine, getattr(handle, "__dict__", {}).values()))
+
+
+@dataclass
+class Summary:
+    """The active methods of a pipeline and the cost of its last run; prints as a table."""
+
+    pipeline: str
+    methods: list[dict[str, Any]]
+    last_run: dict[str, Any] | None
+    implied: str | None = None  # name of the loop that runs because a method needs steps and none was given
+    preset: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for records."""
+        values = {
+            "pipeline": self.pipeline,
+            "methods": self.methods,
+            "last_run": self.last_run,
+            "implied": self.implied,
+        }
+        return values if self.preset is None else {**values, "preset": self.preset}
+
+    def __str__(self) -> str:
+        lines = [self.pipeline]
+        if self.preset:
+            settings = "".join(f", {key}={value}" for key, value in self.preset["call"].items())
+            lines.append(f"  {self.preset['quality']} of {self.preset['source']}{settings}")
+        for method in self.methods:
+            options = ", ".join(f"{k}={v}" for k, v in method.items() if k not in ("name", "touches"))
+            lines.append(f"  {method['name']:<12}{method['touches']:<9}{options}")
+        if self.implied:
+            lines.append(f"  {self.implied:<12}{'loop':<9}the pipeline's own steps, which tell a cache where it is")
+        if not self.methods:
+            lines.append("  no methods active")
+        if self.last_run:
+            run = self.last_run
+            cost = f"  last run    {run['steps']} steps, {run['nfe']} NFE, {run['forwards']} forward rows, "
+            cost += f"{run['seconds']:.2f} s"
+            if run["peak_memory"]:
+                cost += f", peak {run['peak_memory'] / 2**30:.2f} GiB"
+            lines.append(cost)
+            if caches := run.get("caches"):
+                calls = caches["real_calls"] + caches["skipped_calls"]
+                share = f"{caches['skipped_share_of_seconds']:.1%} of their seconds"
+                lines.append(f"  caches      {caches['skipped_calls']} of {calls} network calls skipped, {share}")
+        return "\n".join(lines)
