@@ -29,6 +29,7 @@ METHODS = {
     "seacache": "diffaccel.samplers.caches.seacache:SeaCache",
     "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
+    "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
 }
 PLUGINS = "diffaccel.plugins"
 

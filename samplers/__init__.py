@@ -6,6 +6,7 @@ if "." not in __name__:
 from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.bon import BoN
 from diffaccel.samplers.bottleneck.config import Bottleneck
+from diffaccel.samplers.caches.diffusers_cache import DiffusersCache
 from diffaccel.samplers.caches.firstblock import FirstBlockCache
 from diffaccel.samplers.caches.seacache import SeaCache
 from diffaccel.samplers.caches.spectrum import Spectrum
@@ -21,7 +22,8 @@ from diffaccel.samplers.sop import SoP
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
-    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "Euler", "FirstBlockCache", "Heun",
+    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "DiffusersCache", "Euler",
+    "FirstBlockCache", "Heun",
     "Scheduler", "SeaCache", "SoP", "Spectrum", "TaylorSeer",
 ]  # fmt: skip
 

@@ -24,8 +24,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # many processes
-LONG = {"README.md", *(f"docs/{name}.md" for name in ("doctor", "eval", "families", "sample", "samplers", "search"))}
-LONG.add("docs/tune.md")
+LONG_PAGES = ("caches", "doctor", "eval", "families", "sample", "samplers", "search", "tune")
+LONG = {"README.md", *(f"docs/{name}.md" for name in LONG_PAGES)}
 LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}
 FENCE = re.compile(r"^\s*(`{3,}|~{3,})\s*([\w+-]*)")
 NO_RUN = re.compile(r"^\s*<!--\s*no-run:\s*(.*?)\s*-->\s*$")

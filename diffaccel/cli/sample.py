@@ -238,10 +238,14 @@ def describe(record: dict[str, Any]) -> str:
     noun = "video" if "frames" in images[0] else "image"
     seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (noun == 'image')} {noun}"
     before = drawn_before(record, noun)
+    caches = cost.get("caches")
+    calls = caches["real_calls"] + caches["skipped_calls"] if caches else 0
+    skipped = f", {caches['skipped_calls']} of {calls} network calls skipped" if caches else ""
     return (
         f"{len(images)} {noun}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
         f"{settings['model']} by {method}: {steps}, {cost['nfe']} NFE, {cost['forwards']} rows through the "
-        f"network\n{seconds} on {record['device']['name']} ({settings['dtype']})" + (f"\n{before}" if before else "")
+        f"network{skipped}\n{seconds} on {record['device']['name']} ({settings['dtype']})"
+        + (f"\n{before}" if before else "")
     )
 
 

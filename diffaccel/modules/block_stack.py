@@ -7,6 +7,7 @@ without such blocks (a UNet, whose blocks pass skips to each other) is one block
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,14 +40,12 @@ class BlockStack:
 
     def install(self) -> None:
         """Give every block its class; :meth:`remove` undoes it."""
-        classes: dict[type, type] = {}
         for number, block in enumerate(self.blocks):
             if facts := vars(block).get(_PLACE):
                 raise DiffAccelError(f"A {facts.stack.cache.__class__.__name__} is on these blocks already. Remove it.")
-            cls = type(block)
-            classes.setdefault(cls, _cached_class(cls))
+            cls: Any = type(block)
             vars(block)[_PLACE] = _Place(self, number, cls)
-            block.__class__ = classes[cls]
+            block.__class__ = _cached_class(cls)
 
     def remove(self) -> None:
         """Give every block its original class back; may be called twice."""
@@ -117,8 +116,9 @@ class Stacks:
             stack.remove()
 
 
-def _cached_class(cls: type) -> type:
-    """Return a class of the same name whose call asks the stack of the block."""
+@functools.cache
+def _cached_class(cls: Any) -> Any:
+    """Return a class of the same name whose call asks the stack of the block; copies and pickles have it too."""
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,8 +131,16 @@ def _cached_class(cls: type) -> type:
 
         return place.stack.call(place.number, self, plain, args, kwargs)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _rebuilt, (cls,), cls.__reduce_ex__(self, protocol)[2]
+
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__call__": __call__}
-    return type(cls.__name__, (cls,), members)
+    return type(cls.__name__, (cls,), {**members, "__reduce_ex__": __reduce_ex__})
+
+
+def _rebuilt(cls: Any) -> Any:
+    """Return an empty block of the class that :func:`_cached_class` makes of ``cls``."""
+    return cls.__new__(_cached_class(cls))
 
 
 def _argument(block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -77,8 +77,9 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
     """Return the cost of a call.
 
     Seconds, whole, by part and by network call; NFE (a guided prediction counts once), rows through the network and
-    network calls; peak memory in bytes. Of a search that goes on where an earlier process was stopped NFE are those of
-    the whole search, and "resumed" has those of them that the earlier process made: the rest is of this process alone.
+    network calls; peak memory in bytes; with a cache on the network its real and skipped calls and their seconds.
+    Of a search that goes on where an earlier process was stopped NFE are those of the whole search, and "resumed" has
+    those of them that the earlier process made: the rest is of this process alone.
     """
     stats = summary(pipe).last_run
     resumed = (stats or {}).get("report", {}).get("resumed")
@@ -95,6 +96,7 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
         "parts": {part: round(seconds, 4) for part, seconds in profile.parts.items()},
         "steps": [round(seconds, 5) for seconds in profile.steps],
         **({"resumed": {"nfe": resumed["nfe"]}} if resumed else {}),
+        **({"caches": stats["caches"]} if stats and stats["caches"] else {}),
     }
 
 

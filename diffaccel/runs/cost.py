@@ -18,7 +18,20 @@ def total_cost(costs: list[dict[str, Any]]) -> dict[str, Any]:
         "parts": _sum_parts([cost.get("parts", {}) for cost in costs]),
         "steps": _median_steps([cost.get("steps", []) for cost in costs]),
         **({"resumed": {"nfe": sum(resumed)}} if resumed else {}),
+        **_sum_caches([cost["caches"] for cost in costs if "caches" in cost]),
     }
+
+
+def _sum_caches(caches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return real and skipped network calls of all chunks, and the skipped ones' share of their seconds."""
+    if not caches:
+        return {}
+    total = {key: sum(c[key] for c in caches) for key in ("real_calls", "skipped_calls")}
+    seconds = {key: round(sum(c[key] for c in caches), 4) for key in ("real_seconds", "skipped_seconds")}
+    whole = sum(seconds.values())
+    share = seconds["skipped_seconds"] / whole if whole else 0.0
+    latest = {key: caches[-1][key] for key in ("methods", "real_steps", "history_bytes") if key in caches[-1]}
+    return {"caches": {**latest, **total, **seconds, "skipped_share_of_seconds": round(share, 4)}}
 
 
 def _sum_parts(parts: list[dict[str, float]]) -> dict[str, float]:

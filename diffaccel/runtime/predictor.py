@@ -239,9 +239,9 @@ class Predictor:
         key = key, 0 if self.callback is None else self.callback.replaced  # another conditioning from here on
         if key != self._cache_key:
             self._trajectory = next_trajectory()
-        if key != self._cache_key and self._cache_key is not None:
             for denoiser in self.session.family.networks(self.session.pipe).values():
-                if hasattr(denoiser, "_reset_stateful_cache"):
+                may_be_cached = self._cache_key is not None or getattr(denoiser, "is_cache_enabled", False)
+                if may_be_cached and hasattr(denoiser, "_reset_stateful_cache"):
                     denoiser._reset_stateful_cache()
         self._cache_key = key
 

@@ -42,7 +42,7 @@ class CacheConfig(Config):
     """
 
     touches: ClassVar[Touches] = "blocks"
-    conflicts: ClassVar[tuple[str, ...]] = ("spectrum", "seacache", "firstblock", "taylorseer")
+    conflicts: ClassVar[tuple[str, ...]] = ("spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache")
     needs_steps: ClassVar[bool] = True
     probes: ClassVar[int] = 0  # first blocks that run at every step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.modules.block_stack import BlockStack
 from diffaccel.samplers import DPMpp2M, Euler, FirstBlockCache, Heun, SeaCache, Spectrum, TaylorSeer
 
-FAMILIES = ("flux", "sd3", "sd", "wan22", "hunyuan", "cogvideox", "pixart", "dit", "ddim")
+FAST, SLOW = ("flux", "sd", "wan22", "cogvideox"), ("sd3", "hunyuan", "pixart", "dit", "ddim", "wan5b", "cogvideox15")
+FAMILIES = [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
 PATTERN = (0, 1, 3, 5)
 STEPS = 6
 
@@ -175,7 +178,7 @@ def test_a_network_outside_of_a_driven_call_is_plain() -> None:
         assert torch.equal(network(**inputs)[0], plain)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_compiled_blocks(order: str) -> None:
     torch.compiler.reset()
     expected = draw(diffaccel.accelerate(make("flux"), Spectrum(real_steps=PATTERN)), "flux", guided=False)
@@ -232,3 +235,20 @@ def test_a_trained_model_skips_as_told_and_stays_close() -> None:
         assert counts(pipe)["real_steps"] == {"cond": [0, 1, 2, 4, 6, 8]}
         diffaccel.remove(pipe)
     assert 0 < errors["linear"] < errors["last"] < 0.05 and torch.equal(run(), full)
+
+
+def pickled(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_has_a_cache_of_its_own(duplicate: Any) -> None:
+    pipe = make("flux")
+    stock = draw(pipe, "flux")
+    cached = draw(diffaccel.accelerate(pipe, Spectrum(real_steps=PATTERN)), "flux")
+    other = duplicate(pipe)
+    assert torch.equal(draw(other, "flux"), cached)
+    diffaccel.remove(other)
+    assert torch.equal(draw(other, "flux"), stock) and torch.equal(draw(pipe, "flux"), cached)
+    diffaccel.remove(pipe)
+    assert type(other.transformer.transformer_blocks[0]) is type(pipe.transformer.transformer_blocks[0])

@@ -7,7 +7,7 @@ import pytest
 
 from diffaccel.samplers import TaylorSeer
 
-FAMILIES = ("flux", "sd", "wan")
+FAMILIES = ("flux", "sd", pytest.param("wan", marks=pytest.mark.slow))
 CONTRACTS = [name for name in matrix.CONTRACTS if name not in ("stock", "generators", "negative", "bfloat16")]
 
 
