@@ -4,7 +4,8 @@
 
 Every variant draws the same prompts and seeds. Seconds are of the denoising loop, the median over turns in which all
 variants take their turn on one batch. A variant is compared, picture by picture, with the plain sampler at the least
-number of steps that takes at least as long. The record is written after each variant; the command continues it.
+number of steps that takes at least as long. Scores of every picture go to a file of their own as soon as they are
+measured, from which the command goes on after a stop; ``--table FILE`` makes record and table of it again.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Bench:
         """Return a variant's row: its scores, picture by picture, and its cost."""
         images, cost = self.draw(text)
         self.base = images if self.base is None else self.base
-        parts = [(a.to(self.device), b.to(self.device)) for a, b in zip(images.split(250), self.base.split(250))]
+        parts = [
+            (a.to(self.device), b.to(self.device)) for a, b in zip(images.split(250), self.base.split(250), strict=True)
+        ]
         features = torch.cat([self.judge(drawn).cpu() for drawn, _ in parts])
         scores = {
             "ssim": torch.cat([paired.ssim(drawn, base).cpu() for drawn, base in parts]),
@@ -122,6 +125,8 @@ class Bench:
 
 def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return differences to the plain sampler with the fewest steps that take at least as long, with intervals."""
+    if row["seconds"] is None or row in plain:
+        return None
     slower = [other for other in plain if other["seconds"]["loop"] >= row["seconds"]["loop"]]
     if not slower:
         return None
@@ -133,11 +138,23 @@ def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] 
     return {"rival": rival["variant"], **leads}
 
 
-def shown(row: dict[str, Any], plain: list[dict[str, Any]]) -> str:
-    """Return a row as a line of the table."""
-    means = [f"{sum(row[name]) / len(row[name]):.4g}" for name in SCORES]
-    against = compare(row, plain) if row not in plain else None
-    cells = [row["variant"], f"{1000 * row['seconds']['loop']:.2f}", f"{1000 * row['seconds']['whole']:.2f}", *means]
+def summarised(pictures: dict[str, Any]) -> dict[str, Any]:
+    """Return the record: of every variant the means of its scores, its cost, and the comparison at equal seconds."""
+    rows = pictures["rows"]
+    plain = [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
+    summaries = []
+    for row in rows:
+        means = {name: round(sum(row[name]) / len(row[name]), 4) for name in SCORES}
+        kept = {key: value for key, value in row.items() if key not in SCORES}
+        summaries.append({**kept, "pictures": len(row["ssim"]), "means": means, "equal_seconds": compare(row, plain)})
+    return {**pictures, "rows": summaries}
+
+
+def shown(row: dict[str, Any]) -> str:
+    """Return a row of the record as a line of the table."""
+    times = ["", ""] if row["seconds"] is None else [f"{1000 * row['seconds'][part]:.2f}" for part in ("loop", "whole")]
+    means, against = row["means"], row["equal_seconds"]
+    cells = [row["variant"], *times, f"{means['ssim']:.4f}", f"{means['psnr']:.2f}", f"{means['judge']:.2f}"]
     if against is None:
         return "| " + " | ".join([*cells, "", "", ""]) + " |"
     leads = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*against[name]) for name in ("ssim", "judge")]
@@ -151,8 +168,8 @@ HEAD = (
 )
 
 
-def main() -> None:
-    """Draw, measure, time, print."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", default="emoji-flux")
@@ -169,46 +186,53 @@ def main() -> None:
     add("--device", default="auto")
     add("--dtype", default="auto")
     add("--kind", default=None, help="name of the machine, for the record")
-    add("--out", type=Path, help="folder of the record")
-    add("--table", type=Path, metavar="FILE", help="print the table of a record, and measure nothing")
-    args = parser.parse_args()
-    if args.table:
-        print_table(json.loads(args.table.read_text(encoding="utf-8")))
-        return
-    if args.out is None:
-        parser.error("--out or --table is needed")
+    add("--out", type=Path, default=Path("docs/results"), help="folder of the record and of the pictures' scores")
+    add("--table", type=Path, metavar="FILE", help="make the record of the pictures' scores in FILE, measure nothing")
+    return parser
+
+
+def main() -> None:
+    """Time, draw, measure, print."""
+    args = make_parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.table:
+        finish(json.loads(args.table.read_text(encoding="utf-8")), args.out)
+        return
     bench = Bench(args)
-    file = args.out / f"bench_equal_seconds_{args.model}_{args.kind or bench.device.type}.json"
-    options = {k: v for k, v in vars(args).items() if k not in CHOICES}
     values = {
-        "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
-        "versions": record.versions(), "judge": JUDGE, "date": time.strftime("%Y-%m-%d"), "rows": [],
+        "options": {k: v for k, v in vars(args).items() if k not in CHOICES}, "kind": args.kind,
+        "device": record.describe_device(bench.device), "versions": record.versions(), "judge": JUDGE,
+        "date": time.strftime("%Y-%m-%d"), "rows": [],
     }  # fmt: skip
-    if file.is_file() and (before := json.loads(file.read_text(encoding="utf-8")))["options"] == options:
+    file = args.out / f"{name_of(values)}_pictures.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if before.get("options") == values["options"]:
         values["rows"] = before["rows"]
-    plain = [PLAIN.format(steps) for steps in args.plain]
+    variants = [PLAIN.format(steps) for steps in args.plain] + args.variants
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
-    seconds = bench.time([*plain, *args.variants]) if args.turns else {}
-    for text in [*plain, *args.variants]:
+    seconds = bench.time(variants) if args.turns else {}
+    for text in variants:
         if text not in rows or bench.base is None:
             rows[text] = bench.measure(text)
         rows[text]["seconds"] = seconds.get(text)
         values["rows"] = list(rows.values())
         write_json(file, values)
-        means = {name: round(sum(rows[text][name]) / len(rows[text][name]), 4) for name in SCORES}
-        print(text, rows[text]["nfe"], means, rows[text]["seconds"], flush=True)
-    if args.turns:
-        print_table(values)
+        print(shown(summarised({"rows": [rows[text]]})["rows"][0]), flush=True)
+    finish(values, args.out)
 
 
-def print_table(values: dict[str, Any]) -> None:
-    """Print a record's table; the plain sampler's rows are those without options but steps."""
-    rows = values["rows"]
-    plain = [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
+def name_of(values: dict[str, Any]) -> str:
+    """Return the name of a record."""
+    return f"bench_equal_seconds_{values['options']['model']}_{values['kind'] or 'cpu'}"
+
+
+def finish(pictures: dict[str, Any], out: Path) -> None:
+    """Write the record and print its table."""
+    values = summarised(pictures)
+    write_json(out / f"{name_of(values)}.json", values)
     print(HEAD)
-    for row in rows:
-        print(shown(row, plain))
+    for row in values["rows"]:
+        print(shown(row))
 
 
 if __name__ == "__main__":
