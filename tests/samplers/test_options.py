@@ -57,7 +57,9 @@ EFFECTS: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
         "threshold": (RULE, 5.0), "leftover": (ONE, "spread"), "cap": (ONE, 0),
     },
 }  # fmt: skip
-CONFIGS = {name: registry.config_class(name) for name in registry.METHODS}
+CONFIGS = {
+    name: cls for name in registry.METHODS if (cls := registry.config_class(name)).touches == "loop"
+}  # options of caches: tests/samplers/caches
 
 
 def search(config: Any) -> Found:
