@@ -43,6 +43,7 @@ class Opening:
         arguments: the call's, by name, with its generator in the state before the call.
         memo: the call's text encodings, for the same call at another resolution.
         random_before: states of torch's global generators before the call.
+        is_checked: whether the call's guidance was found to be the family's, as it is at every resolution.
     """
 
     pipe: Any
@@ -51,10 +52,12 @@ class Opening:
     arguments: dict[str, Any]
     memo: TextMemo
     random_before: list[Tensor]
+    is_checked: bool = False
 
     def __call__(self, fresh_text: bool = False, **changes: Any) -> Session:
         changed = {**self.arguments, "generator": clone(self.arguments.get("generator")), **changes}
-        return probe(replace(self, arguments=changed, memo=TextMemo() if fresh_text else self.memo))
+        memo = TextMemo() if fresh_text else self.memo
+        return probe(replace(self, arguments=changed, memo=memo, is_checked=not fresh_text))
 
 
 def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +161,8 @@ def make_session(opening: Opening, recording: Recording, generator: Any) -> Sess
     latents = recording.latents
     if latents is None:
         raise DiffAccelError(f"{type(pipe).__name__} passed no sample to its scheduler.")
-    check_guidance(family, pipe, recording, arguments)
+    if not opening.is_checked:
+        check_guidance(family, pipe, recording, arguments)
     height, width = family.size(pipe, arguments)
     time = recording.calls[0].get(family.time_arg)
     schedule: schedules.Schedule | DiffAccelError
