@@ -167,13 +167,15 @@ def renoised(
     """
     sizes = [target.scaled(scale) for scale in scales]
     h = shifts or [fitted_shift(target.levels)] * len(sizes)
+    top = float(target.levels[0])  # below 1 for image-to-image, and where a table of noise levels ends
     if is_truncated:
         lists = [truncated(start, n, s) for start, n, s in zip(starts, steps, h, strict=True)]
+        lists = [torch.cat([levels[:1].clamp(max=top), levels[1:][levels[1:] < top]]) for levels in lists]
         return [Stage(size, levels) for size, levels in zip(sizes, lists, strict=True)]
     heights = [
         float(shift(torch.tensor(u, dtype=torch.float64, device="cpu"), s)) for u, s in zip(starts, h, strict=True)
     ]
-    begins = heights if before_shift else list(starts)
+    begins = [min(top, begin) for begin in (heights if before_shift else starts)]
     stages = []
     for index, (size, count) in enumerate(zip(sizes, steps, strict=True)):
         begin, end = begins[index], 0.0
@@ -184,7 +186,7 @@ def renoised(
                 f"Stage {index + 1} of {size_text(*size)} would begin at noise level {begin:.3f} and end at "
                 f"{end:.3f}. Lower the start of the next stage, or use stage_end='clean'."
             )
-        if shifts is None and count == len(target.levels) - 1 and begin >= float(target.levels[0]) and not end:
+        if shifts is None and count == len(target.levels) - 1 and begin == top and not end:
             stages.append(_part(target, size, 0, count))  # the call's own
             continue
         levels = resampled(target.levels, begin, end, count) if shifts is None else shifted(begin, end, count, h[index])

@@ -144,6 +144,17 @@ def test_stages_with_levels_of_their_own() -> None:
         rules.renoised(call, (1.0, 0.5, 1.0), (6, 20, 8), (1.0, 0.6, 0.8), None, **{**options, "hands_off": True})
 
 
+def test_no_stage_begins_above_the_call() -> None:
+    """An image-to-image call begins at its strength, a table of noise levels at its own end."""
+    call = target(1024, 1024, flux_levels(34)[10:])
+    three = ((1.0, 0.5, 1.0), (6, 12, 6), (1.0, 0.9, 0.6), (9.0, 6.0, 9.0))
+    top = float(call.levels[0])
+    for is_truncated in (False, True):
+        options = {"hands_off": False, "before_shift": False, "is_truncated": is_truncated}
+        for stage in rules.renoised(call, *three, **options):
+            assert float(stage.levels[0]) <= top and bool((stage.levels.diff() < 0).all())
+
+
 def test_sizes_are_rounded_to_what_the_model_draws() -> None:
     call = target(720, 1280, wan_levels(50))
     assert call.scaled(0.5) == (352, 640) and call.scaled(0.75) == (544, 960)
