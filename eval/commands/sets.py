@@ -94,7 +94,7 @@ def _parser(name: str) -> terminal.Parser:
     add("--allow-mixed-n", action="store_true", help="several sets of different numbers of images in one table")
     if name == "fid":
         add("--infinity", action="store_true", help="also extrapolate to infinitely many images (arXiv 1911.07023)")
-        add("--no-interval", dest="interval", action="store_false", help="leave out the jackknife, ten distances")
+        add("--no-interval", dest="interval", action="store_false", help="leave out the interval")
     return parser
 
 

@@ -159,7 +159,7 @@ def _measure_by_networks(comparison: Comparison, others: Run | None, measures: M
     baseline, runs, pairs = comparison.baseline, comparison.runs, comparison.pairs
     if measures.video is not None:
         progress(f"distributions by {measures.video.name}")
-        comparison.rows += videos.frechet_rows(baseline, runs, others, measures.video)
+        comparison.rows += videos.frechet_rows(baseline, runs, pairs, others, measures.video)
     for clip in measures.clips:
         progress(f"fit to the prompts by {clip.name}")
         comparison.add(*alignment.clip_similarity(baseline, runs, pairs, others, clip))

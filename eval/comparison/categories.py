@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison.row import Row, Section, digits
+from diffaccel.eval.comparison.row import Row, Section, digits, without_lone_carrier
 from diffaccel.eval.sets import prompts
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty import intervals
-from diffaccel.eval.uncertainty.intervals import Interval
+from diffaccel.eval.uncertainty.intervals import LEAST_FOR_VERDICT
 
 if TYPE_CHECKING:
     from diffaccel.eval.comparison.result import Comparison
 
 KEY = "categories"
 FAMILIES = ("fidelity", "alignment")
-FEWEST = 10  # prompts of a category; intervals of fewer are far too narrow
+FEWEST = LEAST_FOR_VERDICT  # prompts of a category; intervals of fewer are far too narrow
 
 
 def category_of_prompts(baseline: Run, source: str | None = None) -> dict[str, str]:
@@ -114,6 +114,12 @@ def _cell(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
     numbers = {"identical_pairs": equal} if equal else {}
     if len(set(clusters)) < FEWEST:
         return f"{float(values.mean()):{sign}.{places}f}{more}", {"value": float(values.mean()), **numbers}
-    mean: Interval = intervals.bootstrap_mean(values, clusters=clusters)
+    mean = intervals.bootstrap_mean(values, clusters=clusters)
+    interval, note, carriers = without_lone_carrier(mean)
+    if carriers is not None:
+        more = f"{more}, {note}"
+        numbers["carried_by"] = carriers
+    if interval is None:
+        return f"{mean.value:{sign}.{places}f}{more}", {"value": mean.value, **numbers}
     text = f"{mean.value:{sign}.{places}f} ({mean.low:{sign}.{places}f} to {mean.high:{sign}.{places}f}){more}"
     return text, {"value": mean.value, "low": mean.low, "high": mean.high, **numbers}

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from diffaccel.eval.comparison.row import Row, Section, missing
+from diffaccel.eval.comparison.verdict import NOT_SHOWN
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty.intervals import median_ratio
 from diffaccel.runs.request import WAY
@@ -147,7 +148,7 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
         data[run.name] = split
         lines.append((
             run.name, *(_milliseconds(split[part]) for part in (*PARTS, "other", "seconds")),
-            _milliseconds(split["first_call"]), "within noise" if split["noise"] else _milliseconds(split["one_off"]),
+            _milliseconds(split["first_call"]), NOT_SHOWN if split["noise"] else _milliseconds(split["one_off"]),
             _milliseconds(split["set_up"]),
             str(split["calls"] or ""), split["from"],
         ))  # fmt: skip
@@ -157,8 +158,8 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
     heads = (*(f"{part}, ms" for part in parts), "calls", "measured")
     note = f"Milliseconds a picture, {images} to a call of the turns. " if entries else "Milliseconds a picture. "
     note += "The first call is of a whole batch; one-off is what it took beyond a later one: "
-    note += "compilation, caches. Set-up puts the methods on, once: converted weights, calibration. Calls are of the "
-    note += "network, in one call of the pipeline."
+    note += f"compilation, caches; {NOT_SHOWN} where the turns differ by more. Set-up puts the methods on, once: "
+    note += "converted weights, calibration. Calls are of the network, in one call of the pipeline."
     return Section(
         key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines), note=note,
         data={"runs": data, "images_a_call": images if entries else None},

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffaccel.eval.comparison.distances import difference_interval, distance_functions
+from diffaccel.eval.comparison.distances import difference_intervals, distance_functions
 from diffaccel.eval.comparison.printed_distances import FD, feature_row
 from diffaccel.eval.comparison.row import Estimate, Row, missing
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt
+from diffaccel.eval.uncertainty.intervals import Interval
 
 CACHE = ".features"
-FEWEST = 100  # pictures; the jackknife needs ten shards of ten
+FEWEST = 100  # pictures
 
 
 def features(run: Run, extractor: Extractor) -> Tensor:
@@ -97,6 +98,12 @@ def rows(
     estimates = {run.name: target.estimates(run_features[run.name], pairs.get(run.name, [])) for run in measured_runs}
     distance_rows = []
     for run in measured_runs:
+        differences: dict[str, Interval | None] = {}
+        run_pairs = pairs.get(run.name, [])
+        if reference is not None and run is not baseline and len(run_pairs) == len(run) == len(baseline):
+            a = run_features[run.name][[j for _, j in run_pairs]]
+            b = run_features[baseline.name][[i for i, _ in run_pairs]]
+            differences = difference_intervals(estimates[run.name], a, b, target.features)
         for metric, estimate in estimates[run.name].items():
             count = len(run_features[run.name])
             note = "; ".join(filter(None, (target.note(count), estimate.note)))
@@ -108,11 +115,7 @@ def rows(
                 row.floor, row.floor_interval = floors[metric].value, floors[metric].interval
             if reference is not None and run is not baseline:
                 row.delta = estimate.value - estimates[baseline.name][metric].value
-                run_pairs = pairs[run.name]
-                if len(run_pairs) == len(run) == len(baseline):  # the same ids in both runs
-                    a = run_features[run.name][[j for _, j in run_pairs]]
-                    b = run_features[baseline.name][[i for i, _ in run_pairs]]
-                    row.delta_interval = difference_interval(metric, a, b, target.features)
+                row.set_interval("delta_interval", differences.get(metric))
             distance_rows.append(row)
     return distance_rows
 

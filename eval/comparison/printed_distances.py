@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.eval.comparison.row import Better, Estimate, Row
-from diffaccel.eval.metrics import frechet, manifold, mmd
+from diffaccel.eval.metrics import frechet, mmd
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.uncertainty.intervals import Interval
@@ -55,13 +55,15 @@ def feature_row(
         n, m: pictures of the run and of the reference.
         detail: of the comparison.
     """
-    return Row(
+    row = Row(
         metric=metric, key=printed_key(metric, extractor), family="distribution", run=run,
-        better=MEASURES[metric].better, value=estimate.value, interval=estimate.interval, n=n, m=m,
+        better=MEASURES[metric].better, value=estimate.value, n=n, m=m,
         detail={
             "extractor": extractor.name, "weights_sha256": extractor.weights_sha256, **estimate.detail, **detail,
         },
     )  # fmt: skip
+    row.set_interval("interval", estimate.interval)
+    return row
 
 
 def printed_key(metric: str, extractor: Extractor) -> str:
@@ -96,10 +98,3 @@ def thousandfold(interval: Interval) -> Interval:
     """Return the interval of a kernel distance as it is printed, times 1000."""
     ends = {name: THOUSAND * getattr(interval, name) for name in ("value", "low", "high")}
     return replace(interval, **ends)
-
-
-def prdc(samples: Tensor, reference: Tensor) -> dict[str, float]:
-    """Compute precision, recall, density and coverage."""
-    precision, recall = manifold.precision_recall(reference, samples)
-    density, coverage = manifold.density_coverage(reference, samples)
-    return {"precision": precision, "recall": recall, "density": density, "coverage": coverage}

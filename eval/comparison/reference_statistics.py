@@ -78,8 +78,9 @@ def rows(
             row.floor, row.floor_interval = floor.value, floor
         if run is not baseline:
             paired_features = run_features[[j for _, j in pair(baseline, run)]]
-            row.delta_interval = frechet_intervals.difference(paired_features, base_features, reference_moments)
-            row.delta = row.delta_interval.value
+            difference = frechet_intervals.difference(paired_features, base_features, reference_moments)
+            row.delta = difference.value
+            row.set_interval("delta_interval", difference)
         distance_rows.append(row)
     return distance_rows, warnings
 

@@ -22,6 +22,22 @@ LEAST_TO_WITHHOLD = 30  # prompts; one alone that carries the spread of so many 
 BY_PROMPT = ("fidelity", "video", "alignment")  # families whose intervals are over prompts
 
 
+def without_lone_carrier(
+    interval: Interval | None, part: str = "the spread"
+) -> tuple[Interval | None, str, int | None]:
+    """Return an interval, a note and the count of what carries its spread, where these are few; else "" and None.
+
+    Where it is one alone of 30 or more, there is no interval: what rarer ones do cannot be seen.
+    """
+    if interval is None or not interval.carriers or not interval.units or interval.carriers >= FEW_CARRIERS:
+        return interval, "", None
+    count = math.ceil(interval.carriers - 0.5)
+    note = f"{count} of {interval.units} {'carries' if count == 1 else 'carry'} {part}"
+    if interval.units >= LEAST_TO_WITHHOLD and count == 1:
+        return None, f"{note}, too few for an interval", count
+    return interval, note, count
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A number, its 95 % interval if it has one, a note for the reader, and what else belongs to it."""
@@ -79,13 +95,10 @@ class Row:
 
         Where it is one alone of 30 or more, its count stands for the interval: what rarer ones do cannot be seen.
         """
-        if interval is not None and interval.carriers and interval.units and interval.carriers < FEW_CARRIERS:
-            count = math.ceil(interval.carriers - 0.5)
-            part = "the spread" if name == "interval" else "the spread of the difference"
-            note = f"{count} of {interval.units} {'carries' if count == 1 else 'carry'} {part}"
+        part = "the spread" if name == "interval" else "the spread of the difference"
+        interval, note, count = without_lone_carrier(interval, part)
+        if count is not None:
             self.detail["carried_by" if name == "interval" else "delta_carried_by"] = count
-            if interval.units >= LEAST_TO_WITHHOLD and count == 1:
-                note, interval = f"{note}, too few for an interval", None
             self.detail["from"] = "; ".join(filter(None, (self.detail.get("from"), note)))
         setattr(self, name, interval)
 

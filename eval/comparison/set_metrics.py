@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison.distances import covered_estimate
 from diffaccel.eval.comparison.printed_distances import FD, THOUSAND, feature_row, fid, kid, printed_key, thousandfold
 from diffaccel.eval.comparison.row import Estimate, Family, Row, missing
 from diffaccel.eval.features.sets import FeatureSet
-from diffaccel.eval.metrics import frechet_intervals, inception_score, manifold, mmd
+from diffaccel.eval.metrics import frechet_intervals, inception_score, manifold_intervals, mmd, mmd_intervals
 from diffaccel.eval.metrics.frechet import Moments
+from diffaccel.eval.metrics.manifold_intervals import CoveredShare
 from diffaccel.eval.networks import protocols
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.extractors.inception import InceptionExtractor
 from diffaccel.eval.networks.protocols import Metric, Protocol
+from diffaccel.eval.uncertainty.influence import LEAST_ROWS
 from diffaccel.eval.uncertainty.intervals import Interval
 
 FAMILY: Family = "distribution"
@@ -32,7 +35,7 @@ class MetricSettings:
         extractor: network of the features.
         spatial: network of the spatial features for sFID, where the protocol has it.
         protocol: None for the network's own preprocessing and the papers' parameters.
-        interval: whether Fréchet distances get their interval, eleven times the work.
+        interval: whether Fréchet distances get their interval.
         infinity: whether they are also extrapolated to infinitely many images.
     """
 
@@ -83,10 +86,15 @@ def _count_warnings(
     return warnings
 
 
-def _row(metric: str, settings: MetricSettings, samples: FeatureSet, value: float | Interval, **detail: Any) -> Row:
-    interval = value if isinstance(value, Interval) else None
-    number = value.value if isinstance(value, Interval) else value
-    estimate = Estimate(number, interval, detail=detail)
+def _row(
+    metric: str, settings: MetricSettings, samples: FeatureSet, value: float | Interval | Estimate, **detail: Any
+) -> Row:
+    if isinstance(value, Estimate):
+        estimate = replace(value, detail=detail | ({"from": value.note} if value.note else {}))
+    elif isinstance(value, Interval):
+        estimate = Estimate(value.value, value, detail=detail)
+    else:
+        estimate = Estimate(value, detail=detail)
     return feature_row(metric, samples.name, estimate, settings.extractor, n=samples.n, m=None, detail={})
 
 
@@ -112,7 +120,7 @@ def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, 
         lacking = samples.name if x is None else reference.name
         why = f"'{lacking}' holds no statistics of spatial features (mu_s, sigma_s)"
         return [missing(name, extractor.key, FAMILY, samples.name, "lower", why)]
-    if settings.interval and not isinstance(x, Moments) and len(x) >= 10 * frechet_intervals.SHARDS:
+    if settings.interval and not isinstance(x, Moments) and len(x) >= LEAST_ROWS:
         value: float | Interval = frechet_intervals.distance_interval(x, y)
     else:
         value = fid(x, y)[FD]
@@ -133,9 +141,9 @@ def _frechet(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, 
 
 def _kid(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
     x, y = _both_features(samples, reference)
-    if min(len(x), len(y)) < 3:
+    if min(len(x), len(y)) < LEAST_ROWS:
         return [_row("kid", settings, samples, kid(x, y)["kid"])]
-    return [_row("kid", settings, samples, thousandfold(mmd.kid_interval(x, y)))]
+    return [_row("kid", settings, samples, thousandfold(mmd_intervals.kid_interval(x, y)))]
 
 
 def _kid_subsets(
@@ -155,8 +163,9 @@ def _kid_subsets(
 def _cmmd(metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings) -> list[Row]:
     x, y = _both_features(samples, reference)
     parameters = dict(metric.parameters)
+    value = mmd_intervals.cmmd_interval(x, y, **parameters) if len(x) >= LEAST_ROWS else mmd.cmmd(x, y, **parameters)
     return [
-        _row("cmmd", settings, samples, mmd.cmmd(x, y, **parameters), statistic="V", **parameters),
+        _row("cmmd", settings, samples, value, statistic="V", **parameters),
         _row(
             "cmmd_unbiased",
             settings,
@@ -175,7 +184,7 @@ def _precision_recall(
     metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
 ) -> list[Row]:
     x, y = _both_features(samples, reference)
-    precision, recall = manifold.precision_recall(y, x, **metric.parameters)
+    precision, recall = manifold_intervals.precision_recall_intervals(y, x, **metric.parameters)
     return _share_rows({"precision": precision, "recall": recall}, metric, samples, settings)
 
 
@@ -183,12 +192,17 @@ def _density_coverage(
     metric: Metric, samples: FeatureSet, reference: FeatureSet | None, settings: MetricSettings
 ) -> list[Row]:
     x, y = _both_features(samples, reference)
-    density, coverage = manifold.density_coverage(y, x, **metric.parameters)
+    density, coverage = manifold_intervals.density_coverage_intervals(y, x, **metric.parameters)
     return _share_rows({"density": density, "coverage": coverage}, metric, samples, settings)
 
 
-def _share_rows(values: dict[str, float], metric: Metric, samples: FeatureSet, settings: MetricSettings) -> list[Row]:
-    return [_row(name, settings, samples, value, **metric.parameters) for name, value in values.items()]
+def _share_rows(
+    values: Mapping[str, Interval | CoveredShare], metric: Metric, samples: FeatureSet, settings: MetricSettings
+) -> list[Row]:
+    estimates = {
+        name: covered_estimate(value) if isinstance(value, CoveredShare) else value for name, value in values.items()
+    }
+    return [_row(name, settings, samples, value, **metric.parameters) for name, value in estimates.items()]
 
 
 def _inception_score(

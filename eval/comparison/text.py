@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffaccel.eval.comparison import verdict
 from diffaccel.eval.comparison.row import Row, digits
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _speed_text(row: Row | None) -> str:
     if row.interval is None:
         return f"{row.value:.2f}x as fast by the runs' own clocks"
     if not row.interval.significant:
-        return "speed-up not significant"
+        return "speed-up not shown"
     return f"{row.value:.2f}x as fast ({row.interval.low:.2f} to {row.interval.high:.2f})"
 
 
@@ -109,14 +110,13 @@ def _fidelity_text(row: Row) -> str:
 
 
 def _change_text(row: Row) -> str:
-    verdict = row.too_few or ("within noise" if row.within_noise else "beyond noise")
-    return f"{row.key} {row.delta:+.{digits(row.metric)}f} ({verdict})"
+    return f"{row.key} {row.delta:+.{digits(row.metric)}f} ({row.too_few or verdict.word(row.to_dict())})"
 
 
 def plain(comparison: Comparison) -> str:
     """Return verdicts, aligned tables and warnings, without markup."""
     base = comparison.baseline
-    lines = [f"{verdict['run']}: {verdict['text']}" for verdict in verdicts(comparison)]
+    lines = [f"{sentence['run']}: {sentence['text']}" for sentence in verdicts(comparison)]
     lines += ["", f"{len(base)} {'videos' if base.is_video else 'pictures'} a run against {base.name}; 95 % intervals"]
     for title, group in table(comparison):
         cells = [

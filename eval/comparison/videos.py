@@ -14,8 +14,9 @@ from diffaccel.eval.comparison.row import Row
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.metrics import video
 from diffaccel.eval.networks.by_spec import Network
-from diffaccel.eval.sets.run import Pairs, Run
+from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt
 from diffaccel.eval.uncertainty import intervals
+from diffaccel.eval.uncertainty.influence import too_few_rows
 
 CUSTOMARY = 2048  # clips of published distances
 FrameCurves = list[tuple[Distance, list[Tensor]]]  # by distance, a curve (T,) of every pair
@@ -101,8 +102,10 @@ def flicker_rows(
     return paired_scores.rows(score, values, baseline, runs, pairs, scored_others)
 
 
-def frechet_rows(baseline: Run, runs: Sequence[Run], others: Run | None, network: Network) -> list[Row]:
-    """Measure the Fréchet distance of every run's clips to the baseline's (arXiv 1812.01717)."""
+def frechet_rows(
+    baseline: Run, runs: Sequence[Run], pairs: Mapping[str, Pairs], others: Run | None, network: Network
+) -> list[Row]:
+    """Measure the Fréchet distance of every run's clips to the baseline's (arXiv 1812.01717), paired by id."""
 
     def features(run: Run) -> Tensor:
         clips = ahead(run.video, range(len(run)), workers=2)
@@ -110,21 +113,26 @@ def frechet_rows(baseline: Run, runs: Sequence[Run], others: Run | None, network
 
     base_features = features(baseline)
 
-    def distance_to_baseline(run: Run) -> video.VideoDistance:
+    def distance_to_baseline(run: Run, run_pairs: Pairs) -> video.VideoDistance:
         return video.fvd(
             features(run), base_features, sampling=network.sampling, extractor=network.name,
-            weights_sha256=network.weights_sha256,
+            weights_sha256=network.weights_sha256, pairs=[(j, i) for i, j in run_pairs],
         )  # fmt: skip
 
-    floor = None if others is None else distance_to_baseline(others).value
+    floor = None if others is None else distance_to_baseline(others, pair_by_prompt(baseline, others))
     rows = []
     for run in runs:
-        distance = distance_to_baseline(run)
+        distance = distance_to_baseline(run, pairs[run.name])
         note = f"to {baseline.name}, same seeds: not independent; {network.sampling.frames} frames a clip, stride "
         note += f"{network.sampling.stride}; published ones take {CUSTOMARY} clips"
-        rows.append(
-            Row(metric="fvd", key=distance.key, family="distribution", run=run.name, better="lower",
-                value=distance.value, floor=floor, n=distance.n, m=distance.m,
-                detail={**distance.to_dict(), "from": note})
+        reason = too_few_rows(distance.n, "clips")
+        detail = {name: value for name, value in distance.to_dict().items() if name != "interval"}
+        row = Row(
+            metric="fvd", key=distance.key, family="distribution", run=run.name, better="lower", value=distance.value,
+            n=distance.n, m=distance.m, detail={**detail, "from": f"{note}; {reason}" if reason else note},
         )  # fmt: skip
+        row.set_interval("interval", distance.interval)
+        if floor is not None:
+            row.floor, row.floor_interval = floor.value, floor.interval
+        rows.append(row)
     return rows

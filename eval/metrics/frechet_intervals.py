@@ -2,15 +2,16 @@
 
 The reference is held fixed: intervals tell how far other samples of the same model would move the number. Where the
 reference is paired with the samples, row by row, as a baseline's pictures of the same prompts and seeds are, other
-samples come with another reference, and shards are left out of both.
-The ordinary bootstrap is wrong here, since repeated rows act like fewer images and the distance grows with 1/n.
-Everything below draws without replacement.
+samples come with another reference, and both rows of an id move together.
+The ordinary bootstrap is wrong here, since repeated rows act like fewer images and the distance grows with 1/n. Its
+resamples are of the rows' influences instead: see :mod:`diffaccel.eval.uncertainty.influence`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval.metrics.feature_matrix import checked, paired
 from diffaccel.eval.metrics.frechet import Gaussian, Moments, between, gaussian
+from diffaccel.eval.metrics.frechet_influence import influence
+from diffaccel.eval.metrics.partners import Partners
+from diffaccel.eval.uncertainty.influence import LEAST_ROWS, influence_interval
 from diffaccel.eval.uncertainty.intervals import Interval
 
-SHARDS = 10
-_STUDENT = 2.2621571628  # the 0.975 quantile of Student's t with SHARDS - 1 degrees of freedom
+SHARDS = 10  # sizes of the extrapolation go down to that share of all rows
 Fit = Literal["linear", "quadratic"]
 
 
@@ -37,6 +40,7 @@ class Infinity:
         fit: "linear" or "quadratic" in ``1/n``.
         sizes: numbers of images.
         values: mean distance at each size.
+        fit_error: intercept of the line minus that of the quadratic, or twice the standard error of the quadratic's.
         warning: why the number is doubtful, or "".
     """
 
@@ -46,6 +50,7 @@ class Infinity:
     fit: Fit
     sizes: tuple[int, ...]
     values: tuple[float, ...]
+    fit_error: float
     warning: str
 
     @property
@@ -64,8 +69,10 @@ def infinity(
     75 distances for 15 sizes. The straight line is the paper's; it is biased, mostly downwards, where the smallest
     size is not well above ``d``, and the quadratic removes most of that bias.
 
-    The interval is Student's, from the spread of the ten disjoint subsets of size ``n/10`` (sampling error) and the
-    residuals of the fit; for the line it is widened by the distance to the quadratic's intercept (model error).
+    The interval is that of the distance of all rows (:func:`distance_interval`), for the sampling error, widened by the
+    error of the fit: of the line, its distance to the quadratic's intercept, and twice its standard error. All are
+    added as variances; but where the smallest size is under ``2 d`` the line is known to be too low, and that distance
+    is added as it is.
 
     Args:
         features: ``(n, d)``, at least 100 rows.
@@ -82,42 +89,69 @@ def infinity(
     target = _target(reference, d)
     generator = torch.Generator().manual_seed(seed)
     counts = [int(n / s) for s in torch.linspace(SHARDS, 1, sizes, dtype=torch.float64).tolist()]
-    values, shards = _subset_means(features, target, counts, generator)
+    values = _subset_means(features, target, counts, generator)
     u = n / torch.tensor(counts, dtype=torch.float64)
     line, line_variance, line_r2 = _fit(u, values, 1)
     curve, curve_variance, curve_r2 = _fit(u, values, 2)
     linear = fit == "linear"
-    value, variance = (line[0], line_variance) if linear else (curve[0], curve_variance)
-    half = _STUDENT * float(shards.var() / len(shards) + variance) ** 0.5
-    half += abs(float(line[0] - curve[0])) if linear else 0.0
-    method = f"{fit} in 1/n over {sizes} sizes, spread of {len(shards)} disjoint subsets"
+    value = float(line[0] if linear else curve[0])
+    error = float(line[0] - curve[0]) if linear else 2 * float(curve_variance) ** 0.5
     warning = ""
     if linear and counts[0] < 2 * d:
         warning = f"The smallest size, {counts[0]}, is under twice the {d} features: a straight line comes out too low."
+    sampling = influence_interval(
+        value, lambda rows: influence(features[rows.to(features.device)], target), n, held="reference fixed", seed=seed
+    )
+    scatter = 2 * float(line_variance) ** 0.5 if linear else 0.0
+    interval = _widened(sampling, error, scatter, is_known=bool(warning), sizes=sizes)
     return Infinity(
-        Interval(float(value), float(value) - half, float(value) + half, 0.95, method),
+        interval,
         slope=float(line[1]) * n,
         r2=line_r2 if linear else curve_r2,
         fit=fit,
         sizes=tuple(counts),
         values=tuple(values),
+        fit_error=error,
         warning=warning,
     )
 
 
-def _subset_means(
-    features: Tensor, target: Gaussian, counts: list[int], generator: torch.Generator
-) -> tuple[list[float], Tensor]:
-    """Return the mean distance over disjoint random subsets of each size, and the distances at the first size."""
-    n = len(features)
-    values, shards = [], torch.empty(0)
+def infinity_difference(a: Tensor, b: Tensor, reference: Tensor | Moments, *, seed: int = 0) -> Interval:
+    """Compute FD-infinity of ``a`` minus that of ``b``, runs of the same ids row by row, with a 95 % interval.
+
+    Both are extrapolated from the same ids, so that the errors of their lines cancel too as far as they are equal.
+    """
+    of_a, of_b = (infinity(run, reference, seed=seed) for run in (a, b))
+    paired_interval = difference(a, b, reference, seed=seed)
+    value = of_a.value - of_b.value
+    moved = replace(
+        paired_interval,
+        value=value,
+        low=value + paired_interval.low - paired_interval.value,
+        high=value + paired_interval.high - paired_interval.value,
+    )
+    error = of_a.fit_error - of_b.fit_error
+    return _widened(moved, error, 0.0, is_known=bool(of_a.warning), sizes=len(of_a.sizes))
+
+
+def _widened(sampling: Interval, error: float, scatter: float, *, is_known: bool, sizes: int) -> Interval:
+    """Add error and scatter of a fit to an interval: as variances, the error as it is where its sign is known."""
+    value = sampling.value
+    ends = (value - sampling.low, sampling.high - value)
+    low, high = (math.hypot(end, scatter) + abs(error) if is_known else math.hypot(end, error, scatter) for end in ends)
+    method = f"fit in 1/n over {sizes} sizes, with its error; {sampling.method}"
+    return replace(sampling, low=value - low, high=value + high, method=method)
+
+
+def _subset_means(features: Tensor, target: Gaussian, counts: list[int], generator: torch.Generator) -> list[float]:
+    """Return the mean distance over disjoint random subsets of each size."""
+    n, means = len(features), []
     for count in counts:
         order = torch.randperm(n, generator=generator).to(features.device)
         subsets = order[: n // count * count].view(-1, count)
         distances = torch.tensor([between(gaussian(features[rows]), target) for rows in subsets], dtype=torch.float64)
-        values.append(float(distances.mean()))
-        shards = distances if count == counts[0] else shards
-    return values, shards
+        means.append(float(distances.mean()))
+    return means
 
 
 def _fit(u: Tensor, values: list[float], degree: int) -> tuple[Tensor, Tensor, float]:
@@ -135,20 +169,23 @@ def _fit(u: Tensor, values: list[float], degree: int) -> tuple[Tensor, Tensor, f
 def distance_interval(
     a: Tensor, reference: Tensor | Moments, *, seed: int = 0, pairs: Sequence[tuple[int, int]] = ()
 ) -> Interval:
-    """Compute ``FD(a, reference)`` with a 95 % interval by the jackknife over ten disjoint shards.
+    """Compute ``FD(a, reference)`` with a 95 % interval from the influence of every row.
 
     The interval covers the mean of the distance at this number of images. It does not remove the bias of that mean:
     see :func:`infinity`.
 
     Args:
-        a: ``(n, d)``, at least 100 rows.
+        a: ``(n, d)``, at least 30 rows.
         reference: features ``(m, d)`` or moments.
-        seed: seed of the shards.
-        pairs: rows of ``a`` and of the reference's features that are of one id, and are left out together.
+        seed: seed of halves and bootstrap.
+        pairs: rows of ``a`` and of the reference's features that are of one id, and move together.
     """
-    a = checked(a, "a", least=10 * SHARDS)
-    target_without = _target_by_shard(reference, a.shape[1], len(a), seed, pairs)
-    return _jackknife(len(a), lambda rows, k: between(gaussian(a[rows]), target_without(k)), seed, None, bool(pairs))
+    a = checked(a, "a", least=LEAST_ROWS)
+    side = _Reference.of(reference, a, pairs)
+    value = between(gaussian(a), side.whole)
+    return influence_interval(
+        value, lambda rows: side.influences(a, rows), len(a), held=side.held, positive=value, seed=seed
+    )
 
 
 def difference(
@@ -156,27 +193,64 @@ def difference(
 ) -> Interval:
     """Compute ``FD(a, reference) - FD(b, reference)`` of runs of the same ids, row by row, with a 95 % interval.
 
-    Each of ten disjoint shards of ids is left out of both runs in turn. With the ten differences ``theta_k``,
-    ``se^2 = 9/10 sum_k (theta_k - mean)^2`` and the half width is Student's quantile times ``se``. Variation that the
-    runs share cancels, so the interval is far narrower than those of the two distances. Simulated on Gaussians it
-    covers 95 to 99 %, as subsampling half of the ids does at four to ten times the cost. It covers the mean at this
-    number of images: the biases of the two distances cancel only as far as the runs' covariances are equal.
+    An id's influence is that of its row of ``a`` minus that of its row of ``b``. Variation that the runs share cancels,
+    so the interval is far narrower than those of the two distances. It covers the mean at this number of images: the
+    biases of the two distances cancel only as far as the runs' covariances are equal.
 
     Args:
-        a, b: ``(n, d)``, at least 100 rows each.
+        a, b: ``(n, d)``, at least 30 rows each.
         reference: features ``(m, d)`` or moments.
-        seed: seed of the shards.
-        pairs: rows of both runs and of the reference's features that are of one id, and are left out together.
+        seed: seed of halves and bootstrap.
+        pairs: rows of both runs and of the reference's features that are of one id, and move together.
     """
-    a, b = checked(a, "a", least=10 * SHARDS), checked(b, "b", least=10 * SHARDS)
+    a, b = checked(a, "a", least=LEAST_ROWS), checked(b, "b", least=LEAST_ROWS)
     paired(a, b)
-    target_without, b = _target_by_shard(reference, a.shape[1], len(a), seed, pairs), b.to(a.device)
+    side, b = _Reference.of(reference, a, pairs), b.to(a.device)
 
-    def statistic(rows: Tensor, shard: int | None) -> float:
-        target = target_without(shard)
-        return between(gaussian(a[rows]), target) - between(gaussian(b[rows]), target)
+    def influences(rows: Tensor) -> Tensor:
+        return side.influences(a, rows) - side.influences(b, rows)
 
-    return _jackknife(len(a), statistic, seed, 0.0, bool(pairs))
+    value = between(gaussian(a), side.whole) - between(gaussian(b), side.whole)
+    return influence_interval(value, influences, len(a), held=side.held, seed=seed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """The other side of a distance.
+
+    Attributes:
+        whole: its Gaussian.
+        features: its rows; None where they are held fixed.
+        partners: which of them move with the rows of the samples; None where they are held fixed.
+    """
+
+    whole: Gaussian
+    features: Tensor | None = None
+    partners: Partners | None = None
+
+    @classmethod
+    def of(cls, reference: Tensor | Moments, a: Tensor, pairs: Sequence[tuple[int, int]]) -> _Reference:
+        """Fit the Gaussian of a reference, and keep its rows where they move with those of ``a``."""
+        whole = _target(reference, a.shape[1])
+        if not pairs or isinstance(reference, Moments):
+            return cls(whole)
+        return cls(whole, reference.to(a.device), Partners.of(pairs, len(a), len(reference)))
+
+    @property
+    def held(self) -> str:
+        """What is held on this side, as a report prints it."""
+        return "reference fixed" if self.partners is None else "both sides paired"
+
+    def influences(self, samples: Tensor, rows: Tensor) -> Tensor:
+        """Return the influence of rows of the samples on their distance, with that of their partners."""
+        x = samples[rows.to(samples.device)]
+        if self.features is None or self.partners is None:
+            return influence(x, self.whole)
+        places, kept = (index.to(x.device) for index in self.partners.with_rows(rows))
+        y = self.features[kept]
+        influences, theirs = influence(x, gaussian(y)), influence(y, gaussian(x))
+        influences[places] += theirs[: len(places)] * (len(x) / len(y))
+        return influences - influences.mean()
 
 
 def _target(reference: Tensor | Moments, d: int) -> Gaussian:
@@ -187,39 +261,3 @@ def _target(reference: Tensor | Moments, d: int) -> Gaussian:
             f"The reference has {dim} features, the samples have {d}. Both must come from the same extractor."
         )
     return gaussian(reference)
-
-
-def _target_by_shard(
-    reference: Tensor | Moments, d: int, n: int, seed: int, pairs: Sequence[tuple[int, int]]
-) -> Callable[[int | None], Gaussian]:
-    """Return a function from the shard that is left out, or None, to the reference's Gaussian without its pairs."""
-    whole = _target(reference, d)
-    if not pairs or isinstance(reference, Moments):
-        return lambda shard: whole
-    own, theirs = torch.tensor(pairs, dtype=torch.long).T
-    shard_of_row = torch.full((len(reference),), -1)  # rows without a pair are never left out
-    shard_of_row[theirs] = _shards(n, seed)[own]
-    kept = shard_of_row.to(reference.device)
-    return lambda shard: whole if shard is None else gaussian(reference[kept != shard])
-
-
-def _shards(n: int, seed: int) -> Tensor:
-    """Return the shard of every row, (n,): random, and of sizes that differ by one at most."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    shard = torch.empty(n, dtype=torch.long)
-    shard[order] = torch.arange(n) % SHARDS
-    return shard
-
-
-def _jackknife(
-    n: int, statistic: Callable[[Tensor, int | None], float], seed: int, null: float | None, is_paired: bool
-) -> Interval:
-    """Evaluate a statistic of row indices on all ``n`` rows, with a jackknife interval over random shards of them."""
-    shard, rows = _shards(n, seed), torch.arange(n)
-    replicates = torch.tensor([statistic(rows[shard != k], k) for k in range(SHARDS)], dtype=torch.float64)
-    error = float(((SHARDS - 1) / SHARDS * (replicates - replicates.mean()).square().sum()).sqrt())
-    value = statistic(rows, None)
-    half = _STUDENT * error
-    held = "left out of both sides" if is_paired else "reference fixed"
-    method = f"jackknife over {SHARDS} disjoint shards of {n} ids, {held}"
-    return Interval(value, value - half, value + half, 0.95, method, null)

@@ -36,6 +36,12 @@ def precision_recall(
         k: the neighbour that sets the radius; 3 in the paper.
         boundary: "<=" if a ball includes its edge, as in the authors' code, ADM and torch-fidelity; else "<".
     """
+    covered_samples, covered_reference = memberships(reference, samples, k=k, boundary=boundary)
+    return _share(covered_samples), _share(covered_reference)
+
+
+def memberships(reference: Tensor, samples: Tensor, *, k: int = 3, boundary: Boundary = "<=") -> tuple[Tensor, Tensor]:
+    """Return which samples lie in a ball of the reference, (m,), and which reference points in one of theirs, (n,)."""
     x, y = _sets(reference, samples, k, k, boundary)
     x_radii, y_radii = _squared_radii(x, k), _squared_radii(y, k)
     x_inside = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -43,7 +49,7 @@ def precision_recall(
     for tile in _tiles(x, y):
         y_inside[tile.columns] |= tile.inside(x_radii[tile.rows, None], boundary).any(0)
         x_inside[tile.rows] |= tile.inside(y_radii[None, tile.columns], boundary).any(1)
-    return _share(y_inside), _share(x_inside)
+    return y_inside, x_inside
 
 
 def density_coverage(
@@ -63,15 +69,21 @@ def density_coverage(
         k: the neighbour that sets the radius; 5 in the paper.
         boundary: "<=" if a ball includes its edge; "<" if not, as in the authors' code (prdc).
     """
+    balls, covered = ball_counts(reference, samples, k=k, boundary=boundary)
+    return int(balls.sum()) / (k * len(balls)), _share(covered)
+
+
+def ball_counts(reference: Tensor, samples: Tensor, *, k: int = 5, boundary: Boundary = "<") -> tuple[Tensor, Tensor]:
+    """Return how many balls of the reference hold each sample, (m,), and which of them hold one, (n,)."""
     x, y = _sets(reference, samples, k, 0, boundary)
     radii = _squared_radii(x, k)
     covered = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    balls = 0
+    balls = torch.zeros(len(y), dtype=torch.long, device=x.device)
     for tile in _tiles(x, y):
         inside = tile.inside(radii[tile.rows, None], boundary)
         covered[tile.rows] |= inside.any(1)
-        balls += int(inside.sum())
-    return balls / (k * len(y)), _share(covered)
+        balls[tile.columns] += inside.sum(0)
+    return balls, covered
 
 
 def _share(inside: Tensor) -> float:

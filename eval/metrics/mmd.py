@@ -9,16 +9,15 @@ by block: no matrix larger than a block is in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics.feature_matrix import checked_pair, paired
-from diffaccel.eval.uncertainty.intervals import Interval
+from diffaccel.eval.metrics.feature_matrix import checked_pair
 
 BLOCK = 4096
 _NAMES = ("x", "y")
@@ -37,7 +36,7 @@ def kid(x: Tensor, y: Tensor, *, pairs: RowPairs = ()) -> float:
         pairs: rows of ``x`` and ``y`` of one id, whose products are left out.
     """
     x, y = checked_pair(x, y, _NAMES, least=2)
-    return _mmd(x, y, _cubic, unbiased=True, pairs=pairs)
+    return statistics(x, y, cubic, pairs)[0]
 
 
 def kid_subsets(
@@ -61,29 +60,8 @@ def kid_subsets(
     for i in range(subsets):
         a = torch.from_numpy(generator.choice(len(x), size, replace=False)).to(x.device)
         b = torch.from_numpy(generator.choice(len(y), size, replace=False)).to(x.device)
-        values[i] = _mmd(x[a], y[b], _cubic, unbiased=True)
+        values[i] = statistics(x[a], y[b], cubic)[0]
     return float(values.mean()), float(values.std(correction=0))
-
-
-def kid_interval(a: Tensor, reference: Tensor, *, level: float = 0.95, pairs: RowPairs = ()) -> Interval:
-    """Compute KID with an interval by the jackknife over the rows of ``a``, the reference held fixed.
-
-    With ``pairs``, the products of paired rows are left out, and a row is left out together with its partner.
-    """
-    value, replicates = _jackknife_of_pairs(a, reference, pairs) if pairs else _jackknife(a, reference)
-    return _normal_interval(value, replicates, level, None, "left out of both sides" if pairs else "reference fixed")
-
-
-def kid_difference(a: Tensor, b: Tensor, reference: Tensor, *, level: float = 0.95) -> Interval:
-    """Compute ``KID(a, reference) - KID(b, reference)`` of runs of the same ids, paired row by row.
-
-    The interval is a jackknife that leaves out one id in both runs; the reference is held fixed.
-    """
-    paired(a, b)
-    value_a, replicates_a = _jackknife(a, reference)
-    value_b, replicates_b = _jackknife(b, reference)
-    replicates = replicates_a - replicates_b.to(replicates_a.device)
-    return _normal_interval(value_a - value_b, replicates, level, 0.0, "reference fixed")
 
 
 def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False, pairs: RowPairs = ()) -> float:
@@ -91,6 +69,34 @@ def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False,
     if not sigma > 0:
         raise DiffAccelError(f"The kernel's sigma must be positive, got {sigma}.")
     x, y = checked_pair(x, y, _NAMES, least=2 if unbiased else 1)
+    return statistics(x, y, gaussian(x, sigma), pairs)[0 if unbiased else 1]
+
+
+def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
+    """Compute CMMD: ``scale`` times the V-statistic of ``MMD^2`` of L2-normalised CLIP image embeddings.
+
+    Args:
+        x, y: embeddings ``(n, d)`` and ``(m, d)``, normalised by this function.
+    """
+    return scale * gaussian_mmd2(unit_rows(x, "x"), unit_rows(y, "y"), sigma=sigma)
+
+
+def cmmd_unbiased(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, pairs: RowPairs = ()) -> float:
+    """Compute :func:`cmmd` by the U-statistic, which does not grow with fewer images. Not the published number."""
+    return scale * gaussian_mmd2(unit_rows(x, "x"), unit_rows(y, "y"), sigma=sigma, unbiased=True, pairs=pairs)
+
+
+def unit_rows(features: Tensor, label: str) -> Tensor:
+    """Normalise rows to length 1, in float64."""
+    features, _ = checked_pair(features, features, (label, label))
+    norms = features.double().norm(dim=1, keepdim=True)
+    if (norms == 0).any():
+        raise DiffAccelError(f"{label}: {int((norms == 0).sum())} embeddings are all zero and have no direction.")
+    return features / norms
+
+
+def gaussian(x: Tensor, sigma: float) -> Kernel:
+    """Return the Gaussian kernel less 1, of rows near those of ``x``."""
     # centred, so that squared distances lose no digits to a mean that both sets share
     centre = x.mean(0, dtype=torch.float64)
 
@@ -100,39 +106,16 @@ def gaussian_mmd2(x: Tensor, y: Tensor, *, sigma: float, unbiased: bool = False,
         # the constant 1 cancels in MMD^2; without it small distances keep their digits
         return torch.expm1(squared.clamp_min_(0) / (-2 * sigma**2))
 
-    return _mmd(x, y, kernel, unbiased=unbiased, pairs=pairs)
+    return kernel
 
 
-def cmmd(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """Compute CMMD: ``scale`` times the V-statistic of ``MMD^2`` of L2-normalised CLIP image embeddings.
-
-    Args:
-        x, y: embeddings ``(n, d)`` and ``(m, d)``, normalised by this function.
-    """
-    return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma)
-
-
-def cmmd_unbiased(x: Tensor, y: Tensor, *, sigma: float = 10.0, scale: float = 1000.0, pairs: RowPairs = ()) -> float:
-    """Compute :func:`cmmd` by the U-statistic, which does not grow with fewer images. Not the published number."""
-    return scale * gaussian_mmd2(_unit(x, "x"), _unit(y, "y"), sigma=sigma, unbiased=True, pairs=pairs)
-
-
-def _unit(features: Tensor, label: str) -> Tensor:
-    """Normalise rows to length 1, in float64."""
-    features, _ = checked_pair(features, features, (label, label))
-    norms = features.double().norm(dim=1, keepdim=True)
-    if (norms == 0).any():
-        raise DiffAccelError(f"{label}: {int((norms == 0).sum())} embeddings are all zero and have no direction.")
-    return features / norms
-
-
-def _cubic(a: Tensor, b: Tensor) -> Tensor:
+def cubic(a: Tensor, b: Tensor) -> Tensor:
     """Evaluate ``(a.b/d + 1)^3``."""
     shifted = (a @ b.T).div_(a.shape[1]).add_(1)
     return shifted * shifted * shifted
 
 
-def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
+def row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     """Compute ``sum_j k(x_i, y_j)``, shape ``(n,)``."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for columns in y.split(BLOCK):
@@ -142,8 +125,8 @@ def _row_sums(x: Tensor, y: Tensor, kernel: Kernel) -> Tensor:
     return total
 
 
-def _own_sums(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Compute ``sum_{j != i} k(x_i, x_j)`` and ``k(x_i, x_i)``, each ``(n,)``; half the work of :func:`_row_sums`."""
+def own_sums(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Compute ``sum_{j != i} k(x_i, x_j)`` and ``k(x_i, x_i)``, each ``(n,)``; half the work of :func:`row_sums`."""
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     own = torch.empty_like(total)
     for i in range(0, len(x), BLOCK):
@@ -159,7 +142,7 @@ def _own_sums(x: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     return total, own
 
 
-def _pair_products(x: Tensor, y: Tensor, pairs: RowPairs, kernel: Kernel) -> Tensor:
+def pair_products(x: Tensor, y: Tensor, pairs: RowPairs, kernel: Kernel) -> Tensor:
     """Compute the kernel of every pair of rows, (number of pairs,)."""
     own, theirs = torch.tensor(pairs, dtype=torch.long, device=x.device).view(-1, 2).T
     parts = [
@@ -168,48 +151,10 @@ def _pair_products(x: Tensor, y: Tensor, pairs: RowPairs, kernel: Kernel) -> Ten
     return torch.cat(parts) if pairs else torch.zeros(0, dtype=torch.float64, device=x.device)
 
 
-def _mmd(x: Tensor, y: Tensor, kernel: Kernel, *, unbiased: bool, pairs: RowPairs = ()) -> float:
+def statistics(x: Tensor, y: Tensor, kernel: Kernel, pairs: RowPairs = ()) -> tuple[float, float]:
+    """Compute the U-statistic and the V-statistic of ``MMD^2``, without the products of pairs."""
     n, m = len(x), len(y)
-    (xx, x_own), (yy, y_own) = _own_sums(x, kernel), _own_sums(y, kernel)
-    cross = (_row_sums(x, y, kernel).sum() - _pair_products(x, y, pairs, kernel).sum()) / (n * m - len(pairs))
-    if unbiased:
-        return float(xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * cross)
-    return float((xx.sum() + x_own.sum()) / n**2 + (yy.sum() + y_own.sum()) / m**2 - 2 * cross)
-
-
-def _jackknife(a: Tensor, reference: Tensor) -> tuple[float, Tensor]:
-    """Compute KID, and KID without each row of ``a`` in turn: the kernel's row sums give both at no extra cost."""
-    a, reference = checked_pair(a, reference, ("a", "reference"), least=3)
-    n, m = len(a), len(reference)
-    aa, cross = _own_sums(a, _cubic)[0], _row_sums(a, reference, _cubic)
-    fixed = _own_sums(reference, _cubic)[0].sum() / (m * (m - 1))
-    value = aa.sum() / (n * (n - 1)) + fixed - 2 * cross.sum() / (n * m)
-    replicates = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2)) + fixed - 2 * (cross.sum() - cross) / ((n - 1) * m)
-    return float(value), replicates
-
-
-def _jackknife_of_pairs(a: Tensor, reference: Tensor, pairs: RowPairs) -> tuple[float, Tensor]:
-    """Compute KID without the products of pairs, and without each row of ``a`` and its partner in turn."""
-    a, reference = checked_pair(a, reference, ("a", "reference"), least=3)
-    n, m, count = len(a), len(reference), len(pairs)
-    own, theirs = torch.tensor(pairs, dtype=torch.long, device=a.device).T
-    aa, rr = _own_sums(a, _cubic)[0], _own_sums(reference, _cubic)[0]
-    rows, columns = _row_sums(a, reference, _cubic), _row_sums(reference, a, _cubic)
-    products = _pair_products(a, reference, pairs, _cubic)
-    cross = rows.sum() - products.sum()
-    value = aa.sum() / (n * (n - 1)) + rr.sum() / (m * (m - 1)) - 2 * cross / (n * m - count)
-    own_terms = (aa.sum() - 2 * aa) / ((n - 1) * (n - 2))
-    # rows without a partner, whose reference stays whole
-    replicates = own_terms + rr.sum() / (m * (m - 1)) - 2 * (cross - rows) / ((n - 1) * m - count)
-    reference_terms = (rr.sum() - 2 * rr[theirs]) / ((m - 1) * (m - 2))
-    crossed = cross - rows[own] - columns[theirs] + 2 * products
-    replicates[own] = own_terms[own] + reference_terms - 2 * crossed / ((n - 1) * (m - 1) - (count - 1))
-    return float(value), replicates
-
-
-def _normal_interval(value: float, replicates: Tensor, level: float, null: float | None, held: str) -> Interval:
-    """Return the normal interval around ``value`` from its leave-one-out replicates ``(n,)``."""
-    n = len(replicates)
-    error = float(((n - 1) / n * (replicates - replicates.mean()).square().sum()).sqrt())
-    half = NormalDist().inv_cdf(0.5 + level / 2) * error
-    return Interval(value, value - half, value + half, level, f"jackknife over {n} ids, {held}", null)
+    (xx, x_own), (yy, y_own) = own_sums(x, kernel), own_sums(y, kernel)
+    cross = (row_sums(x, y, kernel).sum() - pair_products(x, y, pairs, kernel).sum()) / (n * m - len(pairs))
+    unbiased = float(xx.sum() / (n * (n - 1)) + yy.sum() / (m * (m - 1)) - 2 * cross) if min(n, m) > 1 else math.nan
+    return unbiased, float((xx.sum() + x_own.sum()) / n**2 + (yy.sum() + y_own.sum()) / m**2 - 2 * cross)

@@ -5,7 +5,7 @@ A video is uint8 ``(T, 3, H, W)``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics import frechet
+from diffaccel.eval.metrics import frechet, frechet_intervals
 from diffaccel.eval.metrics.paired import check_images
+from diffaccel.eval.uncertainty.influence import LEAST_ROWS
+from diffaccel.eval.uncertainty.intervals import Interval
 
 
 def temporal_flicker(video: Tensor) -> float:
@@ -103,6 +105,7 @@ class VideoDistance:
     Attributes:
         key: metric and network, such as ``FVD[i3d-kinetics400]``.
         value: the distance.
+        interval: its 95 % interval; None for fewer than 30 clips.
         n, m: numbers of clips.
         extractor, weights_sha256: name and weights of the feature network.
         sampling: frames, stride, start and resolution.
@@ -110,6 +113,7 @@ class VideoDistance:
 
     key: str
     value: float
+    interval: Interval | None
     n: int
     m: int
     extractor: str
@@ -154,18 +158,32 @@ def clip_features(
 
 
 def fvd(
-    features_a: Tensor, features_b: Tensor, *, sampling: FrameSampling, extractor: str, weights_sha256: str
+    features_a: Tensor,
+    features_b: Tensor,
+    *,
+    sampling: FrameSampling,
+    extractor: str,
+    weights_sha256: str,
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> VideoDistance:
     """Compute the Fréchet distance of clip features ``(n, d)`` and ``(m, d)`` (arXiv 1812.01717; VideoMAE: 2404.12391).
 
     Public implementations differ by some 10 % in resizing and sampling alone, so the result carries both.
 
+    Args:
+        features_a, features_b: of the clips.
+        sampling, extractor, weights_sha256: what the features are of.
+        pairs: rows of both that are of one id, and move together in the interval.
+
     Raises:
         DiffAccelError: as :func:`diffaccel.eval.metrics.frechet.distance_of_features` raises it.
     """
     value = frechet.distance_of_features(features_a, features_b)
+    interval = None
+    if len(features_a) >= LEAST_ROWS:
+        interval = frechet_intervals.distance_interval(features_a, features_b, pairs=pairs)
     return VideoDistance(
-        f"FVD[{extractor}]", value, len(features_a), len(features_b), extractor, weights_sha256, sampling
+        f"FVD[{extractor}]", value, interval, len(features_a), len(features_b), extractor, weights_sha256, sampling
     )
 
 

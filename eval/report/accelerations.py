@@ -17,7 +17,6 @@ from diffaccel import registry
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval.comparison import compare_runs, reference_statistics
 from diffaccel.eval.comparison.measures import Measures
-from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.features.extract import extract
 from diffaccel.eval.images.source import Source
@@ -63,14 +62,18 @@ def make_report(
         raise DiffAccelError(f"None of the accelerations could run, so there is nothing to report. {reasons}")
     timing, *further = (_time(workspace, variants, batch) for batch in (None, *plan.batches))
     answers: list[equal_time.Answer] = []
-    if plan.equal_time:
-        equal_time_inputs = _EqualTime.load(workspace, baseline, timing, judge, reward)
+    measures = _measures(plan, baseline) if plan.equal_time else None
+    if measures is not None:
+        equal_time_inputs = _EqualTime.of(measures, workspace, baseline, timing, judge, reward)
         for name, variant in variants.items():
             answers += equal_time_inputs.answers(variant, runs[name])
     if not workspace.is_first:
         return None
     workspace.close_pipeline()
-    comparison = _compare(workspace, baseline, runs, others, timing)
+    measures = measures or _measures(plan, baseline)
+    clips = [judge, *map(workspace.load_clip, plan.judges[1:])]
+    measures = replace(measures, others=others, timing=timing, clips=[clip for clip in clips if clip is not None])
+    comparison = compare_runs(baseline, list(runs.values()), measures, progress=workspace.progress)
     if answers:
         names = {"judge": judge.name if judge else "", "reward": reward.name if reward else ""}
         comparison.sections.append(equal_time.section(answers, device=timing["device"]["name"], **names))
@@ -129,16 +132,11 @@ def _time(workspace: Workspace, variants: Mapping[str, Variant], batch: int | No
     )
 
 
-def _compare(
-    workspace: Workspace, baseline: Run, runs: Mapping[str, Run], others: Run | None, timing: dict[str, Any]
-) -> Comparison:
-    """Load the networks of the plan and measure every run against the baseline."""
-    plan = workspace.plan
-    measures = Measures.load(
-        others=others, extractors=plan.extractors, clips=plan.judges, reference=plan.reference, timing=timing,
-        device=plan.request.device, baseline=baseline,
-    )  # fmt: skip
-    return compare_runs(baseline, list(runs.values()), measures, progress=workspace.progress)
+def _measures(plan: ReportPlan, baseline: Run) -> Measures:
+    """Load the extractors of a plan and open its reference, once for the whole report."""
+    return Measures.load(
+        extractors=plan.extractors, reference=plan.reference, device=plan.request.device, baseline=baseline
+    )
 
 
 # -- equal time -------------------------------------------------------------------------------------------------------
@@ -167,20 +165,17 @@ class _EqualTime:
     target: Tensor | Moments | None
 
     @classmethod
-    def load(
+    def of(
         cls,
+        measures: Measures,
         workspace: Workspace,
         baseline: Run,
         timing: Mapping[str, Any],
         judge: ClipExtractor | None,
         reward: ClipExtractor | None,
     ) -> _EqualTime:
-        """Load the network of Fréchet distances and, in the first process, what they are measured from."""
-        plan, target = workspace.plan, None
-        measures = Measures.load(
-            extractors=None if plan.extractors is None else plan.extractors[:1], reference=plan.reference,
-            device=plan.request.device, baseline=baseline,
-        )  # fmt: skip
+        """Take the report's first extractor and, in the first process, what its distances are measured from."""
+        target = None
         network = next(iter(measures.extractors), None)
         if measures.reference is not None and network is not None and workspace.is_first:
             target = _target(measures.reference, network)

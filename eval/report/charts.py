@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffaccel.eval.comparison import verdict
 from diffaccel.eval.comparison.row import BY_PROMPT
-from diffaccel.eval.report import verdict
+from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.axes import BOTTOM, LEFT, Axes, Plot, padded
 from diffaccel.eval.report.labels import place_names
 from diffaccel.eval.report.names import clean
 from diffaccel.eval.report.summary import main_keys
-from diffaccel.eval.report.verdict import Row
 
 PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # values of equal pictures
 WIDE, NARROW, SMALL = (600, 330), (330, 330), (330, 250)  # of the first plot on a screen and a phone, of the others

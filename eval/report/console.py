@@ -6,7 +6,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from diffaccel.eval.report import tables, verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.report import tables
 from diffaccel.eval.report.names import clean, short_names
 from diffaccel.eval.report.summary import bracketed, headline, main_keys, summaries
 

@@ -7,11 +7,12 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from diffaccel.eval.report import tables, verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.comparison.verdict import Row
+from diffaccel.eval.report import tables
 from diffaccel.eval.report.names import clean, split_key
 from diffaccel.eval.report.names import latex_text as escaped
 from diffaccel.eval.report.summary import Cell, RunSummary, main_keys, rows_of, summaries
-from diffaccel.eval.report.verdict import Row
 
 COLUMNS = (
     "run", "metric", "key", "family", "better", "verdict", "value", "low", "high", "delta", "delta_low", "delta_high",

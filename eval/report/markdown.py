@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffaccel.eval.report import tables, verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.report import tables
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import markdown_text, shell_line
 from diffaccel.eval.report.summary import bracketed, compared_runs, headline, main_keys, summaries

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from diffaccel.eval.report import call_times, charts, tables, verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.report import call_times, charts, tables
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import shell_line, short_names, split_key
 from diffaccel.eval.report.summary import headline, main_keys, summaries, things_of

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffaccel.eval.report import verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.comparison.row import BY_PROMPT
+from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.names import clean, short_names
-from diffaccel.eval.report.verdict import Row
 
 DISTANCES = ("lpips", "ssim", "psnr")  # to the baseline's pictures; the first that there is stands in the summary
 FRECHET = ("fd", "fvd")
@@ -143,7 +144,7 @@ def noise_text(row: Row) -> str:
 def count_text(row: Row) -> str:
     """Return how many prompts, or else pictures, stand behind a row."""
     units = (row.get("delta_interval") or row.get("interval") or {}).get("units")
-    if units and row["family"] != "cost":
+    if units and row["family"] in BY_PROMPT:
         return f"{units} prompts"
     return f"{row['n']} pictures" if row.get("n") else ""
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffaccel.eval.comparison import verdict
 from diffaccel.eval.comparison.text import FAMILIES
-from diffaccel.eval.report import verdict
+from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.names import clean
 from diffaccel.eval.report.summary import Cell, cell, count_text, noise_text, note_text, rows_of, things_of
-from diffaccel.eval.report.verdict import Row
 
 FULL_HEADS = ("run", "metric", "value", "95 % interval", "difference", "verdict", "other seeds", "n", "note")
 

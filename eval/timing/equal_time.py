@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison import fidelity
+from diffaccel.eval.comparison import fidelity, verdict
 from diffaccel.eval.comparison.clip_scores import ClipScores
 from diffaccel.eval.comparison.distribution import FEWEST, features
-from diffaccel.eval.comparison.row import Section
+from diffaccel.eval.comparison.row import Section, without_lone_carrier
 from diffaccel.eval.metrics import frechet_intervals
 from diffaccel.eval.metrics.frechet import Moments
 from diffaccel.eval.networks.extractors.base import Extractor
@@ -41,6 +41,7 @@ class Answer:
         judge: difference of the judge's scores, accelerated minus instead.
         ssim: difference of SSIM to the baseline with all its steps; None where the pictures are of other seeds.
         fd: difference of Fréchet distances; None where there are too few pictures, or no network.
+        fd_is_own: whether it is of distances to the baseline's own pictures, which are no quality.
         why: reason for which there is no answer; "" where there is one.
     """
 
@@ -51,6 +52,7 @@ class Answer:
     judge: Paired | None = None
     ssim: Paired | None = None
     fd: Interval | None = None
+    fd_is_own: bool = False
     why: str = ""
 
 
@@ -118,7 +120,7 @@ def against_fewer_steps(
     return Answer(
         accelerated=accelerated.name, instead=f"{baseline.name}, {budget['steps']} steps", ratio=budget["ratio"],
         time=f"{budget['steps']} steps fit: the acceleration takes {_times(budget['ratio'])} their time", judge=judged,
-        ssim=_paired(ssim, fewer_ssim, prompts), fd=fd,
+        ssim=_paired(ssim, fewer_ssim, prompts), fd=fd, fd_is_own=target is None,
     )  # fmt: skip
 
 
@@ -192,25 +194,33 @@ def _cells(answer: Answer) -> tuple[str, ...]:
     """Return an answer as the cells of a row."""
     if answer.why:
         return answer.accelerated, answer.instead, answer.why, "", "", "", ""
-    wins = answer.judge.wins if answer.judge else None
+    wins = answer.judge.wins if answer.judge and not answer.judge.interval.too_few else None
     return (
         answer.accelerated,
         answer.instead,
         answer.time,
-        _signed(answer.judge.interval if answer.judge else None, 2),
+        _signed(answer.judge.interval if answer.judge else None, 2, "higher"),
         f"{wins.value:.0%} ({wins.low:.0%} to {wins.high:.0%})" if wins else "",
         _signed(answer.ssim.interval if answer.ssim else None, 4),
-        _signed(answer.fd, 3),
+        _signed(answer.fd, 3, "" if answer.fd_is_own else "lower"),
     )
 
 
-def _signed(interval: Interval | None, digits: int) -> str:
-    if interval is None:
+def _signed(difference: Interval | None, digits: int, better: str = "") -> str:
+    """Return a difference with its interval and verdict, or with the reason where it has none.
+
+    A difference of distances to the baseline's own pictures has no better side, and no verdict.
+    """
+    if difference is None:
         return ""
-    value, low, high = (f"{end:+.{digits}f}" for end in (interval.value, interval.low, interval.high))
-    return f"{value} ({low} to {high})" + (
-        f", {interval.too_few}" if interval.too_few else "" if interval.significant else ", within noise"
-    )
+    value, low, high = (f"{end:+.{digits}f}" for end in (difference.value, difference.low, difference.high))
+    if difference.too_few:
+        return f"{value}, {difference.too_few}"
+    interval, note, _ = without_lone_carrier(difference, "the spread of the difference")
+    if interval is None:
+        return f"{value}, {note}"
+    word = verdict.word_of_difference(interval.low, interval.high, better) if better else ""
+    return ", ".join(filter(None, (f"{value} ({low} to {high})", word, note)))
 
 
 def _numbers(answer: Answer) -> dict[str, Any]:
@@ -224,7 +234,10 @@ def _numbers(answer: Answer) -> dict[str, Any]:
 
 
 def _ends(interval: Interval) -> dict[str, Any]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "method": interval.method}
+    """Return an interval as numbers; its ends are null where too few stand behind them."""
+    shown = None if interval.too_few else without_lone_carrier(interval)[0]
+    low, high = (None, None) if shown is None else (shown.low, shown.high)
+    return {"value": interval.value, "low": low, "high": high, "method": interval.method, "units": interval.units}
 
 
 def _times(ratio: Mapping[str, Any]) -> str:

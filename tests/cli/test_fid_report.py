@@ -9,12 +9,16 @@ import pytest
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison import measures
+from diffaccel.eval.networks.extractors import extractor
+from diffaccel.eval.report import workspace
 from diffaccel.eval.report.accelerations import make_report
 from diffaccel.eval.report.plan import ReportPlan
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from scripts import fid_report
 
+LOADED: list[str] = []  # networks of the report ``sd``
 FEW = ["--batch", "3", "--threads", "1", "--turns", "6"]
 
 
@@ -54,8 +58,20 @@ def sd(tmp_path_factory, models):
     words = ["--model", models / "sd", "--prompts", prompts, "--baseline", "plain:steps=4,size=32"]
     words += ["--accel", "dpmpp2m:steps=2,size=32", "--accel", "plain:steps=2,size=36"]
     words += ["--clip", "emoji-clip-judge", "--reward", "emoji-clip-reward", *FEW, "--out", out]
-    assert fid_report.main([str(word) for word in words]) == 0
+
+    def loaded(name, **options):
+        LOADED.append(name)
+        return extractor(name, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for room in (measures, workspace):
+            patch.setattr(room, "extractor", loaded)
+        assert fid_report.main([str(word) for word in words]) == 0
     return out, words
+
+
+def test_every_network_is_loaded_once(sd):
+    assert sorted(LOADED) == ["emoji-clip-judge", "emoji-clip-reward", "tiny"]
 
 
 def test_a_report_on_a_folder(sd):

@@ -152,7 +152,7 @@ def test_where_the_time_goes(sides, timing):
     assert of["base"]["one_off"] == pytest.approx(5) and not of["base"]["noise"]
     assert of["base"]["set_up"] == 0.25 and "250.0" in section.rows[0]
     assert of["fast"]["noise"]  # 0.05 s where turns differ by 0.2 s
-    assert section.rows[0][:3] == ("base", "100.0", "1600.0") and "within noise" in section.rows[1]
+    assert section.rows[0][:3] == ("base", "100.0", "1600.0") and "not shown" in section.rows[1]
     own = cost.section(base, [fast], None)
     assert list(own.data["runs"]) == ["base"] and own.data["runs"]["base"]["other"] == pytest.approx(0.25)
     assert cost.section(fast, [fast], None) is None

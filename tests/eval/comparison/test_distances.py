@@ -8,7 +8,7 @@ import torch
 from diffaccel.eval.comparison import compare_runs, distances, distribution, nearest, printed_distances
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.images.open import open_source
-from diffaccel.eval.metrics import frechet_intervals, mind, mmd
+from diffaccel.eval.metrics import frechet_intervals, mind, mmd, mmd_intervals
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from tests.support import made_runs
 
@@ -51,7 +51,7 @@ def test_against_a_reference(sets):
     expected = [mind.mind(of[name], of["reference"]) for name in ("darker", "base")]
     assert row.value == pytest.approx(expected[0]) and row.delta == pytest.approx(expected[0] - expected[1])
     kid = found.row("kid", "darker")
-    interval = mmd.kid_difference(of["darker"], of["base"], of["reference"])
+    interval = mmd_intervals.kid_difference(of["darker"], of["base"], of["reference"])
     assert kid.interval.low < kid.value < kid.interval.high
     assert kid.delta_interval.low == pytest.approx(1000 * interval.low)
     assert found.row("cmmd", "darker") is None  # no CLIP

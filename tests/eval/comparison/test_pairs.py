@@ -133,7 +133,7 @@ def test_identical_pairs_are_counted_and_never_lost(tmp_path):
     assert [cell["identical_pairs"] for cell in cells] == [5, 5] and "5 identical" in result.sections[0].rows[0][3]
 
 
-@pytest.mark.parametrize(("count", "verdict"), [(9, "too few prompts (n = 9) for a verdict"), (10, "beyond noise")])
+@pytest.mark.parametrize(("count", "verdict"), [(9, "too few prompts (n = 9) for a verdict"), (10, "better")])
 def test_no_verdict_of_fewer_than_ten_prompts(tmp_path, count, verdict):
     pictures, texts = [made_runs.blocks(i) // 2 for i in range(count)], [f"thing {i}" for i in range(count)]
     base = made_runs.of_images(tmp_path / "base", pictures, texts)
@@ -141,7 +141,7 @@ def test_no_verdict_of_fewer_than_ten_prompts(tmp_path, count, verdict):
     result = compare_runs(base, [run], Measures(scorers=[Scorer("brightness", brightness)]))
     row = result.row("brightness", "run")
     assert row.within_noise is (None if count < 10 else False) and row.delta_interval.units == count
-    assert f"({verdict})" in result.table().splitlines()[0] and ("noise" in result.table()) == (count >= 10)
+    assert f"({verdict})" in result.table().splitlines()[0] and "noise" not in result.table()
 
 
 def test_one_prompt_gets_no_verdict(tmp_path):
@@ -191,6 +191,19 @@ def test_intervals_of_categories_need_ten_prompts(tmp_path):
     a, b = (entry["metrics"]["brightness"] for entry in found.sections[0].data["categories"])
     assert a["value"] == pytest.approx(5.5) and a["low"] < 5.5 < a["high"]
     assert b["value"] == pytest.approx(16) and "low" not in b
+
+
+def test_a_category_that_one_pair_carries_has_no_interval(tmp_path):
+    texts = [f"{'ab'[i < 40]} {i}" for i in range(52)]
+    images = [made_runs.blocks(i) // 2 for i in range(52)]
+    base = made_runs.of_images(tmp_path / "base", images, texts)
+    run = made_runs.of_images(tmp_path / "run", [x + (60 if i == 7 else 2) for i, x in enumerate(images)], texts)
+    (tmp_path / "p.csv").write_text("prompt,category\n" + "\n".join(f"{text},{text[0]}" for text in texts))
+    scorers = [Scorer("brightness", brightness)]
+    found = compare_runs(base, [run], Measures(scorers=scorers, prompts=str(tmp_path / "p.csv"))).sections[0]
+    numbers = found.data["categories"][1]["metrics"]["brightness"]
+    assert numbers["value"] == pytest.approx(2 + 58 / 40) and "low" not in numbers and numbers["carried_by"] == 1
+    assert "1 of 40 carries the spread, too few for an interval" in found.rows[1][-1]
 
 
 def test_a_packaged_set_is_recognised(tmp_path):

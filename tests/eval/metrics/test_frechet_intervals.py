@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics.frechet import Moments, distance_of_features
-from diffaccel.eval.metrics.frechet_intervals import Interval, difference, distance_interval, infinity
+from diffaccel.eval.metrics.frechet import Moments, distance, distance_of_features, gaussian
+from diffaccel.eval.metrics.frechet_influence import influence
+from diffaccel.eval.metrics.frechet_intervals import difference, distance_interval, infinity, infinity_difference
+from diffaccel.eval.uncertainty.intervals import Interval
 
 D, N = 16, 500
 VARIANCES = torch.arange(1, D + 1, dtype=torch.float64) ** -0.7
@@ -118,28 +120,69 @@ def test_a_run_and_itself_differ_by_nothing() -> None:
     a = samples(0)
     same = difference(a, a, REFERENCE)
     assert (same.value, same.low, same.high, same.significant) == (0, 0, 0, False)
-    assert "jackknife over 10 disjoint shards" in same.method
+    assert "of 500 influences, reference fixed" in same.method
 
 
-def test_paired_rows_are_left_out_of_both_sides() -> None:
+def moved(x: Tensor, y: Tensor, row: int, *, pairs: bool) -> float:
+    """The derivative as a row gets more weight, by differences: of Moments with that row's weight raised."""
+
+    def weighted(rows: Tensor, step: float) -> Moments:
+        weights = torch.ones(len(rows), dtype=torch.float64)
+        weights[row] += step
+        weights /= weights.sum()
+        mean = weights @ rows
+        centred = rows - mean
+        covariance = (weights[:, None] * centred).T @ centred * len(rows) / (len(rows) - 1)
+        return Moments.from_covariance(mean, covariance)
+
+    def value(step: float) -> float:
+        return distance(weighted(x, step), weighted(y, step) if pairs else Moments.of(y))
+
+    step = 1e-3
+    return (value(step) - value(-step)) / (2 * step) * len(x)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_influences_are_derivatives(pairs: bool) -> None:
+    x, y = samples(3)[:60], samples(4, 1, 0)[:60]
+    expected = torch.tensor([moved(x, y, row, pairs=pairs) for row in range(60)], dtype=torch.float64)
+    influences = influence(x, gaussian(y)) + (influence(y, gaussian(x)) if pairs else 0)
+    assert torch.allclose(influences, expected, rtol=0.03, atol=0.03)  # 1 / (n - 1) of the covariance is neglected
+    assert abs(float(influences.sum())) < 1e-9
+
+
+def test_influences_of_fewer_rows_than_dimensions() -> None:
+    """A further dimension in which nothing differs changes nothing, and neither does turning the features."""
+    x, y = samples(3)[:12], samples(4)
+    turn = torch.linalg.qr(samples(5)[:D]).Q
+    turned = influence(x @ turn, gaussian(y @ turn))
+    assert torch.allclose(influence(x, gaussian(y)), turned, atol=1e-9)
+    padded = influence(torch.nn.functional.pad(x, (0, 9)), gaussian(torch.nn.functional.pad(y, (0, 9))))
+    assert torch.allclose(influence(x, gaussian(y)), padded, atol=1e-9)
+
+
+def test_paired_rows_move_together() -> None:
     x = samples(3)[:150]
     y = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=x.dtype)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(6))
     pairs = [(i, int(order.argsort()[i])) for i in range(150)]
     found, fixed = distance_interval(x, y[order], pairs=pairs), distance_interval(x, y)
-    shard = torch.empty(150, dtype=torch.long)
-    shard[torch.randperm(150, generator=torch.Generator().manual_seed(0))] = torch.arange(150) % 10
-    kept = [shard != k for k in range(10)]
-    values = torch.tensor([distance_of_features(x[rows], y[rows]) for rows in kept], dtype=torch.float64)
-    half = 2.2621571628 * float((0.9 * (values - values.mean()).square().sum()).sqrt())
     assert found.value == pytest.approx(fixed.value, rel=1e-9)
-    assert found.high - found.value == pytest.approx(half, rel=1e-6) and "both sides" in found.method
-    assert found.low > 0 > fixed.low and fixed.high - fixed.low > 2 * (found.high - found.low)
-    same = difference(x, x + 0.1, y[order], pairs=pairs)
-    changes = [distance_of_features(x[rows], y[rows]) - distance_of_features(x[rows] + 0.1, y[rows]) for rows in kept]
-    values = torch.tensor(changes, dtype=torch.float64)
-    half = 2.2621571628 * float((0.9 * (values - values.mean()).square().sum()).sqrt())
-    assert same.high - same.value == pytest.approx(half, rel=1e-6)
+    assert "both sides paired" in found.method and fixed.high - fixed.low > 2 * (found.high - found.low)
+    in_order = distance_interval(x, y, pairs=[(i, i) for i in range(150)])
+    assert (found.low, found.high) == pytest.approx((in_order.low, in_order.high), rel=1e-9)
+    more = distance_interval(x, torch.cat([y[order], samples(9)[:50]]), pairs=pairs)  # some rows without a partner
+    assert more.low < more.value < more.high
+
+
+def test_difference_of_extrapolations() -> None:
+    a, b = pair(0)
+    found = infinity_difference(a, b, REFERENCE)
+    assert found.value == pytest.approx(infinity(a, REFERENCE).value - infinity(b, REFERENCE).value, rel=1e-12)
+    assert found.null == 0 and found.low < found.value < found.high
+    assert width([found]) < width([infinity_difference(a, b.flip(0), REFERENCE)])
+    same = infinity_difference(a, a, REFERENCE)
+    assert (same.low, same.value, same.high) == (0, 0, 0)
 
 
 def test_a_reference_of_features() -> None:
@@ -152,8 +195,8 @@ def test_refused() -> None:
     x = samples(0)
     with pytest.raises(DiffAccelError, match="same ids in both runs; got 500 and 499"):
         difference(x, x[1:], REFERENCE)
-    with pytest.raises(DiffAccelError, match="at least 100 rows"):
-        distance_interval(x[:99], REFERENCE)
+    with pytest.raises(DiffAccelError, match="at least 30 rows"):
+        distance_interval(x[:29], REFERENCE)
     with pytest.raises(DiffAccelError, match="reference has 16 features, the samples have 15"):
         infinity(x[:, 1:], REFERENCE)
     with pytest.raises(DiffAccelError, match="reference has 16 features, the samples have 15"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics.mind import mind
+from diffaccel.eval.metrics.mind import mind, mind_difference, mind_interval
 
 
 def draw(n: int, d: int, seed: int = 0) -> Tensor:
@@ -63,3 +63,23 @@ def test_refused() -> None:
         mind(draw(5, 2), draw(5, 2), projections=0)
     with pytest.raises(DiffAccelError, match="x has 2 features and y has 3"):
         mind(draw(5, 2), draw(5, 3))
+
+
+def test_the_interval_of_one_dimension_is_that_of_its_closed_form() -> None:
+    """Against a set far away, MIND is ``3 (m - c)^2`` plus what is alike: its influences are ``6 (m - c) x``."""
+    x, y = draw(200, 1), torch.full((50, 1), 1000.0)
+    found = mind_interval(x, y, projections=1)
+    assert found.value == pytest.approx(mind(x, y), rel=1e-12)
+    half = 1.972 * 6 * 1000 * float(x.std()) / 200**0.5
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+
+
+def test_intervals_of_pairs_and_differences() -> None:
+    x, y = draw(80, 6), draw(120, 6, seed=1) + 0.3
+    near = x + 0.1 * draw(80, 6, seed=2)
+    own, fixed = (mind_interval(x, near, projections=50, pairs=p) for p in ([(i, i) for i in range(80)], ()))
+    assert own.high - own.low < fixed.high - fixed.low and "both sides paired" in own.method
+    less = mind_difference(x, near, y, projections=50)
+    assert less.value == pytest.approx(mind(x, y, projections=50) - mind(near, y, projections=50))
+    assert less.low < less.value < less.high and less.null == 0
+    assert mind_difference(x, x, y, projections=50).high == 0

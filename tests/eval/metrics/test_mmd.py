@@ -15,10 +15,10 @@ from diffaccel.eval.metrics.mmd import (
     cmmd_unbiased,
     gaussian_mmd2,
     kid,
-    kid_difference,
-    kid_interval,
     kid_subsets,
 )
+from diffaccel.eval.metrics.mmd_intervals import cmmd_difference, cmmd_interval, kid_difference, kid_interval
+from diffaccel.eval.uncertainty.intervals import Interval
 
 
 def draw(n: int, d: int, seed: int = 0) -> Tensor:
@@ -98,18 +98,27 @@ def test_subsets_shrink_to_the_smaller_set() -> None:
         kid_subsets(x, y, subsets=2)
 
 
-def test_jackknife_leaves_out_one_row_at_a_time() -> None:
-    a, b, reference = draw(20, 5), draw(20, 5, seed=2) * 1.3, draw(30, 5, seed=1)
-    rows = torch.arange(20)
-    without_a = torch.tensor([plain_kid(a[rows != i], reference) for i in range(20)])
-    without_b = torch.tensor([plain_kid(b[rows != i], reference) for i in range(20)])
-    for found, without, value in (
-        (kid_interval(a, reference), without_a, plain_kid(a, reference)),
-        (kid_difference(a, b, reference), without_a - without_b, plain_kid(a, reference) - plain_kid(b, reference)),
-    ):
-        error = float((19 / 20 * (without - without.mean()).square().sum()).sqrt())
-        assert found.value == pytest.approx(value, rel=1e-10)
-        assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+def widths_by_leaving_out(value: float, without: Tensor, found: Interval) -> float:
+    """The interval's width over that of Student's with the jackknife's error, of replicates without each row."""
+    n = len(without)
+    error = float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
+    assert found.value == pytest.approx(value, rel=1e-9)
+    return (found.high - found.low) / (2 * 1.96 * error)
+
+
+def test_intervals_are_as_wide_as_the_jackknife_says() -> None:
+    a, b, reference = draw(120, 5), draw(120, 5, seed=2) * 1.3, draw(30, 5, seed=1) + 0.5
+    rows = torch.arange(120)
+    without_a = torch.tensor([plain_kid(a[rows != i], reference) for i in range(120)])
+    without_b = torch.tensor([plain_kid(b[rows != i], reference) for i in range(120)])
+    value_a, value_b = plain_kid(a, reference), plain_kid(b, reference)
+    assert 0.9 < widths_by_leaving_out(value_a, without_a, kid_interval(a, reference)) < 1.4
+    difference = kid_difference(a, b, reference)
+    assert 0.9 < widths_by_leaving_out(value_a - value_b, without_a - without_b, difference) < 1.4
+    cmmd_without = torch.tensor([cmmd(a[rows != i], reference, sigma=1) for i in range(120)])
+    found = cmmd_interval(a, reference, sigma=1)
+    assert 0.9 < widths_by_leaving_out(cmmd(a, reference, sigma=1), cmmd_without, found) < 1.4
+    assert cmmd_difference(a, a, reference).low == cmmd_difference(a, a, reference).high == 0
 
 
 def plain_paired_kid(x: Tensor, y: Tensor) -> float:
@@ -119,40 +128,29 @@ def plain_paired_kid(x: Tensor, y: Tensor) -> float:
     return float((h.sum() - h.trace()) / (n * (n - 1)))
 
 
-def test_pairs_are_left_out_of_the_cross_term_and_of_both_sides() -> None:
-    x = draw(20, 5)
-    y = x + 0.1 * draw(20, 5, seed=3)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(4))  # row i of x belongs to row place[i] of it
+def test_pairs_are_left_out_of_the_cross_term_and_move_together() -> None:
+    x = draw(60, 5)
+    y = x + 0.1 * draw(60, 5, seed=3) + 0.2
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(4))  # row i of x belongs to row place[i] of it
     place = order.argsort()
-    pairs, rows = [(i, int(place[i])) for i in range(20)], torch.arange(20)
+    pairs, rows = [(i, int(place[i])) for i in range(60)], torch.arange(60)
     found = kid_interval(x, y[order], pairs=pairs)
     assert kid(x, y[order], pairs=pairs) == pytest.approx(plain_paired_kid(x, y), rel=1e-9)
-    without = torch.tensor([plain_paired_kid(x[rows != i], y[rows != i]) for i in range(20)])
-    error = float((19 / 20 * (without - without.mean()).square().sum()).sqrt())
-    assert found.value == pytest.approx(plain_paired_kid(x, y), rel=1e-9)
-    assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
-    assert "left out of both sides" in found.method
-    assert kid(x, y) < 0 < kid_interval(x, y, pairs=[(i, i) for i in range(20)]).high
+    without = torch.tensor([plain_paired_kid(x[rows != i], y[rows != i]) for i in range(60)])
+    assert 0.8 < widths_by_leaving_out(plain_paired_kid(x, y), without, found) < 1.5
+    assert "both sides paired" in found.method
+    assert kid(x[:20], x[:20] + 0.01) < 0 < kid_interval(x, x + 0.01, pairs=[(i, i) for i in range(60)]).high
 
 
 def test_some_rows_may_be_without_a_partner() -> None:
     x, y = draw(12, 4), draw(15, 4, seed=1)
     y[3:9] = x[:6] + 0.01
     pairs = [(i, i + 3) for i in range(6)]
-
-    def plain_value(x_rows: list[int], y_rows: list[int]) -> float:
-        total = [(x[i] @ y[j] / 4 + 1) ** 3 for i in x_rows for j in y_rows if (i, j) not in pairs]
-        own = plain_kid(x[x_rows], y[y_rows]) + 2 * ((x[x_rows] @ y[y_rows].T / 4 + 1) ** 3).mean()
-        return float(own - 2 * torch.stack(total).mean())
-
-    partner = dict(pairs)
-    without = torch.tensor([
-        plain_value([k for k in range(12) if k != i], [k for k in range(15) if k != partner.get(i)]) for i in range(12)
-    ])  # fmt: skip
-    error = float((11 / 12 * (without - without.mean()).square().sum()).sqrt())
+    total = [(x[i] @ y[j] / 4 + 1) ** 3 for i in range(12) for j in range(15) if (i, j) not in pairs]
+    own = plain_kid(x, y) + 2 * ((x @ y.T / 4 + 1) ** 3).mean()
     found = kid_interval(x, y, pairs=pairs)
-    assert found.value == pytest.approx(plain_value(list(range(12)), list(range(15))), rel=1e-9)
-    assert found.high - found.low == pytest.approx(2 * 1.959964 * error, rel=1e-6)
+    assert found.value == pytest.approx(float(own - 2 * torch.stack(total).mean()), rel=1e-9)
+    assert found.low < found.value < found.high
 
 
 def test_equal_distributions_in_pairs_have_no_negative_distance_on_average() -> None:

@@ -90,12 +90,22 @@ def test_fvd_is_the_frechet_distance_of_clip_features_with_its_record() -> None:
     assert json.loads(json.dumps(got.to_dict())) == {
         "key": "FVD[i3d]",
         "value": got.value,
+        "interval": None,
         "n": 10,
         "m": 12,
         "extractor": "i3d",
         "weights_sha256": "ab12",
         "sampling": {"frames": 3, "stride": 2, "start": 0, "resolution": 8},
     }
+
+
+def test_thirty_clips_have_an_interval() -> None:
+    a = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    b, names = a + 0.1 * a.flip(1) + 0.5, {"extractor": "i3d", "weights_sha256": ""}
+    own = fvd(a, b, sampling=FrameSampling(), pairs=[(i, i) for i in range(30)], **names).interval
+    fixed = fvd(a, b, sampling=FrameSampling(), **names).interval
+    assert own is not None and fixed is not None and own.low < own.value < own.high < fixed.high
+    assert fvd(a[:29], b, sampling=FrameSampling(), **names).interval is None
 
 
 def test_errors_say_what_is_wrong() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from diffaccel.eval.report import summary, verdict
+from diffaccel.eval.comparison import verdict
+from diffaccel.eval.report import summary
 from tests.support.report_rows import report, row, score, speedup
 
 SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}

@@ -15,6 +15,7 @@ from diffaccel.eval.sets.candidates import draw_function
 from diffaccel.eval.sets.run import Run, open_run
 from diffaccel.eval.timing import budget, equal_time
 from diffaccel.eval.timing.turns import take_turns
+from diffaccel.eval.uncertainty.intervals import paired_difference
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import Variant
 from diffaccel.samplers import Heun
@@ -173,6 +174,28 @@ def test_answers_are_paired_differences(runs, reward, judge):
     assert section.key == "equal_time" and [len(row) for row in section.rows] == [len(section.columns)] * 3
     assert "4 pictures fit" in section.rows[0][2] and "4.40x (4.20 to 4.60)" in section.rows[0][2]
     assert section.rows[2][2] == "so" and section.data["answers"][1]["ssim"]["value"] == 0
+    # three prompts: no interval, neither as text nor as a number
+    assert section.rows[1][3] == "+0.00, too few prompts (n = 3) for a verdict" and section.rows[1][4] == ""
+    assert section.data["answers"][0]["judge"]["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "cell"),
+    [
+        ([1.0, 2.0] * 10, "better"),
+        ([-1.0, -2.0] * 10, "worse"),
+        ([-1.0, 1.0] * 10, "not shown"),
+        ([1.0, 2.0] * 4, "+1.50, too few prompts (n = 8) for a verdict"),
+        ([50.0] + [0.0] * 39, "+1.25, 1 of 40 carries the spread of the difference, too few for an interval"),
+    ],
+)
+def test_a_difference_has_the_verdict_words_of_the_report(scores, cell):
+    judged = paired_difference(torch.tensor(scores), torch.zeros(len(scores)))
+    own = replace(judged.interval, low=0.1, high=0.2, value=0.15)
+    answer = equal_time.Answer(accelerated="a", instead="b", judge=judged, ssim=judged, fd=own, fd_is_own=True)
+    row = equal_time.section([answer]).rows[0]
+    assert row[3].endswith(cell) and ("better" in row[5], "worse" in row[6]) == (False, False)
+    assert equal_time.section([replace(answer, fd_is_own=False)]).rows[0][6].endswith("worse") == (len(scores) == 20)
 
 
 def test_the_judge_never_chooses(runs, judge):

@@ -36,9 +36,15 @@ def word(row: Row) -> str:
         return "" if delta is None else NOT_SHOWN
     if few_prompts(row):
         return NOT_SHOWN
-    if interval["low"] <= 0 <= interval["high"]:
-        return SAME if _inside_noise(interval, row) else NOT_SHOWN
-    return BETTER if (interval["low"] > 0) == (row["better"] == "higher") else WORSE
+    shown = word_of_difference(interval["low"], interval["high"], row["better"])
+    return SAME if shown == NOT_SHOWN and _inside_noise(interval, row) else shown
+
+
+def word_of_difference(low: float, high: float, better: str) -> str:
+    """Return the verdict of a difference by its interval and the better side, "higher" or "lower"."""
+    if low <= 0 <= high:
+        return NOT_SHOWN
+    return BETTER if (low > 0) == (better == "higher") else WORSE
 
 
 def few_prompts(row: Row) -> str:
