@@ -63,6 +63,7 @@ class Config:
         touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
         conflicts: names of methods that cannot be active at the same time.
         citation: title and arXiv id.
+        added: names of options that came after the first records; their defaults are what was done before.
         needs_steps: whether a method on the network must be told the step of every network call. Without a loop method
             the call then runs under the pipeline's own scheduler, step by step.
     """
@@ -71,6 +72,7 @@ class Config:
     touches: ClassVar[Touches]
     conflicts: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = ""
+    added: ClassVar[tuple[str, ...]] = ()
     needs_steps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -103,8 +105,14 @@ class Config:
         return "unknown", "the method does not say what it needs"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``{"name": ..., field: value}``, JSON-ready."""
-        return {"name": self.name, **asdict(self)}
+        """Return ``{"name": ..., field: value}``, JSON-ready.
+
+        An option that is younger than the first records is left out where it has its default: what earlier versions
+        did, so that their records still name the same settings.
+        """
+        defaults = {field.name: field.default for field in fields(self) if field.name in self.added}
+        values = {name: value for name, value in asdict(self).items() if defaults.get(name, MISSING) != value}
+        return {"name": self.name, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -142,6 +150,7 @@ class SamplerConfig(Config):
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
     searches: ClassVar[bool] = False  # one call may use many processes, and writes files of its own
+    added: ClassVar[tuple[str, ...]] = ("guidance_stop",)
     is_stock_rule: ClassVar[bool] = False  # its result is the stock call's, which is made where it is not followed
     keeps_rows: ClassVar[bool] = True  # the rows of its network calls are those of the step before, one by one
 

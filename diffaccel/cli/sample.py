@@ -85,7 +85,8 @@ def run(argv: list[str]) -> int:
         prompts=_prompts(options), classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
         methods=methods(options.sampler, method_options, options.method) if point is None else point.methods,
-        steps=options.steps or (None if point is None else point.call.get("steps")), size=parse_size(options.size),
+        steps=options.steps if point is None or options.steps is not None else point.call.get("steps"),
+        size=parse_size(options.size),
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
         device=options.device, threads=options.threads,
     )  # fmt: skip

@@ -29,6 +29,7 @@ class Family(Guided):
             pipeline joins them before its loop, so that a callback sees the negative rows but does not change them.
         checked_multiple: the pipeline's own check of its arguments takes sides that are multiples of this only.
         rounds: whether it rounds these down to what it can draw; else it fails on other ones later.
+        has_sizes: whether a call chooses the size of its picture.
         fps: frame rate of the videos that a video model was trained on.
     """
 
@@ -40,6 +41,7 @@ class Family(Guided):
     negative_callback_args: ClassVar[dict[str, str]] = {}
     checked_multiple: ClassVar[int] = 1
     rounds: ClassVar[bool] = False
+    has_sizes: ClassVar[bool] = True
     fps: ClassVar[float] = 16.0
 
     # -- network -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ class DiT(LearnedVariance):
 
     name = "dit"
     pipelines = ("DiTPipeline",)
+    has_sizes = False
     row_args = ("class_labels",)
     negative_first = False
 

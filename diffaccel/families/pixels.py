@@ -15,6 +15,7 @@ class Pixels(Family):
 
     name = "pixels"
     pipelines = ("DDPMPipeline", "DDIMPipeline")
+    has_sizes = False
     denoiser = "unet"
     latent_arg = "sample"
 

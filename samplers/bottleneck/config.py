@@ -92,6 +92,15 @@ class Bottleneck(SamplerConfig):
         return cls(preset="bottleneck", stage_steps=options.pop("steps"), noise="fresh", **options)
 
     @classmethod
+    def fits(cls, pipeline: str, family: Any) -> tuple[bool | None, str]:
+        """Return whether stages work on a pipeline, by its class name and its family or None, and why."""
+        if family is None:
+            return None, "works where the rows and columns of latents are known, which the loaded pipeline shows"
+        if not family.has_sizes:
+            return False, "draws at one size only"
+        return True, "runs its own loop at several sizes"
+
+    @classmethod
     def tunable(cls) -> dict[str, tuple[Any, ...]]:
         """Return what a tuner may try, in order of growing speed."""
         return {
@@ -176,6 +185,11 @@ class Bottleneck(SamplerConfig):
 
     def stages(self, session: Session) -> tuple[list[Stage], Handover]:
         """Return the stages of a call, and how each is entered from the one before."""
+        if not session.family.has_sizes:
+            raise DiffAccelError(
+                f"{type(session.pipe).__name__} draws at one size only, that of its network, so its calls have no "
+                "stages. Use a sampler that keeps the size, such as Euler."
+            )
         target = target_of(session)
         is_video, total = session.x.ndim == 5, len(target.levels) - 1
         preset = self._preset(total, is_video)

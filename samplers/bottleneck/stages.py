@@ -111,15 +111,21 @@ def spectral(target: Target, scales: Sequence[float], spectrum: tuple[float, flo
 
 
 def switched(target: Target, scales: Sequence[float], switches: Sequence[float]) -> list[Stage]:
-    """Return stages with the call's own levels, each left after a share of its steps (arXiv 2609.02036)."""
-    total = len(target.levels) - 1
-    ends = [round(share * total) for share in switches] + [total]
-    bounds = [0, *ends]
-    if any(last <= first for first, last in pairwise(bounds)):
+    """Return stages with the call's own levels, each left after a share of its steps (arXiv 2609.02036).
+
+    Each stage has a step at least.
+    """
+    total, later = len(target.levels) - 1, len(scales) - 1
+    if total < len(scales):
         raise DiffAccelError(
-            f"Of {total} steps the shares {tuple(switches)} leave a stage without any. Ask for more steps, or for "
-            "other shares."
+            f"{total} steps do not fill {len(scales)} stages. Pass num_inference_steps={len(scales)} or more."
         )
+    if any(after <= before for before, after in pairwise(switches)):
+        raise DiffAccelError(f"switches is {tuple(switches)}; shares of the steps must grow, as (0.3, 0.6).")
+    bounds = [0]
+    for index, share in enumerate(switches):
+        bounds.append(min(max(round(share * total), bounds[-1] + 1), total - (later - index)))
+    bounds.append(total)
     return [
         _part(target, target.scaled(scale), first, last)
         for scale, (first, last) in zip(scales, pairwise(bounds), strict=True)

@@ -42,6 +42,13 @@ class SeaCache(CacheConfig):
     same_step: bool = False
 
     @classmethod
+    def fits(cls, pipeline: str, family: Any) -> tuple[bool | None, str]:
+        """Return what the base does; of pipelines on pixels only the loaded scheduler shows whether it can be read."""
+        if family is not None and family.name == "pixels":
+            return None, "works where the scheduler's noise levels can be read, which clip_sample prevents"
+        return super().fits(pipeline, family)
+
+    @classmethod
     def paper(cls) -> Self:
         """Return the settings published for pictures: the last residual, and the change of the step itself."""
         return cls(payload="last", same_step=True, most_skips=0)

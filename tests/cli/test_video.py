@@ -365,8 +365,10 @@ def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypat
     for method in (m for m in says if m["fits"] is not None):
         name = method["name"]
         # a search needs a reward that knows what it looks at
-        more = (f"--{name}.reward", "compress", f"--{name}.budget", 80) if config_class(name).searches else ()
-        done = sample(model, *asked, "--sampler", name, *more, "--out", name, size=size)
+        searches = getattr(config_class(name), "searches", False)
+        more = (f"--{name}.reward", "compress", f"--{name}.budget", 80) if searches else ()
+        option = "--sampler" if config_class(name).touches == "loop" else "--method"
+        done = sample(model, *asked, option, name, *more, "--out", name, size=size)
         assert done.status == (0 if method["fits"] else 2), (method, done.err)
         assert method["fits"] or method["reason"] in done.err
 

@@ -39,10 +39,10 @@ def pipe():
     return tiny.make("flux")
 
 
-def draw(pipe, config: Bottleneck) -> torch.Tensor:
+def draw(pipe, config: Bottleneck, steps: int = 6) -> torch.Tensor:
     diffaccel.accelerate(pipe, config)
     try:
-        kwargs = {**tiny.call_kwargs("flux", size=64, batch=1), "num_inference_steps": 6}
+        kwargs = {**tiny.call_kwargs("flux", size=64, batch=1), "num_inference_steps": steps}
         return pipe(**kwargs).images.clone()
     finally:
         diffaccel.remove(pipe)
@@ -103,8 +103,10 @@ def test_what_a_tuner_may_try_is_valid() -> None:
             Bottleneck(**{"preset": "speed", name: value})
 
 
-def test_steps_that_leave_a_stage_empty(pipe) -> None:
-    with pytest.raises(DiffAccelError, match="leave a stage without any"):
-        draw(pipe, Bottleneck(preset="lightx2v", scales=(0.5, 1.0), switches=(0.05,)))
+def test_steps_that_do_not_fill_the_stages(pipe) -> None:
+    early = Bottleneck(preset="lightx2v", scales=(0.5, 1.0), switches=(0.05,))
+    assert torch.isfinite(draw(pipe, early)).all()  # each stage has a step at least
+    with pytest.raises(DiffAccelError, match="1 steps do not fill 2 stages"):
+        draw(pipe, early, steps=1)
     with pytest.raises(DiffAccelError, match=r"stage_steps is .*, 34 in all, and the call makes 6"):
         draw(pipe, Bottleneck.paper())
