@@ -62,7 +62,7 @@ class CacheConfig(Config):
         if family is None:
             return None, "works where the call can be followed step by step, which the loaded pipeline shows"
         if cls.probes and family.denoiser == "unet":
-            return False, f"looks at a transformer's first block, and {pipeline} has a UNet"
+            return False, f"looks at the first of a transformer's blocks, and {pipeline} has a UNet"
         return True, "forecasts the network's output" if family.denoiser == "unet" else "skips the network's blocks"
 
     def validate(self) -> None:
