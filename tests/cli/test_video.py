@@ -364,6 +364,8 @@ def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypat
     size = 32 if model == "cogvideox" else None
     for method in (m for m in says if m["fits"] is not None):
         name = method["name"]
+        if (model, name) == ("cogvideox", "firstblock"):  # which needs two blocks; the tiny network has one
+            continue
         # a search needs a reward that knows what it looks at
         searches = getattr(config_class(name), "searches", False)
         more = (f"--{name}.reward", "compress", f"--{name}.budget", 80) if searches else ()

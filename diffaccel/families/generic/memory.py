@@ -22,6 +22,7 @@ from torch import Tensor
 from diffaccel.families.generic.findings import Findings
 from diffaccel.families.generic.stand_ins import NO_DENOISERS
 from diffaccel.families.generic.watching import NotIdentified
+from diffaccel.modules.call_class import stock_class
 
 MOST_KINDS = 32  # of one pipeline; the oldest is forgotten
 MOST_NUMBERS = 1000  # of a list or tensor of numbers that counts by its values, such as timesteps
@@ -77,7 +78,8 @@ def kind_of_parts(pipe: Any) -> Hashable:
     """Return what tells apart the states of a pipeline in which its calls may differ."""
     config = getattr(pipe, "config", {})
     parts = [(name, _part(name, part)) for name, part in vars(pipe).items() if not name.startswith("_")]
-    return type(pipe), str(getattr(pipe, "_execution_device", "")), _text(config), tuple(sorted(parts, key=_name))
+    device, in_order = str(getattr(pipe, "_execution_device", "")), tuple(sorted(parts, key=_name))
+    return stock_class(type(pipe)), device, _text(config), in_order
 
 
 def _name(item: tuple[str, Any]) -> str:
