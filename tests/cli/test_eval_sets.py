@@ -251,6 +251,7 @@ def test_a_protocols_statistics_stand_for_its_images(run, sets, inception, tmp_p
         assert values(stored)[key] == pytest.approx(value, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets, inception, tmp_path):
     how = ("--extractor", f"inception:{inception}", "--allow-unknown-weights", "--num", 3, "--json")
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted((sets / "b").iterdir())])

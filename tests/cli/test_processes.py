@@ -58,6 +58,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_runs_continue(start, sample, tmp_path):
     options = ("--num", 16, "--batch", 2, "--sampler", "ancestral")  # sixteen chunks
     whole = sample("a red apple", "two cats", *options, "--out", "whole", "--json").json

@@ -156,8 +156,14 @@ def origins(interpreter: Path, checkout: Path, cwd: Path) -> dict[str, Path]:
     return {name: Path(file) for name, file in json.loads(out).items()}
 
 
-@pytest.mark.parametrize("where", ["root", "elsewhere"])
-@pytest.mark.parametrize("kind", ["wheel-env", "editable-env"])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("wheel-env", "elsewhere"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("wheel-env", "root"), ("editable-env", "root"))),
+        pytest.param("editable-env", "elsewhere", marks=pytest.mark.slow),
+    ],
+)
 def test_installed_package_imports_from_anywhere(pythons, checkout, tmp_path, kind, where):
     """From the repository root the tree's own files win, else the installed ones; never a mixture."""
     found = origins(pythons[kind], checkout, checkout if where == "root" else tmp_path)

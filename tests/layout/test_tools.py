@@ -35,6 +35,7 @@ def test_mypy_sees_each_file_once_and_finds_nothing():
     assert int(re.search(r"no issues found in (\d+) source files", done.stdout)[1]) == len(tree.modules())
 
 
+@pytest.mark.slow
 def test_coverage_sees_each_file_once(tmp_path):
     """Files that ran and files that did not; only the first are looked for under their link."""
     env = {"COVERAGE_FILE": str(tmp_path / "data")}

@@ -8,6 +8,7 @@ from scripts import bench_tuner
 from scripts.tuner_bed import STEPS, ToyBed
 
 
+@pytest.mark.slow
 def test_every_plan_of_the_space_is_there_once_and_the_truth_decides():
     plans = [plan.name for plan in bench_tuner.plans()]
     assert len(plans) == len(set(plans)) == 11 * (1 + 6 + 4 * 3) * (1 + 5) * (1 + 3)

@@ -61,6 +61,7 @@ def test_against_a_reference(sets):
     assert (mine, theirs, round(cosine, 9)) == ("00003", "00109", 1.0)  # the picture that was planted
 
 
+@pytest.mark.slow
 def test_infinity_is_measured_of_many_independent_pictures():
     draw = torch.Generator().manual_seed(0)
     x, y = (torch.randn(n, 8, generator=draw) for n in (600, 2000))

@@ -52,6 +52,7 @@ def test_infinity_covers_the_population_and_the_plain_distance_does_not() -> Non
     assert abs(mean - TRUTH) < 0.15 * (sum(naive.value for _, naive in estimates) / 100 - TRUTH)
 
 
+@pytest.mark.slow
 def test_a_quadratic_where_subsets_have_fewer_rows_than_dimensions() -> None:
     """With 120 images of 16 features the smallest size is 12: the line is far too low, which its interval knows."""
     line = [infinity(samples(seed, n=120), REFERENCE) for seed in range(60)]

@@ -121,7 +121,7 @@ def features(network):
     return call
 
 
-SLOW_KINDS = ("blur", "jpeg", "desaturation", "patch shuffle")
+SLOW_KINDS = ("noise", "blur", "jpeg", "desaturation", "patch shuffle")
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in check_tiny.LEVELS]
 
 
@@ -216,6 +216,7 @@ def test_folding_is_exact_and_scaling_multiplies_features():
     assert trained.std() > 0.01
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_in_the_same_weights(tmp_path, monkeypatch):
     def options(name):
         return argparse.Namespace(out=tmp_path / name, device="cpu", batch=12, steps=4, minutes=None, lr=1e-3, seed=3)

@@ -31,6 +31,7 @@ def steady(monkeypatch):
     monkeypatch.setattr(chunk, "_cost", lambda *args: (cost := honest(*args)) | {"seconds": 0.1 + 0.1 * cost["calls"]})
 
 
+@pytest.mark.slow
 def test_a_preset_of_a_tiny_pipeline(pipe, steady, tmp_path):
     """Any loss is allowed, so that fewer steps are certified whatever random weights draw."""
     said = []

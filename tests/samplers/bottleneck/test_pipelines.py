@@ -15,7 +15,11 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import Bottleneck, Euler, Heun, Scheduler
 from diffaccel.session import Pred
 
-FAMILIES = [*tiny.FAMILIES, "wan", "hunyuan", "cogvideox"]
+FAST = ("flux", "sdxl", "wan")  # of each kind one
+FAMILIES = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in (*tiny.FAMILIES, "wan", "hunyuan", "cogvideox")
+]
 RULES = {
     "speed": Bottleneck(preset="speed", tolerance=0.2, spectrum=(3.0, 1.4)),
     "bottleneck": Bottleneck(

@@ -260,6 +260,7 @@ def test_finished_work_is_not_done_again(work, scenes, shared):
     assert (work / "clip_a" / "open_clip_model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_reopened_clip_goes_on_where_it_ended(work, scenes, shared, tmp_path):
     copy = shutil.copytree(work, tmp_path / "work")
     (copy / "clip_b.safetensors").unlink()  # what packed models lack
