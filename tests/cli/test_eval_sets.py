@@ -207,6 +207,7 @@ def test_clean_fids_features_are_a_set(run, sets, tmp_path):
 # -- protocols --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_protocol_is_part_of_the_key(run, sets, inception, tmp_path, monkeypatch):
     sha = sha256(inception)
     how = ("--extractor", f"inception:{inception}", "--num", 4, "--cache", tmp_path / "kept", "--json")

@@ -168,6 +168,7 @@ print(store.materialise(sys.argv[1], "tiny", verify=True))
 """
 
 
+@pytest.mark.slow
 def test_several_processes_at_once_agree(packed, cache):
     damaged = store.materialise(packed, "tiny")
     (damaged / "part" / "config.json").unlink()  # all of them find a folder that must be replaced

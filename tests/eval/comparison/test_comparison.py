@@ -57,6 +57,7 @@ def tiny():
     return extractor("tiny")
 
 
+@pytest.mark.slow
 def test_degradations_show_in_their_order(runs, tiny):
     measures = Measures(others=runs["other"], extractors=[tiny])
     found = compare_runs(runs["base"], [runs["slight"], runs["strong"]], measures)
@@ -98,6 +99,7 @@ def judge():
     return as_clip(extractor("emoji-clip-judge"))
 
 
+@pytest.mark.slow
 def test_the_fit_to_prompts(runs, judge):
     found = compare_runs(runs["base"], [runs["strong"]], Measures(others=runs["other"], clips=[judge]))
     rows = {row.run: row for row in found.rows if row.metric == "clip_score"}
