@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.modules.dct import dct_matrix
+
 logger = logging.getLogger(__name__)
 
 # P(w) = A w^-beta, w in cycles along the shorter side of the latent grid; by the VAE's scaling factor and channels.
@@ -42,8 +44,6 @@ def fit(latents: Tensor) -> tuple[float, float]:
     The power of a frequency is the mean square of its coefficients in the orthonormal DCT, over rows and channels; a
     line is fitted to its logarithm over the logarithm of w, with the weight of a frequency's number of coefficients.
     """
-    from diffaccel.modules.dct import dct_matrix
-
     x = latents.detach().to("cpu", torch.float64)
     height, width = x.shape[-2:]
     power = ((dct_matrix(height) @ x @ dct_matrix(width).T) ** 2).flatten(0, -3).mean(0)  # (H, W)
