@@ -52,7 +52,7 @@ class Native(Predictor):
                     reply = self._answer(event, bar)
                     if isinstance(event, Step | Advance) and self._is_interrupted:
                         sampling.close()
-                        return self.track.at_full_size(reply, self.stats.steps)
+                        return self.track.at_full_size(reply)
                     event = sampling.send(reply)
         except StopIteration as stop:
             return stop.value

@@ -22,27 +22,26 @@ class Track:
     """
 
     def __init__(self, session: Session, parts: Sequence[tuple[Session, Tensor]] = ()) -> None:
-        self.own = session
-        self.has_stages = bool(parts)
+        self.own, self._parts = session, parts
         self.sessions = [at for at, _ in parts] or [session]
-        self.counts = [len(sigmas) - 1 for _, sigmas in parts]
-        self._levels = [sigmas for _, sigmas in parts]
-        self._ends = list(accumulate(self.counts))
+        self._starts = list(accumulate((len(sigmas) - 1 for _, sigmas in parts), initial=0))  # and the end
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether the sampler announced stages."""
+        return bool(self._parts)
 
     @cached_property
     def timesteps(self) -> Tensor:
         """The timestep of every step."""
         if not self.has_stages:
             return self.own.schedule.timesteps
-        times = [at.schedule.timestep(level) for at, levels in self._parts() for level in levels[:-1]]
+        times = [at.schedule.timestep(level) for at, levels in self._parts for level in levels[:-1]]
         return torch.stack([time.reshape(()).to(times[0]) for time in times])
-
-    def _parts(self) -> list[tuple[Session, Tensor]]:
-        return list(zip(self.sessions, self._levels, strict=True))
 
     def stage(self, step: int) -> int:
         """Return the index of the stage of a step."""
-        return min(sum(step >= end for end in self._ends), len(self.sessions) - 1)
+        return min(sum(step >= end for end in self._starts[1:]), len(self.sessions) - 1)
 
     def session(self, step: int) -> Session:
         """Return the session of a step's resolution."""
@@ -53,10 +52,10 @@ class Track:
         if not self.has_stages:
             return None
         stage = self.stage(step)
-        return step - (self._ends[stage] - self.counts[stage]), self.counts[stage]
+        return step - self._starts[stage], self._starts[stage + 1] - self._starts[stage]
 
-    def at_full_size(self, x: Tensor, steps: int) -> Tensor:
-        """Return the latents of a run that was interrupted after ``steps`` steps at the call's own size."""
+    def at_full_size(self, x: Tensor) -> Tensor:
+        """Return the latents of a run that was interrupted in any stage, at the call's own size."""
         size = self.own.x.shape[2:]
         if not self.has_stages or x.shape[2:] == size:
             return x
