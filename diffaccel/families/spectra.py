@@ -42,7 +42,7 @@ def fit(latents: Tensor) -> tuple[float, float]:
     """Fit ``P(w) = A w^-beta`` to clean latents ``(B, C, H, W)``, in the scale in which a network sees them.
 
     The power of a frequency is the mean square of its coefficients in the orthonormal DCT, over rows and channels; a
-    line is fitted to its logarithm over the logarithm of w, with the weight of a frequency's number of coefficients.
+    line is fitted to its logarithm over the logarithm of w, in which every length w counts alike.
     """
     x = latents.detach().to("cpu", torch.float64)
     height, width = x.shape[-2:]

@@ -63,8 +63,10 @@ class Bottleneck(SamplerConfig):
     """
 
     name: ClassVar[str] = "bottleneck"
-    paper_title: ClassVar[str] = ""
-    citation: ClassVar[Any] = "Training-free Diffusion Acceleration with Bottleneck Sampling, arXiv 2503.18940"
+    citation: ClassVar[str] = (
+        "Training-free Diffusion Acceleration with Bottleneck Sampling, arXiv 2503.18940; Spectral Progressive "
+        "Diffusion, arXiv 2605.18736; SelfLift, arXiv 2609.02036; LightX2V"
+    )
 
     preset: Preset = "auto"
     scales: tuple[float, ...] | None = None
