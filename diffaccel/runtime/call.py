@@ -32,7 +32,7 @@ from diffaccel.runtime.meter import device_of
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.probe import Opening, arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
-from diffaccel.runtime.stock_call import follow_or_call, needs_steps, rewinder
+from diffaccel.runtime.stock_call import follow_or_call, own_loop_refusal, rewinder
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,8 @@ def _follow(
     except NotIdentified as reason:
         if is_stock_rule:
             raise
-        if extras.told:
-            raise needs_steps(pipe, extras.told, reason) from reason
+        if refusal := own_loop_refusal(pipe, config, extras.told, reason):
+            raise refusal from reason
         return _generate_stock(pipe, config, call, arguments, memo, reason)
     rewind = rewinder(pipe, arguments)
     try:
@@ -228,11 +228,6 @@ def _generate_stock(
     """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
     from diffaccel.runtime.stock_loop import generate_stock
 
-    if getattr(config, "guidance_stop", 1.0) < 1:
-        raise UnsupportedBySampler(
-            f"guidance_stop={config.guidance_stop} was asked of {type(pipe).__name__}, which keeps its own loop: "
-            f"{reason} Leave it out."
-        )
     logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
     try:
         return generate_stock(pipe, config, call, arguments, memo)

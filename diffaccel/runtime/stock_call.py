@@ -60,13 +60,8 @@ def follow_or_call(
                 raise
             error, reason = failure, first_line(failure)
         rewind()
-    if getattr(config, "guidance_stop", 1.0) < 1:
-        raise UnsupportedBySampler(
-            f"guidance_stop={config.guidance_stop} was asked of a call that only the pipeline's own loop can make: "
-            f"{reason} Leave it out."
-        ) from error
-    if told:
-        raise needs_steps(pipe, told, reason) from error
+    if refusal := own_loop_refusal(pipe, config, told, reason):
+        raise refusal from error
     result, stats = _call_metered(pipe, call, arguments, error)
     if isinstance(error, DiffAccelError):  # others may pass
         refusals[kind] = reason
@@ -77,13 +72,27 @@ def follow_or_call(
     return result, stats
 
 
-def needs_steps(pipe: Any, told: tuple[str, ...], reason: object) -> UnsupportedBySampler:
-    """Return the error for a call that cannot be followed step by step, as methods on its network need."""
-    names = " and ".join(f"'{name}'" for name in told)
-    return UnsupportedBySampler(
-        f"{names} must be told the step of every network call, and this call of {type(pipe).__name__} cannot be "
-        f"followed: {str(reason).rstrip('.')}. Leave that out of the call, or diffaccel.remove(pipe) first."
-    )
+def own_loop_refusal(
+    pipe: Any, config: SamplerConfig, told: tuple[str, ...], reason: object
+) -> UnsupportedBySampler | None:
+    """Return the error for a call that runs in the pipeline's own loop and was asked for what only the driver does.
+
+    That is to tell methods on the network their steps, and to leave out the unconditional prediction at the end; None
+    where neither was asked for.
+    """
+    why = str(reason).rstrip(".")
+    if told:
+        names = " and ".join(f"'{name}'" for name in told)
+        return UnsupportedBySampler(
+            f"{names} must be told the step of every network call, and this call of {type(pipe).__name__} cannot be "
+            f"followed: {why}. Leave that out of the call, or diffaccel.remove(pipe) first."
+        )
+    if getattr(config, "guidance_stop", 1.0) < 1:
+        return UnsupportedBySampler(
+            f"guidance_stop={config.guidance_stop} was asked of a call of {type(pipe).__name__} that only its own loop "
+            f"can make: {why}. Leave it out."
+        )
+    return None
 
 
 def _call_metered(
