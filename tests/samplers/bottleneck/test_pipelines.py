@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_more
 import torch
+from small_pipelines import Drifting, draw, make
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
@@ -189,6 +190,14 @@ def test_no_guidance_at_all_is_the_unguided_call() -> None:
     assert 0 < diffaccel.summary(pipe).last_run["forwards"] < 28
     with pytest.raises(DiffAccelError, match=r"guidance_stop is 1\.5; it must be from 0"):
         Euler(guidance_stop=1.5)
+
+
+@pytest.mark.parametrize("sampler", [Euler, Scheduler])
+def test_a_call_in_its_own_loop_cannot_stop_guidance(sampler: Any) -> None:
+    pipe = make(Drifting)
+    diffaccel.accelerate(pipe, sampler(guidance_stop=0.5))
+    with pytest.raises(DiffAccelError, match=r"guidance_stop=0\.5 was asked of a call of Drifting that only its own"):
+        draw(pipe)
 
 
 def test_rows_stop_each_at_its_own_level() -> None:
