@@ -9,12 +9,12 @@ import pytest
 import tiny
 import tiny_more
 import torch
-from small_pipelines import Drifting, draw, make
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import Bottleneck, Euler, Heun, Scheduler
 from diffaccel.session import Pred
+from tests.support.small_pipelines import Drifting, draw, make
 
 FAST = ("flux", "sdxl", "wan")  # of each kind one
 FAMILIES = [
