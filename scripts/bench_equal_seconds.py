@@ -3,9 +3,11 @@
     python -m scripts.bench_equal_seconds --variants "bottleneck:preset=speed,tolerance=0.05" --out docs/results
 
 Every variant draws the same prompts and seeds. Seconds are of the denoising loop, the median over turns in which all
-variants take their turn on one batch. A variant is compared, picture by picture, with the plain sampler at the least
-number of steps that takes at least as long. Scores of every picture go to a file of their own as soon as they are
-measured, from which the command goes on after a stop; ``--table FILE`` makes record and table of it again.
+variants take their turn on one batch, of ``--timing-batch`` pictures where that is given: a small model follows its
+FLOPs only in large batches. The prompts of this batch are encoded once, so that a whole call has no text encoder. A
+variant is compared, picture by picture, with the plain sampler at the least number of steps that takes at least as
+long. Scores of every picture go to a file of their own as soon as they are measured, from which the command goes on
+after a stop; ``--table FILE`` makes record and table of it again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from diffaccel.runs.variant import parse
 JUDGE = "emoji-clip-judge"
 SCORES = ("ssim", "psnr", "judge")
 PLAIN = "euler:steps={}"
-CHOICES = ("out", "table", "variants", "plain", "turns", "kind")  # options that change no picture
+CHOICES = ("out", "table", "variants", "plain", "turns", "kind", "timing_batch")  # options that change no picture
 
 
 class Bench:
@@ -55,26 +57,42 @@ class Bench:
         self.texts = list(prompts.read(args.prompts).texts)[args.skip : args.skip + args.count]
         self.base: Tensor | None = None
 
-    def call(self, text: str, begin: int) -> tuple[Tensor, float, float]:
-        """Draw one batch by a variant that is on; return the pictures, the seconds of the loop, those of the call."""
-        request = parse(text).of(self.request)
+    def call(self, text: str, begin: int) -> Tensor:
+        """Draw one batch of pictures by a variant that is on."""
+        arguments = call_arguments(self.pipe, parse(text).of(self.request))
         batch = self.texts[begin : begin + self.args.batch]
-        arguments = call_arguments(self.pipe, request)
         arguments["negative_prompt"] = [arguments.get("negative_prompt") or ""] * len(batch)
         seeds = range(self.args.seed + begin, self.args.seed + begin + len(batch))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return self.pipe(batch, generator=generators, output_type="pt", **arguments).images
+
+    def seconds(self, text: str, encoded: dict[str, Tensor]) -> tuple[float, float]:
+        """Return the seconds of the loop and of the call, text encoder apart, of a variant that is on."""
+        arguments = call_arguments(self.pipe, parse(text).of(self.request))
+        arguments.pop("negative_prompt", None)
         self._wait()
         start = time.perf_counter()
-        images = self.pipe(batch, generator=generators, output_type="pt", **arguments).images
+        self.pipe(**encoded, generator=torch.Generator().manual_seed(self.args.seed), output_type="pt", **arguments)
         self._wait()
-        whole = time.perf_counter() - start
-        return images, diffaccel.summary(self.pipe).last_run["seconds"], whole
+        return diffaccel.summary(self.pipe).last_run["seconds"], time.perf_counter() - start
+
+    def encode(self) -> dict[str, Tensor]:
+        """Encode the prompts of the batch on which time is measured, and as many empty ones."""
+        rows = self.args.timing_batch or min(self.args.batch, len(self.texts))
+        texts = [self.texts[number % len(self.texts)] for number in range(rows)]
+        with torch.no_grad():
+            embeds, pooled, _ = self.pipe.encode_prompt(texts, None)
+            negative_embeds, negative_pooled, _ = self.pipe.encode_prompt([""] * rows, None)
+        return {
+            "prompt_embeds": embeds, "pooled_prompt_embeds": pooled,
+            "negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled,
+        }  # fmt: skip
 
     def draw(self, text: str) -> tuple[Tensor, dict[str, Any]]:
         """Draw all prompts by a variant, uint8 (n, 3, H, W), with the cost of the last batch."""
         self._put_on(text)
         try:
-            parts = [self.call(text, begin)[0] for begin in range(0, len(self.texts), self.args.batch)]
+            parts = [self.call(text, begin) for begin in range(0, len(self.texts), self.args.batch)]
             cost = diffaccel.summary(self.pipe).last_run
         finally:
             diffaccel.remove(self.pipe)
@@ -100,12 +118,13 @@ class Bench:
     def time(self, variants: list[str]) -> dict[str, dict[str, float]]:
         """Return median seconds a picture of every variant, in turns on one batch; each is warmed up by one call."""
         seconds: dict[str, list[tuple[float, float]]] = {text: [] for text in variants}
-        rows = min(self.args.batch, len(self.texts))
+        encoded = self.encode()
+        rows = len(encoded["prompt_embeds"])
         for turn in range(self.args.turns + 1):
             for text in variants if turn % 2 else variants[::-1]:
                 self._put_on(text)
                 try:
-                    _, loop, whole = self.call(text, 0)
+                    loop, whole = self.seconds(text, encoded)
                 finally:
                     diffaccel.remove(self.pipe)
                 if turn:
@@ -179,6 +198,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--size", type=int, default=128)
     add("--batch", type=int, default=100)
+    add("--timing-batch", type=int, default=None, help="pictures in a call whose time is measured; default: --batch")
     add("--turns", type=int, default=9, help="0 measures no time")
     add("--plain", type=int, nargs="+", default=[50, 28, 20, 14, 10, 8, 6], help="steps of the plain sampler; 50 first")
     add("--variants", nargs="*", default=[])
@@ -202,6 +222,7 @@ def main() -> None:
     values = {
         "options": {k: v for k, v in vars(args).items() if k not in CHOICES}, "kind": args.kind,
         "device": record.describe_device(bench.device), "versions": record.versions(), "judge": JUDGE,
+        "timing_batch": args.timing_batch or args.batch, "turns": args.turns,
         "date": time.strftime("%Y-%m-%d"), "rows": [],
     }  # fmt: skip
     file = args.out / f"{name_of(values)}_pictures.json"
