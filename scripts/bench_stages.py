@@ -1,0 +1,218 @@
+"""Time stages and step caches on large models with random weights, beside what FLOPs and single forwards predict.
+
+    python -m scripts.bench_stages --model flux --kind nvidia-h200 --out docs/results
+
+FLUX.1-dev at 1024x1024, Wan2.1-1.3B at 832x480 with 81 frames, and FLUX in 8 steps; weights are random, so that only
+seconds have a meaning. The prediction of every row is written before anything is timed: the ratio of the FLOPs of the
+real steps. It is compared with the measured ratio of the denoising loops; so is the ratio that single forwards, timed
+at each size, give: what is missing there is the cost of the engine. A cache's real steps are those of a rule that looks
+at no data, so that they are known beforehand. Eager first, then with ``compile_repeated_blocks``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import diffaccel
+from diffaccel import record
+from diffaccel.errors import size_text
+from diffaccel.files import write_json
+from diffaccel.runs.request import Request
+from diffaccel.runs.variant import parse
+from diffaccel.samplers import Bottleneck
+from scripts import big_models
+
+SPEED = "bottleneck:preset=speed,tolerance={},scales={}"
+MIX = "bottleneck+spectrum:bottleneck.preset=speed,bottleneck.tolerance={},bottleneck.scales={},spectrum.warmup=2"
+TWO, THREE = "[0.5,1.0]", "[0.5,0.75,1.0]"
+CACHED = "euler+spectrum"
+STAGED = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.05, THREE), "bottleneck:preset=bottleneck", CACHED,
+          MIX.format(0.05, TWO), MIX.format(0.05, THREE))  # fmt: skip
+FEW = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.2, TWO), "bottleneck:preset=selflift-zero,switches=[0.75]")
+WAN = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.01, THREE), CACHED, MIX.format(0.01, THREE))
+ROWS = {"flux": STAGED, "flux-8-steps": FEW, "wan": WAN, "small": STAGED, "small-8-steps": FEW}
+
+
+class Bench:
+    """One pipeline, its call, and the rows."""
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        self.device = device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.pipe, self.arguments = big_models.make(model, device, dtype)
+        self.size = big_models.MODELS[model][0]
+        request = Request(model=model, size=(self.size["height"], self.size["width"]), prompts=("x",))
+        self.methods = {text: parse(text).of(request).methods for text in ROWS[model]}
+        self.plans = {text: self.plan(methods) for text, methods in self.methods.items()}
+
+    def plan(self, methods: tuple[Any, ...]) -> dict[str, Any]:
+        """Return the stages of a row, their sizes, steps and FLOPs."""
+        staged = methods[0] if isinstance(methods[0], Bottleneck) else Bottleneck(preset="speed", scales=(1.0,))
+        call = {key: value for key, value in self.arguments.items() if key != "output_type"}
+        return Bottleneck.plan(self.pipe, config=staged, **call).to_dict()
+
+    def run(self, methods: tuple[Any, ...], **changes: Any) -> tuple[float, float, dict[str, Any]]:
+        """Return the seconds of one loop, those of the call without encoders and decoder, and the cost of the run."""
+        diffaccel.accelerate(self.pipe, *methods)
+        try:
+            self.wait()
+            start = time.perf_counter()
+            self.pipe(**{**self.arguments, **changes}, generator=torch.Generator().manual_seed(0))
+            self.wait()
+            whole = time.perf_counter() - start
+            run = diffaccel.summary(self.pipe).last_run or {}
+        finally:
+            diffaccel.remove(self.pipe)
+        return run["seconds"], whole, run
+
+    def forward(self, size: tuple[int, int]) -> float:
+        """Return the median seconds of one network call at a size, in a plain loop of eight steps."""
+        network, seconds = self.pipe.transformer, []
+        plain = network.forward
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.wait()
+            start = time.perf_counter()
+            output = plain(*args, **kwargs)
+            self.wait()
+            seconds.append(time.perf_counter() - start)
+            return output
+
+        network.forward = timed
+        try:
+            self.pipe(**{**self.arguments, "height": size[0], "width": size[1], "num_inference_steps": 8})
+        finally:
+            del network.forward
+        return median(seconds[2:])
+
+    def decoding(self) -> float:
+        """Return the seconds of the decoder, which every row has alike."""
+        output = self.pipe(**{**self.arguments, "num_inference_steps": 1})
+        latents = output.frames if hasattr(output, "frames") else output.images
+        for _ in range(2):
+            self.wait()
+            start = time.perf_counter()
+            big_models.decode(self.pipe, latents, self.size)
+            self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def measure(self, turns: int) -> dict[str, Any]:
+        """Return the seconds of single forwards at each size, and those of every row, in turns."""
+        sizes = sorted({tuple(stage["size"]) for plan in self.plans.values() for stage in plan["stages"]})
+        start = time.perf_counter()
+        forwards = {size: self.forward(size) for size in sizes}
+        print(f"  set-up and forwards {time.perf_counter() - start:.1f} s", flush=True)
+        taken: dict[str, list[tuple[float, float, dict[str, Any]]]] = {text: [] for text in self.methods}
+        for text, methods in self.methods.items():
+            if text != "euler":
+                self.run(methods)  # warms up its sizes
+        for _ in range(turns):
+            for text, methods in self.methods.items():
+                taken[text].append(self.run(methods))
+        plain = median(loop for loop, _, _ in taken["euler"])
+        rows = {}
+        for text, runs in taken.items():
+            loop, call = median(run[0] for run in runs), median(run[1] for run in runs)
+            costs = {
+                "loop": loop,
+                "call": call,
+                "caches": runs[-1][2]["caches"],
+                "nfe": runs[-1][2]["nfe_by_resolution"],
+            }
+            rows[text] = costs | compared(plain / loop, loop, costs["caches"], self.plans[text], forwards)
+        return {"forwards": {size_text(*size): seconds for size, seconds in forwards.items()}, "rows": rows}
+
+
+def real_steps(stages: list[dict[str, Any]], caches: dict[str, Any]) -> list[int]:
+    """Return how many steps of every stage were real; a stage counts its steps from 0, and its first is real."""
+    patterns = caches.get("real_steps")
+    if not patterns:
+        return [stage["steps"] for stage in stages]
+    begins = "".join("|" if step == 0 else "." for step in next(iter(patterns.values())))
+    return [1 + len(others) for others in begins.split("|")[1:]]
+
+
+def compared(
+    speed: float, loop: float, caches: dict[str, Any], plan: dict[str, Any], forwards: dict[tuple[int, int], float]
+) -> dict[str, Any]:
+    """Return the measured speed of a row beside its two predictions, and the time of a skipped step."""
+    stages = plan["stages"]
+    real = real_steps(stages, caches)
+    tflop = sum(count * stage["tflop"] / stage["steps"] for count, stage in zip(real, stages, strict=True))
+    seconds = sum(count * forwards[tuple(stage["size"])] for count, stage in zip(real, stages, strict=True))
+    steps = sum(stage["steps"] for stage in stages)
+    by_flops, by_forwards = plan["plain_tflop"] / tflop, plain_steps(plan) * max(forwards.values()) / seconds
+    counts = zip(real, stages, strict=True)
+    return {
+        "real": [f"{size_text(*stage['size'])}: {count} of {stage['steps']}" for count, stage in counts],
+        "speed": speed, "by_flops": by_flops, "by_forwards": by_forwards,
+        "of_flops": speed / by_flops, "of_forwards": speed / by_forwards,
+        "skipped_ms": 1000 * (loop - seconds) / (steps - sum(real)) if steps > sum(real) else None,
+    }  # fmt: skip
+
+
+def plain_steps(plan: dict[str, Any]) -> float:
+    """Return the number of steps at full size whose FLOPs the plan names as those of the plain call."""
+    full = max(plan["stages"], key=lambda stage: stage["size"][0] * stage["size"][1])
+    return plan["plain_tflop"] / (full["tflop"] / full["steps"])
+
+
+def shown(values: dict[str, Any]) -> str:
+    """Return the table of a record."""
+    head = ["", "row", "real steps", "predicted by FLOPs", "by forwards", "measured", "of FLOPs", "of forwards",
+            "loop, s", "call with decoder, s", "a skipped step, ms"]  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for way, measured in values["ways"].items():
+        for text, row in measured["rows"].items():
+            skipped = "" if row["skipped_ms"] is None else f"{row['skipped_ms']:.1f}"
+            cells = [way, text, ", ".join(row["real"]), f"{row['by_flops']:.2f}", f"{row['by_forwards']:.2f}",
+                     f"{row['speed']:.2f}", f"{row['of_flops']:.3f}", f"{row['of_forwards']:.3f}", f"{row['loop']:.2f}",
+                     f"{row['call'] + measured['decoder']:.2f}", skipped]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Predict, measure eager and compiled, print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", choices=sorted(ROWS), default="flux")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--turns", type=int, default=2)
+    add("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    add("--kind", default=None, help="name of the machine, for the record")
+    add("--out", type=Path, default=Path("docs/results"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    bench = Bench(args.model, device)
+    values: dict[str, Any] = {
+        "model": args.model, "kind": args.kind, "device": record.describe_device(device), "versions": record.versions(),
+        "date": time.strftime("%Y-%m-%d"), "turns": args.turns, "plans": bench.plans, "ways": {},
+    }  # fmt: skip
+    file = args.out / f"bench_stages_{args.model}_{args.kind or 'cpu'}.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(file, values)
+    print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
+    for way in args.ways:
+        if way == "compiled":
+            torch._dynamo.config.cache_size_limit = 64
+            bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
+        values["ways"][way] = {**bench.measure(args.turns), "decoder": bench.decoding()}
+        write_json(file, values)
+        print(shown({"ways": {way: values["ways"][way]}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
