@@ -4,10 +4,10 @@
 
 Every variant draws the same prompts and seeds. Seconds are of the denoising loop, the median over turns in which all
 variants take their turn on one batch, of ``--timing-batch`` pictures where that is given: a small model follows its
-FLOPs only in large batches. The prompts of this batch are encoded once, so that a whole call has no text encoder. A
-variant is compared, picture by picture, with the plain sampler at the least number of steps that takes at least as
-long. Scores of every picture go to a file of their own as soon as they are measured, from which the command goes on
-after a stop; ``--table FILE`` makes record and table of it again.
+FLOPs only in large batches. The prompts of this batch are encoded once and its latents are not decoded: both are alike
+for all. A variant is compared, picture by picture, with the plain sampler at the least number of steps that takes at
+least as long. Scores of every picture go to a file of their own as soon as they are measured, from which the command
+goes on after a stop; ``--table FILE`` makes record and table of it again.
 """
 
 from __future__ import annotations
@@ -67,12 +67,13 @@ class Bench:
         return self.pipe(batch, generator=generators, output_type="pt", **arguments).images
 
     def seconds(self, text: str, encoded: dict[str, Tensor]) -> tuple[float, float]:
-        """Return the seconds of the loop and of the call, text encoder apart, of a variant that is on."""
+        """Return the seconds of the loop and of the call, encoders and decoder apart, of a variant that is on."""
         arguments = call_arguments(self.pipe, parse(text).of(self.request))
         arguments.pop("negative_prompt", None)
         self._wait()
         start = time.perf_counter()
-        self.pipe(**encoded, generator=torch.Generator().manual_seed(self.args.seed), output_type="pt", **arguments)
+        generator = torch.Generator().manual_seed(self.args.seed)
+        self.pipe(**encoded, generator=generator, output_type="latent", **arguments)
         self._wait()
         return diffaccel.summary(self.pipe).last_run["seconds"], time.perf_counter() - start
 
@@ -80,12 +81,13 @@ class Bench:
         """Encode the prompts of the batch on which time is measured, and as many empty ones."""
         rows = self.args.timing_batch or min(self.args.batch, len(self.texts))
         texts = [self.texts[number % len(self.texts)] for number in range(rows)]
+        length = call_arguments(self.pipe, self.request)["max_sequence_length"]
         with torch.no_grad():
-            embeds, pooled, _ = self.pipe.encode_prompt(texts, None)
-            negative_embeds, negative_pooled, _ = self.pipe.encode_prompt([""] * rows, None)
+            embeds, pooled, _ = self.pipe.encode_prompt(texts, None, max_sequence_length=length)
+            negative, negative_pooled, _ = self.pipe.encode_prompt([""] * rows, None, max_sequence_length=length)
         return {
             "prompt_embeds": embeds, "pooled_prompt_embeds": pooled,
-            "negative_prompt_embeds": negative_embeds, "negative_pooled_prompt_embeds": negative_pooled,
+            "negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative_pooled,
         }  # fmt: skip
 
     def draw(self, text: str) -> tuple[Tensor, dict[str, Any]]:

@@ -154,7 +154,8 @@ def _drive(
     """Run the call in the native driver; with ``is_recalled`` the family is that of an earlier call, to be checked."""
     check_call(family, pipe, arguments)
     initial = {**arguments, "generator": clone(arguments.get("generator"))}
-    opening = Opening(pipe, family, call, initial, memo, random_states(device_of(pipe)))
+    device = device_of(pipe)
+    opening = Opening(pipe, family, call, initial, memo, device, random_states(device))
     callback = _callback(arguments)
     stats: list[Stats] = []
 
@@ -175,7 +176,7 @@ def _drive(
         return latents
 
     try:
-        result = _call_with_loop(pipe, family, call, arguments, memo, run_sampler)
+        result = _call_with_loop(opening, arguments, run_sampler)
     except torch.OutOfMemoryError as error:
         raise DiffAccelError(
             f"{error} Out of memory: try a smaller batch or size, {type(config).__name__}(max_batch=1), "
@@ -186,15 +187,9 @@ def _drive(
     return result, stats[0]
 
 
-def _call_with_loop(
-    pipe: Any,
-    family: Family,
-    call: Callable[..., Any],
-    arguments: dict[str, Any],
-    memo: TextMemo,
-    loop: Callable[[Recording], Tensor],
-) -> Any:
+def _call_with_loop(opening: Opening, arguments: dict[str, Any], loop: Callable[[Recording], Tensor]) -> Any:
     """Run the stock call with ``loop(recording)``, which returns final latents, in the place of its own loop."""
+    pipe = opening.pipe
     interrupted, interruptible = False, hasattr(type(pipe), "interrupt")
 
     def on_first_step(recording: Recording) -> Tensor:
@@ -213,8 +208,9 @@ def _call_with_loop(
         if interruptible:
             pipe._interrupt = interrupted
 
-    with restored(pipe, restore_interrupt), intercept(pipe, family, memo, on_first_step):
-        return call(pipe, **stock_arguments)
+    interception = intercept(pipe, opening.family, opening.memo, opening.device, on_first_step)
+    with restored(pipe, restore_interrupt), interception:
+        return opening.call(pipe, **stock_arguments)
 
 
 def _generate_stock(

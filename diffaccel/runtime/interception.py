@@ -65,14 +65,16 @@ class Recording:
 
 
 @contextlib.contextmanager
-def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable[[Recording], Any]) -> Iterator[None]:
+def intercept(
+    pipe: Any, family: Family, memo: TextMemo, device: torch.device, on_first_step: Callable[[Recording], Any]
+) -> Iterator[None]:
     """Record the pipeline's network while open, and make its first ``scheduler.step`` ``on_first_step(recording)``.
 
     Everything is put back before ``on_first_step`` runs, and in any case at the end. A pipeline that cannot be
     interrupted goes on with its loop afterwards: network and scheduler then do nothing, so that it takes no time.
     """
     recording = Recording()
-    substitutes = _Substitutes(pipe, family, memo, recording)
+    substitutes = _Substitutes(pipe, family, memo, device, recording)
     scheduler, step_signature = pipe.scheduler, inspect.signature(pipe.scheduler.step)
 
     def first_step(*args: Any, **kwargs: Any) -> Any:
@@ -105,8 +107,8 @@ def intercept(pipe: Any, family: Family, memo: TextMemo, on_first_step: Callable
 class _Substitutes:
     """Recording networks, a step function, cached text encodings and a silent progress bar for one pipeline."""
 
-    def __init__(self, pipe: Any, family: Family, memo: TextMemo, recording: Recording) -> None:
-        self.pipe, self.family, self.memo, self.recording = pipe, family, memo, recording
+    def __init__(self, pipe: Any, family: Family, memo: TextMemo, device: torch.device, recording: Recording) -> None:
+        self.pipe, self.family, self.memo, self.device, self.recording = pipe, family, memo, device, recording
         self.networks = family.networks(pipe)
         self.scheduler, self.original_step = pipe.scheduler, pipe.scheduler.step
         # a method that the user replaced on the instance stays
@@ -135,11 +137,10 @@ class _Substitutes:
         for name, network in self.networks.items():  # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, _recorder(network, self.recording, self.family))
         self.scheduler.step = functools.wraps(self.original_step)(step)
-        device = torch.device(pipe._execution_device)
         if "encode_prompt" in self.methods:
-            object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, device))
+            object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, self.device))
         if self.recording.latents is None and self.memo.has_pictures():  # afterwards the VAE decodes
-            for name, encoder in self.memo.picture_encoders(pipe, device).items():
+            for name, encoder in self.memo.picture_encoders(pipe, self.device).items():
                 object.__setattr__(pipe, name, encoder)
         if "progress_bar" in self.methods:  # the loop that follows brings its own bar
             object.__setattr__(pipe, "progress_bar", functools.partial(silent_bar, pipe.progress_bar))

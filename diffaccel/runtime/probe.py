@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class Opening:
         call: the pipeline's stock ``__call__``.
         arguments: the call's, by name, with its generator in the state before the call.
         memo: the call's text encodings, for the same call at another resolution.
+        device: where the pipeline runs; diffusers looks for it in every module, so it is asked once a call.
         random_before: states of torch's global generators before the call.
         is_checked: whether the call's guidance was found to be the family's, as it is at every resolution.
     """
@@ -51,6 +53,7 @@ class Opening:
     call: Callable[..., Any]
     arguments: dict[str, Any]
     memo: TextMemo
+    device: torch.device
     random_before: list[Tensor]
     is_checked: bool = False
 
@@ -101,11 +104,14 @@ def _probe(opening: Opening) -> Session:
         raise _Stop
 
     probe_arguments = {**arguments, **{k: v for k, v in overrides.items() if k in arguments}}
-    device = device_of(pipe)
+    device = opening.device
     random_now = random_states(device)
     try:
         set_random_states(device, opening.random_before)
-        with restored(pipe, contents_of(pipe.scheduler)), intercept(pipe, opening.family, opening.memo, on_first_step):
+        with (
+            restored(pipe, contents_of(pipe.scheduler)),
+            intercept(pipe, opening.family, opening.memo, device, on_first_step),
+        ):
             opening.call(pipe, **probe_arguments)
     except _Stop:
         pass
@@ -213,7 +219,8 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
             f"Supported pipelines: {', '.join(sorted(FAMILIES))}."
         ) from refusal
     check_call(family, pipe, call_arguments)
-    opening = Opening(pipe, family, call, call_arguments, memo, random_states(device_of(pipe)))
+    device = device_of(pipe)
+    opening = Opening(pipe, family, call, call_arguments, memo, device, random_states(device))
     with _preserved_private_state(pipe):
         try:
             yield alone(pipe, lambda: _probe(opening))

@@ -198,7 +198,7 @@ def test_the_declared_guidance_is_what_the_pipeline_does(family: str) -> None:
             check_guidance(fam, pipe, record, arguments)
         raise Stop
 
-    with pytest.raises(Stop), intercept(pipe, fam, TextMemo(), stop):
+    with pytest.raises(Stop), intercept(pipe, fam, TextMemo(), pipe.device, stop):
         pipe(**kwargs)
     assert len(seen[0].calls) == (2 if family == "flux" else 1)
 

@@ -49,9 +49,7 @@ class _Walk:
         skips: channels of the skip connections that are not consumed yet.
     """
 
-    def __init__(
-        self, config: Config, height: int, width: int, emb: int, attend: Callable[..., int] | None
-    ) -> None:
+    def __init__(self, config: Config, height: int, width: int, emb: int, attend: Callable[..., int] | None) -> None:
         self.config, self.emb, self.attend = config, emb, attend
         self.widths = tuple(config["block_out_channels"])
         self.layers = per_block(config["layers_per_block"], len(self.widths))
