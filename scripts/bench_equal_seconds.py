@@ -72,7 +72,7 @@ class Bench:
         arguments.pop("negative_prompt", None)
         self._wait()
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(self.args.seed)
+        generator = torch.Generator(self.device).manual_seed(self.args.seed)
         self.pipe(**encoded, generator=generator, output_type="latent", **arguments)
         self._wait()
         return diffaccel.summary(self.pipe).last_run["seconds"], time.perf_counter() - start
@@ -233,7 +233,9 @@ def main() -> None:
         values["rows"] = before["rows"]
     variants = [PLAIN.format(steps) for steps in args.plain] + args.variants
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
-    seconds = bench.time(variants) if args.turns else {}
+    seconds = bench.time(variants) if args.turns else before.get("seconds", {})
+    values["seconds"] = seconds  # kept at once: after a stop --turns 0 goes on with them
+    write_json(file, values)
     for text in variants:
         if text not in rows or bench.base is None:
             rows[text] = bench.measure(text)
