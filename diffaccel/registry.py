@@ -31,7 +31,21 @@ METHODS = {
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
     "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
 }
+TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none
 PLUGINS = "diffaccel.plugins"
+
+
+def trainer(name: str) -> tuple[type[Any], Any]:
+    """Return the config class and the training function of a method that makes a model."""
+    if name not in TRAINERS:
+        raise unknown("method of training", name, TRAINERS)
+    config_class = _resolve(TRAINERS[name])
+    return config_class, _resolve(config_class.trainer)
+
+
+def _resolve(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def names() -> dict[str, str]:

@@ -1,4 +1,26 @@
-"""Distillation methods."""
+"""Distillation: a network that draws in one call learns from one that needs many."""
 
 if "." not in __name__:
     raise ImportError("'distill' is a folder of diffaccel: import diffaccel.distill instead")
+
+from diffaccel.distill.run import Distillation
+from diffaccel.distill.scheduler import SIMOneStepScheduler
+from diffaccel.distill.sim import SIM
+from diffaccel.distill.student import save, student
+from diffaccel.distill.teacher import NetworkTeacher, PipelineTeacher
+from diffaccel.distill.train import distil
+
+__all__ = [
+    "SIM",
+    "Distillation",
+    "NetworkTeacher",
+    "PipelineTeacher",
+    "SIMOneStepScheduler",
+    "distil",
+    "save",
+    "student",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,6 +13,10 @@ COMMANDS = {
     "sample": ("diffaccel.cli.sample:run", "generate images from prompts, or video"),
     "eval": ("diffaccel.eval.commands:main", "what an acceleration costs and buys: runs, comparisons, reports"),
     "tune": ("diffaccel.cli.tune:run", "the fastest mix of methods that keeps a promise, with its certificate"),
+    "distill": (
+        "diffaccel.cli.distill:run",
+        "a student that draws in one network call, without pictures to learn from",
+    ),
     "doctor": ("diffaccel.cli.doctor:run", "what this machine can do, which methods are fast here, and why"),
     "list": ("diffaccel.cli.listing:run_list", "the methods and the embedded models"),
     "explain": ("diffaccel.cli.listing:run_explain", "one method or one model: what it is, its options, an example"),

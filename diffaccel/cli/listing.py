@@ -54,12 +54,14 @@ def run_explain(argv: list[str]) -> int:
     methods, models = registry.names(), zoo.names()
     if options.name in methods:
         details = explain_method(options.name)
+    elif options.name in registry.TRAINERS:
+        details = explain_trainer(options.name)
     elif options.name in models:
         vocabulary = zoo.vocabulary_of(options.name)
         details = {"name": options.name, "kind": "model", "bytes": _bytes(options.name), "card": zoo.card(options.name)}
         details |= {} if vocabulary is None else {"vocabulary": dataclasses.asdict(vocabulary)}
     else:
-        raise unknown("method or model", options.name, [*methods, *models])
+        raise unknown("method or model", options.name, [*methods, *registry.TRAINERS, *models])
     if options.json:
         terminal.write_json(details)
     elif "options" in details:
@@ -75,7 +77,7 @@ def run_explain(argv: list[str]) -> int:
 def list_methods() -> list[dict[str, str]]:
     """Return name, kind, first sentence and paper of every method; nothing of them is imported."""
     methods = []
-    for name, reference in registry.names().items():
+    for name, reference in {**registry.names(), **registry.TRAINERS}.items():
         source = config_source.read(reference)
         summary = "(not importable)" if source is None else source.summary
         paper = "" if source is None else str(source.variables.get("citation", ""))
@@ -104,6 +106,24 @@ def explain_method(name: str) -> dict[str, Any]:
         "options": options_of(cls),
         "command": command,
         "python": f"diffaccel.accelerate(pipe, {cls.__name__}())",
+        "import": f"from {_package_of(cls)} import {cls.__name__}",
+    }
+
+
+def explain_trainer(name: str) -> dict[str, Any]:
+    """Return docstring, paper, options and an example of a method that makes a model."""
+    cls, train = registry.trainer(name)
+    return {
+        "name": name,
+        "kind": _kind(cls.__module__),
+        "touches": "nothing: it makes a model of its own",
+        "summary": first_sentence(sys.modules[cls.__module__].__doc__ or ""),
+        "description": description(inspect.cleandoc(cls.__doc__ or "")),
+        "paper": cls.citation,
+        "conflicts": [],
+        "options": options_of(cls),
+        "command": f"diffaccel distill MODEL --method {name}",
+        "python": f"{train.__name__}(pipe, prompts, {cls.__name__}(), folder)",
         "import": f"from {_package_of(cls)} import {cls.__name__}",
     }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,7 @@ def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
     folder = find_folder(name)
     if folder is not None:
         check_pipeline(name, folder)
+        _import_own_parts(folder)
         return DiffusionPipeline.from_pretrained(folder, **kwargs)
     try:
         return DiffusionPipeline.from_pretrained(name, **kwargs)
@@ -78,6 +81,14 @@ def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
         raise DiffAccelError(
             f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
         ) from error
+
+
+def _import_own_parts(folder: Path) -> None:
+    """Import the modules of this package that a pipeline names: diffusers takes only what is imported already."""
+    for part in json.loads((folder / INDEX).read_text(encoding="utf-8")).values():
+        library = part[0] if isinstance(part, list) and part else None
+        if isinstance(library, str) and library.startswith("diffaccel."):
+            import_module(library)
 
 
 def locate(model: str) -> tuple[Path, str]:

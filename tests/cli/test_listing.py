@@ -37,15 +37,26 @@ def embedded(monkeypatch, tmp_path):
 
 def test_list_names_every_method_and_model(run, embedded):
     found = run("list", "--json").json
-    assert {m["name"]: m["kind"] for m in found["methods"]} == {
+    kinds = {m["name"]: m["kind"] for m in found["methods"]}
+    assert {name: kinds.pop(name) for name in registry.TRAINERS} == dict.fromkeys(registry.TRAINERS, "distillation")
+    assert kinds == {
         name: "sampler" if registry.config_class(name).touches == "loop" else "cache" for name in registry.METHODS
     }
     for method in found["methods"]:
+        if method["name"] in registry.TRAINERS:
+            continue
         assert method["summary"] and method["paper"] == registry.config_class(method["name"]).citation
     size = 2_000_000 + len("{}") + len(json.dumps(CARD))
     assert found["models"] == [{"name": "tiny-flux", "bytes": size, "state": "interim", "summary": CARD["title"]}]
     shown = run("list").out
     assert all(name in shown for name in (*registry.METHODS, "tiny-flux", "2.0 MB", "interim"))
+
+
+def test_explain_a_method_that_makes_a_model(run):
+    about = run("explain", "sim", "--json").json
+    assert about["kind"] == "distillation" and "arXiv 2410.16794" in about["paper"]
+    assert {option["name"] for option in about["options"]} >= {"steps", "alpha", "assistant_momentum"}
+    assert "--sim.steps" in run("explain", "sim").out
 
 
 def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):

@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cli",), "the command line"),
 )
 # What users import from: names that are loaded lazily, or gathered from everywhere below.
-DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.samplers")
+DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.samplers", "diffaccel.distill")
 LIGHT = ("diffaccel.errors", "diffaccel.cli")  # what may load before a command is known
 OUTSIDE = ("tests", "scripts", *tree.FOLDERS)
 ROOMS = {f"diffaccel.{room}": number for number, (rooms, _) in enumerate(FLOORS) for room in rooms}

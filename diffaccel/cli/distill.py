@@ -1,0 +1,100 @@
+"""``diffaccel distill``: a student that draws in one network call, from a pipeline and prompts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from diffaccel import registry, terminal
+from diffaccel.cli.sample import split_method_options
+from diffaccel.errors import DiffAccelError
+from diffaccel.runs.folder import check_writable
+from diffaccel.runs.variant import parse_fields, parse_size
+
+OUT = Path("out") / "distill"
+UNFINISHED = 4  # stopped by --seconds; the same command goes on
+_EXAMPLES = """examples:
+  diffaccel distill                                               (emoji-flux)
+  diffaccel distill ./sd3 --prompts prompts.txt --sim.steps 4000 --sim.batch 256 --out runs/sd3
+  accelerate launch -m diffaccel distill ./sd3 --prompts prompts.txt --sim.sequential true
+  diffaccel sample "a red apple, noto" --model out/distill/student --steps 1
+
+No pictures are needed. A run that was stopped goes on when its command is repeated. Options of the method are
+--sim.FIELD VALUE; --preset takes those of another point of the same family."""
+
+
+def make_parser() -> terminal.Parser:
+    """Return the parser of the command."""
+    parser = terminal.Parser(
+        prog="diffaccel distill", description="Distil a pipeline into one network call.", epilog=_EXAMPLES
+    )
+    from diffaccel import zoo
+
+    add = parser.add_argument
+    add("model", nargs="?", default=zoo.DEFAULT, metavar="MODEL", help=f"as --model of sample (default {zoo.DEFAULT})")
+    add("--method", default="sim", metavar="NAME", help="of distillation (default sim)")
+    add("--preset", metavar="NAME", help="sim, sid, diff-instruct, dmd, fgm or paper: settings to start from")
+    add("--prompts", metavar="SET", default="emoji-1000", help="a packaged set or a file (default emoji-1000)")
+    add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
+    add("--guidance", type=float, metavar="G", help="of the teacher (default: the model's own)")
+    add("--negative", metavar="PROMPT", help="negative prompt of the teacher")
+    add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads")
+    add("--seed", type=int, default=0, metavar="K", help="of noise and prompts (default 0)")
+    add("--dtype", default="auto", help="of the networks' arithmetic (default: float32 on a CPU, else bfloat16)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--out", type=terminal.output_path, default=OUT, metavar="DIR", help=f"folder of the run (default {OUT})")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit status: 4 where time was up before the last step."""
+    words, method_options = split_method_options(argv)
+    options = make_parser().parse(words, [f"--{name}.FIELD" for name in registry.TRAINERS])
+    config_class, train = registry.trainer(options.method)
+    config = _config(config_class, options.preset, method_options)
+    check_writable(options.out)
+    from diffaccel import processes
+    from diffaccel.eval.sets import prompts
+    from diffaccel.runs import loading
+    from diffaccel.runs.call_arguments import call_arguments
+    from diffaccel.runs.request import Request
+
+    request = Request(
+        model=options.model, prompts=("x",), size=parse_size(options.size), guidance=options.guidance,
+        negative=options.negative, threads=options.threads, dtype=options.dtype, device=options.device,
+    ).with_model_defaults()  # fmt: skip
+    texts = prompts.read(options.prompts).texts
+    launch, device = processes.join(loading.pick_device(options.device))
+    dtype = loading.pick_dtype(options.dtype, device)
+    loading.quiet_libraries(True)
+    pipe = loading.open_pipeline(request, loading.locate(options.model)[0], device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    done = train(
+        pipe, texts, config, options.out, name=options.model, arguments=call_arguments(pipe, request),
+        seconds=options.seconds, seed=options.seed, device=device, dtype=dtype, processes=launch,
+        tell=terminal.write_note,
+    )  # fmt: skip
+    if launch.rank == 0:
+        terminal.write(
+            f"{done.step} of {config.steps} steps, {done.pictures} drawings, {done.seconds:.0f} s\n"
+            f"student: {options.out / 'student'}"
+        )
+    return 0 if done.step >= config.steps else UNFINISHED
+
+
+def _config(config_class: type[Any], preset: str | None, options: dict[str, dict[str, str]]) -> Any:
+    """Return a method's config from a preset and options."""
+    for name in options:
+        if name != config_class.name:
+            raise DiffAccelError(
+                f"--{name}.{next(iter(options[name]))} is no option of '{config_class.name}'. "
+                f"Write --{config_class.name}.FIELD VALUE."
+            )
+    changes = parse_fields(config_class, options.get(config_class.name, {}))
+    known = [field.name for field in dataclasses.fields(config_class)]
+    config_class.from_dict({key: value for key, value in changes.items() if key not in known})  # names an unknown one
+    if preset == "paper":
+        return config_class.paper(**changes)
+    return config_class.preset(preset or config_class.name, **changes)

@@ -1,0 +1,127 @@
+"""Options of distillation by matching scores, and what is known of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from diffaccel.config import Config
+from diffaccel.distill.levels import Law, Levels
+from diffaccel.distill.losses import Distance, Weight
+from diffaccel.distill.parameterization import Space
+from diffaccel.errors import DiffAccelError
+
+Start = Literal["unit", "scaled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matching(Config):
+    """Options of one-step distillation by matching the scores of a generator and a teacher.
+
+    A generator ``G`` draws in one network call. An assistant ``F`` learns the scores of what ``G`` draws by denoising
+    it, and ``G`` follows the difference between the assistant's and the teacher's scores, in turns. All three begin as
+    the teacher.
+
+    Args:
+        steps: of the generator.
+        batch: pictures in a step, of all processes together.
+        lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
+        assistant_lr: of the assistant; 0 for that of the generator.
+        flat: share of the steps before the learning rates fall.
+        momentum, assistant_momentum: first beta of Adam. Momentum in an assistant that makes one step a turn destroys
+            training.
+        assistant_steps: of the assistant before each of the generator.
+        alpha: 1 is score implicit matching, 1.2 SiD, 0.5 the Fisher divergence.
+        distance: "huber" (pseudo-Huber of ``c``) or "l2".
+        c: scale below which the pseudo-Huber distance is a square; 0 normalises every sample's gradient.
+        space: in which differences are taken: clean estimates, raw outputs, or scores.
+        weight: of a sample: 1, or one over the teacher's mean absolute error.
+        grad_through_scores: whether gradients also run through both networks to their input; False is Diff-Instruct.
+        noise_ratio: noise to signal of the level at which the generator is asked: 2.5 is 0.71 of a flow model.
+        start: what the generator is given there: noise of deviation one, as stock pipelines begin with, or "scaled" to
+            the level.
+        levels, low, high, mean, deviation: law of the generator's noise levels, see ``Levels``.
+        assistant_levels, assistant_mean, assistant_deviation: of the assistant's.
+        shift: moves both towards noise.
+        ema_pictures: half-life of the average of weights, in pictures; 0 for none.
+        clip: largest norm of a gradient.
+        sequential: keep one network's activations at a time: a third of the memory for two more forwards.
+        save_seconds, log_seconds: time between checkpoints and between entries of the log.
+    """
+
+    steps: int = 4000
+    batch: int = 256
+    lr: float = 5e-5
+    assistant_lr: float = 0.0
+    flat: float = 0.5
+    floor: float = 0.04
+    momentum: float = 0.0
+    assistant_momentum: float = 0.0
+    assistant_steps: int = 1
+    alpha: float = 1.0
+    distance: Distance = "huber"
+    c: float = 0.0
+    space: Space = "raw"
+    weight: Weight = "one"
+    grad_through_scores: bool = True
+    noise_ratio: float = 2.5
+    start: Start = "unit"
+    levels: Law = "uniform"
+    low: float = 0.02
+    high: float = 0.98
+    mean: float = 0.0
+    deviation: float = 1.0
+    assistant_levels: Law = "logit_normal"
+    assistant_mean: float = 0.0
+    assistant_deviation: float = 1.0
+    shift: float = 1.0
+    ema_pictures: int = 50_000
+    clip: float = 1.0
+    sequential: bool = False
+    save_seconds: float = 60.0
+    log_seconds: float = 5.0
+
+    def validate(self) -> None:
+        for option, least in (("steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0)):
+            if getattr(self, option) < least:
+                raise DiffAccelError(
+                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be at least {least}."
+                )
+        for option in ("lr", "noise_ratio", "clip", "shift", "deviation", "assistant_deviation"):
+            if getattr(self, option) <= 0:
+                raise DiffAccelError(f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be above 0.")
+        for option in ("momentum", "assistant_momentum", "flat"):
+            if not 0 <= getattr(self, option) < 1:
+                raise DiffAccelError(
+                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be in [0, 1)."
+                )
+        if not 0 <= self.floor <= 1 or self.c < 0 or self.assistant_lr < 0:
+            raise DiffAccelError(f"{type(self).__name__}.floor must be in [0, 1], c and assistant_lr not below 0.")
+        if not 0 < self.low < self.high <= 1:
+            raise DiffAccelError(
+                f"{type(self).__name__}.low and high are {self.low} and {self.high}; they need 0 < low < high <= 1."
+            )
+        if self.ema_pictures > self.steps * self.batch:
+            raise DiffAccelError(
+                f"{type(self).__name__}.ema_pictures is {self.ema_pictures}, but the run draws "
+                f"{self.steps * self.batch} pictures, so the average would still be the teacher. Take a tenth of them or less."
+            )
+
+    @property
+    def generator_law(self) -> Levels:
+        return Levels(self.levels, self.low, self.high, self.mean, self.deviation, self.shift)
+
+    @property
+    def assistant_law(self) -> Levels:
+        law = self.assistant_levels
+        return Levels(law, self.low, self.high, self.assistant_mean, self.assistant_deviation, self.shift)
+
+    @property
+    def risk(self) -> str | None:
+        """What is known to go wrong with these options, in a sentence."""
+        if self.assistant_momentum >= 0.5 and self.assistant_steps < 5:
+            return (
+                f"assistant_momentum={self.assistant_momentum} with assistant_steps={self.assistant_steps} is known to "
+                "destroy training; use 0, or 5 assistant steps."
+            )
+        return None

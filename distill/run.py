@@ -1,0 +1,281 @@
+"""A run of distillation: turns of assistant and generator, averaged weights, checkpoints that resume to the bit."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from diffaccel.distill.options import Matching
+from diffaccel.distill.steps import Draw, assistant_loss, generator_step
+from diffaccel.distill.teacher import Teacher
+from diffaccel.errors import DiffAccelError
+from diffaccel.processes import Processes
+from diffaccel.training.adam import MomentumlessAdam
+from diffaccel.training.checkpoint import save_tensors
+from diffaccel.training.ema import EMA
+from diffaccel.training.loop import Deadline
+
+VERSION = "1"
+_BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
+
+
+class Distillation:
+    """One run; :meth:`run` makes its steps.
+
+    Every random number depends on (seed, step) alone, so that a run that was killed repeats the steps after its last
+    checkpoint to the same bits, and processes draw the parts of one batch.
+
+    Args:
+        folder: of checkpoint and log; a checkpoint there is resumed.
+        dtype: in which networks compute, by autocast; the weights that learn are float32.
+        tell: called with every entry of the log as text.
+
+    Attributes:
+        generator: the network that learns to draw; :attr:`average` has what is exported.
+        step: number of generator steps made.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Matching,
+        folder: str | Path,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        processes: Processes | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.teacher, self.config, self.folder, self.seed = teacher, config, Path(folder), seed
+        self.device, self.dtype, self.tell = torch.device(device), dtype, tell
+        self.processes = processes or Processes()
+        if config.batch % self.processes.size:
+            raise DiffAccelError(
+                f"A batch of {config.batch} cannot be shared by {self.processes.size} processes. Take a multiple."
+            )
+        teacher.network.requires_grad_(False)
+        self.generator, self.assistant = (_learner(teacher.network) for _ in range(2))
+        decay = 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
+        self.average = EMA(self.generator, decay)
+        self.optimizers = {
+            "generator": _optimizer(self.generator, config.lr, config.momentum),
+            "assistant": _optimizer(self.assistant, config.assistant_lr or config.lr, config.assistant_momentum),
+        }
+        self.rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
+        self.step, self.seconds = 0, 0.0
+        self._random = torch.Generator("cpu")
+        self._window: dict[str, list[Tensor]] = {}
+        self._bad = torch.zeros((), dtype=torch.float32, device=self.device)
+        if self.checkpoint.exists():
+            self.load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the checkpoint."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures that the generator learnt from."""
+        return self.step * self.config.batch
+
+    def run(
+        self,
+        deadline: Deadline | None = None,
+        every: int = 0,
+        evaluate: Callable[[Distillation], dict[str, float]] | None = None,
+    ) -> bool:
+        """Make the steps that are left, and return whether all are made.
+
+        Args:
+            deadline: of this process.
+            every: number of steps between calls of ``evaluate``, whose numbers the log keeps; the averaged weights are
+                in the generator while it looks.
+
+        Raises:
+            DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
+        """
+        last = saved = logged = time.monotonic()
+        while self.step < self.config.steps and not (deadline and deadline.over()):
+            self._turn()
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
+            if now - logged >= self.config.log_seconds:
+                self._log()
+                logged = now
+            if every and self.step % every == 0 and evaluate is not None:
+                with self.average:
+                    values = evaluate(self)
+                self._write({"step": self.step, "pictures": self.pictures, **values})
+                last = time.monotonic()
+            if now - saved >= self.config.save_seconds:
+                self.save()
+                saved = now
+        self._log()
+        self.save()
+        return self.step >= self.config.steps
+
+    def _turn(self) -> None:
+        """Make one turn: the assistant's steps, then the generator's."""
+        config, size = self.config, self.processes.size
+        self._random.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+        share = (self.processes.rank, size)
+        for _ in range(config.assistant_steps):
+            draw = Draw.new(self.teacher, config.assistant_law, config, self._random, self.device, share)
+            with self._autocast():
+                loss = assistant_loss(self.teacher, self.generator, self.assistant, draw, config)
+            loss.backward()
+            self._update("assistant", self.assistant)
+            self._note({"assistant": loss.detach()})
+        draw = Draw.new(self.teacher, config.generator_law, config, self._random, self.device, share)
+        self.assistant.requires_grad_(False)
+        try:
+            with self._autocast():
+                shown = generator_step(self.teacher, self.generator, self.assistant, draw, config)
+        finally:
+            self.assistant.requires_grad_(True)
+        self._update("generator", self.generator)
+        self.average.update()
+        self._note(shown)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _update(self, name: str, network: nn.Module) -> None:
+        """Step one optimiser; a gradient that is not finite is replaced by zero and counted."""
+        parameters = [p for p in network.parameters() if p.grad is not None]
+        self._average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        finite = torch.isfinite(norm)
+        for gradient in [p.grad for p in parameters if p.grad is not None]:
+            torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+        optimizer = self.optimizers[name]
+        optimizer.param_groups[0]["lr"] = self.rates[name] * self._rate()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._bad = torch.where(finite, torch.zeros_like(self._bad), self._bad + 1)
+        self._note({f"{name}_norm": norm.detach()})
+
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        if self.processes.size == 1:
+            return
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        torch.distributed.all_reduce(flat)
+        flat /= self.processes.size
+        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad = part.view_as(p)
+
+    def _rate(self) -> float:
+        """Return the share of the learning rate at this step: constant, then falling linearly to ``floor``."""
+        config = self.config
+        rest = max(0.0, self.step / config.steps - config.flat) / (1 - config.flat)
+        return 1 - (1 - config.floor) * rest
+
+    def _note(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self._window.setdefault(key, []).append(value)
+
+    def _log(self) -> None:
+        """Append the means since the last entry to ``log.jsonl``, and raise where nothing finite came for long."""
+        if not self._window:
+            return
+        means = {key: round(float(torch.stack(values).mean()), 6) for key, values in self._window.items()}
+        self._window = {}
+        self._write({"step": self.step, "pictures": self.pictures, "seconds": round(self.seconds, 1), **means})
+        if float(self._bad) >= _BAD_STEPS:
+            raise DiffAccelError(
+                f"The last {int(self._bad)} gradients were not finite, so that nothing is learnt any more. The "
+                f"checkpoint before them is kept in '{self.checkpoint}'; go on from it with a smaller lr, or another c."
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.processes.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.tell(" ".join(f"{key}={value}" for key, value in entry.items()))
+
+    def save(self) -> None:
+        """Write a checkpoint, atomically: both networks, the average, both optimisers' moments, the counters."""
+        if float(self._bad) > 0 or self.processes.rank:
+            return  # a state that may be spoilt is not kept
+        tensors: dict[str, Tensor] = {}
+        for name, network in (("generator", self.generator), ("assistant", self.assistant)):
+            tensors |= {f"{name}.{key}": p.detach() for key, p in network.named_parameters()}
+            for index, p in enumerate(network.parameters()):
+                for key, value in self.optimizers[name].state.get(p, {}).items():
+                    tensors[f"{name}_moment.{index}.{key}"] = torch.as_tensor(value)
+        tensors |= {f"average.{key}": value for key, value in self.average.state().items()}
+        state = {
+            "version": VERSION,
+            "step": self.step,
+            "seconds": self.seconds,
+            "updates": self.average.updates,
+            "options": self._options(),
+            "teacher": fingerprint(self.teacher.network),
+        }
+        save_tensors(tensors, self.checkpoint, {"state": json.dumps(state)})
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Resume from the checkpoint.
+
+        Raises:
+            DiffAccelError: for a checkpoint of another teacher or of other options.
+        """
+        with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        differing = [key for key, value in self._options().items() if state.get("options", {}).get(key) != value]
+        if state.get("version") != VERSION or state.get("teacher") != fingerprint(self.teacher.network) or differing:
+            what = f"other options ({', '.join(differing)})" if differing else "another teacher"
+            raise DiffAccelError(f"'{self.checkpoint}' is of {what}. Take another folder, or remove the file.")
+        for name, network in (("generator", self.generator), ("assistant", self.assistant)):
+            for key, p in network.named_parameters():
+                p.copy_(tensors[f"{name}.{key}"])
+            for index, p in enumerate(network.parameters()):
+                prefix = f"{name}_moment.{index}."
+                moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+                if moments:
+                    moments["step"] = moments["step"].cpu()
+                    self.optimizers[name].state[p] = moments
+        for key, shadow in zip(self.average.names, self.average.shadow, strict=True):
+            shadow.copy_(tensors[f"average.{key}"])
+        self.step, self.seconds, self.average.updates = state["step"], state["seconds"], state["updates"]
+
+    def _options(self) -> dict[str, Any]:
+        """Return what a run must have in common with its checkpoint."""
+        values = {k: v for k, v in self.config.to_dict().items() if k not in ("save_seconds", "log_seconds")}
+        return {**values, "seed": self.seed, "dtype": str(self.dtype)}
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a hash of names, shapes and the first numbers of every weight."""
+    digest = hashlib.sha256()
+    for name, p in network.named_parameters():
+        digest.update(f"{name}{tuple(p.shape)}".encode())
+        digest.update(p.detach().reshape(-1)[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _learner(network: nn.Module) -> nn.Module:
+    """Return a copy in float32 whose weights learn; without dropout."""
+    return copy.deepcopy(network).float().eval().requires_grad_(True)
+
+
+def _optimizer(network: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    if momentum == 0:
+        return MomentumlessAdam(parameters, lr)
+    return torch.optim.Adam(parameters, lr, betas=(momentum, 0.999))

@@ -1,0 +1,150 @@
+"""The two steps of score implicit matching (arXiv 2410.16794): of the assistant, and of the generator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.distill.levels import Levels, from_ratio
+from diffaccel.distill.losses import generator_loss, sample_weight
+from diffaccel.distill.options import Matching
+from diffaccel.distill.parameterization import clean, scale, target
+from diffaccel.distill.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one step is made of: noise ``z`` to draw from, noise ``eps`` at ``sigma`` to look at the drawing with.
+
+    Attributes:
+        z, eps: ``(B, C, H, W)``.
+        sigma: ``(B,)`` levels of the linear path, on the CPU.
+        group: the conditions.
+    """
+
+    z: Tensor
+    eps: Tensor
+    sigma: Tensor
+    group: int
+
+    @classmethod
+    def new(
+        cls,
+        teacher: Teacher,
+        law: Levels,
+        config: Matching,
+        generator: torch.Generator,
+        device: Any,
+        share: tuple[int, int],
+    ) -> Draw:
+        """Draw on the CPU for all processes, so that the numbers of one picture depend on no other, and keep a share.
+
+        Args:
+            share: number of this process and of all of them.
+        """
+        rank, size = share
+        rows = slice(rank * config.batch // size, (rank + 1) * config.batch // size)
+        both = torch.randn(2, config.batch, *teacher.shape, generator=generator, device="cpu", dtype=torch.float32)
+        sigma = law.draw(config.batch, generator)[rows]
+        group = int(torch.randint(-(-teacher.groups // size), (1,), generator=generator, device="cpu"))
+        return cls(both[0, rows].to(device), both[1, rows].to(device), sigma, group * size + rank)
+
+
+def generate(teacher: Teacher, generator: nn.Module, z: Tensor, group: int, config: Matching) -> Tensor:
+    """Return the generator's drawings ``x0`` of noise ``z``, one network call."""
+    sigma = torch.full((len(z),), from_ratio(config.noise_ratio), dtype=torch.float32, device="cpu")
+    a, s = (value.to(z.device) for value in teacher.coefficients(sigma))
+    x = z if config.start == "unit" else s * z
+    return clean(teacher.kind, teacher.ask(generator, x, sigma, group), x, a, s, teacher.sigma_data)
+
+
+def assistant_loss(
+    teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
+) -> Tensor:
+    """Return the mean square of denoising the generator's drawings, in raw outputs."""
+    with torch.no_grad():
+        x0 = generate(teacher, generator, draw.z, draw.group, config)
+    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    x_t = a * x0 + s * draw.eps
+    wanted = target(teacher.kind, x0, draw.eps, x_t, a, s, teacher.sigma_data)
+    return (teacher.ask(assistant, x_t, draw.sigma, draw.group) - wanted).square().mean()
+
+
+def generator_step(
+    teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
+) -> dict[str, Tensor]:
+    """Add the gradient of the generator's loss to its parameters, and return what the log shows.
+
+    Gradients run from the drawing through ``x_t`` and through both frozen networks, and directly through the residual.
+    """
+    if config.sequential:
+        return _one_network_at_a_time(teacher, generator, assistant, draw, config)
+    x0 = generate(teacher, generator, draw.z, draw.group, config)
+    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    x_t = a * x0 + s * draw.eps
+    with torch.set_grad_enabled(config.grad_through_scores):
+        of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
+        of_teacher = guided(teacher, x_t, draw)
+    loss, shown = matching_loss(teacher, x0, x_t, of_assistant, of_teacher, draw, config)
+    loss.backward()
+    return shown
+
+
+def _one_network_at_a_time(
+    teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
+) -> dict[str, Tensor]:
+    """Make the same step with the activations of one network at a time, by vector-Jacobian products."""
+    with torch.no_grad():
+        drawn = generate(teacher, generator, draw.z, draw.group, config)
+    a, s = (value.to(drawn.device) for value in teacher.coefficients(draw.sigma))
+    x_t = (a * drawn + s * draw.eps).requires_grad_()
+    with torch.no_grad():
+        teacher_value = guided(teacher, x_t, draw)
+    of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
+    parts = [part.detach().requires_grad_() for part in (drawn, x_t, of_assistant, teacher_value)]
+    loss, shown = matching_loss(teacher, parts[0], parts[1], parts[2], parts[3], draw, config)
+    to_x0, to_x_t, to_assistant, to_teacher = torch.autograd.grad(
+        loss, parts, allow_unused=True, materialize_grads=True
+    )
+    if config.grad_through_scores:
+        (through,) = torch.autograd.grad(of_assistant, x_t, to_assistant)
+        to_x_t = to_x_t + through
+        del of_assistant
+        (through,) = torch.autograd.grad(guided(teacher, x_t, draw), x_t, to_teacher)
+        to_x_t = to_x_t + through
+    x0 = generate(teacher, generator, draw.z, draw.group, config)
+    torch.autograd.backward(x0, to_x0 + a * to_x_t)
+    return shown
+
+
+def guided(teacher: Teacher, x_t: Tensor, draw: Draw) -> Tensor:
+    """Return the teacher's raw output, ``N_neg + guidance (N_pos - N_neg)`` where it is guided."""
+    positive = teacher.ask(teacher.network, x_t, draw.sigma, draw.group)
+    if teacher.guidance == 1:
+        return positive
+    negative = teacher.ask(teacher.network, x_t, draw.sigma, draw.group, "negative")
+    return negative + teacher.guidance * (positive - negative)
+
+
+def matching_loss(
+    teacher: Teacher, x0: Tensor, x_t: Tensor, of_assistant: Tensor, of_teacher: Tensor, draw: Draw, config: Matching
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean loss of drawings ``x0``, and the mean distance of the two clean estimates a coordinate."""
+    kind, data = teacher.kind, teacher.sigma_data
+    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    factor = scale(config.space, kind, a, s, data)
+    raw = of_assistant - of_teacher
+    v = factor * raw
+    if config.grad_through_scores:
+        r = factor * (of_assistant - target(kind, x0, draw.eps, x_t, a, s, data))
+    else:  # the clean estimates are constants, x_t included, and the drawing alone is followed
+        residual = clean(kind, of_assistant, x_t, a, s, data).detach() - x0
+        v, r = v.detach(), factor / scale("x0", kind, a, s, data) * residual
+    estimate = clean(kind, of_teacher.detach(), x_t.detach(), a, s, data)
+    weight = sample_weight(config.weight, x0.detach(), estimate)
+    loss = (weight * generator_loss(v, r, alpha=config.alpha, distance=config.distance, c=config.c)).mean()
+    distance = (scale("x0", kind, a, s, data) * raw).detach().square().mean().sqrt()
+    return loss, {"loss": loss.detach(), "distance": distance}

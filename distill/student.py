@@ -1,0 +1,98 @@
+"""A trained generator as a pipeline: the teacher's, with one network call in the place of its loop."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel import record
+from diffaccel.distill.levels import from_ratio
+from diffaccel.distill.options import Matching
+from diffaccel.distill.run import Distillation, fingerprint
+from diffaccel.distill.scheduler import SIMOneStepScheduler
+from diffaccel.distill.teacher import PipelineTeacher
+from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_json, write_text
+
+PROVENANCE = "student.json"
+
+
+def scheduler_of(teacher: PipelineTeacher, config: Matching) -> SIMOneStepScheduler:
+    """Return the scheduler of a student of these options.
+
+    Raises:
+        DiffAccelError: where the pipeline cannot give its network the input that the student was trained with.
+    """
+    if config.start == "scaled" and not teacher.scales_input:
+        raise DiffAccelError(
+            f"{type(teacher.pipe).__name__} passes its noise to the network as it is, but start is 'scaled'. "
+            "Distil with start='unit'."
+        )
+    level = from_ratio(config.noise_ratio)
+    a, s = teacher.coefficients(torch.tensor([level], dtype=torch.float64, device="cpu"))
+    return SIMOneStepScheduler(float(a), float(s), teacher.timestep(level), teacher.kind, config.start)
+
+
+def student(run: Distillation) -> Any:
+    """Return the teacher's pipeline with averaged weights of the generator, and a scheduler that makes one step.
+
+    Text encoders and autoencoder are shared with the teacher's pipeline, which stays as it is.
+    """
+    teacher = run.teacher
+    if not isinstance(teacher, PipelineTeacher):
+        raise DiffAccelError("A bare network was distilled; a pipeline is needed to make one. Take run.generator.")
+    network = copy.deepcopy(run.generator).requires_grad_(False)
+    with torch.no_grad():
+        for p, average in zip(network.parameters(), run.average.shadow, strict=True):
+            p.copy_(average)
+    original = teacher.network
+    network.to(next(original.parameters()).dtype)
+    pipe = teacher.pipe
+    name = next(name for name, part in pipe.components.items() if part is original)
+    parts = {**pipe.components, name: network, "scheduler": scheduler_of(teacher, run.config)}
+    return type(pipe)(**parts)
+
+
+def save(run: Distillation, folder: str | Path, teacher_name: str) -> Path:
+    """Write the student where ``from_pretrained`` finds it, with what it was made of and how."""
+    folder = Path(folder)
+    pipe = student(run)
+    pipe.save_pretrained(folder)
+    provenance = {
+        "teacher": teacher_name,
+        "teacher_weights": fingerprint(run.teacher.network),
+        "options": run.config.to_dict(),
+        "seed": run.seed,
+        "generator_steps": run.step,
+        "pictures": run.pictures,
+        "seconds": round(run.seconds, 1),
+        "versions": record.versions(),
+    }
+    write_json(folder / PROVENANCE, provenance)
+    write_text(folder / "README.md", _card(provenance))
+    return folder
+
+
+def _card(provenance: dict[str, Any]) -> str:
+    options = json.dumps({k: v for k, v in provenance["options"].items() if k != "name"}, indent=1)
+    return f"""# A one-step student of {provenance["teacher"]}
+
+Distilled by score implicit matching (arXiv 2410.16794) without pictures: {provenance["generator_steps"]} steps,
+{provenance["pictures"]} drawings, {provenance["seconds"]} s. It draws in one network call, without guidance:
+
+```python
+import diffaccel
+pipe = diffaccel.load("path/to/this/folder")  # or import diffaccel.distill, and diffusers' from_pretrained
+image = pipe("a red apple").images[0]
+```
+
+Options of the run:
+
+```json
+{options}
+```
+"""

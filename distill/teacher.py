@@ -1,0 +1,174 @@
+"""What is distilled: a network, how it is asked, and the conditions under which it draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.distill.parameterization import Kind
+from diffaccel.errors import DiffAccelError
+from diffaccel.flow import VE_PATH
+from diffaccel.session import Session, open_session
+
+Branch = Literal["positive", "negative"]
+
+
+class Teacher(Protocol):
+    """A trained model as distillation sees it; its network, and copies of it, are asked at any noise level.
+
+    Attributes:
+        network: the trained network.
+        kind: type of its output.
+        sigma_data: of an "edm" network.
+        shape: ``(C, H, W)`` of a sample.
+        guidance: scale of classifier-free guidance of the teacher; 1 for none.
+    """
+
+    network: nn.Module
+    kind: Kind
+    sigma_data: float
+    shape: tuple[int, ...]
+    guidance: float
+
+    @property
+    def groups(self) -> int:
+        """Number of batches of conditions."""
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``a`` and ``s`` of the network's input ``a x0 + s eps`` at levels ``(B,)`` of the linear path."""
+
+    def ask(self, network: nn.Module, x: Tensor, sigma: Tensor, group: int, branch: Branch = "positive") -> Tensor:
+        """Return the raw output ``(B, C, H, W)`` of a network at ``x``, under the conditions of a group."""
+
+
+@dataclass
+class NetworkTeacher:
+    """A bare network.
+
+    Args:
+        call: the raw output from network, input, levels ``sigma`` of the linear path ``(B,)``, and conditions.
+        preserves_variance: whether the input is ``a x0 + s eps`` with ``a^2 + s^2 = 1``; else ``a = 1 - sigma``,
+            ``s = sigma``, or for "edm" ``a = 1`` and ``s = sigma / (1 - sigma)``.
+        conditions: a batch each, "negative" ones beside them where the teacher is guided.
+    """
+
+    network: nn.Module
+    call: Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
+    kind: Kind
+    shape: tuple[int, ...]
+    conditions: Sequence[Any] = (None,)
+    negative: Any = None
+    guidance: float = 1.0
+    sigma_data: float = 0.5
+    preserves_variance: bool = False
+
+    @property
+    def groups(self) -> int:
+        return len(self.conditions)
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = sigma.reshape(-1, *[1] * len(self.shape))
+        if self.kind == "edm":
+            return torch.ones_like(sigma), sigma / (1 - sigma)
+        return _on_path(sigma, self.preserves_variance)
+
+    def ask(self, network: nn.Module, x: Tensor, sigma: Tensor, group: int, branch: Branch = "positive") -> Tensor:
+        return self.call(network, x, sigma, self.conditions[group] if branch == "positive" else self.negative)
+
+
+@dataclass
+class PipelineTeacher:
+    """The denoiser of a pipeline, with every condition that one of its calls would have.
+
+    Calls are opened and not made, so that text encoders, guidance and layouts of all families are the pipeline's own.
+    A group is one call's batch of prompts; its encodings are kept.
+
+    Args:
+        arguments: of the pipeline's call, such as ``height``, ``guidance_scale`` and ``negative_prompt``.
+        prompts: to draw, ``batch`` of them in a group; the last group is filled up from the first.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    batch: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    _sessions: dict[int, Session] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise DiffAccelError("No prompts to distil with. Give a file of prompts, one a line, or a packaged set.")
+        session = self._session(0)
+        schedule = session.schedule
+        if schedule.continuous:
+            raise DiffAccelError(
+                f"{type(self.pipe).__name__} has a network of EDM's form, which a pipeline does not tell of. "
+                "Pass its network as NetworkTeacher(kind='edm', ...)."
+            )
+        networks = session.family.networks(self.pipe)
+        if len(networks) > 1:
+            raise DiffAccelError(
+                f"{type(self.pipe).__name__} has {len(networks)} denoisers ({', '.join(networks)}), of which each "
+                "knows a part of the noise levels. Distil a pipeline with one."
+            )
+        self.kind: Kind = schedule.prediction if schedule.prediction != "score" else "epsilon"
+        self.sigma_data = 0.5
+        self.network: nn.Module = session.denoiser
+        self.shape = tuple(session.x.shape[1:])
+
+    @property
+    def groups(self) -> int:
+        return -(-len(self.prompts) // self.batch)
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return _on_path(sigma.reshape(-1, *[1] * len(self.shape)), self._session(0).schedule.vp)
+
+    def ask(self, network: nn.Module, x: Tensor, sigma: Tensor, group: int, branch: Branch = "positive") -> Tensor:
+        session = self._session(group)
+        family, schedule, cond = session.family, session.schedule, session.conds[0]
+        kwargs = cond.positive if branch == "positive" else cond.negative
+        if kwargs is None:
+            raise DiffAccelError("The call has no second guidance branch. Pass a guidance scale above 1.")
+        level = sigma.float().cpu()
+        level = level / (1 - level) if schedule.path is VE_PATH else level
+        network_x = family.to_network(x.to(session.dtype))
+        time = family.time(session.pipe, schedule.timestep(level), network_x, session.dtype)
+        arguments = {family.latent_arg: network_x, family.time_arg: time, **kwargs, "return_dict": False}
+        positional = [arguments.pop(name) for name in session.positional]
+        out = family.prediction(network(*positional, **arguments)[0], network_x)
+        return family.from_network(out, x).float()
+
+    def timestep(self, sigma: float) -> float:
+        """Return the time that the pipeline would pass to its network at a level of the linear path."""
+        schedule = self._session(0).schedule
+        level = sigma / (1 - sigma) if schedule.path is VE_PATH else sigma
+        return float(schedule.timestep(torch.tensor([level], dtype=torch.float32, device="cpu")))
+
+    @property
+    def scales_input(self) -> bool:
+        """Whether the pipeline has its scheduler scale the network's input, as those of variance-preserving models."""
+        return self._session(0).schedule.vp
+
+    def _session(self, group: int) -> Session:
+        if group not in self._sessions:
+            places = range(group * self.batch, (group + 1) * self.batch)
+            texts = [self.prompts[place % len(self.prompts)] for place in places]
+            arguments = dict(self.arguments)
+            if isinstance(arguments.get("negative_prompt"), str):
+                arguments["negative_prompt"] = [arguments["negative_prompt"]] * self.batch
+            with open_session(self.pipe, prompt=texts, **arguments) as session:
+                scale = session.family.guidance_scale(self.pipe, session.conds[0].arguments, session.timesteps[0])
+                self.guidance = 1.0 if scale is None else float(scale)  # known while the call is open
+                self._sessions[group] = session
+        return self._sessions[group]
+
+
+def _on_path(sigma: Tensor, preserves_variance: bool) -> tuple[Tensor, Tensor]:
+    a, s = 1 - sigma, sigma
+    if not preserves_variance:
+        return a, s
+    norm = (a * a + s * s).sqrt()
+    return a / norm, s / norm

@@ -1,0 +1,56 @@
+"""From a pipeline and prompts to a student in a folder: the whole way, as the command line goes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffaccel.distill.options import Matching
+from diffaccel.distill.run import Distillation
+from diffaccel.distill.student import save
+from diffaccel.distill.teacher import PipelineTeacher
+from diffaccel.errors import DiffAccelError
+from diffaccel.processes import Processes
+from diffaccel.training.loop import Deadline
+
+STUDENT = "student"
+
+
+def distil(
+    pipe: Any,
+    prompts: Sequence[str],
+    config: Matching,
+    folder: str | Path,
+    *,
+    name: str = "",
+    arguments: dict[str, Any] | None = None,
+    seconds: float | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    processes: Processes | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Distillation:
+    """Distil a pipeline, and write the student to ``folder / "student"``; a run that is there goes on.
+
+    Args:
+        prompts: to draw in training.
+        name: of the teacher, for the student's card.
+        arguments: of the pipeline's call: size, guidance, negative prompt.
+        seconds: after which it stops; None for when all steps are made.
+    """
+    launch = processes or Processes()
+    if config.batch % launch.size:
+        raise DiffAccelError(f"batch is {config.batch}, for {launch.size} processes. Take a multiple of them.")
+    if config.risk:
+        tell(f"note: {config.risk}")
+    teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
+    run = Distillation(teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell)
+    run.run(Deadline(seconds) if seconds else None)
+    if launch.rank == 0:
+        save(run, Path(folder) / STUDENT, name or type(pipe).__name__)
+    launch.wait()
+    return run

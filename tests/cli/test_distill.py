@@ -1,0 +1,59 @@
+"""The command ``distill``: resumes, stops by time, and leaves a student that a new process loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from diffaccel.cli import main
+from diffaccel.cli.distill import UNFINISHED
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.make("flux").save_pretrained(folder)
+    return folder
+
+
+def options(model: Path, out: Path, *more: str) -> list[str]:
+    prompts = out.parent / "prompts.txt"
+    prompts.write_text("a red apple\na blue house\na cat\n", encoding="utf-8")
+    size = str(tiny.call_kwargs("flux")["height"])
+    base = ["distill", str(model), "--prompts", str(prompts), "--size", size, "--out", str(out)]
+    return [*base, "--sim.steps", "2", "--sim.batch", "2", "--sim.ema-pictures", "0", *more]
+
+
+def test_a_student_is_made_and_a_new_process_draws_with_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options(model, tmp_path / "run", "--seconds", "0.000001")) == UNFINISHED
+    assert main(options(model, tmp_path / "run")) == 0
+    assert "2 of 2 steps" in capsys.readouterr().out
+    draw = "import sys, diffaccel; p = diffaccel.load(sys.argv[1]); print(p.scheduler.__class__.__name__)"
+    command = [sys.executable, "-c", draw, str(tmp_path / "run" / "student")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "SIMOneStepScheduler"
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--method", "sid"], "Unknown method of training 'sid'"),
+        (["--preset", "sied"], "Did you mean 'sid'"),
+        (["--sim.alhpa", "1"], "Did you mean 'alpha'"),
+        (["--rbf.budget", "1"], "--rbf.budget is no option of 'sim'"),
+        (["--sim.floor", "7"], "SIM.floor"),
+    ],
+)
+def test_errors_name_what_is_wrong(
+    more: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", "--out", str(tmp_path), *more]) == 2
+    assert text in capsys.readouterr().err
