@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffaccel import registry
@@ -27,6 +27,11 @@ class Applied:
 
     config: Any
     handle: Handle | None = None
+
+    def report(self) -> dict[str, Any] | None:
+        """Return what the method says that it did, JSON-ready; None where it says nothing."""
+        report = getattr(self.handle, "report", None)
+        return None if report is None else report()
 
     def remove(self) -> None:
         """Take the method off, unless that is done."""
@@ -70,7 +75,7 @@ class Active:
 
     @property
     def configs(self) -> list[Any]:
-        """Configs of the active methods, weights first, then blocks, then the loop."""
+        """Configs of the active methods, weights first, then blocks, then the loop, then graphs."""
         on_networks = [applied.config for applied in self.applied if applied.handle is not None]
         configs = on_networks if self.loop is None else [*on_networks, self.loop]
         return sorted(configs, key=lambda config: ORDER.index(config.touches))
@@ -98,6 +103,21 @@ def needs_steps(config: Any) -> bool:
     return bool(getattr(config, "needs_steps", False))
 
 
+def take_graphs(kept: tuple[Applied, ...]) -> list[Applied]:
+    """Take graphs off while methods below them come or go, and return them: they are always applied last."""
+    aside = [applied for applied in kept if applied.config.touches == "graphs" and applied.handle is not None]
+    for applied in aside:
+        applied.remove()
+    return aside
+
+
+def put_back(pipe: Any, aside: list[Applied]) -> None:
+    """Apply what :func:`take_graphs` took off."""
+    for applied in aside:
+        if applied.handle is None:
+            applied.handle = applied.config.apply(pipe)
+
+
 def active(pipe: Any) -> Active | None:
     """Return the state of the methods on ``pipe``, or None."""
     return pipe.__dict__.get(KEY)
@@ -121,6 +141,7 @@ class Summary:
     last_run: dict[str, Any] | None
     implied: str | None = None  # name of the loop that runs because a method needs steps and none was given
     preset: dict[str, Any] | None = None
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)  # by method: what it did since it was put on
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for records."""
@@ -130,7 +151,8 @@ class Summary:
             "last_run": self.last_run,
             "implied": self.implied,
         }
-        return values if self.preset is None else {**values, "preset": self.preset}
+        values |= {} if self.preset is None else {"preset": self.preset}
+        return {**values, **({"reports": self.reports} if self.reports else {})}
 
     def __str__(self) -> str:
         lines = [self.pipeline]
@@ -155,4 +177,16 @@ class Summary:
                 calls = caches["real_calls"] + caches["skipped_calls"]
                 share = f"{caches['skipped_share_of_seconds']:.1%} of their seconds"
                 lines.append(f"  caches      {caches['skipped_calls']} of {calls} network calls skipped, {share}")
+        for report in self.reports.values():
+            if "graphs" in report:
+                lines += _lines_of_graphs(report)
         return "\n".join(lines)
+
+
+def _lines_of_graphs(report: dict[str, Any]) -> list[str]:
+    """Return what a report of captured graphs says, as lines of the summary."""
+    bytes_text = f"{report['bytes'] / 2**30:.2f} GiB"
+    lines = [f"  graphs      {report['graphs']} in {bytes_text}, {report['replays']} replays"]
+    for title, counts in (("without", report["eager_calls"]), ("given up", report["dropped"])):
+        lines += [f"    {title:<10}{count}: {reason}" for reason, count in counts.items()]
+    return [*lines, *(f"    note      {note}" for note in report["notes"])]

@@ -1,7 +1,8 @@
 """``accelerate``, ``remove``, ``summary``: methods on a pipeline, and off it again.
 
 A loop method changes only the class of the pipeline instance, to a subclass of the same name whose ``__call__`` runs
-the stock call around the method's own loop. Weight and block methods change the network and return a handle.
+the stock call around the method's own loop. Weight and block methods change the network and return a handle. What
+records the network as graphs is applied last, and steps aside while others come or go.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import presets, registry
-from diffaccel.active import KEY, Active, Applied, OnBusy, Summary, active, needs_steps
+from diffaccel.active import KEY, Active, Applied, OnBusy, Summary, active, needs_steps, put_back, take_graphs
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.call_class import facts_of, put_on, stock_class, take_off
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
     """Apply methods to a diffusers pipeline, in place, and return the same object.
 
-    Methods are applied weights first, then blocks, then the loop, whatever their order here; the pipeline's call keeps
-    its signature. More methods can be added later by another call.
+    Methods are applied weights first, then blocks, then the loop, and graphs last, whatever their order here; the
+    pipeline's call keeps its signature. More methods can be added later by another call.
 
     A cache is told the step of every network call. Without a loop method its calls run under the rule of the pipeline's
     own scheduler ('scheduler'), which equals the stock loop to the bit; one that cannot be followed so raises.
@@ -108,6 +109,7 @@ def _switch(pipe: Any, name: str) -> None:
             f"diffaccel.remove(pipe), and accelerate with another preset."
         )
     kept = tuple(applied for applied in before.applied if applied.config not in leaving)
+    aside = take_graphs(kept if any(config.touches != "loop" for config in leaving) else ())
     try:
         for applied in reversed(before.applied):
             if applied not in kept:
@@ -115,12 +117,14 @@ def _switch(pipe: Any, name: str) -> None:
         loop = None if before.loop in leaving else before.loop
         _update(pipe, applied=kept, loop=loop, point=point)
         _add(pipe, coming, None, None)
+        put_back(pipe, aside)
     except BaseException:  # nothing half-done: what was on before is put on again
         _update(pipe, applied=kept, loop=before.loop, point=before.point)
         for config in leaving:
             if config.touches != "loop":
                 applied = Applied(config, config.apply(pipe))
                 _update(pipe, applied=(*_state(pipe).applied, applied))
+        put_back(pipe, aside)
         raise
 
 
@@ -128,6 +132,20 @@ def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None, preset: Pres
     """Apply methods to a pipeline that nobody calls; without one that fails, the pipeline is as it was."""
     before = active(pipe)
     _check_clashes([*(before.configs if before else []), *new_configs])
+    on_network = [config for config in new_configs if config.touches not in ("loop", "graphs")]
+    aside = take_graphs(before.applied if before and on_network else ())
+    try:
+        _add_in_order(pipe, new_configs, on_busy, preset, before)
+        put_back(pipe, aside)
+    except BaseException:
+        _take_off(pipe, before)
+        put_back(pipe, aside)
+        raise
+
+
+def _add_in_order(
+    pipe: Any, new_configs: list[Any], on_busy: OnBusy | None, preset: Preset | None, before: Active | None
+) -> None:
     try:
         if before is None:
             take_off(pipe)
@@ -166,9 +184,9 @@ def _take_off(pipe: Any, before: Active | None) -> None:
     """Take off the methods that ``before`` does not have, the latest first; each stays noted until it is off."""
     state = active(pipe)
     kept = before.applied if before else ()
-    for applied in reversed(state.applied if state else ()):
-        if applied not in kept:
-            applied.remove()
+    leaving = [applied for applied in reversed(state.applied if state else ()) if applied not in kept]
+    for applied in sorted(leaving, key=lambda applied: applied.config.touches != "graphs"):
+        applied.remove()
     _set(pipe, before)
     if before is None or not before.owns_calls:  # without a state the class passes calls on, should this be interrupted
         take_off(pipe)
@@ -200,7 +218,9 @@ def summary(pipe: Any) -> Summary:
     preset = None
     if state is not None and state.preset is not None and state.point is not None:
         preset = {"source": state.preset.source, "quality": state.point.name, "call": dict(state.point.call)}
-    return Summary(cls.__name__, methods, last, implied, preset)
+    reports = {applied.config.name: applied.report() for applied in state.applied} if state else {}
+    told = {name: report for name, report in reports.items() if report is not None}
+    return Summary(cls.__name__, methods, last, implied, preset, told)
 
 
 def _config(config: Any) -> Any:

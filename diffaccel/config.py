@@ -14,8 +14,8 @@ from diffaccel.errors import DiffAccelError, shortened, unknown
 if TYPE_CHECKING:
     from diffaccel.session import Sampling, Session
 
-Touches = Literal["weights", "blocks", "loop"]
-ORDER: tuple[Touches, ...] = ("weights", "blocks", "loop")
+Touches = Literal["weights", "blocks", "loop", "graphs"]
+ORDER: tuple[Touches, ...] = ("weights", "blocks", "loop", "graphs")
 State = Literal["float32", "stock"]
 Level = Literal["fast", "slow", "unsupported", "unknown"]
 
@@ -48,7 +48,10 @@ class Handle(Protocol):
     """Undoes a weight or block method that was applied to a network."""
 
     def remove(self) -> None:
-        """Restore the network to the bit."""
+        """Restore the network to the bit.
+
+        A handle may also have ``report()``, JSON-ready: what the method did, for summaries and records.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class Config:
 
     Class attributes:
         name: the registry name, also the prefix of command line options.
-        touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop.
+        touches: the part that the method changes; ``accelerate`` applies weights, then blocks, then the loop, and last
+            what records the result as graphs.
         conflicts: names of methods that cannot be active at the same time.
         citation: title and arXiv id.
         added: names of options that came after the first records; their defaults are what was done before.

@@ -30,6 +30,7 @@ METHODS = {
     "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
     "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
+    "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none
 PLUGINS = "diffaccel.plugins"

@@ -242,6 +242,8 @@ def describe(record: dict[str, Any]) -> str:
     caches = cost.get("caches")
     calls = caches["real_calls"] + caches["skipped_calls"] if caches else 0
     skipped = f", {caches['skipped_calls']} of {calls} network calls skipped" if caches else ""
+    if graphs := cost.get("graphs"):
+        skipped += f", {graphs['replays']} replays of {graphs['graphs']} graphs"
     return (
         f"{len(images)} {noun}{'s' * (len(images) > 1)} in {record['out']}: {files}\n"
         f"{settings['model']} by {method}: {steps}, {cost['nfe']} NFE, {cost['forwards']} rows through the "

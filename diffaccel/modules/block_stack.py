@@ -116,6 +116,11 @@ class Stacks:
             stack.remove()
 
 
+def cached_blocks(network: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a network that a step cache is on; the network itself where it is cached as one block."""
+    return [module for module in network.modules() if _PLACE in vars(module)]
+
+
 @functools.cache
 def _cached_class(cls: Any) -> Any:
     """Return a class of the same name whose call asks the stack of the block; copies and pickles have it too."""

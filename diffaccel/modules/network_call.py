@@ -118,11 +118,26 @@ class NetworkCall:
 
 
 _CURRENT: ContextVar[NetworkCall | None] = ContextVar("diffaccel_network_call", default=None)
+_READS: ContextVar[list[NetworkCall | None] | None] = ContextVar("diffaccel_network_call_reads", default=None)
 
 
 def current() -> NetworkCall | None:
     """Return the network call that is being made, or None outside of a driven one."""
-    return _CURRENT.get()
+    call, reads = _CURRENT.get(), _READS.get()
+    if reads is not None:
+        reads.append(call)
+    return call
+
+
+@contextlib.contextmanager
+def noting_reads() -> Iterator[list[NetworkCall | None]]:
+    """Note what :func:`current` returns in this block: what reads it computes something else at another step."""
+    reads: list[NetworkCall | None] = []
+    token = _READS.set(reads)
+    try:
+        yield reads
+    finally:
+        _READS.reset(token)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
     """Return the cost of a call.
 
     Seconds, whole, by part and by network call; NFE (a guided prediction counts once), rows through the network and
-    network calls; peak memory in bytes; with a cache on the network its real and skipped calls and their seconds.
+    network calls; peak memory in bytes; with a cache on the network its real and skipped calls and their seconds; with
+    captured networks their graphs.
     Of a search that goes on where an earlier process was stopped NFE are those of the whole search, and "resumed" has
     those of them that the earlier process made: the rest is of this process alone.
     """
@@ -97,7 +98,13 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
         "steps": [round(seconds, 5) for seconds in profile.steps],
         **({"resumed": {"nfe": resumed["nfe"]}} if resumed else {}),
         **({"caches": stats["caches"]} if stats and stats["caches"] else {}),
+        **({"graphs": graphs} if (graphs := graphs_of(pipe)) else {}),
     }
+
+
+def graphs_of(pipe: Any) -> dict[str, Any] | None:
+    """Return what the captured graphs of a pipeline say of themselves, since they were put on; None without any."""
+    return next((report for report in summary(pipe).reports.values() if "graphs" in report), None)
 
 
 def _branches(pipe: Any, arguments: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ def total_cost(costs: list[dict[str, Any]]) -> dict[str, Any]:
         "steps": _median_steps([cost.get("steps", []) for cost in costs]),
         **({"resumed": {"nfe": sum(resumed)}} if resumed else {}),
         **_sum_caches([cost["caches"] for cost in costs if "caches" in cost]),
+        **({"graphs": graphs[-1]} if (graphs := [cost["graphs"] for cost in costs if "graphs" in cost]) else {}),
     }
 
 

@@ -12,7 +12,9 @@ import pytest
 from diffaccel import registry, zoo
 from diffaccel.cli import listing
 from diffaccel.cli.docstrings import documented_arguments
+from diffaccel.modules.capture.graphs import BACKENDS
 from tests.layout import tree
+from tests.support.replayed_calls import ReplayedCalls
 
 CARD = {
     "title": "A tiny text-to-image pipeline",
@@ -40,7 +42,8 @@ def test_list_names_every_method_and_model(run, embedded):
     kinds = {m["name"]: m["kind"] for m in found["methods"]}
     assert {name: kinds.pop(name) for name in registry.TRAINERS} == dict.fromkeys(registry.TRAINERS, "distillation")
     assert kinds == {
-        name: "sampler" if registry.config_class(name).touches == "loop" else "cache" for name in registry.METHODS
+        name: {"loop": "sampler", "graphs": "module"}.get(registry.config_class(name).touches, "cache")
+        for name in registry.METHODS
     }
     for method in found["methods"]:
         if method["name"] in registry.TRAINERS:
@@ -84,10 +87,11 @@ def test_explain_a_method(run, name):
     assert f"--{name}{field}" in shown and f"--{option} {name}" in shown and "arXiv" in shown
 
 
-def test_explained_python_runs(models):
+def test_explained_python_runs(models, monkeypatch):
     import diffaccel
 
     pipe = diffaccel.load(models / "flux")
+    monkeypatch.setitem(BACKENDS, "cpu", ReplayedCalls)
     for name in registry.METHODS:
         about = listing.explain_method(name)
         namespace = {"diffaccel": diffaccel, "pipe": pipe}

@@ -14,9 +14,9 @@ pytestmark = [
 
 @pytest.mark.parametrize("family", matrix.FAMILIES)
 @pytest.mark.parametrize("contract", matrix.GPU_CONTRACTS)
-@pytest.mark.parametrize("method", matrix.METHODS)
+@pytest.mark.parametrize("method", matrix.GPU_METHODS)
 def test_contract(method: str, contract: str, family: str) -> None:
     try:
-        matrix.GPU_CONTRACTS[contract](matrix.Case(family, matrix.METHODS[method], "cuda"))
+        matrix.GPU_CONTRACTS[contract](matrix.Case(family, matrix.GPU_METHODS[method], "cuda"))
     except matrix.NotHere as reason:
         pytest.skip(str(reason))

@@ -29,7 +29,10 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("config",), "what a method's options are"),
     (("registry", "samplers.rewards"), "names to methods; what a search climbs"),
     (("samplers.search", "samplers.caches"), "what all searches share; step caches"),
-    (("samplers", "quant", "distill"), "the methods: none sees another, and nothing but the registry names one"),
+    (
+        ("samplers", "quant", "distill", "modules.capture"),
+        "the methods: none sees another, and nothing but the registry names one",
+    ),
     (("runtime", "presets"), "one pipeline call; files of methods with their certificate"),
     (("active",), "which methods are on a pipeline"),
     (("compose",), "methods on a pipeline, and off it"),
@@ -44,7 +47,9 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cli",), "the command line"),
 )
 # What users import from: names that are loaded lazily, or gathered from everywhere below.
-DOORS = ("diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.samplers", "diffaccel.distill")
+DOORS = (
+    "diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.modules", "diffaccel.samplers", "diffaccel.distill",
+)  # fmt: skip
 LIGHT = ("diffaccel.errors", "diffaccel.cli")  # what may load before a command is known
 OUTSIDE = ("tests", "scripts", *tree.FOLDERS)
 ROOMS = {f"diffaccel.{room}": number for number, (rooms, _) in enumerate(FLOORS) for room in rooms}

@@ -1,4 +1,4 @@
-"""The contract matrix: what users do besides calling a pipeline, for every family, under every loop method.
+"""The contract matrix: what users do besides calling a pipeline, for every family, under every method that keeps it.
 
 A contract is a function of a :class:`Case` that raises when it is broken. One that a pipeline cannot have (no LoRA
 loader, no size argument, no callback in its stock call) raises :class:`NotHere` with the reason, which the table shows.
@@ -20,11 +20,14 @@ import tiny_more
 import torch
 
 import diffaccel
+from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
+from diffaccel.modules import Capture
 from diffaccel.samplers import Scheduler
 
 FAMILIES = tiny.FAMILIES + tiny_more.FAMILIES
-METHODS = {"scheduler": Scheduler()}  # each a loop method whose result is the stock call's
+METHODS = {"scheduler": Scheduler()}  # each a method whose result is the stock call's
+GPU_METHODS = {**METHODS, "capture": Capture()}
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -73,7 +76,7 @@ def stock(case: Case) -> None:
 
 def lora_before(case: Case) -> None:
     """Load a LoRA before wrapping."""
-    pipe = _with_lora(case, case.make(), "one", 1)
+    pipe = with_lora(case, case.make(), "one", 1)
     expected = case.call(pipe)
     assert not torch.equal(expected, case.call(case.make()))
     assert torch.equal(case.call(case.wrap(pipe)), expected)
@@ -81,8 +84,8 @@ def lora_before(case: Case) -> None:
 
 def lora_after(case: Case) -> None:
     """Load a LoRA into a wrapped pipeline, and unload it again."""
-    expected = case.call(plain := _with_lora(case, case.make(), "one", 1))
-    pipe = _with_lora(case, case.wrap(case.make()), "one", 1)
+    expected = case.call(plain := with_lora(case, case.make(), "one", 1))
+    pipe = with_lora(case, case.wrap(case.make()), "one", 1)
     assert torch.equal(case.call(pipe), expected)
     for loaded in (pipe, plain):
         loaded.unload_lora_weights()
@@ -91,7 +94,7 @@ def lora_after(case: Case) -> None:
 
 def lora_swapped(case: Case) -> None:
     """Switch between two adapters while wrapped."""
-    pipe = _with_lora(case, _with_lora(case, case.make(), "one", 1), "two", 2)
+    pipe = with_lora(case, with_lora(case, case.make(), "one", 1), "two", 2)
     expected = {}
     for name in ("one", "two"):
         pipe.set_adapters([name])
@@ -104,7 +107,7 @@ def lora_swapped(case: Case) -> None:
 
 def lora_fused(case: Case) -> None:
     """Fuse a LoRA while wrapped; the result is that of the fused stock pipeline."""
-    plain, pipe = _with_lora(case, case.make(), "one", 1), case.wrap(_with_lora(case, case.make(), "one", 1))
+    plain, pipe = with_lora(case, case.make(), "one", 1), case.wrap(with_lora(case, case.make(), "one", 1))
     for loaded in (plain, pipe):
         loaded.fuse_lora(adapter_names=["one"])
     fused = case.call(pipe)
@@ -209,10 +212,21 @@ def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
         if "does not support group offloading" in str(error):
             raise NotHere(f"diffusers has no group offloading for {type(case.network(pipe)).__name__}") from error
         raise
+    if isinstance(case.method, Capture):
+        _refused(case, pipe)
     expected = case.call(pipe)
     rest = [p.device.type for p in case.network(pipe).parameters()]
     assert torch.equal(case.call(case.wrap(pipe)), expected)
     assert [p.device.type for p in case.network(pipe).parameters()] == rest
+
+
+def _refused(case: Case, pipe: Any) -> None:
+    """Expect that graphs are refused, whose weights must not move."""
+    try:
+        case.wrap(pipe)
+    except DiffAccelError as refusal:
+        raise NotHere(str(refusal)) from refusal
+    raise AssertionError("offloaded weights were captured")
 
 
 CONTRACTS: dict[str, Callable[[Case], None]] = {
@@ -231,7 +245,7 @@ GPU_CONTRACTS: dict[str, Callable[[Case], None]] = {
 # -- LoRA --------------------------------------------------------------------------------------------------------------
 
 
-def _with_lora(case: Case, pipe: Any, name: str, seed: int) -> Any:
+def with_lora(case: Case, pipe: Any, name: str, seed: int) -> Any:
     """Load a LoRA file of the pipeline's own format, with weights large enough to be seen."""
     if not hasattr(pipe, "load_lora_weights"):
         raise NotHere(f"{type(pipe).__name__} has no LoRA loader in diffusers")

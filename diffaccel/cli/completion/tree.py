@@ -86,7 +86,7 @@ def _known_values() -> dict[str, tuple[str, ...]]:
     return {
         "--model": tuple(zoo.names()),
         "--sampler": _methods("loop"),
-        "--method": _methods("weights", "blocks"),
+        "--method": _methods("weights", "blocks", "graphs"),
         "--accel": (PLAIN, *_methods()),
         "--prompts": tuple(prompts.names()),
         "--dtype": DTYPES,
