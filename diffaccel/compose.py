@@ -20,7 +20,7 @@ from diffaccel.active import KEY, Active, Applied, OnBusy, Summary, active, need
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.call_class import facts_of, put_on, stock_class, take_off
-from diffaccel.modules.guard import alone
+from diffaccel.modules.guard import alone, is_called_here
 from diffaccel.presets import Preset
 
 _EXTRAS: ContextVar[tuple[Any, Path | None, bool] | None] = ContextVar("diffaccel_call_extras", default=None)
@@ -89,9 +89,15 @@ def set_quality(pipe: Any, name: str) -> Any:
         name: of the point, such as "balanced"; "baseline" for the plain pipeline's own steps and loop.
 
     Raises:
-        DiffAccelError: for a pipeline without a preset, an unknown name, and points that differ on the weights.
+        DiffAccelError: for a pipeline without a preset, an unknown name, points that differ on the weights, and in a
+            callback of the pipeline's running call.
     """
     _check_pipeline(pipe)
+    if is_called_here(pipe):
+        raise DiffAccelError(
+            f"set_quality(pipe, '{name}') was called inside a running call of {type(pipe).__name__}, which keeps the "
+            "point that it began with. Call it when that call has ended."
+        )
     alone(pipe, lambda: _switch(pipe, name))
     return pipe
 
@@ -261,12 +267,17 @@ def _check_clashes(configs: list[Any]) -> None:
 
 
 def _check_trajectories(first: Any, second: Any) -> None:
-    """Raise for a method that keeps what each row computed, with a loop whose rows change between steps."""
+    """Raise for a method that keeps what each row computed, with a loop whose rows change or that compares rows."""
     cache, loop = (first, second) if needs_steps(first) else (second, first)
     if not getattr(loop, "keeps_rows", True):
         raise DiffAccelError(
             f"'{cache.name}' keeps what each row of a network call computed at earlier steps, and '{loop.name}' calls "
             f"the network for other rows from step to step. Use one of them, or '{cache.name}' with 'euler'."
+        )
+    if getattr(loop, "searches", False) and not getattr(cache, "rows_apart", False):
+        raise DiffAccelError(
+            f"'{cache.name}' decides for all rows of a network call together, so that a sample of '{loop.name}' would "
+            "depend on those beside it. Use 'spectrum' or 'taylorseer', or a cache with real_steps chosen beforehand."
         )
 
 
@@ -297,7 +308,10 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
         if state is None or not (state.loop or state.told):  # another thread has removed it in between
             return stock_call(pipe, *args, **named)
         driver, told = state.driver, state.told
-        result, stats = generate(pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told)
+        beside = tuple(config.to_dict() for config in state.configs if needs_steps(config))
+        result, stats = generate(
+            pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside
+        )
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)
         return result

@@ -79,6 +79,11 @@ class Config:
     added: ClassVar[tuple[str, ...]] = ()
     needs_steps: ClassVar[bool] = False
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether what a method on the network does to a row depends on that row alone."""
+        return False
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in fields(self):
@@ -102,6 +107,11 @@ class Config:
     def tunable(cls) -> dict[str, tuple[Any, ...]]:
         """Return the fields that a tuner may change: for each its values, in the order of growing speed."""
         return {}
+
+    @classmethod
+    def ways(cls) -> tuple[Self, ...]:
+        """Return the configs that a report on all methods compares: the default one, or one for each kind."""
+        return (cls(),)
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:

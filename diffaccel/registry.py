@@ -30,6 +30,7 @@ METHODS = {
     "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
     "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
+    "cache_dit": "diffaccel.samplers.caches.cache_dit:CacheDiT",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none

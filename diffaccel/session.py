@@ -39,6 +39,20 @@ Branch = Literal["guided", "positive", "negative"]
 OPENER = "diffaccel.runtime.probe:open_session"
 
 
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where a request stands among those of the same rows, for methods that keep what each row computed.
+
+    Attributes:
+        stream: name of the rows; requests of one name have the same rows in the same order, from step 0 to the last.
+        step, steps: the step that is made, and the number of all.
+    """
+
+    stream: str
+    step: int
+    steps: int
+
+
 @dataclass(frozen=True, eq=False)
 class Eval:
     """A request for a prediction at ``x``.
@@ -50,6 +64,7 @@ class Eval:
         branch: the guided prediction, or that of one conditioning alone, as superposition needs it.
         rows: for each row of ``x`` the row of the call (prompt) that it belongs to; None when they are the call's own.
         at: the session of another resolution, from :meth:`Session.at`.
+        place: of samplers whose requests are not the steps of the call one by one; None elsewhere.
     """
 
     x: Tensor
@@ -58,6 +73,7 @@ class Eval:
     branch: Branch = "guided"
     rows: Sequence[int] | None = None
     at: Session | None = None
+    place: StreamPlace | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +175,7 @@ class Session:
         stock_levels: whether noise levels are kept on the scheduler's device, for equality to the bit.
         folder: where a sampler may leave files beside the pictures; None for nowhere.
         shared: whether all processes of the launch make this one call together.
+        beside: options of the methods on the network that are told their steps.
         report: the sampler's report on the run, JSON-ready.
     """
 
@@ -180,6 +197,7 @@ class Session:
     stock_levels: bool = False
     folder: FilePath | None = None
     shared: bool = False
+    beside: tuple[dict[str, Any], ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
 

@@ -104,7 +104,8 @@ class Matching(Config):
         if self.ema_pictures > self.steps * self.batch:
             raise DiffAccelError(
                 f"{type(self).__name__}.ema_pictures is {self.ema_pictures}, but the run draws "
-                f"{self.steps * self.batch} pictures, so the average would still be the teacher. Take a tenth of them or less."
+                f"{self.steps * self.batch} pictures, so the average would still be the teacher. "
+                "Take a tenth of them or less."
             )
 
     @property

@@ -54,8 +54,8 @@ def compare(
 
     Args:
         baseline, candidate, more: each a run's folder, a variant such as ``"plain:steps=8"``, a config or a list of
-            configs, an open pipeline (with methods on it or without), or a function ``(prompts, seeds) -> uint8
-            (N, 3, H, W)``.
+            configs, an open pipeline (with methods on it or without; the steps of its preset replace ``steps``, as a
+            variant's do), or a function ``(prompts, seeds) -> uint8 (N, 3, H, W)``.
         prompts: texts, a file of them, or a packaged set; class names for a model that draws classes. None takes those
             of a run among the candidates, else the first 100 of ``emoji-1000``.
         seeds: of the first picture, and picture ``i`` takes ``seeds + i``; or consecutive seeds, one a picture, so many

@@ -6,6 +6,7 @@ if "." not in __name__:
 from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.bon import BoN
 from diffaccel.samplers.bottleneck.config import Bottleneck
+from diffaccel.samplers.caches.cache_dit import CacheDiT
 from diffaccel.samplers.caches.diffusers_cache import DiffusersCache
 from diffaccel.samplers.caches.firstblock import FirstBlockCache
 from diffaccel.samplers.caches.seacache import SeaCache
@@ -22,7 +23,7 @@ from diffaccel.samplers.sop import SoP
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
-    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CoDe", "DPMpp2M", "DiffusersCache", "Euler",
+    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache", "Euler",
     "FirstBlockCache", "Heun",
     "Scheduler", "SeaCache", "SoP", "Spectrum", "TaylorSeer",
 ]  # fmt: skip

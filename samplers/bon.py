@@ -30,6 +30,8 @@ class BoN(SearchConfig):
         "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv 2501.09732"
     )
 
+    keeps_rows: ClassVar[bool] = True  # every sample is followed by itself, from noise to its end
+
     wave: int = 16
 
     def validate(self) -> None:

@@ -1,15 +1,18 @@
-"""Run the contract matrix on this machine's CPU or GPU and print it: families down, contracts across.
+"""Run the contract matrix on this machine's CPU or GPU and print it: families and methods down, contracts across.
 
     python -m scripts.contract_matrix --device cuda --kind h100 --out docs/results
+    python -m scripts.contract_matrix --device cpu --methods euler,spectrum --families flux,sd --contracts stock,batch
 
-A cell is "yes", "no" (the record says why) or "-" where the contract does not apply to the pipeline (the record says
-why). The record is written after every family.
+A cell is "yes", "no", "refused" where the method refuses the pipeline with a sentence, or "-" where the contract does
+not apply to the pipeline; the record says why. Then the table of pairs: which methods compose on one pipeline, and
+which refuse each other. The record is written after every family.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import sys
 import time
 import warnings
@@ -31,48 +34,94 @@ def cell(contract, case, not_here: type[Exception]) -> tuple[str, str]:
     return "yes", ""
 
 
+def quiet() -> None:
+    """Silence what libraries say of tiny models: LoRA without keys for text encoders, and the like."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
+def rows_of(family: str, methods: list[str], contracts: list[str], device: str) -> dict[str, dict[str, dict[str, str]]]:
+    """Run all contracts of one family, and print and return its rows."""
+    import matrix
+    import self_contracts
+
+    quiet()
+    rows: dict[str, dict[str, dict[str, str]]] = {}
+    for name in methods:
+        start = time.perf_counter()
+        keeps_result = name in matrix.GPU_METHODS
+        own = matrix if keeps_result else self_contracts
+        method = (matrix.GPU_METHODS if keeps_result else self_contracts.CHANGING)[name]
+        case = matrix.Case(family, method, device, matrix.REFERENCES.get(name))
+        row = rows[f"{family}, {name}"] = {}
+        sentence = matrix.refusal(case) if family in own.REFUSES.get(name, {}) else ""
+        for contract in contracts:
+            function = own.contracts(device)[contract]
+            shown, why = ("refused", sentence) if sentence else cell(function, case, matrix.NotHere)
+            row[contract] = {"cell": shown, "why": why}
+        print(f"| {family} | {name} | {' | '.join(entry['cell'] for entry in row.values())} |", flush=True)
+        print(f"{family}, {name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        for contract, entry in row.items():
+            if entry["cell"] == "no":
+                print(f"  {contract}: {entry['why']}", file=sys.stderr)
+    return rows
+
+
+def pairs_table() -> dict[str, dict[str, str]]:
+    """Run every pair of methods on one pipeline, and print and return which compose."""
+    import method_pairs
+
+    names = list(method_pairs.METHODS)
+    outcomes = {f"{first}, {second}": method_pairs.outcome(first, second) for first, second in method_pairs.PAIRS}
+    print(f"| | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+    for first in names:
+        cells = [outcomes.get(f"{first}, {second}", {"cell": ""})["cell"] for second in names]
+        print(f"| {first} | {' | '.join(cells)} |")
+    return outcomes
+
+
 def main() -> int:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--kind", default=None, help="name of the machine, for the record's file name")
+    parser.add_argument("--methods", default="", help="methods to run, with commas; all by default")
+    parser.add_argument("--families", default="", help="families to run, with commas; all by default")
+    parser.add_argument("--contracts", default="", help="contracts to run, with commas; all by default")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with some of the families")
     parser.add_argument("--out", type=Path, help="folder for the JSON record")
     options = parser.parse_args()
     import matrix
+    import self_contracts
 
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # libraries on tiny models: LoRA without keys for text encoders, and the like
-    contracts = matrix.CONTRACTS if options.device == "cpu" else matrix.GPU_CONTRACTS
-    command = ["python", "-m", "scripts.contract_matrix", "--device", options.device]
+    quiet()
+    keeping = matrix.METHODS if options.device == "cpu" else matrix.GPU_METHODS
+    methods = options.methods.split(",") if options.methods else [*keeping, *self_contracts.CHANGING]
+    families = options.families.split(",") if options.families else list(matrix.FAMILIES)
+    command = ["python", "-m", "scripts.contract_matrix", *sys.argv[1:]]
     report = record.Record(kind="contract_matrix", settings={"device": options.device}, command=command)
     report.device = record.describe_device(torch.device(options.device))
     file = options.out and options.out / f"contract_matrix_{options.kind or options.device}.json"
     rows: dict[str, dict[str, dict[str, str]]] = {}
+    contracts = options.contracts.split(",") if options.contracts else list(matrix.contracts(options.device))
     print(f"{report.device['name']}, {report.started[:10]}, diffusers {report.versions['diffusers']}")
     print(f"| family | method | {' | '.join(contracts)} |\n|{'---|' * (len(contracts) + 2)}")
-    failed = 0
-    for family in matrix.FAMILIES:
-        for name, method in (matrix.METHODS if options.device == "cpu" else matrix.GPU_METHODS).items():
-            start = time.perf_counter()
-            row = rows[f"{family}, {name}"] = {}
-            for contract, function in contracts.items():
-                shown, why = cell(function, matrix.Case(family, method, options.device), matrix.NotHere)
-                row[contract] = {"cell": shown, "why": why}
-                failed += shown == "no"
-            print(f"| {family} | {name} | {' | '.join(entry['cell'] for entry in row.values())} |", flush=True)
-            print(f"{family}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
-            for contract, entry in row.items():
-                if entry["cell"] == "no":
-                    print(f"  {contract}: {entry['why']}", file=sys.stderr)
+    pairs: dict[str, dict[str, str]] = {}
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        jobs = [pool.apply_async(rows_of, (family, methods, contracts, options.device)) for family in families]
+        for job in jobs:
+            rows |= job.get()
             if file:
-                report.results = {"rows": rows}
+                report.results = {"rows": rows, "pairs": pairs}
                 options.out.mkdir(parents=True, exist_ok=True)
                 report.save(file)
-    report.finish(rows=rows)
+    pairs = pairs_table()
+    report.finish(rows=rows, pairs=pairs)
     if file:
         report.save(file)
-    return 1 if failed else 0
+    cells = [entry["cell"] for row in [*rows.values(), pairs] for entry in row.values()]
+    return 1 if "no" in cells else 0
 
 
 if __name__ == "__main__":

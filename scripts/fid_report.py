@@ -39,6 +39,7 @@ def make_parser() -> terminal.Parser:
     add("--baseline", default="plain", metavar="VARIANT", help="the way that others are compared with (default: plain)")
     add("--accel", action="append", default=[], metavar="VARIANT", help="a way to compare, as dpmpp2m:steps=8; several")
     add("--all", action="store_true", help="every registered method too; what cannot run is named with the reason")
+    add("--no-searches", action="store_true", help="with --all: without methods that draw many pictures for one")
     add("--prompts", metavar="FILE", help="a file or emoji-1000; classes for a model that draws classes")
     add("--first", type=int, metavar="N", help="only the first N prompts")
     add(
@@ -83,6 +84,7 @@ def plan_of(options: Any) -> ReportPlan:
     return ReportPlan(
         request=request, baseline=parse(options.baseline),
         accelerated=tuple(parse(text) for text in options.accel), everything=options.all,
+        searches=not options.no_searches,
         turns=options.turns, batches=tuple(dict.fromkeys(options.time_batch)),
         other_seeds=not options.no_other_seeds, equal_time=not options.no_equal_time,
         extractors=tuple(options.extractor) if options.extractor else None,

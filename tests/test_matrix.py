@@ -1,4 +1,4 @@
-"""The cells of the contract matrix that need no GPU."""
+"""The cells of the contract matrix that need no GPU: all contracts of one method here, the others' as slow tests."""
 
 from __future__ import annotations
 
@@ -7,19 +7,60 @@ from typing import Any
 
 import matrix
 import pytest
+import self_contracts
+from matrix import Case
+
+QUICK = {"stock", "batch", "generators", "callback"}  # of the other methods, on one family
 
 
 def cell(method: str, contract: str, family: str) -> Any:
-    slow = contract == "compiled" and family != "flux"
-    return pytest.param(method, contract, family, id=f"{method}-{contract}-{family}", marks=[pytest.mark.slow] * slow)
+    is_slow = contract == "compiled" and family != "flux"
+    if method != "scheduler":
+        is_slow = family != "flux" or contract not in QUICK
+    return pytest.param(
+        method, contract, family, id=f"{method}-{contract}-{family}", marks=[pytest.mark.slow] * is_slow
+    )
 
 
-CELLS = [cell(*names) for names in itertools.product(matrix.METHODS, matrix.CONTRACTS, matrix.FAMILIES)]
+def cells(methods: dict[str, Any], contracts: dict[str, Any], refuses: dict[str, dict[str, str]]) -> list[Any]:
+    names = itertools.product(methods, contracts, matrix.FAMILIES)
+    return [cell(*name) for name in names if name[2] not in refuses.get(name[0], {})]
 
 
-@pytest.mark.parametrize(("method", "contract", "family"), CELLS)
-def test_contract(method: str, contract: str, family: str) -> None:
+def check(contract: Any, case: Case) -> None:
     try:
-        matrix.CONTRACTS[contract](matrix.Case(family, matrix.METHODS[method]))
+        contract(case)
     except matrix.NotHere as reason:
         pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize(("method", "contract", "family"), cells(matrix.METHODS, matrix.CONTRACTS, matrix.REFUSES))
+def test_contract(method: str, contract: str, family: str) -> None:
+    reference = matrix.REFERENCES.get(method)
+    check(matrix.CONTRACTS[contract], Case(family, matrix.METHODS[method], reference=reference))
+
+
+@pytest.mark.parametrize(
+    ("method", "contract", "family"),
+    cells(self_contracts.CHANGING, self_contracts.SELF_CONTRACTS, self_contracts.REFUSES),
+)
+def test_contract_of_a_method_that_changes_the_result(method: str, contract: str, family: str) -> None:
+    check(self_contracts.SELF_CONTRACTS[contract], Case(family, self_contracts.CHANGING[method]))
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "sentence"),
+    [
+        pytest.param(
+            methods[name], family, sentence, id=f"{name}-{family}", marks=[pytest.mark.slow] * (family != "dit")
+        )
+        for methods, refuses in (
+            (matrix.METHODS, matrix.REFUSES),
+            (self_contracts.CHANGING, self_contracts.REFUSES),
+        )
+        for name, families in refuses.items()
+        for family, sentence in families.items()
+    ],
+)
+def test_a_pipeline_is_refused_with_a_sentence(config: Any, family: str, sentence: str) -> None:
+    assert sentence in matrix.refusal(Case(family, config))

@@ -116,6 +116,43 @@ def test_a_call_keeps_the_point_that_it_began_with(pipe, file):
     assert counted == [0, 1, 2]
 
 
+def test_a_switch_inside_a_call_is_refused(pipe, file):
+    diffaccel.accelerate(pipe, file)
+    expected, said = drawn(pipe), []
+
+    def callback(pipe, i, t, tensors):
+        with pytest.raises(DiffAccelError, match="inside a running call of FluxPipeline") as caught:
+            diffaccel.set_quality(pipe, "baseline")
+        said.append(caught.value)
+        return tensors
+
+    for name in ("fast", "baseline"):  # a call in our loop, and the stock call with the preset's steps
+        diffaccel.set_quality(pipe, name)
+        result = drawn(pipe, callback_on_step_end=callback)
+        assert said and compose.active(pipe).point.name == name
+        assert torch.equal(result, expected) == (name == "fast")
+        said.clear()
+
+
+def test_a_comparison_of_an_open_pipeline_has_its_preset_s_steps(pipe, file, tmp_path):
+    """And the pipeline has its preset again after another candidate was drawn on it without."""
+    from diffaccel.eval.sets.candidates import candidate
+
+    diffaccel.accelerate(pipe, file)
+    request = Request(prompts=("a cat",), model="tiny", size=(32, 32), device="cpu", batch=1)
+    preset = candidate(pipe)
+    assert preset.name == "dpmpp2m-steps=2"
+    run = preset.draw(request, tmp_path / "preset")
+    assert run.record["settings"]["steps"] == 2 and run.record["cost"]["nfe"] == 2
+    plain = candidate("plain:steps=3", host=pipe).draw(request, tmp_path / "plain")
+    assert plain.record["cost"]["nfe"] == 3
+    assert diffaccel.summary(pipe).preset["quality"] == "fast"
+    diffaccel.set_quality(pipe, "balanced")
+    candidate("plain:steps=3", host=pipe).draw(request, tmp_path / "plain2")
+    assert diffaccel.summary(pipe).preset["quality"] == "balanced"
+    assert candidate(pipe).draw(request, tmp_path / "balanced").record["cost"]["nfe"] == 3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tint(Config):
     """Adds a number to what a network predicts."""

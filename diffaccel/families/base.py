@@ -7,6 +7,7 @@ pipeline itself while it is probed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families.guidance import Guided
+from diffaccel.modules.stand_in import TextMemo
 
 
 class Family(Guided):
@@ -30,6 +32,7 @@ class Family(Guided):
         checked_multiple: the pipeline's own check of its arguments takes sides that are multiples of this only.
         rounds: whether it rounds these down to what it can draw; else it fails on other ones later.
         has_sizes: whether a call chooses the size of its picture.
+        draws_pixels: whether :meth:`decode` and :meth:`encode` work between steps.
         fps: frame rate of the videos that a video model was trained on.
     """
 
@@ -42,6 +45,7 @@ class Family(Guided):
     checked_multiple: ClassVar[int] = 1
     rounds: ClassVar[bool] = False
     has_sizes: ClassVar[bool] = True
+    draws_pixels: ClassVar[bool] = True
     fps: ClassVar[float] = 16.0
 
     # -- network -------------------------------------------------------------------------------------------------
@@ -151,6 +155,10 @@ class Family(Guided):
                 f"{size_text(height, width)} was asked for. Use a sampler that keeps the resolution."
             )
         return {"height": height, "width": width}
+
+    def of_call(self, pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Family:
+        """Return the family of a call with other arguments: this one, where nothing of it depends on them."""
+        return self
 
     # -- decode --------------------------------------------------------------------------------------------------
 

@@ -58,4 +58,4 @@ class CogVideoX(Family):
         frames = arguments.get("num_frames") or config.sample_frames
         latent_frames = (frames - 1) // pipe.vae_scale_factor_temporal + 1
         padding = -latent_frames % config.patch_size_t if config.patch_size_t else 0
-        return pipe.decode_latents(x0.transpose(1, 2)[:, padding:])
+        return pipe.decode_latents(x0.to(pipe.vae.dtype).transpose(1, 2)[:, padding:])

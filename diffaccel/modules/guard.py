@@ -107,6 +107,11 @@ def alone(pipe: Any, function: Callable[[], Any], *, waits: bool = True) -> Any:
     return _guard(scheduler).run(lambda: guard.run(function, waits), waits)
 
 
+def is_called_here(pipe: Any) -> bool:
+    """Return whether a call of ``pipe`` is running in this thread, as where a callback asks."""
+    return _guard(pipe).is_held_here()
+
+
 @contextlib.contextmanager
 def restored(pipe: Any, restore: Callable[[], None]) -> Iterator[None]:
     """Call ``restore`` at the end of the block, or when :func:`alone` ends where an interrupt prevents that.

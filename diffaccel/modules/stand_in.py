@@ -48,10 +48,18 @@ class StandIn:
 
 def network_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a network call's arguments by name; dicts, which pipelines change between calls, are copied."""
-    bound = signature_of(module).bind(module, *args, **kwargs).arguments
-    bound.pop("self")
-    bound.update(bound.pop("kwargs", {}))
-    return {k: dict(v) if isinstance(v, dict) else v for k, v in bound.items()}
+    arguments = by_name(signature_of(module).bind(module, *args, **kwargs))
+    arguments.pop("self")
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in arguments.items()}
+
+
+def by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """Return bound arguments by name; those that a catch-all ``**name`` took are among the others."""
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
 
 
 def random_like(like: Any, shape: tuple[int, ...], seed: int) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ class Variant:
         options = [f"{key}={_word(value)}" for key, value in self.call.items()]
         several = len(self.methods) > 1
         for config in self.methods:
-            defaults = {option.name: option.default for option in fields(config)}
+            defaults = {
+                option.name: option.default if option.default_factory is MISSING else option.default_factory()
+                for option in fields(config)
+            }
             changed = {key: v for key, v in config.to_dict().items() if key in defaults and v != defaults[key]}
             prefix = f"{config.name}." if several else ""
             options += [f"{prefix}{key}={_option_word(value)}" for key, value in changed.items()]

@@ -47,6 +47,7 @@ def generate(
     folder: Path | None = None,
     shared: bool = False,
     told: tuple[str, ...] = (),
+    beside: tuple[dict[str, Any], ...] = (),
 ) -> tuple[Any, Stats]:
     """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``.
 
@@ -56,6 +57,7 @@ def generate(
         shared: whether all processes of the launch make this one call together.
         told: names of the methods on the network that must be told the step of every network call, as only the native
             driver does.
+        beside: the options of these methods.
 
     Returns:
         The call's result and the cost of the loop.
@@ -63,7 +65,7 @@ def generate(
     arguments = arguments_of(call, pipe, args, kwargs)
 
     def follow(begin: Callable[[], None]) -> tuple[Any, Stats]:
-        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told), begin)
+        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told, beside), begin)
 
     if getattr(config, "is_stock_rule", False):
         return follow_or_call(pipe, config, call, arguments, follow, told)
@@ -82,6 +84,7 @@ class _Extras:
     folder: Path | None
     shared: bool
     told: tuple[str, ...]
+    beside: tuple[dict[str, Any], ...]
 
 
 def _follow(
@@ -166,6 +169,7 @@ def _drive(
             )
         session = make_session(opening, recording, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", extras.folder, extras.shared
+        session.beside = extras.beside
         options: Any = {"max_batch": config.max_batch or None, "halves": config.searches, "told": extras.told}
         options["guidance_stop"] = getattr(config, "guidance_stop", 1.0)
         driver = Native(session, state=config.state, callback=callback, **options)

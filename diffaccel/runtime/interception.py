@@ -25,6 +25,7 @@ from diffaccel.modules.stand_in import (
     PICTURE_ENCODERS,
     StandIn,
     TextMemo,
+    by_name,
     network_arguments,
     random_like,
     silent_bar,
@@ -60,7 +61,7 @@ class Recording:
         """Take over the arguments of ``scheduler.step``, by name."""
         self.guided, self.latents = arguments.pop("model_output"), arguments.pop("sample")
         self.timestep = arguments.pop("timestep")
-        self.step_arguments = {**arguments.pop("kwargs", {}), **arguments}
+        self.step_arguments = dict(arguments)
         self.step_arguments.pop("return_dict", None)
 
 
@@ -78,7 +79,7 @@ def intercept(
     scheduler, step_signature = pipe.scheduler, inspect.signature(pipe.scheduler.step)
 
     def first_step(*args: Any, **kwargs: Any) -> Any:
-        recording.note_step(step_signature.bind(*args, **kwargs).arguments)
+        recording.note_step(by_name(step_signature.bind(*args, **kwargs)))
         substitutes.remove()
         steps_left = len(scheduler.timesteps) - schedules.start_index(scheduler, recording.timestep)
         latents = on_first_step(recording)

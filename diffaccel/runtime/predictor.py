@@ -18,7 +18,7 @@ from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.row_selection import RowSelection
 from diffaccel.runtime.stats import Stats
 from diffaccel.runtime.track import Track
-from diffaccel.session import Branch, Eval, Pred, Session, bcast
+from diffaccel.session import Branch, Eval, Pred, Session, StreamPlace, bcast
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Predictor:
         self.denoised: Tensor | None = None  # second value of the scheduler's last step, which some pipelines decode
         self._cache_key: object = None
         self._trajectory = 0
+        self._place: StreamPlace | None = None
         self._tally = Tally(session.device, told)
         self.dtype = session.dtype  # of the pipeline's latents; in stock state it can change with the first step
         self._output_dtype: torch.dtype | None = None
@@ -75,6 +76,8 @@ class Predictor:
     @property
     def _place_in_stage(self) -> tuple[int, int]:
         """The index of the step in its stage, and the number of that stage's steps."""
+        if self._place is not None:
+            return self._place.step, self._place.steps
         return self.track.place(self.stats.steps) or (self.stats.steps, len(self.timesteps))
 
     def predict(self, evals: list[Eval]) -> list[Pred]:
@@ -83,7 +86,9 @@ class Predictor:
             return [self.predict([request])[0] for request in evals]
         batch = join(self.session, evals)
         session, x = batch.session, batch.x
-        self._reset_caches((self._stage, id(session), len(x), batch.branch, tuple(batch.conds)))
+        self._place = evals[0].place
+        rows = (len(x), tuple(batch.conds)) if self._place is None else ()
+        self._reset_caches((self._stage, id(session), batch.branch, rows))
         velocities = self._velocity_in_memory(batch).split([len(request.x) for request in evals])
         self._count(session, len(x))
         return [
@@ -249,8 +254,9 @@ class Predictor:
         """Return the rows of each network call and the suffix that names its cache context beside the branch."""
         size = self.max_batch or rows
         is_plain = rows <= size and cond == 0
+        stream = "" if self._place is None else f"@{self._place.stream}"
         return [
-            (slice(begin, begin + size), "" if is_plain else f"/{cond}.{chunk}")
+            (slice(begin, begin + size), stream + ("" if is_plain else f"/{cond}.{chunk}"))
             for chunk, begin in enumerate(range(0, rows, size))
         ]
 

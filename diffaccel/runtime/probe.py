@@ -24,7 +24,7 @@ from diffaccel.families.base import Family
 from diffaccel.families.init_image import strength_problem
 from diffaccel.modules.call_class import stock_class
 from diffaccel.modules.guard import alone, contents_of, restored
-from diffaccel.modules.stand_in import TextMemo, clone, global_generator, random_states, set_random_states
+from diffaccel.modules.stand_in import TextMemo, by_name, clone, global_generator, random_states, set_random_states
 from diffaccel.runtime.guidance_check import check_guidance
 from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.meter import device_of
@@ -60,16 +60,17 @@ class Opening:
     def __call__(self, fresh_text: bool = False, **changes: Any) -> Session:
         changed = {**self.arguments, "generator": clone(self.arguments.get("generator")), **changes}
         memo = TextMemo() if fresh_text else self.memo
-        return probe(replace(self, arguments=changed, memo=memo, is_checked=not fresh_text))
+        with _preserved_private_state(self.pipe):
+            family = self.family.of_call(self.pipe, self.call, changed, memo)
+        return probe(replace(self, arguments=changed, memo=memo, family=family, is_checked=not fresh_text))
 
 
 def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a call's arguments by name, defaults filled in; wrong ones raise as the call itself would."""
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
-    arguments = dict(bound.arguments)
+    arguments = by_name(bound)
     arguments.pop("self")
-    arguments.update(arguments.pop("kwargs", None) or {})
     return arguments
 
 

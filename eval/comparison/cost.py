@@ -53,8 +53,12 @@ def _counted_rows(run: Run, baseline: Run) -> list[Row]:
     for metric, description in COUNTED.items():
         if metric not in cost:
             continue
+        if metric == "forwards" and (why := _part_of_a_search(run)):
+            counted.append(missing(metric, LABELS[metric], "cost", run.name, "lower", why))
+            continue
         row = _row(metric, run, cost[metric] / len(run), detail={"what": description})
-        if run is not baseline and base_cost and metric in base_cost:
+        is_whole = metric == "nfe" or not _part_of_a_search(baseline)
+        if run is not baseline and base_cost and metric in base_cost and is_whole:
             row.delta = cost[metric] / len(run) - base_cost[metric] / len(baseline)
         counted.append(row)
     return counted
@@ -66,9 +70,12 @@ def _resource_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row
     There is a difference to the baseline where both come from the same source.
     """
     entry, base_entry = entries.get(run.name), entries.get(baseline.name)
+    if entry is None and (why := _part_of_a_search(run)):
+        return [missing("peak_memory", LABELS["peak_memory"], "cost", run.name, "lower", why)]
     if entry is None:
         entry = run.record.get("cost") or {}
-        base_entry = {} if base_entry is not None else baseline.record.get("cost") or {}
+        is_comparable = base_entry is None and not _part_of_a_search(baseline)
+        base_entry = baseline.record.get("cost") or {} if is_comparable else {}
     scope = "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process"
     resources = []
     for metric, key, unit, scale, source in (
@@ -94,9 +101,15 @@ def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     cost, base_cost = run.record.get("cost"), baseline.record.get("cost")
     if not cost:
         return []
+    if why := _part_of_a_search(run):
+        absent = [missing("seconds", "seconds", "cost", run.name, "lower", why)]
+        is_compared = run is not baseline and not entries
+        return [*absent, *([missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why)] * is_compared)]
     detail = {"from": OWN}
     speed_rows = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=detail)]
-    if run is not baseline and base_cost and not entries and _same_machine(run, baseline):
+    if run is not baseline and not entries and (why := _part_of_a_search(baseline)):
+        speed_rows.append(missing("speedup", LABELS["speedup"], "cost", run.name, "higher", f"{baseline.name}: {why}"))
+    elif run is not baseline and base_cost and not entries and _same_machine(run, baseline):
         ratio = base_cost["seconds"] / len(baseline) / (cost["seconds"] / len(run))
         speed_rows.append(_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
     return speed_rows
@@ -123,6 +136,17 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
     return [seconds, speedup]
 
 
+def _part_of_a_search(run: Run) -> str:
+    """Return why a run's own times, rows and memory are those of a part: it ends a search that was stopped; or ""."""
+    resumed = (run.record.get("cost") or {}).get("resumed")
+    if resumed is None:
+        return ""
+    return (
+        f"a search went on that had been stopped after {resumed['nfe']} of its NFE: what the process before took is "
+        "not in the record"
+    )
+
+
 def _same_machine(run: Run, baseline: Run) -> bool:
     return run.record.get("device") == baseline.record.get("device")
 
@@ -142,6 +166,9 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
     entries, images = _entries_by_run(timing, (baseline, *runs)), (timing or {}).get("images_a_call", 1)
     lines, data = [], {}
     for run in (baseline, *runs):
+        if run.name not in entries and (why := _part_of_a_search(run)):
+            lines.append((run.name, *[""] * (len(PARTS) + 5), "", why))
+            continue
         split = _time_split(run, entries.get(run.name), images)
         if split is None:
             continue

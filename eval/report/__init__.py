@@ -58,9 +58,7 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
     return report
 
 
-def write_texts(
-    report: Mapping[str, Any], out: Path, shown: Mapping[str, Any] | None, page: str | None = None
-) -> None:
+def write_texts(report: Mapping[str, Any], out: Path, shown: Mapping[str, Any] | None, page: str | None = None) -> None:
     """Write everything of a report that can be made anew from ``report.json`` and its pictures.
 
     Args:

@@ -90,9 +90,9 @@ def make_report(
 
 def _working_variants(workspace: Workspace) -> tuple[dict[str, Variant], dict[str, str]]:
     """Return by name the accelerations whose first call works, and why the others cannot run."""
-    accelerations, failures = _accelerations(workspace.plan)
+    tried, failures = accelerations(workspace.plan)
     working = {}
-    for variant in accelerations:
+    for variant in tried:
         why = workspace.first_call_error(variant)
         if why is None:
             working[variant.name] = variant
@@ -101,7 +101,7 @@ def _working_variants(workspace: Workspace) -> tuple[dict[str, Variant], dict[st
     return working, failures
 
 
-def _accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
+def accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
     """Return the accelerations of a plan, with all registered methods where it asks for everything.
 
     Returns:
@@ -111,12 +111,15 @@ def _accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
     names = {variant.name for variant in (plan.baseline, *variants)}
     for name in registry.names() if plan.everything else ():
         try:
-            variant = Variant((registry.config_class(name)(),), plan.baseline.call)
+            config_class = registry.config_class(name)
+            configs = config_class.ways() if hasattr(config_class, "ways") else (config_class(),)
         except (DiffAccelError, TypeError) as error:
             failures[name] = f"it has no default options: {first_line(error)}"
             continue
-        if variant.name not in names:
-            variants.append(variant)
+        if getattr(config_class, "searches", False) and not plan.searches:
+            continue
+        ways = [Variant((config,), plan.baseline.call) for config in configs]
+        variants += [variant for variant in ways if variant.name not in names]
     return variants, failures
 
 

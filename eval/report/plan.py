@@ -24,7 +24,9 @@ class ReportPlan:
         request: prompts, seeds, model, batch; every variant draws the same pictures.
         baseline: the variant that the others are compared with.
         accelerated: the others.
-        everything: compare every registered method too, with default options and the baseline's call settings.
+        everything: compare every registered method too, with default options (stages once for each preset, diffusers'
+            caches once for each kind) and the baseline's call settings.
+        searches: whether methods that draw many pictures for one are among them.
         turns: timed calls of each variant.
         batches: pictures in a call that every variant is timed with as well as with the request's own number.
         other_seeds: draw the baseline with other seeds too, as the noise floor of every metric.
@@ -41,6 +43,7 @@ class ReportPlan:
     baseline: Variant
     accelerated: tuple[Variant, ...] = ()
     everything: bool = False
+    searches: bool = True
     turns: int = 10
     batches: tuple[int, ...] = ()
     other_seeds: bool = True

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffaccel import record, registry, zoo
-from diffaccel.compose import accelerate, remove, summary
+from diffaccel.active import active
+from diffaccel.compose import accelerate, remove, set_quality, summary
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.eval.metrics.paired import check_images
@@ -75,8 +76,8 @@ def candidate(value: Any, *, host: Any = None) -> Run | Candidate:
     if isinstance(value, str | Path):
         return _from_text(value, host)
     if is_pipeline(value):
-        methods = tuple(active_configs(value))
-        return Candidate(Variant(methods).folder, lambda request, out: _draw(request, out, pipe=value))
+        variant = Variant(tuple(active_configs(value)), _settings_of_preset(value))
+        return Candidate(variant.folder, lambda request, out: _draw(replace(request, **variant.call), out, pipe=value))
     configs = list(value) if isinstance(value, list | tuple) else [value]
     if configs and all(getattr(config, "touches", None) in ORDER for config in configs):
         if config_class := next((config for config in configs if isinstance(config, type)), None):
@@ -134,6 +135,11 @@ def active_configs(pipe: Any) -> list[Any]:
     return configs
 
 
+def _settings_of_preset(pipe: Any) -> dict[str, Any]:
+    """Return the call settings of the preset's point that is on a pipeline, such as its steps."""
+    return dict((summary(pipe).preset or {}).get("call", {}))
+
+
 @contextlib.contextmanager
 def only_methods(pipe: Any, methods: Sequence[Any]) -> Iterator[None]:
     """Put these methods and no others on ``pipe`` inside the block, and its own methods again after it.
@@ -141,7 +147,7 @@ def only_methods(pipe: Any, methods: Sequence[Any]) -> Iterator[None]:
     Raises:
         DiffAccelError: for a pipeline whose own methods changed its network: they are not taken off to be made again.
     """
-    own = active_configs(pipe)
+    own, state = active_configs(pipe), active(pipe)
     if network_method := next((config.name for config in own if config.touches != "loop"), None):
         raise DiffAccelError(
             f"The pipeline has '{network_method}' on its network, and another side is to be drawn without it. Compare "
@@ -154,6 +160,9 @@ def only_methods(pipe: Any, methods: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         remove(pipe)
+        if state is not None and state.preset is not None and state.point is not None:
+            set_quality(accelerate(pipe, state.preset), state.point.name)
+            own = [config for config in own if config not in state.point.methods]
         if own:
             accelerate(pipe, *own)
 

@@ -94,6 +94,11 @@ class Bottleneck(SamplerConfig):
         return cls(preset="bottleneck", stage_steps=options.pop("steps"), noise="fresh", **options)
 
     @classmethod
+    def ways(cls) -> tuple[Self, ...]:
+        """Return one config for each preset."""
+        return tuple(cls.from_dict({"preset": preset}) for preset in KINDS)
+
+    @classmethod
     def fits(cls, pipeline: str, family: Any) -> tuple[bool | None, str]:
         """Return whether stages work on a pipeline, by its class name and its family or None, and why."""
         if family is None:
@@ -178,7 +183,8 @@ class Bottleneck(SamplerConfig):
     def sample(self, session: Session) -> Sampling:
         stages, handover = self.stages(session)
         total = sum(stage.steps for stage in stages)
-        if total <= FEW_STEPS and len(stages) > 1 and handover.kind != "lift" and session.x.ndim == 4:
+        can_lift = session.x.ndim == 4 and session.family.draws_pixels
+        if total <= FEW_STEPS and len(stages) > 1 and handover.kind != "lift" and can_lift:
             logger.warning(
                 "%d steps leave few after the change of resolution; preset='selflift-zero' is made for such calls.",
                 total,
@@ -194,7 +200,7 @@ class Bottleneck(SamplerConfig):
             )
         target = target_of(session)
         is_video, total = session.x.ndim == 5, len(target.levels) - 1
-        preset = self._preset(total, is_video)
+        preset = self._preset(total, is_video or not session.family.draws_pixels)
         options = {**PRESETS[preset], **self._given()}
         scales = options["scales"]
         if len(scales) == 1 and preset != "bottleneck":
@@ -240,11 +246,14 @@ class Bottleneck(SamplerConfig):
             is_truncated=options["count"] == "truncated",
         )
 
-    def _preset(self, total: int, is_video: bool) -> str:
-        """Return the preset of a call, and refuse what it cannot do."""
-        if self.preset == "selflift-zero" and is_video:
-            raise DiffAccelError("The preset 'selflift-zero' is for pictures; for videos use preset='speed'.")
-        is_few = total <= FEW_STEPS and not is_video
+    def _preset(self, total: int, is_latent: bool) -> str:
+        """Return the preset of a call, and refuse what it cannot do: pixels of videos, and of unlisted pipelines."""
+        if self.preset == "selflift-zero" and is_latent:
+            raise DiffAccelError(
+                "The preset 'selflift-zero' is for pictures of listed pipelines, whose pixels are known between steps; "
+                "for videos and others use preset='speed'."
+            )
+        is_few = total <= FEW_STEPS and not is_latent
         return ("selflift-zero" if is_few else "speed") if self.preset == "auto" else self.preset
 
     # -- planning ---------------------------------------------------------------------------------------------------

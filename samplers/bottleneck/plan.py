@@ -88,10 +88,12 @@ class ResolutionPlan:
 
 def target_of(session: Session) -> Target:
     """Return what the rules need to know of a call."""
-    if session.x.ndim not in (4, 5):
+    if not _has_grid(session):
         raise DiffAccelError(
             f"{type(session.pipe).__name__} keeps its latents as {tuple(session.x.shape)}, without rows and columns "
-            "that are known here, so their resolution cannot change. Use a sampler that keeps it, such as Euler."
+            f"that are known here for {size_text(session.height, session.width)}, so their resolution cannot change. "
+            "Pass height and width if the call leaves them out, or use a sampler that keeps the resolution, such as "
+            "Euler."
         )
     levels = session.sigmas.detach().to("cpu", torch.float64)
     if session.path is not LINEAR:
@@ -99,6 +101,14 @@ def target_of(session: Session) -> Target:
     family, pipe = session.family, session.pipe
     latent = session.latent_pixels
     return Target((session.height, session.width), levels, family.multiple(pipe), latent)
+
+
+def _has_grid(session: Session) -> bool:
+    """Return whether the last two axes of the latents are the rows and columns of the picture, as many pixels each."""
+    shape, (height, width) = session.x.shape, (session.height, session.width)
+    if len(shape) not in (4, 5) or not height or not width:
+        return False
+    return height % shape[-2] == 0 and width % shape[-1] == 0 and height // shape[-2] == width // shape[-1]
 
 
 def cost_of(stages: list[Stage], costs: Mapping[tuple[int, int], int]) -> tuple[PlannedStage, ...]:

@@ -45,6 +45,7 @@ class CacheConfig(Config):
     conflicts: ClassVar[tuple[str, ...]] = ("spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache")
     needs_steps: ClassVar[bool] = True
     probes: ClassVar[int] = 0  # first blocks that run at every step
+    watches: ClassVar[bool] = False  # its decision looks at what the rows of a call compute
 
     real_steps: tuple[int, ...] | None = None
     payload: Payload = "last"
@@ -64,6 +65,11 @@ class CacheConfig(Config):
         if cls.probes and family.denoiser == "unet":
             return False, f"looks at the first of a transformer's blocks, and {pipeline} has a UNet"
         return True, "forecasts the network's output" if family.denoiser == "unet" else "skips the network's blocks"
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether the steps of a row depend on that row alone: by a pattern that looks at no data."""
+        return not self.watches or self.real_steps is not None
 
     def validate(self) -> None:
         self.require(order=(1, 8), history=(2, 1000))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -43,6 +43,11 @@ class DiffusersCache(Config):
 
     kind: Kind = "first_block"
     options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def ways(cls) -> tuple[Self, ...]:
+        """Return one config for each kind."""
+        return tuple(cls.from_dict({"kind": kind}) for kind in CLASSES)
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
@@ -92,6 +97,10 @@ class DiffusersCache(Config):
             network.enable_cache(self._diffusers_config(pipe, network))
         except (ValueError, TypeError) as error:
             raise DiffAccelError(f"{kind} was refused by diffusers: {first_line(error)}") from error
+        except IndexError as error:  # raised while it hooks one block after the other
+            raise DiffAccelError(
+                f"{kind} needs more blocks than {type(network).__name__} has here. Use 'spectrum' or 'taylorseer'."
+            ) from error
         if not _hooks(network) - before:
             network.disable_cache()
             raise DiffAccelError(

@@ -32,6 +32,7 @@ class FirstBlockCache(CacheConfig):
     name: ClassVar[str] = "firstblock"
     citation: ClassVar[str] = "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108"
     probes: ClassVar[int] = 1
+    watches: ClassVar[bool] = True
 
     payload: Payload = "linear"
     threshold: float = 0.1

@@ -32,6 +32,7 @@ class SeaCache(CacheConfig):
 
     name: ClassVar[str] = "seacache"
     citation: ClassVar[str] = "SeaCache, arXiv 2602.18993"
+    watches: ClassVar[bool] = True
 
     payload: Payload = "linear"
     threshold: float = 0.3

@@ -20,6 +20,7 @@ from diffaccel.samplers.search.particles import Particle, Pool, Slot, Transition
 from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog, numbers
 from diffaccel.samplers.search.scoring import PictureScorer
+from diffaccel.samplers.search.stream_places import StreamPlaces
 from diffaccel.session import Eval, Progress, Session, bcast
 
 Events = Generator[Any, Any, Any]
@@ -76,6 +77,7 @@ class Engine:
         self._restored = self._restore()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._stream: Any = None
+        self._places = StreamPlaces() if session.beside else None
         schedule, begin = session.schedule, float(session.sigmas[0])
         scale = schedule.state_scale(torch.tensor(begin, dtype=torch.float64, device="cpu"))
         self.initial_std = float(scale) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
@@ -285,7 +287,8 @@ class Engine:
             levels = [rows[i][1].sigma for i in batch]
             sigma = _levels(levels[0] if len(set(levels)) == 1 else levels)
             whole = len(batch) == len(x)
-            pred = yield Eval(x if whole else x[batch], sigma, rows=[rows[i][0].row for i in batch])
+            place = None if self._places is None else self._places.of([rows[i] for i in batch])
+            pred = yield Eval(x if whole else x[batch], sigma, rows=[rows[i][0].row for i in batch], place=place)
             if whole:
                 return pred.v.to(x.dtype)
             v[batch] = pred.v.to(x.dtype)
@@ -313,6 +316,8 @@ class Engine:
 
     def _store(self) -> None:
         """Store the latents of all living particles, as often as that takes a small share of the time."""
+        if self._places is not None:  # a cache would go on from latents without its history: samples are drawn again
+            return
         if self.reward_log.file is None or self._settled <= self._stored or self._settled < len(self.reward_log.rounds):
             return
         begin = time.perf_counter()

@@ -36,7 +36,9 @@ def identity(
         for name, part in getattr(session.pipe, "components", {}).items()
         if isinstance(part, nn.Module)
     }
+    beside: dict[str, Any] = {"beside": list(session.beside)} if session.beside else {}
     return {
+        **beside,
         "method": options,
         "call": arguments,
         "weights": networks,

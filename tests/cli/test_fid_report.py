@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import measures
 from diffaccel.eval.networks.extractors import extractor
-from diffaccel.eval.report import workspace
+from diffaccel.eval.report import accelerations, workspace
 from diffaccel.eval.report.accelerations import make_report
 from diffaccel.eval.report.plan import ReportPlan
 from diffaccel.runs.request import Request
@@ -135,6 +135,16 @@ def test_all_methods_on_a_model_without_prompts(make, noise, monkeypatch, tmp_pa
     assert "cannot be imported" in failed["lost"]
     again = make("--model", noise, "--baseline", "plain:steps=3", "--all", "--num", 4, "--fail-if", "nfe>0")
     assert again[0] == 5
+
+
+def test_all_has_every_preset_and_kind_and_may_leave_out_searches():
+    plan = {"request": Request(prompts=("a",)), "baseline": parse("plain:steps=4"), "everything": True}
+    names = [variant.name for variant in accelerations.accelerations(ReportPlan(**plan, searches=False))[0]]
+    presets = {"speed", "bottleneck", "selflift-zero", "lightx2v"}
+    assert {f"bottleneck:steps=4,preset={preset}" for preset in presets} <= set(names)
+    assert {"diffusers_cache:steps=4", "diffusers_cache:steps=4,kind=mag", "spectrum:steps=4"} <= set(names)
+    assert not any(name.startswith(("bon", "rbf", "smc")) for name in names)
+    assert "bon:steps=4" in [variant.name for variant in accelerations.accelerations(ReportPlan(**plan))[0]]
 
 
 @pytest.mark.slow  # eval compare and eval fid take statistics in the fast run

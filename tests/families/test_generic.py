@@ -226,12 +226,26 @@ def test_another_prompt_in_the_same_call() -> None:
             session.add_cond(guidance_scale=7.0)
 
 
-@pytest.mark.parametrize(("ask", "match"), [("at", "64x48 besides the call's own size"), ("decode", "pixels between")])
-def test_what_needs_the_layout_of_latents_is_refused(ask: str, match: str) -> None:
+def test_what_needs_the_layout_of_latents_is_refused() -> None:
     pipe = others.make("chroma")
     with diffaccel.open_session(pipe, **others.call_kwargs("chroma")) as session:
-        with pytest.raises(UnsupportedBySampler, match=match):
-            session.at(48, 64) if ask == "at" else Native(session)._decode(Decode(session.x))
+        with pytest.raises(UnsupportedBySampler, match="pixels between"):
+            Native(session)._decode(Decode(session.x))
+
+
+def test_another_size_is_a_session_of_a_call_of_it() -> None:
+    pipe, other_call = others.make("chroma"), {**others.call_kwargs("chroma"), "height": 48, "width": 64}
+    with diffaccel.open_session(pipe, **other_call) as session:
+        expected, constants = session.x, session.conds[0].positive
+    with diffaccel.open_session(pipe, **others.call_kwargs("chroma")) as session:
+        other = session.at(48, 64)
+        assert torch.equal(other.x, expected) and other.family is not session.family
+        assert all(torch.equal(value, constants[name]) for name, value in other.conds[0].positive.items()
+                   if isinstance(value, torch.Tensor))  # fmt: skip
+        assert session.at(32, 32) is session
+    with diffaccel.open_session(pipe, **{**others.call_kwargs("chroma"), "height": None, "width": None}) as session:
+        with pytest.raises(UnsupportedBySampler, match=r"leaves its own size out\. .* Pass height and width"):
+            session.at(48, 64)
 
 
 def test_a_callback_may_change_latents() -> None:

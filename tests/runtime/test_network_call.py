@@ -14,7 +14,7 @@ import diffaccel
 from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.modules import network_call
-from diffaccel.samplers import BoN, Euler, Heun
+from diffaccel.samplers import RBF, BoN, Euler, Heun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,5 +98,7 @@ def test_a_call_that_cannot_be_followed_names_the_method_and_the_reason() -> Non
 
 
 def test_a_search_calls_the_network_for_other_rows() -> None:
-    with pytest.raises(DiffAccelError, match="'bon' calls the network for other rows from step to step"):
+    with pytest.raises(DiffAccelError, match="'rbf' calls the network for other rows from step to step"):
+        diffaccel.accelerate(tiny.make("flux"), Listen(), RBF())
+    with pytest.raises(DiffAccelError, match="'listen' decides for all rows of a network call together"):
         diffaccel.accelerate(tiny.make("flux"), Listen(), BoN())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from diffusers import FluxKontextPipeline
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
-from diffaccel.modules.stand_in import TextMemo
+from diffaccel.modules.stand_in import TextMemo, network_arguments
 from diffaccel.runtime.guidance_check import check_guidance
 from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.probe import arguments_of, stock_call
@@ -255,3 +256,21 @@ def test_a_watched_call_encodes_its_prompts_and_pictures_once() -> None:
     assert all(torch.equal(edit(seed), latents) for seed, latents in zip((1, 1, 2), stock, strict=True))
     assert len(pictures) == 2 * encoded  # no more than the stock calls
     assert pipe.vae is parts["vae"]
+
+
+def test_the_arguments_of_a_catch_all_parameter_of_any_name_are_the_call_s() -> None:
+    class Odd:
+        def __call__(self, prompt: str = "", steps: int = 3, **model_options: Any) -> None: ...
+
+    arguments = arguments_of(Odd.__call__, Odd(), ("a cat",), {"eta": 0.5, "model_options": 1})
+    assert arguments == {"prompt": "a cat", "steps": 3, "eta": 0.5, "model_options": 1}
+    assert arguments_of(Odd.__call__, Odd(), (), {}) == {"prompt": "", "steps": 3}
+    with pytest.raises(TypeError, match="multiple values for argument 'prompt'"):
+        arguments_of(Odd.__call__, Odd(), ("a cat",), {"prompt": "two cats"})
+
+
+def test_a_network_s_catch_all_parameter_may_have_any_name() -> None:
+    class Net(torch.nn.Module):
+        def forward(self, hidden_states: Any, timestep: Any = None, **joint: Any) -> None: ...
+
+    assert network_arguments(Net(), (1,), {"scale": 2}) == {"hidden_states": 1, "scale": 2}

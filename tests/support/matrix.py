@@ -1,7 +1,8 @@
-"""The contract matrix: what users do besides calling a pipeline, for every family, under every method that keeps it.
+"""The contract matrix: what users do besides calling a pipeline, for every family, under every method.
 
 A contract is a function of a :class:`Case` that raises when it is broken. One that a pipeline cannot have (no LoRA
 loader, no size argument, no callback in its stock call) raises :class:`NotHere` with the reason, which the table shows.
+The methods here leave a result as it is; ``self_contracts`` has those that change it, and what they keep.
 ``scripts/contract_matrix.py`` prints and records the table; ``tests/test_matrix.py`` and ``tests/gpu`` run its cells.
 """
 
@@ -23,11 +24,45 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
 from diffaccel.modules import Capture
-from diffaccel.samplers import Scheduler
+from diffaccel.samplers import (
+    Bottleneck,
+    DiffusersCache,
+    Euler,
+    FirstBlockCache,
+    Scheduler,
+    SeaCache,
+    Spectrum,
+    TaylorSeer,
+)
 
 FAMILIES = tiny.FAMILIES + tiny_more.FAMILIES
-METHODS = {"scheduler": Scheduler()}  # each a method whose result is the stock call's
+METHODS = {  # each leaves the result as it is: that of the stock call, or of the method in REFERENCES
+    "scheduler": Scheduler(),
+    "one-stage": Bottleneck(preset="speed", scales=(1.0,)),
+    "spectrum-all-real": Spectrum(warmup=1000),
+    "seacache-0": SeaCache(threshold=0.0),
+    "firstblock-0": FirstBlockCache(threshold=0.0),
+    "taylorseer-1": TaylorSeer(interval=1),
+    "diffusers-cache-0": DiffusersCache(options={"threshold": 0.0}),
+}
 GPU_METHODS = {**METHODS, "capture": Capture()}
+REFERENCES = {"one-stage": Euler()}
+UNETS, ONE_BLOCK = ("sdxl", "sd", "ddpm", "ddim"), ("cogvideox", "cogvideox15")  # these tiny networks have one block
+CLIPPED = dict.fromkeys(("ddpm", "ddim"), "has clip_sample=True")
+ONE_SIZE = dict.fromkeys(tiny_more.SIZELESS, "draws at one size only")
+NO_FIRST_BLOCK = {
+    **dict.fromkeys(UNETS, "looks at the first of a transformer's blocks"),
+    **dict.fromkeys(ONE_BLOCK, "hooked no block"),
+}
+NO_CACHE_OF_DIFFUSERS = {
+    **dict.fromkeys((*UNETS, "sd3", "pixart", "pixart_alpha", "dit"), "needs a network that diffusers can cache"),
+    **dict.fromkeys(ONE_BLOCK, "needs more blocks"),
+}
+REFUSES = {  # by method and family: a part of the sentence
+    "one-stage": ONE_SIZE,
+    "firstblock-0": NO_FIRST_BLOCK,
+    "diffusers-cache-0": NO_CACHE_OF_DIFFUSERS,
+}
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
@@ -42,6 +77,7 @@ class Case:
     family: str
     method: Any
     device: str = "cpu"
+    reference: Any = None  # whose result the method must give; None for the stock call
 
     def make(self, place: bool = True) -> Any:
         pipe = (tiny if self.family in tiny.FAMILIES else tiny_more).make(self.family)
@@ -51,6 +87,16 @@ class Case:
         extra = changes.pop("extra", {})
         module = tiny if self.family in tiny.FAMILIES else tiny_more
         return tiny_more.result(pipe(**{**module.call_kwargs(self.family, **changes), **extra})).clone()
+
+    def expected(self, pipe: Any, **changes: Any) -> torch.Tensor:
+        """Return the result that a method must give that leaves it as it is, on a pipeline without methods."""
+        if self.reference is None:
+            return self.call(pipe, **changes)
+        diffaccel.accelerate(pipe, self.reference)
+        try:
+            return self.call(pipe, **changes)
+        finally:
+            diffaccel.remove(pipe)
 
     def wrap(self, pipe: Any) -> Any:
         return diffaccel.accelerate(pipe, self.method)
@@ -63,33 +109,46 @@ class Case:
             raise NotHere(f"{type(pipe).__name__} takes no {name}")
 
 
+def refusal(case: Case) -> str:
+    """Return the sentence by which a method refuses a pipeline, which then computes what it did; "" for none."""
+    pipe = case.make()
+    before = case.call(pipe)
+    try:
+        case.call(case.wrap(pipe))
+    except DiffAccelError as error:
+        assert torch.equal(case.call(diffaccel.remove(pipe)), before)
+        return str(error)
+    return ""
+
+
 # -- on any machine ----------------------------------------------------------------------------------------------------
 
 
 def stock(case: Case) -> None:
-    """Equal the stock call to the bit, also after removal."""
+    """Equal the stock call (or the reference's) to the bit, and the stock call after removal."""
     pipe = case.make()
     before = case.call(pipe)
-    assert torch.equal(case.call(case.wrap(pipe)), before)
+    expected = before if case.reference is None else case.expected(pipe)
+    assert torch.equal(case.call(case.wrap(pipe)), expected)
     assert torch.equal(case.call(diffaccel.remove(pipe)), before)
 
 
 def lora_before(case: Case) -> None:
     """Load a LoRA before wrapping."""
     pipe = with_lora(case, case.make(), "one", 1)
-    expected = case.call(pipe)
-    assert not torch.equal(expected, case.call(case.make()))
+    expected = case.expected(pipe)
+    assert not torch.equal(expected, case.expected(case.make()))
     assert torch.equal(case.call(case.wrap(pipe)), expected)
 
 
 def lora_after(case: Case) -> None:
     """Load a LoRA into a wrapped pipeline, and unload it again."""
-    expected = case.call(plain := with_lora(case, case.make(), "one", 1))
+    expected = case.expected(plain := with_lora(case, case.make(), "one", 1))
     pipe = with_lora(case, case.wrap(case.make()), "one", 1)
     assert torch.equal(case.call(pipe), expected)
     for loaded in (pipe, plain):
         loaded.unload_lora_weights()
-    assert torch.equal(case.call(pipe), case.call(plain))
+    assert torch.equal(case.call(pipe), case.expected(plain))
 
 
 def lora_swapped(case: Case) -> None:
@@ -98,7 +157,7 @@ def lora_swapped(case: Case) -> None:
     expected = {}
     for name in ("one", "two"):
         pipe.set_adapters([name])
-        expected[name] = case.call(pipe)
+        expected[name] = case.expected(pipe)
     case.wrap(pipe)
     for name in ("one", "two"):
         pipe.set_adapters([name])
@@ -111,8 +170,8 @@ def lora_fused(case: Case) -> None:
     for loaded in (plain, pipe):
         loaded.fuse_lora(adapter_names=["one"])
     fused = case.call(pipe)
-    assert torch.equal(fused, case.call(plain)) and not torch.equal(fused, case.call(case.make()))
-    assert torch.equal(case.call(diffaccel.remove(pipe)), fused)
+    assert torch.equal(fused, case.expected(plain)) and not torch.equal(fused, case.expected(case.make()))
+    assert torch.equal(case.call(diffaccel.remove(pipe)), case.call(plain))
 
 
 def compiled(case: Case) -> None:
@@ -121,7 +180,7 @@ def compiled(case: Case) -> None:
     pipes = [case.make(), case.wrap(case.make())]
     for pipe in pipes:
         case.network(pipe).compile(backend="eager" if case.device == "cpu" else "aot_eager")
-    expected = case.call(pipes[0])
+    expected = case.expected(pipes[0])
     assert torch.equal(case.call(pipes[1]), expected)
     assert torch.equal(case.call(case.wrap(pipes[0])), expected)
 
@@ -130,7 +189,7 @@ def second_size(case: Case) -> None:
     """Call one wrapped pipeline at two sizes, and at the first again."""
     pipe = case.make()
     case.accepts(pipe, "height")
-    expected = {size: case.call(pipe, size=size) for size in (32, 48)}
+    expected = {size: case.expected(pipe, size=size) for size in (32, 48)}
     case.wrap(pipe)
     for size in (32, 48, 32):
         assert torch.equal(case.call(pipe, size=size), expected[size])
@@ -144,16 +203,16 @@ def callback(case: Case) -> None:
     def halve(pipe: Any, i: int, t: Any, kwargs: Any) -> dict:
         return {"latents": kwargs["latents"] / 2} if i == 1 else {}
 
-    expected = case.call(pipe, extra={"callback_on_step_end": halve})
-    assert not torch.equal(expected, case.call(pipe))
+    expected = case.expected(pipe, extra={"callback_on_step_end": halve})
+    assert not torch.equal(expected, case.expected(pipe))
     assert torch.equal(case.call(case.wrap(pipe), extra={"callback_on_step_end": halve}), expected)
 
 
 def generators(case: Case) -> None:
     """Pass one generator for all rows, and a list with one for each."""
     pipe = case.make()
-    lists = case.call(pipe)
-    one = case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)})
+    lists = case.expected(pipe)
+    one = case.expected(pipe, extra={"generator": torch.Generator().manual_seed(5)})
     case.wrap(pipe)
     assert torch.equal(case.call(pipe), lists)
     assert torch.equal(case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)}), one)
@@ -171,20 +230,19 @@ def negative(case: Case) -> None:
     pipe = case.make()
     case.accepts(pipe, "negative_prompt")
     for guided in (True, False):
-        expected = case.call(pipe, guided=guided)
+        expected = case.expected(pipe, guided=guided)
         assert torch.equal(case.call(case.wrap(pipe), guided=guided), expected)
         diffaccel.remove(pipe)
     other = "green" if case.family.startswith("pixart") else ["green", "green"]
     assert not torch.equal(case.call(pipe), case.call(pipe, extra={"negative_prompt": other}))
-    assert torch.equal(
-        case.call(pipe, extra={"negative_prompt": other}), case.call(case.wrap(pipe), extra={"negative_prompt": other})
-    )
+    expected = case.expected(pipe, extra={"negative_prompt": other})
+    assert torch.equal(case.call(case.wrap(pipe), extra={"negative_prompt": other}), expected)
 
 
 def bfloat16(case: Case) -> None:
     """Equal the stock call in bf16 within one unit in the last place."""
     pipe = case.make().to(torch.bfloat16)
-    expected = case.call(pipe).float()
+    expected = case.expected(pipe).float()
     wrapped = case.call(case.wrap(pipe)).float()
     unit = torch.finfo(torch.bfloat16).eps * expected.abs()
     assert ((wrapped - expected).abs() <= unit).all(), f"off by {float((wrapped - expected).abs().max()):.2g}"
@@ -200,21 +258,30 @@ def model_offload(case: Case) -> None:
 
 def group_offload(case: Case) -> None:
     """Call ``enable_group_offload`` by leaves."""
+    _offloaded(case, enable_group_offload)
+
+
+def enable_group_offload(pipe: Any) -> None:
     devices = {"onload_device": torch.device("cuda"), "offload_device": torch.device("cpu")}
-    _offloaded(case, lambda pipe: pipe.enable_group_offload(**devices, offload_type="leaf_level"))
+    pipe.enable_group_offload(**devices, offload_type="leaf_level")
 
 
-def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
-    pipe = case.make(place=False)
+def enabled(case: Case, pipe: Any, enable: Callable[[Any], None]) -> None:
+    """Enable offloading; raise :class:`NotHere` for a network that diffusers cannot offload."""
     try:
         enable(pipe)
     except ValueError as error:
         if "does not support group offloading" in str(error):
             raise NotHere(f"diffusers has no group offloading for {type(case.network(pipe)).__name__}") from error
         raise
+
+
+def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
+    pipe = case.make(place=False)
+    enabled(case, pipe, enable)
     if isinstance(case.method, Capture):
         _refused(case, pipe)
-    expected = case.call(pipe)
+    expected = case.expected(pipe)
     rest = [p.device.type for p in case.network(pipe).parameters()]
     assert torch.equal(case.call(case.wrap(pipe)), expected)
     assert [p.device.type for p in case.network(pipe).parameters()] == rest
@@ -240,6 +307,11 @@ GPU_CONTRACTS: dict[str, Callable[[Case], None]] = {
     **CONTRACTS,
     **{f.__name__: f for f in (model_offload, group_offload)},
 }
+
+
+def contracts(device: str) -> dict[str, Callable[[Case], None]]:
+    """Return the contracts of a device."""
+    return CONTRACTS if device == "cpu" else GPU_CONTRACTS
 
 
 # -- LoRA --------------------------------------------------------------------------------------------------------------

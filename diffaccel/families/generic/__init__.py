@@ -1,7 +1,8 @@
 """A family for a pipeline that none is listed for, identified by watching its own call (no network is evaluated).
 
 The facts that a listed family declares are inferred here: which network, which arguments hold latents, time and rows,
-and how predictions are combined. Latents stay in the pipeline's own layout, packed or not, and at the call's size.
+and how predictions are combined. Latents stay in the pipeline's own layout, packed or not. A call at another size is
+watched anew.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffaccel import schedules
 from diffaccel.errors import UnsupportedBySampler, size_text
-from diffaccel.families.base import Family
+from diffaccel.families.base import Family, vae_factor
 from diffaccel.families.conditioning import Conditioning
 from diffaccel.families.generic.findings import Findings, read_guidance_settings
 from diffaccel.families.generic.latents_rule import CONDITION
@@ -34,6 +35,7 @@ class Generic(Family):
 
     name = "generic"
     pipelines = ()
+    draws_pixels = False
 
     def __init__(self, findings: Findings, pipe: Any, arguments: dict[str, Any]) -> None:
         self.findings, self.pipeline = findings, type(pipe).__name__
@@ -131,9 +133,25 @@ class Generic(Family):
     def check_size(self, pipe: Any, height: int, width: int) -> None:
         """Leave the check to the pipeline, whose call's size is the only one."""
 
+    def multiple(self, pipe: Any) -> int:
+        """Return twice what a latent or a patch of them covers: what is known to be drawn is the call's own size."""
+        return 2 * vae_factor(pipe) * self.patch(pipe)
+
     def resized(self, arguments: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-        problem = f"The sampler asks for {size_text(height, width)} besides the call's own size."
-        raise self._needs_family(problem, "Use a sampler that keeps the resolution.")
+        if arguments.get("height") and arguments.get("width"):
+            return {"height": height, "width": width}
+        problem = f"The sampler asks for {size_text(height, width)}, and the call leaves its own size out."
+        raise self._needs_family(problem, "Pass height and width.")
+
+    def of_call(self, pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Family:
+        """Return the family of the call, which is watched where it has another size."""
+        if all(arguments.get(side) == self.numbers.get(side) for side in ("height", "width")):
+            return self
+        try:
+            return identify(pipe, call, arguments, memo)
+        except NotIdentified as reason:
+            size = size_text(arguments["height"], arguments["width"])
+            raise self._needs_family(f"At {size} its call was not followed: {reason}", "Use one size.") from reason
 
     def decode(self, pipe: Any, x0: Tensor, arguments: dict[str, Any]) -> Tensor:
         raise self._needs_family("The sampler asks for pixels between steps.", "Use one that works on latents.")

@@ -54,6 +54,27 @@ def rows_of(base: Run, fast: Run, timing=None):
     return {(row.metric, row.run): row for row in cost.rows(base, [fast], timing)}
 
 
+def test_a_search_that_was_resumed_has_no_cost_of_the_whole(sides):
+    """The process that ended it knows its own seconds only, so they are missing, and why; NFE are of the whole."""
+    base, fast = sides
+    for resumed, other in ((fast, base), (base, fast)):
+        resumed.record["cost"]["resumed"] = {"nfe": 5}
+        rows = rows_of(base, fast)
+        for metric in ("seconds", "forwards", "peak_memory"):
+            row = rows[metric, resumed.name]
+            assert row.value is None and "stopped after 5 of its NFE" in row.missing
+            assert rows[metric, other.name].value is not None and rows[metric, other.name].delta is None
+        assert "stopped after 5" in rows["speedup", "fast"].missing
+        assert rows["nfe", resumed.name].value == resumed.record["cost"]["nfe"] / 2
+        lines = {line[0]: line for line in cost.section(base, [fast], None).rows}
+        assert "stopped after 5" in lines[resumed.name][-1] and not any(lines[resumed.name][1:-1])
+        del resumed.record["cost"]["resumed"]
+    base.record["cost"]["resumed"] = {"nfe": 5}
+    variants = [entry(name, 2.0, 3.0, 1.0, GIB, [1]) for name in ("base", "fast")]
+    rows = rows_of(base, fast, {"images_a_call": 2, "variants": variants})
+    assert rows["seconds", "base"].value == 1.0  # measured in turns
+
+
 def test_rows_of_the_runs_themselves(sides):
     rows = rows_of(*sides)
     assert (
