@@ -62,6 +62,7 @@ class Active:
         announced: what was made of the pipeline without its methods, and logged.
         preset: the preset that some of the methods are from.
         point: of the preset, whose methods are on and whose settings a call has where it says nothing else.
+        partners: other pipelines that the loop composes with this one; nothing of them is changed.
     """
 
     original_class: type
@@ -72,6 +73,7 @@ class Active:
     announced: tuple[str, ...] = ()
     preset: Preset | None = None
     point: PresetPoint | None = None
+    partners: tuple[Any, ...] = ()
 
     @property
     def configs(self) -> list[Any]:

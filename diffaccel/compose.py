@@ -7,6 +7,7 @@ records the network as graphs is applied last, and steps aside while others come
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable
@@ -38,7 +39,8 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
     own scheduler ('scheduler'), which equals the stock loop to the bit; one that cannot be followed so raises.
 
     Args:
-        pipe: a diffusers pipeline, or a list of them for a method that composes several (the first is returned).
+        pipe: a diffusers pipeline, or a list of them for a method that composes several: it is put on the first, which
+            is returned, and asks the others, which stay as they are.
         configs: config objects, names of methods with their default config, or the file of a preset that
             ``diffaccel tune`` wrote: its default point's methods, and its number of steps where a call says none.
         on_busy: what a call does while another thread calls the pipeline, or one with the same scheduler: "wait", the
@@ -48,9 +50,7 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
         DiffAccelError: for an unknown name, two methods that exclude each other, or a pipeline that cannot be followed.
     """
     if isinstance(pipe, list | tuple):
-        raise DiffAccelError(
-            f"Got a list of {len(pipe)} pipelines, and none of the methods composes several. Pass one pipeline."
-        )
+        return _accelerate_together(list(pipe), [_config(config) for config in configs], on_busy)
     _check_pipeline(pipe)
     if not configs:
         raise DiffAccelError(f"accelerate needs at least one method. Known: {', '.join(sorted(registry.names()))}.")
@@ -61,6 +61,53 @@ def accelerate(pipe: Any, *configs: Any, on_busy: OnBusy | None = None) -> Any:
         raise DiffAccelError(f"on_busy is {on_busy!r}; it must be 'wait' or 'refuse'.")
     alone(pipe, lambda: _add(pipe, new_configs, on_busy, preset))
     return pipe
+
+
+def _accelerate_together(pipes: list[Any], configs: list[Any], on_busy: OnBusy | None) -> Any:
+    """Put a loop that composes several pipelines on the first of them; the others are asked, and stay as they are."""
+    for pipe in pipes:
+        _check_pipeline(pipe)
+    if not any(getattr(config, "composes", False) for config in configs):
+        raise DiffAccelError(
+            f"Got a list of {len(pipes)} pipelines, and none of the methods composes several. Pass one pipeline."
+        )
+    if len(configs) != 1:
+        names = "' and '".join(config.name for config in configs)
+        raise DiffAccelError(
+            f"Got a list of {len(pipes)} pipelines and '{names}'. A list takes the one method that composes them; put "
+            "others on each pipeline by a call of its own before."
+        )
+    if len(pipes) < 2:
+        raise DiffAccelError(f"Got a list of {len(pipes)} pipelines. Pass two or more, or the pipeline by itself.")
+    configs[0].check_pipelines(pipes)
+    for pipe in pipes:
+        _check_composed(configs[0], active(pipe))
+    first, partners = pipes[0], tuple(pipes[1:])
+
+    def add() -> None:
+        before = active(first)
+        _add(first, configs, on_busy, None)
+        try:
+            _update(first, partners=partners)
+        except BaseException:
+            _take_off(first, before)
+            raise
+
+    alone(first, add)
+    return first
+
+
+def _check_composed(config: Any, state: Active | None) -> None:
+    """Raise for a cache on a pipeline that is composed with others, whose networks take turns in every step."""
+    if state is not None and state.told:
+        raise _keeps_steps(state.told[0], config)
+
+
+def _keeps_steps(cache: str, loop: Any) -> DiffAccelError:
+    return DiffAccelError(
+        f"'{cache}' keeps what a network computed at earlier steps, and '{loop.name}' asks several networks in turns. "
+        "Use one of them: diffaccel.remove(pipe) first."
+    )
 
 
 def _preset(pipe: Any, configs: tuple[Any, ...]) -> Preset | None:
@@ -138,6 +185,9 @@ def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None, preset: Pres
     """Apply methods to a pipeline that nobody calls; without one that fails, the pipeline is as it was."""
     before = active(pipe)
     _check_clashes([*(before.configs if before else []), *new_configs])
+    if before is not None and before.partners:
+        for config in filter(needs_steps, new_configs):
+            raise _keeps_steps(config.name, before.loop)
     on_network = [config for config in new_configs if config.touches not in ("loop", "graphs")]
     aside = take_graphs(before.applied if before and on_network else ())
     try:
@@ -310,8 +360,9 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
         driver, told = state.driver, state.told
         beside = tuple(config.to_dict() for config in state.configs if needs_steps(config))
         result, stats = generate(
-            pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside
-        )
+            pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside,
+            partners=state.partners,
+        )  # fmt: skip
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)
         return result
@@ -319,7 +370,10 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
     state = active(pipe)
     if state is None:  # but somebody else has changed the class, so that it stayed
         return stock_call(pipe, *args, **kwargs)
-    return alone(pipe, generate_alone, waits=state.on_busy == "wait")
+    run: Callable[[], Any] = generate_alone
+    for owner in sorted((pipe, *state.partners), key=id):  # in one order everywhere, so that no two calls block
+        run = functools.partial(alone, owner, run, waits=state.on_busy == "wait")
+    return run()
 
 
 def _tell(pipe: Any, what: str) -> None:

@@ -164,6 +164,9 @@ class SamplerConfig(Config):
     touches: ClassVar[Touches] = "loop"
     evals_per_step: ClassVar[int] = 1
     searches: ClassVar[bool] = False  # one call may use many processes, and writes files of its own
+    leaves_files: ClassVar[bool] = False  # writes files of its own, without being a search
+    composes: ClassVar[bool] = False  # takes several pipelines, as a list
+    separator: ClassVar[str] = ""  # joins several prompts of a command to the components of one picture
     added: ClassVar[tuple[str, ...]] = ("guidance_stop",)
     is_stock_rule: ClassVar[bool] = False  # its result is the stock call's, which is made where it is not followed
     keeps_rows: ClassVar[bool] = True  # the rows of its network calls are those of the step before, one by one

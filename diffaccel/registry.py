@@ -24,6 +24,7 @@ METHODS = {
     "code": "diffaccel.samplers.code:CoDe",
     "sop": "diffaccel.samplers.sop:SoP",
     "bottleneck": "diffaccel.samplers.bottleneck.config:Bottleneck",
+    "superdiff": "diffaccel.samplers.superdiff.config:SuperDiff",
     "scheduler": "diffaccel.samplers.scheduler:Scheduler",
     "spectrum": "diffaccel.samplers.caches.spectrum:Spectrum",
     "seacache": "diffaccel.samplers.caches.seacache:SeaCache",

@@ -177,6 +177,7 @@ class Session:
         shared: whether all processes of the launch make this one call together.
         beside: options of the methods on the network that are told their steps.
         report: the sampler's report on the run, JSON-ready.
+        partners: sessions of the same call of other pipelines that the sampler composes with this one.
     """
 
     pipe: Any
@@ -199,6 +200,7 @@ class Session:
     shared: bool = False
     beside: tuple[dict[str, Any], ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
+    partners: list[Session] = field(default_factory=list)
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
 
     @property

@@ -20,12 +20,13 @@ from diffaccel.samplers.rbf import RBF
 from diffaccel.samplers.scheduler import Scheduler
 from diffaccel.samplers.smc import SMC
 from diffaccel.samplers.sop import SoP
+from diffaccel.samplers.superdiff.config import SuperDiff
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
     "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache", "Euler",
     "FirstBlockCache", "Heun",
-    "Scheduler", "SeaCache", "SoP", "Spectrum", "TaylorSeer",
+    "Scheduler", "SeaCache", "SoP", "Spectrum", "SuperDiff", "TaylorSeer",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   diffaccel sample "a red apple" "two cats" --sampler dpmpp2m --steps 10 --out out/cats
   diffaccel sample --prompts prompts.txt --batch 8               (one a line; - reads stdin)
   diffaccel sample "a cat walks" --model ./wan --frames 33      (video: one mp4 each)
+  diffaccel sample "a cat, noto" "a teapot, noto" --sampler superdiff     (both prompts in one image)
   diffaccel sample "a red apple" --method spectrum --spectrum.growth 1.5       (a cache, under any sampler)
   diffaccel sample --class goldfish --model ./dit                (and a model that takes neither needs neither)
   diffaccel sample "a red apple" --preset out/tune/preset.json --quality balanced    (see diffaccel tune)
@@ -81,10 +82,12 @@ def run(argv: list[str]) -> int:
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
     point = preset_point(options)
+    configs = methods(options.sampler, method_options, options.method) if point is None else point.methods
     request = Request(
-        prompts=_prompts(options), classes=tuple(options.classes or ()), model=options.model, num=options.num,
+        prompts=composed(_prompts(options), options.prompts, configs),
+        classes=tuple(options.classes or ()), model=options.model, num=options.num,
         seed=options.seed, frames=options.frames, fps=options.fps,
-        methods=methods(options.sampler, method_options, options.method) if point is None else point.methods,
+        methods=configs,
         steps=options.steps if point is None or options.steps is not None else point.call.get("steps"),
         size=parse_size(options.size),
         guidance=options.guidance, negative=options.negative, batch=options.batch, dtype=options.dtype,
@@ -126,6 +129,16 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
             f"{words[0]}. To draw the words, put them another way."
         )
     return words
+
+
+def composed(texts: tuple[str, ...], file: str | None, configs: Sequence[Any]) -> tuple[str, ...]:
+    """Return the prompts of a run; those on the command line are one picture's components where a sampler says so.
+
+    Args:
+        file: of prompts; each of its lines stays a picture of its own.
+    """
+    separators = [config.separator for config in configs if getattr(config, "separator", "")]
+    return (separators[0].join(texts),) if separators and texts and file is None else texts
 
 
 def _is_file(text: str) -> bool:

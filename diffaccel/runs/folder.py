@@ -42,10 +42,13 @@ if TYPE_CHECKING:
 
 MARKERS = ".chunks"
 LATENTS = ".safetensors"
+TRACES = "traces"  # the same for loops that are no search and leave files
 SEARCH = "search"  # subfolder where searches leave their traces, one folder for each call
 _MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
-_TRACE = re.compile(r"rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|\d{3,}-\d+_.*\.png")
+_TRACE = re.compile(
+    r"rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|density\.json|density\.png|\d{3,}-\d+_.*\.png"
+)
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -154,7 +157,7 @@ class RunFolder:
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
         for name in (record.RUN, *self._replaced):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.path / SEARCH).glob("[0-9]*"):
+        for folder in [*(self.path / SEARCH).glob("[0-9]*"), *(self.path / TRACES).glob("[0-9]*")]:
             for trace in folder.iterdir() if folder.is_dir() else ():
                 if _TRACE.fullmatch(trace.name) and trace.is_file():
                     trace.unlink()

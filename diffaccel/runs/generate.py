@@ -31,7 +31,7 @@ from diffaccel.runs.call_arguments import (
 )
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.failures import failures
-from diffaccel.runs.folder import SEARCH, RunFolder, check_writable
+from diffaccel.runs.folder import SEARCH, TRACES, RunFolder, check_writable
 from diffaccel.runs.request import Request
 
 if TYPE_CHECKING:
@@ -292,10 +292,11 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
         shared = searches and len(numbers) < processes.size  # all processes share each call of a search
         for number in numbers if shared else numbers[processes.rank :: processes.size]:
             chunk = folder.chunks[number]
-            traces = folder.path / SEARCH / f"{number:05d}" if searches else None
+            traces = folder.path / (SEARCH if searches else TRACES) / f"{number:05d}"
             images, cost, profile = generate_chunk(
-                run.pipe, chunk, run.call, frame_rate(run.pipe, run.request), folder=traces, shared=shared
-            )
+                run.pipe, chunk, run.call, frame_rate(run.pipe, run.request),
+                folder=traces if searches or _leaves_files(run.pipe) else None, shared=shared,
+            )  # fmt: skip
             latents = profile.latents if run.request.latents else None
             if processes.rank == 0 or not shared:
                 noise = [] if searches else profile.noise_sha256(len(chunk))  # of a search it is one of many
@@ -314,6 +315,12 @@ def _searches(pipe: Any) -> bool:
     """Return whether the pipeline's loop is a search: it leaves files, and processes may share its calls."""
     state = active(pipe)
     return state is not None and state.loop is not None and state.loop.searches
+
+
+def _leaves_files(pipe: Any) -> bool:
+    """Return whether the pipeline's loop leaves files beside its pictures, without being a search."""
+    state = active(pipe)
+    return state is not None and getattr(state.loop, "leaves_files", False)
 
 
 def _result(folder: RunFolder, processes: Processes, drawn: int) -> dict[str, Any]:

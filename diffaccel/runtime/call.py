@@ -30,6 +30,7 @@ from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.meter import device_of
 from diffaccel.runtime.native import Native
+from diffaccel.runtime.partners import opened_partners
 from diffaccel.runtime.probe import Opening, arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
 from diffaccel.runtime.stock_call import follow_or_call, own_loop_refusal, rewinder
@@ -48,6 +49,7 @@ def generate(
     shared: bool = False,
     told: tuple[str, ...] = (),
     beside: tuple[dict[str, Any], ...] = (),
+    partners: tuple[Any, ...] = (),
 ) -> tuple[Any, Stats]:
     """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``.
 
@@ -58,6 +60,7 @@ def generate(
         told: names of the methods on the network that must be told the step of every network call, as only the native
             driver does.
         beside: the options of these methods.
+        partners: other pipelines that the sampler composes with this one.
 
     Returns:
         The call's result and the cost of the loop.
@@ -65,7 +68,7 @@ def generate(
     arguments = arguments_of(call, pipe, args, kwargs)
 
     def follow(begin: Callable[[], None]) -> tuple[Any, Stats]:
-        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told, beside), begin)
+        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told, beside, partners), begin)
 
     if getattr(config, "is_stock_rule", False):
         return follow_or_call(pipe, config, call, arguments, follow, told)
@@ -85,6 +88,7 @@ class _Extras:
     shared: bool
     told: tuple[str, ...]
     beside: tuple[dict[str, Any], ...]
+    partners: tuple[Any, ...] = ()
 
 
 def _follow(
@@ -174,7 +178,8 @@ def _drive(
         options["guidance_stop"] = getattr(config, "guidance_stop", 1.0)
         driver = Native(session, state=config.state, callback=callback, **options)
         begin()
-        latents = driver.run(checked_sampling(config, session))
+        with opened_partners(extras.partners, arguments) as session.partners:
+            latents = driver.run(checked_sampling(config, session))
         recording.denoised = driver.denoised
         stats.append(driver.stats)
         return latents

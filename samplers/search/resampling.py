@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from diffaccel.samplers.search.noise import seed_of
 from diffaccel.samplers.search.particles import Key
@@ -65,3 +66,19 @@ def draw(rewards: Sequence[float], temperature: float, seed: int, chain: int, st
         if u < 0:
             return i
     return len(weights) - 1
+
+
+def systematic_rows(weights: Tensor, u: Tensor) -> Tensor:
+    """Resample systematically in every row, as :func:`systematic` does, without leaving the device.
+
+    Args:
+        weights: ``(B, n)``, which sum to 1 in a row.
+        u: offsets in [0, 1), ``(B,)``.
+
+    Returns:
+        The index of the ancestor of each child, ``(B, n)``.
+    """
+    n = weights.shape[1]
+    ranks = torch.arange(n, dtype=weights.dtype, device=weights.device)
+    totals = weights.cumsum(1)
+    return torch.searchsorted(totals, (u[:, None] + ranks) / n).clamp(max=n - 1)

@@ -32,12 +32,14 @@ from diffaccel.samplers import (
     Scheduler,
     SeaCache,
     Spectrum,
+    SuperDiff,
     TaylorSeer,
 )
 
 FAMILIES = tiny.FAMILIES + tiny_more.FAMILIES
 METHODS = {  # each leaves the result as it is: that of the stock call, or of the method in REFERENCES
     "scheduler": Scheduler(),
+    "superdiff": SuperDiff(op="average", eta=0.0, state="stock"),  # of one component, which is Euler's method
     "one-stage": Bottleneck(preset="speed", scales=(1.0,)),
     "spectrum-all-real": Spectrum(warmup=1000),
     "seacache-0": SeaCache(threshold=0.0),
@@ -46,7 +48,7 @@ METHODS = {  # each leaves the result as it is: that of the stock call, or of th
     "diffusers-cache-0": DiffusersCache(options={"threshold": 0.0}),
 }
 GPU_METHODS = {**METHODS, "capture": Capture()}
-REFERENCES = {"one-stage": Euler()}
+REFERENCES = {"one-stage": Euler(), "superdiff": Euler(state="stock")}
 UNETS, ONE_BLOCK = ("sdxl", "sd", "ddpm", "ddim"), ("cogvideox", "cogvideox15")  # these tiny networks have one block
 CLIPPED = dict.fromkeys(("ddpm", "ddim"), "has clip_sample=True")
 ONE_SIZE = dict.fromkeys(tiny_more.SIZELESS, "draws at one size only")

@@ -1,0 +1,180 @@
+"""A superposition made from a config and a session, with everything checked before the first prediction."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.superdiff import formulas, particles
+from diffaccel.samplers.superdiff.checks import check_prior
+from diffaccel.samplers.superdiff.components import Components, open_components
+from diffaccel.samplers.superdiff.composition import Densities
+from diffaccel.samplers.superdiff.engine import Superposition
+from diffaccel.samplers.superdiff.regions import masks_of
+from diffaccel.samplers.superdiff.trace import Trace
+from diffaccel.samplers.superdiff.transitions import ReverseKernel, reverse_kernels
+from diffaccel.session import Session
+
+logger = logging.getLogger(__name__)
+FEW_STEPS = 20
+
+
+def superposition(config: Any, session: Session) -> Superposition:
+    """Return the superposition of a call.
+
+    Raises:
+        DiffAccelError: for options that do not fit the call's components, noise levels or guidance.
+    """
+    sigmas = _levels(config, session)
+    parts = open_components(session, separate=config.op in ("product", "fkc", "mcmc") or config.particles > 1)
+    if len(sigmas) < 3 and not float(sigmas[-1]) and len(parts) > 1:
+        raise DiffAccelError(
+            f"The call makes {len(sigmas) - 1} step, and the last tracks no density. Ask for num_inference_steps=2 or "
+            "more; 50 are usual."
+        )
+    _check_density(config, session, parts)
+    count, regions = len(parts), max(len(config.regions), 1)
+    _check_counts(config, count, regions, session.x[0].numel())
+    x = particles.spread(session, config.particles, _initial_std(config, session))
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    like = torch.zeros((), dtype=wide, device=x.device)
+    rule, total = mix_rule(config, count, parts.null is not None, like)
+    if total != 1 and parts.null is None and config.op in ("product", "fkc", "mcmc"):
+        x = x / math.sqrt(total)  # particles begin in the product of the first densities
+    masks = masks_of(config.regions, x) if config.regions else None
+    sizes = torch.full((1, 1), float(x[0].numel())).to(like) if masks is None else masks.sum(1, keepdim=True).to(like)
+    columns = count + (parts.null is not None)
+    bias = formulas.per_region(config.bias or (0.0,) * count, regions if len(config.bias) > count else 1, like)
+    rows = None
+    if config.particles > 1:
+        rows = [row for row in range(len(session.x)) for _ in range(config.particles)]
+    return Superposition(
+        session, parts, config, x, rows, masks, sigmas, _kernels(config, session, sigmas), rule, total,
+        Densities(
+            like.new_zeros(regions, len(x), columns), _initial_density(session, sigmas, x, masks, sizes),
+            like.new_zeros(len(x)),
+        ),
+        sizes, Trace(bias),
+    )  # fmt: skip
+
+
+def mix_rule(config: Any, count: int, has_null: bool, like: Tensor) -> tuple[formulas.MixRule | None, float]:
+    """Return what a config aims at and the sum of its mixing weights; None for AND of the paper.
+
+    Args:
+        like: a tensor of the dtype and device of densities.
+    """
+    regions = max(len(config.regions), 1)
+    op, per = config.op, regions if len(config.weights) > count else 1
+    if op == "and":
+        return None, 1.0
+    if op == "dombi":
+        tree = formulas.parse(config.formula, count) if config.formula else formulas.conjunction(count)
+        return formulas.logic(tree, config.hardness, config.negation, count if has_null else None), 1.0
+    default = 1.0 if op in ("product", "fkc", "mcmc") else 1 / count
+    weights = config.weights or (default,) * count
+    table = formulas.per_region(weights, per, like)
+    if op == "or":
+        return formulas.mixture(table, config.temperature), 1.0
+    return formulas.geometric(table), 1.0 if op == "average" else sum(weights)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _levels(config: Any, session: Session) -> Tensor:
+    """Return the call's noise levels, the first replaced where the config says so."""
+    sigmas = session.sigmas
+    if config.first_sigma:
+        if not float(sigmas[1]) < config.first_sigma <= float(sigmas[0]):
+            raise DiffAccelError(
+                f"SuperDiff.first_sigma is {config.first_sigma}; it must lie above the call's second level, "
+                f"{float(sigmas[1]):.5g}, and not above its first, {float(sigmas[0]):.5g}."
+            )
+        sigmas = sigmas.clone()
+        sigmas[0] = config.first_sigma
+    if any(float(after) >= float(before) for before, after in pairwise(sigmas.tolist())):
+        raise DiffAccelError(
+            "The noise levels of the call do not fall from step to step, so no density can be tracked."
+        )
+    if len(sigmas) - 1 < FEW_STEPS and config.op in ("or", "and") and config.eta:
+        logger.info("%d steps are few for tracked densities; 50 or more are usual.", len(sigmas) - 1)
+    return sigmas
+
+
+def _kernels(config: Any, session: Session, sigmas: Tensor) -> list[ReverseKernel]:
+    kind: Any = "euler" if config.op == "fkc" else config.kernel
+    times = [float(sigma) for sigma in sigmas]
+    if kind == "euler" and not float(session.path.alpha(times[0])):
+        raise DiffAccelError(
+            f"The call begins at noise level {times[0]:g}, pure noise, where an Euler-Maruyama step has no end. Set "
+            "first_sigma=0.999, or kernel='matched'."
+        )
+    return reverse_kernels(session.path, times, kind, config.data_std)
+
+
+def _check_counts(config: Any, count: int, regions: int, size: int) -> None:
+    """Raise for lists that do not have one number for every component, and more components than dimensions."""
+    for name in ("weights", "bias"):
+        values = getattr(config, name)
+        if values and len(values) not in (count, count * regions):
+            several = f", or {count * regions} for {regions} regions" if regions > 1 else ""
+            raise DiffAccelError(
+                f"SuperDiff.{name} has {len(values)} numbers, and the picture {count} components: give {count}"
+                f"{several}."
+            )
+    if config.op in ("or", "average") and config.weights:
+        for begin in range(0, len(config.weights), count):
+            check_prior(config.weights[begin : begin + count])
+    if config.op in ("product", "fkc", "mcmc") and config.weights and sum(config.weights) <= 0:
+        raise DiffAccelError(f"The exponents {config.weights} of a product must sum to more than 0.")
+    if config.op == "and" and count > size + 1:
+        raise DiffAccelError(f"AND of {count} components needs {count - 1} dimensions, and latents have {size}.")
+
+
+def _check_density(config: Any, session: Session, parts: Components) -> None:
+    """Raise where the density that was asked for is not to be had."""
+    is_guided = bool(session.conds) and session.conds[0].negative is not None
+    if config.density == "conditional":
+        if parts.branch == "guided" and is_guided and len(parts) > 1:
+            raise DiffAccelError(
+                "Several pipelines under guidance return guided predictions alone, so density='conditional' cannot be "
+                "had. Leave density out, or call without guidance."
+            )
+        if _embeds_guidance(session):
+            raise DiffAccelError(
+                f"{type(session.pipe).__name__} embeds its guidance in the network, whose prediction is the guided "
+                "one: density='conditional' cannot be had. Leave density out."
+            )
+    if config.density == "guided" and config.eta == 0 and parts.null is not None:
+        raise DiffAccelError("eta=0 tracks the conditional predictions. Leave density out, or set eta=1.")
+
+
+def _embeds_guidance(session: Session) -> bool:
+    if session.family is None or not session.conds:
+        return False
+    network = session.family.network(session.pipe, session.timesteps[0])
+    return bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
+
+
+def _initial_std(config: Any, session: Session) -> float:
+    if config.particles == 1:
+        return 1.0
+    if session.conds and session.conds[0].arguments.get("strength") is not None:
+        raise DiffAccelError("Particles begin at pure noise, and the call at a picture. Use particles=1.")
+    return particles.initial_std(session)
+
+
+def _initial_density(session: Session, sigmas: Tensor, x: Tensor, masks: Tensor | None, sizes: Tensor) -> Tensor:
+    """Return the log-density of the initial state under pure noise of the first level, ``(R, B)``."""
+    scale = session.path.sigma(float(sigmas[0]))
+    squares = x.flatten(1).to(sizes).square()
+    total = squares.sum(1)[None] if masks is None else torch.einsum("bd,rd->rb", squares, masks.to(sizes))
+    variance = float(scale) ** 2
+    return -0.5 * (total / variance + sizes * math.log(2 * math.pi * variance))

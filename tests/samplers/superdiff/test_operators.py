@@ -1,0 +1,336 @@
+"""The operators against closed forms: mixtures, equal densities, products, logic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from analytic import Mixture, gaussian
+from density_bed import VP_PATH, A, B, Superposed, levels, superpose
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.flow import LINEAR, VE_PATH, Path
+from diffaccel.samplers import Euler, SuperDiff
+from diffaccel.samplers.superdiff import formulas
+
+NARROW, WIDE = Mixture((1.0,), ((-1.0,),), (0.4,)), Mixture((1.0,), ((1.0,),), (0.8,))
+PATHS = [VP_PATH, VE_PATH, LINEAR]
+
+
+def to_clean(path: Path, steps: int, top: float = 1.0) -> Tensor:
+    """Levels that end at the clean sample."""
+    times = levels(path, steps) if path is not LINEAR else torch.linspace(top, 0, steps + 1, dtype=torch.float64)
+    times[-1] = 0
+    return times
+
+
+# -- OR ----------------------------------------------------------------------------------------------------------------
+
+
+def shares(run: Superposed) -> list[float]:
+    """Share of samples in each quadrant, a mode each."""
+    x, y = run.x[:, 0, 0, 0] < 0, run.x[:, 1, 0, 0] > 0
+    return [float((a & b).double().mean()) for a in (x, ~x) for b in (y, ~y)]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("weights", [(), (0.8, 0.2)])
+def test_or_samples_the_mixture(path: Path, weights: tuple[float, ...]) -> None:
+    rows = 1500
+    run = superpose(SuperDiff(op="or", data_std=1.5, weights=weights), [A, B], path, levels(path, 64), rows)
+    for share, weight in zip(shares(run), (weights or (0.5, 0.5)) * 2, strict=True):
+        expected = weight / 2
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
+
+
+def test_two_copies_of_a_model_are_that_model_to_the_bit() -> None:
+    times = levels(LINEAR, 10)
+    one = superpose(SuperDiff(op="or"), [A], LINEAR, times, 16)
+    for op in ("or", "average", "and", "dombi"):
+        two = superpose(SuperDiff(op=op), [A, A], LINEAR, times, 16)
+        assert torch.equal(two.x, one.x), op
+
+
+def test_all_of_the_prior_on_one_model_is_that_model() -> None:
+    times = levels(VP_PATH, 10)
+    one = superpose(SuperDiff(op="or"), [A], VP_PATH, times, 16)
+    torch.testing.assert_close(
+        superpose(SuperDiff(op="or", weights=(1.0, 0.0)), [A, B], VP_PATH, times, 16).x, one.x, rtol=1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("op", ["or", "and"])
+def test_permuted_models_permute_their_weights(op: Any) -> None:
+    models = [A, B, gaussian(0.3, 0.9, 2)]
+    run, swapped = (superpose(SuperDiff(op=op), m, LINEAR, levels(LINEAR, 12), 8) for m in (models, models[::-1]))
+    kappa, other = (torch.tensor(r.report["kappa"]) for r in (run, swapped))
+    torch.testing.assert_close(other.flip(-1), kappa, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(swapped.x, run.x, rtol=1e-8, atol=1e-8)
+
+
+# -- AND ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("steps", [2, 9])
+def test_and_of_equal_covariances_ends_on_the_hyperplane(count: int, steps: int) -> None:
+    """Densities of Gaussians that differ in their means are equal where the distances to the means are."""
+    draw = torch.Generator().manual_seed(count)
+    means = torch.randn(count, 4, generator=draw, dtype=torch.float64)
+    models = [Mixture((1.0,), (tuple(m.tolist()),), (0.7,)) for m in means]
+    run = superpose(SuperDiff(data_std=0.7), models, LINEAR, levels(LINEAR, steps), 30, dim=4)
+    apart = (run.x.flatten(1)[:, None] - (1 - 0.005) * means).square().sum(-1)
+    assert (apart - apart[:, :1]).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p is not LINEAR), id=type(p).__name__) for p in PATHS]
+)
+def test_the_curvature_term_makes_densities_equal_and_without_it_they_are_not(path: Path) -> None:
+    """The projection takes the noise along the difference away; what that does to densities has to be added."""
+    gaps = {}
+    for curvature in (False, True):
+        for steps in (32, 128):
+            config = SuperDiff(data_std=1.5, curvature=curvature, probe=1e-5)
+            run = superpose(config, [NARROW, WIDE], path, levels(path, steps), 400, dim=1)
+            true = run.true([NARROW, WIDE], float(levels(path, steps)[-1]))
+            gaps[curvature, steps] = float((true[:, 0] - true[:, 1]).abs().median())
+    assert 0.5 < gaps[False, 128] < 0.8
+    assert gaps[True, 128] < 0.06 and gaps[True, 128] < 0.6 * gaps[True, 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+def test_the_curvature_term_on_mixtures(path: Path) -> None:
+    a = Mixture((0.5, 0.5), ((-1.5, 1.0), (1.5, 1.0)), (0.3, 0.5))
+    b = Mixture((0.4, 0.6), ((-1.0, -1.0), (1.5, -0.5)), (0.5, 0.4))
+    gaps = []
+    for steps in (64, 1024):
+        run = superpose(SuperDiff(data_std=1.5, curvature=True, probe=1e-5), [a, b], path, levels(path, steps), 500)
+        true = run.true([a, b], float(levels(path, steps)[-1]))
+        gaps.append(float((true[:, 0] - true[:, 1]).abs().median()))
+    assert gaps[1] < 0.06 and gaps[1] < 0.5 * gaps[0]
+
+
+@pytest.mark.parametrize("models", [[A, B], [NARROW, WIDE]], ids=["mixtures", "gaussians"])
+def test_and_without_noise_converges(models: list[Mixture]) -> None:
+    """One sign vector is shared by all components, so that the probe's noise cancels where they agree."""
+    gaps = []
+    for steps in (32, 256):
+        times = torch.linspace(0.999, 0.005, steps + 1, dtype=torch.float64)
+        dim = len(models[0].means[0])
+        run = superpose(SuperDiff(eta=0.0, probe=1e-5), models, LINEAR, times, 200, dim=dim)
+        true = run.true(models, float(times[-1]))
+        gaps.append(float((true[:, 0] - true[:, 1]).abs().median()))
+    assert gaps[1] < 0.1 and gaps[1] < max(0.5 * gaps[0], 1e-6)
+
+
+@pytest.mark.parametrize("bias", [(3.0, 0.0), (-2.0, 1.0), (0.0, 2.5, -1.0)])
+def test_a_bias_sets_the_final_difference(bias: tuple[float, ...]) -> None:
+    models = [A, B, gaussian(0.3, 0.9, 3)][: len(bias)]
+    models = [Mixture(m.weights, tuple((*mean[:2], 0.0) for mean in m.means), m.stds) for m in models]
+    run = superpose(SuperDiff(bias=bias), models, LINEAR, to_clean(LINEAR, 30), 12, dim=3)
+    log_density = run.tracked()
+    for i in range(1, len(bias)):
+        difference = log_density[:, 0] - log_density[:, i]
+        torch.testing.assert_close(difference, torch.full_like(difference, bias[0] - bias[i]), rtol=1e-6, atol=1e-6)
+
+
+def test_models_that_are_one_up_to_rounding_leave_the_state_in_place() -> None:
+    near = Mixture(A.weights, tuple((m[0] + 1e-9, m[1]) for m in A.means), A.stds)
+    one = superpose(SuperDiff(op="or"), [A], LINEAR, levels(LINEAR, 12), 16)
+    both = superpose(SuperDiff(), [A, near], LINEAR, levels(LINEAR, 12), 16)
+    assert both.x.isfinite().all() and (both.x - one.x).abs().max() < 5
+
+
+def test_the_papers_form_is_the_two_model_formula() -> None:
+    """On the VE path: ``kappa`` from noise predictions and the step alone (arXiv 2412.17762, proposition 6)."""
+    times = torch.tensor([10.0, 8.0], dtype=torch.float64)
+    run = superpose(SuperDiff.paper(bias=(0.3, 0.0)), [A, B], VE_PATH, times, 5)
+    x = run.evals[0].x
+    first, second = (m.velocity(VE_PATH, x, times[0]).flatten(1) for m in (A, B))
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(5, 2, 1, 1, generator=generator, dtype=torch.float64)
+    z = torch.randn(5, 2, 1, 1, generator=generator, dtype=torch.float64).flatten(1)
+    ds, s, lift = -2.0, 10.0, -0.3  # positive lift favours the second
+    independent = 2 * ds * second + math.sqrt(2 * abs(ds) * s) * z
+    apart = first - second
+    top = abs(ds) * (-apart * (first + second)).sum(1) - (independent * apart).sum(1) + s * lift
+    kappa = top / (2 * ds * apart.square().sum(1))
+    expected = x.flatten(1) + independent + 2 * ds * kappa[:, None] * apart
+    torch.testing.assert_close(run.x.flatten(1), expected, rtol=1e-10, atol=1e-10)
+
+
+# -- products and particles --------------------------------------------------------------------------------------------
+
+ONE, OTHER = Mixture((1.0,), ((1.0,),), (0.5,)), Mixture((1.0,), ((-1.0,),), (1.0,))
+
+
+def moments(
+    config: SuperDiff, models: list[Any], times: Tensor, path: Path = VP_PATH, rows: int = 1
+) -> tuple[float, float]:
+    """Weighted mean and variance of the particles of all pictures."""
+    run = superpose(config, models, path, times, rows, dim=1)
+    x = run.run.x.flatten()
+    weights = run.run.densities.log_weights.reshape(rows, -1).softmax(1).flatten() / rows
+    mean = (weights * x).sum()
+    return float(mean), float((weights * (x - mean) ** 2).sum())
+
+
+@pytest.mark.parametrize("path", [VP_PATH, LINEAR], ids=lambda path: type(path).__name__)
+def test_the_product_has_its_moments_and_the_sum_of_scores_has_not(path: Path) -> None:
+    """N(1, .25) times N(-1, 1) is N(.6, .2)."""
+    times = to_clean(path, 50)
+    mean, variance = moments(SuperDiff(op="product", particles=500, data_std=0.6), [ONE, OTHER], times, path, 8)
+    assert abs(mean - 0.6) < 0.05 and abs(variance - 0.2) < 0.03
+    mean, _ = moments(SuperDiff(op="product"), [ONE, OTHER], times, path, 1000)
+    assert mean < 0.5
+
+
+def test_a_negative_exponent_divides() -> None:
+    """N(1, .25)^2 / N(-1, 1)^.5 is N(1.133, .133)."""
+    config = SuperDiff(op="product", weights=(2.0, -0.5), particles=500, data_std=0.5)
+    mean, variance = moments(config, [ONE, OTHER], to_clean(VP_PATH, 60), rows=8)
+    assert abs(mean - 17 / 15) < 0.06 and abs(variance - 2 / 15) < 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["product", "fkc"])
+def test_many_particles_at_many_steps(op: Any) -> None:
+    config = SuperDiff(op=op, particles=20000)
+    mean, variance = moments(config, [ONE, OTHER], to_clean(VP_PATH, 100 if op == "product" else 400))
+    assert abs(mean - 0.6) < 0.06 and abs(variance - 0.2) < 0.02
+
+
+def test_langevin_moves_come_nearer_to_the_product() -> None:
+    times = to_clean(VP_PATH, 25)
+    plain, _ = moments(SuperDiff(op="product"), [ONE, OTHER], times, rows=1000)
+    moved, _ = moments(SuperDiff(op="mcmc", langevin=3, snr=0.3), [ONE, OTHER], times, rows=1000)
+    assert abs(moved - 0.6) < abs(plain - 0.6)
+
+
+def test_guidance_with_particles_follows_the_tilted_density() -> None:
+    """``q_u^(1-w) q^w`` with ``w = 2`` of N(0, 1) and N(1, 1) is N(2, 1): by weights, also of one prompt."""
+    null, prompted = gaussian(0.0, 1.0, 1), gaussian(1.0, 1.0, 1)
+    run = superpose(
+        SuperDiff(op="product", particles=800), [prompted, null], VP_PATH, to_clean(VP_PATH, 50), 4, dim=1, guidance=2.0
+    )
+    weights = run.run.densities.log_weights.reshape(4, -1).softmax(1).flatten() / 4
+    assert abs(float((weights * run.run.x.flatten()).sum()) - 2) < 0.1
+
+
+# -- logic -------------------------------------------------------------------------------------------------------------
+
+
+def test_dombi_and_has_the_moments_of_the_harmonic_mean() -> None:
+    """Of N(+-1, .5) at hardness 1 the variance is .225, by numerical integration."""
+    pair = [Mixture((1.0,), ((m,),), (0.5**0.5,)) for m in (1.0, -1.0)]
+    config = SuperDiff(op="dombi", hardness=1.0, particles=600)
+    mean, variance = moments(config, pair, to_clean(VP_PATH, 60), rows=8)
+    assert abs(mean) < 0.06 and abs(variance - harmonic_variance()) < 0.03
+
+
+def harmonic_variance() -> float:
+    x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
+    p, q = (torch.exp(-((x - m) ** 2)) for m in (1.0, -1.0))
+    density = p * q / (p + q)
+    return float((density * x**2).sum() / density.sum())
+
+
+def test_a_nested_formula_is_the_formula_expanded_by_hand() -> None:
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tree = formulas.parse("(p1 or p2) and not p3", 3)
+    kappa, log_density = formulas.logic(tree, 2.0, 0.5, None)(values)
+    either = torch.logsumexp(2 * values[:, :2], 1) / 2
+    reference = values.logsumexp(1) - math.log(3)
+    neither = 1.5 * reference - 0.5 * values[:, 2]
+    expected = -torch.logsumexp(-2 * torch.stack([either, neither], 1), 1) / 2
+    torch.testing.assert_close(log_density, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(kappa.sum(-1), torch.ones(7, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    gradient = torch.autograd.functional.jacobian(lambda v: formulas.logic(tree, 2.0, 0.5, None)(v)[1].sum(), values)
+    torch.testing.assert_close(kappa, gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("formula", "same"),
+    [
+        ("p1 ^ p2", "(p1 or p2) and (not p1 or not p2)"), ("not (p1 and p2)", "not p1 or not p2"),
+        ("not not p1", "p1"), ("not (p1 or not p2)", "not p1 and p2"),
+    ],
+)  # fmt: skip
+def test_formulas_are_rewritten_by_the_laws_of_logic(formula: str, same: str) -> None:
+    assert formulas.parse(formula, 2) == formulas.parse(same, 2)
+
+
+def test_logic_at_the_ends_of_its_options() -> None:
+    """OR of hardness 1 is the mixture; a not of strength 0 is the reference; A and A is A."""
+    values = torch.randn(5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kappa, _ = formulas.logic(formulas.parse("p1 or p2", 2), 1.0, 1.0, None)(values)
+    torch.testing.assert_close(kappa, formulas.mixture(torch.full((2,), 0.5, dtype=torch.float64), 1.0)(values)[0])
+    kappa, _ = formulas.logic(formulas.parse("not p1", 2), 1.0, 0.0, None)(values)
+    torch.testing.assert_close(kappa, values.softmax(1))
+    times = levels(LINEAR, 10)
+    one = superpose(SuperDiff(op="or"), [A], LINEAR, times, 8)
+    assert torch.equal(superpose(SuperDiff(op="dombi", formula="p1 and p1"), [A], LINEAR, times, 8).x, one.x)
+
+
+@pytest.mark.parametrize("formula", ["p1 +", "p1 and q", "p0", "p3", "f(p1)", "p1 and 2"])
+def test_what_is_no_formula_is_refused(formula: str) -> None:
+    with pytest.raises(DiffAccelError, match="formula"):
+        formulas.parse(formula, 2)
+
+
+@pytest.mark.parametrize("formula", ["p1 ^ p2", "p1 and not p2"])
+def test_particles_follow_the_formulas_density(formula: str) -> None:
+    """Two overlapping mixtures share a mode; each mode has the mass that the formula's own density gives it."""
+    pair = [
+        Mixture((0.6, 0.4), ((-2.0,), (0.0,)), (0.3, 0.3)), Mixture((0.4, 0.6), ((0.0,), (2.0,)), (0.3, 0.3)),
+    ]  # fmt: skip
+    config = SuperDiff(op="dombi", formula=formula, hardness=1.0, particles=800)
+    run = superpose(config, pair, VP_PATH, to_clean(VP_PATH, 40), 6, dim=1)
+    weights = run.run.densities.log_weights.reshape(6, -1).softmax(1).flatten() / 6
+    x = torch.linspace(-4, 4, 4001, dtype=torch.float64)[:, None]
+    values = torch.stack([m.log_density(x, 1.0, 0.0) for m in pair], 1)
+    target = formulas.logic(formulas.parse(formula, 2), 1.0, 1.0, None)(values)[1].softmax(0)
+    for low, high in ((-4, -1), (-1, 1), (1, 4)):
+        mass = float(target[((x >= low) & (x < high))[:, 0]].sum())
+        found = float(weights[((run.run.x >= low) & (run.run.x < high)).flatten()].sum())
+        assert abs(found - mass) < 0.08, (low, found, mass)
+
+
+# -- regions, the flow -------------------------------------------------------------------------------------------------
+
+
+def test_regions_have_densities_of_their_own() -> None:
+    """Where a region gives one component all the weight, that part of the picture is that component's alone."""
+    one, other = gaussian(2.0, 0.3, 4), gaussian(-2.0, 0.3, 4)
+    times = to_clean(LINEAR, 20)
+    begin = torch.randn(5, 1, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    config = SuperDiff(op="average", regions=("10", "01"), weights=(1.0, 0.0, 0.0, 1.0))
+    run = superpose(config, [one, other], LINEAR, times, 5, dim=1, begin=begin)
+    assert (run.x[..., 0] > 0.5).all() and (run.x[..., 1] < -0.5).all()
+    assert torch.tensor(run.report["log_density"]).shape == (20, 2, 5, 2)
+    both = superpose(SuperDiff(regions=("10", "01")), [one, other], LINEAR, times, 5, dim=1, begin=begin)
+    differences = both.run.densities.log_density
+    torch.testing.assert_close(differences, torch.zeros_like(differences), rtol=0, atol=1e-6)
+
+
+def test_a_region_for_the_whole_picture_changes_nothing() -> None:
+    times, begin = to_clean(LINEAR, 12), torch.randn(3, 2, 2, 2, dtype=torch.float64)
+    models = [gaussian(0.5, 0.6, 8), gaussian(-0.5, 0.9, 8)]
+    plain, whole = (
+        superpose(SuperDiff(regions=regions), models, LINEAR, times, 3, begin=begin) for regions in ((), ("1",))
+    )
+    torch.testing.assert_close(whole.x, plain.x, rtol=1e-9, atol=1e-9)
+
+
+def test_one_model_without_noise_is_eulers_method_to_the_bit() -> None:
+    from analytic import BIMODAL, sample, start
+
+    times = torch.linspace(0.9, 0, 9, dtype=torch.float32)
+    x = start(LINEAR, 0.9, dtype=torch.float32)
+    runs = [sample(config, BIMODAL, x, times) for config in (Euler(), SuperDiff(op="average", eta=0.0))]
+    assert torch.equal(runs[0].x, runs[1].x) and len(runs[1].evals) == 8
