@@ -43,4 +43,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *({"eval", "samplers", "zoo"} & globals().keys())])
+    return sorted([*__all__, *({"eval", "quant", "samplers", "zoo"} & globals().keys())])

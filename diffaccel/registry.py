@@ -32,6 +32,9 @@ METHODS = {
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
     "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
     "cache_dit": "diffaccel.samplers.caches.cache_dit:CacheDiT",
+    "w8a8": "diffaccel.quant.w8a8:W8A8",
+    "w4a16": "diffaccel.quant.w4a16:W4A16",
+    "w4a8": "diffaccel.quant.w4a8:W4A8",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none

@@ -7,7 +7,10 @@ from importlib import import_module
 
 import pytest
 
-PUBLIC = ("diffaccel", "diffaccel.samplers", "diffaccel.samplers.rewards", "diffaccel.eval", "diffaccel.zoo")
+PUBLIC = (
+    "diffaccel", "diffaccel.samplers", "diffaccel.samplers.rewards", "diffaccel.quant", "diffaccel.eval",
+    "diffaccel.zoo",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -24,4 +27,4 @@ def test_a_package_shows_its_own_names_only(name: str) -> None:
 
 def test_the_first_page_of_names() -> None:
     names = {"DiffAccelError", "__version__", "accelerate", "load", "open_session", "remove", "set_quality", "summary"}
-    assert names <= set(dir(import_module("diffaccel"))) <= names | {"eval", "samplers", "zoo"}
+    assert names <= set(dir(import_module("diffaccel"))) <= names | {"eval", "quant", "samplers", "zoo"}

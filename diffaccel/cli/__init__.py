@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": ("diffaccel.cli.sample:run", "generate images from prompts, or video"),
     "eval": ("diffaccel.eval.commands:main", "what an acceleration costs and buys: runs, comparisons, reports"),
     "tune": ("diffaccel.cli.tune:run", "the fastest mix of methods that keeps a promise, with its certificate"),
+    "quantize": ("diffaccel.cli.quantize:run", "a model with weights of 8 or 4 bits, saved for from_pretrained"),
     "distill": (
         "diffaccel.cli.distill:run",
         "a student that draws in one network call, without pictures to learn from",

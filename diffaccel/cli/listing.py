@@ -94,7 +94,7 @@ def explain_method(name: str) -> dict[str, Any]:
     """Return a method's docstring, paper, options and an example."""
     cls = registry.config_class(name)
     kind = _kind(cls.__module__)
-    option = {"sampler": "--sampler", "cache": "--method", "module": "--method"}
+    option = {"sampler": "--sampler", "cache": "--method", "module": "--method", "quantizer": "--method"}
     command = f'diffaccel sample "a red apple" {option[kind]} {name}' if kind in option else ""
     return {
         "name": name,

@@ -69,6 +69,9 @@ def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Load a pipeline as :func:`load` does, with whatever weights its files have."""
     from diffusers import DiffusionPipeline
 
+    from diffaccel.quant import hf_quantizer
+
+    hf_quantizer.register()  # for models that were saved quantized
     name = str(name_or_path)
     folder = find_folder(name)
     if folder is not None:

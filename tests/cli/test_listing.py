@@ -43,7 +43,9 @@ def test_list_names_every_method_and_model(run, embedded):
     kinds = {m["name"]: m["kind"] for m in found["methods"]}
     assert {name: kinds.pop(name) for name in registry.TRAINERS} == dict.fromkeys(registry.TRAINERS, "distillation")
     assert kinds == {
-        name: {"loop": "sampler", "graphs": "module"}.get(registry.config_class(name).touches, "cache")
+        name: {"loop": "sampler", "blocks": "cache", "weights": "quantizer", "graphs": "module"}[
+            registry.config_class(name).touches
+        ]
         for name in registry.METHODS
     }
     for method in found["methods"]:

@@ -48,7 +48,8 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 # What users import from: names that are loaded lazily, or gathered from everywhere below.
 DOORS = (
-    "diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.modules", "diffaccel.samplers", "diffaccel.distill",
+    "diffaccel", "diffaccel.__main__", "diffaccel.eval", "diffaccel.modules", "diffaccel.samplers", "diffaccel.quant",
+    "diffaccel.distill",
 )  # fmt: skip
 LIGHT = ("diffaccel.errors", "diffaccel.cli")  # what may load before a command is known
 OUTSIDE = ("tests", "scripts", *tree.FOLDERS)

@@ -1,0 +1,130 @@
+"""``diffaccel quantize``: a model with quantized weights, as a folder that stock ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffaccel import families, registry, terminal, zoo
+from diffaccel.cli.sample import methods, split_method_options
+from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.runs.folder import check_writable
+from diffaccel.runs.request import DTYPES
+
+_EXAMPLES = """examples:
+  diffaccel quantize --method w8a8 --out out/emoji-w8a8
+  diffaccel quantize ./flux --method w8a8 --w8a8.dtype fp8 --out ./flux-fp8
+  diffaccel quantize --method w4a16 --scan "a red apple" --out out/emoji-w4a16   (also: the error of each layer)
+  diffaccel sample "a red apple" --model out/emoji-w8a8
+
+In Python, after import diffaccel.quant, from_pretrained loads the folder; diffaccel.load does so as well."""
+
+
+def make_parser() -> terminal.Parser:
+    """Return the parser of the command."""
+    parser = terminal.Parser(
+        prog="diffaccel quantize", description="Quantize a model's network and save the model.", epilog=_EXAMPLES
+    )
+    add = parser.add_argument
+    add("model", nargs="?", default=zoo.DEFAULT, metavar="MODEL", help=f"as --model of sample (default {zoo.DEFAULT})")
+    add("--method", default="w8a8", metavar="NAME", help="w8a8 (default), w4a16, w4a8; --NAME.FIELD sets an option")
+    add("--scan", metavar="PROMPT", help="draw this with the plain network first, and tell the error of each layer")
+    add("--steps", type=int, default=4, metavar="N", help="of the drawing of --scan (default 4)")
+    add("--export", choices=("diffusers", "compressed-tensors"), default="diffusers",
+        help="the pipeline for diffusers (default), or its network in the schema of compressed-tensors")  # fmt: skip
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    add("--out", type=terminal.output_path, required=True, metavar="DIR", help="folder of the quantized model")
+    add("--overwrite", action="store_true", help="throw away what is in the folder")
+    add("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit status."""
+    words, method_options = split_method_options(argv)
+    options = make_parser().parse(words, [f"--{name}.FIELD" for name in registry.names()])
+    if options.dtype not in DTYPES:
+        raise unknown("dtype", options.dtype, DTYPES)
+    (config,) = methods(None, method_options, (options.method,))
+    if config.touches != "weights":
+        raise DiffAccelError(f"'{config.name}' is no quantizer: it works on the {config.touches}. Use w8a8 or w4a16.")
+    _check_out(options.out, options.overwrite)
+    from diffaccel.runs.loading import load, pick_device, pick_dtype, quiet_libraries
+
+    quiet_libraries(True)
+    device = pick_device(options.device)
+    pipe = load(options.model, torch_dtype=pick_dtype(options.dtype, device)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    scans = _scan(pipe, config, options.scan, options.steps) if options.scan is not None else None
+    result = {**quantize(pipe, config, options.out, options.export), "model": options.model}
+    if scans is not None:
+        result["scan"] = {"layers": [vars(layer) for layer in scans.layers], "skip": list(scans.skips())}
+    if options.json:
+        terminal.write_json(result)
+        return 0
+    if scans is not None:
+        terminal.write(f"{scans}\n\nproposed skip: {list(scans.skips()) or 'nothing'}\n")
+    for network in result["networks"]:
+        terminal.write(
+            f"{network['class']}: {network['layers']} layers, {network['bytes_before'] / 2**20:.1f} to "
+            f"{network['bytes_after'] / 2**20:.1f} MiB ({network['share']:.3f}) in {result['seconds']:.1f} s"
+        )
+    terminal.write(f"{options.model} by {config.name}: {options.out}")
+    return 0
+
+
+def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers") -> dict[str, Any]:
+    """Quantize a pipeline in place, save it to ``out``, and return what was done."""
+    from diffaccel.compose import accelerate
+    from diffaccel.quant.export import export_compressed_tensors
+    from diffaccel.quant.layer import QuantizedLayer
+
+    networks = families.networks(pipe)
+    before = [_bytes(network) for network in networks]
+    start = time.perf_counter()
+    accelerate(pipe, replace(config, originals="drop"))
+    seconds = time.perf_counter() - start
+    if export == "diffusers":
+        pipe.save_pretrained(out)
+    else:
+        for number, network in enumerate(networks):
+            export_compressed_tensors(network, out / f"network_{number}" if len(networks) > 1 else out)
+    rows = [
+        {
+            "class": type(network).__name__,
+            "layers": sum(isinstance(module, QuantizedLayer) for module in network.modules()),
+            "bytes_before": size,
+            "bytes_after": _bytes(network),
+            "share": _bytes(network) / size,
+        }
+        for network, size in zip(networks, before, strict=True)
+    ]
+    return {"method": config.to_dict(), "networks": rows, "seconds": seconds, "out": str(out)}
+
+
+def _scan(pipe: Any, config: Any, prompt: str, steps: int) -> Any:
+    import torch
+
+    from diffaccel.quant.scan import scan_errors
+
+    def run(pipe: Any) -> None:
+        pipe(prompt, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(0))
+
+    return scan_errors(pipe, config, run)
+
+
+def _bytes(network: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in network.parameters())
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Raise unless the folder can be written and is empty, or may be thrown away."""
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
+        shutil.rmtree(out)

@@ -1,0 +1,91 @@
+"""A convolution with a quantized weight, in the place of an ``nn.Conv2d``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffaccel.kernels.int8_linear import int8_linear
+from diffaccel.kernels.quantize_rows import quantize_rows_reference
+from diffaccel.quant.formats import LayerFormat, quantize_weight
+from diffaccel.quant.layer import QuantizedLayer
+
+
+class QConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+    """A convolution whose weight has int8 codes and one scale an output channel.
+
+    "w8a16" dequantizes the weight and convolves activations as they are. "w8a8" quantizes each picture by its largest
+    magnitude and multiplies the patches of codes with exact int32 sums; padding with zeros is exact, since codes are
+    symmetric.
+    """
+
+    def __init__(self, conv: nn.Conv2d, form: LayerFormat, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        for name in (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(conv, name))
+        self.hold(form, tensors, conv._parameters["bias"], dtype)
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d, form: LayerFormat) -> QConv2d:
+        """Quantize a convolution; its bias is shared."""
+        tensors = quantize_weight(conv.weight.flatten(1), form)
+        return cls(conv, form, {**tensors, "weight": tensors["weight"].reshape(conv.weight.shape)}, conv.weight.dtype)
+
+    @classmethod
+    def empty(cls, conv: nn.Conv2d, form: LayerFormat, dtype: torch.dtype) -> QConv2d:
+        """Return a layer whose stored tensors are to be loaded, on the device of ``conv``."""
+        device, channels = conv.weight.device, conv.out_channels
+        weight = torch.empty(conv.weight.shape, dtype=form.dtype, device=device)
+        scale = torch.empty((channels, 1), dtype=torch.float32, device=device)
+        return cls(conv, form, {"weight": weight, "weight_scale": scale}, dtype)
+
+    @staticmethod
+    def multiplies_codes(conv: nn.Conv2d) -> bool:
+        """Return whether a convolution has a form with int8 activations: one group, no dilation, zeros around."""
+        is_plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        return is_plain and conv.dilation == (1, 1)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight in the dtype of the layer that this one stands for."""
+        return self.dequantized_matrix(self.compute_dtype).reshape(self.weight.shape)
+
+    def plain(self) -> nn.Conv2d:
+        """Return an ``nn.Conv2d`` with the dequantized weight."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        conv = nn.Conv2d(**options, bias=False, padding_mode=self.padding_mode, device="meta", dtype=self.compute_dtype)
+        conv.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        conv.bias = self.bias
+        return conv
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._convolve(input)
+        with torch.autocast(kind, enabled=False):  # which would round sums
+            return self._convolve(input.to(torch.get_autocast_dtype(kind)))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        is_trained = torch.is_grad_enabled() and x.requires_grad
+        if self.form.activations is None or is_trained or x.ndim != 4:
+            weight = self.dequantized_matrix(x.dtype).reshape(self.weight.shape)
+            return self._conv_forward(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return the convolution of codes: patches ``(B OH OW, C R S)`` times the weight."""
+        batch = x.shape[0]
+        codes, scale = quantize_rows_reference(x.flatten(1), "int8")  # one scale a picture
+        (rows, columns), (step_y, step_x) = self.kernel_size, self.stride
+        top, left = (int(side) for side in self.padding)
+        padded = F.pad(codes.reshape(x.shape), (left, left, top, top))
+        patches = padded.unfold(2, rows, step_y).unfold(3, columns, step_x)  # (B, C, OH, OW, R, S)
+        height, width = patches.shape[2:4]
+        matrix = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, -1)
+        scales = scale.repeat_interleave(height * width, dim=0)
+        bias = None if self.bias is None else self.bias.detach()
+        y = int8_linear(matrix, scales, self.int8_matrix(), self.weight_scale, bias, x.dtype, self.mode)
+        return y.reshape(batch, height, width, self.out_channels).permute(0, 3, 1, 2)

@@ -1,0 +1,155 @@
+"""What quantized layers share: stored tensors that casts leave alone, their making, and their way back to floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.kernels.dispatch import Mode
+from diffaccel.kernels.int4_weight import expand_int4
+from diffaccel.kernels.weight_linear import dequantize
+from diffaccel.quant.formats import LayerFormat
+
+
+class PackedParameter(nn.Parameter):
+    """Two codes a byte. The loader of adapters asks a parameter of this class name for the shape of its weight."""
+
+    @property
+    def quant_shape(self) -> torch.Size:
+        """The shape ``(N, K)`` of the codes."""
+        return torch.Size((self.shape[0], 2 * self.shape[1]))
+
+
+PackedParameter.__name__ = "GGUFParameter"  # diffusers compares names: another shape than a LoRA's would be "expanded"
+
+
+def stored_parameter(name: str, tensor: Tensor, form: LayerFormat) -> nn.Parameter:
+    """Return a stored tensor as the parameter that a layer of this format has."""
+    cls = PackedParameter if name == "weight" and form.bits == 4 else nn.Parameter
+    return cls(tensor, requires_grad=False)
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with codes and scales in the place of its weight.
+
+    Casts (``.to(dtype)``, ``.half()``) change the dtype of the bias and leave codes and scales as they are.
+
+    Attributes:
+        form: how it is stored and computed.
+        compute_dtype: dtype of the layer that it stands for; adapters that are loaded onto it get this dtype.
+        mode: form of its operations, see :mod:`diffaccel.kernels.dispatch`.
+        fast_accumulation: of float8 products.
+    """
+
+    form: LayerFormat
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_multiplier: nn.Parameter
+    compute_dtype: torch.dtype
+    mode: Mode
+    fast_accumulation: bool
+
+    def hold(
+        self, form: LayerFormat, tensors: dict[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        """Take stored tensors as the layer's own."""
+        self.form, self.compute_dtype, self.mode, self.fast_accumulation = form, dtype, "auto", True
+        for name, tensor in tensors.items():
+            self.register_parameter(name, stored_parameter(name, tensor, form))
+        self.register_parameter("bias", bias)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Names of the stored tensors."""
+        return tuple(name for name in ("weight", "weight_multiplier", "weight_scale") if name in self._parameters)
+
+    def int8_matrix(self) -> Tensor:
+        """Return the int8 codes ``(N, K)`` of a weight whose activations are int8 too."""
+        if self.form.bits == 4:
+            return expand_int4(self.weight, self.weight_multiplier, self.mode)
+        return self.weight.flatten(1)
+
+    def dequantized_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight as a matrix ``(N, K)`` in ``dtype``."""
+        if self.form.name == "w4a8":
+            return dequantize(self.int8_matrix(), self.weight_scale, dtype, self.mode)
+        return dequantize(self.weight.flatten(1), self.weight_scale, dtype, self.mode)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of codes, scales and bias."""
+        return sum(p.numel() * p.element_size() for p in self.parameters(recurse=False))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.form}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state with float8 codes as bytes: pickle cannot read tensors of float8."""
+        state = dict(self.__dict__)
+        if self.form.dtype == torch.float8_e4m3fn:
+            weight = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight = self.weight.detach().view(self.form.dtype)
+        self._parameters["weight"] = stored_parameter("weight", weight, self.form)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move codes and scales as whole numbers, which no cast changes; the bias and the adapters' dtype follow."""
+        views = {torch.float8_e4m3fn: torch.uint8, torch.float32: torch.int32}
+        plain = {name: self._parameters[name] for name in self.stored}
+        for name, parameter in plain.items():
+            if parameter is not None and parameter.dtype in views:
+                whole = parameter.detach().view(views[parameter.dtype])
+                self._parameters[name] = nn.Parameter(whole, requires_grad=False)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, parameter in plain.items():
+                moved = self._parameters[name]
+                if parameter is None or moved is None or moved is parameter:
+                    continue
+                data = moved.detach().view(parameter.dtype)
+                if data.is_meta == parameter.is_meta:  # the same parameter, which others may hold
+                    parameter.data, self._parameters[name] = data, parameter
+                else:
+                    self._parameters[name] = stored_parameter(name, data, self.form)
+        self.compute_dtype = fn(torch.empty((), dtype=self.compute_dtype, device="cpu")).dtype
+        return self
+
+
+def check_stored(layer: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raise for a stored tensor of a file that does not fit its layer.
+
+    Raises:
+        DiffAccelError: for another shape or dtype, and for scales that are not finite.
+    """
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise DiffAccelError(
+            f"'{layer}.{name}' is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint; its format asks for {dtype} "
+            f"{shape}. The file is damaged, or its config.json belongs to another one."
+        )
+    if name == "weight_scale" and not bool(torch.isfinite(tensor).all()):
+        raise DiffAccelError(f"'{layer}.{name}' holds scales that are not finite. Quantize the model again.")
+
+
+class StraightThrough(torch.autograd.Function):
+    """The quantized product forwards, and the gradient of the product with the dequantized weight backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        """Return the layer's product."""
+        ctx.layer = layer
+        result: Tensor = layer.product(x)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return ``g W``."""
+        gradient = gradients[0]
+        return gradient @ ctx.layer.dequantized_matrix(gradient.dtype), None
