@@ -112,7 +112,7 @@ class Capture(Config):
             )
         is_wrapped = network is not uncompiled(network)
         is_compiled = is_wrapped or vars(network).get("_compiled_call_impl") is not None
-        if is_compiled and (_modules(network) != [network] or (is_wrapped and cached_blocks(network))):
+        if is_compiled and (_parts_of(network) != [network] or (is_wrapped and cached_blocks(network))):
             raise DiffAccelError(
                 f"{kind} is compiled as a whole and has a step cache on its blocks, so that '{self.name}' finds no "
                 "block to record. Compile its blocks instead, by compile_repeated_blocks()."
@@ -126,7 +126,7 @@ class Capture(Config):
 _PLACES = ("forward", "_compiled_call_impl")
 
 
-def _modules(network: nn.Module) -> list[nn.Module]:
+def _parts_of(network: nn.Module) -> list[nn.Module]:
     """Return what is captured of a network: the blocks between which a step cache decides, or the whole."""
     blocks = cached_blocks(network)
     return blocks if blocks and uncompiled(network) not in blocks else [network]
@@ -171,7 +171,7 @@ class Captured:
         if channels_last:
             self.formats.append(ChannelsLast(uncompiled(network)))
             self.formats[-1].put_on()
-        for module in _modules(network):
+        for module in _parts_of(network):
             self.interceptors.append(Interceptor.of(module, self.store))
             self.interceptors[-1].put_on()
 
