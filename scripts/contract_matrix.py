@@ -17,6 +17,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 from diffaccel import record
 
@@ -67,6 +68,16 @@ def rows_of(family: str, methods: list[str], contracts: list[str], device: str) 
     return rows
 
 
+def short(row: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Return a row as the record keeps it: its cells in a line, and each reason once with the cells that it is of."""
+    reasons: dict[str, list[str]] = {}
+    for name, entry in row.items():
+        if entry["why"]:
+            reasons.setdefault(entry["why"], []).append(name)
+    cells = " ".join(entry["cell"] for entry in row.values())
+    return {"cells": cells, "why": {why: " ".join(names) for why, names in reasons.items()}}
+
+
 def pairs_table() -> dict[str, dict[str, str]]:
     """Run every pair of methods on one pipeline, and print and return which compose."""
     import method_pairs
@@ -78,6 +89,13 @@ def pairs_table() -> dict[str, dict[str, str]]:
         cells = [outcomes.get(f"{first}, {second}", {"cell": ""})["cell"] for second in names]
         print(f"| {first} | {' | '.join(cells)} |")
     return outcomes
+
+
+def kept(contracts: list[str], rows: dict[str, Any], pairs: dict[str, dict[str, str]]) -> dict[str, Any]:
+    """Return what the record keeps of both tables."""
+    short_rows = {name: short(row) for name, row in rows.items()}
+    outcomes = {name: ": ".join(text for text in pair.values() if text) for name, pair in pairs.items()}
+    return {"contracts": " ".join(contracts), "rows": short_rows, "pairs": outcomes}
 
 
 def main() -> int:
@@ -113,11 +131,11 @@ def main() -> int:
         for job in jobs:
             rows |= job.get()
             if file:
-                report.results = {"rows": rows, "pairs": pairs}
+                report.results = kept(contracts, rows, pairs)
                 options.out.mkdir(parents=True, exist_ok=True)
                 report.save(file)
     pairs = pairs_table()
-    report.finish(rows=rows, pairs=pairs)
+    report.finish(**kept(contracts, rows, pairs))
     if file:
         report.save(file)
     cells = [entry["cell"] for row in [*rows.values(), pairs] for entry in row.values()]

@@ -297,7 +297,7 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
                 run.pipe, chunk, run.call, frame_rate(run.pipe, run.request),
                 folder=traces if searches or _leaves_files(run.pipe) else None, shared=shared,
             )  # fmt: skip
-            latents = profile.latents if run.request.latents else None
+            latents = profile.latents(len(images)) if run.request.latents else None
             if processes.rank == 0 or not shared:
                 noise = [] if searches else profile.noise_sha256(len(chunk))  # of a search it is one of many
                 folder.add(number, images, run.call, cost, noise=noise, latents=latents)

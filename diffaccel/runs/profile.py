@@ -19,6 +19,7 @@ from diffaccel.families import networks
 from diffaccel.modules.guard import attributes_of, restored
 
 TEXT, NETWORK, DECODE = "text", "network", "decode"
+_MOST_PICTURES = 4096  # of one call
 PARTS = (TEXT, NETWORK, DECODE)
 _Span = tuple[Any, Any]  # moments of a clock: start and end
 
@@ -34,7 +35,7 @@ class Profile:
         parts: seconds in the text (and image) encoders, in the network, and in the VAE's decoder.
         steps: seconds of each network call, in order.
         noise: the rows of the first network call.
-        latents: the decoder's input, in its own scale; None where there is no decoder.
+        decoded: the decoder's latest inputs, in its own scale; empty where there is no decoder.
     """
 
     calls: int = 0
@@ -43,7 +44,21 @@ class Profile:
     parts: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
     noise: Tensor | None = None
-    latents: Tensor | None = None
+    decoded: list[Tensor] = field(default_factory=list)
+
+    def keep_decoded(self, latents: Tensor) -> None:
+        """Keep an input of the decoder, and of earlier ones no more than a call has pictures."""
+        self.decoded.append(latents)
+        while sum(len(rows) for rows in self.decoded[1:]) >= _MOST_PICTURES:
+            del self.decoded[0]
+
+    def latents(self, count: int) -> Tensor | None:
+        """Return the decoder's input for the ``count`` pictures of the call.
+
+        They are the last rows decoded: some pipelines decode row by row, and some samplers decode on the way.
+        """
+        rows = [row for latents in self.decoded for row in latents][-count:]
+        return torch.stack(rows) if len(rows) == count else None
 
     def noise_sha256(self, count: int) -> list[str]:
         """Hash each of the first ``count`` rows of noise to sixteen hex digits: equal noise has equal hashes."""
@@ -130,8 +145,7 @@ class _Hooks:
             start = self.clock.now()
             output = decode(latents, *args, **kwargs)
             spans.append((start, self.clock.now()))
-            rows = latents.detach()  # some pipelines decode row by row
-            profile.latents = rows if profile.latents is None else torch.cat([profile.latents, rows])
+            profile.keep_decoded(latents.detach())
             return output
 
         self.restore_decoder = attributes_of(vae, ["decode"])

@@ -8,7 +8,7 @@ import torch
 
 import diffaccel
 from diffaccel.runs import profile as meter
-from diffaccel.samplers import Heun
+from diffaccel.samplers import Bottleneck, Heun
 
 CALL = dict(height=32, width=32, num_inference_steps=3, output_type="pt")
 
@@ -33,8 +33,22 @@ def test_a_call_is_measured_and_left_alone(family):
     assert sum(measured.parts.values()) <= measured.seconds and all(measured.parts.values())
     assert sum(measured.steps) == pytest.approx(measured.parts["network"])
     with torch.no_grad():
-        decoded = pipe.vae.decode(measured.latents, return_dict=False)[0]
+        decoded = pipe.vae.decode(measured.latents(len(images)), return_dict=False)[0]
     assert torch.allclose(pipe.image_processor.postprocess(decoded, output_type="pt"), images, atol=1e-6)
+
+
+def test_latents_are_those_of_the_pictures_also_where_a_sampler_decodes_on_the_way():
+    pipe = tiny.make("flux")
+    pipe.set_progress_bar_config(disable=True)
+    size = tiny.call_kwargs("flux")["height"]
+    diffaccel.accelerate(pipe, Bottleneck(preset="selflift-zero", switches=(0.5,)))
+    with meter.measure(pipe) as measured:
+        images = pipe("a", height=size, width=size, num_inference_steps=4, output_type="pt").images
+    assert len(measured.decoded) == 2 and measured.decoded[0].shape != measured.decoded[1].shape
+    with torch.no_grad():
+        decoded = pipe.vae.decode(measured.latents(1), return_dict=False)[0]
+    assert torch.allclose(pipe.image_processor.postprocess(decoded, output_type="pt"), images, atol=1e-6)
+    assert measured.latents(5) is None
 
 
 def test_equal_noise_has_equal_hashes():
