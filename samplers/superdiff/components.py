@@ -68,7 +68,14 @@ class Components:
         if item.at is None or item.at.path is self.session.path:
             return Eval(x, sigma, item.cond, self.branch, rows, item.at)
         moved, level = transport(x, sigma.double(), self.session.path, item.at.path)
-        return Eval(moved.to(x.dtype), torch.as_tensor(level).to(sigma), item.cond, self.branch, rows, item.at)
+        return Eval(
+            moved.to(x.dtype),
+            torch.as_tensor(level, device=sigma.device).to(sigma),
+            item.cond,
+            self.branch,
+            rows,
+            item.at,
+        )
 
     def velocities(self, preds: Sequence[Pred], x: Tensor, sigma: Tensor) -> list[Tensor]:
         """Return the velocities ``(B, C, ...)`` on the session's path, of predictions asked for by this object."""

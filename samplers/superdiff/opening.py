@@ -48,7 +48,11 @@ def superposition(config: Any, session: Session) -> Superposition:
     if total != 1 and parts.null is None and config.op in ("product", "fkc", "mcmc"):
         x = x / math.sqrt(total)  # particles begin in the product of the first densities
     masks = masks_of(config.regions, x) if config.regions else None
-    sizes = torch.full((1, 1), float(x[0].numel())).to(like) if masks is None else masks.sum(1, keepdim=True).to(like)
+    sizes = (
+        torch.full((1, 1), float(x[0].numel()), dtype=like.dtype, device=like.device)
+        if masks is None
+        else masks.sum(1, keepdim=True).to(like)
+    )
     columns = count + (parts.null is not None)
     bias = formulas.per_region(config.bias or (0.0,) * count, regions if len(config.bias) > count else 1, like)
     rows = None
