@@ -63,7 +63,6 @@ class Distillation:
             raise DiffAccelError(
                 f"A batch of {config.batch} cannot be shared by {self.processes.size} processes. Take a multiple."
             )
-        teacher.network.requires_grad_(False)
         self.generator, self.assistant = (_learner(teacher.network) for _ in range(2))
         decay = 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
         self.average = EMA(self.generator, decay)
@@ -139,12 +138,8 @@ class Distillation:
             self._update("assistant", self.assistant)
             self._note({"assistant": loss.detach()})
         draw = Draw.new(self.teacher, config.generator_law, config, self._random, self.device, share)
-        self.assistant.requires_grad_(False)
-        try:
-            with self._autocast():
-                shown = generator_step(self.teacher, self.generator, self.assistant, draw, config)
-        finally:
-            self.assistant.requires_grad_(True)
+        with self._autocast():
+            shown = generator_step(self.teacher, self.generator, self.assistant, draw, config)
         self._update("generator", self.generator)
         self.average.update()
         self._note(shown)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +82,28 @@ def generator_step(
 
     Gradients run from the drawing through ``x_t`` and through both frozen networks, and directly through the residual.
     """
-    if config.sequential:
-        return _one_network_at_a_time(teacher, generator, assistant, draw, config)
+    make = _one_network_at_a_time if config.sequential else _all_networks_at_once
+    with frozen(teacher.network, assistant):
+        return make(teacher, generator, assistant, draw, config)
+
+
+@contextmanager
+def frozen(*networks: nn.Module) -> Iterator[None]:
+    """Let no weight of the networks get a gradient in the block; every weight's own flag returns after it."""
+    flags = [(p, p.requires_grad) for network in networks for p in network.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+
+
+def _all_networks_at_once(
+    teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
+) -> dict[str, Tensor]:
+    """Make the step with the activations of all networks in memory."""
     x0 = generate(teacher, generator, draw.z, draw.group, config)
     a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
     x_t = a * x0 + s * draw.eps

@@ -197,3 +197,14 @@ def test_presets_and_options() -> None:
         SIM(steps=10, batch=10, ema_pictures=1000)
     with pytest.raises(DiffAccelError, match="preset"):
         SIM.preset("sied")
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_teacher_keeps_which_of_its_weights_learn_and_their_gradients(tmp_path: Path, sequential: bool) -> None:
+    teacher = small_teacher(guidance=2.0)
+    first, *others = teacher.network.parameters()
+    first.requires_grad_(False)
+    others[0].grad = torch.ones_like(others[0])
+    Distillation(teacher, SIM(**{**_options(SMALL), "sequential": sequential}), tmp_path).run()
+    assert not first.requires_grad and all(p.requires_grad and p.grad is None for p in others[1:])
+    assert others[0].requires_grad and bool((others[0].grad == 1).all())
