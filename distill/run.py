@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from diffaccel.distill.identity import fingerprint
+from diffaccel.distill.learner import compute_dtype, learner
 from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
 from diffaccel.distill.teacher import Teacher
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.processes import Processes
 from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline
 
-VERSION = "1"
+VERSION = "2"
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
 
 
@@ -36,7 +37,8 @@ class Distillation:
 
     Args:
         folder: of checkpoint and log; a checkpoint there is resumed.
-        dtype: in which networks compute, by autocast; the weights that learn are float32.
+        device: on which networks are; the teacher's by default.
+        dtype: in which networks compute, by autocast, the teacher's by default; the weights that learn are float32.
         tell: called with every entry of the log as text.
 
     Attributes:
@@ -51,19 +53,26 @@ class Distillation:
         folder: str | Path,
         *,
         seed: int = 0,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         processes: Processes | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.teacher, self.config, self.folder, self.seed = teacher, config, Path(folder), seed
-        self.device, self.dtype, self.tell = torch.device(device), dtype, tell
+        self.device = torch.device(device or next(teacher.network.parameters()).device)
+        self.dtype, self.tell = compute_dtype(teacher.network, dtype), tell
         self.processes = processes or Processes()
         if config.batch % self.processes.size:
             raise DiffAccelError(
                 f"A batch of {config.batch} cannot be shared by {self.processes.size} processes. Take a multiple."
             )
-        self.generator, self.assistant = (_learner(teacher.network) for _ in range(2))
+        share = config.batch // self.processes.size
+        if (batch := getattr(teacher, "batch", share)) != share:
+            raise DiffAccelError(
+                f"The teacher has batches of {batch} prompts, each of {self.processes.size} processes draws {share} "
+                f"of {type(config).__name__}.batch={config.batch}. Take PipelineTeacher(batch={share})."
+            )
+        self.generator, self.assistant = (learner(teacher.network) for _ in range(2))
         decay = 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
         self.average = EMA(self.generator, decay)
         self.optimizers = {
@@ -74,7 +83,8 @@ class Distillation:
         self.step, self.seconds = 0, 0.0
         self._random = torch.Generator("cpu")
         self._window: dict[str, list[Tensor]] = {}
-        self._bad = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._bad = {name: torch.zeros((), dtype=torch.float32, device=self.device) for name in self.optimizers}
+        self._teacher = fingerprint(teacher.network)
         if self.checkpoint.exists():
             self.load()
 
@@ -105,7 +115,7 @@ class Distillation:
             DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
         """
         last = saved = logged = time.monotonic()
-        while self.step < self.config.steps and not (deadline and deadline.over()):
+        while self.step < self.config.steps and not self._is_over(deadline):
             self._turn()
             self.step += 1
             now = time.monotonic()
@@ -122,8 +132,21 @@ class Distillation:
                 self.save()
                 saved = now
         self._log()
+        if self._bad_steps:
+            self._end_bad()
         self.save()
         return self.step >= self.config.steps
+
+    def _is_over(self, deadline: Deadline | None) -> bool:
+        """Return whether the first process's time is up: the others, which wait for it at every step, stop with it."""
+        if deadline is None:
+            return False
+        over = deadline.over()
+        if self.processes.size == 1:
+            return over
+        told = torch.tensor(over, dtype=torch.uint8, device=self.device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told)
 
     def _turn(self) -> None:
         """Make one turn: the assistant's steps, then the generator's."""
@@ -159,7 +182,8 @@ class Distillation:
         optimizer.param_groups[0]["lr"] = self.rates[name] * self._rate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        self._bad = torch.where(finite, torch.zeros_like(self._bad), self._bad + 1)
+        bad = self._bad[name]
+        self._bad[name] = torch.where(finite, torch.zeros_like(bad), bad + 1)
         self._note({f"{name}_norm": norm.detach()})
 
     def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
@@ -188,22 +212,32 @@ class Distillation:
         means = {key: round(float(torch.stack(values).mean()), 6) for key, values in self._window.items()}
         self._window = {}
         self._write({"step": self.step, "pictures": self.pictures, "seconds": round(self.seconds, 1), **means})
-        if float(self._bad) >= _BAD_STEPS:
-            raise DiffAccelError(
-                f"The last {int(self._bad)} gradients were not finite, so that nothing is learnt any more. The "
-                f"checkpoint before them is kept in '{self.checkpoint}'; go on from it with a smaller lr, or another c."
-            )
+        if self._bad_steps >= _BAD_STEPS:
+            self._end_bad()
+
+    @property
+    def _bad_steps(self) -> int:
+        """Number of steps in a row, until now, in which one of the networks had no finite gradient."""
+        return int(max(float(bad) for bad in self._bad.values()))
+
+    def _end_bad(self) -> None:
+        """Raise because nothing is learnt any more."""
+        kept = f"The checkpoint before them is kept in '{self.checkpoint}'" if self.checkpoint.exists() else ""
+        raise DiffAccelError(
+            f"The last {self._bad_steps} gradients were not finite, so that nothing is learnt any more. "
+            f"{kept or 'There is no checkpoint from before them'}; take another folder with a smaller lr, or another c."
+        )
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.processes.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
             self.tell(" ".join(f"{key}={value}" for key, value in entry.items()))
 
     def save(self) -> None:
         """Write a checkpoint, atomically: both networks, the average, both optimisers' moments, the counters."""
-        if float(self._bad) > 0 or self.processes.rank:
+        if self._bad_steps or self.processes.rank:
             return  # a state that may be spoilt is not kept
         tensors: dict[str, Tensor] = {}
         for name, network in (("generator", self.generator), ("assistant", self.assistant)):
@@ -218,7 +252,8 @@ class Distillation:
             "seconds": self.seconds,
             "updates": self.average.updates,
             "options": self._options(),
-            "teacher": fingerprint(self.teacher.network),
+            "teacher": self._teacher,
+            "call": self.teacher.identity,
         }
         save_tensors(tensors, self.checkpoint, {"state": json.dumps(state)})
 
@@ -229,13 +264,17 @@ class Distillation:
         Raises:
             DiffAccelError: for a checkpoint of another teacher or of other options.
         """
-        with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        differing = [key for key, value in self._options().items() if state.get("options", {}).get(key) != value]
-        if state.get("version") != VERSION or state.get("teacher") != fingerprint(self.teacher.network) or differing:
-            what = f"other options ({', '.join(differing)})" if differing else "another teacher"
-            raise DiffAccelError(f"'{self.checkpoint}' is of {what}. Take another folder, or remove the file.")
+        try:
+            with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
+                state = json.loads((file.metadata() or {}).get("state", "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, ValueError) as error:
+            raise DiffAccelError(
+                f"'{self.checkpoint}' is no whole checkpoint ({first_line(error, 90)}). Remove it to begin anew, or "
+                "take another folder."
+            ) from error
+        if reason := self._differs(state):
+            raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
         for name, network in (("generator", self.generator), ("assistant", self.assistant)):
             for key, p in network.named_parameters():
                 p.copy_(tensors[f"{name}.{key}"])
@@ -249,24 +288,22 @@ class Distillation:
             shadow.copy_(tensors[f"average.{key}"])
         self.step, self.seconds, self.average.updates = state["step"], state["seconds"], state["updates"]
 
+    def _differs(self, state: dict[str, Any]) -> str:
+        """Return what a checkpoint is of instead of this run, in words; nothing where it is of this run."""
+        if state.get("version") != VERSION:
+            return "no run of distillation of this version"
+        if differing := [key for key, value in self._options().items() if state["options"].get(key) != value]:
+            return f"other options ({', '.join(differing)})"
+        if state["teacher"] != self._teacher:
+            return "another teacher, or of one with other weights"
+        call = self.teacher.identity
+        differing = [key for key in {**call, **state["call"]} if state["call"].get(key) != call.get(key)]
+        return f"a teacher that is asked in another way ({', '.join(differing)})" if differing else ""
+
     def _options(self) -> dict[str, Any]:
         """Return what a run must have in common with its checkpoint."""
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("save_seconds", "log_seconds")}
         return {**values, "seed": self.seed, "dtype": str(self.dtype)}
-
-
-def fingerprint(network: nn.Module) -> str:
-    """Return a hash of names, shapes and the first numbers of every weight."""
-    digest = hashlib.sha256()
-    for name, p in network.named_parameters():
-        digest.update(f"{name}{tuple(p.shape)}".encode())
-        digest.update(p.detach().reshape(-1)[:64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _learner(network: nn.Module) -> nn.Module:
-    """Return a copy in float32 whose weights learn; without dropout."""
-    return copy.deepcopy(network).float().eval().requires_grad_(True)
 
 
 def _optimizer(network: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:

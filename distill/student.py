@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from diffaccel import record
+from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.levels import from_ratio
 from diffaccel.distill.options import Matching
-from diffaccel.distill.run import Distillation, fingerprint
+from diffaccel.distill.run import Distillation
 from diffaccel.distill.scheduler import SIMOneStepScheduler
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
@@ -46,15 +48,17 @@ def student(run: Distillation) -> Any:
     if not isinstance(teacher, PipelineTeacher):
         raise DiffAccelError("A bare network was distilled; a pipeline is needed to make one. Take run.generator.")
     network = copy.deepcopy(run.generator).requires_grad_(False)
-    with torch.no_grad():
-        for p, average in zip(network.parameters(), run.average.shadow, strict=True):
-            p.copy_(average)
-    original = teacher.network
-    network.to(next(original.parameters()).dtype)
+    pairs = zip(network.parameters(), run.average.shadow, teacher.network.parameters(), strict=True)
+    for p, average, original in pairs:
+        p.data = average.to(original.dtype)  # each in its own: pipelines keep some in float32
+    for buffer, own in zip(network.buffers(), teacher.network.buffers(), strict=True):
+        buffer.data = buffer.to(own.dtype)
     pipe = teacher.pipe
-    name = next(name for name, part in pipe.components.items() if part is original)
+    name = next(name for name, part in pipe.components.items() if part is teacher.network)
     parts = {**pipe.components, name: network, "scheduler": scheduler_of(teacher, run.config)}
-    return type(pipe)(**parts)
+    known = inspect.signature(type(pipe).__init__).parameters
+    switches = {key: value for key, value in pipe.config.items() if key in known and key not in parts}
+    return type(pipe)(**parts, **switches)
 
 
 def save(run: Distillation, folder: str | Path, teacher_name: str) -> Path:

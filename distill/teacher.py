@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -9,8 +12,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffaccel.distill.identity import told
 from diffaccel.distill.parameterization import Kind
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, shortened
 from diffaccel.flow import VE_PATH
 from diffaccel.session import Session, open_session
 
@@ -37,6 +41,10 @@ class Teacher(Protocol):
     @property
     def groups(self) -> int:
         """Number of batches of conditions."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with its checkpoint, beside the weights; JSON-ready."""
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``s`` of the network's input ``a x0 + s eps`` at levels ``(B,)`` of the linear path."""
@@ -70,6 +78,10 @@ class NetworkTeacher:
     def groups(self) -> int:
         return len(self.conditions)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": self.kind, "shape": list(self.shape), "guidance": self.guidance}
+
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         sigma = sigma.reshape(-1, *[1] * len(self.shape))
         if self.kind == "edm":
@@ -77,7 +89,9 @@ class NetworkTeacher:
         return _on_path(sigma, self.preserves_variance)
 
     def ask(self, network: nn.Module, x: Tensor, sigma: Tensor, group: int, branch: Branch = "positive") -> Tensor:
-        return self.call(network, x, sigma, self.conditions[group] if branch == "positive" else self.negative)
+        return self.call(
+            network, x, sigma, self.conditions[group % self.groups] if branch == "positive" else self.negative
+        )
 
 
 @dataclass
@@ -99,6 +113,11 @@ class PipelineTeacher:
     _sessions: dict[int, Session] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise DiffAccelError(f"PipelineTeacher.batch is {self.batch}; it must be at least 1.")
+        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise DiffAccelError(f"prompts is {shortened(repr(self.prompts), 80)}; it must be a list of texts.")
+        self._check_arguments()
         if not self.prompts:
             raise DiffAccelError("No prompts to distil with. Give a file of prompts, one a line, or a packaged set.")
         session = self._session(0)
@@ -116,12 +135,53 @@ class PipelineTeacher:
             )
         self.kind: Kind = schedule.prediction if schedule.prediction != "score" else "epsilon"
         self.sigma_data = 0.5
-        self.network: nn.Module = session.denoiser
+        self.network: nn.Module = next(iter(networks.values()))  # not the session's, which may be watched
         self.shape = tuple(session.x.shape[1:])
+
+    def _check_arguments(self) -> None:
+        """Raise for a pipeline that takes no prompts, and for arguments that stand beside them."""
+        name, parameters = type(self.pipe).__name__, inspect.signature(type(self.pipe).__call__).parameters
+        if "prompt" not in parameters:
+            raise DiffAccelError(
+                f"{name} takes no prompt, so that there are no conditions to distil it under. Pass its network as "
+                "NetworkTeacher, with the classes as conditions."
+            )
+        if several := [
+            key for key in ("num_images_per_prompt", "num_videos_per_prompt") if self.arguments.get(key, 1) != 1
+        ]:
+            raise DiffAccelError(
+                f"{several[0]} is {self.arguments[several[0]]}, but a drawing has a prompt of its own. Leave it out."
+            )
+        beside = [
+            key for key in self.arguments if key in ("prompt", "latents", "generator") or key.endswith("prompt_embeds")
+        ]
+        if beside:
+            raise DiffAccelError(
+                f"arguments has {', '.join(beside)}, but the texts of 'prompts' are drawn, from noise of their own. "
+                f"Leave {'it' if len(beside) == 1 else 'them'} out."
+            )
+        negative = self.arguments.get("negative_prompt")
+        if isinstance(negative, (list, tuple)):
+            raise DiffAccelError(
+                f"negative_prompt is a list of {len(negative)}, but a batch has any {self.batch} of the prompts. "
+                "Give one text for all."
+            )
 
     @property
     def groups(self) -> int:
         return -(-len(self.prompts) // self.batch)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        prompts = hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
+        arguments = {name: known for name, value in self.arguments.items() if (known := told(value)) is not None}
+        return {
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "guidance": self.guidance,
+            "prompts": prompts,
+            **arguments,
+        }
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return _on_path(sigma.reshape(-1, *[1] * len(self.shape)), self._session(0).schedule.vp)
@@ -162,8 +222,23 @@ class PipelineTeacher:
             with open_session(self.pipe, prompt=texts, **arguments) as session:
                 scale = session.family.guidance_scale(self.pipe, session.conds[0].arguments, session.timesteps[0])
                 self.guidance = 1.0 if scale is None else float(scale)  # known while the call is open
+                if scale is not None:
+                    _check_linear(session, self.pipe, self.guidance)
                 self._sessions[group] = session
         return self._sessions[group]
+
+
+def _check_linear(session: Session, pipe: Any, scale: float) -> None:
+    """Raise unless the pipeline's guidance is that of the teacher, ``N_neg + scale (N_pos - N_neg)``."""
+    shape = (2, *session.x.shape[1:])
+    values = torch.linspace(-1, 1, 2 * math.prod(shape), dtype=torch.float32, device="cpu").sin()
+    negative, positive = values.reshape(2, *shape)
+    own = session.family.combine(pipe, negative, positive, scale)
+    if not torch.allclose(own, negative + scale * (positive - negative), rtol=1e-3, atol=1e-3):
+        raise DiffAccelError(
+            f"{type(pipe).__name__} changes its guided prediction further in this call, which a teacher's is not. Call "
+            "without guidance_rescale and the like."
+        )
 
 
 def _on_path(sigma: Tensor, preserves_variance: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from diffaccel.distill.options import Matching
 from diffaccel.distill.run import Distillation
-from diffaccel.distill.student import save
+from diffaccel.distill.student import save, scheduler_of
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
@@ -29,8 +29,8 @@ def distil(
     arguments: dict[str, Any] | None = None,
     seconds: float | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     processes: Processes | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Distillation:
@@ -41,15 +41,19 @@ def distil(
         name: of the teacher, for the student's card.
         arguments: of the pipeline's call: size, guidance, negative prompt.
         seconds: after which it stops; None for when all steps are made.
+        device, dtype: of the networks' arithmetic; the teacher's by default.
     """
     launch = processes or Processes()
     if config.batch % launch.size:
         raise DiffAccelError(f"batch is {config.batch}, for {launch.size} processes. Take a multiple of them.")
+    if seconds is not None and seconds <= 0:
+        raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0. Leave it out to make all steps.")
     if config.risk:
         tell(f"note: {config.risk}")
     teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
+    scheduler_of(teacher, config)  # an error before training, not at its end
     run = Distillation(teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell)
-    run.run(Deadline(seconds) if seconds else None)
+    run.run(None if seconds is None else Deadline(seconds))
     if launch.rank == 0:
         save(run, Path(folder) / STUDENT, name or type(pipe).__name__)
     launch.wait()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_more
+import tiny_others
 import torch
 
 import diffaccel
@@ -14,6 +16,7 @@ from diffaccel.distill.run import Distillation
 from diffaccel.distill.sim import SIM
 from diffaccel.distill.student import PROVENANCE, save, scheduler_of, student
 from diffaccel.distill.teacher import PipelineTeacher
+from diffaccel.distill.train import distil
 from diffaccel.errors import DiffAccelError
 
 OPTIONS = SIM(steps=2, batch=2, lr=1e-3, ema_pictures=0)
@@ -119,3 +122,110 @@ def test_errors_of_teachers() -> None:
     with pytest.raises(DiffAccelError, match="start='unit'"):
         scheduler_of(teacher_of("flux"), SIM(start="scaled", ema_pictures=0))
     assert scheduler_of(teacher_of("sd"), SIM(start="scaled", ema_pictures=0)).config.start == "scaled"
+
+
+def arguments_of(family: str, **changes: Any) -> dict[str, Any]:
+    call = tiny.call_kwargs(family)
+    for name in ("prompt", "generator", "output_type"):
+        call.pop(name)
+    return {**call, "negative_prompt": "blue", **changes}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "text"),
+    [
+        ("sd", {"guidance_rescale": 0.7}, "without guidance_rescale"),
+        ("sd", {"num_images_per_prompt": 2}, "num_images_per_prompt is 2"),
+        ("sd", {"prompt": "x"}, "arguments has prompt"),
+        ("sd", {"prompt_embeds": torch.zeros(2, 3, 4)}, "arguments has prompt_embeds"),
+        ("sd", {"negative_prompt": ["x"]}, "Give one text"),
+    ],
+)
+def test_calls_that_a_teacher_does_not_follow_are_refused(family: str, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(DiffAccelError, match=text):
+        PipelineTeacher(tiny.make(family), ("a", "b"), 2, arguments_of(family, **changes))
+
+
+def test_prompts_are_a_list_of_texts_for_a_pipeline_that_takes_some() -> None:
+    for prompts in ("abc", [1, 2]):
+        with pytest.raises(DiffAccelError, match="must be a list of texts"):
+            PipelineTeacher(tiny.make("sd"), prompts, 2)  # type: ignore[arg-type]
+    with pytest.raises(DiffAccelError, match=r"Take PipelineTeacher\(batch=2\)"):
+        Distillation(PipelineTeacher(tiny.make("sd"), ("a",), 1), OPTIONS, "nowhere")
+    with pytest.raises(DiffAccelError, match=r"batch is 0"):
+        PipelineTeacher(tiny.make("sd"), ("a",), 0)
+    for family in ("dit", "ddpm"):
+        with pytest.raises(DiffAccelError, match="takes no prompt"):
+            PipelineTeacher(tiny_more.make(family), ("a",), 2)
+
+
+@pytest.mark.parametrize("name", ["chroma", "ltx"])
+def test_a_pipeline_that_nobody_listed_is_distilled(name: str, tmp_path: Path) -> None:
+    call = tiny_others.call_kwargs(name)
+    call = {key: call[key] for key in ("height", "width", "num_frames", "guidance_scale") if key in call}
+    call |= {"max_sequence_length": 24, "negative_prompt": "blue"}
+    run = distil(tiny_others.make(name), ("a", "b"), OPTIONS, tmp_path, arguments=call)
+    assert run.step == 2 and run.teacher.guidance == call["guidance_scale"]
+    pipe = diffaccel.load(tmp_path / "student")
+    call |= {"guidance_scale": 1.0, "output_type": "latent"}
+    assert bool(torch.isfinite(torch.as_tensor(pipe("a", **call)[0])).all())
+
+
+def test_published_settings_are_refused_before_training_where_no_student_can_be_saved(tmp_path: Path) -> None:
+    config = SIM.paper(steps=2, batch=2, ema_pictures=0)
+    with pytest.raises(DiffAccelError, match="start='unit'"):
+        distil(tiny.make("flux"), ("a", "b"), config, tmp_path, arguments=arguments_of("flux"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_16_bits_learns_by_default_and_its_student_keeps_the_dtype_of_each_weight(tmp_path: Path) -> None:
+    pipe = tiny.make("flux").to(torch.bfloat16)
+    pipe.transformer.proj_out.float()
+    with pytest.raises(DiffAccelError, match="Leave dtype out"):
+        distil(pipe, ("a", "b"), OPTIONS, tmp_path, arguments=arguments_of("flux"), dtype=torch.float32)
+    run = distil(pipe, ("a", "b"), OPTIONS, tmp_path, arguments=arguments_of("flux"))
+    assert run.dtype == torch.bfloat16
+    ours, own = (dict(network.named_parameters()) for network in (student(run).transformer, pipe.transformer))
+    assert {key: p.dtype for key, p in ours.items()} == {key: p.dtype for key, p in own.items()}
+    assert own["proj_out.weight"].dtype == torch.float32 != own["x_embedder.weight"].dtype
+
+
+def test_networks_that_have_no_plain_copy_are_refused(tmp_path: Path) -> None:
+    from diffaccel.quant import W8A8
+
+    pipe = tiny.make("flux")
+    diffaccel.accelerate(pipe, W8A8())
+    with pytest.raises(DiffAccelError, match="before it is quantized"):
+        distil(pipe, ("a", "b"), OPTIONS, tmp_path, arguments=arguments_of("flux"))
+    from peft import LoraConfig
+
+    pipe = tiny.make("flux")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(DiffAccelError, match="fuse_lora"):
+        distil(pipe, ("a", "b"), OPTIONS, tmp_path, arguments=arguments_of("flux"))
+
+
+def test_a_student_keeps_the_switches_of_its_pipeline(tmp_path: Path) -> None:
+    pipe = tiny_more.make("wan5b")
+    call = tiny_more.call_kwargs("wan5b")
+    for name in ("prompt", "generator", "output_type"):
+        call.pop(name, None)
+    run = Distillation(PipelineTeacher(pipe, ("a", "b"), 2, {**call, "negative_prompt": "b"}), OPTIONS, tmp_path)
+    assert pipe.config.expand_timesteps and student(run).config.expand_timesteps
+
+
+def test_another_prompt_or_size_is_not_the_run_of_a_checkpoint(tmp_path: Path) -> None:
+    pipe = tiny.make("sd")
+    for prompts, changes, text in (
+        (("a", "b"), {}, ""),
+        (("a", "c"), {}, "prompts"),
+        (("a", "b"), {"negative_prompt": "red"}, "negative_prompt"),
+        (("a", "b"), {"height": 48}, "height|shape"),
+        (("a", "b"), {"guidance_scale": 2.0}, "guidance"),
+    ):
+        teacher = PipelineTeacher(pipe, prompts, 2, arguments_of("sd", **changes))
+        if text:
+            with pytest.raises(DiffAccelError, match=f"another way .*({text})"):
+                Distillation(teacher, OPTIONS, tmp_path)
+        else:
+            Distillation(teacher, OPTIONS, tmp_path).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,72 @@ def test_the_teacher_keeps_which_of_its_weights_learn_and_their_gradients(tmp_pa
     Distillation(teacher, SIM(**{**_options(SMALL), "sequential": sequential}), tmp_path).run()
     assert not first.requires_grad and all(p.requires_grad and p.grad is None for p in others[1:])
     assert others[0].requires_grad and bool((others[0].grad == 1).all())
+
+
+@pytest.mark.parametrize("name", ["generator", "assistant"])
+def test_one_network_without_finite_gradients_ends_a_run_though_the_other_has_some(tmp_path: Path, name: str) -> None:
+    config = SIM(**{**_options(SMALL), "steps": 200, "log_seconds": 0.0})
+    run = Distillation(small_teacher(), config, tmp_path)
+    update = run._update
+
+    def spoil(which: str, network: nn.Module) -> None:
+        for p in network.parameters():
+            if which == name and p.grad is not None:
+                p.grad.fill_(float("nan"))
+        update(which, network)
+
+    run._update = spoil  # type: ignore[method-assign]
+    with pytest.raises(DiffAccelError, match="There is no checkpoint from before"):
+        run.run()
+    assert 50 <= run.step < 60 and not run.checkpoint.exists()
+    entries = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "log.jsonl").read_text().splitlines()
+    ]
+    assert entries[0][f"{name}_norm"] is None
+
+
+def test_a_run_that_ends_in_steps_without_finite_gradients_is_no_success(tmp_path: Path) -> None:
+    run = Distillation(small_teacher(), SMALL, tmp_path)
+    with torch.no_grad():
+        next(run.assistant.parameters()).fill_(float("nan"))
+    with pytest.raises(DiffAccelError, match="last 6 gradients"):
+        run.run()
+
+
+def test_checkpoints_that_are_spoilt_or_of_other_weights_or_guidance_are_refused(tmp_path: Path) -> None:
+    Distillation(small_teacher(), SMALL, tmp_path).run()
+    other = small_teacher()
+    with torch.no_grad():
+        max(other.network.parameters(), key=lambda p: p.numel()).reshape(-1)[-1] += 1
+    with pytest.raises(DiffAccelError, match="other weights"):
+        Distillation(other, SMALL, tmp_path)
+    with pytest.raises(DiffAccelError, match="another way \\(guidance\\)"):
+        Distillation(small_teacher(guidance=2.0), SMALL, tmp_path)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DiffAccelError, match="no whole checkpoint"):
+        Distillation(small_teacher(), SMALL, tmp_path)
+
+
+def test_more_processes_than_conditions_begin_again_with_the_first() -> None:
+    teacher = small_teacher()
+    x, sigma = torch.zeros(1, 2), torch.full((1,), 0.5)
+    assert torch.equal(teacher.ask(teacher.network, x, sigma, 3), teacher.ask(teacher.network, x, sigma, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"c": 0.1, "distance": "l2"}, "c is 0.1, which has no effect with distance='l2'"),
+        ({"alpha": 0.7, "grad_through_scores": False}, "alpha is 0.7, which has no effect"),
+        ({"mean": 1.0}, "mean is 1.0, which has no effect with levels='uniform'"),
+        ({"assistant_deviation": 2.0, "assistant_levels": "uniform"}, "assistant_deviation is 2.0"),
+        ({"low": 0.1, "levels": "karras"}, "low is 0.1, which has no effect"),
+        ({"high": 0.9, "levels": "log_normal"}, "high is 0.9, which has no effect"),
+        ({"noise_ratio": 1e9}, "noise_ratio is"),
+        ({"save_seconds": -1.0}, "save_seconds is -1.0"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, object], text: str) -> None:
+    with pytest.raises(DiffAccelError, match=text):
+        SIM(**{**_options(SMALL), **options})  # type: ignore[arg-type]
