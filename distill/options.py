@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from diffaccel.config import Config
@@ -28,6 +28,7 @@ class Matching(Config):
         lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
         assistant_lr: of the assistant; 0 for that of the generator.
         flat: share of the steps before the learning rates fall.
+        floor: share of the learning rates at the end.
         momentum, assistant_momentum: first beta of Adam. Momentum in an assistant that makes one step a turn destroys
             training.
         assistant_steps: of the assistant before each of the generator.
@@ -97,6 +98,16 @@ class Matching(Config):
                 )
         if not 0 <= self.floor <= 1 or self.c < 0 or self.assistant_lr < 0:
             raise DiffAccelError(f"{type(self).__name__}.floor must be in [0, 1], c and assistant_lr not below 0.")
+        for option in ("save_seconds", "log_seconds"):
+            if getattr(self, option) < 0:
+                raise DiffAccelError(
+                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be at least 0, every step."
+                )
+        if not 1e-3 <= self.noise_ratio <= 1e3:
+            raise DiffAccelError(
+                f"{type(self).__name__}.noise_ratio is {self.noise_ratio}; it must be in [0.001, 1000], inside of "
+                "all noise levels."
+            )
         if not 0 < self.low < self.high <= 1:
             raise DiffAccelError(
                 f"{type(self).__name__}.low and high are {self.low} and {self.high}; they need 0 < low < high <= 1."
@@ -107,6 +118,35 @@ class Matching(Config):
                 f"{self.steps * self.batch} pictures, so the average would still be the teacher. "
                 "Take a tenth of them or less."
             )
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        """Raise for an option that was changed and has no effect beside the others."""
+        laws = {"levels": self.levels, "assistant_levels": self.assistant_levels}
+        normal = {name: law in ("logit_normal", "log_normal") for name, law in laws.items()}
+        works = {
+            "c": (self.distance == "huber", "distance='l2'"),
+            "alpha": (self.grad_through_scores, "grad_through_scores=False"),
+            "low": (
+                "uniform" in laws.values(),
+                f"levels={self.levels!r} and assistant_levels={self.assistant_levels!r}",
+            ),
+            "high": (
+                not all(normal.values()),
+                f"levels={self.levels!r} and assistant_levels={self.assistant_levels!r}",
+            ),
+            "mean": (normal["levels"], f"levels={self.levels!r}"),
+            "deviation": (normal["levels"], f"levels={self.levels!r}"),
+            "assistant_mean": (normal["assistant_levels"], f"assistant_levels={self.assistant_levels!r}"),
+            "assistant_deviation": (normal["assistant_levels"], f"assistant_levels={self.assistant_levels!r}"),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for option, (effective, beside) in works.items():
+            if not effective and getattr(self, option) != defaults[option]:
+                raise DiffAccelError(
+                    f"{type(self).__name__}.{option} is {getattr(self, option)}, which has no effect with {beside}. "
+                    f"Leave it at {defaults[option]}, or change that."
+                )
 
     @property
     def generator_law(self) -> Levels:
