@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffaccel import registry, terminal
+from diffaccel import registry, terminal, zoo
 from diffaccel.cli.sample import split_method_options
 from diffaccel.errors import DiffAccelError
-from diffaccel.runs.folder import check_writable
+from diffaccel.files import remove_leftovers
+from diffaccel.runs.folder import check_writable, unwritable
+from diffaccel.runs.lock import FolderLock
 from diffaccel.runs.variant import parse_fields, parse_size
 
 OUT = Path("out") / "distill"
@@ -29,13 +34,11 @@ def make_parser() -> terminal.Parser:
     parser = terminal.Parser(
         prog="diffaccel distill", description="Distil a pipeline into one network call.", epilog=_EXAMPLES
     )
-    from diffaccel import zoo
-
     add = parser.add_argument
     add("model", nargs="?", default=zoo.DEFAULT, metavar="MODEL", help=f"as --model of sample (default {zoo.DEFAULT})")
     add("--method", default="sim", metavar="NAME", help="of distillation (default sim)")
     add("--preset", metavar="NAME", help="sim, sid, diff-instruct, dmd, fgm or paper: settings to start from")
-    add("--prompts", metavar="SET", default="emoji-1000", help="a packaged set or a file (default emoji-1000)")
+    add("--prompts", metavar="SET", help="a packaged set or a file (default emoji-1000 for emoji-flux)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="of the teacher (default: the model's own)")
     add("--negative", metavar="PROMPT", help="negative prompt of the teacher")
@@ -54,6 +57,12 @@ def run(argv: list[str]) -> int:
     options = make_parser().parse(words, [f"--{name}.FIELD" for name in registry.TRAINERS])
     config_class, train = registry.trainer(options.method)
     config = _config(config_class, options.preset, method_options)
+    if options.prompts is None and options.model != zoo.DEFAULT:
+        raise DiffAccelError(
+            f"--prompts is missing: what '{options.model}' is to draw. Give a file, one prompt a line."
+        )
+    if options.seconds is not None and not options.seconds > 0:
+        raise DiffAccelError(f"--seconds is {options.seconds:g}; it must be above 0. Leave it out to make all steps.")
     check_writable(options.out)
     from diffaccel import processes
     from diffaccel.eval.sets import prompts
@@ -65,23 +74,40 @@ def run(argv: list[str]) -> int:
         model=options.model, prompts=("x",), size=parse_size(options.size), guidance=options.guidance,
         negative=options.negative, threads=options.threads, dtype=options.dtype, device=options.device,
     ).with_model_defaults()  # fmt: skip
-    texts = prompts.read(options.prompts).texts
+    texts = prompts.read(options.prompts or "emoji-1000").texts
     launch, device = processes.join(loading.pick_device(options.device))
     dtype = loading.pick_dtype(options.dtype, device)
     loading.quiet_libraries(True)
     pipe = loading.open_pipeline(request, loading.locate(options.model)[0], device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    done = train(
-        pipe, texts, config, options.out, name=options.model, arguments=call_arguments(pipe, request),
-        seconds=options.seconds, seed=options.seed, device=device, dtype=dtype, processes=launch,
-        tell=terminal.write_note,
-    )  # fmt: skip
+    with _alone(options.out, launch.rank):
+        done = train(
+            pipe, texts, config, options.out, name=options.model, arguments=call_arguments(pipe, request),
+            seconds=options.seconds, seed=options.seed, device=device, dtype=dtype, processes=launch,
+            tell=terminal.write_note,
+        )  # fmt: skip
     if launch.rank == 0:
         terminal.write(
             f"{done.step} of {config.steps} steps, {done.pictures} drawings, {done.seconds:.0f} s\n"
             f"student: {options.out / 'student'}"
         )
     return 0 if done.step >= config.steps else UNFINISHED
+
+
+@contextlib.contextmanager
+def _alone(out: Path, rank: int) -> Iterator[None]:
+    """Keep other runs from the folder, by its lock in the first process, and name a folder that cannot be written."""
+    lock = FolderLock(out)
+    try:
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(out, re.escape("checkpoint.safetensors"))
+            lock.acquire()
+        yield
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        lock.release()
 
 
 def _config(config_class: type[Any], preset: str | None, options: dict[str, dict[str, str]]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,43 @@ def test_errors_name_what_is_wrong(
 ) -> None:
     assert main(["distill", "--out", str(tmp_path), *more]) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [(["./sd3"], "--prompts is missing: what './sd3'"), (["--seconds", "0"], "--seconds is 0; it must be above 0")],
+)
+def test_what_is_missing_is_said_before_a_model_is_loaded(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", *words, "--out", str(tmp_path / "run")]) == 2
+    assert text in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffaccel.runs.lock import FolderLock
+
+    out = tmp_path / "run"
+    out.mkdir()
+    lock = FolderLock(out)
+    lock.acquire()
+    try:
+        assert main(options(model, out)) == 2
+    finally:
+        lock.release()
+    assert "is being written by another run" in capsys.readouterr().err and not list(out.iterdir())
+    leftover = out / ".checkpoint.safetensors.0123abcd.tmp"
+    leftover.touch()
+    assert main(options(model, out)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "student"]
+
+
+def test_a_full_disk_is_named_as_one(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffaccel.distill.run.save_tensors", full)
+    assert main(options(model, tmp_path / "run")) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err

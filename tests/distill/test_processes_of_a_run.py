@@ -1,0 +1,33 @@
+"""Two processes of one run: they stop at one step, by the clock of the first."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from distill_toys import small_teacher
+
+from diffaccel.distill.run import Distillation
+from diffaccel.distill.sim import SIM
+from diffaccel.processes import Processes
+from diffaccel.training.loop import Deadline
+
+
+def _run(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=30), rank=rank, world_size=2
+    )
+    config = SIM(steps=1_000_000, batch=4, ema_pictures=0)
+    run = Distillation(small_teacher(), config, folder, processes=Processes(rank, 2))
+    run.run(Deadline(1.0 if rank == 0 else 1e9))
+    Path(folder, str(rank)).write_text(str(run.step), encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_stop_at_one_step_whose_clock_is_the_first_ones(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_run, (str(tmp_path),), nprocs=2)
+    first, second = (int((tmp_path / str(rank)).read_text(encoding="utf-8")) for rank in range(2))
+    assert first == second > 0
