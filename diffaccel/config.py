@@ -93,6 +93,7 @@ class Config:
                 kind = _describe(hints[field.name]) + ("" if finite else ", and finite")
                 raise DiffAccelError(
                     f"{type(self).__name__}.{field.name} is {shortened(repr(value), 100)}; it must be {kind}."
+                    + _advice(value, hints[field.name])
                 )
         self.validate()
 
@@ -240,6 +241,16 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     return isinstance(value, hint) if isinstance(hint, type) else True
+
+
+def _advice(value: Any, hint: Any) -> str:
+    """Return how a command writes the list that a text stands for; "" where no list is asked for."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    tuples = [option for option in options if typing.get_origin(option) is tuple]
+    if not isinstance(value, str) or not tuples:
+        return ""
+    example = '["10", "01"]' if str in typing.get_args(tuples[0]) else "[1, 2]"
+    return f" Write a list in brackets, and in a shell in quotes: '{example}'."
 
 
 def _describe(hint: Any) -> str:

@@ -179,6 +179,13 @@ def test_wrong_values(values: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+def test_a_text_where_a_list_is_asked_for_says_how_to_write_one() -> None:
+    with pytest.raises(DiffAccelError, match=r"in brackets, and in a shell in quotes: '\[1, 2\]'\.$"):
+        dataclasses.replace(FULL, sizes="1,2")
+    with pytest.raises(DiffAccelError, match=r"in quotes: '\[1, 2\]'\.$"):
+        dataclasses.replace(FULL, stages="1,2")  # also behind `| None`
+
+
 @every_config
 def test_no_number_of_a_method_is_infinite_or_not_a_number(cls: type[Config]) -> None:
     for field, hint in typing.get_type_hints(cls).items():
