@@ -370,6 +370,8 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
     state = active(pipe)
     if state is None:  # but somebody else has changed the class, so that it stayed
         return stock_call(pipe, *args, **kwargs)
+    for partner in state.partners:  # it may have been given a cache since
+        _check_composed(state.loop, active(partner))
     run: Callable[[], Any] = generate_alone
     for owner in sorted((pipe, *state.partners), key=id):  # in one order everywhere, so that no two calls block
         run = functools.partial(alone, owner, run, waits=state.on_busy == "wait")

@@ -202,7 +202,11 @@ def check_pipelines(pipes: Sequence[Any]) -> None:
 
 
 def _latent_difference(a: Any, b: Any) -> str:
-    """Return in words why two VAEs have different latents; "" where they have the same."""
+    """Return in words why two VAEs have different latents; "" where they have the same.
+
+    Raises:
+        DiffAccelError: for weights without values.
+    """
     if a is b:
         return ""
     if a is None or b is None:
@@ -218,6 +222,11 @@ def _latent_difference(a: Any, b: Any) -> str:
         return "their encoders have different layers"
     for name, one in encoders[0].items():
         two = encoders[1][name]
+        if one.is_meta or two.is_meta:
+            raise DiffAccelError(
+                f"The VAEs cannot be compared: {name} of one is on the meta device and has no values. Load the "
+                "weights, and compose pipelines before enable_sequential_cpu_offload()."
+            )
         same_type = one.dtype == two.dtype
         one, two = (value.detach().to("cpu", torch.float32) for value in (one, two))
         if one.shape != two.shape or not torch.allclose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -181,6 +182,7 @@ class SuperDiff(SamplerConfig):
                     f"SuperDiff.{name} is {value}, which has no effect: it is of op {' and '.join(ops)}, and op is "
                     f"'{self.op}'.{advice}"
                 )
+        self._check_effects()
         if self.eta == 0 and (self.op in PRODUCTS or self.particles > 1 or self.curvature):
             what = f"op '{self.op}'" if self.op in PRODUCTS else "particles" if self.particles > 1 else "curvature"
             raise DiffAccelError(f"{what} needs the stochastic sampler: set eta=1.")
@@ -194,6 +196,21 @@ class SuperDiff(SamplerConfig):
             raise DiffAccelError(f"regions and {what} cannot be combined. Leave one of them out.")
         if self.op == "fkc" and self.kernel != "matched":
             raise DiffAccelError("op 'fkc' always makes Euler-Maruyama steps. Leave kernel out.")
+
+    def _check_effects(self) -> None:
+        """Raise for options that another option leaves without effect."""
+        is_matched = self.kernel == "matched" and self.op != "fkc"
+        needs: dict[str, tuple[bool, str]] = {
+            "resample": (self.particles > 1, "particles above 1"),
+            "probe": (self.eta == 0 or self.curvature, "curvature=True or eta=0"),
+            "kernel": (self.eta > 0, "the stochastic sampler, eta=1"),
+            "data_std": (self.eta > 0 and is_matched, "kernel='matched' and eta=1, and an op other than 'fkc'"),
+            "negation": (bool(re.search(r"\bnot\b|\^", self.formula)), "a 'not' or '^' in formula"),
+        }
+        for name, (has_effect, words) in needs.items():
+            value = getattr(self, name)
+            if not has_effect and value != type(self).__dataclass_fields__[name].default:
+                raise DiffAccelError(f"SuperDiff.{name} is {value!r}, which has no effect: it needs {words}.")
 
     def sample(self, session: Session) -> Sampling:
         return superposition(self, session).sample()

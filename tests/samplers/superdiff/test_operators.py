@@ -94,7 +94,7 @@ def test_the_curvature_term_makes_densities_equal_and_without_it_they_are_not(pa
     gaps = {}
     for curvature in (False, True):
         for steps in (32, 128):
-            config = SuperDiff(data_std=1.5, curvature=curvature, probe=1e-5)
+            config = SuperDiff(data_std=1.5, curvature=curvature, probe=1e-5 if curvature else SuperDiff.probe)
             run = superpose(config, [NARROW, WIDE], path, levels(path, steps), 400, dim=1)
             true = run.true([NARROW, WIDE], float(levels(path, steps)[-1]))
             gaps[curvature, steps] = float((true[:, 0] - true[:, 1]).abs().median())

@@ -259,6 +259,26 @@ def test_prompts_of_a_command_are_the_components_of_one_picture() -> None:
     assert composed(("a cat | b", "a teapot | c"), "file", (SuperDiff(),)) == ("a cat | b", "a teapot | c")
 
 
+def test_a_cache_that_comes_later_to_an_asked_pipeline_is_refused_at_the_call() -> None:
+    """It would do nothing there; after its removal both pipelines are what they were."""
+    first, other = tiny.make("flux"), tiny.make("flux")
+    diffaccel.accelerate([first, other], SuperDiff())
+    expected = call(first, "flux")
+    diffaccel.accelerate(other, Spectrum())
+    with pytest.raises(DiffAccelError, match="'spectrum' keeps what a network computed"):
+        call(first, "flux")
+    diffaccel.remove(other)
+    assert torch.equal(call(first, "flux"), expected)
+
+
+def test_a_vae_without_values_is_refused_in_a_sentence() -> None:
+    first, other = tiny.make("flux"), tiny.make("flux")
+    other.vae.to("meta")
+    with pytest.raises(DiffAccelError, match="is on the meta device"):
+        diffaccel.accelerate([first, other], SuperDiff())
+    assert not diffaccel.summary(first).methods
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +293,10 @@ def test_prompts_of_a_command_are_the_components_of_one_picture() -> None:
         ({"formula": "p1 and p2"}, "is of op dombi"), ({"regions": ("1a",)}, "is no mask"),
         ({"regions": ("10", "1/00")}, "is no mask"), ({"op": "fkc", "kernel": "euler"}, "always makes Euler"),
         ({"regions": ("10", "01"), "curvature": True}, "cannot be combined"), ({"first_sigma": -1.0}, "or more"),
+        ({"resample": 0.9}, "no effect: it needs particles above 1"), ({"probe": 0.1}, "no effect: it needs curvature"),
+        ({"eta": 0.0, "kernel": "posterior"}, "no effect: it needs the stochastic"),
+        ({"eta": 0.0, "data_std": 0.5}, "no effect"), ({"kernel": "posterior", "data_std": 0.5}, "no effect"),
+        ({"op": "fkc", "data_std": 0.5}, "no effect"), ({"op": "dombi", "negation": 0.5}, "needs a 'not' or"),
     ],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], why: str) -> None:
