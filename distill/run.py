@@ -23,7 +23,7 @@ from diffaccel.processes import Processes
 from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import save_tensors
 from diffaccel.training.ema import EMA
-from diffaccel.training.loop import Deadline
+from diffaccel.training.loop import Deadline, step_seed
 
 VERSION = "2"
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
@@ -151,7 +151,7 @@ class Distillation:
     def _turn(self) -> None:
         """Make one turn: the assistant's steps, then the generator's."""
         config, size = self.config, self.processes.size
-        self._random.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+        self._random.manual_seed(step_seed(self.seed, self.step))
         share = (self.processes.rank, size)
         for _ in range(config.assistant_steps):
             draw = Draw.new(self.teacher, config.assistant_law, config, self._random, self.device, share)

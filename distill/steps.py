@@ -55,10 +55,16 @@ class Draw:
         return cls(both[0, rows].to(device), both[1, rows].to(device), sigma, group * size + rank)
 
 
+def coefficients(teacher: Teacher, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the teacher's ``a`` and ``s`` at levels ``(B,)``, on the device of ``like``."""
+    a, s = teacher.coefficients(sigma)
+    return a.to(like.device), s.to(like.device)
+
+
 def generate(teacher: Teacher, generator: nn.Module, z: Tensor, group: int, config: Matching) -> Tensor:
     """Return the generator's drawings ``x0`` of noise ``z``, one network call."""
     sigma = torch.full((len(z),), from_ratio(config.noise_ratio), dtype=torch.float32, device="cpu")
-    a, s = (value.to(z.device) for value in teacher.coefficients(sigma))
+    a, s = coefficients(teacher, sigma, z)
     x = z if config.start == "unit" else s * z
     return clean(teacher.kind, teacher.ask(generator, x, sigma, group), x, a, s, teacher.sigma_data)
 
@@ -69,7 +75,7 @@ def assistant_loss(
     """Return the mean square of denoising the generator's drawings, in raw outputs."""
     with torch.no_grad():
         x0 = generate(teacher, generator, draw.z, draw.group, config)
-    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     wanted = target(teacher.kind, x0, draw.eps, x_t, a, s, teacher.sigma_data)
     return (teacher.ask(assistant, x_t, draw.sigma, draw.group) - wanted).square().mean()
@@ -105,7 +111,7 @@ def _all_networks_at_once(
 ) -> dict[str, Tensor]:
     """Make the step with the activations of all networks in memory."""
     x0 = generate(teacher, generator, draw.z, draw.group, config)
-    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     with torch.set_grad_enabled(config.grad_through_scores):
         of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
@@ -121,7 +127,7 @@ def _one_network_at_a_time(
     """Make the same step with the activations of one network at a time, by vector-Jacobian products."""
     with torch.no_grad():
         drawn = generate(teacher, generator, draw.z, draw.group, config)
-    a, s = (value.to(drawn.device) for value in teacher.coefficients(draw.sigma))
+    a, s = coefficients(teacher, draw.sigma, drawn)
     x_t = (a * drawn + s * draw.eps).requires_grad_()
     with torch.no_grad():
         teacher_value = guided(teacher, x_t, draw)
@@ -156,7 +162,7 @@ def matching_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean loss of drawings ``x0``, and the mean distance of the two clean estimates a coordinate."""
     kind, data = teacher.kind, teacher.sigma_data
-    a, s = (value.to(x0.device) for value in teacher.coefficients(draw.sigma))
+    a, s = coefficients(teacher, draw.sigma, x0)
     factor = scale(config.space, kind, a, s, data)
     raw = of_assistant - of_teacher
     v = factor * raw

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels.dispatch import Mode, is_fused
-from diffaccel.kernels.int8_linear import check_operands
+from diffaccel.kernels.int8_linear import check_operands, scaled
 
 
 def fp8_linear_reference(
     a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return ``(a w^T) * (s_a s_w^T) + b`` with sums in fp32, on any device."""
-    y = (a.float() @ w.float().t()) * (a_scale * w_scale.t())
-    return (y if bias is None else y + bias.float()).to(dtype)
+    return scaled(a.float() @ w.float().t(), a_scale, w_scale, bias, dtype)
 
 
 def fp8_linear(

@@ -32,7 +32,12 @@ def int8_linear_reference(
     a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Return ``(a w^T) * (s_a s_w^T) + b``, on any device."""
-    y = int_matmul(a, w).float() * (a_scale * w_scale.t())
+    return scaled(int_matmul(a, w).float(), a_scale, w_scale, bias, dtype)
+
+
+def scaled(sums: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return fp32 sums of codes times the scales of their rows and columns, plus the bias."""
+    y = sums * (a_scale * w_scale.t())
     return (y if bias is None else y + bias.float()).to(dtype)
 
 

@@ -99,6 +99,11 @@ class Deadline:
         return self.left() <= 0
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of one step's random numbers, so that a step that is repeated draws them again."""
+    return (seed * 1_000_003 + step) % 2**63
+
+
 class TrainingRun:
     """One training run: iterate over it for step numbers, and call ``update`` once in every step.
 
@@ -166,7 +171,7 @@ class TrainingRun:
         self.module.train()
         try:
             while not self.finished and not (self.deadline and self.deadline.over()):
-                self.generator.manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+                self.generator.manual_seed(step_seed(self.seed, self.step))
                 step = self.step
                 yield step
                 if self.step != step + 1:

@@ -11,7 +11,7 @@ from typing import Any
 
 import matrix
 import torch
-from matrix import CLOSE, Case, with_lora
+from matrix import CLOSE, Case, batch, with_lora
 from torch import Tensor
 
 import diffaccel
@@ -169,13 +169,6 @@ def generators(case: Case) -> None:
     assert torch.equal(case.call(pipe), seeds[1])
     one = [case.call(pipe, extra={"generator": torch.Generator().manual_seed(5)}) for _ in range(2)]
     assert torch.equal(*one) and not torch.equal(one[0], seeds[1])
-
-
-def batch(case: Case) -> None:
-    """Compare a row of a batch with the row alone, up to rounding."""
-    pipe = case.wrap(case.make())
-    both = case.call(pipe)
-    torch.testing.assert_close(case.call(pipe, batch=1), both[:1], **CLOSE)
 
 
 def negative(case: Case) -> None:
