@@ -24,7 +24,10 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
 
+import diffaccel
 from diffaccel import record
 from diffaccel.files import write_json
 from diffaccel.kernels import winners
@@ -35,6 +38,7 @@ from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from diffaccel.kernels.triton_int8 import TILES, launch_int8_linear
 from diffaccel.kernels.weight_linear import weight_linear
+from diffaccel.modules import Capture
 from diffaccel.quant import W4A8, W4A16, W8A8
 from diffaccel.quant.formats import LayerFormat, quantize_weight
 from diffaccel.quant.swap import quantize_networks
@@ -209,8 +213,6 @@ def tune_table(timer: Timer) -> dict[str, Any]:
 
 def flux_network(blocks: tuple[int, int]) -> Any:
     """Return a FLUX.1-dev transformer with random weights of the size that trained ones have."""
-    from diffusers import FluxTransformer2DModel
-
     with torch.device("meta"):
         network = FluxTransformer2DModel(guidance_embeds=True, num_layers=blocks[0], num_single_layers=blocks[1])
     network = network.to(torch.bfloat16).to_empty(device=DEVICE).eval().requires_grad_(False)
@@ -236,52 +238,95 @@ def flux_inputs(size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def flux_table(timer: Timer, size: int, blocks: tuple[int, int]) -> dict[str, Any]:
-    """Measure one forward of the transformer: bf16 and each quantizer, eager and with compiled blocks."""
-    methods = {"bf16": None, "int8": W8A8(originals="drop"), "fp8": W8A8(dtype="fp8", originals="drop"),
-               "w4a16": W4A16(originals="drop"), "w4a8": W4A8(originals="drop")}  # fmt: skip
-    inputs, rows, exact, plain_bytes = flux_inputs(size), {}, None, 0
-    for name, method in methods.items():
+FLUX_WAYS: dict[str, Callable[[Any], Any]] = {
+    "bf16": lambda network: None,
+    "int8": lambda network: quantize_networks([network], W8A8(originals="drop")),
+    "fp8": lambda network: quantize_networks([network], W8A8(dtype="fp8", originals="drop")),
+    "w4a16": lambda network: quantize_networks([network], W4A16(originals="drop")),
+    "w4a8": lambda network: quantize_networks([network], W4A8(originals="drop")),
+    "torchao-fp8": lambda network: torchao_fp8(network),
+}
+
+
+def torchao_fp8(network: Any) -> None:
+    """Quantize by torchao: fp8 by rows, except linears of one input row, which its int8 sibling cannot take."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    quantize_(network, config, lambda module, name: type(module) is torch.nn.Linear and "norm" not in name)
+
+
+def captured(network: Any) -> Any:
+    """Return a pipeline of a network whose calls are CUDA graphs."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipe = FluxPipeline(scheduler, None, None, None, None, None, network)
+    return diffaccel.accelerate(pipe, Capture())
+
+
+def flux_row(timer: Timer, network: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Measure a transformer eager, captured and with compiled blocks; return its output too."""
+    row: dict[str, Any] = {}
+    output = network(**inputs)[0]
+    torch.cuda.reset_peak_memory_stats()
+    row["eager_ms"] = 1000 * timer(lambda: network(**inputs))
+    row["peak_bytes"] = torch.cuda.max_memory_allocated() - timer.flush.numel() * 4
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        network(**inputs)
+    row["launches"] = sum(event.count for event in profile.key_averages())
+    started = time.perf_counter()
+    pipe = captured(network)
+    replayed = [network(**inputs)[0] for _ in range(3)][-1]
+    row["captured_equal"] = torch.equal(replayed, output)
+    row["capture_seconds"] = time.perf_counter() - started
+    row["captured_ms"] = 1000 * timer(lambda: network(**inputs))
+    diffaccel.remove(pipe)
+    started = time.perf_counter()
+    network.compile_repeated_blocks(fullgraph=True)
+    network(**inputs)
+    torch.cuda.synchronize()
+    row["compile_seconds"] = time.perf_counter() - started
+    row["compiled_ms"] = 1000 * timer(lambda: network(**inputs))
+    return row, output.double()
+
+
+def flux_table(timer: Timer, size: int, blocks: tuple[int, int], ways: list[str]) -> dict[str, Any]:
+    """Measure one forward of the transformer: bf16, each quantizer, and torchao's fp8 where the package is."""
+    inputs, rows, exact = flux_inputs(size), {}, None
+    for name in ways:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
         network = flux_network(blocks)
         started = time.perf_counter()
-        if method is not None:
-            quantize_networks([network], method)
+        try:
+            FLUX_WAYS[name](network)
+        except ImportError as error:
+            print(f"| {name} | {error} |")
+            continue
         torch.cuda.synchronize()
-        row: dict[str, Any] = {"quantize_seconds": time.perf_counter() - started}
-        row["weight_bytes"] = sum(p.numel() * p.element_size() for p in network.parameters())
-        plain_bytes = plain_bytes or row["weight_bytes"]
-        row["weights_share"] = row["weight_bytes"] / plain_bytes
+        quantize_seconds = time.perf_counter() - started
+        gc.collect()
+        weights = torch.cuda.memory_allocated() - before
         with torch.no_grad():
-            output = network(**inputs)[0].double()
-            exact = output if exact is None else exact
-            row["difference_from_bf16"] = float((output - exact).norm() / exact.norm())
-            torch.cuda.reset_peak_memory_stats()
-            row["eager_ms"] = 1000 * timer(lambda network=network: network(**inputs))
-            row["peak_bytes"] = torch.cuda.max_memory_allocated() - timer.flush.numel() * 4
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-                network(**inputs)
-            row["launches"] = sum(event.count for event in profile.key_averages())
-            started = time.perf_counter()
-            network.compile_repeated_blocks(fullgraph=True)
-            network(**inputs)
-            torch.cuda.synchronize()
-            row["compile_seconds"] = time.perf_counter() - started
-            row["compiled_ms"] = 1000 * timer(lambda network=network: network(**inputs))
+            row, output = flux_row(timer, network, inputs)
+        exact = output if exact is None else exact
+        row.update(weight_bytes=weights, quantize_seconds=quantize_seconds)
+        row["difference_from_bf16"] = float((output - exact).norm() / exact.norm())
         rows[name] = row
+        row["weights_share"] = row["weight_bytes"] / rows["bf16"]["weight_bytes"]
         print(
-            f"| {name} | eager {row['eager_ms']:.1f} ms | compiled {row['compiled_ms']:.1f} ms (set-up "
-            f"{row['compile_seconds']:.0f} s) | weights {row['weights_share']:.3f} | quantized in "
-            f"{row['quantize_seconds']:.1f} s | differs by {row['difference_from_bf16']:.4f} | launches "
-            f"{row['launches']} |",
+            f"| {name} | eager {row['eager_ms']:.1f} ms | captured {row['captured_ms']:.1f} ms (equal: "
+            f"{row['captured_equal']}) | compiled {row['compiled_ms']:.1f} ms (set-up {row['compile_seconds']:.0f} s)"
+            f" | weights {row['weights_share']:.3f} | quantized in {quantize_seconds:.1f} s | differs by "
+            f"{row['difference_from_bf16']:.4f} | launches {row['launches']} |",
             flush=True,
         )
         del network
     base = rows["bf16"]
     ratios = {
         name: {"over_eager_bf16": base["eager_ms"] / row["eager_ms"],
+               "captured_over_eager_bf16": base["eager_ms"] / row["captured_ms"],
                "compiled_over_compiled_bf16": base["compiled_ms"] / row["compiled_ms"],
                "eager_over_compiled_bf16": base["compiled_ms"] / row["eager_ms"]}
         for name, row in rows.items()
@@ -295,6 +340,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--size", type=int, default=1024, help="pixels of the FLUX picture")
     parser.add_argument("--blocks", type=int, nargs=2, default=(19, 38), help="double and single blocks of FLUX")
+    parser.add_argument("--ways", nargs="+", choices=FLUX_WAYS, default=list(FLUX_WAYS), help="of the table flux")
     parser.add_argument("--kind", default=None, help="name of the machine, for the record's file name")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()
@@ -305,7 +351,7 @@ def main() -> None:
         "linear": lambda: linear_table(timer),
         "few_rows": lambda: few_rows_table(timer),
         "rows": lambda: rows_table(timer),
-        "flux": lambda: flux_table(timer, args.size, tuple(args.blocks)),
+        "flux": lambda: flux_table(timer, args.size, tuple(args.blocks), args.ways),
     }
     command = ["python", "-m", "scripts.bench_quant", "--tables", *args.tables, "--repeats", str(args.repeats)]
     settings = {"tables": args.tables, "repeats": args.repeats, "size": args.size, "blocks": list(args.blocks)}

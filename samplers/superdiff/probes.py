@@ -20,6 +20,31 @@ if TYPE_CHECKING:
     from diffaccel.samplers.superdiff.engine import Superposition
 
 
+INDEPENDENT = 1e-5  # the least squared share of a vector outside the span of those before it: what fp32 sums resolve
+
+
+def orthonormal(gram: Tensor) -> Tensor:
+    """Return coefficients ``(B, n, n)`` by which n vectors give an orthonormal basis of their span, row by row.
+
+    The row of a vector within the span of those before it is zero: with two components, or where components lie on one
+    line, no Cholesky factor exists.
+
+    Args:
+        gram: inner products of the vectors, ``(B, n, n)``.
+    """
+    rows: list[Tensor] = []
+    for i in range(gram.shape[-1]):
+        row = torch.zeros_like(gram[:, 0])
+        row[:, i] = 1
+        for _ in range(2):  # once more for what rounding left
+            for done in rows:
+                row = row - (done * (gram @ row[..., None])[..., 0]).sum(1, keepdim=True) * done
+        squared = (row * (gram @ row[..., None])[..., 0]).sum(1, keepdim=True)
+        is_new = squared > INDEPENDENT * gram[:, i, i, None]
+        rows.append(torch.where(is_new, row * squared.clamp(min=1e-30).rsqrt(), torch.zeros_like(row)))
+    return torch.stack(rows, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Probes:
     """The further predictions of one step.
@@ -46,11 +71,8 @@ class Probes:
         change = torch.zeros_like(like)
         if not self.run.config.curvature or not size or geometry.kernel.is_last:
             return change
-        identity = torch.eye(size, dtype=geometry.gram.dtype, device=geometry.gram.device)
-        factor, _ = torch.linalg.cholesky_ex(geometry.between()[0] + 1e-30 * identity)
-        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         apart = self.vectors[:size] - self.vectors[-1]
-        basis = torch.einsum("bln,nbd->lbd", inverse.to(apart.dtype), apart)
+        basis = torch.einsum("bln,nbd->lbd", orthonormal(geometry.between()[0]).to(apart.dtype), apart)
         scale = geometry.kernel.variance * geometry.kernel.eps_v / (2 * geometry.kernel.sigma)
         for direction in basis:
             bent = yield from self._along(direction)

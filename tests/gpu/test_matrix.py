@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import matrix
@@ -14,6 +15,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def whole_float32() -> Iterator[None]:
+    """Compute convolutions in whole float32, so that a row alone and in a batch differ by rounding only."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 def check(contract: Any, case: Case) -> None:

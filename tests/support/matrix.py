@@ -64,6 +64,7 @@ REFUSES = {  # by method and family: a part of the sentence
     "one-stage": ONE_SIZE,
     "firstblock-0": NO_FIRST_BLOCK,
     "diffusers-cache-0": NO_CACHE_OF_DIFFUSERS,
+    "superdiff": CLIPPED,
 }
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 

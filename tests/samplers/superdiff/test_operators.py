@@ -15,6 +15,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR, VE_PATH, Path
 from diffaccel.samplers import Euler, SuperDiff
 from diffaccel.samplers.superdiff import formulas
+from diffaccel.samplers.superdiff.probes import orthonormal
 
 NARROW, WIDE = Mixture((1.0,), ((-1.0,),), (0.4,)), Mixture((1.0,), ((1.0,),), (0.8,))
 PATHS = [VP_PATH, VE_PATH, LINEAR]
@@ -334,3 +335,14 @@ def test_one_model_without_noise_is_eulers_method_to_the_bit() -> None:
     x = start(LINEAR, 0.9, dtype=torch.float32)
     runs = [sample(config, BIMODAL, x, times) for config in (Euler(), SuperDiff(op="average", eta=0.0))]
     assert torch.equal(runs[0].x, runs[1].x) and len(runs[1].evals) == 8
+
+
+def test_a_basis_of_vectors_on_one_line_and_in_one_plane_has_zero_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 50, generator=generator, dtype=torch.float64)
+    vectors = torch.stack([a, -2 * a, b, a + 3 * b, 0 * a], 1)  # (3, 5, 50)
+    basis = orthonormal(vectors @ vectors.mT) @ vectors
+    expected = torch.diag(torch.tensor([1.0, 0, 1, 0, 0], dtype=torch.float64, device="cpu"))
+    torch.testing.assert_close(basis @ basis.mT, expected.expand(3, 5, 5))
+    inside = (vectors @ basis.mT) @ basis
+    torch.testing.assert_close(inside, vectors)
