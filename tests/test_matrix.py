@@ -12,10 +12,11 @@ from matrix import Case
 
 QUICK = {"stock", "batch", "generators"}  # of the other methods, on one family
 SOME = ("flux", "sd", "wan")  # families of the other methods here; the script runs all
+QUICKLY = ("flux", "sd", "wan", "dit")  # families of the one method, of which the others are slow tests
 
 
 def cell(method: str, contract: str, family: str) -> Any:
-    is_slow = contract == "compiled" and family != "flux"
+    is_slow = family not in QUICKLY or (contract == "compiled" and family != "flux")
     if method != "scheduler":
         is_slow = family != "flux" or contract not in QUICK
     return pytest.param(

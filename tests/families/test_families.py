@@ -149,6 +149,7 @@ def test_euler_equals_ddim_of_vp_models(family: str) -> None:
 MANY = [pytest.param(name, marks=[pytest.mark.slow] * (name == "ddim")) for name in tiny_more.FAMILIES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Heun(), DPMpp2M()], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", MANY)
 def test_samplers_agree_when_steps_are_many(family: str, sampler: Any) -> None:

@@ -124,6 +124,7 @@ def counted(network: Any, **size: int) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_real_sizes(name: str):
     cls, config, height, width, frames, text = FULL[name]

@@ -108,6 +108,7 @@ FLOW_AND_VP = [  # one of each in a fast run
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", FLOW_AND_VP)
 def test_samplers_agree_on_image_to_image(family: str, sampler: Any) -> None:
@@ -224,6 +225,7 @@ def test_inpainting_in_bf16(case: str) -> None:
     check_parity(pipe, lambda: variants.inpaint_kwargs(case), Euler(state="stock"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sampler", SINGLE_EVAL, ids=lambda s: s.name)
 @pytest.mark.parametrize("case", variants.INPAINT)
@@ -347,6 +349,7 @@ def test_a_controlnet_in_bf16(family: str) -> None:
     check_parity(pipe, lambda: variants.controlnet_kwargs(family), Euler(state="stock"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", variants.CONTROLNET)
 def test_samplers_agree_under_a_controlnet(family: str, sampler: Any) -> None:
@@ -377,6 +380,7 @@ def test_rows_of_an_ip_adapter_may_go_one_by_one(family: str) -> None:
     torch.testing.assert_close(under(pipe, Euler(max_batch=1), kwargs), together, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", variants.IP_ADAPTER)
 def test_heun_agrees_with_an_ip_adapter(family: str) -> None:
     check_agrees(

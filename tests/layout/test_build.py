@@ -172,6 +172,7 @@ def test_installed_package_imports_from_anywhere(pythons, checkout, tmp_path, ki
     assert len({file.resolve() for file in found.values()}) == len(found)
 
 
+@pytest.mark.slow
 def test_checkout_works_without_installing(pythons, checkout):
     found = origins(pythons["bare-env"], checkout, checkout)
     assert all(file.is_relative_to(checkout) for file in found.values())

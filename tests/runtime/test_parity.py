@@ -117,6 +117,7 @@ def test_latents_and_embeddings_passed_by_the_user() -> None:
     assert torch.equal(pipe(**kwargs).images, stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Heun(), DPMpp2M(), Ancestral(eta=0.0)], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_samplers_agree_when_steps_are_many(family: str, sampler) -> None:

@@ -64,6 +64,7 @@ def test_a_folder_of_videos_is_a_run(sets):
     assert run.video(1).double().mean((1, 2, 3)).tolist() == pytest.approx([20, 40, 60, 80, 100, 120], abs=2)
 
 
+@pytest.mark.slow
 def test_fidelity_is_of_whole_videos_and_of_every_frame(sets, compared):
     found = compared
     error = (pixels(sets["drifting"]) - pixels(sets["base"])).square()
@@ -146,6 +147,7 @@ def test_whole_and_mean_curves():
     assert videos.mean_curve(psnr, two).tolist() == pytest.approx([both, half])
 
 
+@pytest.mark.slow
 def test_the_report_of_videos(sets, tmp_path):
     found = compare_runs(sets["base"], [sets["drifting"], sets["same"]])
     made = write(found, tmp_path)

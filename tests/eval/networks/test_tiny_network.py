@@ -49,6 +49,7 @@ def test_value_range_and_resize_are_as_documented(network):
     assert torch.equal(network(exact), network.stages(exact.float() / 127.5 - 1).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_picture_alone(network, held_out):
     images = held_out.images[:64]
     together = network(images)
@@ -87,6 +88,7 @@ def test_packaged_weights_are_small_and_say_what_they_are(network):
     assert not network.training and not any(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_every_feature_is_alive_and_of_one_scale(network):
     images = pictures.to_uint8(sample(FAMILIES, count=320, generator=seeded(9)).images)
     deviation = torch.cat([network(part) for part in images.split(16)]).std(0)

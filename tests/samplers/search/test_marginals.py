@@ -79,6 +79,7 @@ NORMS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", NORMS)
 @pytest.mark.parametrize("kernel", ["em", "cps"])
 @pytest.mark.parametrize("path", [LINEAR, CURVED], ids=["linear", "vp"])

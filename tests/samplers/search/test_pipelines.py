@@ -80,7 +80,9 @@ def test_one_sample_is_the_pipeline_s_own_to_the_bit(family: str) -> None:
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: f"{c.name}-{getattr(c, 'path', '')}")
-@pytest.mark.parametrize("family", ["flux", "sd", "wan"])
+@pytest.mark.parametrize(
+    "family", ["flux", pytest.param("sd", marks=pytest.mark.slow), pytest.param("wan", marks=pytest.mark.slow)]
+)
 def test_every_method_runs_within_its_budget(family: str, config: Any) -> None:
     pipe = make(family)
     found, cost, report = searched(pipe, config, family)

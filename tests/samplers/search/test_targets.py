@@ -71,6 +71,7 @@ def mean_and_variance(values: list[float], weights: list[float]) -> tuple[float,
     return mean, math.fsum((v - mean) ** 2 * w for v, w in zip(values, weights, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resample", [0.5, 1.0])
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_particles_of_a_linear_reward_follow_the_tilted_gaussian(potential: Any, resample: float) -> None:
@@ -98,6 +99,7 @@ def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any) -> None:
     assert abs(got - expected) < 4 * (spread / independent(potential, weights)) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward, kernel", [(linear, "cps"), (quadratic, "em")])
 @pytest.mark.parametrize("guide", [0.3, 1.0])
 def test_guided_particles_follow_the_same_target(guide: float, reward: Any, kernel: Any) -> None:

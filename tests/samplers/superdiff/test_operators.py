@@ -37,6 +37,7 @@ def shares(run: Superposed) -> list[float]:
     return [float((a & b).double().mean()) for a in (x, ~x) for b in (y, ~y)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 @pytest.mark.parametrize("weights", [(), (0.8, 0.2)])
 def test_or_samples_the_mixture(path: Path, weights: tuple[float, ...]) -> None:
@@ -116,6 +117,7 @@ def test_the_curvature_term_on_mixtures(path: Path) -> None:
     assert gaps[1] < 0.06 and gaps[1] < 0.5 * gaps[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [[A, B], [NARROW, WIDE]], ids=["mixtures", "gaussians"])
 def test_and_without_noise_converges(models: list[Mixture]) -> None:
     """One sign vector is shared by all components, so that the probe's noise cancels where they agree."""
@@ -181,6 +183,7 @@ def moments(
     return float(mean), float((weights * (x - mean) ** 2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [VP_PATH, LINEAR], ids=lambda path: type(path).__name__)
 def test_the_product_has_its_moments_and_the_sum_of_scores_has_not(path: Path) -> None:
     """N(1, .25) times N(-1, 1) is N(.6, .2)."""
@@ -284,6 +287,7 @@ def test_what_is_no_formula_is_refused(formula: str) -> None:
         formulas.parse(formula, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formula", ["p1 ^ p2", "p1 and not p2"])
 def test_particles_follow_the_formulas_density(formula: str) -> None:
     """Two overlapping mixtures share a mode; each mode has the mass that the formula's own density gives it."""
