@@ -35,6 +35,7 @@ METHODS = {
     "w8a8": "diffaccel.quant.w8a8:W8A8",
     "w4a16": "diffaccel.quant.w4a16:W4A16",
     "w4a8": "diffaccel.quant.w4a8:W4A8",
+    "qvgen": "diffaccel.quant.qvgen.config:QVGen",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none
@@ -47,6 +48,11 @@ def trainer(name: str) -> tuple[type[Any], Any]:
         raise unknown("method of training", name, TRAINERS)
     config_class = _resolve(TRAINERS[name])
     return config_class, _resolve(config_class.trainer)
+
+
+def training_function(config_class: type[Any]) -> Any:
+    """Return the function that trains a network by a method that can be put on a pipeline as well."""
+    return _resolve(config_class.trainer)
 
 
 def _resolve(reference: str) -> Any:

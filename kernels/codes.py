@@ -10,3 +10,4 @@ Codes = Literal["int8", "fp8"]
 LARGEST: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SMALLEST = 1e-12
+LEAST_SCALE = 1e-9  # of codes with zeros

@@ -44,6 +44,11 @@ def export_compressed_tensors(network: Any, folder: str | Path) -> Path:
             f"{type(network).__name__} has no quantized linear layer to export. Quantize it first, and export it "
             "without adapters."
         )
+    if few := next((name for name, module in quantized.items() if module.form.name == "low_bit"), None):
+        raise DiffAccelError(
+            f"'{few}' has real zeros beside its codes ({quantized[few].form}), which the compressed-tensors schema "
+            "cannot hold. Save the model with save_pretrained."
+        )
     tensors: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         owner = layers.get(name.rpartition(".")[0])

@@ -18,7 +18,7 @@ from diffaccel.kernels.codes import SMALLEST, Codes
 from diffaccel.kernels.int4_weight import pack_int4
 from diffaccel.kernels.quantize_rows import quantize_rows_reference
 
-Name = Literal["w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a8"]
+Name = Literal["w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a8", "low_bit"]
 Clip = Literal["mse", "none"]
 LARGEST_4 = 7
 LARGEST_MULTIPLIER = 18  # 18 * 7 = 126: the products of two-level groups are int8 codes
@@ -68,6 +68,9 @@ class LayerFormat:
             groups = 1
         return {**shapes, "weight_scale": ((out_features, groups), torch.float32)}
 
+    def check(self, in_features: int) -> None:
+        """Raise for a width that the format cannot store, where no other format takes its place."""
+
     def __str__(self) -> str:
         return f"{self.name}:{self.group}" if self.group else self.name
 
@@ -90,7 +93,8 @@ class LayerFormat:
 
 def fitting(wanted: LayerFormat, in_features: int) -> LayerFormat:
     """Return a format for a layer of ``in_features``: groups that divide it, or 8 bits where none of 16 does."""
-    if wanted.bits == 8:
+    wanted.check(in_features)
+    if not wanted.group:
         return wanted
     group = math.gcd(wanted.group, in_features)
     if group < LEAST_GROUP or group % 2:

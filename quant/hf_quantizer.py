@@ -19,10 +19,12 @@ from diffaccel.quant.formats import LayerFormat
 from diffaccel.quant.layer import QuantizedLayer, check_stored, stored_parameter
 from diffaccel.quant.linear import QLinear
 from diffaccel.quant.lora_guard import guard, unguard
+from diffaccel.quant.low_bit.linear import attach_time
+from diffaccel.quant.low_bit.timesteps import detach
 from diffaccel.quant.options import QuantizationOptions, QuantMethod
 from diffaccel.quant.plan import layers_of, plan
 from diffaccel.quant.stored import StoredQuantization
-from diffaccel.quant.swap import quantized
+from diffaccel.quant.swap import layer_class, quantized
 
 
 class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
@@ -129,8 +131,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
             )
         for name, form in self.layers.items():
             parent, attribute, module = found[name]
-            cls: Any = QLinear if isinstance(module, nn.Linear) else QConv2d
-            layer = cls.empty(module, form, self.dtype or module.weight.dtype)
+            layer = layer_class(module, form).empty(module, form, self.dtype or module.weight.dtype)
             self.method.finish(layer)
             setattr(parent, attribute, layer)
 
@@ -139,6 +140,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
         self.quantization_config = stored
         model.register_to_config(quantization_config=stored.to_dict())
         guard(model)
+        attach_time(model)
         return model
 
     def _dequantize(self, model: Any) -> Any:
@@ -149,6 +151,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
         config = model._internal_dict
         model._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})
         unguard(model)
+        detach(model)
         return model
 
     def _quantized(self, model: Any) -> list[tuple[str, QuantizedLayer]]:

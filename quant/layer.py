@@ -18,18 +18,22 @@ from diffaccel.quant.formats import LayerFormat
 class PackedParameter(nn.Parameter):
     """Two codes a byte. The loader of adapters asks a parameter of this class name for the shape of its weight."""
 
+    bits = 4
+
     @property
     def quant_shape(self) -> torch.Size:
         """The shape ``(N, K)`` of the codes."""
-        return torch.Size((self.shape[0], 2 * self.shape[1]))
+        return torch.Size((self.shape[0], self.shape[1] * 8 // self.bits))
 
 
 PackedParameter.__name__ = "GGUFParameter"  # diffusers compares names: another shape than a LoRA's would be "expanded"
+_PACKED = {bits: type("GGUFParameter", (PackedParameter,), {"bits": bits}) for bits in (2, 3, 5, 6, 7)}
+_PACKED[4] = PackedParameter
 
 
 def stored_parameter(name: str, tensor: Tensor, form: LayerFormat) -> nn.Parameter:
     """Return a stored tensor as the parameter that a layer of this format has."""
-    cls = PackedParameter if name == "weight" and form.bits == 4 else nn.Parameter
+    cls = _PACKED.get(form.bits, nn.Parameter) if name == "weight" else nn.Parameter
     return cls(tensor, requires_grad=False)
 
 
@@ -134,7 +138,7 @@ def check_stored(layer: str, name: str, tensor: Tensor, shape: tuple[int, ...], 
             f"'{layer}.{name}' is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint; its format asks for {dtype} "
             f"{shape}. The file is damaged, or its config.json belongs to another one."
         )
-    if name == "weight_scale" and not bool(torch.isfinite(tensor).all()):
+    if name in ("weight_scale", "weight_zero", "act_clip") and not bool(torch.isfinite(tensor).all()):
         raise DiffAccelError(f"'{layer}.{name}' holds scales that are not finite. Quantize the model again.")
 
 

@@ -44,7 +44,7 @@ class QuantizationOptions(Config):
 
     touches: ClassVar[Touches] = "weights"
     quant_method: ClassVar[QuantMethod] = QuantMethod.DIFFACCEL
-    conflicts: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w4a8")
+    conflicts: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w4a8", "qvgen")
 
     skip: tuple[str, ...] = ()
     modulation: Modulation = "int8"
@@ -76,6 +76,11 @@ class QuantizationOptions(Config):
                 ) from None
 
     @property
+    def all_linears(self) -> bool:
+        """Whether embedders, modulation and the last layers are quantized as all linears are."""
+        return False
+
+    @property
     def clip(self) -> Clip:
         """How 4-bit scales are chosen."""
         return "mse"
@@ -95,6 +100,10 @@ class QuantizationOptions(Config):
         if self.convs == "keep":
             return None
         return LayerFormat("w8a8" if self.convs == "int8" else "w8a16")
+
+    def read_format(self, text: str) -> LayerFormat:
+        """Return the format of a layer that a stored model names."""
+        return LayerFormat.read(text)
 
     def finish(self, layer: Any) -> None:
         """Set what a layer's calls depend on and its file does not hold."""

@@ -80,6 +80,8 @@ def _format(network: nn.Module, config: QuantizationOptions, name: str, module: 
         facts = facts_of(network)
     except DiffAccelError:
         facts = None
+    if isinstance(module, nn.Linear) and config.all_linears:
+        return fitting(config.linear_format(), module.in_features)
     is_modulation = facts is not None and re.fullmatch(facts.modulation, name) is not None
     if isinstance(module, nn.Linear) and is_modulation:
         form = config.modulation_format()

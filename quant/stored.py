@@ -49,5 +49,5 @@ class StoredQuantization:
         if not isinstance(values.get("method"), dict) or not isinstance(values.get("layers"), dict):
             raise DiffAccelError("The quantization_config of the model's config.json lacks its method or its layers.")
         method = registry.config_class(str(values["method"].get("name"))).from_dict(values["method"])
-        layers = {name: LayerFormat.read(form) for form, names in values["layers"].items() for name in names}
+        layers = {name: method.read_format(form) for form, names in values["layers"].items() for name in names}
         return cls(method, layers)

@@ -16,6 +16,9 @@ from diffaccel.quant.conv import QConv2d
 from diffaccel.quant.formats import LayerFormat
 from diffaccel.quant.linear import QLinear
 from diffaccel.quant.lora_guard import guard, unguard
+from diffaccel.quant.low_bit.form import LowBit
+from diffaccel.quant.low_bit.linear import LowBitLinear, attach_time
+from diffaccel.quant.low_bit.timesteps import detach
 from diffaccel.quant.options import QuantizationOptions
 from diffaccel.quant.plan import layers_of, plan
 from diffaccel.quant.stored import StoredQuantization
@@ -50,8 +53,9 @@ class QuantizedNetwork:
                 if id(child) in by_layer:
                     layer, original = by_layer[id(child)]
                     setattr(parent, attribute, original.to(layer.weight.device, layer.compute_dtype))  # type: ignore
-        _forget(self.network, self.stored)
+        forget(self.network, self.stored)
         unguard(self.network)
+        detach(self.network)
 
 
 @dataclass(eq=False)
@@ -129,19 +133,27 @@ def _quantize(done: QuantizedNetwork, layers: dict[str, LayerFormat], config: Qu
             if not module.weight.device == torch.device("cpu"):
                 _to_host(module)
     done.stored = StoredQuantization(config, layers).to_dict()
-    _remember(network, done.stored)
+    remember(network, done.stored)
     guard(network)
+    attach_time(network)
     logger.info(
         f"{config.name}: {len(layers)} layers of {type(network).__name__}, {before / 2**20:.0f} to {after / 2**20:.0f} "
         f"MiB, in {time.perf_counter() - started:.1f} s"
     )
 
 
+def layer_class(module: nn.Module, form: LayerFormat) -> type[Any]:
+    """Return the class of the quantized layer that stands for one, by its format."""
+    if isinstance(module, nn.Linear):
+        return LowBitLinear if isinstance(form, LowBit) else QLinear
+    return QConv2d
+
+
 def quantized(module: nn.Module, form: LayerFormat, config: QuantizationOptions) -> QLinear | QConv2d:
     """Return the quantized layer that stands for a linear layer or a convolution."""
     layer: QLinear | QConv2d
     if isinstance(module, nn.Linear):
-        layer = QLinear.of(module, form, config.clip)
+        layer = layer_class(module, form).of(module, form, config.clip)
     elif isinstance(module, nn.Conv2d):
         layer = QConv2d.of(module, form)
     else:
@@ -156,14 +168,14 @@ def _to_host(module: nn.Module) -> None:
     module.weight = nn.Parameter(weight.detach().to("cpu"), requires_grad=weight.requires_grad)  # type: ignore
 
 
-def _remember(network: Any, stored: dict[str, Any]) -> None:
+def remember(network: Any, stored: dict[str, Any]) -> None:
     """Write into the network's config what ``save_pretrained`` saves."""
     if hasattr(network, "register_to_config"):
         network.register_to_config(quantization_config=stored)
 
 
-def _forget(network: Any, stored: dict[str, Any]) -> None:
-    """Undo :func:`_remember`, unless somebody else has written since."""
+def forget(network: Any, stored: dict[str, Any]) -> None:
+    """Undo :func:`remember`, unless somebody else has written since."""
     config = getattr(network, "_internal_dict", None)
     if config is not None and config.get("quantization_config") is stored:
         network._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})

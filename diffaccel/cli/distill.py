@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
     loading.quiet_libraries(True)
     pipe = loading.open_pipeline(request, loading.locate(options.model)[0], device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    with _alone(options.out, launch.rank):
+    with alone(options.out, launch.rank):
         done = train(
             pipe, texts, config, options.out, name=options.model, arguments=call_arguments(pipe, request),
             seconds=options.seconds, seed=options.seed, device=device, dtype=dtype, processes=launch,
@@ -95,7 +95,7 @@ def run(argv: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _alone(out: Path, rank: int) -> Iterator[None]:
+def alone(out: Path, rank: int) -> Iterator[None]:
     """Keep other runs from the folder, by its lock in the first process, and name a folder that cannot be written."""
     lock = FolderLock(out)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import families, registry, terminal, zoo
+from diffaccel.cli import quantize_aware
 from diffaccel.cli.sample import methods, split_method_options
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.runs.folder import check_writable
@@ -18,6 +19,8 @@ _EXAMPLES = """examples:
   diffaccel quantize --method w8a8 --out out/emoji-w8a8
   diffaccel quantize ./flux --method w8a8 --w8a8.dtype fp8 --out ./flux-fp8
   diffaccel quantize --method w4a16 --scan "a red apple" --out out/emoji-w4a16   (also: the error of each layer)
+  diffaccel quantize ./wan --method qvgen --qvgen.weight-bits 4 --data prompts.txt --out ./wan-w4a4   (trained)
+  accelerate launch -m diffaccel quantize ./wan --method qvgen --data clips.safetensors --out ./wan-w4a4
   diffaccel sample "a red apple" --model out/emoji-w8a8
 
 In Python, after import diffaccel.quant, from_pretrained loads the folder; diffaccel.load does so as well."""
@@ -30,9 +33,14 @@ def make_parser() -> terminal.Parser:
     )
     add = parser.add_argument
     add("model", nargs="?", default=zoo.DEFAULT, metavar="MODEL", help=f"as --model of sample (default {zoo.DEFAULT})")
-    add("--method", default="w8a8", metavar="NAME", help="w8a8 (default), w4a16, w4a8; --NAME.FIELD sets an option")
+    add(
+        "--method",
+        default="w8a8",
+        metavar="NAME",
+        help="w8a8 (default), w4a16, w4a8, qvgen; --NAME.FIELD sets an option",
+    )
     add("--scan", metavar="PROMPT", help="draw this with the plain network first, and tell the error of each layer")
-    add("--steps", type=int, default=4, metavar="N", help="of the drawing of --scan (default 4)")
+    add("--steps", type=int, metavar="N", help="of drawings: of --scan (default 4), of --data (default the model's)")
     add("--export", choices=("diffusers", "compressed-tensors"), default="diffusers",
         help="the pipeline for diffusers (default), or its network in the schema of compressed-tensors")  # fmt: skip
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
@@ -40,6 +48,7 @@ def make_parser() -> terminal.Parser:
     add("--out", type=terminal.output_path, required=True, metavar="DIR", help="folder of the quantized model")
     add("--overwrite", action="store_true", help="throw away what is in the folder")
     add("--json", action="store_true", help="print one JSON object")
+    quantize_aware.add_options(parser)
     return parser
 
 
@@ -49,6 +58,9 @@ def run(argv: list[str]) -> int:
     options = make_parser().parse(words, [f"--{name}.FIELD" for name in registry.names()])
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
+    if quantize_aware.is_trained(options.method):
+        return quantize_aware.run_training(options, quantize_aware.config_of(options, method_options))
+    quantize_aware.refuse_options(options)
     (config,) = methods(None, method_options, (options.method,))
     if config.touches != "weights":
         raise DiffAccelError(f"'{config.name}' is no quantizer: it works on the {config.touches}. Use w8a8 or w4a16.")
@@ -59,7 +71,7 @@ def run(argv: list[str]) -> int:
     device = pick_device(options.device)
     pipe = load(options.model, torch_dtype=pick_dtype(options.dtype, device)).to(device)
     pipe.set_progress_bar_config(disable=True)
-    scans = _scan(pipe, config, options.scan, options.steps) if options.scan is not None else None
+    scans = _scan(pipe, config, options.scan, options.steps or 4) if options.scan is not None else None
     result = {**quantize(pipe, config, options.out, options.export), "model": options.model}
     if scans is not None:
         result["scan"] = {"layers": [vars(layer) for layer in scans.layers], "skip": list(scans.skips())}

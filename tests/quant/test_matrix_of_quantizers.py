@@ -13,7 +13,7 @@ from matrix import with_lora
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import networks
-from diffaccel.quant import W4A8, W4A16, W8A8
+from diffaccel.quant import W4A8, W4A16, W8A8, QVGen
 from diffaccel.quant.swap import quantize_networks
 from diffaccel.samplers import Scheduler
 
@@ -25,6 +25,8 @@ METHODS = {
     "w8a8-fp8": W8A8(dtype="fp8"),
     "w4a16": W4A16(),
     "w4a8": W4A8(),
+    "qvgen": QVGen(),
+    "qvgen-rank": QVGen(weight_bits=3, act_bits=8, keep_rank=4, dense=True),
 }
 MANY = ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in list(METHODS)[1:])]
 

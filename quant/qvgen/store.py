@@ -1,0 +1,115 @@
+"""Checkpoints of quantization-aware training: everything that a run needs to go on to the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.quant.qvgen.data import CleanSamples
+from diffaccel.quant.qvgen.draws import FollowedModel
+from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
+from diffaccel.quant.qvgen.options import TrainedQuantization
+from diffaccel.quant.qvgen.prepare import fake_layers
+from diffaccel.training.checkpoint import save_tensors
+
+VERSION = "qat-1"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run must have in common with its checkpoint."""
+
+    options: dict[str, Any]
+    weights: str
+    call: dict[str, Any]
+    data: str
+
+    @classmethod
+    def of(
+        cls, model: FollowedModel, samples: CleanSamples, config: TrainedQuantization, seed: int, dtype: torch.dtype
+    ) -> Origin:
+        """Describe a run."""
+        options = json.loads(json.dumps({**config.run_options(), "seed": seed, "dtype": str(dtype)}))
+        call = json.loads(json.dumps(model.identity))
+        return cls(options, weights_hash(model.network), call, samples.identity)
+
+    def difference(self, other: dict[str, Any]) -> str:
+        """Return what a checkpoint is of instead of this run, in words; nothing where it is of this run."""
+        options = other.get("options", {})
+        if differing := [key for key, value in self.options.items() if options.get(key) != value]:
+            return f"other options ({', '.join(differing)})"
+        if other.get("weights") != self.weights:
+            return "another model, or of one with other weights"
+        if other.get("data") != self.data:
+            return "other data"
+        return "a model that is asked in another way" if other.get("call") != self.call else ""
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Return a hash of names, shapes, the first numbers and the sum of the bits of every weight."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
+    digest = hashlib.sha256()
+    for name, p in network.named_parameters():
+        value = p.detach()
+        bits = value.view(whole[value.element_size()]).sum(dtype=torch.int64)  # exact: in any order of the sum
+        digest.update(f"{name}{tuple(p.shape)}{int(bits)}".encode())
+        digest.update(value.reshape(-1)[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save(path: Path, student: nn.Module, optimizer: QATOptimizer, origin: Origin, step: int, seconds: float) -> None:
+    """Write a checkpoint, atomically."""
+    tensors: dict[str, Tensor] = {}
+    for group in grouped(student).values():
+        for name, p in group.items():
+            tensors[f"live.{name}"] = p.detach()
+            for key, value in optimizer.adam.state.get(p, {}).items():
+                tensors[f"moment.{name}.{key}"] = torch.as_tensor(value)
+    state = {"version": VERSION, "step": step, "seconds": seconds, **asdict(origin)}
+    save_tensors(tensors, path, {"state": json.dumps(state)})
+
+
+@torch.no_grad()
+def load(
+    path: Path, student: nn.Module, optimizer: QATOptimizer, origin: Origin, device: torch.device
+) -> tuple[int, float]:
+    """Fill student and optimiser from a checkpoint, and return its step and seconds.
+
+    Raises:
+        DiffAccelError: for a checkpoint of another run, and a file that is none.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            state = json.loads((file.metadata() or {}).get("state", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise DiffAccelError(
+            f"'{path}' is no whole checkpoint ({first_line(error, 90)}). Remove it to begin anew, or take another "
+            "folder."
+        ) from error
+    reason = origin.difference(state) if state.get("version") == VERSION else "no run of this version"
+    if reason:
+        raise DiffAccelError(f"'{path}' is of {reason}. Take another folder, or remove the file.")
+    for name, layer in fake_layers(student):
+        sides = (tensors.get(f"live.{name}.side_left"), tensors.get(f"live.{name}.side_right"))
+        layer.set_side(*sides)
+    optimizer.renew()
+    is_fused = bool(optimizer.adam.defaults.get("fused"))
+    for group in grouped(student).values():
+        for name, p in group.items():
+            p.copy_(tensors[f"live.{name}"])
+            prefix = f"moment.{name}."
+            moments = {key: tensors[f"{prefix}{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                       if f"{prefix}{key}" in tensors}  # fmt: skip
+            if moments:
+                moments["step"] = moments["step"] if is_fused else moments["step"].cpu()
+                optimizer.adam.state[p] = moments
+    return int(state["step"]), float(state["seconds"])
