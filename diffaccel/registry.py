@@ -36,6 +36,7 @@ METHODS = {
     "w4a16": "diffaccel.quant.w4a16:W4A16",
     "w4a8": "diffaccel.quant.w4a8:W4A8",
     "qvgen": "diffaccel.quant.qvgen.config:QVGen",
+    "mixdq": "diffaccel.quant.mixdq.config:MixDQ",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none
@@ -53,6 +54,11 @@ def trainer(name: str) -> tuple[type[Any], Any]:
 def training_function(config_class: type[Any]) -> Any:
     """Return the function that trains a network by a method that can be put on a pipeline as well."""
     return _resolve(config_class.trainer)
+
+
+def worker(config: Any) -> Any:
+    """Return the function that makes what a quantizer needs of a model before it can be applied; None for none."""
+    return _resolve(config.worker) if getattr(config, "worker", "") else None
 
 
 def _resolve(reference: str) -> Any:

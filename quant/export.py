@@ -13,6 +13,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json
 from diffaccel.quant.formats import LayerFormat
 from diffaccel.quant.linear import QLinear
+from diffaccel.quant.mixed.form import MixedFormat
 from diffaccel.quant.plan import layers_of
 
 _WORD = 4  # bytes of the int32 words that codes are packed into
@@ -39,6 +40,11 @@ def export_compressed_tensors(network: Any, folder: str | Path) -> Path:
 
     layers = {name: module for name, _, attribute, module in layers_of(network) if attribute != "base_layer"}
     quantized = {name: module for name, module in layers.items() if isinstance(module, QLinear)}
+    if any(isinstance(getattr(module, "form", None), MixedFormat) for module in layers.values()):
+        raise DiffAccelError(
+            f"{type(network).__name__} has layers of mixed precision, whose packed codes and calibrated zero points "
+            "the compressed-tensors schema does not have. Save it by save_pretrained."
+        )
     if not quantized:
         raise DiffAccelError(
             f"{type(network).__name__} has no quantized linear layer to export. Quantize it first, and export it "

@@ -18,7 +18,7 @@ from diffaccel.kernels.codes import SMALLEST, Codes
 from diffaccel.kernels.int4_weight import pack_int4
 from diffaccel.kernels.quantize_rows import quantize_rows_reference
 
-Name = Literal["w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a8", "low_bit"]
+Name = Literal["w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a8", "low_bit", "mixed"]
 Clip = Literal["mse", "none"]
 LARGEST_4 = 7
 LARGEST_MULTIPLIER = 18  # 18 * 7 = 126: the products of two-level groups are int8 codes

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.quant.base import DiffusersConfig
-from diffaccel.quant.conv import QConv2d
 from diffaccel.quant.formats import LayerFormat
 from diffaccel.quant.layer import QuantizedLayer, check_stored, stored_parameter
-from diffaccel.quant.linear import QLinear
 from diffaccel.quant.lora_guard import guard, unguard
 from diffaccel.quant.low_bit.linear import attach_time
 from diffaccel.quant.low_bit.timesteps import detach
+from diffaccel.quant.mixed.first_row import share_rows
 from diffaccel.quant.options import QuantizationOptions, QuantMethod
-from diffaccel.quant.plan import layers_of, plan
+from diffaccel.quant.plan import check_skips, layers_of, plan
 from diffaccel.quant.stored import StoredQuantization
-from diffaccel.quant.swap import layer_class, quantized
+from diffaccel.quant.swap import empty_layer, quantized
 
 
 class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
@@ -109,7 +108,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
             return
         module.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)
         try:
-            layer = quantized(module, self.layers[name], self.method)
+            layer = quantized(module, self.layers[name], self.method, name)
         except DiffAccelError as error:
             raise DiffAccelError(f"'{name}': {error}") from None
         parent, _, attribute = name.rpartition(".")
@@ -119,6 +118,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
         self, model: Any, device_map: Any = None, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
+            check_skips([model], self.method)
             kept = set(keep_in_fp32_modules or ())
             layers = plan(model, self.method)
             self.layers = {name: form for name, form in layers.items() if not kept & set(name.split("."))}
@@ -131,11 +131,12 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
             )
         for name, form in self.layers.items():
             parent, attribute, module = found[name]
-            layer = layer_class(module, form).empty(module, form, self.dtype or module.weight.dtype)
+            layer = empty_layer(module, form, self.dtype or module.weight.dtype)  # type: ignore[arg-type]
             self.method.finish(layer)
             setattr(parent, attribute, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        share_rows(model)
         stored = StoredQuantization(self.method, self.layers)
         self.quantization_config = stored
         model.register_to_config(quantization_config=stored.to_dict())
@@ -146,7 +147,7 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
     def _dequantize(self, model: Any) -> Any:
         """Replace quantized layers by plain ones with the dequantized weights."""
         for _, parent, attribute, module in list(layers_of(model)):
-            if isinstance(module, QLinear | QConv2d):
+            if isinstance(module, QuantizedLayer):
                 setattr(parent, attribute, module.plain())
         config = model._internal_dict
         model._internal_dict = type(config)({k: v for k, v in config.items() if k != "quantization_config"})

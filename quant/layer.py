@@ -14,6 +14,11 @@ from diffaccel.kernels.int4_weight import expand_int4
 from diffaccel.kernels.weight_linear import dequantize
 from diffaccel.quant.formats import LayerFormat
 
+STORED = (
+    "weight", "weight_multiplier", "weight_scale", "weight_sum", "input_scale", "input_zero", "first_row",
+    "first_output",
+)  # fmt: skip
+
 
 class PackedParameter(nn.Parameter):
     """Two codes a byte. The loader of adapters asks a parameter of this class name for the shape of its weight."""
@@ -69,7 +74,11 @@ class QuantizedLayer(nn.Module):
     @property
     def stored(self) -> tuple[str, ...]:
         """Names of the stored tensors."""
-        return tuple(name for name in ("weight", "weight_multiplier", "weight_scale") if name in self._parameters)
+        return tuple(name for name in STORED if name in self._parameters)
+
+    def plain(self) -> nn.Module:
+        """Return a layer with the dequantized weight."""
+        raise NotImplementedError
 
     def int8_matrix(self) -> Tensor:
         """Return the int8 codes ``(N, K)`` of a weight whose activations are int8 too."""
@@ -138,8 +147,8 @@ def check_stored(layer: str, name: str, tensor: Tensor, shape: tuple[int, ...], 
             f"'{layer}.{name}' is {tensor.dtype} {tuple(tensor.shape)} in the checkpoint; its format asks for {dtype} "
             f"{shape}. The file is damaged, or its config.json belongs to another one."
         )
-    if name in ("weight_scale", "weight_zero", "act_clip") and not bool(torch.isfinite(tensor).all()):
-        raise DiffAccelError(f"'{layer}.{name}' holds scales that are not finite. Quantize the model again.")
+    if tensor.dtype == torch.float32 and not bool(torch.isfinite(tensor).all()):
+        raise DiffAccelError(f"'{layer}.{name}' holds numbers that are not finite. Quantize the model again.")
 
 
 class StraightThrough(torch.autograd.Function):

@@ -18,6 +18,11 @@ class LoraGuard:
         self.network, self.owner, self.name = network, owner, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "fuse_qkv_projections" and _has_codes(self.network):
+            raise DiffAccelError(
+                "fuse_qkv_projections would join the codes of quantized weights as if they were numbers. Call it "
+                "before quantizing."
+            )
         for name, module in self.network.named_modules():
             if isinstance(getattr(module, "base_layer", None), QuantizedLayer):
                 raise DiffAccelError(
@@ -26,6 +31,10 @@ class LoraGuard:
                     "weight, where it works as ever."
                 )
         return getattr(type(self.owner), self.name)(self.owner, *args, **kwargs)
+
+
+def _has_codes(network: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedLayer) for module in network.modules())
 
 
 def guard(network: nn.Module) -> None:
@@ -42,7 +51,7 @@ def unguard(network: nn.Module) -> None:
 
 
 def _guarded(network: nn.Module) -> Iterator[tuple[Any, str]]:
-    for name in ("fuse_lora", "unfuse_lora"):
+    for name in ("fuse_lora", "unfuse_lora", "fuse_qkv_projections"):
         if hasattr(type(network), name):
             yield network, name
     for module in network.modules():

@@ -44,7 +44,7 @@ class QuantizationOptions(Config):
 
     touches: ClassVar[Touches] = "weights"
     quant_method: ClassVar[QuantMethod] = QuantMethod.DIFFACCEL
-    conflicts: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w4a8", "qvgen")
+    conflicts: ClassVar[tuple[str, ...]] = ("w8a8", "w4a16", "w4a8", "mixdq", "qvgen")
 
     skip: tuple[str, ...] = ()
     modulation: Modulation = "int8"
@@ -104,6 +104,14 @@ class QuantizationOptions(Config):
     def read_format(self, text: str) -> LayerFormat:
         """Return the format of a layer that a stored model names."""
         return LayerFormat.read(text)
+
+    def planned_formats(self, network: Any) -> dict[str, LayerFormat] | None:
+        """Return the format of each layer by a plan of the method's own; None where facts and options say it."""
+        return None
+
+    def layer(self, name: str, module: Any, form: LayerFormat) -> Any | None:
+        """Return a quantized layer of the method's own for a module; None for that of the format."""
+        return None
 
     def finish(self, layer: Any) -> None:
         """Set what a layer's calls depend on and its file does not hold."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -58,6 +59,8 @@ def plan(network: nn.Module, config: QuantizationOptions) -> dict[str, LayerForm
             f"{type(network).__name__} is quantized already ('{done}'). diffaccel.remove(pipe) first, or load the "
             "original weights."
         )
+    if (planned := config.planned_formats(network)) is not None:
+        return planned
     uses = Counter(id(module.weight) for _, _, _, module in modules)
     layers = {}
     for name, _, _, module in modules:
@@ -70,6 +73,18 @@ def plan(network: nn.Module, config: QuantizationOptions) -> dict[str, LayerForm
             "and convolutions, and all are skipped. Skip fewer."
         )
     return layers
+
+
+def check_skips(networks: Sequence[nn.Module], config: QuantizationOptions) -> None:
+    """Raise for a pattern of ``skip`` that matches no layer, with the names that are nearest to it."""
+    names = [name for network in networks for name, _, _, _ in layers_of(network)]
+    for pattern in config.skip:
+        if not any(re.match(rf"(?:{pattern})(?:\.|$)", name) for name in names):
+            near = difflib.get_close_matches(pattern.replace("\\", ""), names, n=3, cutoff=0.0)
+            raise DiffAccelError(
+                f"{type(config).__name__}.skip has {pattern!r}, which matches no layer; the nearest are "
+                f"{', '.join(map(repr, near)) or 'none'}. A pattern matches from the beginning of a name."
+            )
 
 
 def _format(network: nn.Module, config: QuantizationOptions, name: str, module: nn.Module) -> LayerFormat | None:

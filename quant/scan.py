@@ -15,7 +15,7 @@ from diffaccel import families
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.stand_in import uncompiled
 from diffaccel.quant.options import QuantizationOptions
-from diffaccel.quant.plan import layers_of, plan
+from diffaccel.quant.plan import check_skips, layers_of, plan
 from diffaccel.quant.swap import quantized
 
 
@@ -97,6 +97,7 @@ def scan_errors(pipe: Any, config: QuantizationOptions, run: Callable[[Any], Any
         raise DiffAccelError(
             f"There is no network in {type(pipe).__name__} to scan. Pass one with a transformer or UNet."
         )
+    check_skips(networks, config)
     sums: dict[str, tuple[_Sums, int, str]] = {}
     try:
         for number, network in enumerate(networks):
@@ -104,7 +105,7 @@ def scan_errors(pipe: Any, config: QuantizationOptions, run: Callable[[Any], Any
             for name, _, _, module in layers_of(network):
                 if name in layers:
                     key = f"{number}:{name}" if number else name
-                    layer = quantized(module, layers[name], config)
+                    layer = quantized(module, layers[name], config, name)
                     sums[key] = _Sums(module, layer), module.weight.numel(), str(layers[name])  # type: ignore
         run(pipe)
     finally:

@@ -12,15 +12,21 @@ import torch
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.kernels.dispatch import capability, has_triton
 from diffaccel.quant.conv import QConv2d
 from diffaccel.quant.formats import LayerFormat
+from diffaccel.quant.layer import QuantizedLayer
 from diffaccel.quant.linear import QLinear
 from diffaccel.quant.lora_guard import guard, unguard
 from diffaccel.quant.low_bit.form import LowBit
 from diffaccel.quant.low_bit.linear import LowBitLinear, attach_time
 from diffaccel.quant.low_bit.timesteps import detach
+from diffaccel.quant.mixed.conv import MixedConv2d
+from diffaccel.quant.mixed.first_row import share_rows
+from diffaccel.quant.mixed.form import MixedFormat
+from diffaccel.quant.mixed.linear import MixedLinear
 from diffaccel.quant.options import QuantizationOptions
-from diffaccel.quant.plan import layers_of, plan
+from diffaccel.quant.plan import check_skips, layers_of, plan
 from diffaccel.quant.stored import StoredQuantization
 
 logger = logging.getLogger(__name__)
@@ -76,6 +82,8 @@ def quantize_networks(networks: Sequence[nn.Module], config: QuantizationOptions
     Raises:
         DiffAccelError: see :meth:`diffaccel.quant.base.Quantization.apply`.
     """
+    check_skips(networks, config)
+    check_backend(networks, config)
     plans = [plan(network, config) for network in networks]
     for network, layers in zip(networks, plans, strict=True):
         _check(network, layers)
@@ -122,7 +130,7 @@ def _quantize(done: QuantizedNetwork, layers: dict[str, LayerFormat], config: Qu
         if name not in layers:
             continue
         try:
-            layer = quantized(module, layers[name], config)
+            layer = quantized(module, layers[name], config, name)
         except DiffAccelError as error:
             raise DiffAccelError(f"'{name}': {error}") from None
         before += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -132,6 +140,7 @@ def _quantize(done: QuantizedNetwork, layers: dict[str, LayerFormat], config: Qu
             done.originals.append((layer, module))
             if not module.weight.device == torch.device("cpu"):
                 _to_host(module)
+    share_rows(network)
     done.stored = StoredQuantization(config, layers).to_dict()
     remember(network, done.stored)
     guard(network)
@@ -145,14 +154,31 @@ def _quantize(done: QuantizedNetwork, layers: dict[str, LayerFormat], config: Qu
 def layer_class(module: nn.Module, form: LayerFormat) -> type[Any]:
     """Return the class of the quantized layer that stands for one, by its format."""
     if isinstance(module, nn.Linear):
-        return LowBitLinear if isinstance(form, LowBit) else QLinear
-    return QConv2d
+        return LowBitLinear if isinstance(form, LowBit) else MixedLinear if isinstance(form, MixedFormat) else QLinear
+    return MixedConv2d if isinstance(form, MixedFormat) else QConv2d
 
 
-def quantized(module: nn.Module, form: LayerFormat, config: QuantizationOptions) -> QLinear | QConv2d:
-    """Return the quantized layer that stands for a linear layer or a convolution."""
-    layer: QLinear | QConv2d
-    if isinstance(module, nn.Linear):
+def check_backend(networks: Sequence[nn.Module], config: QuantizationOptions) -> None:
+    """Raise for ``backend="fused"`` on a device that has no kernels."""
+    if config.backend != "fused":
+        return
+    for network in networks:
+        hook = getattr(network, "_hf_hook", None)  # of model offloading, which knows where the network computes
+        place = getattr(hook, "execution_device", None)
+        device = torch.device(next(network.parameters()).device if place is None else place)
+        if not (device.type == "cuda" and has_triton() and capability(device) >= (8, 0)):
+            raise DiffAccelError(
+                f"{type(config).__name__}.backend is 'fused' and {type(network).__name__} is on {device}, which has no "
+                "kernels; pipe.to('cuda') first, or take backend='auto'."
+            )
+
+
+def quantized(module: nn.Module, form: LayerFormat, config: QuantizationOptions, name: str = "") -> QuantizedLayer:
+    """Return the quantized layer that stands for a linear layer or a convolution of that name."""
+    layer: QuantizedLayer
+    if (own := config.layer(name, module, form)) is not None:
+        layer = own
+    elif isinstance(module, nn.Linear):
         layer = layer_class(module, form).of(module, form, config.clip)
     elif isinstance(module, nn.Conv2d):
         layer = QConv2d.of(module, form)
@@ -160,6 +186,12 @@ def quantized(module: nn.Module, form: LayerFormat, config: QuantizationOptions)
         raise DiffAccelError(f"Got a {type(module).__name__}; only nn.Linear and nn.Conv2d are quantized.")
     config.finish(layer)
     return layer.train(module.training)
+
+
+def empty_layer(module: nn.Module, form: LayerFormat, dtype: torch.dtype) -> QuantizedLayer:
+    """Return a quantized layer whose tensors are to be loaded, for a linear layer or a convolution."""
+    layer: QuantizedLayer = layer_class(module, form).empty(module, form, dtype)
+    return layer
 
 
 def _to_host(module: nn.Module) -> None:

@@ -41,6 +41,21 @@ def quiet() -> None:
     logging.disable(logging.WARNING)
 
 
+def method_of(name: str, family: str) -> tuple[Any, str]:
+    """Return the config of a row, and why there is none for the family; "" where there is one."""
+    import matrix
+    import self_contracts
+
+    from diffaccel.errors import DiffAccelError
+
+    if name not in self_contracts.QUANTIZERS:
+        return {**self_contracts.CHANGING, **matrix.GPU_METHODS}[name], ""
+    try:
+        return self_contracts.QUANTIZERS[name](family), ""
+    except DiffAccelError as error:
+        return None, str(error)
+
+
 def rows_of(family: str, methods: list[str], contracts: list[str], device: str) -> dict[str, dict[str, dict[str, str]]]:
     """Run all contracts of one family, and print and return its rows."""
     import matrix
@@ -52,12 +67,14 @@ def rows_of(family: str, methods: list[str], contracts: list[str], device: str) 
         start = time.perf_counter()
         keeps_result = name in matrix.GPU_METHODS
         own = matrix if keeps_result else self_contracts
-        method = (matrix.GPU_METHODS if keeps_result else self_contracts.CHANGING)[name]
+        method, sentence = method_of(name, family)
         case = matrix.Case(family, method, device, matrix.REFERENCES.get(name))
         row = rows[f"{family}, {name}"] = {}
-        sentence = matrix.refusal(case) if family in own.REFUSES.get(name, {}) else ""
+        sentence = sentence or (matrix.refusal(case) if family in own.REFUSES.get(name, {}) else "")
         for contract in contracts:
             function = own.contracts(device)[contract]
+            if contract == "lora_fused" and name in self_contracts.QUANTIZERS:
+                function = self_contracts.fusing_refused
             shown, why = ("refused", sentence) if sentence else cell(function, case, matrix.NotHere)
             row[contract] = {"cell": shown, "why": why}
         print(f"| {family} | {name} | {' | '.join(entry['cell'] for entry in row.values())} |", flush=True)
@@ -115,7 +132,11 @@ def main() -> int:
 
     quiet()
     keeping = matrix.METHODS if options.device == "cpu" else matrix.GPU_METHODS
-    methods = options.methods.split(",") if options.methods else [*keeping, *self_contracts.CHANGING]
+    methods = (
+        options.methods.split(",")
+        if options.methods
+        else [*keeping, *self_contracts.CHANGING, *self_contracts.QUANTIZERS]
+    )
     families = options.families.split(",") if options.families else list(matrix.FAMILIES)
     command = ["python", "-m", "scripts.contract_matrix", *sys.argv[1:]]
     report = record.Record(kind="contract_matrix", settings={"device": options.device}, command=command)

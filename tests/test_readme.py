@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # many processes
 LONG_PAGES = (
-    "bottleneck", "caches", "distill", "doctor", "eval", "families", "quantize", "qvgen", "sample", "samplers",
+    "bottleneck", "caches", "distill", "doctor", "eval", "families", "mixdq", "quantize", "qvgen", "sample", "samplers",
     "search", "superdiff", "tune",
 )  # fmt: skip
 LONG = {"README.md", *(f"docs/{name}.md" for name in LONG_PAGES)}

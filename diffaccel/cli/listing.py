@@ -96,6 +96,9 @@ def explain_method(name: str) -> dict[str, Any]:
     kind = _kind(cls.__module__)
     option = {"sampler": "--sampler", "cache": "--method", "module": "--method", "quantizer": "--method"}
     command = f'diffaccel sample "a red apple" {option[kind]} {name}' if kind in option else ""
+    plan = 'plan="plan.json"' if getattr(cls, "worker", "") else ""
+    if plan:
+        command = f"diffaccel quantize MODEL --method {name} --out DIR"
     return {
         "name": name,
         "kind": kind,
@@ -106,7 +109,7 @@ def explain_method(name: str) -> dict[str, Any]:
         "conflicts": list(cls.conflicts),
         "options": options_of(cls),
         "command": command,
-        "python": f"diffaccel.accelerate(pipe, {cls.__name__}())",
+        "python": f"diffaccel.accelerate(pipe, {cls.__name__}({plan}))",
         "import": f"from {_package_of(cls)} import {cls.__name__}",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import time
 from dataclasses import replace
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import families, registry, terminal, zoo
-from diffaccel.cli import quantize_aware
+from diffaccel.cli import planned, quantize_aware
 from diffaccel.cli.sample import methods, split_method_options
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.files import write_json
 from diffaccel.runs.folder import check_writable
 from diffaccel.runs.request import DTYPES
 
@@ -21,6 +23,7 @@ _EXAMPLES = """examples:
   diffaccel quantize --method w4a16 --scan "a red apple" --out out/emoji-w4a16   (also: the error of each layer)
   diffaccel quantize ./wan --method qvgen --qvgen.weight-bits 4 --data prompts.txt --out ./wan-w4a4   (trained)
   accelerate launch -m diffaccel quantize ./wan --method qvgen --data clips.safetensors --out ./wan-w4a4
+  diffaccel quantize --method mixdq --mixdq.weight-bits 5 --out out/emoji-mixdq    (killed, it goes on when repeated)
   diffaccel sample "a red apple" --model out/emoji-w8a8
 
 In Python, after import diffaccel.quant, from_pretrained loads the folder; diffaccel.load does so as well."""
@@ -37,10 +40,14 @@ def make_parser() -> terminal.Parser:
         "--method",
         default="w8a8",
         metavar="NAME",
-        help="w8a8 (default), w4a16, w4a8, qvgen; --NAME.FIELD sets an option",
+        help="w8a8 (default), w4a16, w4a8, mixdq, qvgen; --NAME.FIELD sets an option",
     )
     add("--scan", metavar="PROMPT", help="draw this with the plain network first, and tell the error of each layer")
+    add("--prompts", metavar="FILE", help="mixdq: what is drawn to measure on (default: things that the model knows)")
     add("--steps", type=int, metavar="N", help="of drawings: of --scan (default 4), of --data (default the model's)")
+    add("--size", metavar="N|WxH", help="mixdq, qvgen: of the model's own drawings (default: its own)")
+    add("--guidance", type=float, metavar="G", help="mixdq, qvgen: of these drawings (default: the model's own)")
+    add("--negative", metavar="PROMPT", help="mixdq, qvgen: negative prompt of these drawings")
     add("--export", choices=("diffusers", "compressed-tensors"), default="diffusers",
         help="the pipeline for diffusers (default), or its network in the schema of compressed-tensors")  # fmt: skip
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
@@ -64,20 +71,55 @@ def run(argv: list[str]) -> int:
     (config,) = methods(None, method_options, (options.method,))
     if config.touches != "weights":
         raise DiffAccelError(f"'{config.name}' is no quantizer: it works on the {config.touches}. Use w8a8 or w4a16.")
-    _check_out(options.out, options.overwrite)
-    from diffaccel.runs.loading import load, pick_device, pick_dtype, quiet_libraries
+    worker = registry.worker(config) if not getattr(config, "plan", "") else None
+    if worker is None:
+        _refuse_drawings(options, config)
+    planned.check_out(options.out, options.overwrite) if worker else _check_out(options.out, options.overwrite)
+    from diffaccel.runs.loading import quiet_libraries
 
     quiet_libraries(True)
+    if worker is None:
+        _finish(options, config, _open(options))
+        return 0
+    with planned.alone(options.out):
+        pipe, config, plan = planned.make_plan(worker, options, config)
+        _finish(options, config, pipe, plan)
+        write_json(options.out / planned.FOLDER / planned.SAVED, {"method": config.name})
+    return 0
+
+
+def _refuse_drawings(options: argparse.Namespace, config: Any) -> None:
+    """Raise for an option of the model's own drawings beside a method that draws nothing."""
+    for name in ("prompts", "size", "guidance", "negative"):
+        if getattr(options, name) is not None:
+            raise DiffAccelError(
+                f"--{name} is of methods that draw with the model, mixdq without a plan and qvgen; '{config.name}' "
+                "draws nothing. Leave it out."
+            )
+
+
+def _open(options: argparse.Namespace) -> Any:
+    from diffaccel.runs.loading import load, pick_device, pick_dtype
+
     device = pick_device(options.device)
     pipe = load(options.model, torch_dtype=pick_dtype(options.dtype, device)).to(device)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = None) -> None:
+    """Scan where it is asked for, quantize, save, and tell what was done."""
     scans = _scan(pipe, config, options.scan, options.steps or 4) if options.scan is not None else None
     result = {**quantize(pipe, config, options.out, options.export), "model": options.model}
     if scans is not None:
         result["scan"] = {"layers": [vars(layer) for layer in scans.layers], "skip": list(scans.skips())}
+    if plan is not None:
+        result["plan"] = {"file": config.plan, "weight_average": plan.weight_average, **plan.results}
     if options.json:
         terminal.write_json(result)
-        return 0
+        return
+    if plan is not None:
+        terminal.write(f"{plan}\n")
     if scans is not None:
         terminal.write(f"{scans}\n\nproposed skip: {list(scans.skips()) or 'nothing'}\n")
     for network in result["networks"]:
@@ -86,7 +128,6 @@ def run(argv: list[str]) -> int:
             f"{network['bytes_after'] / 2**20:.1f} MiB ({network['share']:.3f}) in {result['seconds']:.1f} s"
         )
     terminal.write(f"{options.model} by {config.name}: {options.out}")
-    return 0
 
 
 def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers") -> dict[str, Any]:

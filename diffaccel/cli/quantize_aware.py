@@ -22,9 +22,6 @@ def add_options(parser: terminal.Parser) -> None:
     add("--data", metavar="SET|FOLDER|FILE", help="prompts (a packaged set or a file), which the model draws itself; "
         "pictures with captions; or encoded samples (.safetensors with x0 and prompts)")  # fmt: skip
     add("--preset", metavar="NAME", help="qvgen, paper, lsq, dsa or dsa+rank: settings to start from")
-    add("--size", metavar="N|WxH", help="pixels (default: the model's own)")
-    add("--guidance", type=float, metavar="G", help="of the model's own drawings")
-    add("--negative", metavar="PROMPT", help="negative prompt of the calls")
     add("--frames", type=int, metavar="N", help="of a video model")
     add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
     add("--seed", type=int, default=0, metavar="K", help="of noise and data (default 0)")
@@ -49,6 +46,8 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
             f"--data is missing: '{cls.name}' is trained. Give prompts, a folder of pictures with captions, or encoded "
             "samples; without training, w4a16 and w4a8 have 4 bits."
         )
+    if options.prompts is not None:
+        raise DiffAccelError(f"--prompts is of mixdq; '{cls.name}' is trained on --data, which takes prompts as well.")
     if options.scan is not None or options.export != "diffusers":
         raise DiffAccelError(
             f"--scan and --export are of methods that are not trained; '{cls.name}' is. Leave them out."
@@ -63,7 +62,7 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
 
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise for an option of training beside a method that is not trained."""
-    for name in ("data", "preset", "size", "guidance", "negative", "frames", "seconds"):
+    for name in ("data", "preset", "frames", "seconds"):
         if getattr(options, name) is not None:
             raise DiffAccelError(f"--{name} is of methods that are trained, such as qvgen; '{options.method}' is not.")
 

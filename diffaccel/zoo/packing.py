@@ -6,6 +6,9 @@ A packed folder is flat and holds
 - ``files.zip``: configurations, tokenizers and other small files, as they are,
 - ``manifest.json``: format version, sizes and sha256 of both, and the dtype that every tensor is unpacked to.
 
+A model may share tensors with another packed one, its base, which lies beside it: those that are equal to the bit once
+they are unpacked, in files of the same name, are stored once.
+
 A matrix W is stored as ``q = round(W / s)`` in int8 with one scale ``s = max|row| / 127`` per output row; convolutions
 are flattened to (out, in * kernel). Tensors of fewer than two dimensions stay fp32: they are small and sensitive.
 The row maximum is rounded to the tensor's own dtype before it becomes a scale, so packing an unpacked bf16 folder
@@ -38,7 +41,10 @@ _HEADER_ENTRY = 96  # bytes of a shard's JSON header that one tensor takes at mo
 _SKIPPED = (".gitattributes", ".DS_Store")
 
 
-def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard_bytes: int = SHARD_BYTES) -> Path:
+def pack(
+    folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard_bytes: int = SHARD_BYTES,
+    base: str | Path | None = None,
+) -> Path:  # fmt: skip
     """Pack a plain model folder (safetensors and text files) into ``out`` and return ``out``.
 
     Args:
@@ -46,6 +52,7 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
         out: the packed folder; an older packing in it is replaced.
         keep: patterns such as ``"vae/*"``; safetensors files that match are stored in their own dtype, not int8.
         shard_bytes: largest size of a packed file of weights.
+        base: a packed folder to share tensors with; it must lie beside ``out`` when that is unpacked.
 
     Raises:
         DiffAccelError: for a folder without files, a tensor that is not finite, or one larger than a shard.
@@ -61,11 +68,12 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
     tensors: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     plain = [p for p in sources if p.suffix != ".safetensors"]
+    shared = None if base is None else _Base(Path(base))
     for source in sources:
         if source.suffix == ".safetensors":
             relative = source.relative_to(folder).as_posix()
             exact = any(fnmatch.fnmatch(relative, pattern) for pattern in keep)
-            weights[relative] = _encode_file(source, relative, exact, tensors)
+            weights[relative] = _encode_file(source, relative, exact, tensors, shared)
     _write_zip(out / FILES, {p.relative_to(folder).as_posix(): p.read_bytes() for p in plain})
     packed = [FILES, *_write_shards(out, tensors, shard_bytes)]
     manifest = {
@@ -74,13 +82,18 @@ def pack(folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard
         "packed": {name: _fingerprint(out / name) for name in packed},
         "files": [p.relative_to(folder).as_posix() for p in plain],
         "weights": weights,
+        **({"base": Path(base).name} if base is not None else {}),
     }
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return out
 
 
-def unpack(packed: str | Path, out: str | Path) -> Path:
-    """Unpack a packed folder into the plain folder ``out`` and return ``out``; the packed files are verified first."""
+def unpack(packed: str | Path, out: str | Path, *, base: str | Path | None = None) -> Path:
+    """Unpack a packed folder into the plain folder ``out`` and return ``out``; the packed files are verified first.
+
+    Args:
+        base: the packed folder that it shares tensors with; by default the one of that name beside it.
+    """
     from safetensors.torch import save_file
 
     packed, out = Path(packed), Path(out)
@@ -89,8 +102,12 @@ def unpack(packed: str | Path, out: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     _read_zip(packed / FILES, out, manifest["files"])
     tensors = _read_shards(packed, manifest["packed"])
+    shared = _Base(Path(base or packed.parent / manifest["base"])) if "base" in manifest else None
     for relative, entry in manifest["weights"].items():
-        decoded = {name: _decode(tensors, relative, name, dtype) for name, dtype in entry["dtypes"].items()}
+        decoded = {}
+        for name, dtype in entry["dtypes"].items():
+            source = shared if shared is not None and name in entry.get("shared", ()) else None
+            decoded[name] = source.tensor(relative, name, dtype) if source else _decode(tensors, relative, name, dtype)
         target = _inside(out, relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(decoded, target, metadata=entry["metadata"] or None)
@@ -161,18 +178,45 @@ def dequantize_rows(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.float() * scale.view(-1, *[1] * (codes.dim() - 1))
 
 
-def _encode_file(source: Path, relative: str, exact: bool, tensors: dict[str, Any]) -> dict[str, Any]:
+class _Base:
+    """The tensors of a packed folder that another shares."""
+
+    def __init__(self, packed: Path) -> None:
+        manifest = read_manifest(packed)
+        verify(packed, manifest["packed"], "Packed model file", "reinstall diffaccel or restore the file")
+        self.weights = manifest["weights"]
+        self.tensors = _read_shards(packed, manifest["packed"])
+
+    def tensor(self, relative: str, name: str, dtype: str) -> torch.Tensor:
+        """Return a tensor as it is unpacked."""
+        return _decode(self.tensors, relative, name, dtype)
+
+    def has(self, relative: str, name: str, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor is equal to the base's, in dtype and to the bit."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if self.weights.get(relative, {}).get("dtypes", {}).get(name) != dtype:
+            return False
+        own = self.tensor(relative, name, dtype)
+        return own.shape == tensor.shape and bool((own == tensor).all())
+
+
+def _encode_file(
+    source: Path, relative: str, exact: bool, tensors: dict[str, Any], base: _Base | None = None
+) -> dict[str, Any]:
     """Add the encoded tensors of a safetensors file to ``tensors`` and return its entry in the manifest."""
     from safetensors import safe_open
 
     dtypes: dict[str, str] = {}
+    shared: list[str] = []
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in sorted(file.keys()):
             tensor = file.get_tensor(name)
             dtypes[name] = str(tensor.dtype).removeprefix("torch.")
             key = _key(relative, name)
-            if exact or not tensor.is_floating_point() or tensor.numel() == 0:
+            if base is not None and base.has(relative, name, tensor):
+                shared.append(name)
+            elif exact or not tensor.is_floating_point() or tensor.numel() == 0:
                 tensors[key] = tensor.contiguous()
             elif tensor.dim() < 2:
                 tensors[key] = tensor.float()
@@ -180,7 +224,7 @@ def _encode_file(source: Path, relative: str, exact: bool, tensors: dict[str, An
                 if not tensor.isfinite().all():
                     raise DiffAccelError(f"Tensor '{name}' in '{source}' is not finite; train or export it again.")
                 tensors[key], tensors[_scale_key(key)] = quantize_rows(tensor)
-    return {"dtypes": dtypes, "metadata": metadata}
+    return {"dtypes": dtypes, "metadata": metadata, **({"shared": shared} if shared else {})}
 
 
 def _decode(tensors: dict[str, torch.Tensor], relative: str, name: str, dtype: str) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import mixdq_bed
 import pytest
 
 from diffaccel import registry, zoo
@@ -90,9 +92,11 @@ def test_explain_a_method(run, name):
     assert f"--{name}{field}" in shown and f"--{option} {name}" in shown and "arXiv" in shown
 
 
-def test_explained_python_runs(models, monkeypatch):
+def test_explained_python_runs(models, monkeypatch, tmp_path):
     import diffaccel
 
+    shutil.copyfile(mixdq_bed.uniform("flux").plan, tmp_path / "plan.json")
+    monkeypatch.chdir(tmp_path)
     pipe = diffaccel.load(models / "flux")
     monkeypatch.setitem(BACKENDS, "cpu", ReplayedCalls)
     for name in registry.METHODS:

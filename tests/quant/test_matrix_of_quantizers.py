@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import matrix
+import mixdq_bed
 import pytest
+import self_contracts
 import torch
 from matrix import with_lora
 
@@ -25,9 +27,19 @@ METHODS = {
     "w8a8-fp8": W8A8(dtype="fp8"),
     "w4a16": W4A16(),
     "w4a8": W4A8(),
+    "mixdq": None,  # with a plan of the family
+    "mixdq-static": None,
     "qvgen": QVGen(),
     "qvgen-rank": QVGen(weight_bits=3, act_bits=8, keep_rank=4, dense=True),
 }
+
+
+def method_of(name: str, family: str) -> Any:
+    if METHODS[name] is not None:
+        return METHODS[name]
+    return mixdq_bed.uniform(family, activation_scale="tensor" if name.endswith("static") else "token", weight_bits=4.0)
+
+
 MANY = ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in list(METHODS)[1:])]
 
 
@@ -54,7 +66,15 @@ def run(contract: str, case: matrix.Case) -> None:
 @pytest.mark.parametrize("quantizer", MANY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loop_on_quantized_networks(family: str, quantizer: str, contract: str) -> None:
-    run(contract, QuantizedCase(family, Scheduler(), quantizer=METHODS[quantizer]))
+    run(contract, QuantizedCase(family, Scheduler(), quantizer=method_of(quantizer, family)))
+
+
+@pytest.mark.parametrize("name", ("w8a8", pytest.param("mixdq-static", marks=pytest.mark.slow)))
+def test_a_row_of_the_contract_matrix(name: str) -> None:
+    case = matrix.Case("flux", self_contracts.QUANTIZERS[name]("flux"))
+    self_contracts.stock(case)
+    with pytest.raises(matrix.NotHere, match="Fuse before quantizing"):
+        self_contracts.fusing_refused(case)
 
 
 # -- adapters ---------------------------------------------------------------------------------------------------------
@@ -63,7 +83,7 @@ def test_a_loop_on_quantized_networks(family: str, quantizer: str, contract: str
 @pytest.mark.parametrize("quantizer", MANY)
 @pytest.mark.parametrize("family", ORDERS)
 def test_adapters_before_after_swapped_and_unloaded(family: str, quantizer: str) -> None:
-    case = matrix.Case(family, METHODS[quantizer])
+    case = matrix.Case(family, method_of(quantizer, family))
     stock = case.call(plain := with_lora(case, case.make(), "one", 1))
     before = case.wrap(with_lora(case, case.make(), "one", 1))
     after = with_lora(case, case.wrap(case.make()), "one", 1)

@@ -19,7 +19,7 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find, networks
 from diffaccel.families.facts import facts_of
-from diffaccel.quant import W4A8, W4A16, W8A8, QConv2d, QLinear
+from diffaccel.quant import W4A8, W4A16, W8A8, QConv2d, QLinear, scan_errors
 from diffaccel.quant.layer import QuantizedLayer
 from diffaccel.samplers import Euler, SeaCache, Spectrum
 
@@ -134,9 +134,21 @@ def test_skips_convolutions_and_backend() -> None:
     diffaccel.accelerate(pipe, W8A8(convs="int8"))
     assert {q.form.name for q in quantized_layers(pipe.unet).values() if isinstance(q, QConv2d)} == {"w8a8"}
     diffaccel.remove(pipe)
-    diffaccel.accelerate(pipe, W8A8(backend="fused"))
-    with pytest.raises(ValueError, match="cannot run fused on cpu"):
-        draw(pipe, "sd")
+    for method in (W8A8(backend="fused"), W4A16(backend="fused")):
+        with pytest.raises(DiffAccelError, match=r"backend is 'fused' and UNet2DConditionModel is on cpu.*'auto'"):
+            diffaccel.accelerate(pipe, method)
+    assert not quantized_layers(pipe.unet) and diffaccel.summary(pipe).methods == []
+
+
+def test_a_pattern_that_matches_no_layer_is_named_with_the_nearest() -> None:
+    pipe = make("flux")
+    with pytest.raises(
+        DiffAccelError, match=r"'transformer_block\\\\.0', which matches no layer.*'transformer_blocks\.0"
+    ):
+        diffaccel.accelerate(pipe, W8A8(skip=("proj_out", r"transformer_block\.0")))
+    assert not quantized_layers(pipe.transformer)
+    with pytest.raises(DiffAccelError, match="matches no layer"):
+        scan_errors(pipe, W8A8(skip=("nothing",)), lambda pipe: None)
 
 
 @pytest.mark.parametrize("loop", (Euler(), Spectrum(), SeaCache()), ids=lambda config: config.name)

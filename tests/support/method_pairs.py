@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import mixdq_bed
 import tiny
 import torch
 from self_contracts import CHANGING
@@ -39,7 +40,9 @@ def composes(first: str, second: str) -> bool:
 
 
 def config_of(name: str) -> Any:
-    """Return the config of a method in this table: an example, or its default."""
+    """Return the config of a method in this table: an example, its default, or one with a plan of this pipeline."""
+    if name == "mixdq":
+        return mixdq_bed.uniform("flux")
     return EXAMPLES[name] if name in EXAMPLES else registry.config_class(name)()
 
 

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import matrix
+import mixdq_bed
 import torch
-from matrix import CLOSE, Case, batch, with_lora
+from matrix import CLOSE, Case, NotHere, batch, with_lora
 from torch import Tensor
 
 import diffaccel
+from diffaccel.errors import DiffAccelError
+from diffaccel.quant import W4A8, W4A16, W8A8
 from diffaccel.samplers import (
     RBF,
     SMC,
@@ -59,6 +62,14 @@ CHANGING = {
     "svdd": SVDD(reward=redness, budget=8, particles=1),
     "code": CoDe(reward=redness, budget=8, particles=1),
     "sop": SoP(reward=redness, budget=40, particles=1, walk=2),
+}
+QUANTIZERS: dict[str, Callable[[str], Any]] = {  # of a family: a plan is for one network
+    "w8a8": lambda family: W8A8(),
+    "w8a8-fp8": lambda family: W8A8(dtype="fp8"),
+    "w4a16": lambda family: W4A16(),
+    "w4a8": lambda family: W4A8(),
+    "mixdq": mixdq_bed.uniform,
+    "mixdq-static": lambda family: mixdq_bed.uniform(family, activation_scale="tensor"),
 }
 REFUSES = {
     **dict.fromkeys(
@@ -120,6 +131,18 @@ def lora_fused(case: Case) -> None:
     for loaded in (plain, pipe):
         loaded.fuse_lora(adapter_names=["one"])
     assert torch.equal(case.call(pipe), case.call(case.wrap(plain)))
+
+
+def fusing_refused(case: Case) -> None:
+    """Refuse to fuse a LoRA into quantized weights, and draw as before."""
+    pipe = case.wrap(with_lora(case, case.make(), "one", 1))
+    expected = case.call(pipe)
+    try:
+        pipe.fuse_lora(adapter_names=["one"])
+    except DiffAccelError as refusal:
+        assert torch.equal(case.call(pipe), expected)
+        raise NotHere(str(refusal)) from refusal
+    raise AssertionError("an adapter was fused into codes")
 
 
 def compiled(case: Case) -> None:
