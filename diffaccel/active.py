@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,9 +90,23 @@ class Active:
         return tuple(config.name for config in self.configs if needs_steps(config))
 
     @property
+    def watching(self) -> list[Any]:
+        """Handles of the methods on the networks that are told where a pipeline call begins and ends."""
+        return [
+            applied.handle for applied in self.applied if applied.handle is not None and watches_calls(applied.config)
+        ]
+
+    @property
+    def callers(self) -> str:
+        """Names of the methods that are told of calls or make them, as within quotes."""
+        of_calls = [config for config in self.configs if needs_steps(config) or watches_calls(config)]
+        of_calls = [config for config in of_calls if config.touches != "loop"]
+        return "' and '".join(config.name for config in (*of_calls, *([] if self.loop is None else [self.loop])))
+
+    @property
     def owns_calls(self) -> bool:
-        """Whether its calls are made here: by a loop, for a method that is told steps, or with a preset's settings."""
-        return self.loop is not None or bool(self.told) or self.preset is not None
+        """Whether its calls are made here: by a loop, for a method that is told of them, or with a preset."""
+        return self.loop is not None or bool(self.told) or self.preset is not None or bool(self.watching)
 
     @property
     def driver(self) -> Any:
@@ -103,6 +119,16 @@ class Active:
 def needs_steps(config: Any) -> bool:
     """Return whether a method on a network must be told the step of every network call."""
     return bool(getattr(config, "needs_steps", False))
+
+
+def watches_calls(config: Any) -> bool:
+    """Return whether a method on a network is told where a pipeline call begins and ends."""
+    return bool(getattr(config, "watches_calls", False))
+
+
+def owns_calls(config: Any) -> bool:
+    """Return whether a method must stand in the pipeline's calls: a loop, or one that is told of calls."""
+    return config.touches == "loop" or needs_steps(config) or watches_calls(config)
 
 
 def take_graphs(kept: tuple[Applied, ...]) -> list[Applied]:
@@ -118,6 +144,16 @@ def put_back(pipe: Any, aside: list[Applied]) -> None:
     for applied in aside:
         if applied.handle is None:
             applied.handle = applied.config.apply(pipe)
+
+
+@contextlib.contextmanager
+def watched(pipe: Any, state: Active | None) -> Iterator[None]:
+    """Tell the methods on the networks that watch pipeline calls that this block is one, and which loop makes it."""
+    with contextlib.ExitStack() as stack:
+        for handle in state.watching if state is not None else ():
+            label = type(pipe).__name__ if state is None or state.driver is None else repr(state.driver)
+            stack.enter_context(handle.during(pipe, label))
+        yield
 
 
 def active(pipe: Any) -> Active | None:
@@ -182,7 +218,25 @@ class Summary:
         for report in self.reports.values():
             if "graphs" in report:
                 lines += _lines_of_graphs(report)
+            lines += [_line_of_tables(table) for table in report.get("tables", ())]
+            lines += [_line_of_rank(network) for network in report.get("low_rank", ())]
         return "\n".join(lines)
+
+
+def _line_of_tables(table: dict[str, Any]) -> str:
+    """Return what a report of temporal tables says of one network."""
+    away, held = (f"{table[name] / 1e9:.3f} GB" for name in ("host_bytes", "table_bytes"))
+    plain = "".join(f"; {count} calls without: {reason}" for reason, count in table["plain"].items())
+    modules = f"{table['modules']} modules of {table['network']}"
+    return f"  tables      {modules}: {away} of weights away, {table['rows']} rows in {held}{plain}"
+
+
+def _line_of_rank(network: dict[str, Any]) -> str:
+    """Return what a report of low-rank modulation says of one network."""
+    if "ulps" not in network:
+        return f"  low rank    {network['network']}: made at its first call"
+    bound = f"at most {network['ulps']:.3g} bf16 ulp, {network['relative']:.2g} relative"
+    return f"  low rank    {network['linears']} linears of {network['network']} at rank {network['rank']}: {bound}"
 
 
 def _lines_of_graphs(report: dict[str, Any]) -> list[str]:

@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import presets, registry
-from diffaccel.active import KEY, Active, Applied, OnBusy, Summary, active, needs_steps, put_back, take_graphs
+from diffaccel.active import (
+    KEY,
+    Active,
+    Applied,
+    OnBusy,
+    Summary,
+    active,
+    needs_steps,
+    owns_calls,
+    put_back,
+    take_graphs,
+    watched,
+)  # fmt: skip
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.call_class import facts_of, put_on, stock_class, take_off
@@ -207,7 +219,7 @@ def _add_in_order(
             take_off(pipe)
             _set(pipe, Active(stock_class(type(pipe))))
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
-            if (config.touches == "loop" or needs_steps(config)) and not _state(pipe).owns_calls:
+            if owns_calls(config) and not _state(pipe).owns_calls:
                 put_on(pipe, _call, _tell, KEY)
             if config.touches == "loop":
                 _update(pipe, loop=config)
@@ -355,14 +367,16 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
 
         state = active(pipe)
         named = kwargs if state is None or state.point is None else state.point.fill_in(stock_call, args, kwargs)
-        if state is None or not (state.loop or state.told):  # another thread has removed it in between
-            return stock_call(pipe, *args, **named)
+        if state is None or not (state.loop or state.told):  # another thread may have removed it in between
+            with watched(pipe, state):
+                return stock_call(pipe, *args, **named)
         driver, told = state.driver, state.told
         beside = tuple(config.to_dict() for config in state.configs if needs_steps(config))
-        result, stats = generate(
-            pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside,
-            partners=state.partners,
-        )  # fmt: skip
+        with watched(pipe, state):
+            result, stats = generate(
+                pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside,
+                partners=state.partners,
+            )  # fmt: skip
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)
         return result
@@ -383,5 +397,4 @@ def _tell(pipe: Any, what: str) -> None:
     state = active(pipe)
     if state is not None and state.owns_calls and what not in state.announced:
         _update(pipe, announced=(*state.announced, what))
-        names = "' and '".join(state.told if state.loop is None else (*state.told, state.loop.name))
-        logger.warning("%s, without '%s': call diffaccel.accelerate on that one as well.", what, names)
+        logger.warning("%s, without '%s': call diffaccel.accelerate on that one as well.", what, state.callers)

@@ -70,6 +70,8 @@ class Config:
         added: names of options that came after the first records; their defaults are what was done before.
         needs_steps: whether a method on the network must be told the step of every network call. Without a loop method
             the call then runs under the pipeline's own scheduler, step by step.
+        watches_calls: whether the handle of a method on the network has ``during(pipe, label)``, a context manager that
+            is entered around every pipeline call; ``label`` names the loop.
     """
 
     name: ClassVar[str]
@@ -78,6 +80,7 @@ class Config:
     citation: ClassVar[str] = ""
     added: ClassVar[tuple[str, ...]] = ()
     needs_steps: ClassVar[bool] = False
+    watches_calls: ClassVar[bool] = False
 
     @property
     def rows_apart(self) -> bool:

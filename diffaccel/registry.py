@@ -37,6 +37,7 @@ METHODS = {
     "w4a8": "diffaccel.quant.w4a8:W4A8",
     "qvgen": "diffaccel.quant.qvgen.config:QVGen",
     "mixdq": "diffaccel.quant.mixdq.config:MixDQ",
+    "tib": "diffaccel.quant.tib.config:TIB",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none

@@ -24,6 +24,7 @@ KINDS = {
     "diffaccel.samplers.caches": "cache",
     "diffaccel.samplers": "sampler",
     "diffaccel.modules": "module",
+    "diffaccel.quant.tib": "module",
     "diffaccel.quant": "quantizer",
     "diffaccel.distill": "distillation",
 }

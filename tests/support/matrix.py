@@ -24,6 +24,7 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
 from diffaccel.modules import Capture
+from diffaccel.quant import TIB
 from diffaccel.samplers import (
     Bottleneck,
     DiffusersCache,
@@ -46,6 +47,7 @@ METHODS = {  # each leaves the result as it is: that of the stock call, or of th
     "firstblock-0": FirstBlockCache(threshold=0.0),
     "taylorseer-1": TaylorSeer(interval=1),
     "diffusers-cache-0": DiffusersCache(options={"threshold": 0.0}),
+    "tib": TIB(),
 }
 GPU_METHODS = {**METHODS, "capture": Capture()}
 REFERENCES = {"one-stage": Euler(), "superdiff": Euler(state="stock")}
@@ -282,7 +284,7 @@ def enabled(case: Case, pipe: Any, enable: Callable[[Any], None]) -> None:
 def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
     pipe = case.make(place=False)
     enabled(case, pipe, enable)
-    if isinstance(case.method, Capture):
+    if isinstance(case.method, Capture | TIB):
         _refused(case, pipe)
     expected = case.expected(pipe)
     rest = [p.device.type for p in case.network(pipe).parameters()]
@@ -291,12 +293,12 @@ def _offloaded(case: Case, enable: Callable[[Any], None]) -> None:
 
 
 def _refused(case: Case, pipe: Any) -> None:
-    """Expect that graphs are refused, whose weights must not move."""
+    """Expect that a method is refused whose weights others must not move."""
     try:
         case.wrap(pipe)
     except DiffAccelError as refusal:
         raise NotHere(str(refusal)) from refusal
-    raise AssertionError("offloaded weights were captured")
+    raise AssertionError("offloaded weights were taken")
 
 
 CONTRACTS: dict[str, Callable[[Case], None]] = {
