@@ -38,6 +38,7 @@ METHODS = {
     "qvgen": "diffaccel.quant.qvgen.config:QVGen",
     "mixdq": "diffaccel.quant.mixdq.config:MixDQ",
     "tib": "diffaccel.quant.tib.config:TIB",
+    "fused_blocks": "diffaccel.modules.fused.config:FusedBlocks",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
 TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from torch import _C as bindings
 
 Mode = Literal["auto", "fused", "reference"]
 MODES = ("auto", "fused", "reference")
@@ -64,6 +65,40 @@ def is_fused(mode: Mode, device: torch.device, operation: str, least: tuple[int,
     return False
 
 
+def is_direct(*tensors: torch.Tensor) -> bool:
+    """Return whether a kernel may be launched without torch's dispatcher, which costs the host more than the launch.
+
+    Not while anything is traced or compiled, under a mode that watches operations (counters of FLOPs, fake tensors),
+    for subclasses of tensors, and where gradients are recorded.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or bindings._len_torch_dispatch_stack()
+        or bindings._get_tracing_state() is not None
+    ):
+        return False
+    records = torch.is_grad_enabled()
+    return all(type(x) in _PLAIN and not (records and x.requires_grad) for x in tensors)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Return the context in which Triton launches on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def count_of(length: int, size: int) -> int:
+    """Return how many tiles of a size cover a length. Triton's own function of it takes longer than a launch."""
+    return -(-length // size)
+
+
+def power_above(number: int) -> int:
+    """Return the least power of two that is not below a number of 1 or more."""
+    return 1 << (number - 1).bit_length()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffaccel.kernels.dispatch import Mode, is_fused, on_device_of
+from diffaccel.kernels.dispatch import Mode, is_direct, is_fused, on_device_of
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def expand_int4(packed: Tensor, multipliers: Tensor, mode: Mode = "auto") -> Ten
     """
     _check(packed, multipliers)
     if is_fused(mode, packed.device, "expand_int4"):
-        return torch.ops.diffaccel.expand_int4(packed, multipliers)
+        return (_expanded if is_direct(packed) else torch.ops.diffaccel.expand_int4)(packed, multipliers)
     return expand_int4_reference(packed, multipliers)
 
 
@@ -66,7 +66,7 @@ def dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype = torch.b
     """
     _check(packed, scales)
     if is_fused(mode, packed.device, "dequantize_int4"):
-        return torch.ops.diffaccel.dequantize_int4(packed, scales, dtype)
+        return (_dequantized if is_direct(packed) else torch.ops.diffaccel.dequantize_int4)(packed, scales, dtype)
     return dequantize_int4_reference(packed, scales, dtype)
 
 
@@ -80,8 +80,7 @@ def _check(packed: Tensor, groups: Tensor) -> None:
         raise ValueError(f"{groups.shape[1]} groups do not divide K = {2 * packed.shape[1]} into even sizes.")
 
 
-@torch.library.custom_op("diffaccel::expand_int4", mutates_args=())
-def _expand_int4(packed: Tensor, multipliers: Tensor) -> Tensor:
+def _expanded(packed: Tensor, multipliers: Tensor) -> Tensor:
     if not is_fused("auto", packed.device, "expand_int4"):
         return expand_int4_reference(packed, multipliers)
     from diffaccel.kernels.triton_weights import launch_int4
@@ -90,19 +89,24 @@ def _expand_int4(packed: Tensor, multipliers: Tensor) -> Tensor:
         return launch_int4(packed, multipliers, torch.int8)
 
 
+_expand_int4 = torch.library.custom_op("diffaccel::expand_int4", _expanded, mutates_args=())
+
+
 @_expand_int4.register_fake
 def _(packed: Tensor, multipliers: Tensor) -> Tensor:
     return packed.new_empty((packed.shape[0], 2 * packed.shape[1]), dtype=torch.int8)
 
 
-@torch.library.custom_op("diffaccel::dequantize_int4", mutates_args=())
-def _dequantize_int4(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantized(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_fused("auto", packed.device, "dequantize_int4"):
         return dequantize_int4_reference(packed, scales, dtype)
     from diffaccel.kernels.triton_weights import launch_int4
 
     with on_device_of(packed):
         return launch_int4(packed, scales, dtype)
+
+
+_dequantize_int4 = torch.library.custom_op("diffaccel::dequantize_int4", _dequantized, mutates_args=())
 
 
 @_dequantize_int4.register_fake

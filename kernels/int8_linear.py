@@ -12,7 +12,7 @@ import torch
 import torch.utils.flop_counter
 from torch import Tensor
 
-from diffaccel.kernels.dispatch import Mode, is_fused, on_device_of
+from diffaccel.kernels.dispatch import Mode, is_direct, is_fused, on_device_of
 
 LARGEST_K = 2**31 // 127**2  # 133,144: products that fit an int32 whatever the codes
 _CHUNK = 1024  # products whose sum fp32 holds exactly: 1024 * 127^2 < 2^24
@@ -68,9 +68,11 @@ def int8_linear(
     check_operands(a, a_scale, w, w_scale, bias, torch.int8)
     if a.shape[1] > LARGEST_K:
         raise ValueError(f"K is {a.shape[1]}: int32 sums are exact up to K = {LARGEST_K}. Split the layer.")
-    is_fused(mode, a.device, "int8_linear")
+    runs_fused = is_fused(mode, a.device, "int8_linear")
     if mode == "reference":
         return int8_linear_reference(a, a_scale, w, w_scale, bias, dtype)
+    if runs_fused and is_direct(a, a_scale, w, w_scale):
+        return _launch(a, a_scale, w, w_scale, bias, dtype)
     return torch.ops.diffaccel.int8_linear(a, a_scale, w, w_scale, bias, dtype)
 
 
@@ -99,6 +101,10 @@ def _int8_linear(
 ) -> Tensor:
     if not is_fused("auto", a.device, "int8_linear"):
         return int8_linear_reference(a, a_scale, w, w_scale, bias, dtype)
+    return _launch(a, a_scale, w, w_scale, bias, dtype)
+
+
+def _launch(a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     from diffaccel.kernels.triton_int8 import launch_int8_linear
 
     with on_device_of(a):

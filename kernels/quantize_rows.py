@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.kernels.codes import DTYPES, LARGEST, SMALLEST, Codes
-from diffaccel.kernels.dispatch import Mode, is_fused, on_device_of
+from diffaccel.kernels.dispatch import Mode, is_direct, is_fused, on_device_of
 
 
 def quantize_rows_reference(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
@@ -53,16 +53,20 @@ def quantize_rows(x: Tensor, codes: Codes, mode: Mode = "auto") -> tuple[Tensor,
     if torch.compiler.is_compiling() and mode == "auto":
         return quantize_rows_reference(x, codes)
     if is_fused(mode, x.device, "quantize_rows", (8, 9) if codes == "fp8" else (8, 0)):
-        return torch.ops.diffaccel.quantize_rows(x, codes)
+        return _launch(x, codes) if is_direct(x) else torch.ops.diffaccel.quantize_rows(x, codes)
     return quantize_rows_reference(x, codes)
 
 
-@torch.library.custom_op("diffaccel::quantize_rows", mutates_args=(), device_types="cuda")
-def _quantize_rows(x: Tensor, codes: str) -> tuple[Tensor, Tensor]:
+def _launch(x: Tensor, codes: str) -> tuple[Tensor, Tensor]:
     from diffaccel.kernels.triton_rows import launch_quantize_rows
 
     with on_device_of(x):
         return launch_quantize_rows(x, codes)
+
+
+@torch.library.custom_op("diffaccel::quantize_rows", mutates_args=(), device_types="cuda")
+def _quantize_rows(x: Tensor, codes: str) -> tuple[Tensor, Tensor]:
+    return _launch(x, codes)
 
 
 @_quantize_rows.register_kernel("cpu")

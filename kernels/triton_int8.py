@@ -8,14 +8,16 @@ program a multiprocessor walks over the tiles. Other devices and unaligned shape
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from diffaccel.kernels.dispatch import capability
+from diffaccel.kernels.dispatch import capability, count_of
 from diffaccel.kernels.winners import winner
 
 _GROUP_M = 8  # tiles of rows that are walked together, so that the operands stay in the second-level cache
@@ -109,15 +111,21 @@ def int8_linear_pointers_kernel(
     _store_scaled(total, c_ptr, a_scale_ptr, w_scale_ptr, bias_ptr, tile_m, tile_n, M, N, BM, BN, HAS_BIAS)
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a device; 4 for one that only stands in for a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.lru_cache(maxsize=4096)
 def choose_tile(m: int, n: int, k: int, device: torch.device) -> Tile:
     """Return the measured winner of a shape, or the tile of the least estimated time."""
     if (measured := winner("int8_linear", capability(device), m, n, k)) is not None:
         return Tile(**measured)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
     def time(entry: tuple[Tile, float]) -> float:
         tile, rate = entry
-        waves = -(-triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n) // processors)
+        waves = -(-count_of(m, tile.m) * count_of(n, tile.n) // processors(device))
         return waves * tile.m * tile.n / rate
 
     return min(TILES, key=time)[0]
@@ -146,7 +154,7 @@ def launch_int8_linear(
     if descriptors:
         return _with_descriptors(a, w, y, scales, bias is not None, tile or choose_tile(m, n, k, a.device))
     tile = tile or (SMALL_POINTER_TILE if m <= 32 else POINTER_TILE)
-    int8_linear_pointers_kernel[(triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),)](
+    int8_linear_pointers_kernel[(count_of(m, tile.m) * count_of(n, tile.n),)](
         a, w, y, *scales, m, n, k, a.stride(0), w.stride(0),
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP_M=_GROUP_M, HAS_BIAS=bias is not None,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -157,18 +165,14 @@ def launch_int8_linear(
 def _with_descriptors(
     a: Tensor, w: Tensor, y: Tensor, scales: tuple[Tensor, ...], has_bias: bool, tile: Tile
 ) -> Tensor:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     (m, k), n = a.shape, w.shape[0]
-    tiles = triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
-    on_cuda = a.device.type == "cuda"
-    processors = torch.cuda.get_device_properties(a.device).multi_processor_count if on_cuda else 4
-    programs = min(processors, tiles)
+    tiles = count_of(m, tile.m) * count_of(n, tile.n)
+    programs = min(processors(a.device), tiles)
     int8_linear_descriptors_kernel[(programs,)](
         TensorDescriptor(a, [m, k], [k, 1], [tile.m, tile.k]),
         TensorDescriptor(w, [n, k], [k, 1], [tile.n, tile.k]),
         y, *scales, m, n, k,
         BM=tile.m, BN=tile.n, BK=tile.k, GROUP_M=_GROUP_M, HAS_BIAS=has_bias,
-        PROGRAMS=processors, SPECIALIZED=tile.specialized, num_warps=tile.warps, num_stages=tile.stages,
+        PROGRAMS=processors(a.device), SPECIALIZED=tile.specialized, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

@@ -10,13 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from diffaccel.kernels.codes import DTYPES, LARGEST, SMALLEST
+from diffaccel.kernels.dispatch import power_above
 
 _ONE_BLOCK = 16384  # elements of a row that one program holds in registers; longer rows are read twice
 _LONG_BLOCK = 8192
 
 
 @triton.jit
-def _codes(x, amax, bad, LARGEST: tl.constexpr, IS_INT8: tl.constexpr):
+def round_to_codes(x, amax, bad, LARGEST: tl.constexpr, IS_INT8: tl.constexpr):
     """Round to codes; adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even."""
     scaled = tl.where(bad, 0.0, x * (tl.div_rn(1.0, amax) * LARGEST))
     if IS_INT8:
@@ -52,10 +53,10 @@ def quantize_rows_kernel(
         for start in range(0, K, BLOCK):
             inside = start + columns < K
             part = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
-            codes = _codes(part, amax, bad, LARGEST, IS_INT8)
+            codes = round_to_codes(part, amax, bad, LARGEST, IS_INT8)
             tl.store(q_row + start + columns, codes.to(q_ptr.dtype.element_ty), mask=inside)
     else:
-        codes = _codes(x, amax, bad, LARGEST, IS_INT8)
+        codes = round_to_codes(x, amax, bad, LARGEST, IS_INT8)
         tl.store(q_row + columns, codes.to(q_ptr.dtype.element_ty), mask=columns < K)
 
 
@@ -69,7 +70,7 @@ def launch_quantize_rows(x: Tensor, codes: str) -> tuple[Tensor, Tensor]:
     if m == 0:
         return q, scale
     is_long = k > _ONE_BLOCK
-    block = _LONG_BLOCK if is_long else max(16, triton.next_power_of_2(k))
+    block = _LONG_BLOCK if is_long else max(16, power_above(k))
     quantize_rows_kernel[(m,)](
         x, q, scale, k, x.stride(0),
         LARGEST=LARGEST[codes], INVERSE=1 / LARGEST[codes], SMALLEST=SMALLEST, IS_INT8=codes == "int8",

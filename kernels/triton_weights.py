@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffaccel.kernels.dispatch import count_of
+
 _ROWS = 16  # the least that a tensor core product takes
 _BYTES = 128  # of packed codes that one program expands in a row of the weight
 
@@ -98,7 +100,7 @@ def launch_int4(packed: Tensor, groups: Tensor, dtype: torch.dtype) -> Tensor:
     n, half = packed.shape
     out = torch.empty((n, 2 * half), dtype=dtype, device=packed.device)
     if n:
-        int4_kernel[(triton.cdiv(n, 32), triton.cdiv(half, _BYTES))](
+        int4_kernel[(count_of(n, 32), count_of(half, _BYTES))](
             packed.contiguous(), groups.contiguous(), out, n, half, groups.shape[1], BN=32, BYTES=_BYTES, num_warps=4
         )
     return out
@@ -109,7 +111,7 @@ def launch_int8(w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     n, k = w.shape
     out = torch.empty((n, k), dtype=dtype, device=w.device)
     if n and k:
-        int8_kernel[(triton.cdiv(n, 16), triton.cdiv(k, 256))](
+        int8_kernel[(count_of(n, 16), count_of(k, 256))](
             w.contiguous(), w_scale.contiguous(), out, n, k, BN=16, BK=256, num_warps=4
         )
     return out
@@ -129,12 +131,12 @@ def launch_gemv(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> T
     if w.dtype == torch.uint8:
         half, groups = w.shape[1], w_scale.shape[1]
         size = next(size for size in (64, 32, 16) if (half // groups) % size == 0)
-        int4_gemv_kernel[(triton.cdiv(n, 64),)](
+        int4_gemv_kernel[(count_of(n, 64),)](
             x, w, w_scale, shift, y, m, n, half, groups, x.stride(0),
             BN=64, BYTES=size, ROWS=_ROWS, HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
         )  # fmt: skip
         return y
-    int8_gemv_kernel[(triton.cdiv(n, 64),)](
+    int8_gemv_kernel[(count_of(n, 64),)](
         x, w, w_scale, shift, y, m, n, w.shape[1], x.stride(0),
         BN=64, BK=128, ROWS=_ROWS, HAS_BIAS=bias is not None, num_warps=4, num_stages=4,
     )  # fmt: skip

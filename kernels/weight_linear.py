@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torch.utils.flop_counter
 from torch import Tensor
 
-from diffaccel.kernels.dispatch import Mode, is_fused, on_device_of
+from diffaccel.kernels.dispatch import Mode, is_direct, is_fused, on_device_of
 from diffaccel.kernels.int4_weight import dequantize_int4
 
 FEW_ROWS = 16
@@ -30,7 +30,7 @@ def dequantize(w: Tensor, w_scale: Tensor, dtype: torch.dtype, mode: Mode = "aut
         return dequantize_int4(w, w_scale, dtype, mode)
     is_compiled = torch.compiler.is_compiling() and mode == "auto"  # fused with its neighbours by the compiler
     if w.dtype == torch.int8 and not is_compiled and is_fused(mode, w.device, "dequantize"):
-        return torch.ops.diffaccel.dequantize_int8(w, w_scale, dtype)
+        return (_dequantized if is_direct(w) else torch.ops.diffaccel.dequantize_int8)(w, w_scale, dtype)
     return (w.float() * w_scale).to(dtype)
 
 
@@ -62,12 +62,11 @@ def weight_linear(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None = N
     groups = k // w_scale.shape[1]
     is_gemv = x.shape[0] <= FEW_ROWS and x.dtype in (torch.bfloat16, torch.float16) and groups % 32 == 0
     if is_gemv:
-        return torch.ops.diffaccel.weight_gemv(x, w, w_scale, bias)
+        return (_few_rows if is_direct(x) else torch.ops.diffaccel.weight_gemv)(x, w, w_scale, bias)
     return F.linear(x, dequantize(w, w_scale, x.dtype, mode), None if bias is None else bias.to(x.dtype))
 
 
-@torch.library.custom_op("diffaccel::dequantize_int8", mutates_args=())
-def _dequantize_int8(w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantized(w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     if not is_fused("auto", w.device, "dequantize"):
         return (w.float() * w_scale).to(dtype)
     from diffaccel.kernels.triton_weights import launch_int8
@@ -76,19 +75,24 @@ def _dequantize_int8(w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
         return launch_int8(w, w_scale, dtype)
 
 
+_dequantize_int8 = torch.library.custom_op("diffaccel::dequantize_int8", _dequantized, mutates_args=())
+
+
 @_dequantize_int8.register_fake
 def _(w: Tensor, w_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return w.new_empty(w.shape, dtype=dtype)
 
 
-@torch.library.custom_op("diffaccel::weight_gemv", mutates_args=())
-def _weight_gemv(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _few_rows(x: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
     if not is_fused("auto", x.device, "weight_gemv"):
         return weight_linear_reference(x, w, w_scale, bias)
     from diffaccel.kernels.triton_weights import launch_gemv
 
     with on_device_of(x):
         return launch_gemv(x, w, w_scale, bias)
+
+
+_weight_gemv = torch.library.custom_op("diffaccel::weight_gemv", _few_rows, mutates_args=())
 
 
 @_weight_gemv.register_fake

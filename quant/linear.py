@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.kernels.codes import Codes
 from diffaccel.kernels.fp8_linear import fp8_linear
 from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.quantize_rows import quantize_rows
@@ -86,8 +87,17 @@ class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         codes, bias = self.form.activations, None if self.bias is None else self.bias.detach()
         if codes is None:
             return weight_linear(x, self.weight, self.weight_scale, bias, self.mode)
-        q, scale = quantize_rows(x, codes, self.mode)
-        if codes == "fp8":
+        return self.product_of_codes(*quantize_rows(x, codes, self.mode), x.dtype)
+
+    @property
+    def input_codes(self) -> Codes | None:
+        """The codes that :meth:`product_of_codes` takes; None where the layer takes numbers, or is told how to run."""
+        return self.form.activations if self.mode == "auto" else None
+
+    def product_of_codes(self, q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``x W^T + b`` in ``dtype`` for rows ``x = q * scale`` of codes ``(M, K)`` and scales ``(M, 1)``."""
+        bias = None if self.bias is None else self.bias.detach()
+        if self.form.activations == "fp8":
             fast = self.fast_accumulation
-            return fp8_linear(q, scale, self.weight, self.weight_scale, bias, x.dtype, self.mode, fast)
-        return int8_linear(q, scale, self.int8_matrix(), self.weight_scale, bias, x.dtype, self.mode)
+            return fp8_linear(q, scale, self.weight, self.weight_scale, bias, dtype, self.mode, fast)
+        return int8_linear(q, scale, self.int8_matrix(), self.weight_scale, bias, dtype, self.mode)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 import diffaccel
@@ -38,10 +38,10 @@ from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from diffaccel.kernels.triton_int8 import TILES, launch_int8_linear
 from diffaccel.kernels.weight_linear import weight_linear
-from diffaccel.modules import Capture
 from diffaccel.quant import W4A8, W4A16, W8A8
 from diffaccel.quant.formats import LayerFormat, quantize_weight
 from diffaccel.quant.swap import quantize_networks
+from scripts.fused_tables import FUSED, accelerated, flux_row, fused_table, host_table, print_flux_row
 
 # M, K, N: FLUX (three widths of its linears and both second ones), SDXL, Wan2.1-1.3B
 SHAPES = (
@@ -50,7 +50,7 @@ SHAPES = (
 )  # fmt: skip
 FEW = ((1, 3072, 18432), (1, 3072, 9216), (2, 3072, 18432), (16, 3072, 18432))
 ROWS = ((4608, 3072), (4608, 12288), (4608, 15360), (32760, 1536), (32760, 8960))
-TABLES = ("tune", "linear", "few_rows", "rows", "flux")
+TABLES = ("tune", "linear", "few_rows", "rows", "fused", "host", "flux")
 DEVICE = torch.device("cuda")
 
 
@@ -256,42 +256,13 @@ def torchao_fp8(network: Any) -> None:
     quantize_(network, config, lambda module, name: type(module) is torch.nn.Linear and "norm" not in name)
 
 
-def captured(network: Any) -> Any:
-    """Return a pipeline of a network whose calls are CUDA graphs."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    pipe = FluxPipeline(scheduler, None, None, None, None, None, network)
-    return diffaccel.accelerate(pipe, Capture())
-
-
-def flux_row(timer: Timer, network: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Measure a transformer eager, captured and with compiled blocks; return its output too."""
-    row: dict[str, Any] = {}
-    output = network(**inputs)[0]
-    torch.cuda.reset_peak_memory_stats()
-    row["eager_ms"] = 1000 * timer(lambda: network(**inputs))
-    row["peak_bytes"] = torch.cuda.max_memory_allocated() - timer.flush.numel() * 4
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        network(**inputs)
-    row["launches"] = sum(event.count for event in profile.key_averages())
-    started = time.perf_counter()
-    pipe = captured(network)
-    replayed = [network(**inputs)[0] for _ in range(3)][-1]
-    row["captured_equal"] = torch.equal(replayed, output)
-    row["capture_seconds"] = time.perf_counter() - started
-    row["captured_ms"] = 1000 * timer(lambda: network(**inputs))
-    diffaccel.remove(pipe)
-    started = time.perf_counter()
-    network.compile_repeated_blocks(fullgraph=True)
-    network(**inputs)
-    torch.cuda.synchronize()
-    row["compile_seconds"] = time.perf_counter() - started
-    row["compiled_ms"] = 1000 * timer(lambda: network(**inputs))
-    return row, output.double()
-
-
-def flux_table(timer: Timer, size: int, blocks: tuple[int, int], ways: list[str]) -> dict[str, Any]:
-    """Measure one forward of the transformer: bf16, each quantizer, and torchao's fp8 where the package is."""
-    inputs, rows, exact = flux_inputs(size), {}, None
+def flux_table(
+    timer: Timer, size: int, blocks: tuple[int, int], ways: list[str], save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure one forward of the transformer: bf16 and each quantizer, each as it is and with fused blocks."""
+    inputs, exact = flux_inputs(size), None
+    table: dict[str, Any] = {"size": size, "blocks": list(blocks), "rows": {}}
+    rows = table["rows"]
     for name in ways:
         torch.compiler.reset()
         gc.collect()
@@ -305,33 +276,32 @@ def flux_table(timer: Timer, size: int, blocks: tuple[int, int], ways: list[str]
             print(f"| {name} | {error} |")
             continue
         torch.cuda.synchronize()
-        quantize_seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         gc.collect()
         weights = torch.cuda.memory_allocated() - before
-        with torch.no_grad():
-            row, output = flux_row(timer, network, inputs)
-        exact = output if exact is None else exact
-        row.update(weight_bytes=weights, quantize_seconds=quantize_seconds)
-        row["difference_from_bf16"] = float((output - exact).norm() / exact.norm())
-        rows[name] = row
-        row["weights_share"] = row["weight_bytes"] / rows["bf16"]["weight_bytes"]
-        print(
-            f"| {name} | eager {row['eager_ms']:.1f} ms | captured {row['captured_ms']:.1f} ms (equal: "
-            f"{row['captured_equal']}) | compiled {row['compiled_ms']:.1f} ms (set-up {row['compile_seconds']:.0f} s)"
-            f" | weights {row['weights_share']:.3f} | quantized in {quantize_seconds:.1f} s | differs by "
-            f"{row['difference_from_bf16']:.4f} | launches {row['launches']} |",
-            flush=True,
-        )
+        stock: Tensor | None = None
+        for suffix, method in FUSED.items():
+            if suffix == " folded" and name != "bf16":
+                continue  # quantized, the norm is in the pass anyway
+            pipe = None if method is None else accelerated(network, method)
+            with torch.no_grad():
+                row, output = flux_row(timer, network, inputs, stock, method is None)
+            if pipe is not None:
+                diffaccel.remove(pipe)
+            stock = output if stock is None else stock
+            exact = output.double() if exact is None else exact
+            row.update(weight_bytes=weights, quantize_seconds=seconds)
+            row["difference_from_bf16"] = float((output.double() - exact).norm() / exact.norm())
+            rows[name + suffix] = row
+            base = rows["bf16"]
+            row["weights_share"] = weights / base["weight_bytes"]
+            row["of_eager_bf16"] = row["eager_ms"] / base["eager_ms"]
+            row["captured_of_eager_bf16"] = row["captured_ms"] / base["eager_ms"]
+            row["launches_of_bf16"] = row["launches"] / base["launches"]
+            print_flux_row(name + suffix, row)
+            save(table)
         del network
-    base = rows["bf16"]
-    ratios = {
-        name: {"over_eager_bf16": base["eager_ms"] / row["eager_ms"],
-               "captured_over_eager_bf16": base["eager_ms"] / row["captured_ms"],
-               "compiled_over_compiled_bf16": base["compiled_ms"] / row["compiled_ms"],
-               "eager_over_compiled_bf16": base["compiled_ms"] / row["eager_ms"]}
-        for name, row in rows.items()
-    }  # fmt: skip
-    return {"size": size, "blocks": list(blocks), "rows": rows, "ratios": ratios}
+    return table
 
 
 def main() -> None:
@@ -340,7 +310,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--size", type=int, default=1024, help="pixels of the FLUX picture")
     parser.add_argument("--blocks", type=int, nargs=2, default=(19, 38), help="double and single blocks of FLUX")
-    parser.add_argument("--ways", nargs="+", choices=FLUX_WAYS, default=list(FLUX_WAYS), help="of the table flux")
+    parser.add_argument(
+        "--ways", nargs="+", choices=FLUX_WAYS, default=["bf16", "int8", "fp8"], help="of the table flux"
+    )
     parser.add_argument("--kind", default=None, help="name of the machine, for the record's file name")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON record")
     args = parser.parse_args()
@@ -351,24 +323,35 @@ def main() -> None:
         "linear": lambda: linear_table(timer),
         "few_rows": lambda: few_rows_table(timer),
         "rows": lambda: rows_table(timer),
-        "flux": lambda: flux_table(timer, args.size, tuple(args.blocks), args.ways),
+        "fused": lambda: fused_table(timer, lambda table: save("fused", table)),
+        "host": lambda: host_table(lambda table: save("host", table)),
+        "flux": lambda: flux_table(
+            Timer(min(args.repeats, 10)), args.size, tuple(args.blocks), args.ways, lambda table: save("flux", table)
+        ),
     }
     command = ["python", "-m", "scripts.bench_quant", "--tables", *args.tables, "--repeats", str(args.repeats)]
     settings = {"tables": args.tables, "repeats": args.repeats, "size": args.size, "blocks": list(args.blocks)}
     report = record.Record(kind="bench_quant", settings=settings, command=command)
     report.device = record.describe_device(DEVICE)
     results: dict[str, Any] = {}
-    for name in args.tables:
-        print(f"\n{name}, {report.device['name']}", flush=True)
-        if name == "linear":
-            print("| MxKxN, TFLOP/s | bf16 | _int_mm + compiled | int8 | int8 +q | fp8 fast | fp8 exact | fp8 fast +q "
-                  "| fp8 exact +q | w4a16 | w4a8 +q |")  # fmt: skip
-        results[name] = measures[name]()
+
+    def save(name: str, table: dict[str, Any]) -> None:
+        """Write the record with what is measured so far."""
+        results[name] = table
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             report.finish(**results).save(args.out / f"bench_quant_{args.kind or 'cuda'}.json")
-            if name == "tune":
-                write_json(args.out / "winners.json", {"winners": results[name]["winners"]})
+
+    for name in args.tables:
+        print(f"\n{name}, {report.device['name']}", flush=True)
+        if name == "fused":
+            print("| pass | kernel, us | torch, us | compiled, us | GB/s | of a copy |")
+        if name == "linear":
+            print("| MxKxN, TFLOP/s | bf16 | _int_mm + compiled | int8 | int8 +q | fp8 fast | fp8 exact | fp8 fast +q "
+                  "| fp8 exact +q | w4a16 | w4a8 +q |")  # fmt: skip
+        save(name, measures[name]())
+        if args.out and name == "tune":
+            write_json(args.out / "winners.json", {"winners": results[name]["winners"]})
 
 
 if __name__ == "__main__":

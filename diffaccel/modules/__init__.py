@@ -1,4 +1,4 @@
-"""What is done to a network: stand-ins, step caches, and capture.
+"""What is done to a network: stand-ins, step caches, fused blocks, and capture.
 
 Methods that act on a network as a whole are imported from here: ``from diffaccel.modules import Capture``.
 """
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffaccel.modules.capture.config import Capture
+    from diffaccel.modules.fused.config import FusedBlocks
 
-__all__ = ["Capture"]
+__all__ = ["Capture", "FusedBlocks"]
 
-_LAZY = {"Capture": "diffaccel.modules.capture.config"}
+_LAZY = {"Capture": "diffaccel.modules.capture.config", "FusedBlocks": "diffaccel.modules.fused.config"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,12 +14,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffaccel.kernels import triton_int8, triton_rows, triton_weights
+from diffaccel.kernels import triton_activate, triton_int8, triton_rope, triton_rows, triton_streams, triton_weights
 
 POINTERS = {"a_ptr": "*i8", "w_ptr": "*i8", "c_ptr": "*bf16", "y_ptr": "*bf16", "x_ptr": "*bf16"}
 POINTERS |= {"a_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 INTEGERS = {"LARGEST": 127.0, "INVERSE": 1 / 127, "SMALLEST": 1e-12, "IS_INT8": True}
 FLOATS = {"LARGEST": 448.0, "INVERSE": 1 / 448, "SMALLEST": 1e-12, "IS_INT8": False}
+TOKENS = dict.fromkeys(
+    ("x_a", "x_b", "y_a", "y_b", "gate_a", "gate_b", "scale_a", "scale_b", "shift_a", "shift_b", "factor_a", "factor_b",
+     "term_a", "term_b", "sum_ptr", "out_ptr", "beside_ptr", "q_a", "q_b", "k_a", "k_b", "v_a", "v_b", "norm_q_a",
+     "norm_q_b", "norm_k_a", "norm_k_b", "q_ptr", "k_ptr", "v_ptr"), "*bf16"
+) | {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "row_scale_ptr": "*fp32", "epsilon": "fp32"}  # fmt: skip
+STREAMS = {"IS_TWO": True, "BLOCK": 4096}
 INT8 = {"GROUP_M": 8, "HAS_BIAS": True}
 
 
@@ -64,10 +70,44 @@ CASES |= {
     "few rows int8": case(
         triton_weights.int8_gemv_kernel, {"BN": 64, "BK": 128, "ROWS": 16, "HAS_BIAS": True}, 4, 4,
     ),
+    **{
+        f"streams {name}": case(
+            triton_streams.affine_kernel,
+            {"IS_GATE": name == "gated", "ROUNDS": True, "IS_TWO": True, "ROWS": 4, "BLOCK": 1024}, 4, **TOKENS,
+        )
+        for name in ("gated", "modulated")
+    },
+    "streams folded": case(
+        triton_streams.norm_kernel,
+        {**INTEGERS, **STREAMS, "HAS_SUM": True, "ROUNDS": False, "CODES": False}, 4, **TOKENS,
+    ),
+    "streams int8": case(
+        triton_streams.norm_kernel,
+        {**INTEGERS, **STREAMS, "HAS_SUM": True, "ROUNDS": True, "CODES": True}, 4, **{**TOKENS, "out_ptr": "*i8"},
+    ),
+    "streams fp8": case(
+        triton_streams.norm_kernel,
+        {**FLOATS, **STREAMS, "HAS_SUM": False, "ROUNDS": True, "CODES": True}, 4, **{**TOKENS, "out_ptr": "*fp8e4nv"},
+    ),
+    "activated int8": case(
+        triton_activate.gelu_codes_kernel,
+        {**INTEGERS, "IS_TANH": True, "HAS_BESIDE": True, "BLOCK0": 4096, "BLOCK": 16384}, 16,
+        **{**TOKENS, "q_ptr": "*i8"},
+    ),
+    "heads": case(
+        triton_rope.rope_kernel,
+        {"HAS_NORM": True, "HAS_ROPE": True, "IS_TWO": True, "LANES": 32, "HEADS": 8}, 4, **TOKENS,
+    ),
     "few rows int4": case(
         triton_weights.int4_gemv_kernel, {"BN": 64, "BYTES": 64, "ROWS": 16, "HAS_BIAS": True}, 4, 4, w_ptr="*u8",
     ),
 }  # fmt: skip
+
+
+UNFUSED = (  # launched without fused multiplies and adds
+    triton_rows.quantize_rows_kernel, triton_streams.affine_kernel, triton_streams.norm_kernel,
+    triton_activate.gelu_codes_kernel, triton_rope.rope_kernel,
+)  # fmt: skip
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int) -> dict[str, Any]:
@@ -77,8 +117,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or (n.isupper() and n not in constants)]
     attributes = {(i,): [["tt.divisibility", 16]] for i in [*aligned, *_strides(names)]}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    is_rows = kernel is triton_rows.quantize_rows_kernel  # launched without fused multiplies and adds
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": not is_rows}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel not in UNFUSED}
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = binary.asm["ptx"]
     usage = _resources(binary.asm["cubin"])
@@ -87,6 +126,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
         "tensor copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
         "specialized": "setmaxnreg" in ptx,
         "fused multiplies": len(re.findall(r"fma\.rn\.f32", ptx)),
+        "wide loads": len(re.findall(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", ptx)),
         "shared": binary.metadata.shared,
         **usage,
     }

@@ -11,11 +11,24 @@ from collections.abc import Callable
 
 import torch
 
+from diffaccel.kernels.activate_rows import gelu_codes
 from diffaccel.kernels.int4_weight import dequantize_int4_reference, expand_int4_reference, pack_int4
 from diffaccel.kernels.int8_linear import int8_linear_reference
 from diffaccel.kernels.quantize_rows import quantize_rows_reference
+from diffaccel.kernels.rope import joint_heads_reference, rotate
+from diffaccel.kernels.streams import (
+    gated_sum_fp32,
+    gated_sums,
+    modulate,
+    modulate_fp32,
+    norm_modulate,
+    norm_modulate_codes,
+)
+from diffaccel.kernels.triton_activate import launch_gelu_codes
 from diffaccel.kernels.triton_int8 import Tile, launch_int8_linear
+from diffaccel.kernels.triton_rope import launch_rope
 from diffaccel.kernels.triton_rows import launch_quantize_rows
+from diffaccel.kernels.triton_streams import launch_affine, launch_norm
 from diffaccel.kernels.triton_weights import launch_gemv, launch_int4, launch_int8
 from diffaccel.kernels.weight_linear import weight_linear_reference
 
@@ -119,6 +132,125 @@ def few_rows() -> bool:
     return all(results)
 
 
+def streams_of(dtype: torch.dtype, batch: int, lengths: tuple[int, ...], width: int) -> tuple[list, list]:  # type: ignore[type-arg]
+    """Streams ``(x, scale, shift)``, and ``(y, gate)`` of each; the vectors are parts of longer ones."""
+    streams, gated = [], []
+    for length in lengths:
+        scale, shift, gate = normal(batch, 3 * width).to(dtype).chunk(3, dim=1)
+        x, y = normal(batch, length, width).to(dtype), normal(batch, length, width).to(dtype)
+        streams.append((x, scale, shift))
+        gated.append((y, gate))
+    return streams, gated
+
+
+SIZES = ((2, (5, 11), 40), (1, (3, 4), 64), (3, (9,), 1100), (1, (0, 6), 16))
+
+
+def sums_and_modulations() -> bool:
+    """To the bit in fp32 and fp16, which the interpreter rounds as a GPU does."""
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        for size in SIZES:
+            streams, gated = streams_of(dtype, *size)
+            results += map(same, launch_affine(streams, False), modulate(streams, "reference"))
+            triples = [(y, gate, x) for (y, gate), (x, _, _) in zip(gated, streams, strict=True)]
+            results += map(same, launch_affine(triples, True), gated_sums(triples, "reference"))
+            (x, scale, shift), (y, gate) = streams[-1], gated[-1]
+            vectors = scale.float(), shift.float(), gate.float()
+            (wide,) = launch_affine([(x.float(), *vectors[:2])], False, dtype)
+            results.append(same(wide, modulate_fp32(x.float(), *vectors[:2], dtype, "reference")))
+            (wide,) = launch_affine([(y, vectors[2], x)], True, dtype)
+            results.append(same(wide, gated_sum_fp32(y, vectors[2], x, "reference")))
+            strided = [(x[:, ::2], scale, shift) for x, scale, shift in streams]
+            results += map(same, launch_affine(strided, False), modulate(strided, "reference"))
+    return all(results)
+
+
+def norms_of_streams() -> bool:
+    results = []
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
+        for size in SIZES:
+            streams, gated = streams_of(dtype, *size)
+            for rounds in (True, False):
+                for pairs in (None, gated):
+                    sums, outputs, _ = launch_norm(streams, pairs, 1e-6, None, rounds)
+                    exact_sums, exact = norm_modulate(streams, 1e-6, pairs, mode="reference")
+                    results += [same(y, z, tolerance) for y, z in zip(outputs, exact, strict=True)]
+                    results += map(same, sums, exact_sums if pairs else [])
+    return all(results)
+
+
+def codes_of_norms() -> bool:
+    """Within one code of torch's norm, since sums are added in another order; a row that is no number is none."""
+    results = []
+    for size in SIZES:
+        streams, gated = streams_of(torch.float32, *size)
+        if streams[-1][0].numel():
+            streams[-1][0][0, 2, 3] = float("nan")
+        for pairs in (None, gated):
+            _, outputs, scales = launch_norm(streams, pairs, 1e-6, "int8", True)
+            _, exact = norm_modulate_codes(streams, 1e-6, "int8", pairs, mode="reference")
+            for q, scale, (q_exact, scale_exact) in zip(outputs, scales, exact, strict=True):
+                results.append(bool(((q.flatten(0, 1).int() - q_exact.int()).abs() <= 1).all()))
+                results.append(same(scale.flatten(0, 1), scale_exact, 1e-5))
+    return all(results)
+
+
+def constant_rows_and_neutral_gates() -> bool:
+    """The norm of a constant row is 0, so that the result is the shift; a gate of 0 leaves x; a scale of -1 too."""
+    streams, gated = streams_of(torch.float32, 2, (5, 7), 48)
+    flat = [(torch.full_like(x, 3.0), scale, shift) for x, scale, shift in streams]
+    _, outputs, _ = launch_norm(flat, None, 1e-6, None, True)
+    shifts = [shift[:, None].expand_as(x) for x, _, shift in flat]
+    erased = [(x, torch.full_like(scale, -1.0), shift) for x, scale, shift in streams]
+    closed = [(y, torch.zeros_like(gate), x) for (y, gate), (x, _, _) in zip(gated, streams, strict=True)]
+    pairs = [*zip(outputs, shifts, strict=True), *zip(launch_affine(erased, False), shifts, strict=True)]
+    return all(same(y, z) for y, z in [*pairs, *zip(launch_affine(closed, True), [x for *_, x in closed], strict=True)])
+
+
+def heads() -> bool:
+    results = []
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-2)):
+        for head, count, lengths in ((16, 3, (3, 7)), (8, 5, (4,)), (128, 2, (2, 3)), (64, 9, (5,))):
+            width, total = head * count, sum(lengths)
+            streams = [tuple(normal(2, t, 3 * width).to(dtype).chunk(3, dim=2)) for t in lengths]
+            norms = [(normal(head).to(dtype), normal(head).to(dtype)) for _ in lengths]
+            for rotary in (None, (normal(total, head), normal(total, head))):
+                ours = launch_rope(streams, norms, rotary, head, 1e-6)
+                exact = joint_heads_reference(streams, norms, rotary, head, 1e-6)
+                results += [same(x, y, tolerance) for x, y in zip(ours, exact, strict=True)]
+                q, k, v = launch_rope(streams, None, rotary, head, 1e-6)
+                plain = [torch.cat(parts, 1).unflatten(2, (-1, head)) for parts in zip(*streams, strict=True)]
+                turned = plain if rotary is None else [rotate(plain[0], rotary), rotate(plain[1], rotary), plain[2]]
+                results += map(same, (q, k, v), turned)
+    return all(results)
+
+
+def identity_of_rotation() -> bool:
+    """With cos 1 and sin 0 nothing turns; any angle keeps the length of a pair."""
+    stream = tuple(normal(1, 6, 32) for _ in range(3))
+    q, _, _ = launch_rope([stream], None, (torch.ones(6, 16), torch.zeros(6, 16)), 16, 1e-6)
+    angle = normal(6, 8).repeat_interleave(2, dim=1)
+    turned, _, _ = launch_rope([stream], None, (angle.cos(), angle.sin()), 16, 1e-6)
+    pairs = stream[0].reshape(1, 6, 2, 8, 2).norm(dim=-1)
+    return same(q.flatten(2), stream[0]) and same(turned.unflatten(3, (8, 2)).norm(dim=-1), pairs, 1e-6)
+
+
+def activations() -> bool:
+    """Within one code: the kernel's tanh and torch's differ in the last bits."""
+    results = []
+    for width, beside in ((300, None), (64, 40), (17, 5)):
+        for formula in ("tanh", "none"):
+            x = normal(1, 7, width) * 2
+            x[0, 1], x[0, 2, 5], x[0, 3, 0] = 0, float("nan"), float("inf")
+            side = None if beside is None else normal(1, 7, beside)
+            rows = None if side is None else side.flatten(0, 1)
+            q, scale = launch_gelu_codes(rows, x.flatten(0, 1), "int8", formula == "tanh")
+            q_exact, scale_exact = gelu_codes(side, x, "int8", formula, "reference")
+            results.append(bool(((q.int() - q_exact.int()).abs() <= 1).all()) and same(scale, scale_exact, 1e-5))
+    return all(results)
+
+
 CHECKS: dict[str, Callable[[], bool]] = {
     "rows of integers": rows_of_integers,
     "rows longer than a block": rows_longer_than_a_block,
@@ -129,6 +261,13 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "a row that is no number": a_row_that_is_no_number,
     "expansions": expansions,
     "few rows": few_rows,
+    "sums and modulations": sums_and_modulations,
+    "norms of streams": norms_of_streams,
+    "codes of norms": codes_of_norms,
+    "constant rows and neutral gates": constant_rows_and_neutral_gates,
+    "heads": heads,
+    "identity of rotation": identity_of_rotation,
+    "activations": activations,
 }
 
 if __name__ == "__main__":

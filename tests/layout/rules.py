@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("registry", "samplers.rewards"), "names to methods; what a search climbs"),
     (("samplers.search", "samplers.caches"), "what all searches share; step caches"),
     (
-        ("samplers", "quant", "distill", "modules.capture"),
+        ("samplers", "quant", "distill", "modules.capture", "modules.fused"),
         "the methods: none sees another, and nothing but the registry names one",
     ),
     (("runtime", "presets"), "one pipeline call; files of methods with their certificate"),

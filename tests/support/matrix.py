@@ -23,7 +23,7 @@ import torch
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find
-from diffaccel.modules import Capture
+from diffaccel.modules import Capture, FusedBlocks
 from diffaccel.quant import TIB
 from diffaccel.samplers import (
     Bottleneck,
@@ -48,6 +48,7 @@ METHODS = {  # each leaves the result as it is: that of the stock call, or of th
     "taylorseer-1": TaylorSeer(interval=1),
     "diffusers-cache-0": DiffusersCache(options={"threshold": 0.0}),
     "tib": TIB(),
+    "fused-blocks": FusedBlocks(),
 }
 GPU_METHODS = {**METHODS, "capture": Capture()}
 REFERENCES = {"one-stage": Euler(), "superdiff": Euler(state="stock")}
@@ -62,11 +63,13 @@ NO_CACHE_OF_DIFFUSERS = {
     **dict.fromkeys((*UNETS, "sd3", "pixart", "pixart_alpha", "dit"), "needs a network that diffusers can cache"),
     **dict.fromkeys(ONE_BLOCK, "needs more blocks"),
 }
+NOT_FUSED = {name: "knows the blocks of" for name in FAMILIES if not name.startswith(("flux", "sd3", "wan"))}
 REFUSES = {  # by method and family: a part of the sentence
     "one-stage": ONE_SIZE,
     "firstblock-0": NO_FIRST_BLOCK,
     "diffusers-cache-0": NO_CACHE_OF_DIFFUSERS,
     "superdiff": CLIPPED,
+    "fused-blocks": NOT_FUSED,
 }
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 

@@ -24,7 +24,7 @@ PAIRS = list(itertools.combinations(METHODS, 2))
 LOOPS = {name for name, config in EXAMPLES.items() if config.touches == "loop"}
 CACHES = {name for name, config in EXAMPLES.items() if config.touches == "blocks"}
 BY_PATTERN = {"spectrum", "taylorseer"}  # caches whose steps look at no data
-KEEPS = {"euler", "tib"}  # whose picture of this pipeline is the stock one
+KEEPS = {"euler", "tib", "fused_blocks"}  # whose picture of this pipeline is the stock one
 COUNTS_STEPS = {"cache_dit": {"euler", "dpmpp2m", "ancestral", "scheduler"}}  # counts network calls itself
 
 
