@@ -67,6 +67,7 @@ class Config:
             what records the result as graphs.
         conflicts: names of methods that cannot be active at the same time.
         citation: title and arXiv id.
+        command: a shell command that shows the method, where ``diffaccel sample`` does not.
         added: names of options that came after the first records; their defaults are what was done before.
         needs_steps: whether a method on the network must be told the step of every network call. Without a loop method
             the call then runs under the pipeline's own scheduler, step by step.
@@ -78,6 +79,7 @@ class Config:
     touches: ClassVar[Touches]
     conflicts: ClassVar[tuple[str, ...]] = ()
     citation: ClassVar[str] = ""
+    command: ClassVar[str] = ""
     added: ClassVar[tuple[str, ...]] = ()
     needs_steps: ClassVar[bool] = False
     watches_calls: ClassVar[bool] = False

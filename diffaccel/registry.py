@@ -26,6 +26,7 @@ METHODS = {
     "bottleneck": "diffaccel.samplers.bottleneck.config:Bottleneck",
     "superdiff": "diffaccel.samplers.superdiff.config:SuperDiff",
     "scheduler": "diffaccel.samplers.scheduler:Scheduler",
+    "nfd": "diffaccel.samplers.nfd.config:NFD",
     "spectrum": "diffaccel.samplers.caches.spectrum:Spectrum",
     "seacache": "diffaccel.samplers.caches.seacache:SeaCache",
     "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",

@@ -16,6 +16,8 @@ from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.euler import Euler
 from diffaccel.samplers.heun import Heun
+from diffaccel.samplers.nfd.config import NFD
+from diffaccel.samplers.nfd.sampler import NextFrameSampler
 from diffaccel.samplers.rbf import RBF
 from diffaccel.samplers.scheduler import Scheduler
 from diffaccel.samplers.smc import SMC
@@ -24,8 +26,8 @@ from diffaccel.samplers.superdiff.config import SuperDiff
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
-    "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache", "Euler",
-    "FirstBlockCache", "Heun",
+    "NFD", "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache",
+    "Euler", "FirstBlockCache", "Heun", "NextFrameSampler",
     "Scheduler", "SeaCache", "SoP", "Spectrum", "SuperDiff", "TaylorSeer",
 ]  # fmt: skip
 

@@ -58,6 +58,8 @@ def _other_values(config: Config) -> list[Config]:
             choices = [not value]
         elif isinstance(value, int | float):
             choices = [value + 1, value / 2, value // 2]
+        elif value is None and float in typing.get_args(hint):
+            choices = [0.5]
         for choice in choices:
             try:
                 other = dataclasses.replace(config, **{field.name: choice})

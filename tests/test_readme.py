@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # many processes
 LONG_PAGES = (
     "bottleneck", "caches", "distill", "doctor", "eval", "families", "mixdq", "quantize", "qvgen", "sample", "samplers",
-    "search", "superdiff", "tune",
+    "search", "superdiff", "tune", "worlds",
 )  # fmt: skip
 LONG = {"README.md", *(f"docs/{name}.md" for name in LONG_PAGES)}
 LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}

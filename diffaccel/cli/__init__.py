@@ -18,6 +18,8 @@ COMMANDS = {
         "diffaccel.cli.distill:run",
         "a student that draws in one network call, without pictures to learn from",
     ),
+    "rollout": ("diffaccel.cli.rollout:run", "a world model's video under a stream of actions, as mp4 or gif"),
+    "play": ("diffaccel.cli.play:run", "a world model in a page of the browser, by the keyboard"),
     "doctor": ("diffaccel.cli.doctor:run", "what this machine can do, which methods are fast here, and why"),
     "list": ("diffaccel.cli.listing:run_list", "the methods and the embedded models"),
     "explain": ("diffaccel.cli.listing:run_explain", "one method or one model: what it is, its options, an example"),

@@ -109,7 +109,7 @@ def explain_method(name: str) -> dict[str, Any]:
         "paper": cls.citation,
         "conflicts": list(cls.conflicts),
         "options": options_of(cls),
-        "command": command,
+        "command": cls.command or command,
         "python": f"diffaccel.accelerate(pipe, {cls.__name__}({plan}))",
         "import": f"from {_package_of(cls)} import {cls.__name__}",
     }

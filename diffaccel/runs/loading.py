@@ -76,6 +76,10 @@ def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
     folder = find_folder(name)
     if folder is not None:
         check_pipeline(name, folder)
+        if _class_name(folder) == "NextFramePipeline":
+            from diffaccel.models.next_frame.pipeline import NextFramePipeline
+
+            return NextFramePipeline.from_folder(folder, **kwargs)
         _import_own_parts(folder)
         return DiffusionPipeline.from_pretrained(folder, **kwargs)
     try:
@@ -84,6 +88,10 @@ def _read(name_or_path: str | Path, **kwargs: Any) -> Any:
         raise DiffAccelError(
             f"'{name}' is neither in the zoo ({', '.join(zoo.names())}) nor a folder, and the hub gave: {error}"
         ) from error
+
+
+def _class_name(folder: Path) -> Any:
+    return json.loads((folder / INDEX).read_text(encoding="utf-8")).get("_class_name")
 
 
 def _import_own_parts(folder: Path) -> None:

@@ -16,10 +16,14 @@ from tests.layout import tree
 # The floors of the house, from the ground up. A module sees lower floors and its own room; rooms of one floor do not
 # see each other. A room is a module or a package by its name under ``diffaccel``; the longest name that fits counts.
 FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("errors", "files", "flow", "former", "kernels"), "the one exception, whole files, noise paths, GPU operations"),
     (
-        ("record", "processes", "schedules", "zoo", "modules", "training", "eval.errors"),
-        "records, processes of a launch, noise levels, embedded models, what is done to a network, training",
+        ("errors", "files", "flow", "former", "kernels", "modules.capture.graphs"),
+        "the one exception, whole files, noise paths, GPU operations, recorded launches",
+    ),
+    (
+        ("record", "processes", "schedules", "zoo", "modules", "models", "training", "eval.errors"),
+        "records, processes of a launch, noise levels, embedded models, what is done to a network, networks of ours, "
+        "training",
     ),
     (("eval.images", "eval.uncertainty"), "sets of images, intervals and tests"),
     (("eval.metrics",), "numbers of features and pairs"),

@@ -26,6 +26,7 @@ from diffaccel.families import find
 from diffaccel.modules import Capture, FusedBlocks
 from diffaccel.quant import TIB
 from diffaccel.samplers import (
+    NFD,
     Bottleneck,
     DiffusersCache,
     Euler,
@@ -49,6 +50,7 @@ METHODS = {  # each leaves the result as it is: that of the stock call, or of th
     "diffusers-cache-0": DiffusersCache(options={"threshold": 0.0}),
     "tib": TIB(),
     "fused-blocks": FusedBlocks(),
+    "nfd-1": NFD(draft=1),  # on a world model: tests/samplers/nfd
 }
 GPU_METHODS = {**METHODS, "capture": Capture()}
 REFERENCES = {"one-stage": Euler(), "superdiff": Euler(state="stock")}
@@ -70,6 +72,7 @@ REFUSES = {  # by method and family: a part of the sentence
     "diffusers-cache-0": NO_CACHE_OF_DIFFUSERS,
     "superdiff": CLIPPED,
     "fused-blocks": NOT_FUSED,
+    "nfd-1": dict.fromkeys(FAMILIES, "drafts the frames of a world model"),
 }
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 

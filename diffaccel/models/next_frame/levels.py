@@ -1,0 +1,32 @@
+"""Noise levels of a frame's few steps, and the two rules of a step: Euler's, and a consistency model's.
+
+With ``x_t = (1-t) x0 + t e`` and ``v = e - x0``: Euler's step is ``x_s = x_t + (s-t) v``; a consistency step takes
+``x0 = x_t - t v`` and mixes in new noise, ``x_s = (1-s) x0 + s e'`` (arXiv 2303.01469).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
+
+StepRule = Literal["euler", "consistency"]
+
+
+def levels(steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """Return ``steps + 1`` levels from 1 to 0: ``s u / (1 + (s - 1) u)`` of an even grid ``u``, with the shift s."""
+    if steps < 1:
+        raise DiffAccelError(f"steps is {steps}; it must be 1 or more.")
+    if shift <= 0:
+        raise DiffAccelError(f"shift is {shift}; it must be positive: 1 for an even grid.")
+    grid = [1 - k / steps for k in range(steps + 1)]
+    return tuple(shift * u / (1 + (shift - 1) * u) for u in grid)
+
+
+def step(rule: StepRule, x: Tensor, v: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
+    """Return the state at ``sigma_next``; ``noise`` is new, for a consistency step that is not the last one."""
+    if rule == "euler" or noise is None:
+        return x + (sigma_next - sigma) * v
+    return (1 - sigma_next) * (x - sigma * v) + sigma_next * noise

@@ -1,0 +1,102 @@
+"""``diffaccel rollout``: the video is what the sampler draws; actions from every source; errors before any work."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import imageio_ffmpeg
+import pytest
+import torch
+from PIL import Image
+
+from diffaccel.samplers import NextFrameSampler
+from diffaccel.samplers.nfd.streams import held_actions
+from tests.support.worlds import tiny_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_world(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rollout(run, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: run("rollout", world, "--device", "cpu", "--steps", 2, *words)
+
+
+def test_the_video_is_what_the_sampler_draws(rollout, world, tmp_path):
+    done = rollout("--actions", "1,1,1,2,0", "--draft", 2, "--scale", 1, "--json", "--out", "run.gif")
+    assert done.status == 0, done.err
+    told = done.json
+    assert (told["frames"], told["accepted"], told["rounds"], told["discarded"]) == (5, 5, 4, 2)
+    sampler = NextFrameSampler(tiny_world(torch.float32), 2, draft=2)
+    sampler.reset()
+    expected = ((sampler.rollout([1, 1, 1, 2, 0]).frames.clamp(-1, 1) + 1) * 127.5).round()
+    with Image.open(tmp_path / "run.gif") as video:
+        assert video.n_frames == 5 and video.size == (8, 8)
+        first = torch.frombuffer(bytearray(video.convert("RGB").tobytes()), dtype=torch.uint8).view(8, 8, 3)
+    assert (first.movedim(-1, 0).float() - expected[0, 0]).abs().max() < 40  # 256 colours
+
+
+def test_a_held_stream_into_mp4(rollout, tmp_path):
+    done = rollout("--frames", 20, "--draft", "auto", "--hold", 5, "--out", "run.mp4")
+    assert done.status == 0, done.err
+    assert "20 frames in" in done.out and "relative to one frame" in done.out and "run.mp4" in done.out
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "run.mp4"))[0] == 20
+
+
+def test_actions_from_a_file_and_a_first_picture(rollout, tmp_path):
+    (tmp_path / "actions.txt").write_text("1 1\n2, 3\n")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "start.png")
+    words = ("--actions", "actions.txt", "--start", "start.png", "--draft", 1, "--json")
+    assert rollout(*words).json["frames"] == 4
+    assert rollout(*words, "--frames", 2, "--oracle").json["is_oracle"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--draft", "many"), "--draft is 'many'"),
+        (("--draft", 0), "draft is 0"),
+        (("--draft", 9), "window is 4 with 9 drafts"),
+        (("--actions", "1,9", "--draft", 1), "hold 9; they must be integers from 0 to 3"),
+        (("--actions", "nowhere.txt"), "neither hold, random, numbers"),
+        (("--actions", "1,1", "--frames", 3, "--draft", 1), "Give 1 to 2"),
+        (("--frames", 0, "--draft", 1), "frames is 0"),
+        (("--hold", 0.5, "--draft", 1), "mean hold is 0.5"),
+        (("--out", "run.avi"), "it must be .mp4 or .gif"),
+        (("--start", "nowhere.png", "--draft", 1), "cannot be read as a picture"),
+        (("--scale", 0), "must be positive"),
+        (("--steps", 0), "steps is 0"),
+        (("--context-noise", 0.7, "--draft", 1), "context_noise is 0.7"),
+    ],
+)
+def test_bad_input_is_named(rollout, words, sentence):
+    done = rollout(*words)
+    assert done.status == 2 and sentence in done.err and not done.out
+
+
+def test_a_folder_without_a_model_is_named(run, tmp_path):
+    done = run("rollout", tmp_path, "--draft", 1)
+    assert done.status == 2 and "neither model_index.json nor config.json" in done.err
+
+
+def test_a_first_picture_of_another_size_is_named(rollout, tmp_path):
+    Image.new("RGB", (9, 8)).save(tmp_path / "start.png")
+    assert "is 9x8; the model's frames are 8x8" in rollout("--start", "start.png", "--draft", 1).err
+
+
+def test_a_held_stream_repeats_as_often_as_it_says():
+    stream = held_actions(20_000, 9, 8.0, seed=1)
+    repeats = sum(a == b for a, b in itertools.pairwise(stream)) / (len(stream) - 1)
+    assert abs(repeats - 7 / 8) < 4 * (7 / 64 / 20_000) ** 0.5
+    assert set(stream) == set(range(9))
+    changing = held_actions(500, 9, 1.0)
+    assert all(a != b for a, b in itertools.pairwise(changing))
+    assert (
+        held_actions(500, 9, 3.0) == held_actions(500, 9, 3.0) != held_actions(500, 9, 3.0, seed=random.randint(1, 9))
+    )
