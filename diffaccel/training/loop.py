@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -99,6 +100,20 @@ class Deadline:
         return self.left() <= 0
 
 
+class SharingProcesses(Protocol):
+    """The processes that share every step of a run, as :mod:`diffaccel.processes` tells them."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+
 def step_seed(seed: int, step: int) -> int:
     """Return the seed of one step's random numbers, so that a step that is repeated draws them again."""
     return (seed * 1_000_003 + step) % 2**63
@@ -116,6 +131,8 @@ class TrainingRun:
         deadline: of this job.
         device: of the generator, and of the checkpoint's tensors.
         tell: called with every entry of the log as text.
+        processes: that share every step; their gradients are averaged, the first one writes and has the clock. Modules
+            must begin alike in all of them.
     """
 
     def __init__(
@@ -129,7 +146,9 @@ class TrainingRun:
         deadline: Deadline | None = None,
         device: str | torch.device = "cpu",
         tell: Callable[[str], None] = lambda text: None,
+        processes: SharingProcesses | None = None,
     ) -> None:
+        self.rank, self.size = (0, 1) if processes is None else (processes.rank, processes.size)
         self.folder, self.name, self.plan, self.seed = Path(folder), name, plan, seed
         self.deadline, self.device, self.tell = deadline, torch.device(device), tell
         self.module = nn.ModuleDict(modules)
@@ -170,7 +189,7 @@ class TrainingRun:
         last = saved = time.monotonic()
         self.module.train()
         try:
-            while not self.finished and not (self.deadline and self.deadline.over()):
+            while not self._is_over():
                 self.generator.manual_seed(step_seed(self.seed, self.step))
                 step = self.step
                 yield step
@@ -188,12 +207,30 @@ class TrainingRun:
             self.log()
             self.save()
 
+    def _is_over(self) -> bool:
+        """Return whether the run is finished or the job's time up, by the first process's clock."""
+        over = self.finished or bool(self.deadline and self.deadline.over())
+        if self.size == 1:
+            return over
+        told = torch.tensor(over, dtype=torch.uint8, device=self.device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told)
+
+    def _average_gradients(self) -> None:
+        """Average the gradients of all processes, in one piece."""
+        with_gradient = [p for p in self.parameters if p.grad is not None]
+        flat = torch.cat([p.grad.reshape(-1) for p in with_gradient if p.grad is not None])
+        torch.distributed.all_reduce(flat)
+        flat /= self.size
+        for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
+            p.grad = part.view_as(p)
+
     def update(self, loss: torch.Tensor, samples: int, **details: float) -> None:
         """Take one optimiser step; a gradient that is not finite is replaced by zero and logged as ``bad``.
 
         Args:
             loss: a scalar to differentiate.
-            samples: number of samples in the loss.
+            samples: number of samples in the losses of all processes.
             details: further values for the log.
         """
         rate = self.plan.rate(self.step, self.progress, self.restarted_at)
@@ -201,6 +238,8 @@ class TrainingRun:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.size > 1:
+            self._average_gradients()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
         # Selecting on the device keeps its queue full; asking on the host whether the norm is finite would drain it.
         finite = torch.isfinite(norm)
@@ -225,7 +264,7 @@ class TrainingRun:
 
     def log(self) -> None:
         """Append the means since the last entry to ``<name>.jsonl``, and pass them to ``tell``."""
-        if not self._window:
+        if not self._window or self.rank:
             return
         seconds = max(time.monotonic() - self._window_start, 1e-9)
         means = {key: round(float(total) / count, 5) for key, (total, count) in self._window.items()}
@@ -246,6 +285,8 @@ class TrainingRun:
 
     def save(self, path: Path | None = None, *, moments: bool = True) -> None:
         """Write a checkpoint: weights, EMA and, with ``moments``, the optimiser's moments."""
+        if self.rank:
+            return
         # Parameters, not state_dict(), which repeats tied parameters under each of their names (T5's embedding).
         tensors = {f"live.{name}": parameter.detach() for name, parameter in self.module.named_parameters()}
         tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.state().items()}
