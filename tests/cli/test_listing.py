@@ -45,12 +45,13 @@ def test_list_names_every_method_and_model(run, embedded):
     kinds = {m["name"]: m["kind"] for m in found["methods"]}
     assert {name: kinds.pop(name) for name in registry.TRAINERS} == dict.fromkeys(registry.TRAINERS, "distillation")
     assert kinds.pop("nfd") == "sampler"  # of world models, whose pipeline it lets draft
+    assert kinds.pop("fused_blocks") == "module"  # leaves every picture as it is
     assert kinds == {
         name: {"loop": "sampler", "blocks": "cache", "weights": "quantizer", "graphs": "module"}[
             registry.config_class(name).touches
         ]
         for name in registry.METHODS
-        if name != "nfd"
+        if name not in ("nfd", "fused_blocks")
     }
     for method in found["methods"]:
         if method["name"] in registry.TRAINERS:

@@ -12,7 +12,7 @@ from torch import nn
 from diffaccel import families
 from diffaccel.config import Config, Level, Machine, Touches
 from diffaccel.errors import DiffAccelError
-from diffaccel.modules.fused.forward import Forward, Kind
+from diffaccel.modules.fused.forward import BlockKind, Forward
 from diffaccel.modules.fused.plain_parts import has_own_forward
 from diffaccel.modules.stand_in import uncompiled
 
@@ -111,10 +111,10 @@ def _known() -> str:
     return ", ".join(MODULES)
 
 
-def _kinds_of(network: nn.Module) -> tuple[Kind, ...]:
+def _kinds_of(network: nn.Module) -> tuple[BlockKind, ...]:
     for cls in type(network).__mro__:
         if cls.__name__ in MODULES and cls.__module__.startswith("diffusers."):
-            kinds: tuple[Kind, ...] = import_module(MODULES[cls.__name__]).KINDS
+            kinds: tuple[BlockKind, ...] = import_module(MODULES[cls.__name__]).KINDS
             return kinds
     return ()
 

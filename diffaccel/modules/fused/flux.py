@@ -20,7 +20,7 @@ from diffaccel.kernels.quantize_rows import quantize_rows
 from diffaccel.kernels.rope import Projections, joint_heads
 from diffaccel.kernels.streams import gated_sums, joined_tokens
 from diffaccel.modules.fused.codes import codes_of, product
-from diffaccel.modules.fused.forward import Kind
+from diffaccel.modules.fused.forward import BlockKind
 from diffaccel.modules.fused.plain_parts import (
     is_bare_norm,
     is_head_norm,
@@ -184,6 +184,6 @@ def _clipped(x: Tensor) -> Tensor:
 
 
 KINDS = (
-    Kind(FluxTransformerBlock, double_reason, double),
-    Kind(FluxSingleTransformerBlock, single_reason, single),
+    BlockKind(FluxTransformerBlock, double_reason, double),
+    BlockKind(FluxSingleTransformerBlock, single_reason, single),
 )

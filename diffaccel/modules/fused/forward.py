@@ -14,7 +14,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Kind:
+class BlockKind:
     """A class of blocks that is known.
 
     Attributes:
@@ -45,7 +45,7 @@ class Forward:
         fused_calls: the others.
     """
 
-    def __init__(self, block: nn.Module, kind: Kind, folded: bool) -> None:
+    def __init__(self, block: nn.Module, kind: BlockKind, folded: bool) -> None:
         self.block, self.kind, self.folded = block, kind, folded
         self.stock = MethodType(type(block).forward, block)
         self.is_on = True

@@ -9,7 +9,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from diffaccel.kernels.streams import gated_sums, norm_modulate
-from diffaccel.modules.fused.forward import Kind
+from diffaccel.modules.fused.forward import BlockKind
 from diffaccel.modules.fused.plain_parts import is_bare_norm, reason_of_call
 from diffaccel.modules.fused.steps import feed_forward_of, normed_streams, reason_of_feed_forward, reason_of_norm
 
@@ -68,4 +68,4 @@ def joint(
     return (None if block.context_pre_only else results[0]), results[-1]
 
 
-KINDS = (Kind(JointTransformerBlock, joint_reason, joint),)
+KINDS = (BlockKind(JointTransformerBlock, joint_reason, joint),)

@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
 from diffaccel.kernels.streams import gated_sum_fp32, modulate_fp32
-from diffaccel.modules.fused.forward import Kind
+from diffaccel.modules.fused.forward import BlockKind
 from diffaccel.modules.fused.plain_parts import is_plain, reason_of_call
 from diffaccel.modules.fused.steps import feed_forward_of, reason_of_feed_forward
 
@@ -52,4 +52,4 @@ def wan(
     return gated_sum_fp32(output, gate_of_layers, x)
 
 
-KINDS = (Kind(WanTransformerBlock, wan_reason, wan),)
+KINDS = (BlockKind(WanTransformerBlock, wan_reason, wan),)
