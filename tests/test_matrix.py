@@ -12,7 +12,7 @@ from matrix import Case
 
 QUICK = {"stock", "batch", "generators"}  # of the other methods, on one family
 SOME = ("flux", "sd", "wan")  # families of the other methods here; the script runs all
-QUICKLY = ("flux", "sd", "wan", "dit")  # families of the one method, of which the others are slow tests
+QUICKLY = ("flux", "sd")  # families of the one method, of which the others are slow tests
 
 
 def cell(method: str, contract: str, family: str) -> Any:

@@ -40,6 +40,7 @@ class NFD(Config):
     conflicts: ClassVar[tuple[str, ...]] = (
         "euler", "heun", "dpmpp2m", "ancestral", "rbf", "bon", "smc", "svdd", "code", "sop", "bottleneck", "superdiff",
         "scheduler", "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "cache_dit",
+        "fused_blocks",
     )  # fmt: skip
 
     draft: int | Literal["auto"] = "auto"
@@ -73,7 +74,7 @@ class NFD(Config):
         """Return whether a pipeline is a world model."""
         if pipeline == NextFramePipeline.__name__:
             return True, "drafts its frames"
-        return False, "drafts the frames of world models only"
+        return False, "drafts the frames of a world model"
 
     def validate(self) -> None:
         if self.draft != "auto" and self.draft < 1:

@@ -213,6 +213,7 @@ def test_latents_as_image_fix_the_resolution(family: str) -> None:
 # -- inpainting --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "size", "strength", "guided"), grid(variants.INPAINT))
 def test_inpainting_is_the_stock_call(case: str, size: int, strength: float, guided: bool) -> None:
     pipe = variants.inpaint(case)

@@ -48,6 +48,7 @@ def test_equals_the_sum_written_out() -> None:
     torch.testing.assert_close(frame_attention(query, key, value, frames, 4), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}

@@ -83,6 +83,7 @@ def test_equals_what_is_written_out() -> None:
         assert torch.equal(ring[:, :, others], old[:, :, others])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}

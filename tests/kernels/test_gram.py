@@ -58,6 +58,7 @@ def test_a_difference_survives_a_large_common_part() -> None:
     assert float(gram(torch.stack([near, base]), 1)[0, 0, 0, 0] / exact) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}

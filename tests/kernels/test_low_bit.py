@@ -142,6 +142,7 @@ def interpreted() -> dict[str, bool]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_kernel_under_the_interpreter(name: str) -> None:
     triton = pytest.importorskip("triton")

@@ -40,6 +40,7 @@ def compiled() -> dict[str, dict[str, Any]]:
     return {row.pop("name"): row for row in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not IS_NEW, reason="older interpreters cannot loop to a runtime bound with this numpy")
 @pytest.mark.parametrize("name", names_of("interpreted"))
 def test_a_kernel_under_the_interpreter(name: str) -> None:

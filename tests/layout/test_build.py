@@ -178,7 +178,9 @@ def test_checkout_works_without_installing(pythons, checkout):
     assert all(file.is_relative_to(checkout) for file in found.values())
 
 
-@pytest.mark.parametrize("safe_path", ["", "1"], ids=["python -m pytest", "pytest"])
+@pytest.mark.parametrize(
+    "safe_path", [pytest.param("", id="python -m pytest", marks=pytest.mark.slow), pytest.param("1", id="pytest")]
+)
 def test_tests_run_without_installing(pythons, checkout, safe_path):
     """``python -m pytest``, and bare ``pytest``, which does not put the root on the path by itself."""
     test = checkout / "tests" / "test_planted.py"

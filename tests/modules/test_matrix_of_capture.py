@@ -9,7 +9,7 @@ from diffaccel.modules import Capture
 from tests.support.replayed_calls import ReplayedCalls, replayed_calls
 
 __all__ = ["replayed_calls"]  # a fixture
-FAST = ("flux", "sd")
+FAST = ("flux",)
 FAMILIES = [pytest.param(f, marks=[pytest.mark.slow] * (f not in FAST)) for f in matrix.FAMILIES]
 CONTRACTS = [pytest.param(c, marks=[pytest.mark.slow] * (c == "compiled")) for c in matrix.CONTRACTS]
 

@@ -25,6 +25,7 @@ def by_stock_driver(family: str, sampler: Any, **extra: Any) -> tuple[torch.Tens
     return result.images, stats, pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [Euler(), Heun(), DPMpp2M(), Ancestral()], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_stock_and_native_driver_agree(family: str, sampler: Any) -> None:

@@ -42,6 +42,7 @@ def test_a_clip_gives_cmmd_and_says_that_it_is_not_the_papers(sets, judge):
     assert found.row("fd_infinity", "darker") is None  # of pictures of equal seeds it would say nothing
 
 
+@pytest.mark.slow
 def test_against_a_reference(sets):
     tiny = extractor("tiny")
     reference = open_source(sets["reference"].path)

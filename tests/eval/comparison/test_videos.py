@@ -85,6 +85,7 @@ def test_fidelity_is_of_whole_videos_and_of_every_frame(sets, compared):
     json.dumps(found.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_flicker_is_read_as_a_difference(sets, compared):
     found = compared
     flicker = {name: (pixels(sets[name])[:, 1:] - pixels(sets[name])[:, :-1]).abs().mean((1, 2, 3, 4)) for name in sets}

@@ -164,6 +164,7 @@ def test_equal_distributions_in_pairs_have_no_negative_distance_on_average() -> 
     assert abs(sum(values) / 60) < 3 * spread and max(plain_values) < 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [0.3, 0.0])
 def test_intervals_cover(shift: float) -> None:
     reference = draw(300, 12, seed=7)

@@ -174,6 +174,7 @@ def test_a_compiled_network_draws_the_same():
     torch.testing.assert_close(draw(pipe, HELD[:2]), expected[:, :2], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_compile_around_their_attention_under_quantized_weights():
     pipe = diffaccel.accelerate(tiny_pipeline(num_attention_heads=4), W8A8(), NFD(draft=2))
     expected = draw(pipe, HELD[:3])

@@ -62,6 +62,7 @@ def rms(path: Path, steps: int, config: SuperDiff, edit: Any = lambda x: x, **op
     return float((run.tracked() - true).gather(1, best).square().mean().sqrt())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
 def test_the_error_of_mixtures_halves_at_four_times_the_steps(path: Path, steps: int) -> None:

@@ -183,6 +183,7 @@ def test_crop_keeps_full_rows():
     assert clip.crop(tokens).shape == (2, 32)
 
 
+@pytest.mark.slow
 def test_equal_pictures_are_no_negatives_and_parts_of_the_scenes_are_left_out(scenes, shared, work):
     from transformers import CLIPTokenizer
 

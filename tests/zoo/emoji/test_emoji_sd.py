@@ -32,6 +32,7 @@ def done(world, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return work, out
 
 
+@pytest.mark.slow
 def test_two_steps_and_a_repeated_command(done, world, monkeypatch, tmp_path) -> None:
     work, out = done
     steps = [json.loads(line)["step"] for line in (work / "unet.jsonl").read_text().splitlines()]
