@@ -68,7 +68,7 @@ class FusedBlocks(Config):
             return None, "needs a network whose blocks are known"
         if pipeline.startswith(("Flux", "StableDiffusion3", "Wan")):
             return True, "fuses its transformer blocks"
-        return False, f"knows the blocks of {_known()} only"
+        return False, f"knows the blocks of {_known()}"
 
     def apply(self, pipe: Any) -> FusedNetworks:
         """Put a pass-saving forward on every known block of a pipeline's networks.
