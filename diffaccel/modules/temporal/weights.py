@@ -56,20 +56,25 @@ class Weights:
         with torch.inference_mode(False), torch.no_grad():
             for key, parameter in inside.items():
                 if key not in outside and key not in self._resting and type(parameter.data) is Tensor:
-                    self._resting[key] = _rest(parameter)
+                    host, one = _on_host(parameter.data), _nan_of(parameter.data)
+                    self._resting[key] = Rest(
+                        parameter, host, one.data_ptr()
+                    )  # noted first, should this be interrupted
+                    parameter.data = one
 
     def restore(self) -> bool:
         """Move everything back to where its stand-ins are; return whether anything was away.
 
-        Raises:
-            DiffAccelError: for a parameter that was replaced in the meantime.
+        What an interrupt or a full device leaves away stays noted, and the next call moves it back.
         """
-        resting, self._resting = self._resting, {}
+        was_away = bool(self._resting)
         with torch.inference_mode(False), torch.no_grad():
-            for rest in resting.values():
+            while self._resting:
+                key, rest = next(reversed(self._resting.items()))
                 device = rest.parameter.device
                 rest.parameter.data = rest.host.to(device, non_blocking=True) if device.type == "cuda" else rest.host
-        return bool(resting)
+                del self._resting[key]
+        return was_away
 
     def check(self) -> None:
         """Raise where somebody has written to a parameter that is away."""
@@ -90,15 +95,17 @@ class Weights:
         return rest.host.to(device, non_blocking=True)
 
 
-def _rest(parameter: nn.Parameter) -> Rest:
-    data = parameter.data
-    if data.is_cuda:
-        host = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu", pin_memory=True)
-        host.copy_(data)
-    else:
-        host = data
+def _on_host(data: Tensor) -> Tensor:
+    """Return the numbers in the memory of the host, in the layout that they have."""
+    if not data.is_cuda:
+        return data
+    host = torch.empty_strided(data.shape, data.stride(), dtype=data.dtype, device="cpu", pin_memory=True)
+    return host.copy_(data)
+
+
+def _nan_of(data: Tensor) -> Tensor:
+    """Return what stands for the numbers: one element in their shape, not-a-number where the dtype has it."""
     one = torch.zeros(1, dtype=data.dtype, device=data.device)
     if data.dtype.is_floating_point:
         one = torch.full((1,), float("nan"), dtype=torch.float32, device=data.device).to(data.dtype)
-    parameter.data = one.expand(data.shape)
-    return Rest(parameter, host, parameter.data_ptr())
+    return one.expand(data.shape)
