@@ -189,6 +189,37 @@ def test_weights_written_while_they_are_away() -> None:
     assert torch.equal(case.call(pipe), expected)
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before the first call", "after it"])
+def test_hooks_and_forwards_of_somebody_else_act_once_in_every_call(late: bool) -> None:
+    case, pipe = made()
+    plain = case.make()
+    if late:
+        case.call(pipe)
+    for one in (plain, pipe):
+        network = one.transformer
+        network.transformer_blocks[0].norm1.linear.register_forward_hook(lambda module, args, output: 2 * output)
+        linear, embedding = network.norm_out.linear, network.time_text_embed
+        linear.forward = lambda x, own=linear: 3 * nn.functional.linear(x, own.weight, own.bias)
+        embedding.forward = lambda *args, own=embedding.forward: 4 * own(*args)
+    expected = case.call(plain)
+    assert torch.equal(case.call(pipe), expected) and torch.equal(case.call(pipe), expected)
+    assert told(pipe)["host_bytes"] > 0 and not told(pipe)["plain"]
+    assert torch.equal(case.call(diffaccel.remove(pipe)), expected)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the first call", "after it"])
+def test_weights_that_are_cast_in_every_call(late: bool) -> None:
+    case, pipe = made()
+    plain = case.make()
+    if late:
+        case.call(pipe)
+    for one in (plain, pipe):
+        one.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    expected = case.call(plain)
+    assert torch.equal(case.call(pipe), expected) and torch.equal(case.call(pipe), expected)
+    assert torch.equal(case.call(diffaccel.remove(pipe)), expected)
+
+
 def test_calls_with_gradients_and_in_train_mode_are_plain() -> None:
     case, pipe = made()
     case.call(pipe)
@@ -221,6 +252,30 @@ def test_weights_rest_and_come_back_to_the_bit(tmp_path: Any) -> None:
     assert all(torch.equal(p, before[name]) for name, p in pipe.transformer.named_parameters())
     assert not any("_diffaccel_temporal" in vars(part) for part in pipe.transformer.modules())
     assert type(pipe.transformer).__mro__[0].__module__.startswith("diffusers")
+
+
+def test_an_interrupt_while_weights_come_back_loses_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, pipe = made()
+    expected = case.call(pipe)
+    resting = list(pipe.transformer._diffaccel_temporal.owner.weights._resting.values())
+    host, rest = resting[2].host, resting[2]
+
+    class Interrupted:
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            if instance is rest:
+                raise KeyboardInterrupt
+            return vars(instance)["host"]
+
+        def __set__(self, instance: Any, value: Any) -> None:
+            vars(instance)["host"] = value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(rest), "host", Interrupted(), raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            diffaccel.remove(pipe)
+    assert torch.equal(case.call(pipe), expected)
+    diffaccel.remove(pipe)
+    assert rest.parameter.data_ptr() == host.data_ptr() and torch.equal(case.call(pipe), expected)
 
 
 def test_copies_and_pickles() -> None:

@@ -18,7 +18,7 @@ CHANGES = ("fuse_lora", "unfuse_lora")  # of weights, which their versions do no
 READS = (
     "state_dict", "save_pretrained", "load_lora_adapter", "add_adapter", "set_adapters", "set_adapter",
     "delete_adapters", "unload_lora", "load_state_dict", "_apply", "enable_adapters", "disable_adapters",
-    "enable_lora", "disable_lora", "train", "requires_grad_",
+    "enable_lora", "disable_lora", "train", "requires_grad_", "enable_layerwise_casting",
 )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def _module_class(cls: Any) -> Any:
     """Return a class of the same name whose forward returns a row of a table, where there is one."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = self._diffaccel_temporal.result
-        return cls.forward(self, *args, **kwargs) if result is None else result
+        place: TemporalPlace | None = vars(self).get(PLACE)  # None for a bound method that outlived it
+        return cls.forward(self, *args, **kwargs) if place is None or place.result is None else place.result
 
     return _derived(cls, {"forward": forward})
 

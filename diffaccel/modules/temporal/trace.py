@@ -123,7 +123,8 @@ class CallTrace(TorchDispatchMode):
         if tensor in self._weights:
             if id(tensor) not in self._constants:
                 self._constants[id(tensor)] = self._new(tensor, frozenset(), tensor)
-            return self._constants[id(tensor)]
+            constant = self._constants[id(tensor)]
+            return constant if self.shapes[constant].dtype == tensor.dtype else None  # it is cast during the call
         number: int | None = self._numbers.get(tensor)
         return number
 
@@ -172,7 +173,10 @@ class CallTrace(TorchDispatchMode):
         try:
             for name, module in network.named_modules():
                 calls = self.calls[name] = ModuleCalls()
-                hooks.append(module.register_forward_hook(self._noting(calls), with_kwargs=True))
+                if "forward" in vars(module):  # somebody's own, which no row stands for
+                    continue
+                noting = self._noting(calls)  # first of the hooks: a row stands for what the forward returns
+                hooks.append(module.register_forward_hook(noting, prepend=True, with_kwargs=True))
             with self:
                 yield
         finally:
