@@ -99,6 +99,19 @@ class TemporalQuantizer:
 
     def __init__(self, bits: int, act_bits: int, method: Method, iterations: int) -> None:
         self.bits, self.act_bits, self.method, self.iterations = bits, act_bits, method, iterations
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies have: no calibration, which is that of this network's weights."""
+        names = ("bits", "act_bits", "method", "iterations")
+        return {name: vars(self)[name] for name in names}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the calibration; the next features make another."""
         self.errors: dict[str, FeatureError] = {}
         self.losses: list[float] = []
         self._weights: dict[int, Tensor] = {}

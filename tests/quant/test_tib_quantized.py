@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import matrix
@@ -138,3 +140,28 @@ def test_emoji_flux_at_four_bits() -> None:
     pipe("red apple, fluent 3d", height=64, width=64, num_inference_steps=8, output_type="latent")
     errors = told(pipe)["errors"]
     assert errors["tiar"]["mean"] < errors["nearest"]["mean"] and errors["tiar"]["confused"] <= 0.01
+
+
+# -- nothing is stale --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype"])
+def test_changed_weights_are_calibrated_again(change: str) -> None:
+    case = matrix.Case("flux", TIB(bits=4, features="nearest"))
+    pipe, fresh = case.wrap(case.make()), case.make()
+    case.call(pipe, steps=1)
+    for one in (pipe, fresh):
+        network = one.transformer
+        if change == "dtype":
+            one.to(torch.bfloat16)
+        else:
+            network.load_state_dict({name: value.flip(0) for name, value in network.state_dict().items()})
+    assert torch.equal(case.call(pipe, steps=1), case.call(case.wrap(fresh), steps=1))
+
+
+def test_copies_and_pickles_have_the_features_of_their_own_weights() -> None:
+    case = matrix.Case("flux", TIB(bits=4, features="nearest"))
+    pipe = case.wrap(case.make())
+    expected = case.call(pipe, steps=1)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert torch.equal(case.call(other, steps=1), expected)

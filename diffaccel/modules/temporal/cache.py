@@ -65,8 +65,8 @@ class TemporalCache:
     Args:
         predict: returns the timesteps that a pipeline passes to its network in a call, from its schedule; [] where that
             is not known. It is given the pipeline, the latents, and the timestep of the call at hand.
-        maker: whose ``features(program, tensors, times, device, fetch)`` takes the place of the program's own; None for
-            features to the bit.
+        maker: whose ``features(program, tensors, times, device, fetch)`` takes the place of the program's own, and
+            whose ``forget()`` follows a change of weights; None for features to the bit.
     """
 
     def __init__(self, network: nn.Module, options: Options, predict: Predict, maker: Any = None) -> None:
@@ -117,6 +117,8 @@ class TemporalCache:
             self._count(kind)
         self._kinds, self._bound, self._places, self._snapshot = {}, {}, {}, None
         self._plans.clear()
+        if self.maker is not None:
+            self.maker.forget()  # what it learnt is of the weights as they were
 
     def _count(self, kind: Kind | str) -> None:
         if isinstance(kind, Kind):
