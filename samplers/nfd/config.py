@@ -14,6 +14,7 @@ from diffaccel.models.next_frame.pipeline import NextFramePipeline, draw_plainly
 from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 PAPER_DRAFTS = 2  # the paper's accessible text says that N is fixed, and not what it is; two is the least that drafts
+OF_A_CALL = ("context_noise", "shift", "rule")  # settings that a pipeline's scheduler and config give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,14 @@ class Drafting:
 
     def sampler(self, steps: int, seeds: Sequence[int]) -> NextFrameSampler:
         """Return the sampler for calls of this kind."""
-        weight = self.pipe.transformer.proj_in.weight
+        network, settings = self.pipe.transformer, self.pipe.settings(steps)
+        weight = network.proj_in.weight
         kept = self.samplers.get((steps, len(seeds)))
-        if kept is not None and (kept.engine.cache.dtype, kept.engine.cache.device) == (weight.dtype, weight.device):
-            return kept
-        settings = self.pipe.settings(steps)
+        if kept is not None and kept.model is network:
+            cache, had = kept.engine.cache, kept.engine.settings
+            is_same = (cache.dtype, cache.device) == (weight.dtype, weight.device)
+            if is_same and all(getattr(had, name) == getattr(settings, name) for name in OF_A_CALL):
+                return kept
         self.samplers[steps, len(seeds)] = NextFrameSampler(
             self.pipe.transformer, steps, draft=self.config.draft, context_noise=settings.context_noise,
             shift=settings.shift, rule=settings.rule, capture=self.config.capture, latency=self.config.latency,

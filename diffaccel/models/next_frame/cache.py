@@ -40,6 +40,7 @@ class FrameCache:
         base: id from which rotations count time; ``device_base`` is the same number on the device.
     """
 
+    @torch.inference_mode(False)  # its memory is written in any mode later
     def __init__(self, model: NextFrameTransformer, batch: int, window: int, spare: int, drafts: int) -> None:
         if window < 2:
             raise DiffAccelError(f"window is {window}; it must be 2 (the queried frame and one before it) or more.")

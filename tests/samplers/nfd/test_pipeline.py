@@ -157,6 +157,35 @@ def test_saved_and_loaded(tmp_path):
         NextFramePipeline.from_folder(tmp_path)
 
 
+def test_what_is_kept_between_calls_follows_the_pipeline():
+    plain, pipe = tiny_pipeline(), diffaccel.accelerate(tiny_pipeline(), NFD(draft=1))
+    other = tiny_world(torch.float32)
+    with torch.no_grad():
+        other.proj_out.weight.mul_(2)
+    changes = [
+        lambda one: setattr(one, "scheduler", FlowMatchEulerDiscreteScheduler(shift=3.0)),
+        lambda one: setattr(one, "scheduler", FlowMatchLCMScheduler()),
+        lambda one: one.register_to_config(context_noise=0.2),
+        lambda one: setattr(one, "transformer", copy.deepcopy(other)),
+        lambda one: one.transformer.proj_out.weight.data.mul_(0.5),
+    ]
+    before = draw(pipe)
+    for change in changes:
+        change(plain), change(pipe)
+        now = draw(pipe)
+        assert torch.equal(now, draw(plain)) and not torch.equal(now, before)
+        before = now
+
+
+def test_a_call_in_inference_mode_and_one_outside():
+    pipe = tiny_pipeline()
+    plain = draw(pipe)
+    diffaccel.accelerate(pipe, NFD(draft=1))
+    with torch.inference_mode():
+        assert torch.equal(draw(pipe), plain)
+    assert torch.equal(draw(pipe), plain)
+
+
 def test_copies_draw_alone():
     pipe = diffaccel.accelerate(tiny_pipeline(), NFD(draft=2))
     other = copy.deepcopy(pipe)
