@@ -73,6 +73,7 @@ class FrameEngine:
         captures: number of graphs recorded so far.
     """
 
+    @torch.inference_mode(False)  # its memory is written in any mode later
     def __init__(
         self, model: NextFrameTransformer, settings: FrameSettings, most: int = 1, seeds: Sequence[int] = (0,),
         branches: int = 0,
@@ -141,10 +142,10 @@ class FrameEngine:
         self._draft_actions[:, :n].copy_(actions, non_blocking=True)  # else the host waits for the round before
         self._clock.fill_(self.count)
         self._draw_noise(n, branches)
-        m, self.pending = self.pending, 0
+        m = self.pending
         if poll is None:
             self._launch(("round", m, n, branches), lambda: self._round(m, n, branches))
-            self.cache.note(m)
+            self._note_written(m)
         else:
             for k in range(self.settings.steps):
                 if k:
@@ -178,8 +179,12 @@ class FrameEngine:
         if m := self.pending:
             self._clock.fill_(self.count)
             self._launch(("write", m), lambda: self._evaluate(m, 0, 0.0, False))
-            self.cache.note(m)
-            self.pending = 0
+            self._note_written(m)
+
+    def _note_written(self, frames: int) -> None:
+        """Count the pending frames as written; until then an evaluation that failed is made again."""
+        self.cache.note(frames)
+        self.pending -= frames
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of all that :meth:`load_state_dict` needs to go on exactly."""
@@ -219,7 +224,7 @@ class FrameEngine:
 
     def _launch_step(self, k: int, m: int, n: int, branches: bool) -> None:
         self._launch(("step", k, m, n, branches), lambda: self._step(k, m, n, branches))
-        self.cache.note(m)
+        self._note_written(m)
 
     def _step(self, k: int, m: int, n: int, branches: bool) -> None:
         """Take the frames that are being drawn from one level to the next, and write ``m`` decided ones."""

@@ -210,6 +210,31 @@ def test_a_model_that_moved_or_changed_its_dtype_is_noticed():
         made.step(0)
 
 
+@pytest.mark.parametrize("options", [{}, {"latency": 1e6}, {"merged": False}], ids=["rounds", "steps", "not merged"])
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_frame_that_was_interrupted_is_drawn_again(at, options):
+    actions, calls = [1, 2, 2, 0], []
+    plain, made = sampler(**options), sampler(**options)
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    handle = made.model.proj_in.register_forward_pre_hook(interrupt)
+    interrupted = 0
+    for action in actions:
+        expected = plain.step(action)
+        try:
+            frame = made.step(action)
+        except KeyboardInterrupt:
+            interrupted += 1
+            frame = made.step(action)
+        torch.testing.assert_close(frame, expected, **CLOSE)
+    handle.remove()
+    assert interrupted == 1
+
+
 def test_the_number_of_drafts_changes_between_rounds_only():
     made = sampler(3)
 
