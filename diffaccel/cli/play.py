@@ -7,12 +7,13 @@ import contextlib
 import importlib.util
 import ipaddress
 import json
+import math
 from importlib import resources
 from typing import Any
 
 from diffaccel import terminal
 from diffaccel.cli.play_session import PlaySession
-from diffaccel.cli.world import add_sampler_options, open_sampler
+from diffaccel.cli.world import add_sampler_options, open_sampler, read_start
 from diffaccel.errors import DiffAccelError, first_line
 
 _EXAMPLES = """examples:
@@ -45,11 +46,12 @@ def run(argv: list[str]) -> int:
             "play serves its page by aiohttp, which is not installed. Install it: pip install aiohttp."
         )
     check_address(options.host, options.port, options.allow_remote)
-    if not options.fps > 0:
+    if not 0 < options.fps < math.inf:
         raise DiffAccelError(f"--fps is {options.fps:g}; it must be positive.")
     from aiohttp import web
 
-    session = PlaySession(open_sampler(options))
+    sampler = open_sampler(options)
+    session = PlaySession(sampler, None if options.start is None else read_start(options.start, sampler))
     session.next_picture()  # its errors come now
     app = make_app(session, options.fps, options.host, options.port)
     told = f"http://{_bracketed(options.host)}:{options.port}"
@@ -147,7 +149,16 @@ async def play(socket: Any, session: PlaySession, fps: float) -> None:
             number, due = number + 1, max(due + 1 / fps, loop.time())
             await asyncio.sleep(max(0.0, due - loop.time()))
 
-    sending = asyncio.create_task(send())
+    async def send_until_the_end() -> None:
+        try:
+            await send()
+        except ConnectionError:
+            raise
+        except Exception as error:  # the page is told, and does not wait for a picture that never comes
+            terminal.write_note(f"play: {first_line(error)}")
+            await socket.close(code=1011, message=first_line(error).encode()[:120])
+
+    sending = asyncio.create_task(send_until_the_end())
     try:
         async for message in socket:
             if message.type is WSMsgType.TEXT and not _obey(message.data, session, again):

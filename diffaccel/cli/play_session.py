@@ -11,6 +11,8 @@ from diffaccel.cli.world import as_picture
 from diffaccel.errors import DiffAccelError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 ARROWS = 9  # number of actions of (left, none, right) times (down, none, up), in this order: CoinRun's
@@ -19,12 +21,16 @@ ARROWS = 9  # number of actions of (left, none, right) times (down, none, up), i
 class PlaySession:
     """Draws pictures under the action that is wanted now, which another thread may change.
 
+    Args:
+        sampler: with a video begun.
+        start: frame ``(1, C, H, W)`` that it began with; None for a grey one.
+
     Attributes:
         action: what is wanted.
     """
 
-    def __init__(self, sampler: NextFrameSampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: NextFrameSampler, start: Tensor | None = None) -> None:
+        self.sampler, self.start = sampler, start
         self.actions = sampler.model.null_action
         self.rest = ARROWS // 2 if self.actions == ARROWS else 0
         self.action = self.rest
@@ -53,7 +59,7 @@ class PlaySession:
 
     def begin_again(self) -> None:
         """Begin with the first frame again."""
-        self.sampler.reset()
+        self.sampler.reset(self.start)
 
     def next_picture(self) -> bytes:
         """Return the next frame as PNG."""

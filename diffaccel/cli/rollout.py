@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,11 @@ def run(argv: list[str]) -> int:
             raise DiffAccelError(
                 f"--out '{options.out}' has the ending '{options.out.suffix}'; it must be .mp4 or .gif."
             )
-    if options.scale < 1 or not options.fps > 0:
+        check_writer(options.out)
+    if options.scale < 1 or not 0 < options.fps < math.inf:
         raise DiffAccelError(f"--scale is {options.scale} and --fps {options.fps:g}; both must be positive.")
+    if (options.frames is not None and options.frames < 1) or not options.hold >= 1:
+        raise DiffAccelError(f"--frames is {options.frames} and --hold {options.hold:g}; both must be 1 or more.")
     given = read_actions(options.actions)
     sampler = open_sampler(options)
     actions = stream(options, given, sampler.model.null_action)
@@ -102,6 +106,20 @@ def stream(options: Any, given: list[int] | None, actions: int) -> list[int]:
     return given[:count]
 
 
+def check_writer(path: Path) -> None:
+    """Raise where an mp4 could not be written when its frames are drawn."""
+    if path.suffix == ".mp4":
+        try:
+            import imageio_ffmpeg
+
+            imageio_ffmpeg.get_ffmpeg_exe()
+        except (ImportError, RuntimeError) as error:
+            raise DiffAccelError(
+                f"'{path}' needs ffmpeg, which is not there ({first_line(error)}). Install imageio-ffmpeg, or name a "
+                ".gif."
+            ) from error
+
+
 def write_video(path: Path, pictures: list[Any], fps: float) -> None:
     """Write pictures as mp4, by the ffmpeg of imageio-ffmpeg, or as an animated GIF."""
     from diffaccel.files import Clip, atomic, write_mp4
@@ -110,12 +128,7 @@ def write_video(path: Path, pictures: list[Any], fps: float) -> None:
         with atomic(path) as file:
             pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
         return
-    try:
-        write_mp4(path, Clip(pictures, fps))
-    except (ImportError, RuntimeError) as error:
-        raise DiffAccelError(
-            f"'{path}' needs ffmpeg, which is not there ({first_line(error)}). Install imageio-ffmpeg, or name a .gif."
-        ) from error
+    write_mp4(path, Clip(pictures, fps))
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings
+from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings, check_seeds
 from diffaccel.models.next_frame.inputs import check_actions, check_prompt
 from diffaccel.models.next_frame.levels import StepRule
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
@@ -79,8 +79,8 @@ class NextFrameSampler:
         self.window = window or model.config.window
         if draft != "auto" and (isinstance(draft, bool) or not isinstance(draft, int) or draft < 1):
             raise DiffAccelError(f"draft is {draft!r}; it must be 'auto' or a whole number, 1 or more.")
-        if latency is not None and not latency > 0:
-            raise DiffAccelError(f"latency is {latency}; it must be a positive number of milliseconds, or None.")
+        if latency is not None and not (isinstance(latency, int | float) and latency > 0):
+            raise DiffAccelError(f"latency is {latency!r}; it must be a positive number of milliseconds, or None.")
         if not 0 <= fan_out <= model.null_action:
             raise DiffAccelError(
                 f"fan_out is {fan_out}; it must be from 0 to {model.null_action}, the model's actions."
@@ -131,6 +131,8 @@ class NextFrameSampler:
         batch = self.engine.batch
         if prompt.shape[0] not in (1, batch):
             raise DiffAccelError(f"Got frames of {prompt.shape[0]} videos; the sampler was made with {batch} seeds.")
+        if seeds is not None:
+            check_seeds(seeds)
         if seeds is not None and len(seeds) != batch:
             raise DiffAccelError(f"Got {len(seeds)} seeds; the sampler was made with {batch}.")
         self._forget()
@@ -223,7 +225,13 @@ class NextFrameSampler:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a copied state."""
+        """Go on from a copied state.
+
+        Raises:
+            DiffAccelError: for something else than what :meth:`state_dict` returned.
+        """
+        if not isinstance(state, dict) or not {"engine", "ready", "drafted", "action", "repeats"} <= state.keys():
+            raise DiffAccelError("The state lacks parts of a video. Pass what state_dict of such a sampler returned.")
         self._forget()
         self.engine.load_state_dict(state["engine"])
         self._ready, self._action = [frame.clone() for frame in state["ready"]], state["action"]
@@ -337,7 +345,11 @@ class NextFrameSampler:
 
     def _row(self, action: Action) -> Tensor:
         """Return an action as ``(B, 1)``."""
-        values = check_actions(torch.as_tensor(action, device="cpu").reshape(-1, 1), self.model.null_action, "action")
+        try:
+            numbers = torch.as_tensor(action, device="cpu").reshape(-1, 1)
+        except (TypeError, ValueError, RuntimeError):
+            raise DiffAccelError(f"action is {action!r}; it must be a whole number, or one for each video.") from None
+        values = check_actions(numbers, self.model.null_action, "action")
         if values.shape[0] not in (1, self.engine.batch):
             raise DiffAccelError(f"Got {values.shape[0]} actions; the sampler draws {self.engine.batch} videos.")
         return values.expand(self.engine.batch, -1)

@@ -144,3 +144,32 @@ def test_the_command_refuses_an_open_address_before_any_work(run, tmp_path):
     done = run("play", tmp_path, "--host", "0.0.0.0")
     assert done.status == 2 and "--allow-remote" in done.err
     assert "neither model_index.json" in run("play", tmp_path).err
+
+
+@needs_aiohttp
+def test_an_error_while_drawing_ends_the_game_with_its_words(monkeypatch):
+    game = session()
+
+    def fail() -> bytes:
+        raise RuntimeError("the device is full")
+
+    monkeypatch.setattr(game, "next_picture", fail)
+
+    async def check(client: Any, port: int) -> None:
+        async with client.ws_connect("/socket", headers=origin(port)) as socket:
+            async for _ in socket:
+                pass
+            assert socket.close_code == 1011
+
+    serve(check, game)
+
+
+def test_a_game_begins_again_with_its_own_first_frame():
+    sampler = NextFrameSampler(tiny_world(torch.float32), 1, draft=1)
+    start = torch.full((1, *sampler.model.frame_shape), 0.5)
+    sampler.reset(start)
+    game = PlaySession(sampler, start)
+    first = game.next_picture()
+    game.next_picture()
+    game.begin_again()
+    assert game.next_picture() == first

@@ -67,7 +67,7 @@ def test_actions_from_a_file_and_a_first_picture(rollout, tmp_path):
         (("--actions", "nowhere.txt"), "neither hold, random, numbers"),
         (("--actions", "1,1", "--frames", 3, "--draft", 1), "Give 1 to 2"),
         (("--frames", 0, "--draft", 1), "frames is 0"),
-        (("--hold", 0.5, "--draft", 1), "mean hold is 0.5"),
+        (("--hold", 0.5, "--draft", 1), "--hold 0.5"),
         (("--out", "run.avi"), "it must be .mp4 or .gif"),
         (("--start", "nowhere.png", "--draft", 1), "cannot be read as a picture"),
         (("--scale", 0), "must be positive"),
@@ -100,3 +100,19 @@ def test_a_held_stream_repeats_as_often_as_it_says():
     assert (
         held_actions(500, 9, 3.0) == held_actions(500, 9, 3.0) != held_actions(500, 9, 3.0, seed=random.randint(1, 9))
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--frames", 0), "--frames is 0"), (("--hold", 0.5), "--hold 0.5"), (("--fps", "inf"), "--fps inf"),
+        (("--threads", -1), "--threads is -1"), (("--seed", 2**64), "--seed 18446744073709551616"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_told_before_the_model_is_opened(rollout, monkeypatch, words, said):
+    from diffaccel.models.next_frame.pipeline import NextFramePipeline
+
+    monkeypatch.delattr(NextFramePipeline, "from_folder")
+    done = rollout(*words)
+    assert done.status == 2 and said in done.err and done.err.count("\n") == 1

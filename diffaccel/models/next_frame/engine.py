@@ -6,6 +6,7 @@ written by the first evaluation of the next round ("merged"): one evaluation les
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,13 +48,28 @@ class FrameSettings:
     capture: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("steps", "window"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int | None):
+                raise DiffAccelError(f"{name} is {number!r}; it must be a whole number.")
+        if not (isinstance(self.shift, int | float) and 0 < self.shift < math.inf):
+            raise DiffAccelError(f"shift is {self.shift!r}; it must be a positive number.")
         levels(self.steps, self.shift)
-        if not 0 <= self.context_noise < 0.5:
-            raise DiffAccelError(f"context_noise is {self.context_noise}; it must be from 0 to less than 0.5.")
+        if not (isinstance(self.context_noise, int | float) and 0 <= self.context_noise < 0.5):
+            raise DiffAccelError(f"context_noise is {self.context_noise!r}; it must be from 0 to less than 0.5.")
         if self.window is not None and self.window < 2:
             raise DiffAccelError(f"window is {self.window}; it must be 2 (the drawn frame and one before it) or more.")
         if self.rule not in ("euler", "consistency"):
             raise DiffAccelError(f"rule is {self.rule!r}; it must be 'euler' or 'consistency'.")
+
+
+def check_seeds(seeds: Any) -> None:
+    """Raise for seeds that are no list of whole numbers, one for each video."""
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or not seeds:
+        raise DiffAccelError(f"seeds is {seeds!r}; it must be a list of whole numbers, one for each video.")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise DiffAccelError(f"seeds holds {seed!r}; a seed is a whole number from 0 to 2**63 - 1.")
 
 
 class FrameEngine:
@@ -78,6 +94,7 @@ class FrameEngine:
         self, model: NextFrameTransformer, settings: FrameSettings, most: int = 1, seeds: Sequence[int] = (0,),
         branches: int = 0,
     ) -> None:  # fmt: skip
+        check_seeds(seeds)
         self.model, self.settings, self.most, self.branches = model, settings, most, branches
         self.batch, width = len(seeds), max(most, branches)
         self.window = settings.window or model.config.window

@@ -255,3 +255,27 @@ def test_a_frame_is_never_kept_under_another_action():
     made.engine.draft(torch.tensor([[1, 1]]))
     with pytest.raises(DiffAccelError, match="drawn under another action"):
         made.engine.keep(1, torch.tensor([[2]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": True}, "steps is True; it must be a whole number"), ({"steps": 2.0}, "steps is 2.0"),
+        ({"window": "8"}, "window is '8'"), ({"latency": "a"}, "latency is 'a'"), ({"shift": math.nan}, "shift is nan"),
+        ({"seeds": 3}, "seeds is 3; it must be a list"), ({"seeds": ()}, r"seeds is \(\)"),
+        ({"seeds": (1.5,)}, "seeds holds 1.5"), ({"context_noise": "a"}, "context_noise is 'a'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_of_a_wrong_kind_are_told(changes, said):
+    with pytest.raises(DiffAccelError, match=said):
+        NextFrameSampler(tiny_world(), **{"steps": 2, "draft": 1, **changes})
+
+
+def test_an_action_and_a_state_of_a_wrong_kind_are_told():
+    made = sampler()
+    with pytest.raises(DiffAccelError, match="action is 'a'; it must be a whole number"):
+        made.step("a")
+    with pytest.raises(DiffAccelError, match="The state lacks parts of a video"):
+        made.load_state_dict({})
+    made.step(1)
