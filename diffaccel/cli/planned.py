@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +26,10 @@ def check_out(out: Path, overwrite: bool) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         return
     if overwrite:
-        shutil.rmtree(out)
-    elif (out / FOLDER / SAVED).is_file():
+        return
+    if (out / FOLDER / SAVED).is_file():
         raise DiffAccelError(f"'{out}' has a finished model. Give another --out, or --overwrite to throw it away.")
-    elif not (out / FOLDER).is_dir():
+    if not (out / FOLDER).is_dir():
         raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
 
 
@@ -85,13 +84,14 @@ def open_for_plan(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return pipe, call_arguments(pipe, request)
 
 
-def make_plan(worker: Callable[..., Any], options: argparse.Namespace, config: Any) -> tuple[Any, Any, Any]:
-    """Make a plan, or go on with it; return the pipeline, the config with the plan, and the plan."""
-    texts = calibration_prompts(options.model, options.prompts, config.samples)
-    pipe, arguments = open_for_plan(options)
+def make_plan(
+    worker: Callable[..., Any], options: argparse.Namespace, config: Any, pipe: Any, texts: tuple[str, ...],
+    arguments: dict[str, Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """Make a plan of a pipeline, or go on with it; return the config with the plan, and the plan."""
     for name in ("num_inference_steps", "prompt", "generator", "output_type"):
         arguments.pop(name, None)
     folder = options.out / FOLDER
     note = (lambda text: None) if options.json else terminal.write_note
     plan = worker(pipe, config, folder, texts, arguments, {"model": options.model}, note)
-    return pipe, replace(config, plan=str(folder / "plan.json")), plan
+    return replace(config, plan=str(folder / "plan.json")), plan

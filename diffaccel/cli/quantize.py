@@ -14,7 +14,7 @@ from diffaccel.cli import planned, quantize_aware
 from diffaccel.cli.sample import methods, split_method_options
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
-from diffaccel.runs.folder import check_writable
+from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.request import DTYPES
 
 _EXAMPLES = """examples:
@@ -65,24 +65,38 @@ def run(argv: list[str]) -> int:
     options = make_parser().parse(words, [f"--{name}.FIELD" for name in registry.names()])
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
+    if options.steps is not None and options.steps < 1:
+        raise DiffAccelError(f"--steps is {options.steps}; it must be 1 or more.")
     if quantize_aware.is_trained(options.method):
         return quantize_aware.run_training(options, quantize_aware.config_of(options, method_options))
     quantize_aware.refuse_options(options)
     (config,) = methods(None, method_options, (options.method,))
     if config.touches != "weights":
         raise DiffAccelError(f"'{config.name}' is no quantizer: it works on the {config.touches}. Use w8a8 or w4a16.")
+    if options.steps is not None and options.scan is None:
+        own = f" Steps of a plan's drawings are --{config.name}.steps." if hasattr(config, "worker") else ""
+        raise DiffAccelError(f"--steps is of the drawing of --scan, which was not asked for. Leave it out.{own}")
     worker = registry.worker(config) if not getattr(config, "plan", "") else None
     if worker is None:
         _refuse_drawings(options, config)
+    elif options.export != "diffusers":
+        raise DiffAccelError(
+            f"--export {options.export} has no form for the mixed precision of '{config.name}'. Leave it out."
+        )
     planned.check_out(options.out, options.overwrite) if worker else _check_out(options.out, options.overwrite)
+    _check_kept(options, config)
     from diffaccel.runs.loading import quiet_libraries
 
     quiet_libraries(True)
     if worker is None:
         _finish(options, config, _open(options))
         return 0
+    texts = planned.calibration_prompts(options.model, options.prompts, config.samples)
+    pipe, arguments = planned.open_for_plan(options)
+    if options.overwrite:
+        throw_away(options.out)
     with planned.alone(options.out):
-        pipe, config, plan = planned.make_plan(worker, options, config)
+        config, plan = planned.make_plan(worker, options, config, pipe, texts, arguments)
         _finish(options, config, pipe, plan)
         write_json(options.out / planned.FOLDER / planned.SAVED, {"method": config.name})
     return 0
@@ -110,7 +124,10 @@ def _open(options: argparse.Namespace) -> Any:
 def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = None) -> None:
     """Scan where it is asked for, quantize, save, and tell what was done."""
     scans = _scan(pipe, config, options.scan, options.steps or 4) if options.scan is not None else None
-    result = {**quantize(pipe, config, options.out, options.export), "model": options.model}
+    result = {
+        **quantize(pipe, config, options.out, options.export, plan is None and options.overwrite),
+        "model": options.model,
+    }
     if scans is not None:
         result["scan"] = {"layers": [vars(layer) for layer in scans.layers], "skip": list(scans.skips())}
     if plan is not None:
@@ -130,8 +147,12 @@ def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = Non
     terminal.write(f"{options.model} by {config.name}: {options.out}")
 
 
-def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers") -> dict[str, Any]:
-    """Quantize a pipeline in place, save it to ``out``, and return what was done."""
+def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers", overwrite: bool = False) -> dict[str, Any]:
+    """Quantize a pipeline in place, save it to ``out``, and return what was done.
+
+    Args:
+        overwrite: throw away what is in ``out``, when nothing but the saving is left to do.
+    """
     from diffaccel.compose import accelerate
     from diffaccel.quant.export import export_compressed_tensors
     from diffaccel.quant.layer import QuantizedLayer
@@ -141,6 +162,8 @@ def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers") -> di
     start = time.perf_counter()
     accelerate(pipe, replace(config, originals="drop"))
     seconds = time.perf_counter() - start
+    if overwrite:
+        throw_away(out)
     if export == "diffusers":
         pipe.save_pretrained(out)
     else:
@@ -177,7 +200,26 @@ def _bytes(network: Any) -> int:
 def _check_out(out: Path, overwrite: bool) -> None:
     """Raise unless the folder can be written and is empty, or may be thrown away."""
     check_writable(out)
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
-        shutil.rmtree(out)
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
+
+
+def _check_kept(options: argparse.Namespace, config: Any) -> None:
+    """Raise where the folder that is to be thrown away has what the command reads."""
+    if not options.overwrite:
+        return
+    out = options.out.resolve()
+    sources = {"MODEL": options.model, "--prompts": options.prompts, "the plan": getattr(config, "plan", "")}
+    for name, source in sources.items():
+        path = Path(source).resolve() if source and Path(source).exists() else None
+        if path is not None and out in (path, *path.parents):
+            raise DiffAccelError(f"--overwrite would throw away {name}, '{source}', which is read. Give another --out.")
+
+
+def throw_away(out: Path) -> None:
+    """Remove the folder of an earlier model, where there is one."""
+    try:
+        if out.is_dir():
+            shutil.rmtree(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
