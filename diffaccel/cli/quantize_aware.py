@@ -24,7 +24,7 @@ def add_options(parser: terminal.Parser) -> None:
     add("--preset", metavar="NAME", help="qvgen, paper, lsq, dsa or dsa+rank: settings to start from")
     add("--frames", type=int, metavar="N", help="of a video model")
     add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
-    add("--seed", type=int, default=0, metavar="K", help="of noise and data (default 0)")
+    add("--seed", type=int, metavar="K", help="of noise and data (default 0)")
 
 
 def is_trained(name: str) -> bool:
@@ -54,6 +54,8 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
         )
     if options.seconds is not None and not options.seconds > 0:
         raise DiffAccelError(f"--seconds is {options.seconds:g}; it must be above 0. Leave it out to make all steps.")
+    if options.steps is not None and (Path(options.data).suffix == ".safetensors" or Path(options.data).is_dir()):
+        raise DiffAccelError(f"--steps is of drawings of prompts, and '{options.data}' has samples. Leave it out.")
     changes = parse_fields(cls, method_options.get(cls.name, {}))
     known = [field.name for field in dataclasses.fields(cls)]
     cls.from_dict({key: value for key, value in changes.items() if key not in known})  # names an unknown one
@@ -62,16 +64,19 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
 
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise for an option of training beside a method that is not trained."""
-    for name in ("data", "preset", "frames", "seconds"):
+    for name in ("data", "preset", "frames", "seconds", "seed"):
         if getattr(options, name) is not None:
-            raise DiffAccelError(f"--{name} is of methods that are trained, such as qvgen; '{options.method}' is not.")
+            raise DiffAccelError(
+                f"--{name} is of methods that are trained, such as qvgen; '{options.method}' is not. Leave it out."
+            )
 
 
 def run_training(options: argparse.Namespace, config: Any) -> int:
     """Train, and save the model; return 4 where time was up before the last step."""
     _check_folder(options.out, options.overwrite)
-    from diffaccel import processes
+    from diffaccel import families, processes
     from diffaccel.distill.teacher import PipelineTeacher
+    from diffaccel.quant.qvgen.prepare import trainable
     from diffaccel.runs import loading
     from diffaccel.runs.call_arguments import call_arguments
     from diffaccel.runs.request import Request
@@ -87,12 +92,14 @@ def run_training(options: argparse.Namespace, config: Any) -> int:
     pipe.set_progress_bar_config(disable=True)
     if config.batch % launch.size:
         raise DiffAccelError(f"batch is {config.batch}, for {launch.size} processes. Take a multiple of them.")
+    for network in families.networks(pipe):
+        trainable(network, config)
     arguments = call_arguments(pipe, request)
     with alone(options.out / TRAINING, launch.rank):
         samples = _samples(options, pipe, arguments, launch)
         model = PipelineTeacher(pipe, samples.prompts, config.batch // launch.size, arguments)
         done = registry.training_function(type(config))(
-            model, samples, config, options.out, name=options.model, seconds=options.seconds, seed=options.seed,
+            model, samples, config, options.out, name=options.model, seconds=options.seconds, seed=options.seed or 0,
             device=device, dtype=dtype, processes=launch, tell=terminal.write_note,
         )  # fmt: skip
     if launch.rank == 0:
@@ -119,7 +126,7 @@ def _samples(options: argparse.Namespace, pipe: Any, arguments: dict[str, Any], 
     steps = {} if options.steps is None else {"num_inference_steps": options.steps}
     texts = prompts.read(options.data).texts
     return drawn_samples(
-        pipe, texts, {**arguments, **steps}, options.out / TRAINING, batch=8, seed=options.seed, processes=launch,
+        pipe, texts, {**arguments, **steps}, options.out / TRAINING, batch=8, seed=options.seed or 0, processes=launch,
         tell=terminal.write_note,
     )  # fmt: skip
 

@@ -28,6 +28,7 @@ from diffaccel.quant.mixdq.drawings import Drawings
 from diffaccel.quant.mixdq.plan_file import PrecisionPlan, read_plan, shapes_digest
 from diffaccel.quant.mixdq.sensitivity import Probe, RecordFile, Sensitivities
 from diffaccel.quant.mixdq.simulate import Bench
+from diffaccel.quant.plan import check_skips
 
 PLAN, CALIBRATION, RECORDS, IDENTITY = "plan.json", "calibration.json", "measured.jsonl", "work.json"
 _NOT_OF_THE_PLAN = ("name", "plan", "backend", "originals")
@@ -83,6 +84,7 @@ class _Planning:
                 "ask for fewer samples."
             )
         self.drawings = Drawings(different[: config.samples], config.steps, config.seed, arguments)
+        check_skips([self.network], config)
         self.layers = candidates(self.network, config)
         self.settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_PLAN}
         self.provenance = {**_origin(pipe, self.network), **provenance, "drawings": self.drawings.identity}

@@ -18,7 +18,7 @@ from diffaccel.quant.lora_guard import guard
 from diffaccel.quant.low_bit.form import LowBit
 from diffaccel.quant.low_bit.linear import attach_time
 from diffaccel.quant.low_bit.timesteps import TimeGroups, attach
-from diffaccel.quant.plan import layers_of, plan
+from diffaccel.quant.plan import check_skips, layers_of, plan
 from diffaccel.quant.qvgen.layer import FakeQLinear
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.stored import StoredQuantization
@@ -50,14 +50,8 @@ def prepare_qat(network: Any, config: TrainedQuantization, largest_time: float |
     Raises:
         DiffAccelError: for a network that is quantized or sharded, has adapters or weights that are not finite.
     """
-    _check(network)
-    layers = plan(network, config)
+    layers = trainable(network, config)
     found = {name: (parent, attribute, module) for name, parent, attribute, module in layers_of(network)}
-    for name in layers:
-        if not bool(torch.isfinite(found[name][2].weight).all()):  # type: ignore[arg-type]
-            raise DiffAccelError(
-                f"The weight of '{name}' holds infinities or not-a-numbers. Repair the checkpoint, or name it in skip."
-            )
     clamped = []
     for name, form in layers.items():
         parent, attribute, module = found[name]
@@ -77,6 +71,23 @@ def prepare_qat(network: Any, config: TrainedQuantization, largest_time: float |
     attach(network, [layer for _, layer in fake_layers(network)], config.groups, largest_time)
     network.trained_quantization = config
     return network
+
+
+def trainable(network: nn.Module, config: TrainedQuantization) -> dict[str, LayerFormat]:
+    """Return the format of every layer that is trained or quantized, by name; nothing is changed.
+
+    Raises:
+        DiffAccelError: as :func:`prepare_qat`, and for a pattern of ``skip`` that matches no layer.
+    """
+    _check(network)
+    check_skips([network], config)
+    layers = plan(network, config)
+    for name, _, _, module in layers_of(network):
+        if name in layers and not bool(torch.isfinite(module.weight).all()):  # type: ignore[arg-type]
+            raise DiffAccelError(
+                f"The weight of '{name}' holds infinities or not-a-numbers. Repair the checkpoint, or name it in skip."
+            )
+    return layers
 
 
 def _check(network: nn.Module) -> None:

@@ -81,6 +81,11 @@ def test_a_plain_network_that_returns_no_numbers(tmp_path: Path, capsys) -> None
         (["--w8a8.dtype", "int3"], "int3"),
         (["--dtype", "int8"], "Unknown dtype"),
         (["--method", "w4a16", "--w4a16.group_size", "3"], "must be even"),
+        (["--steps", "3"], "--steps is of the drawing of --scan"),
+        (["--scan", "x", "--steps", "0"], "--steps is 0; it must be 1 or more"),
+        (["--seed", "3"], "--seed is of methods that are trained"),
+        (["--method", "mixdq", "--steps", "3"], "--mixdq.steps"),
+        (["--method", "mixdq", "--export", "compressed-tensors"], "has no form for the mixed precision"),
     ),
 )
 def test_bad_words(words: list[str], said: str, model: Path, tmp_path: Path, capsys) -> None:
@@ -94,3 +99,25 @@ def test_a_folder_that_holds_something(model: Path, tmp_path: Path, capsys) -> N
     assert "is not empty" in capsys.readouterr().err and (tmp_path / "kept.txt").exists()
     assert cli.main(["quantize", str(model), "--device", "cpu", "--out", str(tmp_path), "--overwrite"]) == 0
     assert not (tmp_path / "kept.txt").exists() and (tmp_path / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("method", ("w8a8", "mixdq"))
+def test_nothing_is_thrown_away_for_a_command_that_fails(method: str, model: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept.txt").write_text("a red apple\n")
+    words = ["--method", method, "--device", "cpu", "--out", str(out), "--overwrite"]
+    assert cli.main(["quantize", str(tmp_path / "nowhere"), *words]) == 2
+    if method == "w8a8":
+        assert cli.main(["quantize", str(model), *words, "--w8a8.skip", '["nothing"]']) == 2
+    else:
+        assert cli.main(["quantize", str(model), *words, "--prompts", str(out / "kept.txt")]) == 2
+        assert "would throw away --prompts" in capsys.readouterr().err
+    assert (out / "kept.txt").exists()
+
+
+def test_a_model_is_not_thrown_away_for_itself(model: Path, capsys) -> None:
+    for out in (model, model.parent):
+        assert cli.main(["quantize", str(model), "--device", "cpu", "--out", str(out), "--overwrite"]) == 2
+        assert "would throw away MODEL" in capsys.readouterr().err
+    assert (model / "model_index.json").exists()
