@@ -43,11 +43,13 @@ class StoredQuantization:
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise DiffAccelError(
-                f"The quantized model has format version {version}; this diffaccel reads {FORMAT_VERSION}. Update "
+                f"The quantized model has format version {version!r}; this diffaccel reads {FORMAT_VERSION}. Update "
                 "diffaccel, or quantize the model again."
             )
         if not isinstance(values.get("method"), dict) or not isinstance(values.get("layers"), dict):
             raise DiffAccelError("The quantization_config of the model's config.json lacks its method or its layers.")
+        if not all(isinstance(names, list) for names in values["layers"].values()):
+            raise DiffAccelError("The layers of the model's quantization_config must be lists of names; it is damaged.")
         method = registry.config_class(str(values["method"].get("name"))).from_dict(values["method"])
         layers = {name: method.read_format(form) for form, names in values["layers"].items() for name in names}
         return cls(method, layers)

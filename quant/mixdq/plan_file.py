@@ -8,7 +8,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError, first_line, shortened
 from diffaccel.files import atomic
-from diffaccel.quant.formats import LEAST_GROUP
+from diffaccel.quant.formats import LEAST_GROUP, Clip
 from diffaccel.quant.mixed.form import ACTIVATION_BITS, WEIGHT_BITS, InputScale, MixedFormat
 from diffaccel.quant.plan import layers_of
 
@@ -105,6 +105,14 @@ class PrecisionPlan:
                 f"The plan is for a {self.network['class']} with layers of other shapes than this "
                 f"{type(network).__name__}. Make a plan for this model."
             )
+        for name, _, _, module in layers_of(network):
+            layer, channels = self.layers.get(name), module.get_parameter("weight").shape[1]
+            width = None if self.first_row is None else len(self.first_row)
+            if layer is not None and (layer.split >= channels or (layer.first_row and width != channels)):
+                raise DiffAccelError(
+                    f"The plan splits the {channels} channels of '{name}' at {layer.split}, or has another first row. "
+                    "It is damaged; make it again."
+                )
 
     def diff(self, other: PrecisionPlan) -> str:
         """Return the layers whose bits differ, a line each: name, bits here, bits there."""
@@ -162,20 +170,50 @@ def read_plan(path: str | Path) -> PrecisionPlan:
         raise DiffAccelError(f"'{path}' has format version {version}; this diffaccel reads {PLAN_VERSION}. Update it.")
     try:
         layers = {name: _layer(name, entry) for name, entry in values["layers"].items()}
-        return PrecisionPlan(
+        plan = PrecisionPlan(
             values["network"], layers, {name: int(entry["size"]) for name, entry in values["layers"].items()},
             values["settings"], values["provenance"], values["results"],
             None if values["first_row"] is None else _tensor_of(values["first_row"]),
         )  # fmt: skip
+        if wrong := _damage(plan):
+            raise ValueError(wrong)
+        return plan
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, DiffAccelError):
             raise
         raise DiffAccelError(f"The plan '{path}' is damaged: {first_line(error, 80)}. Make it again.") from error
 
 
+def _damage(plan: PrecisionPlan) -> str:
+    """Return what cannot be in a plan that was written whole, in words; nothing where all is well."""
+    network, settings = plan.network, plan.settings
+    if not all(isinstance(part, dict) for part in (network, settings, plan.provenance, plan.results)):
+        return "its network, settings, provenance and results must be objects"
+    if not all(isinstance(network.get(key), str) for key in ("class", "shapes")):
+        return "its network lacks class or shapes"
+    for option, allowed in (("scales", get_args(Clip)), ("activation_scale", get_args(InputScale))):
+        if option in settings and settings[option] not in allowed:
+            return f"settings.{option} must be of {allowed}"
+    group = settings.get("group_size", 0)
+    if type(group) is not int or group < 0:
+        return "settings.group_size must be 0 or more"
+    if not plan.layers or not all(size > 0 for size in plan.sizes.values()):
+        return "it has no layers, or layers without weights"
+    if plan.first_row is not None and not (len(plan.first_row) and bool(torch.isfinite(plan.first_row).all())):
+        return "its first row is empty or not finite"
+    for name, layer in plan.layers.items():
+        is_range = len(layer.low) == len(layer.high) and all(
+            math.isfinite(low) and math.isfinite(high) and low <= high
+            for low, high in zip(layer.low, layer.high, strict=True)
+        )
+        if not is_range or layer.split < 0 or (layer.first_row and plan.first_row is None):
+            return f"the range, split or first row of '{name}'"
+    return ""
+
+
 def _layer(name: str, entry: dict[str, Any]) -> PlannedLayer:
     weight, activation = entry.get("weight"), entry.get("activation", 16)
-    if weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
+    if type(weight) is not int or weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
         raise DiffAccelError(
             f"The plan's layer '{name}' has {shortened(repr(weight), 20)} bits a weight and "
             f"{shortened(repr(activation), 20)} an activation; they must be of {WEIGHT_BITS} and {ACTIVATION_BITS}."

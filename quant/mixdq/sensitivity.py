@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.quant.mixdq.candidates import LayerToPlan
 from diffaccel.quant.mixdq.drawings import Drawings, RecordedCalls
 from diffaccel.quant.mixdq.plan_file import PlannedLayer
@@ -35,9 +36,15 @@ class RecordFile:
         self.values: dict[str, float] = {}
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         whole = [line for line in lines if line.endswith(b"\n")]
-        for line in whole:
-            entry = json.loads(line)
-            self.values[entry["key"]] = entry["value"]
+        for number, line in enumerate(whole, start=1):
+            try:
+                entry = json.loads(line)
+                self.values[str(entry["key"])] = float(entry["value"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise DiffAccelError(
+                    f"Line {number} of '{path}' is damaged ({first_line(error, 80)}). Remove the line, and its number "
+                    "is measured again."
+                ) from error
         if len(whole) < len(lines):
             with open(path, "r+b") as file:
                 file.truncate(sum(map(len, whole)))

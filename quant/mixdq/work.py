@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from diffaccel import families
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.files import write_json
 from diffaccel.modules.stand_in import uncompiled
 from diffaccel.quant.mixdq.calibrate import CalibratedRanges, Recorder
@@ -32,6 +32,7 @@ from diffaccel.quant.plan import check_skips
 
 PLAN, CALIBRATION, RECORDS, IDENTITY = "plan.json", "calibration.json", "measured.jsonl", "work.json"
 _NOT_OF_THE_PLAN = ("name", "plan", "backend", "originals")
+_T = TypeVar("_T")
 _REPEATS = 7  # of a layer's time
 
 
@@ -129,7 +130,7 @@ class _Planning:
         if not file.is_file():
             write_json(file, now)
             return
-        before = json.loads(file.read_text())
+        before = _read(file, lambda values: {part: dict(values[part]) for part in now})
         for part in ("settings", "origin"):
             if other := [key for key in {**now[part], **before[part]} if now[part].get(key) != before[part].get(key)]:
                 raise DiffAccelError(
@@ -145,7 +146,7 @@ class _Planning:
                 self.drawings.draw(self.pipe)
             write_json(file, recorder.result().to_dict())
             self.tell(f"calibrated {len(self.layers)} layers on {len(self.drawings.prompts)} drawings")
-        return CalibratedRanges.from_dict(json.loads(file.read_text()))
+        return _read(file, CalibratedRanges.from_dict)
 
     def _groups(self, names: list[str]) -> list[list[str]]:
         """Return the names of each group that is programmed by itself."""
@@ -250,6 +251,16 @@ class _Planning:
                 torch.cuda.synchronize(x.device)
             times.append(1000 * (time.perf_counter() - started))
         return statistics.median(times[1:])
+
+
+def _read(file: Path, parse: Callable[[Any], _T]) -> _T:
+    """Return what a file of the work says, and raise one sentence for a damaged one."""
+    try:
+        return parse(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DiffAccelError(
+            f"'{file}' is damaged ({first_line(error, 80)}). Throw '{file.parent}' away to make the plan anew."
+        ) from error
 
 
 def _only_network(pipe: Any) -> nn.Module:

@@ -1,0 +1,95 @@
+"""Files of a plan and of its work that are damaged: one sentence, and nothing is applied."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+import diffaccel
+from diffaccel.errors import DiffAccelError
+from diffaccel.quant import MixDQ
+from diffaccel.quant.mixdq.sensitivity import RecordFile
+from diffaccel.quant.mixdq.work import make
+from diffaccel.quant.stored import StoredQuantization
+
+CONFIG = MixDQ(
+    samples=2, probes=1, steps=1, allocation="uniform", weight_bits=4, activation_scale="tensor",
+    skip=("down_blocks", "up_blocks"),
+)  # fmt: skip
+LAYER = "mid_block.attentions.0.proj_in"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    made(folder)
+    return folder
+
+
+def made(folder: Path) -> Any:
+    return make(tiny.make("sd"), CONFIG, folder, ("a", "b"), {"height": 32, "width": 32})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    (
+        ("network", "x"),
+        ("network", {}),
+        ("settings", []),
+        ("settings.scales", "foo"),
+        ("settings.activation_scale", "foo"),
+        ("settings.group_size", "x"),
+        ("settings.group_size", -64),
+        ("provenance", []),
+        ("results", None),
+        ("layers", {}),
+        ("first_row", ""),
+        ("layer.low", [float("nan")]),
+        ("layer.low", [1e30]),
+        ("layer.high", []),
+        ("layer.split", 9999),
+        ("layer.split", -3),
+        ("layer.first_row", True),
+        ("layer.weight", 4.0),
+        ("layer.size", 0),
+    ),
+)
+def test_plans(place: str, value: Any, work: Path, tmp_path: Path) -> None:
+    values = json.loads((work / "plan.json").read_text())
+    part, _, key = place.rpartition(".")
+    owner = values["layers"][LAYER] if part == "layer" else values[part] if part else values
+    owner[key] = value
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    pipe = tiny.make("sd")
+    with pytest.raises(DiffAccelError):
+        diffaccel.accelerate(pipe, MixDQ(plan=str(tmp_path / "plan.json")))
+    assert type(pipe.unet.get_submodule(LAYER)).__name__ in ("Linear", "Conv2d")
+
+
+@pytest.mark.parametrize("text", ("", "{", "[]", "{}"))
+@pytest.mark.parametrize("name", ("calibration.json", "work.json"))
+def test_files_of_the_work(name: str, text: str, work: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "work"
+    shutil.copytree(work, folder)
+    (folder / "plan.json").unlink()
+    (folder / name).write_text(text)
+    with pytest.raises(DiffAccelError, match=rf"{name}' is damaged .* Throw .* away"):
+        made(folder)
+
+
+@pytest.mark.parametrize("line", ("xx", "[]", '{"key": "a"}', '{"key": "a", "value": null}'))
+def test_measured_numbers(line: str, tmp_path: Path) -> None:
+    (tmp_path / "measured.jsonl").write_text(f'{{"key": "b", "value": 1}}\n{line}\n')
+    with pytest.raises(DiffAccelError, match=r"Line 2 of .* is damaged"):
+        RecordFile(tmp_path / "measured.jsonl")
+
+
+def test_layers_of_a_stored_model_are_lists() -> None:
+    stored = {"format_version": 1, "method": {"name": "mixdq"}, "layers": {"w8a8": 3}}
+    with pytest.raises(DiffAccelError, match=r"must be lists of names"):
+        StoredQuantization.read(stored)
