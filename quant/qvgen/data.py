@@ -71,13 +71,15 @@ def read_samples(path: Path) -> CleanSamples:
         with safe_open(path, framework="pt", device="cpu") as file:
             values = file.metadata() or {}
             x0 = file.get_tensor("x0")
-            prompts = tuple(json.loads(values["prompts"]))
+            prompts = json.loads(values["prompts"])
+        if not (isinstance(prompts, list) and all(isinstance(text, str) for text in prompts) and x0.ndim > 1):
+            raise ValueError("prompts are no list of texts, or x0 is no batch")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DiffAccelError(
             f"'{path}' holds no samples ({first_line(error, 90)}). It must be a safetensors file with a tensor x0 and "
             "a JSON list 'prompts' in its metadata."
         ) from error
-    return CleanSamples(x0.float(), prompts, values.get("kind", "given"))
+    return CleanSamples(x0.float(), tuple(prompts), values.get("kind", "given"))
 
 
 def encoded_pictures(pipe: Any, folder: Path, arguments: dict[str, Any]) -> CleanSamples:
@@ -118,14 +120,14 @@ def _captions(folder: Path) -> dict[Path, str]:
     lines = folder / "metadata.jsonl"
     listed: dict[str, str] = {}
     if lines.is_file():
-        for line in lines.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line) if line.strip() else {}
+        for line in _text(lines).splitlines():
+            entry = _entry(lines, line)
             if "file_name" in entry:
                 listed[str(entry["file_name"])] = str(entry.get("text", entry.get("prompt", "")))
     found = {}
     for file in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES):
         beside = file.with_suffix(".txt")
-        caption = listed.get(file.name) or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else None)
+        caption = listed.get(file.name) or (_text(beside).strip() if beside.is_file() else None)
         if caption is None:
             raise DiffAccelError(
                 f"'{file}' has no caption: write it to {beside.name}, or into metadata.jsonl beside the pictures."
@@ -136,14 +138,37 @@ def _captions(folder: Path) -> dict[Path, str]:
     return found
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DiffAccelError(f"'{file}' is no text in UTF-8 ({first_line(error, 90)}). Write it again.") from error
+
+
+def _entry(file: Path, line: str) -> dict[str, Any]:
+    """Return what a line of ``metadata.jsonl`` says."""
+    try:
+        entry = json.loads(line) if line.strip() else {}
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise DiffAccelError(f"'{file}' has the line {line[:60]!r}, which is no JSON object. Repair it.")
+    return entry
+
+
 def _pixels(file: Path, size: tuple[int, int]) -> Tensor:
     """Return a picture ``(3, H, W)`` in [-1, 1], scaled to cover the size and cropped at its middle."""
     import numpy
     from PIL import Image, ImageOps
 
-    with Image.open(file) as image:
-        fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
-        array = numpy.asarray(fitted, dtype=numpy.float32) / 127.5 - 1
+    try:
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise DiffAccelError(
+            f"'{file}' is no whole picture ({first_line(error, 90)}). Replace or remove it."
+        ) from error
+    array = numpy.asarray(fitted, dtype=numpy.float32) / 127.5 - 1
     return torch.from_numpy(array).permute(2, 0, 1)
 
 

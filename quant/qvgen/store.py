@@ -90,7 +90,8 @@ def load(
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = json.loads((file.metadata() or {}).get("state", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, ValueError) as error:
+        step, seconds = _counters(state) if state else (0, 0.0)
+    except (SafetensorError, OSError, ValueError) as error:
         raise DiffAccelError(
             f"'{path}' is no whole checkpoint ({first_line(error, 90)}). Remove it to begin anew, or take another "
             "folder."
@@ -105,11 +106,24 @@ def load(
     is_fused = bool(optimizer.adam.defaults.get("fused"))
     for group in grouped(student).values():
         for name, p in group.items():
-            p.copy_(tensors[f"live.{name}"])
+            live = tensors.get(f"live.{name}")
+            if live is None or live.shape != p.shape:
+                raise DiffAccelError(
+                    f"'{path}' is damaged: the weight '{name}' is missing or has another shape. Remove it to begin "
+                    "anew, or take another folder."
+                )
+            p.copy_(live)
             prefix = f"moment.{name}."
             moments = {key: tensors[f"{prefix}{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
                        if f"{prefix}{key}" in tensors}  # fmt: skip
             if moments:
                 moments["step"] = moments["step"] if is_fused else moments["step"].cpu()
                 optimizer.adam.state[p] = moments
-    return int(state["step"]), float(state["seconds"])
+    return step, seconds
+
+
+def _counters(state: Any) -> tuple[int, float]:
+    """Return step and seconds of a checkpoint's state."""
+    if not isinstance(state, dict) or not isinstance(state.get("options", {}), dict):
+        raise ValueError("its state is no description of a run")
+    return int(state.get("step", 0)), float(state.get("seconds", 0))
