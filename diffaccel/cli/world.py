@@ -52,7 +52,7 @@ def open_sampler(options: Namespace) -> NextFrameSampler:
         raise unknown("dtype", options.dtype, DTYPES)
     if options.threads < 0 or not 0 <= options.seed < 2**63:
         raise DiffAccelError(
-            f"--threads is {options.threads} and --seed {options.seed}; neither may be below 0, and a seed is below 2**63."
+            f"--threads is {options.threads} and --seed {options.seed}; neither may be below 0, and a seed is < 2**63."
         )
     draft, folder = parse_draft(options.draft), find_folder(options.model)
     if folder is None:
