@@ -357,7 +357,7 @@ def test_bad_classes(sample, tmp_path, case):
 VIDEO = pytest.param("cogvideox", ("a cat", "--frames", 9), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("model", "asked"), [VIDEO, ("dit", ("1",)), ("ddim", ())])
+@pytest.mark.parametrize(("model", "asked"), [VIDEO, pytest.param("dit", ("1",), marks=pytest.mark.slow), ("ddim", ())])
 def test_doctor_knows_what_will_run(sample, run, models, model, asked, monkeypatch):
     from diffaccel.cli import doctor
 

@@ -77,6 +77,7 @@ def test_attention_is_what_has_queries(network: Any):
     assert matching(facts.attention, network) == queries != set()
 
 
+@pytest.mark.slow
 def test_what_is_kept_in_high_precision(network: Any):
     """All that stands outside the blocks, and inside them what sees one row a sample: attention and MLPs are free."""
     facts = facts_of(network)

@@ -84,6 +84,7 @@ def test_any_factor_of_other_families(name: str, factor: int) -> None:
     assert torch.equal(latents(), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1, 4, 16])
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_any_factor_of_the_vae_from_an_image(name: str, factor: int) -> None:

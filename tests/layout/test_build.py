@@ -178,9 +178,8 @@ def test_checkout_works_without_installing(pythons, checkout):
     assert all(file.is_relative_to(checkout) for file in found.values())
 
 
-@pytest.mark.parametrize(
-    "safe_path", [pytest.param("", id="python -m pytest", marks=pytest.mark.slow), pytest.param("1", id="pytest")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("safe_path", ["", "1"], ids=["python -m pytest", "pytest"])
 def test_tests_run_without_installing(pythons, checkout, safe_path):
     """``python -m pytest``, and bare ``pytest``, which does not put the root on the path by itself."""
     test = checkout / "tests" / "test_planted.py"

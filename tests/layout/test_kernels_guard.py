@@ -123,10 +123,8 @@ def test_the_guard_comes_first_and_is_short():
     assert guard.body[-1].end_lineno - guard.lineno < 12
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name != "samplers")) for name in tree.FOLDERS if name != "kernels"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [name for name in tree.FOLDERS if name != "kernels"])
 def test_other_folders_refuse_to_be_imported_alone(folder):
     """Two copies of a module under two names would be two sets of classes."""
     code = f"try:\n    import {folder}\nexcept ImportError as error: print(error)\nimport diffaccel.{folder}"
