@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
+from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all, write_entry
 
 VERSION = "2"
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
@@ -139,14 +139,7 @@ class Distillation:
 
     def _is_over(self, deadline: Deadline | None) -> bool:
         """Return whether the first process's time is up: the others, which wait for it at every step, stop with it."""
-        if deadline is None:
-            return False
-        over = deadline.over()
-        if self.processes.size == 1:
-            return over
-        told = torch.tensor(over, dtype=torch.uint8, device=self.device)
-        torch.distributed.broadcast(told, 0)
-        return bool(told)
+        return deadline is not None and is_over_for_all(deadline.over(), self.processes.size, self.device)
 
     def _turn(self) -> None:
         """Make one turn: the assistant's steps, then the generator's."""
@@ -173,27 +166,15 @@ class Distillation:
     def _update(self, name: str, network: nn.Module) -> None:
         """Step one optimiser; a gradient that is not finite is replaced by zero and counted."""
         parameters = [p for p in network.parameters() if p.grad is not None]
-        self._average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
-        finite = torch.isfinite(norm)
-        for gradient in [p.grad for p in parameters if p.grad is not None]:
-            torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+        average_gradients(parameters, self.processes.size)
+        norm, finite = clip_or_zero(parameters, self.config.clip)
         optimizer = self.optimizers[name]
         optimizer.param_groups[0]["lr"] = self.rates[name] * self._rate()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bad = self._bad[name]
         self._bad[name] = torch.where(finite, torch.zeros_like(bad), bad + 1)
-        self._note({f"{name}_norm": norm.detach()})
-
-    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.processes.size == 1:
-            return
-        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        torch.distributed.all_reduce(flat)
-        flat /= self.processes.size
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad = part.view_as(p)
+        self._note({f"{name}_norm": norm})
 
     def _rate(self) -> float:
         """Return the share of the learning rate at this step: constant, then falling linearly to ``floor``."""
@@ -230,10 +211,7 @@ class Distillation:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
-            self.tell(" ".join(f"{key}={value}" for key, value in entry.items()))
+            write_entry(self.folder, entry, self.tell)
 
     def save(self) -> None:
         """Write a checkpoint, atomically: both networks, the average, both optimisers' moments, the counters."""

@@ -27,6 +27,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import STATE_VERSION, save_tensors
 from diffaccel.training.ema import EMA
+from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,20 +211,7 @@ class TrainingRun:
     def _is_over(self) -> bool:
         """Return whether the run is finished or the job's time up, by the first process's clock."""
         over = self.finished or bool(self.deadline and self.deadline.over())
-        if self.size == 1:
-            return over
-        told = torch.tensor(over, dtype=torch.uint8, device=self.device)
-        torch.distributed.broadcast(told, 0)
-        return bool(told)
-
-    def _average_gradients(self) -> None:
-        """Average the gradients of all processes, in one piece."""
-        with_gradient = [p for p in self.parameters if p.grad is not None]
-        flat = torch.cat([p.grad.reshape(-1) for p in with_gradient if p.grad is not None])
-        torch.distributed.all_reduce(flat)
-        flat /= self.size
-        for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
-            p.grad = part.view_as(p)
+        return is_over_for_all(over, self.size, self.device)
 
     def update(self, loss: torch.Tensor, samples: int, **details: float) -> None:
         """Take one optimiser step; a gradient that is not finite is replaced by zero and logged as ``bad``.
@@ -238,14 +226,8 @@ class TrainingRun:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.size > 1:
-            self._average_gradients()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip)
-        # Selecting on the device keeps its queue full; asking on the host whether the norm is finite would drain it.
-        finite = torch.isfinite(norm)
-        for p in self.parameters:
-            if p.grad is not None:
-                torch.where(finite, p.grad, torch.zeros_like(p.grad), out=p.grad)
+        average_gradients(self.parameters, self.size)
+        _, finite = clip_or_zero(self.parameters, self.plan.clip)
         self.optimizer.step()
         self.ema.update()
         self._record({"loss": loss.detach(), "bad": (~finite).float(), **details})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +24,7 @@ from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.prepare import convert, prepare_qat
 from diffaccel.training.loop import Deadline, step_seed
+from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all, write_entry
 
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
 
@@ -156,14 +155,7 @@ class QATRun:
 
     def _is_over(self, deadline: Deadline | None) -> bool:
         """Return whether the first process's time is up: the others, which wait for it at every step, stop with it."""
-        if deadline is None:
-            return False
-        over = deadline.over()
-        if self.processes.size == 1:
-            return over
-        told = torch.tensor(over, dtype=torch.uint8, device=self.device)
-        torch.distributed.broadcast(told, 0)
-        return bool(told)
+        return deadline is not None and is_over_for_all(deadline.over(), self.processes.size, self.device)
 
     def turn(self) -> None:
         """Make one step."""
@@ -208,19 +200,11 @@ class QATRun:
     def _update(self) -> Tensor:
         """Step the optimiser; a gradient that is not finite is replaced by zero and counted."""
         parameters = [p for group in grouped(self.student).values() for p in group.values() if p.grad is not None]
-        if self.processes.size > 1:
-            flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-            torch.distributed.all_reduce(flat)
-            flat /= self.processes.size
-            for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad = part.view_as(p)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.max_norm)
-        finite = torch.isfinite(norm)
-        for gradient in [p.grad for p in parameters if p.grad is not None]:
-            torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+        average_gradients(parameters, self.processes.size)
+        norm, finite = clip_or_zero(parameters, self.config.max_norm)
         self.optimizer.step(self.step)
         self._bad = torch.where(finite, torch.zeros_like(self._bad), self._bad + 1)
-        return norm.detach()
+        return norm
 
     def _note(self, values: dict[str, Tensor]) -> None:
         for key, value in values.items():
@@ -247,10 +231,7 @@ class QATRun:
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.processes.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
-            self.tell(" ".join(f"{key}={value}" for key, value in entry.items()))
+            write_entry(self.folder, entry, self.tell)
 
     def save(self) -> None:
         """Write a checkpoint, atomically: weights, side branches, moments, counters."""

@@ -1,0 +1,53 @@
+"""What every training run does alike in a step: stop together, average gradients, pass over bad ones, write its log."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_over_for_all(over: bool, size: int, device: torch.device) -> bool:
+    """Return what the first of ``size`` processes says: the others, which wait for it at every step, stop with it."""
+    if size == 1:
+        return over
+    told = torch.tensor(over, dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(told, 0)
+    return bool(told)
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], size: int) -> None:
+    """Average the gradients of ``size`` processes, in one piece."""
+    if size == 1:
+        return
+    with_gradient = [p for p in parameters if p.grad is not None]
+    flat = torch.cat([p.grad.reshape(-1) for p in with_gradient if p.grad is not None])
+    torch.distributed.all_reduce(flat)
+    flat /= size
+    for p, part in zip(with_gradient, flat.split([p.numel() for p in with_gradient]), strict=True):
+        p.grad = part.view_as(p)
+
+
+def clip_or_zero(parameters: Sequence[nn.Parameter], largest: float) -> tuple[Tensor, Tensor]:
+    """Clip the norm of a gradient, and make one that is not finite zero; return the norm, and whether it is finite.
+
+    Selecting on the device keeps its queue full; asking on the host whether the norm is finite would drain it.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    finite = torch.isfinite(norm)
+    for gradient in [p.grad for p in parameters if p.grad is not None]:
+        torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
+    return norm.detach(), finite
+
+
+def write_entry(folder: Path, entry: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Append an entry of numbers to ``log.jsonl``, null for one that is not finite, and tell it as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+    tell(" ".join(f"{key}={value}" for key, value in entry.items()))
