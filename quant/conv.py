@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,10 +9,10 @@ from torch import Tensor, nn
 from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.quantize_rows import quantize_rows_reference
 from diffaccel.quant.formats import LayerFormat, quantize_weight
-from diffaccel.quant.layer import QuantizedLayer
+from diffaccel.quant.layer import QuantizedConv
 
 
-class QConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+class QConv2d(QuantizedConv):
     """A convolution whose weight has int8 codes and one scale an output channel.
 
     "w8a16" dequantizes the weight and convolves activations as they are. "w8a8" quantizes each picture by its largest
@@ -51,22 +49,6 @@ class QConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     def dequantize(self) -> Tensor:
         """Return the weight in the dtype of the layer that this one stands for."""
         return self.dequantized_matrix(self.compute_dtype).reshape(self.weight.shape)
-
-    def plain(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the dequantized weight."""
-        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        conv = nn.Conv2d(**options, bias=False, padding_mode=self.padding_mode, device="meta", dtype=self.compute_dtype)
-        conv.weight = nn.Parameter(self.dequantize(), requires_grad=False)
-        conv.bias = self.bias
-        return conv
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._convolve(input)
-        with torch.autocast(kind, enabled=False):  # which would round sums
-            return self._convolve(input.to(torch.get_autocast_dtype(kind)))
 
     def _convolve(self, x: Tensor) -> Tensor:
         is_trained = torch.is_grad_enabled() and x.requires_grad

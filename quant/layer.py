@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +167,67 @@ class StraightThrough(torch.autograd.Function):
         """Return ``g W``."""
         gradient = gradients[0]
         return gradient @ ctx.layer.dequantized_matrix(gradient.dtype), None
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+    """A quantized layer in the place of an ``nn.Linear``, by its product of rows."""
+
+    def dequantize(self) -> Tensor:
+        """Return the weight ``(N, K)`` in the dtype of the layer that this one stands for."""
+        return self.dequantized_matrix(self.compute_dtype)
+
+    def plain(self) -> nn.Linear:
+        """Return an ``nn.Linear`` with the dequantized weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.compute_dtype)
+        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        if input.shape[-1] != self.in_features:
+            raise DiffAccelError(
+                f"A quantized linear layer of {self.in_features} features got {tuple(input.shape)}; the last dimension "
+                f"must be {self.in_features}."
+            )
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._on_rows(input)
+        with torch.autocast(kind, enabled=False):  # which would round sums
+            return self._on_rows(input.to(torch.get_autocast_dtype(kind)))
+
+    def _on_rows(self, input: Tensor) -> Tensor:  # noqa: A002
+        x = input.reshape(math.prod(input.shape[:-1]), self.in_features)
+        is_trained = torch.is_grad_enabled() and x.requires_grad
+        y: Tensor = StraightThrough.apply(x, self) if is_trained else self.product(x)
+        return y.reshape(*input.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b`` for rows ``x (M, K)``."""
+        raise NotImplementedError
+
+
+class QuantizedConv(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+    """A quantized layer in the place of an ``nn.Conv2d``."""
+
+    def dequantize(self) -> Tensor:
+        """Return the weight in the dtype of the layer that this one stands for."""
+        raise NotImplementedError
+
+    def plain(self) -> nn.Conv2d:
+        """Return an ``nn.Conv2d`` with the dequantized weight."""
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        conv = nn.Conv2d(**options, bias=False, padding_mode=self.padding_mode, device="meta", dtype=self.compute_dtype)
+        conv.weight = nn.Parameter(self.dequantize(), requires_grad=False)
+        conv.bias = self.bias
+        return conv
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        kind = input.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self._convolve(input)
+        with torch.autocast(kind, enabled=False):  # which would round sums
+            return self._convolve(input.to(torch.get_autocast_dtype(kind)))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        raise NotImplementedError

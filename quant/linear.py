@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from diffaccel.errors import DiffAccelError
 from diffaccel.kernels.codes import Codes
 from diffaccel.kernels.fp8_linear import fp8_linear
 from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.quantize_rows import quantize_rows
 from diffaccel.kernels.weight_linear import weight_linear
 from diffaccel.quant.formats import Clip, LayerFormat, quantize_weight
-from diffaccel.quant.layer import QuantizedLayer, StraightThrough
+from diffaccel.quant.layer import QuantizedLinear
 
 
-class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+class QLinear(QuantizedLinear):
     """``y = x W^T + b`` with ``W`` in one of the formats of :class:`diffaccel.quant.formats.LayerFormat`.
 
     Activations of "w8a8", "w8a8_fp8" and "w4a8" are quantized row by row, by the largest magnitude of each row at each
@@ -52,35 +49,6 @@ class QLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
             name: torch.empty(shape, dtype=kind, device=linear.weight.device) for name, (shape, kind) in shapes.items()
         }
         return cls(linear.in_features, linear.out_features, form, tensors, linear.bias, dtype)
-
-    def dequantize(self) -> Tensor:
-        """Return the weight ``(N, K)`` in the dtype of the layer that this one stands for."""
-        return self.dequantized_matrix(self.compute_dtype)
-
-    def plain(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the dequantized weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.compute_dtype)
-        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
-        linear.bias = self.bias
-        return linear
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        if input.shape[-1] != self.in_features:
-            raise DiffAccelError(
-                f"A quantized linear layer of {self.in_features} features got {tuple(input.shape)}; the last dimension "
-                f"must be {self.in_features}."
-            )
-        kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._on_rows(input)
-        with torch.autocast(kind, enabled=False):  # which would round sums
-            return self._on_rows(input.to(torch.get_autocast_dtype(kind)))
-
-    def _on_rows(self, input: Tensor) -> Tensor:  # noqa: A002
-        x = input.reshape(math.prod(input.shape[:-1]), self.in_features)
-        is_trained = torch.is_grad_enabled() and x.requires_grad
-        y: Tensor = StraightThrough.apply(x, self) if is_trained else self.product(x)
-        return y.reshape(*input.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b`` for rows ``x (M, K)``."""

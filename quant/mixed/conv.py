@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffaccel.quant.formats import Clip
+from diffaccel.quant.layer import QuantizedConv
 from diffaccel.quant.mixed.activations import picture_levels, static_levels
 from diffaccel.quant.mixed.base import MixedLayer, empty_tensors, mixed_tensors
 from diffaccel.quant.mixed.form import InputRange, MixedFormat
 
 
-class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
+class MixedConv2d(MixedLayer, QuantizedConv):  # type: ignore[misc]
     """A convolution with weight codes of 2, 4 or 8 bits, and activations of 4, 8 or 16.
 
     Activations become whole levels, of at most 255, which bfloat16 and float32 hold exactly, and are convolved with
@@ -50,31 +50,6 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
     def dequantize(self) -> Tensor:
         """Return the weight in the dtype of the layer that this one stands for."""
         return self._shaped(self.dequantized_matrix(self.compute_dtype))
-
-    def plain(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the dequantized weight."""
-        names = (
-            "in_channels",
-            "out_channels",
-            "kernel_size",
-            "stride",
-            "padding",
-            "dilation",
-            "groups",
-            "padding_mode",
-        )
-        options: dict[str, Any] = {name: getattr(self, name) for name in names}
-        conv = nn.Conv2d(**options, bias=False, device="meta", dtype=self.compute_dtype)
-        conv.weight = nn.Parameter(self.dequantize(), requires_grad=False)
-        conv.bias = self.bias
-        return conv
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._convolve(input)
-        with torch.autocast(kind, enabled=False):  # which would round sums
-            return self._convolve(input.to(torch.get_autocast_dtype(kind)))
 
     def _convolve(self, x: Tensor) -> Tensor:
         is_trained = torch.is_grad_enabled() and x.requires_grad

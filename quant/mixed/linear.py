@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from diffaccel.errors import DiffAccelError
 from diffaccel.kernels.int8_linear import int8_linear
 from diffaccel.kernels.weight_linear import weight_linear
 from diffaccel.quant.formats import Clip
-from diffaccel.quant.layer import StraightThrough
+from diffaccel.quant.layer import QuantizedLinear
 from diffaccel.quant.mixed.activations import static_rows, token_rows
 from diffaccel.quant.mixed.base import MixedLayer, empty_tensors, mixed_tensors
 from diffaccel.quant.mixed.first_row import RowMemo
 from diffaccel.quant.mixed.form import InputRange, MixedFormat
 
 
-class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
+class MixedLinear(MixedLayer, QuantizedLinear):  # type: ignore[misc]
     """``y = x W^T + b`` with codes of 2, 4 or 8 bits, and activations of 4, 8 or 16.
 
     Products of codes have exact int32 sums. Calibrated activations, codes q of scale D and zero point z:
@@ -54,34 +51,8 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
     def columns(self) -> tuple[int, ...]:
         return (self.in_features,)
 
-    def dequantize(self) -> Tensor:
-        """Return the weight ``(N, K)`` in the dtype of the layer that this one stands for."""
-        return self.dequantized_matrix(self.compute_dtype)
-
-    def plain(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the dequantized weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.compute_dtype)
-        linear.weight = nn.Parameter(self.dequantize(), requires_grad=False)
-        linear.bias = self.bias
-        return linear
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        if input.shape[-1] != self.in_features:
-            raise DiffAccelError(
-                f"A quantized linear layer of {self.in_features} features got {tuple(input.shape)}; the last dimension "
-                f"must be {self.in_features}."
-            )
-        kind = input.device.type
-        if not torch.is_autocast_enabled(kind):
-            return self._on_rows(input)
-        with torch.autocast(kind, enabled=False):  # which would round sums
-            return self._on_rows(input.to(torch.get_autocast_dtype(kind)))
-
     def _on_rows(self, input: Tensor) -> Tensor:  # noqa: A002
-        x = input.reshape(math.prod(input.shape[:-1]), self.in_features)
-        is_trained = torch.is_grad_enabled() and x.requires_grad
-        y: Tensor = StraightThrough.apply(x, self) if is_trained else self.product(x)
-        y = y.reshape(*input.shape[:-1], self.out_features)
+        y = super()._on_rows(input)
         return self._with_first_rows(input, y) if self.form.first_row and input.ndim == 3 else y
 
     def product(self, x: Tensor) -> Tensor:
