@@ -29,11 +29,12 @@ from torch import Tensor
 
 from diffaccel import processes
 from diffaccel.distill.next_frame import train
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError
 from diffaccel.files import Clip, write_json, write_mp4, write_png
 from diffaccel.models.next_frame.pipeline import NextFramePipeline, to_uint8
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.training.loop import Deadline, TrainingPlan
+from scripts.zoo import stages
 from scripts.zoo.coinrun import dynamics, export, forks, pool, score
 from scripts.zoo.coinrun import recipe as recipes
 
@@ -199,30 +200,14 @@ def compiles(recipe: str, work: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="full (a GPU) or cpu (two cores)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which of them; they run in this order")
+    stages.add_options(parser, STAGES)
     parser.add_argument("--minutes", type=float, required=True, help="time of this call, the score's included")
     parser.add_argument("--data", type=Path, default=Path("data/coinrun"), help="folder of scripts.zoo.coinrun.fetch")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints; kept from call to call")
-    parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
     parser.add_argument("--last", action="store_true", help="end the schedules of the stages with this call")
     parser.add_argument("--resume", type=Path, help="results of another machine, for a work folder without a teacher")
     parser.add_argument("--score-seconds", type=float, default=110, help="kept for the score where it is a stage")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="train without torch.compile")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    chosen = options.stages = options.stages.split(",")
-    for stage in chosen:
-        if stage not in STAGES:
-            raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")
-    try:
-        job = Job(options)
-        for stage in [*(name for name in STAGES if name in chosen), "export"]:
-            start = time.monotonic()
-            getattr(job, stage)()
-            print(f"{stage}: {time.monotonic() - start:.1f} s", flush=True)
-    except DiffAccelError as error:
-        raise SystemExit(f"error: {error}") from error
+    stages.run(Job, parser.parse_args(), STAGES, last="export")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,14 @@ import argparse
 import json
 import math
 import shutil
-import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.training.loop import Deadline
+from scripts.zoo import stages
 from scripts.zoo.emoji import clip, data, export, flow, recipe_flow, scenes, score, vae, world
 from scripts.zoo.emoji import recipe as data_recipe
 
@@ -168,11 +167,9 @@ def _named(curve: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="full (a GPU) or cpu (two cores)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which of them; they run in this order")
+    stages.add_options(parser, STAGES)
     parser.add_argument("--minutes", type=float, required=True, help="time that training may take in this call")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="world.json.xz and icons.zip")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints; kept from call to call")
-    parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
     parser.add_argument("--last", action="store_true", help="end the flow model's training with this call")
     parser.add_argument("--resume", type=Path, help="packed models to start from if the work folder has no flow model")
     parser.add_argument(
@@ -185,23 +182,8 @@ def main() -> None:
     parser.add_argument(
         "--renew", choices=clip.NAMES, nargs="*", default=(), help="with --resume: CLIPs that are trained from nothing"
     )
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=128, help="pictures in each check of the score")
-    options = parser.parse_args()
-    chosen = options.stages = options.stages.split(",")
-    for stage in chosen:
-        if stage not in STAGES:
-            raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")
-    try:
-        job = Job(options)
-        for stage in STAGES:
-            if stage in chosen:
-                start = time.monotonic()
-                getattr(job, stage)()
-                print(f"{stage}: {time.monotonic() - start:.1f} s", flush=True)
-    except DiffAccelError as error:
-        raise SystemExit(f"error: {error}") from error
+    stages.run(Job, parser.parse_args(), STAGES)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ import argparse
 import json
 import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from diffaccel import zoo
-from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.training.loop import Deadline
+from scripts.zoo import stages
 from scripts.zoo.emoji import data, scenes, world
 from scripts.zoo.emoji import recipe as data_recipe
 from scripts.zoo.emoji.export import training_state
@@ -111,30 +110,13 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", required=True, help="full (a GPU) or tiny (to try the code)")
-    parser.add_argument("--stages", default=",".join(STAGES), help="which of them; they run in this order")
+    stages.add_options(parser, STAGES)
     parser.add_argument("--minutes", type=float, required=True, help="time that this call may take")
     parser.add_argument("--data", type=Path, default=Path("data/emoji"), help="world.json.xz and icons.zip")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints; kept from call to call")
-    parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
     parser.add_argument("--last", action="store_true", help="end the training with this call")
     parser.add_argument("--resume", type=Path, help="folder with packed emoji-sd and emoji-flux, to start from")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=128, help="pictures in each check")
-    options = parser.parse_args()
-    chosen = options.stages = options.stages.split(",")
-    for stage in chosen:
-        if stage not in STAGES:
-            raise SystemExit(f"error: {unknown('stage', stage, STAGES)}")
-    try:
-        job = Job(options)
-        for stage in STAGES:
-            if stage in chosen:
-                started = time.monotonic()
-                getattr(job, stage)()
-                print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
-    except DiffAccelError as error:
-        raise SystemExit(f"error: {error}") from error
+    stages.run(Job, parser.parse_args(), STAGES)
 
 
 if __name__ == "__main__":
