@@ -94,7 +94,8 @@ class NextFrameTransformer(ModelMixin, ConfigMixin):
         self.tokens = self.rows * self.columns
         patch = in_channels * patch_size**2
         self.proj_in = nn.Linear(patch, dim)
-        self.place_embedding = nn.Parameter(0.02 * torch.randn(self.tokens, dim, dtype=torch.float32, device="cpu"))
+        place = torch.randn(self.tokens, dim, dtype=torch.float32, device=torch.get_default_device())
+        self.place_embedding = nn.Parameter(0.02 * place)
         self.time_embedding = nn.Sequential(nn.Linear(TIME_CHANNELS, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.action_embedding = nn.Embedding(num_actions + 1, dim)
         own = modulation == "block"

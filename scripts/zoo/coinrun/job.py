@@ -157,7 +157,7 @@ class Job:
                 self.out / f"{stage}.mp4",
                 Clip([Image.fromarray(np.concatenate(list(f), 1)) for f in rows.swapaxes(0, 1)], 15.0),
             )
-        except DiffAccelError as error:
+        except (DiffAccelError, ImportError) as error:
             self.tell(f"note: no film of the {stage}: {error}")
 
     def _pipeline(self, network: NextFrameTransformer, consistency: bool) -> NextFramePipeline:
