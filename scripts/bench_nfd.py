@@ -16,6 +16,8 @@ next frame under several actions), ``decoder``, ``long`` (10,000 frames), ``peer
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -30,7 +32,20 @@ from diffaccel.samplers.nfd.streams import held_actions
 from scripts import nfd_beds as beds
 
 Row = dict[str, Any]
-COUNTS, REPEATS = (1, 2, 4, 8), (0.5, 0.8, 0.9, 0.95)
+COUNTS, REPEATS, STEPS = (1, 2, 4, 8), (0.5, 0.8, 0.9, 0.95), (4, 2, 1)
+
+
+class Rows(list[Row]):
+    """Rows of a section, each one printed and kept as soon as it is measured: a machine may be gone at any moment."""
+
+    def __init__(self, keep: Callable[[list[Row]], None]) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def append(self, row: Row) -> None:
+        super().append(row)
+        print(json.dumps(row), flush=True)
+        self.keep(self)
 
 
 def fps(sampler: Any, frames: int, stream: list[int] | None = None) -> float:
@@ -45,27 +60,24 @@ def fps(sampler: Any, frames: int, stream: list[int] | None = None) -> float:
     return rollout.frames.shape[1] / (time.perf_counter() - start)
 
 
-def speed(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return the rows of K = 4, 2, 1 in every way."""
-    rows: list[Row] = []
-    for steps in (4, 2, 1):
-        for way in ("eager", "captured", "captured, compiled", "captured, w8a8", "captured, compiled, w8a8"):
-            if not bed.is_cuda and way != "eager":
-                continue
-            with bed.prepared(way) as model:
+def speed(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add the rows of K = 4, 2, 1 in every way, those that need a compiler last."""
+    ways = ("eager", "captured", "captured, w8a8", "captured, compiled", "captured, compiled, w8a8")
+    for way in ways if bed.is_cuda else ways[:1]:
+        with bed.prepared(way) as model:
+            for steps in STEPS:
                 sampler = beds.sampler(model, bed, steps, capture=None if "captured" in way else False)
                 rows.append({"way": way, "steps": steps, "fps": fps(sampler, frames), "draft": 1})
+    for steps in STEPS:
         for way, milliseconds in beds.recomputed(bed, steps).items():
             rows.append({"way": way, "steps": steps, "fps": 1000 / milliseconds, "draft": 1})
-        if bed.is_cuda:
-            rows.append({"way": "compiled block stack in one graph, KV pass merged, adaLN rows given", "draft": 1,
-                         "steps": steps, "fps": 1000 / beds.block_stack(bed, steps)})  # fmt: skip
-    return rows
+    for steps in STEPS if bed.is_cuda else ():
+        rows.append({"way": "compiled block stack in one graph, KV pass merged, adaLN rows given", "draft": 1,
+                     "steps": steps, "fps": 1000 / beds.block_stack(bed, steps)})  # fmt: skip
 
 
-def drafts(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return the cost of a round by its frames, and what streams of held actions make of it."""
-    rows: list[Row] = []
+def drafts(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add the cost of a round by its frames, and what streams of held actions make of it."""
     with bed.prepared("captured, compiled" if bed.is_cuda else "eager") as model:
         for steps in (4, 1):
             seconds = {}
@@ -81,12 +93,10 @@ def drafts(bed: beds.Bed, frames: int) -> list[Row]:
                     rate = fps(sampler, len(stream), stream)
                     rows.append({"table": "stream", "steps": steps, "draft": count, "repeats": repeats, "fps": rate,
                                  "discarded": sampler.stats.discard_rate})  # fmt: skip
-    return rows
 
 
-def latency(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return the milliseconds from an action, at a random time in a round, to its frame: p50 and p99."""
-    rows: list[Row] = []
+def latency(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add the milliseconds from an action, at a random time in a round, to its frame: p50 and p99."""
     with bed.prepared("captured, compiled" if bed.is_cuda else "eager") as model:
         for steps in (4, 2, 1):
             for count in COUNTS:
@@ -94,12 +104,10 @@ def latency(bed: beds.Bed, frames: int) -> list[Row]:
                     sampler = beds.sampler(model, bed, steps, draft=count, latency=limit)
                     waits = beds.action_to_frame(sampler, frames)
                     rows.append({"steps": steps, "draft": count, "stops_between_steps": limit is not None, **waits})
-    return rows
 
 
-def fan(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return the cost of the next frame under several actions, relative to one."""
-    rows: list[Row] = []
+def fan(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add the cost of the next frame under several actions, relative to one."""
     with bed.prepared("captured, compiled" if bed.is_cuda else "eager") as model:
         for count in (1, 2, 4, bed.actions):
             sampler = beds.sampler(model, bed, 4, fan_out=count)
@@ -108,12 +116,10 @@ def fan(bed: beds.Bed, frames: int) -> list[Row]:
             rows.append(
                 {"actions": count, "ms": milliseconds, "cost": milliseconds / (rows[0]["ms"] if rows else milliseconds)}
             )
-    return rows
 
 
-def decoder(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return rows with a decoder: alone, in line, and on a stream of its own beside the next frame."""
-    rows: list[Row] = []
+def decoder(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add rows with a decoder: alone, in line, and on a stream of its own beside the next frame."""
     with bed.prepared("captured, compiled" if bed.is_cuda else "eager") as model:
         for steps in (4, 2, 1):
             sampler = beds.sampler(model, bed, steps)
@@ -123,12 +129,10 @@ def decoder(bed: beds.Bed, frames: int) -> list[Row]:
                 rows.append(
                     {"steps": steps, "way": way, **rate, "slower": 1 - rate["fps"] / plain if "fps" in rate else None}
                 )
-    return rows
 
 
-def long(bed: beds.Bed, frames: int) -> list[Row]:
-    """Return FPS, memory and graphs of each tenth of a long rollout of N = 1."""
-    rows: list[Row] = []
+def long(bed: beds.Bed, frames: int, rows: list[Row]) -> None:
+    """Add FPS, memory and graphs of each tenth of a long rollout of N = 1."""
     with bed.prepared("captured, compiled" if bed.is_cuda else "eager") as model:
         sampler = beds.sampler(model, bed, 4)
         beds.full(sampler)
@@ -142,10 +146,9 @@ def long(bed: beds.Bed, frames: int) -> list[Row]:
                 "bytes": torch.cuda.memory_allocated() if bed.is_cuda else 0, "captures": sampler.engine.captures,
                 "largest_key": float(sampler.engine.cache.keys.abs().max()),
             })  # fmt: skip
-    return rows
 
 
-SECTIONS: dict[str, tuple[str, Callable[[beds.Bed, int], list[Row]], int]] = {
+SECTIONS: dict[str, tuple[str, Callable[[beds.Bed, int, list[Row]], None], int]] = {
     "speed": ("310M", speed, 200),
     "drafts": ("310M", drafts, 100),
     "drafts-8": ("310M-8", drafts, 100),
@@ -171,6 +174,11 @@ def table(section: str, bed: beds.Bed, device: str, rows: list[Row]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(show(row.get(key)) for key in keys)} |" for row in rows)]) + "\n"
 
 
+def _write(file: Path | None, facts: dict[str, Any], rows: list[Row]) -> None:
+    if file:
+        write_json(file, {**facts, "rows": rows})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="speed", help=f"sections with commas between: {', '.join(SECTIONS)}")
@@ -181,19 +189,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON records")
     args = parser.parse_args()
     device = describe_device(torch.device(args.device))["name"]
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
     for section in args.rows.split(","):
         name, measure, frames = SECTIONS[section]
         bed = beds.make(args.bed or name, torch.device(args.device))
-        rows = measure(bed, args.frames or frames)
+        facts = {
+            "command": f"python -m scripts.bench_nfd {' '.join(sys.argv[1:])}", "device": device, "kind": args.kind,
+            "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "section": section, "model": bed.facts(),
+        }  # fmt: skip
+        file = None if args.out is None else args.out / f"bench_nfd_{section}_{args.kind or args.device}.json"
+        rows = Rows(functools.partial(_write, file, facts))
+        measure(bed, args.frames or frames, rows)
         print(table(section, bed, device, rows), flush=True)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            record = {
-                "command": f"python -m scripts.bench_nfd {' '.join(sys.argv[1:])}", "device": device,
-                "kind": args.kind, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "section": section,
-                "model": bed.facts(), "rows": rows,
-            }  # fmt: skip
-            write_json(args.out / f"bench_nfd_{section}_{args.kind or args.device}.json", record)
         del bed
         if args.device == "cuda":
             torch.cuda.empty_cache()

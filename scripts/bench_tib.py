@@ -12,6 +12,7 @@ longer.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -31,6 +32,7 @@ from diffaccel.files import write_json
 from diffaccel.modules import Capture
 from diffaccel.quant import TIB
 from diffaccel.record import describe_device
+from diffaccel.record import versions as record_versions
 
 Made = tuple[Any, Callable[[int], dict[str, Any]]]
 DIT = {"num_layers": 28, "attention_head_dim": 72, "num_attention_heads": 16, "sample_size": 32}
@@ -108,7 +110,10 @@ def wan_ti2v(device: str) -> Made:
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=5.0
     )
-    pipe = diffusers.WanPipeline(None, None, transformer, None, scheduler, expand_timesteps=True)
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer, expand_timesteps=True
+    )
+    pipe.vae_scale_factor_spatial = 16  # of its autoencoder
     names = ("prompt_embeds", "negative_prompt_embeds")
     size = {"height": 704, "width": 1280, "num_frames": 49, "output_type": "latent"}
     return pipe, lambda prompt: {name: _random(device, prompt, 1, 512, 4096) for name in names} | size
@@ -174,8 +179,8 @@ class Bench:
         return row, results[-1]
 
 
-def measure(case: str, device: str, repeats: int) -> dict[str, Any]:
-    """Return the rows of one case, and print them."""
+def measure(case: str, device: str, repeats: int, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Print the rows of one case, and give them to ``keep`` after each."""
     make, steps = CASES[case]
     pipe, arguments = make(device)
     pipe.set_progress_bar_config(disable=True)
@@ -185,17 +190,18 @@ def measure(case: str, device: str, repeats: int) -> dict[str, Any]:
             row, result = bench.row(methods, expected)
         except DiffAccelError as error:
             rows[name] = {"refused": str(error)}
+            keep(rows)
             print(f"| {case} | {name} | refused: {error} |", flush=True)
             continue
         expected = result if expected is None else expected
         rows[name] = row
+        keep(rows)
         ratio = rows["plain"]["ms_per_step"] / row["ms_per_step"]
         print(
             f"| {case} | {name} | {ratio:.3f} | {row['ms_per_step']:.2f} | {row['allocated_bytes'] / 1e9:.2f} | "
             f"{row['new_prompt_seconds']:+.3f} | {'yes' if row['equal'] else 'NO'} |",
             flush=True,
         )
-    return rows
 
 
 def main() -> int:
@@ -207,18 +213,26 @@ def main() -> int:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| case | methods | times as fast | ms a step | GB | new prompt, s | equal |\n|---|---|---|---|---|---|---|")
-    cases = {}
+    command = " ".join(["python", "-m", "scripts.bench_tib", *sys.argv[1:]])
+    cases: dict[str, Any] = {}
+    record = {
+        "command": command, "device": describe_device(torch.device(device)), "date": time.strftime("%Y-%m-%d"),
+        "versions": record_versions(), "cases": cases,
+    }  # fmt: skip
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(case: str, rows: dict[str, Any]) -> None:
+        cases[case] = rows
+        if options.out:
+            write_json(options.out / f"bench_tib_{options.kind or device}.json", record)
+
     for case in options.case or ["tiny"]:
         with torch.no_grad():
-            cases[case] = measure(case, device, options.repeats)
+            measure(case, device, options.repeats, functools.partial(keep, case))
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if options.out:
-        command = " ".join(["python", "-m", "scripts.bench_tib", *sys.argv[1:]])
-        options.out.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "device": describe_device(torch.device(device)), "cases": cases}
-        write_json(options.out / f"bench_tib_{options.kind or device}.json", record)
     return 0
 
 

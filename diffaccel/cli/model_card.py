@@ -38,7 +38,9 @@ def write(details: dict[str, Any], vocabulary: Vocabulary | None) -> None:
         terminal.write_table("About it", ["what", "value"], _rows(others))
     if card.get("attribution"):
         terminal.write("\n".join(["Credits", *(f"  {line}" for line in card["attribution"])]))
-    if "pipeline" in card:
+    if card.get("pipeline") == "NextFramePipeline":
+        terminal.write(f"\nExample\n  diffaccel rollout {details['name']} --frames 100 --out run.mp4")
+    elif "pipeline" in card:
         terminal.write(f'\nExample\n  diffaccel sample "{_example(vocabulary)}" --model {details["name"]}')
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from diffaccel import terminal
 from diffaccel.cli.play_session import PlaySession
-from diffaccel.cli.world import add_sampler_options, open_sampler, read_start
+from diffaccel.cli.world import add_sampler_options, open_sampler
 from diffaccel.errors import DiffAccelError, first_line
 
 _EXAMPLES = """examples:
-  diffaccel play ./world
+  diffaccel play coinrun-nfd
   diffaccel play ./world --draft auto --latency 50 --port 9000
 
 The page is served to this machine alone. --host with another address than a loopback one needs --allow-remote: who can
@@ -50,8 +50,7 @@ def run(argv: list[str]) -> int:
         raise DiffAccelError(f"--fps is {options.fps:g}; it must be positive.")
     from aiohttp import web
 
-    sampler = open_sampler(options)
-    session = PlaySession(sampler, None if options.start is None else read_start(options.start, sampler))
+    session = PlaySession(*open_sampler(options))
     session.next_picture()  # its errors come now
     app = make_app(session, options.fps, options.host, options.port)
     told = f"http://{_bracketed(options.host)}:{options.port}"

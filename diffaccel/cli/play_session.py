@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel.cli.world import as_picture
 from diffaccel.errors import DiffAccelError
+from diffaccel.models.next_frame.beginnings import GREY, Beginning
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 ARROWS = 9  # number of actions of (left, none, right) times (down, none, up), in this order: CoinRun's
@@ -23,13 +22,13 @@ class PlaySession:
 
     Args:
         sampler: with a video begun.
-        start: frame ``(1, C, H, W)`` that it began with; None for a grey one.
+        start: what it began with.
 
     Attributes:
         action: what is wanted.
     """
 
-    def __init__(self, sampler: NextFrameSampler, start: Tensor | None = None) -> None:
+    def __init__(self, sampler: NextFrameSampler, start: Beginning = GREY) -> None:
         self.sampler, self.start = sampler, start
         self.actions = sampler.model.null_action
         self.rest = ARROWS // 2 if self.actions == ARROWS else 0
@@ -59,7 +58,7 @@ class PlaySession:
 
     def begin_again(self) -> None:
         """Begin with the first frame again."""
-        self.sampler.reset(self.start)
+        self.sampler.reset(*self.start, truncate=True)
 
     def next_picture(self) -> bytes:
         """Return the next frame as PNG."""

@@ -12,7 +12,7 @@ from diffaccel.cli.world import add_sampler_options, as_picture, open_sampler
 from diffaccel.errors import DiffAccelError, first_line
 
 _EXAMPLES = """examples:
-  diffaccel rollout ./world --actions hold --frames 500 --draft auto --out run.mp4
+  diffaccel rollout coinrun-nfd --actions hold --frames 500 --draft auto --out run.mp4
   diffaccel rollout ./world --actions 7,7,7,8,8,4 --draft 1 --out run.gif
   diffaccel rollout ./world --actions actions.txt --draft 4 --json --out run.mp4
 
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     if (options.frames is not None and options.frames < 1) or not options.hold >= 1:
         raise DiffAccelError(f"--frames is {options.frames} and --hold {options.hold:g}; both must be 1 or more.")
     given = read_actions(options.actions)
-    sampler = open_sampler(options)
+    sampler, _ = open_sampler(options)
     actions = stream(options, given, sampler.model.null_action)
     pictures = []
     for frame in sampler.frames(actions, options.oracle):

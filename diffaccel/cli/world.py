@@ -14,6 +14,7 @@ from diffaccel.runs.request import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from diffaccel.models.next_frame.beginnings import Beginning
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 
@@ -28,7 +29,10 @@ def add_sampler_options(parser: terminal.Parser, draft: str) -> None:
     add("--draft", default=draft, metavar="N", help=f"frames of a round: a number, or auto (default {draft})")
     add("--latency", type=float, metavar="MS", help="longest milliseconds from an action to its frame, for auto")
     add("--context-noise", type=float, metavar="T", help="noise level of earlier frames (default: the model's)")
-    add("--start", type=Path, metavar="PNG", help="picture that the video begins with (default: a grey one)")
+    add(
+        "--start", metavar="N|PNG",
+        help="one of the model's own beginnings, from 0, or a picture (default: the seed's; grey without any)",
+    )  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="of the noise (default 0)")
     add("--no-capture", action="store_true", help="record no CUDA graphs")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads")
@@ -46,8 +50,8 @@ def parse_draft(text: str) -> Any:
         raise DiffAccelError(f"--draft is '{text}'; it must be auto or a whole number, 1 or more.") from None
 
 
-def open_sampler(options: Namespace) -> NextFrameSampler:
-    """Return the sampler that the options describe, with a video begun."""
+def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
+    """Return the sampler that the options describe, with a video begun, and what it began with."""
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
     if options.threads < 0 or not 0 <= options.seed < 2**63:
@@ -74,16 +78,32 @@ def open_sampler(options: Namespace) -> NextFrameSampler:
         rule=settings.rule, capture=False if options.no_capture else None, latency=options.latency,
         seeds=(options.seed,),
     )  # fmt: skip
-    sampler.reset(None if options.start is None else read_start(options.start, sampler))
-    return sampler
+    start = find_beginning(options.start, options.seed, folder, pipe.transformer.frame_shape)
+    sampler.reset(*start, truncate=True)
+    return sampler, start
 
 
-def read_start(path: Path, sampler: NextFrameSampler) -> Tensor:
+def find_beginning(start: str | None, seed: int, folder: Path, frame_shape: tuple[int, int, int]) -> Beginning:
+    """Return what ``--start`` names: a number of the model's own beginnings, a picture, or the one of the seed."""
+    from diffaccel.models.next_frame.beginnings import GREY, Beginning, read
+
+    if start is not None and not start.isdecimal():
+        return Beginning(read_start(Path(start).expanduser(), frame_shape))
+    own = read(folder, frame_shape)
+    if start is None:
+        return own[seed % len(own)] if own else GREY
+    if int(start) >= len(own):
+        allowed = f"a number below {len(own)}, or a picture" if own else "a picture, for the model has no beginnings"
+        raise DiffAccelError(f"--start is {start}; it must be {allowed}.")
+    return own[int(start)]
+
+
+def read_start(path: Path, frame_shape: tuple[int, int, int]) -> Tensor:
     """Return a picture as the first frame ``(1, C, H, W)`` in [-1, 1]."""
     import torch
     from PIL import Image, UnidentifiedImageError
 
-    channels, height, width = sampler.model.frame_shape
+    channels, height, width = frame_shape
     try:
         picture = Image.open(path).convert({1: "L", 3: "RGB", 4: "RGBA"}.get(channels, "RGB"))
     except (OSError, UnidentifiedImageError) as error:

@@ -16,6 +16,7 @@ from PIL import Image
 from diffaccel.cli.play import check_address, is_loopback, make_app, names_of
 from diffaccel.cli.play_session import PlaySession
 from diffaccel.errors import DiffAccelError
+from diffaccel.models.next_frame.beginnings import Beginning
 from diffaccel.samplers import NextFrameSampler
 from tests.support.worlds import tiny_world
 
@@ -168,7 +169,7 @@ def test_a_game_begins_again_with_its_own_first_frame():
     sampler = NextFrameSampler(tiny_world(torch.float32), 1, draft=1)
     start = torch.full((1, *sampler.model.frame_shape), 0.5)
     sampler.reset(start)
-    game = PlaySession(sampler, start)
+    game = PlaySession(sampler, Beginning(start))
     first = game.next_picture()
     game.next_picture()
     game.begin_again()

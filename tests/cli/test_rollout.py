@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from diffaccel.cli.world import find_beginning
+from diffaccel.models.next_frame import beginnings
 from diffaccel.samplers import NextFrameSampler
 from diffaccel.samplers.nfd.streams import held_actions
 from tests.support.worlds import tiny_world
@@ -55,6 +57,24 @@ def test_actions_from_a_file_and_a_first_picture(rollout, tmp_path):
     words = ("--actions", "actions.txt", "--start", "start.png", "--draft", 1, "--json")
     assert rollout(*words).json["frames"] == 4
     assert rollout(*words, "--frames", 2, "--oracle").json["is_oracle"]
+
+
+def test_a_model_begins_with_its_own_frames(run, tmp_path):
+    model = tiny_world(torch.float32)
+    model.save_pretrained(tmp_path)
+    frames, actions = torch.randint(256, (2, 3, 3, 8, 8), dtype=torch.uint8), torch.tensor([[1, 2, 3], [4, 0, 1]])
+    beginnings.write(tmp_path, frames, actions)
+    words = (tmp_path, "--device", "cpu", "--steps", 2, "--draft", 1, "--scale", 1, "--actions", "1,2", "--no-capture")
+    pictures = {}
+    for name, more in (("seed", ("--seed", 1)), ("number", ("--seed", 1, "--start", 1)), ("other", ("--start", 0))):
+        assert run("rollout", *words, *more, "--out", tmp_path / f"{name}.mp4").status == 0
+        pictures[name] = next(itertools.islice(imageio_ffmpeg.read_frames(str(tmp_path / f"{name}.mp4")), 1, None))
+    assert pictures["seed"] == pictures["number"] != pictures["other"]
+    own = find_beginning(None, 1, tmp_path, model.frame_shape)
+    assert torch.equal(own.actions, actions[1]) and torch.equal(((own.frames + 1) * 127.5).round(), frames[1].float())
+    assert "a number below 2" in run("rollout", *words, "--start", 2).err
+    (tmp_path / beginnings.FILE).write_bytes(b"no picture")
+    assert "Copy the model again" in run("rollout", *words).err
 
 
 @pytest.mark.parametrize(

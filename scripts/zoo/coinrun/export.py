@@ -19,15 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import write_text
+from diffaccel.files import write_json
+from diffaccel.models.next_frame import beginnings
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.training.checkpoint import save_weights
 from diffaccel.zoo import packing
+from scripts.zoo.coinrun import card
 from scripts.zoo.coinrun import recipe as recipes
+from scripts.zoo.coinrun.forks import make_forks
 from scripts.zoo.coinrun.recipe import Recipe
 
-MODEL = "coinrun-nfd"
+MODEL = card.MODEL
+BEGINNINGS = 8
 STAGES = ("teacher", "student", "dynamics")
 _PREFIX = {"teacher": "transformer.", "student": "transformer.", "dynamics": "network."}
 PART_BYTES = 15 * 2**20
@@ -101,40 +105,33 @@ def pipeline(recipe: Recipe, weights: dict[str, Tensor], consistency: bool) -> N
     return NextFramePipeline(model.eval(), kind(shift=recipe.shift), recipe.context_noise)
 
 
-def pack(recipe: Recipe, source: Path, stage: str, zoo: Path) -> Path:
-    """Pack the pipeline of a stage into ``zoo/coinrun-nfd`` with its card and notice."""
+def pack(recipe: Recipe, source: Path, stage: str, zoo: Path, data: Path, note: str = "") -> Path:
+    """Pack the pipeline of a stage into ``zoo/coinrun-nfd``, with what its videos begin with, card and notice.
+
+    Args:
+        recipe: of the job.
+        source: folder that the job wrote.
+        stage: teacher or student.
+        zoo: folder of models.
+        data: folder of the game, which draws the beginnings.
+        note: what somebody who watched the videos says of them.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / MODEL
         pipe = pipeline(recipe, received(source, stage), stage == "student")
         pipe.to(torch.bfloat16)
         pipe.save_pretrained(plain)
-        report = source / "report.json"
-        write_text(plain / "README.md", card(recipe, stage, json.loads(report.read_text()) if report.is_file() else {}))
+        made = make_forks(data, BEGINNINGS, min(8, recipe.model["window"]), 1, seed=1)
+        beginnings.write(plain, made.given, made.given_actions)
+        card.legal(plain)
         shutil.rmtree(zoo / MODEL, ignore_errors=True)
-        return packing.pack(plain, zoo / MODEL)
-
-
-def card(recipe: Recipe, stage: str, report: dict[str, Any]) -> str:
-    """Return the model's card: what it is, what it learnt from, how good it is, whose pictures it saw."""
-    quality = json.dumps(report, indent=1) if report else "not measured"
-    return f"""# {MODEL}
-
-An action-conditioned world model of easy CoinRun, 64x64 pixels, drawn frame by frame (next-frame diffusion, arXiv
-2506.01380); stage "{stage}" of recipe "{recipe.name}". Trained from seeds by `python -m scripts.zoo.coinrun.job`.
-
-Frames: {recipe.pool.frames} from levels 0 to 999,999 of CoinRun; measured on levels from 1,000,000 on.
-Network: {json.dumps(recipe.model)}
-
-## Quality
-```json
-{quality}
-```
-
-## Licences
-Weights and code: Apache-2.0. The frames are drawn by CoinRun of the procgen benchmark (arXiv 1912.01588; code MIT, (c)
-2019 OpenAI) from art by Kenney (https://www.kenney.nl/assets, CC0) and backgrounds listed in ASSET_LICENSES.md of
-https://github.com/openai/procgen (CC0, CC-BY 3.0 and 4.0, OGA-BY 3.0).
-"""
+        packed = packing.pack(plain, zoo / MODEL)
+    size = sum(entry["size"] for entry in packing.read_manifest(packed)["packed"].values())
+    report = source / "report.json"
+    told = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    card.legal(packed)
+    write_json(packed / "card.json", card.facts(recipe, stage, told, size, note))
+    return packed
 
 
 def main() -> None:
@@ -144,6 +141,8 @@ def main() -> None:
     parser.add_argument("--stage", default="student", choices=("teacher", "student"))
     parser.add_argument("--pipeline", type=Path, help="write a plain folder here")
     parser.add_argument("--zoo", type=Path, help="pack the model into this folder of models")
+    parser.add_argument("--data", type=Path, default=Path("data/coinrun"), help="folder of scripts.zoo.coinrun.fetch")
+    parser.add_argument("--note", default="", help="what somebody who watched the videos says of them, for the card")
     options = parser.parse_args()
     try:
         recipe = recipes.get(options.recipe)
@@ -155,7 +154,7 @@ def main() -> None:
             consistency = options.stage == "student"
             pipeline(recipe, received(options.receive, options.stage), consistency).save_pretrained(options.pipeline)
         if options.zoo:
-            print(pack(recipe, options.receive, options.stage, options.zoo))
+            print(pack(recipe, options.receive, options.stage, options.zoo, options.data, options.note))
     except DiffAccelError as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffaccel.distill.next_frame.train import train_forcing
 from diffaccel.errors import DiffAccelError
+from diffaccel.models.next_frame import beginnings
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.training.loop import TrainingRun
-from scripts.zoo.coinrun import export, job, probe, recipe
+from diffaccel.zoo import packing
+from scripts.zoo.coinrun import card, export, job, probe, recipe
 
 
 def _call(monkeypatch, *arguments):
@@ -71,15 +74,39 @@ def test_weights_travel_in_parts_and_go_on_after_a_warmup(trained, tmp_path, mon
     assert type(NextFramePipeline.from_folder(tmp_path / "pipe").scheduler).__name__ == "FlowMatchLCMScheduler"
 
 
-def test_the_packed_model_has_its_card(trained, tmp_path):
+def test_the_packed_model_has_its_card_and_what_videos_begin_with(trained, tmp_path, monkeypatch):
     work, model = trained
     out = tmp_path / "out"
     out.mkdir()
     export.send(work, out)
-    packed = export.pack(recipe.get("cpu"), out, "teacher", tmp_path / "zoo")
+    given = torch.randint(256, (3, 8, 3, 64, 64), dtype=torch.uint8)
+    actions = torch.randint(9, (3, 8))
+    monkeypatch.setattr(export, "make_forks", lambda *_, **__: SimpleNamespace(given=given, given_actions=actions))
+    packed = export.pack(recipe.get("cpu"), out, "teacher", tmp_path / "zoo", tmp_path)
     size = sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
-    assert size < 1.4 * sum(p.numel() for p in model.parameters()) + 2**16
-    assert "Kenney" in export.card(recipe.get("cpu"), "teacher", {})
+    assert size < 1.4 * sum(p.numel() for p in model.parameters()) + given.nbytes + 2**16
+    told = json.loads((packed / "card.json").read_text())
+    assert told["state"] == "not measured yet" and "Kenney" in (packed / "NOTICE").read_text()
+    plain = packing.unpack(packed, tmp_path / "plain")
+    read = beginnings.read(plain, (3, 64, 64))
+    assert torch.equal(read[2].actions, actions[2]) and torch.equal(
+        ((read[2].frames + 1) * 127.5).round(), given[2].float()
+    )
+
+
+def test_what_the_model_is_accepted_by():
+    by_ahead = {"1": 31.0, "4": 20.0, "8": 16.0}
+    row = {"steps": 4, "PSNR, seen before": by_ahead, "delta-PSNR": {"4": 5.0}, "actions read, ratio": 0.9,
+           "PSNR, seen before, action changes": by_ahead}  # fmt: skip
+    report = {
+        "student": [row], "references": {"repeat: PSNR, seen before, action changes": {"4": 15.0, "8": 16.5}},
+        "student, long videos": {f"late over early: {what}": value for what, value in
+                                 (("mean difference of frames", 1.3), ("actions read", 1.0))},
+    }  # fmt: skip
+    table = card.acceptance(report, "student", 7_000_000)
+    failed = [line["check"] for line in table if not line["passed"]]
+    assert len(table) == 8 and failed == [table[4]["check"], table[5]["check"]] and table[4]["value"] == -0.5
+    assert card.acceptance(report, "teacher", 1) == []
 
 
 def test_a_folder_without_weights_is_said(monkeypatch, tmp_path):
