@@ -24,6 +24,7 @@ from diffaccel.zoo import packing
 from scripts.zoo.emoji import heldout, score
 from scripts.zoo.emoji.world import World, load
 from scripts.zoo.emoji_sd.export import BASE, LARGEST
+from scripts.zoo.emoji_sd.recipe import FULL
 
 STEPS, FEW = 20, 4
 Draw = Callable[[Sequence[str], int], Tensor]
@@ -104,7 +105,9 @@ def flux_drawer(device: str) -> Draw:
     return lambda prompts, steps: score.draw(pipe, prompts, steps=steps, **settings)
 
 
-def measure(model: Path, data: Path, out: Path, *, count: int, by_eye: float | None = None) -> dict[str, Any]:
+def measure(
+    model: Path, data: Path, out: Path, *, count: int, by_eye: float | None = None, guidance: float = FULL.guidance
+) -> dict[str, Any]:
     """Measure a plain or packed model, write ``report.json`` and ``grid.png``, and print the table."""
     import tempfile
 
@@ -121,10 +124,11 @@ def measure(model: Path, data: Path, out: Path, *, count: int, by_eye: float | N
         pipe = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32).to(device)
         pipe.set_progress_bar_config(disable=True)
         size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-        draw = drawer(pipe, size, 4.0)
+        draw = drawer(pipe, size, guidance)
         grid(draw, out / "grid.png")
         judge = score.Judge(zoo.path("emoji-clip-judge"), device)
         report = accept(draw, flux_drawer(device), judge, load(data), count=count, by_eye=by_eye, packed=packed)
+    report["quality"]["guidance"] = guidance
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     for row in report["acceptance"]:
         print(" | ".join(str(part) for part in row.values()), flush=True)

@@ -100,7 +100,8 @@ class Job:
     def accept(self) -> None:
         """Measure the packed model, and export it again with the numbers in its card."""
         if (self.work / "zoo" / export.MODEL).is_dir():
-            accept.measure(self.work / "zoo" / export.MODEL, self.options.data, self.work, count=self.options.count)
+            model, guidance = self.work / "zoo" / export.MODEL, self.recipe.guidance
+            accept.measure(model, self.options.data, self.work, count=self.options.count, guidance=guidance)
             for name in ("report.json", "grid.png"):
                 if self.out != self.work:
                     shutil.copyfile(self.work / name, self.out / name)

@@ -24,6 +24,7 @@ class UNetRecipe:
         shares: probability of each kind of scene.
         label_count: labels that it learns, the first of the world; None for all.
         scenes: number of scenes of each kind.
+        guidance: of calls; with more of it a picture has the wrong number of things more often.
     """
 
     name: str
@@ -40,7 +41,7 @@ class UNetRecipe:
     scenes: SceneCounts = data_recipe.FULL.scenes
     size: int = 128
     steps: int = 20
-    guidance: float = 4.0
+    guidance: float = 2.5
     compiled: bool = False
     plan: TrainingPlan
 
