@@ -73,6 +73,18 @@ def test_a_rollout_on_the_ring_equals_full_evaluations(settings):
     torch.testing.assert_close(plain(engine, actions), expected, **CLOSE)
 
 
+def test_the_dtype_of_a_model_changes_rounding_alone():
+    """The same noise in every precision: a model in double precision draws the frames of one in single precision."""
+    double, single, actions = tiny_world(), tiny_world().float(), [0, 1, 1, 2, 3]
+    drawn = []
+    for model in (double, single):
+        engine = FrameEngine(model, FrameSettings(steps=3, rule="consistency", context_noise=0.1))
+        engine.reset(*prompt(double))
+        drawn.append(plain(engine, actions))
+    assert drawn[0].dtype == torch.float64 and drawn[1].dtype == torch.float32
+    torch.testing.assert_close(drawn[1].double(), drawn[0], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_first_frame_of_a_round_equals_that_of_a_round_of_one(count):
     model = tiny_world()

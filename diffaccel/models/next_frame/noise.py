@@ -25,6 +25,8 @@ def noise_seed(seed: int, frame: int, step: int) -> int:
 class FrameNoise:
     """Draws ``e(frame, step)`` of each row's video on one device.
 
+    Numbers are drawn in float32 for every dtype, since a generator has other numbers in double precision.
+
     Args:
         seeds: one for each row of the batch.
         device: on which noise is drawn; another kind of device has other numbers.
@@ -36,5 +38,8 @@ class FrameNoise:
 
     def fill(self, target: Tensor, frame: int, step: int) -> None:
         """Fill ``target`` ``(B, C, H, W)`` with the noise of one frame at one step."""
+        single = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
         for row, seed in enumerate(self.seeds):
-            target[row].normal_(generator=self._generator.manual_seed(noise_seed(seed, frame, step)))
+            single[row].normal_(generator=self._generator.manual_seed(noise_seed(seed, frame, step)))
+        if single is not target:
+            target.copy_(single)
