@@ -10,7 +10,9 @@ import matrix
 import pytest
 import tiny
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FluxTransformer2DModel
+from diffusers.hooks import HookRegistry, apply_group_offloading
 from torch import Tensor, nn
 
 import diffaccel
@@ -250,6 +252,46 @@ def test_another_tool_on_the_blocks() -> None:
     assert torch.equal(draw(pipe), stock)
     diffaccel.remove(pipe)
     assert torch.equal(draw(pipe), stock) and isinstance(vars(block)["forward"], Doubled)
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level", "sequential"])
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_below_the_hooks_of_offloading_whatever_comes_and_goes_first(family: str, kind: str) -> None:
+    """Hooks of a whole block run around the fused one; those of its layers may leave it to its own forward."""
+
+    def hook(network: nn.Module) -> None:
+        if kind == "sequential":  # what enable_sequential_cpu_offload puts on modules, on one device
+            add_hook_to_module(blocks(network)[0], ModelHook())
+        else:
+            size = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+            apply_group_offloading(network, torch.device("cpu"), torch.device("cpu"), kind, **size)
+
+    def unhook(network: nn.Module) -> None:
+        if kind == "sequential":
+            remove_hook_from_module(network, recurse=True)
+        else:
+            HookRegistry.check_if_exists_or_initialize(network).remove_hook("group_offloading", recurse=True)
+
+    def blocks(network: Any) -> list[Any]:
+        return list(network.transformer_blocks if family == "flux" else network.blocks)
+
+    case = matrix.Case(family, None)
+    pipe = make() if family == "flux" else case.make()
+    stock = case.call(pipe)
+    on = {"fuse": lambda: diffaccel.accelerate(pipe, FusedBlocks()), "hook": lambda: hook(pipe.transformer)}
+    off = {"fuse": lambda: diffaccel.remove(pipe), "hook": lambda: unhook(pipe.transformer)}
+    for first, left in (("hook", "fuse"), ("hook", "hook"), ("fuse", "hook"), ("fuse", "fuse")):
+        for name in (first, "hook" if first == "fuse" else "fuse"):
+            on[name]()
+        assert torch.equal(case.call(pipe), stock)
+        fused, left_alone = told(pipe)["fused_calls"], told(pipe)["stock_calls"]
+        assert fused or left_alone if kind == "leaf_level" else fused and not left_alone
+        off[left]()
+        assert torch.equal(case.call(pipe), stock)
+        off["hook" if left == "fuse" else "fuse"]()
+        assert torch.equal(case.call(pipe), stock)
+        for block in blocks(pipe.transformer):
+            assert vars(block).get("forward") in (None, type(block).forward.__get__(block))
 
 
 def test_twice_through_pipelines_that_share_a_network_and_other_networks() -> None:

@@ -13,7 +13,8 @@ from diffaccel import families
 from diffaccel.config import Config, Level, Machine, Touches
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.fused.forward import BlockKind, Forward
-from diffaccel.modules.fused.plain_parts import has_own_forward
+from diffaccel.modules.fused.place import innermost
+from diffaccel.modules.fused.plain_parts import is_own
 from diffaccel.modules.stand_in import uncompiled
 
 Rounding = Literal["exact", "folded"]
@@ -75,7 +76,7 @@ class FusedBlocks(Config):
 
         Raises:
             DiffAccelError: for a pipeline without such blocks, for blocks of another version of diffusers, and for
-                blocks whose forward another tool has replaced, as offloading of groups does.
+                blocks whose forward another tool has replaced, as caches do; below hooks of offloading it is put on.
         """
         fused = FusedNetworks([])
         try:
@@ -99,8 +100,8 @@ class FusedBlocks(Config):
                 raise DiffAccelError(
                     f"'{self.name}' does not know the arguments of {kind.block.__name__} in this version of diffusers."
                 )
-            if not has_own_forward(block):
-                raise DiffAccelError(_whose(block, vars(block)["forward"], self.name))
+            if not is_own(forward := innermost(block).forward, block):
+                raise DiffAccelError(_whose(block, forward, self.name))
         forwards = [Forward(block, kind, self.rounding == "folded") for block, kind in blocks]
         for forward in forwards:
             forward.put_on()
@@ -127,8 +128,8 @@ def _whose(block: nn.Module, forward: Any, name: str) -> str:
             "diffaccel.remove it first."
         )
     return (
-        f"The forward of {type(block).__name__} was replaced by a {type(forward).__name__}, as offloading, casting and "
-        f"caching of diffusers do. Apply '{name}' first, and them after it."
+        f"The forward of {type(block).__name__} was replaced by a {type(forward).__name__}, as caching of diffusers "
+        f"does. Apply '{name}' first, and the other after it."
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffaccel.modules.fused.place import innermost, places
+
 
 @dataclass(frozen=True)
 class BlockKind:
@@ -69,16 +71,23 @@ class Forward:
         return inspect.Signature(parameters)
 
     def put_on(self) -> None:
-        """Take the place; :meth:`remove` undoes it."""
-        self.before = vars(self.block).get("forward")
-        vars(self.block)["forward"] = self
+        """Take the place of the block's own forward, below the hooks of offloading; :meth:`remove` undoes it."""
+        place = innermost(self.block)
+        self.before = place.forward
+        place.values[place.key] = self
 
     def remove(self) -> None:
-        """Give the place back; what others have put around it since stays, and its calls are passed on."""
+        """Give the place back, also where hooks came or went since.
+
+        What others have put around it stays, and its calls are passed on.
+        """
         self.is_on = False
-        if vars(self.block).get("forward") is not self:
-            return
-        if self.before is None:
-            del vars(self.block)["forward"]
-        else:
-            vars(self.block)["forward"] = self.before
+        for place in places(self.block):
+            if place.forward is not self:
+                continue
+            if self.before is not None:
+                place.values[place.key] = self.before
+            elif place.values is vars(self.block) and place.key == "forward":
+                del place.values[place.key]
+            else:
+                place.values[place.key] = self.stock

@@ -20,7 +20,11 @@ def is_plain(module: nn.Module) -> bool:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Return whether a module's forward is that of its class, which tools that are gone may have left on the module."""
-    forward = vars(module).get("forward")
+    return is_own(vars(module).get("forward"), module)
+
+
+def is_own(forward: Any, module: nn.Module) -> bool:
+    """Return whether a forward is that of a module's class, or None."""
     if forward is None:
         return True
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
