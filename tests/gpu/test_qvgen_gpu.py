@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +19,7 @@ from diffaccel.kernels.codes import DTYPES
 from diffaccel.kernels.dispatch import capability
 from diffaccel.kernels.low_bit_linear import low_bit_linear, low_bit_linear_reference
 from diffaccel.kernels.packed_codes import expand_codes, expand_codes_reference, pack_codes
-from diffaccel.kernels.quantize_tokens import quantize_tokens, quantize_tokens_reference
+from diffaccel.kernels.quantize_tokens import quantize_tokens, quantize_tokens_reference, token_scales
 from diffaccel.quant import QVGen, convert, prepare_qat
 from diffaccel.quant.low_bit.form import LowBit
 from diffaccel.quant.low_bit.linear import LowBitLinear
@@ -128,18 +127,36 @@ def test_trained_layers_by_codes(tmp_path: Path) -> None:
     assert float((found - trained).norm() / trained.norm()) < 1e-3
 
 
+def away_from_ties(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return numbers of which each that ``v`` of would round either way is 0."""
+    return torch.where((v - v.floor() - 0.5).abs() < 1e-3, 0.0, x)
+
+
 def test_fused_gradients_are_those_of_the_formulas(monkeypatch: Any) -> None:
+    """Equal to the bit but for sums, on numbers away from ties.
+
+    A compiler's division is off by units in the last place, so that a number at a tie may have another code, and one at
+    the end of the range no gradient. Clipped ends are codes away from the range: it does not matter how they round.
+    """
     x, w = normal(2048, 256), normal(256, 256, dtype=torch.float32)
     scale, zero = w.abs().amax(1, keepdim=True) / 8, torch.full((256, 1), 7.3, device="cuda")
-    clip = torch.tensor([[0.8, 0.9], [0.5, 0.7]], device="cuda")
+    w = away_from_ties(w, w.double() / scale + zero)
+    clip = torch.tensor([[0.6, 0.7], [0.5, 0.7]], device="cuda")
+    low, high = (end(dim=1, keepdim=True).float() for end in (x.amin, x.amax))
+    rows = clip.repeat_interleave(1024, dim=0)
+    steps, _ = token_scales(low * rows[:, :1], high * rows[:, 1:], 4, False)
+    x = torch.where((x == low) | (x == high), x, away_from_ties(x, x.double() / steps))
     results = []
     for least in (1, 1 << 60):
         monkeypatch.setattr(rounding, "LEAST_FUSED", least)
         leaves = [t.clone().requires_grad_() for t in (x, w, scale, zero, clip)]
         y = rounding.round_tokens(leaves[0], leaves[4], 4).float() @ rounding.round_weight(*leaves[1:4], 4).t()
         results.append((y.detach(), *torch.autograd.grad(y.square().mean(), leaves)))
-    for fused, plain in zip(*results, strict=True):
-        assert float((fused - plain).float().norm() / plain.float().norm()) < 2e-3
+    for number, (fused, plain) in enumerate(zip(*results, strict=True)):
+        if number < 3:  # y, and the gradients of x and w
+            assert torch.equal(fused, plain)
+        else:  # 256 terms, each off by 2e-6 of its factor at most, are 5e-4 of those that add up like random ones
+            assert float((fused - plain).norm() / plain.norm()) < 1e-3
 
 
 def test_a_run_on_the_gpu_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -170,8 +187,9 @@ def test_offloading_and_graphs(offload: str) -> None:
     pipe = tiny.make("flux").to("cuda")
     diffaccel.accelerate(pipe, QVGen())
     expected = pipe(**tiny.call_kwargs("flux")).images.clone()
-    other = copy.deepcopy(tiny.make("flux"))
+    other = tiny.make("flux").to("cuda")  # quantized where the first one is: devices add in another order
     diffaccel.accelerate(other, QVGen())
+    other.to("cpu")
     if offload == "model":
         other.enable_model_cpu_offload()
     else:
