@@ -132,6 +132,34 @@ class MixDQ(Quantization):
                 f"MixDQ.probes is {self.probes}, more than samples, {self.samples}. Layers are probed on the first "
                 "samples; take as many, or fewer."
             )
+        self._check_uses()
+
+    def _check_uses(self) -> None:
+        """Raise for options that contradict each other, or that have no effect beside the others."""
+        for name in ("latency", "exact") if self.allocation == "uniform" else ():
+            if value := getattr(self, name):
+                raise DiffAccelError(
+                    f"MixDQ.{name} is {value} with allocation='uniform', which solves no program. Leave it out, or "
+                    "take allocation='decoupled' or 'sqnr'."
+                )
+        if self.calibration == "ema" and self.activation_scale == "token":
+            raise DiffAccelError(
+                "MixDQ.calibration is 'ema' with activation_scale='token', which takes ranges at each call and none of "
+                "the calibration. Leave it at 'minmax', or take activation_scale='tensor'."
+            )
+        if self.allocation == "uniform" or self.activation_bits == 16 or not self.protect:
+            return
+        if self.protect == 1:
+            raise DiffAccelError(
+                f"MixDQ.protect is 1 with activation_bits={self.activation_bits}: all inputs stay as they are. Say "
+                "so by activation_bits=16, or protect less."
+            )
+        if self.within_average and self.activation_bits == 4:
+            raise DiffAccelError(
+                f"MixDQ.within_average is True with activation_bits=4 and protect={self.protect}: with the protected "
+                "ones at 16 bits the others would need less than 4, which no input has. Allow more than 4, or "
+                "protect=0."
+            )
 
     def apply(self, pipe: Any) -> Handle:
         """Put a plan on the network of a pipeline.

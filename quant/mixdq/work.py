@@ -186,6 +186,8 @@ class _Planning:
         protected = self._protected(names)
         rest = [name for name in names if name not in protected]
         target = config.activation_bits
+        if not rest:  # small groups, of which one input each is protected
+            return bits, {"asked": target, "protected": protected}
         if config.within_average:
             total, kept = (sum(sizes[name] for name in several) for several in (names, protected))
             target = (target * total - 16 * kept) / (total - kept)

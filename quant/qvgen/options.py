@@ -106,11 +106,18 @@ class TrainedQuantization(Quantization):
         name = type(self).__name__
         if not 0 < self.shrink < 1:
             raise DiffAccelError(f"{name}.shrink is {self.shrink}; it must be inside of (0, 1).")
-        if self.rank and self.keep_rank > self.rank:
+        if self.keep_rank > self.rank:
             raise DiffAccelError(
                 f"{name}.keep_rank is {self.keep_rank}, but the side branch starts with rank {self.rank}. Keep that "
                 "much or less."
             )
+        plain = {"phase_steps": 0, "shrink": 0.5, "gate": "cosine"}
+        for option, value in plain.items() if self.keep_rank == self.rank else ():
+            if getattr(self, option) != value:
+                raise DiffAccelError(
+                    f"{name}.{option} is {getattr(self, option)!r}, which has no effect: a rank of {self.rank} of "
+                    f"which {self.keep_rank} stay does not fall. Leave it at {value!r}, or keep less of the rank."
+                )
         phases = self.schedule.phases
         if self.rank and self.steps < max(phases, 1) * max(self.phase_steps, 1):
             raise DiffAccelError(

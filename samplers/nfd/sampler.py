@@ -9,6 +9,7 @@ equal that of N = 1 up to rounding.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -79,11 +80,13 @@ class NextFrameSampler:
         self.window = window or model.config.window
         if draft != "auto" and (isinstance(draft, bool) or not isinstance(draft, int) or draft < 1):
             raise DiffAccelError(f"draft is {draft!r}; it must be 'auto' or a whole number, 1 or more.")
-        if latency is not None and not (isinstance(latency, int | float) and latency > 0):
+        is_number = isinstance(latency, int | float) and not isinstance(latency, bool)
+        if latency is not None and not (is_number and 0 < latency < math.inf):
             raise DiffAccelError(f"latency is {latency!r}; it must be a positive number of milliseconds, or None.")
-        if not 0 <= fan_out <= model.null_action:
+        is_whole = isinstance(fan_out, int) and not isinstance(fan_out, bool)
+        if not (is_whole and 0 <= fan_out <= model.null_action):
             raise DiffAccelError(
-                f"fan_out is {fan_out}; it must be from 0 to {model.null_action}, the model's actions."
+                f"fan_out is {fan_out!r}; it must be a whole number from 0 to {model.null_action}, the model's actions."
             )
         most = min(MOST_DRAFTS, self.window - 1) if draft == "auto" else draft
         self.model, self.steps, self.latency, self.fan_out = model, steps, latency, fan_out

@@ -50,8 +50,12 @@ class FrameSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "window"):
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int | None):
+            if isinstance(number, bool) or not isinstance(number, int | None if name == "window" else int):
                 raise DiffAccelError(f"{name} is {number!r}; it must be a whole number.")
+        for name, allowed in (("merged", (True, False)), ("capture", (True, False, None))):
+            if not any(getattr(self, name) is value for value in allowed):
+                words = " or ".join(map(repr, allowed))
+                raise DiffAccelError(f"{name} is {getattr(self, name)!r}; it must be {words}.")
         if not (isinstance(self.shift, int | float) and 0 < self.shift < math.inf):
             raise DiffAccelError(f"shift is {self.shift!r}; it must be a positive number.")
         levels(self.steps, self.shift)

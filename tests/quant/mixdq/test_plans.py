@@ -300,6 +300,11 @@ def test_bad_options_and_calls_are_named(tmp_path: Path) -> None:
         (lambda: MixDQ(samples=1), "2 or more"),
         (lambda: MixDQ(samples=4, probes=5), "more than samples"),
         (lambda: MixDQ(allocation="best"), "must be one of"),
+        (lambda: MixDQ(allocation="uniform", latency=0.5), "latency is 0.5 with allocation='uniform'"),
+        (lambda: MixDQ(allocation="uniform", exact=True), "exact is True with allocation='uniform'"),
+        (lambda: MixDQ(calibration="ema"), "takes ranges at each call"),
+        (lambda: MixDQ(protect=1.0), "all inputs stay as they are"),
+        (lambda: MixDQ(within_average=True, activation_bits=4.0), "would need less than 4"),
     ):
         with pytest.raises(DiffAccelError, match=words):
             make_config()

@@ -264,6 +264,9 @@ def test_a_frame_is_never_kept_under_another_action():
         ({"window": "8"}, "window is '8'"), ({"latency": "a"}, "latency is 'a'"), ({"shift": math.nan}, "shift is nan"),
         ({"seeds": 3}, "seeds is 3; it must be a list"), ({"seeds": ()}, r"seeds is \(\)"),
         ({"seeds": (1.5,)}, "seeds holds 1.5"), ({"context_noise": "a"}, "context_noise is 'a'"),
+        ({"steps": None}, "steps is None"), ({"latency": math.inf}, "latency is inf"), ({"latency": True}, "is True"),
+        ({"fan_out": 1.5}, "fan_out is 1.5"), ({"fan_out": True}, "fan_out is True"), ({"merged": 1}, "merged is 1"),
+        ({"capture": "no"}, "capture is 'no'; it must be True or False or None"),
     ],
     ids=str,
 )  # fmt: skip
