@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffaccel.distill.identity import fingerprint
@@ -17,10 +16,10 @@ from diffaccel.distill.learner import compute_dtype, learner
 from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
 from diffaccel.distill.teacher import Teacher
-from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
 from diffaccel.training.adam import MomentumlessAdam
-from diffaccel.training.checkpoint import save_tensors
+from diffaccel.training.checkpoint import load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
 from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all, write_entry
@@ -240,19 +239,12 @@ class Distillation:
         """Resume from the checkpoint.
 
         Raises:
-            DiffAccelError: for a checkpoint of another teacher or of other options.
+            DiffAccelError: for a file that is damaged, and for a checkpoint of another teacher or of other options.
         """
-        try:
-            with safe_open(self.checkpoint, framework="pt", device=str(self.device)) as file:
-                state = json.loads((file.metadata() or {}).get("state", "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, ValueError) as error:
-            raise DiffAccelError(
-                f"'{self.checkpoint}' is no whole checkpoint ({first_line(error, 90)}). Remove it to begin anew, or "
-                "take another folder."
-            ) from error
+        tensors, state = load_checkpoint(self.checkpoint, self.device)
         if reason := self._differs(state):
             raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
+        self._check_tensors(tensors)
         for name, network in (("generator", self.generator), ("assistant", self.assistant)):
             for key, p in network.named_parameters():
                 p.copy_(tensors[f"{name}.{key}"])
@@ -266,13 +258,26 @@ class Distillation:
             shadow.copy_(tensors[f"average.{key}"])
         self.step, self.seconds, self.average.updates = state["step"], state["seconds"], state["updates"]
 
+    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raise for a checkpoint that lacks a weight, or has one of another shape."""
+        needed = {f"{name}.{key}": p.shape for name, network in (("generator", self.generator),
+                  ("assistant", self.assistant)) for key, p in network.named_parameters()}  # fmt: skip
+        needed |= {f"average.{key}": p.shape for key, p in zip(self.average.names, self.average.shadow, strict=True)}
+        for name, shape in needed.items():
+            if name not in tensors or tensors[name].shape != shape:
+                raise DiffAccelError(
+                    f"'{self.checkpoint}' is damaged: the weight '{name}' is missing or has another shape. Remove it "
+                    "to begin anew, or take another folder."
+                )
+
     def _differs(self, state: dict[str, Any]) -> str:
         """Return what a checkpoint is of instead of this run, in words; nothing where it is of this run."""
-        if state.get("version") != VERSION:
+        described = isinstance(state.get("options"), dict) and isinstance(state.get("call"), dict)
+        if state.get("version") != VERSION or not described or not {"step", "seconds", "updates"} <= state.keys():
             return "no run of distillation of this version"
         if differing := [key for key, value in self._options().items() if state["options"].get(key) != value]:
             return f"other options ({', '.join(differing)})"
-        if state["teacher"] != self._teacher:
+        if state.get("teacher") != self._teacher:
             return "another teacher, or of one with other weights"
         call = self.teacher.identity
         differing = [key for key in {**call, **state["call"]} if state["call"].get(key) != call.get(key)]

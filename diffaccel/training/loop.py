@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.training.checkpoint import STATE_VERSION, save_tensors
+from diffaccel.training.checkpoint import STATE_VERSION, load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all
 
@@ -288,19 +287,25 @@ class TrainingRun:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Resume from a checkpoint; one without moments restarts the optimiser with a warm-up."""
-        with safe_open(path, framework="pt", device=str(self.device)) as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            if state.get("version") != STATE_VERSION:
-                raise DiffAccelError(f"'{path}' is no checkpoint of version {STATE_VERSION}; remove it or start anew.")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        for name, parameter in self.module.named_parameters():
-            value = tensors.get(f"live.{name}")
-            if value is None or value.shape != parameter.shape:
+        """Resume from a checkpoint; one without moments restarts the optimiser with a warm-up.
+
+        Raises:
+            DiffAccelError: for a file that is damaged or no checkpoint, and for one of another model.
+        """
+        tensors, state = load_checkpoint(path, self.device)
+        keys = {"step", "samples", "seconds", "updates", "restarted_at"}
+        if state.get("version") != STATE_VERSION or not keys <= state.keys():
+            raise DiffAccelError(f"'{path}' is no checkpoint of version {STATE_VERSION}; remove it or start anew.")
+        filled: dict[str, torch.Tensor] = {
+            f"live.{name}": parameter for name, parameter in self.module.named_parameters()
+        }
+        filled |= {f"ema.{name}": shadow for name, shadow in zip(self.ema.names, self.ema.shadow, strict=True)}
+        for name, target in filled.items():
+            value = tensors.get(name)
+            if value is None or value.shape != target.shape:
                 raise DiffAccelError(f"'{path}' belongs to a model of another shape (see '{name}'); remove it.")
-            parameter.copy_(value)
-        for name, shadow in zip(self.ema.names, self.ema.shadow, strict=True):
-            shadow.copy_(tensors[f"ema.{name}"])
+        for name, target in filled.items():
+            target.copy_(tensors[name])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.ema.updates, self.restarted_at = state["updates"], state["restarted_at"]
         moments = self._moments(tensors)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line, size_text
 from diffaccel.processes import Processes
 from diffaccel.session import open_session
-from diffaccel.training.checkpoint import save_tensors
+from diffaccel.training.checkpoint import load_tensors, save_tensors
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -65,15 +65,15 @@ def read_samples(path: Path) -> CleanSamples:
     """Read what :meth:`CleanSamples.save` wrote.
 
     Raises:
-        DiffAccelError: for a file without samples or prompts.
+        DiffAccelError: for a file without samples or prompts, and for one that is damaged.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            values = file.metadata() or {}
-            x0 = file.get_tensor("x0")
-            prompts = json.loads(values["prompts"])
+        tensors, values = load_tensors(path)
+        x0, prompts = tensors["x0"], json.loads(values["prompts"])
         if not (isinstance(prompts, list) and all(isinstance(text, str) for text in prompts) and x0.ndim > 1):
             raise ValueError("prompts are no list of texts, or x0 is no batch")
+    except DiffAccelError:
+        raise
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise DiffAccelError(
             f"'{path}' holds no samples ({first_line(error, 90)}). It must be a safetensors file with a tensor x0 and "

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.errors import DiffAccelError
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.prepare import fake_layers
-from diffaccel.training.checkpoint import save_tensors
+from diffaccel.training.checkpoint import load_checkpoint, save_tensors
 
 VERSION = "qat-1"
 
@@ -86,16 +85,8 @@ def load(
     Raises:
         DiffAccelError: for a checkpoint of another run, and a file that is none.
     """
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            state = json.loads((file.metadata() or {}).get("state", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        step, seconds = _counters(state) if state else (0, 0.0)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DiffAccelError(
-            f"'{path}' is no whole checkpoint ({first_line(error, 90)}). Remove it to begin anew, or take another "
-            "folder."
-        ) from error
+    tensors, state = load_checkpoint(path, device)
+    step, seconds = _counters(state, path)
     reason = origin.difference(state) if state.get("version") == VERSION else "no run of this version"
     if reason:
         raise DiffAccelError(f"'{path}' is of {reason}. Take another folder, or remove the file.")
@@ -122,8 +113,12 @@ def load(
     return step, seconds
 
 
-def _counters(state: Any) -> tuple[int, float]:
+def _counters(state: dict[str, Any], path: Path) -> tuple[int, float]:
     """Return step and seconds of a checkpoint's state."""
-    if not isinstance(state, dict) or not isinstance(state.get("options", {}), dict):
-        raise ValueError("its state is no description of a run")
-    return int(state.get("step", 0)), float(state.get("seconds", 0))
+    step, seconds = state.get("step", 0), state.get("seconds", 0.0)
+    if not (isinstance(state.get("options", {}), dict) and isinstance(step, int) and isinstance(seconds, int | float)):
+        raise DiffAccelError(
+            f"'{path}' is no whole checkpoint (its state is no description of a run). Remove it to begin anew, or take "
+            "another folder."
+        )
+    return step, float(seconds)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from distill_toys import Velocity, gaussian_teacher, small_teacher
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffaccel.distill.run import Distillation
@@ -251,7 +253,19 @@ def test_checkpoints_that_are_spoilt_or_of_other_weights_or_guidance_are_refused
     with pytest.raises(DiffAccelError, match="another way \\(guidance\\)"):
         Distillation(small_teacher(guidance=2.0), SMALL, tmp_path)
     file = tmp_path / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
+    whole = file.read_bytes()
+    file.write_bytes(bytes([*whole[:-100], whole[-100] ^ 1, *whole[-99:]]))
+    with pytest.raises(DiffAccelError, match="has not the SHA-256 that it tells"):
+        Distillation(small_teacher(), SMALL, tmp_path)
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        state = opened.metadata()["state"]
+    save_file(
+        {name: value for name, value in tensors.items() if not name.startswith("average")}, file, {"state": state}
+    )
+    with pytest.raises(DiffAccelError, match="is damaged: the weight 'average"):
+        Distillation(small_teacher(), SMALL, tmp_path)
+    file.write_bytes(whole[:-100])
     with pytest.raises(DiffAccelError, match="no whole checkpoint"):
         Distillation(small_teacher(), SMALL, tmp_path)
 

@@ -45,6 +45,18 @@ def test_checkpoints(damage: str, tmp_path: Path) -> None:
         make(tmp_path)
 
 
+def test_one_bit_of_a_checkpoint_and_of_samples(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.save()
+    qvgen_bed.samples(8).save(tmp_path / "x.safetensors")
+    for file, read in ((run.checkpoint, lambda: make(tmp_path)), (tmp_path / "x.safetensors", None)):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(DiffAccelError, match="is damaged, or was changed"):
+            read() if read else read_samples(file)
+
+
 @pytest.mark.parametrize("prompts", ("3", "[1, 2]", '{"a": 1, "b": 2}', '"ab"'))
 def test_prompts_of_samples(prompts: str, tmp_path: Path) -> None:
     x0 = torch.zeros(2, 4, 8, 8, dtype=torch.float32, device="cpu")

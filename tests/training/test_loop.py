@@ -6,6 +6,8 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
@@ -140,6 +142,42 @@ def test_a_save_killed_halfway_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run.save()
     assert run.checkpoint.read_bytes() == good
+
+
+@pytest.mark.parametrize("damage", ["weight", "moment", "step", "digest", "cut", "short", "empty"])
+def test_a_checkpoint_that_was_changed_is_refused(tmp_path, damage):
+    """One bit anywhere, in weights, moments or the state, and a file that is cut off."""
+    run = _train(_run(tmp_path), stop_at=3)
+    with safe_open(run.checkpoint, "pt") as file:
+        digest, names = file.metadata()["digest"], list(file.keys())
+    data = bytearray(run.checkpoint.read_bytes())
+    assert any(name.startswith("moment.") for name in names)
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:size]))
+    name = next((name for name in names if name.startswith(f"{damage}.") and "exp_avg" in name), names[0])
+    begin = size + header[name]["data_offsets"][0]
+    if damage in ("weight", "moment"):
+        data[begin] ^= 1
+    elif damage == "step":
+        assert b'step\\": 3' in data[:size]
+        data[:size] = data[:size].replace(b'step\\": 3', b'step\\": 2')
+    elif damage == "digest":
+        data[:size] = data[:size].replace(digest.encode(), digest[::-1].encode())
+    run.checkpoint.write_bytes(data[: {"cut": -5, "short": 5, "empty": 0}.get(damage, len(data))])
+    with pytest.raises(DiffAccelError, match=r"no whole checkpoint|has not the SHA-256 that it tells") as error:
+        _run(tmp_path)
+    assert "Remove it to begin anew" in str(error.value)
+
+
+def test_a_checkpoint_without_a_digest_is_read(tmp_path):
+    """As older versions wrote them: the run goes on to the same bits."""
+    run = _train(_run(tmp_path), stop_at=3)
+    with safe_open(run.checkpoint, "pt") as file:
+        state = file.metadata()["state"]
+    save_file(load_file(run.checkpoint), run.checkpoint, {"state": state})
+    resumed = _train(_run(tmp_path), stop_at=5)
+    for ours, theirs in zip(resumed.parameters, _train(run, stop_at=5).parameters, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
