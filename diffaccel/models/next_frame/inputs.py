@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,17 +26,18 @@ def check_actions(actions: Any, largest: int, name: str) -> Tensor:
         raise DiffAccelError(f"{name} are no table of integers: {error}.") from error
     if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
         raise DiffAccelError(f"{name} are {values.dtype}; they must be integers from 0 to {largest - 1}.")
+    values = values.to(torch.int64)  # unsigned ones have no order
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or not values.numel():
         raise DiffAccelError(f"{name} have the shape {tuple(values.shape)}; it must be (frames,) or (batch, frames).")
     wrong = values[(values < 0) | (values >= largest)]
     if wrong.numel():
         raise DiffAccelError(f"{name} hold {int(wrong[0])}; they must be integers from 0 to {largest - 1}.")
-    return values.to(torch.int64)
+    return values
 
 
 def check_prompt(
-    model: NextFrameTransformer, frames: Tensor | None, actions: Any, window: int, truncate: bool
+    model: NextFrameTransformer, frames: Any, actions: Any, window: int, truncate: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the frames ``(B, P, C, H, W)`` that a video begins with, and their actions ``(B, P)``.
 
@@ -46,12 +48,7 @@ def check_prompt(
             raise DiffAccelError("frame_actions were given without frames. Give both, or neither.")
         weight = model.proj_in.weight
         frames = torch.zeros(1, 1, *model.frame_shape, dtype=weight.dtype, device=weight.device)
-    frames = frames[None] if frames.ndim == 4 else frames
-    if frames.ndim != 5 or tuple(frames.shape[2:]) != model.frame_shape or not frames.is_floating_point():
-        raise DiffAccelError(
-            f"frames are {tuple(frames.shape)} in {frames.dtype}; they must be floats (batch, frames, "
-            f"{', '.join(map(str, model.frame_shape))}) in [-1, 1]."
-        )
+    frames = _as_floats(frames, model.frame_shape)
     if not frames.shape[1]:
         raise DiffAccelError("frames are none; a video begins with 1 frame or more.")
     if not bool(torch.isfinite(frames).all()):
@@ -70,3 +67,18 @@ def check_prompt(
             "the last ones."
         )
     return frames[:, -window:], given.expand(frames.shape[0], -1)[:, -window:]
+
+
+def _as_floats(frames: Any, frame_shape: tuple[int, int, int]) -> Tensor:
+    """Return frames, a tensor or an array of floats, as ``(B, P, C, H, W)``."""
+    allowed = f"floats (batch, frames, {', '.join(map(str, frame_shape))}) in [-1, 1]"
+    if isinstance(frames, np.ndarray) and np.issubdtype(frames.dtype, np.floating):
+        frames = torch.from_numpy(np.ascontiguousarray(frames))
+    if not isinstance(frames, Tensor | np.ndarray):
+        raise DiffAccelError(f"frames are a {type(frames).__name__}; they must be a tensor or an array of {allowed}.")
+    shape = tuple(frames.shape) if frames.ndim != 4 else (1, *frames.shape)
+    if not isinstance(frames, Tensor) or not frames.is_floating_point() or len(shape) != 5 or shape[2:] != frame_shape:
+        is_bytes = str(frames.dtype).endswith("uint8")
+        fix = " Bytes (..., H, W, C) become floats by x.movedim(-1, -3) / 127.5 - 1." if is_bytes else ""
+        raise DiffAccelError(f"frames are {tuple(frames.shape)} in {frames.dtype}; they must be {allowed}.{fix}")
+    return frames.reshape(shape)

@@ -13,7 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings
+from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings, check_seeds
 from diffaccel.models.next_frame.inputs import check_actions, check_prompt
 from diffaccel.models.next_frame.levels import StepRule
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
@@ -89,6 +89,7 @@ class NextFramePipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(context_noise=context_noise)
         self.draw_frames: FrameSource = draw_plainly
+        self.settings(1)  # its errors come now, and not in a call
 
     @classmethod
     def from_folder(cls, folder: str | Path, **options: Any) -> NextFramePipeline:
@@ -123,7 +124,7 @@ class NextFramePipeline(DiffusionPipeline):
     def __call__(
         self,
         actions: Any,
-        frames: Tensor | None = None,
+        frames: Any = None,
         frame_actions: Any = None,
         num_inference_steps: int = 4,
         seeds: int | Sequence[int] = 0,
@@ -135,7 +136,8 @@ class NextFramePipeline(DiffusionPipeline):
 
         Args:
             actions: ``(T,)`` or ``(B, T)`` integers from 0 to ``num_actions - 1``.
-            frames: ``(P, C, H, W)`` or ``(B, P, C, H, W)`` in [-1, 1] that the video begins with; None for a grey one.
+            frames: ``(P, C, H, W)`` or ``(B, P, C, H, W)`` floats in [-1, 1] that the video begins with, a tensor or an
+                array; None for a grey one.
             frame_actions: the actions that produced these; None where they are unknown.
             num_inference_steps: evaluations of a frame.
             seeds: of the noise, one for each row, or the first row's.
@@ -147,15 +149,26 @@ class NextFramePipeline(DiffusionPipeline):
             DiffAccelError: for frames, actions or seeds that do not fit.
         """
         if output_type not in ("pt", "np"):
-            raise unknown("output_type", output_type, ("pt", "np"))
+            raise unknown("output_type", str(output_type), ("pt", "np"))
         model = self.transformer
+        if model is None:
+            raise DiffAccelError("The pipeline has no transformer. Make it with a NextFrameTransformer.")
+        self.settings(num_inference_steps)
         actions = check_actions(actions, model.null_action, "actions")
         prompt, given = check_prompt(model, frames, frame_actions, model.config.window, truncate)
+        if len(prompt) not in (1, len(actions)):
+            raise DiffAccelError(
+                f"frames are of {len(prompt)} videos and actions of {len(actions)}. Give one beginning for all, or one "
+                "for each row of actions."
+            )
         prompt, given = prompt.expand(len(actions), -1, -1, -1, -1), given.expand(len(actions), -1)
-        seeds = range(seeds, seeds + len(actions)) if isinstance(seeds, int) else seeds
-        if len(seeds) != len(actions):
-            raise DiffAccelError(f"Got {len(seeds)} seeds for {len(actions)} videos. Give one for each.")
-        drawn, stats = self.draw_frames(self, prompt, given, actions, num_inference_steps, tuple(seeds))
+        rows: Any = seeds
+        if isinstance(seeds, int) and not isinstance(seeds, bool):
+            rows = range(seeds, seeds + len(actions))
+        check_seeds(rows)
+        if len(rows) != len(actions):
+            raise DiffAccelError(f"Got {len(rows)} seeds for {len(actions)} videos. Give one for each.")
+        drawn, stats = self.draw_frames(self, prompt, given, actions, num_inference_steps, tuple(rows))
         result = to_uint8(drawn).cpu().numpy() if output_type == "np" else drawn
         return NextFrameOutput(frames=result, stats=stats) if return_dict else (result,)
 

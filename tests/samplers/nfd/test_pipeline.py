@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -227,6 +229,57 @@ def test_arguments_of_a_call():
     ]:  # fmt: skip
         with pytest.raises(DiffAccelError, match=sentence):
             draw(pipe, **options)
+
+
+GREY = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_inference_steps": 2.0}, "steps is 2.0; it must be a whole number"),
+        ({"num_inference_steps": -1}, "steps is -1; it must be 1 or more"),
+        ({"num_inference_steps": None}, "steps is None"),
+        ({"frames": np.zeros((1, 8, 8, 3), np.uint8)}, r"\(1, 8, 8, 3\) in uint8; .* Bytes .* become floats by"),
+        ({"frames": np.zeros((1, 3, 8, 4), np.float32)}, r"\(1, 3, 8, 4\) in torch.float32; they must be floats"),
+        ({"frames": np.array([None])}, "in object; they must be floats"),
+        ({"frames": [[1.0]]}, "frames are a list; they must be a tensor or an array of floats"),
+        ({"frames": "a.png"}, "frames are a str"),
+        ({"frames": torch.zeros(3, 1, 3, 8, 8)}, "frames are of 3 videos and actions of 1"),
+        ({"actions": 3}, r"actions have the shape \(\)"),
+        ({"actions": [0.5]}, "actions are torch.float32; they must be integers from 0 to 3"),
+        ({"actions": ["up"]}, "actions are no table of integers"),
+        ({"actions": None}, "actions are no table of integers"),
+        ({"actions": [-1]}, "actions hold -1"),
+        ({"actions": np.array([9], np.uint16)}, "actions hold 9"),
+        ({"frames": GREY, "frame_actions": [0.5]}, "frame_actions are torch.float32"),
+        ({"seeds": 1.5}, "seeds is 1.5; it must be a list of whole numbers"),
+        ({"seeds": None}, "seeds is None"),
+        ({"seeds": True}, "seeds is True"),
+        ({"seeds": -1}, "seeds holds -1"),
+        ({"output_type": 3}, "Unknown output_type '3'"),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_kind_are_named_before_any_work(options, sentence):
+    pipe = tiny_pipeline()
+    pipe.draw_frames = None  # which would be the work
+    with pytest.raises(DiffAccelError, match=sentence):
+        pipe(**{"actions": [0], **options})
+
+
+def test_arrays_of_any_integer_and_float_are_taken():
+    pipe = tiny_pipeline()
+    expected = draw(pipe, [1, 2], frames=GREY)
+    for floats, integers in ((np.float64, np.uint16), (np.float32, np.int8)):
+        frames = GREY.numpy().astype(floats)[:, ::-1]
+        assert torch.equal(draw(pipe, np.array([1, 2], integers), frames=frames), expected)
+
+
+@pytest.mark.parametrize("noise", [-0.1, 0.5, math.nan, "a"])
+def test_a_noise_of_the_context_that_cannot_be_is_named_at_once(noise):
+    with pytest.raises(DiffAccelError, match=f"context_noise is {noise!r}"):
+        NextFramePipeline(tiny_world(torch.float32), context_noise=noise)
 
 
 def test_a_scheduler_without_sigmas_is_refused():
