@@ -153,7 +153,9 @@ class NextFramePipeline(DiffusionPipeline):
         model = self.transformer
         if model is None:
             raise DiffAccelError("The pipeline has no transformer. Make it with a NextFrameTransformer.")
-        self.settings(num_inference_steps)
+        steps: Any = num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise DiffAccelError(f"num_inference_steps is {steps!r}; it must be a whole number, 1 or more.")
         actions = check_actions(actions, model.null_action, "actions")
         prompt, given = check_prompt(model, frames, frame_actions, model.config.window, truncate)
         if len(prompt) not in (1, len(actions)):

@@ -237,8 +237,8 @@ GREY = torch.zeros(1, 3, 8, 8)
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"num_inference_steps": 2.0}, "steps is 2.0; it must be a whole number"),
-        ({"num_inference_steps": -1}, "steps is -1; it must be 1 or more"),
+        ({"num_inference_steps": 2.0}, "num_inference_steps is 2.0; it must be a whole number"),
+        ({"num_inference_steps": -1}, "num_inference_steps is -1; it must be a whole number, 1 or more"),
         ({"num_inference_steps": None}, "steps is None"),
         ({"frames": np.zeros((1, 8, 8, 3), np.uint8)}, r"\(1, 8, 8, 3\) in uint8; .* Bytes .* become floats by"),
         ({"frames": np.zeros((1, 3, 8, 4), np.float32)}, r"\(1, 3, 8, 4\) in torch.float32; they must be floats"),
