@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,10 @@ _BLOCK, _BLOCKS = 1 << 16, 128
 
 
 def obstacle(folder: Path) -> str:
-    """Return why a folder is none, or could not be created or written; empty where it can. Nothing is created.
+    """Return why a folder is none, or could not be created or written; empty where it can.
+
+    Some places say that they may be written and take no file, as ``/proc`` to the administrator: a file without a name
+    is made in the nearest folder that exists, and nothing stays.
 
     Raises:
         OSError: for a path that cannot be looked at.
@@ -36,7 +40,13 @@ def obstacle(folder: Path) -> str:
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         return f"'{nearest}' is a file"
-    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"no permission in '{nearest}'"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"no permission in '{nearest}'"
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return ""
+    except OSError as error:
+        return f"no file can be made in '{nearest}': {error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -34,6 +34,32 @@ def test_an_output_that_cannot_be_written_is_told_first(run, tmp_path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "folder.json", "pipe.json"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no place here takes no files from everyone")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("sample", "a cat"),
+        ("eval", "run", "--prompts", "a.txt"),
+        ("eval", "time", "plain", "plain:steps=8"),
+        ("tune", "emoji-flux"),
+        ("distill", "emoji-flux", "--prompts", "a.txt"),
+        ("quantize", "emoji-flux", "--method", "w8a8"),
+        ("quantize", "emoji-flux", "--method", "mixdq", "--prompts", "a.txt"),
+        ("quantize", "emoji-flux", "--method", "qvgen", "--data", "a.txt"),
+        ("rollout", "world", "--actions", "hold"),
+    ],
+    ids=lambda command: " ".join(command[:4]),
+)
+def test_a_place_that_takes_no_file_is_told_before_any_work(run, tmp_path, monkeypatch, command):
+    """The administrator has all permissions in ``/proc``, which takes no file all the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a cat\na dog\n")
+    monkeypatch.setattr("diffaccel.runs.loading.open_pipeline", None)
+    done = run(*command, "--out", "/proc/x.mp4")
+    assert done.status == 2 and "'/proc/x.mp4" in done.err and "cannot be written (" in done.err
+    assert done.err.count("\n") == 1 and "Error" not in done.err
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert terminal.output_path("~/x") == tmp_path / "x"
