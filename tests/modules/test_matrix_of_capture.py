@@ -10,7 +10,7 @@ from tests.support.replayed_calls import ReplayedCalls, replayed_calls
 
 __all__ = ["replayed_calls"]  # a fixture
 FAST = ("flux",)
-OTHERS = ("sd", "sdxl", "wan", "sd3", "ddpm")  # scripts/contract_matrix.py runs all, on a GPU
+OTHERS = ("sd", "sdxl", "wan", "ddpm")  # scripts/contract_matrix.py runs all, on a GPU
 FAMILIES = [*FAST, *(pytest.param(f, marks=pytest.mark.slow) for f in OTHERS)]
 CONTRACTS = [pytest.param(c, marks=[pytest.mark.slow] * (c == "compiled")) for c in matrix.CONTRACTS]
 

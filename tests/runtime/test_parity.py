@@ -118,14 +118,14 @@ def test_latents_and_embeddings_passed_by_the_user() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", [Heun(), DPMpp2M(), Ancestral(eta=0.0)], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_samplers_agree_when_steps_are_many(family: str, sampler) -> None:
+def test_samplers_agree_when_steps_are_many(family: str) -> None:
     """All deterministic samplers walk the same ordinary differential equation."""
     pipe = tiny.make(family)
     diffaccel.accelerate(pipe, Euler())
     kwargs = {"batch": 1, "steps": 60}
     euler = pipe(**tiny.call_kwargs(family, **kwargs)).images
-    diffaccel.accelerate(diffaccel.remove(pipe), sampler)
-    other = pipe(**tiny.call_kwargs(family, **kwargs)).images
-    assert (other - euler).norm() < 0.05 * euler.norm()
+    for sampler in (Heun(), DPMpp2M(), Ancestral(eta=0.0)):
+        diffaccel.accelerate(diffaccel.remove(pipe), sampler)
+        other = pipe(**tiny.call_kwargs(family, **kwargs)).images
+        assert (other - euler).norm() < 0.05 * euler.norm(), sampler.name
