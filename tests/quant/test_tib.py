@@ -177,6 +177,44 @@ def test_weights_changed_in_place_and_casts() -> None:
     assert torch.equal(case.call(pipe), case.call(plain))
 
 
+@pytest.mark.parametrize("weights", ["device", "host"])
+def test_weights_changed_by_writes_that_are_not_counted(weights: str) -> None:
+    """Through ``.data``, all numbers or one, and through a view that was taken while they were in their place."""
+    case, pipe = made(weights=weights)
+    plain = case.make()
+    views = [one.transformer.norm_out.linear.weight.data for one in (plain, pipe)]
+    case.call(pipe)
+    changes = [lambda w: w.mul_(2), lambda w: w.view(-1)[7:8].add_(1)]
+    for number, change in enumerate(changes, 1):
+        for view in views:
+            change(view)
+        assert torch.equal(case.call(pipe), case.call(plain)) and told(pipe)["forgotten"] == {"weights": number}
+    kept = told(pipe)["computed"]
+    assert torch.equal(case.call(pipe), case.call(plain)) and told(pipe)["computed"] == kept  # looked up again
+    if weights == "host":
+        pipe.transformer.state_dict()  # after which they are in their places
+    for one in (plain, pipe):
+        weight = one.transformer.norm_out.linear.weight
+        version = weight._version
+        weight.data.neg_()
+        assert weight._version == version
+    assert torch.equal(case.call(pipe), case.call(plain))
+
+
+def test_the_state_of_a_part_has_its_weights() -> None:
+    case, pipe = made()
+    network = pipe.transformer
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    for name in ("norm_out", "norm_out.linear", "transformer_blocks", "time_text_embed"):
+        expected = case.call(pipe)
+        assert told(pipe)["host_bytes"]
+        for key, value in network.get_submodule(name).state_dict().items():
+            assert torch.equal(value, before[f"{name}.{key}"]), f"{name}.{key}"
+        assert torch.equal(case.call(pipe), expected) and told(pipe)["forgotten"] == {}
+    diffaccel.remove(pipe)
+    assert not any(part._state_dict_pre_hooks for part in network.modules())
+
+
 def test_weights_written_while_they_are_away() -> None:
     case, pipe = made()
     expected = case.call(pipe)

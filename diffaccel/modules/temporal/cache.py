@@ -17,7 +17,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.modules.temporal.arguments import CallArguments, bytes_of
 from diffaccel.modules.temporal.generation import Conditions, Generation, Plan, is_waited_for
 from diffaccel.modules.temporal.kind import Kind, TooMany
-from diffaccel.modules.temporal.places import PLACE, TemporalPlace, give_back, take
+from diffaccel.modules.temporal.places import PLACE, Returning, TemporalPlace, give_back, take
 from diffaccel.modules.temporal.program import Program, program_of
 from diffaccel.modules.temporal.snapshot import Snapshot
 from diffaccel.modules.temporal.trace import CallTrace, watch
@@ -81,6 +81,7 @@ class TemporalCache:
         self._bound: dict[Hashable, tuple[str, ...]] = {}
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._places: dict[str, TemporalPlace] = {}
+        self._hooks: list[Any] = []
         self._snapshot: Snapshot | None = None
         self._rests = False
 
@@ -113,6 +114,8 @@ class TemporalCache:
             return
         for place in self._places.values():
             give_back(place.module)
+        while self._hooks:
+            self._hooks.pop().remove()
         for kind in self._kinds.values():
             self._count(kind)
         self._kinds, self._bound, self._places, self._snapshot = {}, {}, {}, None
@@ -186,9 +189,22 @@ class TemporalCache:
         if self._snapshot is None:
             return
         self.weights.check()
-        if (change := self._snapshot.change()) is not None:
+        change = self._snapshot.change()
+        if change is None and self._is_due():
+            change = "weights" if self._snapshot.rewritten(self.weights.numbers) else None
+        if change is not None:
             self.account.forgotten[change] += 1
             self.let_go(True)
+
+    def _is_due(self) -> bool:
+        """Return whether the bits of the weights are looked at: once in a pipeline call, and in every other call.
+
+        The host waits in these anyway, for new conditions or a timestep.
+        """
+        if self.generation is None:
+            return True
+        is_first, self.generation.has_looked = not self.generation.has_looked, True
+        return is_first
 
     def _bits(self, call: CallArguments, places: tuple[str, ...]) -> bytes:
         return self.conditions.digest([call.tensors[place] for place in places])
@@ -213,6 +229,9 @@ class TemporalCache:
     def _watch(self, call: CallArguments, plain: Callable[[], Any]) -> Any:
         """Make the first call of its kind as ever, watch what it computes, and make its table."""
         self.let_go(len(self._kinds) >= MOST_KINDS)
+        if self._snapshot is not None and self._snapshot.rewritten(self.weights.numbers):
+            self.account.forgotten["weights"] += 1
+            self.let_go(True)
         trace, result = watch(self.network, call, plain)
         kind = self._kind_of(trace, call)
         places = tuple(sorted(trace.host_reads))
@@ -226,8 +245,11 @@ class TemporalCache:
         for name in kind.results:
             if name not in self._places:
                 self._places[name] = take(modules[name], self)
+                hook = Returning(self)
+                self._hooks += [part.register_state_dict_pre_hook(hook) for part in modules[name].modules()]
         kinds = [kind for kind in self._kinds.values() if isinstance(kind, Kind)]
         self._snapshot = Snapshot(self.network, self._places, [w for kind in kinds for w in kind.program.weights])
+        self._snapshot.mark(self.weights.numbers)
         self.account.modules = len(self._places)
         self.account.parameters = sum(p.numel() for name in self._places for p in modules[name].parameters())
         self._fill(kind, call)

@@ -99,6 +99,7 @@ class Generation:
         self._missed: Tensor | None = None
         self._schedule: bytes | None = None
         self.predicted: set[int] = set()  # blocks that were asked for already
+        self.has_looked = False  # at the bits of the weights
 
     def plan(self, kind: Hashable) -> Plan:
         """Return the plan of this call's schedule for a kind of network call."""

@@ -66,6 +66,25 @@ def give_back(module: nn.Module) -> None:
         module.__class__ = place.original
 
 
+class Returning:
+    """A hook before ``state_dict`` of a module inside of a temporal one: its weights are in their places then."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
+
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.owner.let_go(False)
+
+    def __reduce__(self) -> Any:
+        """Return what a copy of the module has: a hook that does nothing."""
+        return _Idle, ()
+
+
+class _Idle:
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        """Do nothing."""
+
+
 def is_taken(module: nn.Module) -> bool:
     """Return whether a module has such a class."""
     return PLACE in vars(module)

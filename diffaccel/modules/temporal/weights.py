@@ -87,6 +87,13 @@ class Weights:
                     "TIB(weights='device')."
                 )
 
+    def numbers(self, weight: Tensor) -> Tensor | None:
+        """Return the numbers of a weight that others can write; None where they rest in memory of our own."""
+        rest = self._resting.get(id(weight))
+        if rest is None:
+            return weight.detach()
+        return rest.host if rest.parameter.device.type == "cpu" else None
+
     def fetch(self, weight: Tensor, device: torch.device) -> Tensor:
         """Return the numbers of a weight on a device, wherever they rest."""
         rest = self._resting.get(id(weight))
