@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 
-class Place(NamedTuple):
+class ForwardPlace(NamedTuple):
     """A dictionary and the key of a forward in it."""
 
     values: dict[str, Any]
@@ -24,14 +24,14 @@ class Place(NamedTuple):
         return self.values.get(self.key)
 
 
-def places(block: nn.Module) -> list[Place]:
+def places(block: nn.Module) -> list[ForwardPlace]:
     """Return where a forward of a block may lie: on it, and below each hook of diffusers and of accelerate."""
     references = getattr(vars(block).get("_diffusers_hook"), "_fn_refs", ())
-    below = [Place(vars(reference), "forward") for reference in references]
-    return [Place(vars(block), "forward"), *below, Place(vars(block), "_old_forward")]
+    below = [ForwardPlace(vars(reference), "forward") for reference in references]
+    return [ForwardPlace(vars(block), "forward"), *below, ForwardPlace(vars(block), "_old_forward")]
 
 
-def innermost(block: nn.Module) -> Place:
+def innermost(block: nn.Module) -> ForwardPlace:
     """Return where the forward lies that all hooks on a block come down to.
 
     A hook that replaces the forward, as caches do, keeps the place: what lies below it is not always called.
