@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffaccel import presets, registry
+from diffaccel import lending, presets, registry
 from diffaccel.active import (
     KEY,
     Active,
@@ -375,7 +375,7 @@ def _call(pipe: Any, stock_call: Callable[..., Any], args: tuple[Any, ...], kwar
         with watched(pipe, state):
             result, stats = generate(
                 pipe, driver, stock_call, args, named, folder=folder, shared=shared, told=told, beside=beside,
-                partners=state.partners,
+                partners=state.partners, lender=lending.Lending(pipe),
             )  # fmt: skip
         if active(pipe) is not None:  # a callback may have removed it
             _update(pipe, stats=stats)

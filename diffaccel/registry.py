@@ -23,6 +23,7 @@ METHODS = {
     "svdd": "diffaccel.samplers.svdd:SVDD",
     "code": "diffaccel.samplers.code:CoDe",
     "sop": "diffaccel.samplers.sop:SoP",
+    "drafts": "diffaccel.samplers.drafts.config:Drafts",
     "bottleneck": "diffaccel.samplers.bottleneck.config:Bottleneck",
     "superdiff": "diffaccel.samplers.superdiff.config:SuperDiff",
     "scheduler": "diffaccel.samplers.scheduler:Scheduler",

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -132,6 +132,7 @@ class Pred:
     x: Tensor
     sigma: Tensor
     v: Tensor
+    skipped: bool = False  # a cache stood in for the network
 
     @cached_property
     def x0(self) -> Tensor:
@@ -152,7 +153,45 @@ class Progress:
     total: int
 
 
-Event = Eval | list[Eval] | Decode | Encode | Advance | Step | Progress | Stages
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A wish: network calls from here on are made under other methods of the registry, until the next such event.
+
+    Attributes:
+        acceleration: methods and settings in one word, such as "taylorseer:interval=4"; "" for calls in full.
+    """
+
+    acceleration: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """The reply to :class:`Draft`: what of it the sampler itself follows.
+
+    Attributes:
+        loop: config of the sampler that draws, or None for the sampler's own steps.
+        steps: number of steps that it makes, or None for the call's own.
+        rows_apart: whether what the methods on the network do to a row depends on that row alone.
+    """
+
+    loop: Any = None
+    steps: int | None = None
+    rows_apart: bool = True
+
+
+class Lender(Protocol):
+    """Who puts methods on a pipeline's network for a part of a call."""
+
+    told: tuple[str, ...]  # names of those put on that must be told the step of every network call
+
+    def put_on(self, acceleration: str) -> Lent:
+        """Put the methods of a wish on, in the place of those of the wish before."""
+
+    def take_off(self) -> None:
+        """Take off what is on; it may be called twice."""
+
+
+Event = Eval | list[Eval] | Decode | Encode | Advance | Step | Progress | Stages | Draft
 Sampling = Generator[Event, Any, Tensor]
 
 
@@ -178,6 +217,7 @@ class Session:
         beside: options of the methods on the network that are told their steps.
         report: the sampler's report on the run, JSON-ready.
         partners: sessions of the same call of other pipelines that the sampler composes with this one.
+        lender: puts methods on the network for a part of the call; None where nobody does.
     """
 
     pipe: Any
@@ -201,6 +241,7 @@ class Session:
     beside: tuple[dict[str, Any], ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
     partners: list[Session] = field(default_factory=list)
+    lender: Lender | None = None
     _siblings: dict[tuple[int, int], Session] = field(default_factory=dict, repr=False)
 
     @property

@@ -14,6 +14,7 @@ from diffaccel.samplers.caches.spectrum import Spectrum
 from diffaccel.samplers.caches.taylorseer import TaylorSeer
 from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
+from diffaccel.samplers.drafts.config import Drafts
 from diffaccel.samplers.euler import Euler
 from diffaccel.samplers.heun import Heun
 from diffaccel.samplers.nfd.config import NFD
@@ -27,7 +28,7 @@ from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
     "NFD", "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache",
-    "Euler", "FirstBlockCache", "Heun", "NextFrameSampler",
+    "Drafts", "Euler", "FirstBlockCache", "Heun", "NextFrameSampler",
     "Scheduler", "SeaCache", "SoP", "Spectrum", "SuperDiff", "TaylorSeer",
 ]  # fmt: skip
 

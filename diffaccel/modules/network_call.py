@@ -31,11 +31,13 @@ class Tally:
         names: the methods on the network that are told their steps.
 
     Attributes:
+        skipped: number of calls skipped so far.
         notes: what methods report of the run beside the counts, JSON-ready.
     """
 
     device: torch.device
     names: tuple[str, ...] = ()
+    skipped: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     _endings: list[Callable[[Tally], None]] = field(default_factory=list)
     _skips: bool = False
@@ -44,6 +46,7 @@ class Tally:
     def skip(self) -> None:
         """Note that the call being made is a skipped one: its blocks do not run."""
         self._skips = True
+        self.skipped += 1
 
     def at_end(self, ending: Callable[[Tally], None]) -> None:
         """Call ``ending`` when the run has ended, where a method adds its notes and frees what it keeps."""

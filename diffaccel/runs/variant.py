@@ -69,6 +69,8 @@ def _word(value: Any) -> str:
 def _option_word(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{','.join(map(_option_word, value))}]"
+    if isinstance(value, str) and "," in value and not value.startswith("("):  # a word within this word
+        return f"({value})"
     return "null" if value is None else _word(value)
 
 
@@ -89,7 +91,7 @@ def parse(text: str) -> Variant:
         if name not in registry.names():
             raise unknown("method", name, [PLAIN, *registry.names()])
     call: dict[str, Any] = {}
-    for part in filter(None, re.split(r",(?=[A-Za-z_][\w.]*=)", tail)):
+    for part in filter(None, re.split(r",(?=[A-Za-z_][\w.]*=)(?![^(]*\))", tail)):
         key, equals, value = part.partition("=")
         if not equals:
             raise DiffAccelError(

@@ -34,6 +34,7 @@ from diffaccel.runtime.partners import opened_partners
 from diffaccel.runtime.probe import Opening, arguments_of, check_call, make_session, no_step
 from diffaccel.runtime.stats import Stats
 from diffaccel.runtime.stock_call import follow_or_call, own_loop_refusal, rewinder
+from diffaccel.session import Lender
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def generate(
     told: tuple[str, ...] = (),
     beside: tuple[dict[str, Any], ...] = (),
     partners: tuple[Any, ...] = (),
+    lender: Lender | None = None,
 ) -> tuple[Any, Stats]:
     """Run ``call(pipe, *args, **kwargs)`` with the loop of ``config``.
 
@@ -61,14 +63,16 @@ def generate(
             driver does.
         beside: the options of these methods.
         partners: other pipelines that the sampler composes with this one.
+        lender: puts methods on the network for a part of the call, where the sampler asks for it.
 
     Returns:
         The call's result and the cost of the loop.
     """
     arguments = arguments_of(call, pipe, args, kwargs)
+    extras = _Extras(folder, shared, told, beside, partners, lender)
 
     def follow(begin: Callable[[], None]) -> tuple[Any, Stats]:
-        return _follow(pipe, config, call, arguments, _Extras(folder, shared, told, beside, partners), begin)
+        return _follow(pipe, config, call, arguments, extras, begin)
 
     if getattr(config, "is_stock_rule", False):
         return follow_or_call(pipe, config, call, arguments, follow, told)
@@ -89,6 +93,7 @@ class _Extras:
     told: tuple[str, ...]
     beside: tuple[dict[str, Any], ...]
     partners: tuple[Any, ...] = ()
+    lender: Lender | None = None
 
 
 def _follow(
@@ -173,7 +178,7 @@ def _drive(
             )
         session = make_session(opening, recording, arguments.get("generator"))
         session.stock_levels, session.folder, session.shared = config.state == "stock", extras.folder, extras.shared
-        session.beside = extras.beside
+        session.beside, session.lender = extras.beside, extras.lender
         options: Any = {"max_batch": config.max_batch or None, "halves": config.searches, "told": extras.told}
         options["guidance_stop"] = getattr(config, "guidance_stop", 1.0)
         driver = Native(session, state=config.state, callback=callback, **options)

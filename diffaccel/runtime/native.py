@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffaccel.errors import UnsupportedBySampler
+from diffaccel.modules.guard import restored
 from diffaccel.runtime.predictor import Predictor
 from diffaccel.runtime.row_selection import RowSelection
 from diffaccel.runtime.track import Track
@@ -15,9 +17,12 @@ from diffaccel.session import (
     Advance,
     Branch,
     Decode,
+    Draft,
     Encode,
     Eval,
     Event,
+    Lender,
+    Lent,
     Progress,
     Sampling,
     Session,
@@ -31,7 +36,9 @@ class Native(Predictor):
 
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
-        with self.stats.timed(self.session.device):
+        lender = self.session.lender
+        take_off = (lambda: None) if lender is None else lender.take_off
+        with self.stats.timed(self.session.device), restored(self.session.pipe, take_off):
             x = self._drive(sampling)
         self.stats.report = self.session.report
         self.stats.caches = self._tally.report() if self._tally.names else {}
@@ -74,6 +81,8 @@ class Native(Predictor):
             return self._encode(event)
         if isinstance(event, Stages):
             return None
+        if isinstance(event, Draft):
+            return self._lend(event)
         if isinstance(event, Eval):
             return self.predict([event])[0]
         return self.predict(event)
@@ -93,6 +102,19 @@ class Native(Predictor):
         session = event.at or self.session
         self.stats.encodes += len(event.pixels)
         return session.family.encode(session.pipe, event.pixels)
+
+    def _lend(self, event: Draft) -> Lent:
+        """Put the methods of a wish on the network; what caches kept before belongs to other rows."""
+        lender: Lender | None = self.session.lender
+        if lender is None:
+            raise UnsupportedBySampler(
+                f"The methods '{event.acceleration}' cannot be put on the network for a part of this call. Call a "
+                "pipeline to which diffaccel.accelerate was applied."
+            )
+        lent = lender.put_on(event.acceleration)
+        self._tally.names = tuple(dict.fromkeys((*self._tally.names, *lender.told)))
+        self._cache_key = None
+        return lent
 
     def _advance(self, event: Advance) -> Tensor:
         """Take one step of the pipeline's scheduler on the guided prediction, in the pipeline's own arithmetic."""

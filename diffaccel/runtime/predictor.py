@@ -89,10 +89,11 @@ class Predictor:
         self._place = evals[0].place
         rows = (len(x), tuple(batch.conds)) if self._place is None else ()
         self._reset_caches((self._stage, id(session), batch.branch, rows))
+        skipped = self._tally.skipped
         velocities = self._velocity_in_memory(batch).split([len(request.x) for request in evals])
         self._count(session, len(x))
         return [
-            Pred(session.path, request.x, bcast(request.sigma, request.x), velocity)
+            Pred(session.path, request.x, bcast(request.sigma, request.x), velocity, self._tally.skipped > skipped)
             for request, velocity in zip(evals, velocities, strict=True)
         ]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.samplers.rewards.identity import digest
 from diffaccel.samplers.rewards.reward import Reward
 
 ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts", "identity")
@@ -16,14 +19,28 @@ ATTRIBUTES = ("input", "batch_size", "device", "differentiable", "needs_prompts"
 def from_callable(function: Any, name: str = "") -> Reward:
     """Make a reward of a callable ``(images, prompts) -> scores``, with the attributes of a reward that it has.
 
+    An object with ``compare(images_a, images_b, prompts)`` is a judge of pairs, whether it can be called or not.
+
     Raises:
-        DiffAccelError: for an object that cannot be called, and for attributes with invalid values.
+        DiffAccelError: for an object that neither scores nor compares, and for attributes with invalid values.
     """
-    if not callable(function):
+    compare = getattr(function, "compare", None)
+    if compare is not None and not callable(compare):
+        raise DiffAccelError(f"The compare of the reward '{reward_name(function)}' cannot be called.")
+    if not callable(function) and compare is None:
         raise DiffAccelError(
-            f"A reward must be a name, or callable with images and prompts; got {type(function).__name__}."
+            f"A reward must be a name, callable with images and prompts, or have compare(images_a, images_b, prompts); "
+            f"got {type(function).__name__}."
         )
-    return Reward(name=name or reward_name(function), function=function, **reward_attributes(function))
+    name, attributes = name or reward_name(function), reward_attributes(function)
+    if callable(function):
+        return Reward(name=name, function=function, compare=compare, **attributes)
+    attributes.setdefault("identity", partial(digest, name, compare))
+    return Reward(name=name, function=_says_nothing, compare=compare, scores=False, **attributes)
+
+
+def _says_nothing(images: Tensor, prompts: list[str]) -> Tensor:
+    return torch.zeros(len(images), dtype=torch.float64, device="cpu")
 
 
 def reward_attributes(function: Any) -> dict[str, Any]:

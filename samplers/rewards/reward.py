@@ -33,6 +33,9 @@ class Reward:
         device: device that the pictures are moved to; None leaves them where they are.
         differentiable: whether its numbers can be differentiated with respect to the pictures.
         needs_prompts: whether it cannot score a picture without a text.
+        compare: judge of pairs ``(images_a, images_b, prompts) -> p`` or ``-> (p, confidence)``, both ``(b,)`` in
+            [0, 1]: how sure the first picture of each pair is the better one; None where it judges single pictures.
+        scores: whether ``function`` says anything; a judge of pairs may have none.
         identity: text, or a function without arguments that returns one, which differs where the numbers do; None for
             the code of ``function`` with all that it refers to.
     """
@@ -45,6 +48,8 @@ class Reward:
     device: torch.device | None = None
     differentiable: bool = False
     needs_prompts: bool = False
+    compare: Callable[[Tensor, Tensor, list[str]], Any] | None = field(default=None, repr=False)
+    scores: bool = True
     identity: str | Callable[[], str] | None = field(default=None, repr=False)
     _returned: set[str] = field(default_factory=set, init=False, repr=False)  # so far, of "number" and "nan"
 

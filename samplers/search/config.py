@@ -48,6 +48,7 @@ class SearchConfig(SamplerConfig):
     """
 
     searches: ClassVar[bool] = True
+    judges_pairs: ClassVar[bool] = False  # can use a reward that compares pictures and does not score them
     keeps_rows: ClassVar[bool] = False
 
     reward: Any = "clip"
@@ -199,9 +200,9 @@ class PathSearchConfig(SearchConfig):
 
 def run(config: SearchConfig, session: Session) -> Sampling:
     """Search for every row of the call in parallel, and return the best sample of each."""
-    _check_starts_at_noise(config, session)
+    check_starts_at_noise(config, session)
     plan, scorer = config.plan(session), make_scorer(config, session)
-    searches = _searches(config, session, plan)
+    searches = make_searches(config, session, plan)
     chains = [RunningChain(search, i, policy) for search in searches for i, policy in enumerate(config.chains(search))]
     processes = SearchProcesses.of_launch(session.device) if config.shared or session.shared else SearchProcesses()
     folder = Path(config.folder) if config.folder else session.folder
@@ -213,7 +214,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     )  # fmt: skip
     interrupted = yield from engine.run(chains)
     results = _results(searches)
-    _warn_of_a_constant_reward(searches, scorer)
+    warn_of_a_constant_reward(searches, scorer)
     x0 = engine.latents([(search, samples[0]) for search, samples in results.items()])
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
     if log.rounds:
@@ -228,7 +229,8 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     return x
 
 
-def _check_starts_at_noise(config: SearchConfig, session: Session) -> None:
+def check_starts_at_noise(config: SearchConfig, session: Session) -> None:
+    """Raise for a call that begins at an image."""
     if len(session.timesteps) < len(getattr(session.scheduler, "timesteps", ())):
         raise DiffAccelError(
             f"{type(config).__name__} searches from pure noise, and this call begins in the middle of its noise "
@@ -236,7 +238,7 @@ def _check_starts_at_noise(config: SearchConfig, session: Session) -> None:
         )
 
 
-def _searches(config: SearchConfig, session: Session, plan: SearchPlan) -> list[Search]:
+def make_searches(config: SearchConfig, session: Session, plan: SearchPlan) -> list[Search]:
     """Make one search for each row of the call, with its own prompt and seed."""
     seeds = noise.seeds(session.generator, len(session.x))
     return [
@@ -253,7 +255,8 @@ def _results(searches: Sequence[Search]) -> dict[Search, list[Particle]]:
     return results
 
 
-def _warn_of_a_constant_reward(searches: Sequence[Search], scorer: PictureScorer) -> None:
+def warn_of_a_constant_reward(searches: Sequence[Search], scorer: PictureScorer) -> None:
+    """Log where a reward was the same for all that a search saw."""
     constant = [s.rewards[0] for s in searches if s.rewards and s.rewards[0] == s.rewards[1] and s.ledger.scored > 1]
     if constant:
         logger.warning(
@@ -274,6 +277,11 @@ def make_scorer(config: SearchConfig, session: Session) -> PictureScorer:
         raise DiffAccelError(
             f"The reward '{reward.name}' reads the prompt, and this call has none: pass `prompt`, not embeddings "
             "alone, or take a reward that looks at the picture only."
+        )
+    if not (reward.scores or config.judges_pairs):
+        raise DiffAccelError(
+            f"The reward '{reward.name}' compares pictures and does not score them; '{config.name}' needs scores. Let "
+            "it be called with (images, prompts) as well, or search by 'drafts'."
         )
     frames = 1 if session.x.ndim == 4 else FRAMES_PER_LATENT * session.x.shape[2]
     pixels = session.height * session.width * frames

@@ -78,9 +78,7 @@ class Engine:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._stream: Any = None
         self._places = StreamPlaces() if session.beside else None
-        schedule, begin = session.schedule, float(session.sigmas[0])
-        scale = schedule.state_scale(torch.tensor(begin, dtype=torch.float64, device="cpu"))
-        self.initial_std = float(scale) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
+        self.initial_std = noise.initial_std(session)
 
     def run(self, chains: Sequence[RunningChain]) -> Events:
         """Run until every chain has ended or the user interrupts; yield events, return whether it was interrupted."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.samplers.search.particles import Key
+from diffaccel.session import Session
 
 MAX_THREADS = 8
 NUMBERS_PER_THREAD = 2**18  # at least so many, or a thread costs more than it saves
@@ -45,6 +46,12 @@ def normal(keys: Iterable[tuple[int, Key]], shape: Sequence[int], like: Tensor) 
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(draw, cuts, cuts[1:]))
     return rows.to(like.device, like.dtype, non_blocking=True)
+
+
+def initial_std(session: Session) -> float:
+    """Return the factor of unit noise at the first level of a call, in the session's coordinates."""
+    begin = torch.tensor(float(session.sigmas[0]), dtype=torch.float64, device="cpu")
+    return float(session.schedule.state_scale(begin)) * float(getattr(session.scheduler, "init_noise_sigma", 1.0))
 
 
 def seeds(generator: torch.Generator | list[torch.Generator] | None, rows: int) -> list[int]:

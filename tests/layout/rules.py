@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("runtime", "presets"), "one pipeline call; files of methods with their certificate"),
     (("active",), "which methods are on a pipeline"),
+    (("lending",), "methods on a network for a part of a call"),
     (("compose",), "methods on a pipeline, and off it"),
     (("runs", "terminal"), "one run: many calls into a folder; what commands share"),
     (("eval.features",), "features of a set of images, and files of their statistics"),
