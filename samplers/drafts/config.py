@@ -158,7 +158,8 @@ def run(config: Drafts, session: Session) -> Sampling:
         results, interrupted = search.best_drafts(), True
     for found, samples in results.items():
         found.samples = [sample for sample, _ in samples[: config.keep + 1]]
-    warn_of_a_constant_reward(searches, scorer)
+    if scorer.reward.scores:
+        warn_of_a_constant_reward(searches, scorer)
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
     if search.nfe_before:
         session.report["resumed"] = {"rounds": search.rounds, "nfe": search.nfe_before}

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.drafts.clock import Account
 from diffaccel.samplers.drafts.judging import Judging
-from diffaccel.samplers.drafts.ranking import ByElo, ByInsertion, ByReward, Candidate, Ranking, by_wins
+from diffaccel.samplers.drafts.ranking import ByElo, ByInsertion, ByReward, Candidate, Ranking, by_chances, chances
 from diffaccel.samplers.drafts.trajectories import Drawn, RowsSession, draw, finish, levels_from
 from diffaccel.samplers.search import noise
 from diffaccel.samplers.search.chains import Ledger, Search
@@ -119,13 +119,15 @@ class DraftSearch:
         """Draw, judge and rank one batch of drafts of every search."""
         begin, recipe = self.rounds * self.recipe.batch, self.recipe
         drafts = {s: [Candidate(s, begin + i) for i in range(recipe.batch)] for s in self.searches}
-        flat, before = [*itertools.chain(*drafts.values())], self._nfe
+        flat, before = list(itertools.chain(*drafts.values())), self._nfe
         self.rounds += 1
         stored = self.judging.is_stored
+        batches = yield from self._batches(flat, stored)
         if not stored:
-            yield from self._draw(flat)
+            for batch in batches:
+                yield from self._draw_batch(batch, batch)
             if self.judging.compares:  # of a resumed search, whose earlier rounds were not drawn
-                yield from self._draw_again([d for r in self.rankings.values() for d in r.order if d.picture is None])
+                yield from self._draw_again([d for r in self.rankings.values() for d in self._unseen(r)])
         self.judging.score(flat)
         for search, ranking in self.rankings.items():
             ranking.add(drafts[search], self.judging.ask)
@@ -133,6 +135,7 @@ class DraftSearch:
         first = self.searches[0]
         spent, *costs = self.judging.end(first, lambda: [self.account.spent, *map(float, nfe)], 1 + len(nfe))
         for search, cost in zip(self.searches, costs, strict=True):
+            search.ledger.scored += self.recipe.batch
             if stored:
                 self.account.begin(spent)
                 search.ledger.nfe += int(cost)
@@ -157,22 +160,26 @@ class DraftSearch:
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
-    def _draw(self, drafts: Sequence[Candidate]) -> Events:
-        """Draw drafts in batches of so many rows as fit, each of which caches see as trajectories of their own."""
+    def _batches(self, drafts: Sequence[Candidate], stored: bool) -> Events:
+        """Return drafts in batches of so many rows as fit, each of which caches see as a trajectory of its own."""
         lent: Lent = yield Draft(self.recipe.acceleration)
         rows = self.recipe.rows if lent.rows_apart else 1
-        for begin in range(0, len(drafts), rows):
-            batch = tuple(drafts[begin : begin + rows])
+        batches = [tuple(drafts[begin : begin + rows]) for begin in range(0, len(drafts), rows)]
+        for batch in batches:
             for draft in batch:
-                draft.batch = batch
-            yield from self._draw_batch(batch, batch)
+                draft.batch, draft.stored = batch, stored
+        return batches
 
     def _draw_again(self, drafts: Sequence[Candidate]) -> Events:
         """Draw dropped drafts again, to the same bits: together with those that they were drawn with."""
-        for batch in dict.fromkeys(draft.batch or (draft,) for draft in drafts):
+        for batch in dict.fromkeys(draft.batch for draft in drafts):
             wanted = [draft for draft in batch if draft in drafts]
             self.redrawn += len(wanted)
             yield from self._draw_batch(batch, wanted)
+
+    def _unseen(self, ranking: Ranking) -> list[Candidate]:
+        """Return the drafts whose pictures a judge may ask for and that have none."""
+        return [draft for draft in ranking.order[: max(self._kept, SEEN)] if draft.picture is None]
 
     def _draw_batch(self, batch: Sequence[Candidate], wanted: Sequence[Candidate]) -> Events:
         lent: Lent = yield Draft(self.recipe.acceleration)
@@ -182,8 +189,8 @@ class DraftSearch:
         view = RowsSession.over(self.session, rows, generators, self._first_states(batch))
         drawn: Drawn = yield from draw(view, lent, self.target, "draft")
         for row, draft in enumerate(batch):
-            draft.search.ledger.nfe += drawn.nfe
-            draft.search.ledger.scored += draft in wanted
+            if not draft.stored:  # an earlier process was charged for it
+                draft.search.ledger.nfe += drawn.nfe
             if draft in wanted:
                 draft.x, draft.state, draft.sigma = drawn.x[row].clone(), drawn.state[row].clone(), drawn.sigma
         if self.judging.compares:
@@ -216,8 +223,8 @@ class DraftSearch:
     def finish(self) -> Events:
         """Finish the best drafts in full from their own states, judge them and return them by search, best first."""
         for ranking in self.rankings.values():
-            if self.judging.compares and not self.judging.has_more and any(d.picture is None for d in ranking.order):
-                yield from self._draw_again(ranking.order[: self._kept])
+            if self.judging.compares and not self.judging.has_more:
+                yield from self._draw_again(self._unseen(ranking))
             ranking.settle(self._kept, self.judging.ask)
         promoted = [d for r in self.rankings.values() for d in r.order[: self.recipe.finish]]
         yield from self._draw_again([draft for draft in promoted if draft.state is None])
@@ -245,13 +252,14 @@ class DraftSearch:
 
     def _ranked(self, search: Search, finished: list[Candidate]) -> list[tuple[Particle, Tensor]]:
         """Return a search's finished samples, best first: by the reward or by their pairs, or as their drafts were."""
-        order, rewards = finished, {draft: draft.score for draft in finished}
+        order, chance = finished, {draft: draft.rating for draft in finished}
         if self.judging.compares and self.recipe.reranks:
-            order = by_wins(finished, self.judging.ask)
+            chance = chances(finished, self.judging.ask)
+            order = by_chances(chance)
         elif self.recipe.reranks:
             order = sorted(finished, key=lambda draft: (-draft.score, draft.index))
-        if not self.judging.scorer.reward.scores:
-            rewards = {draft: draft.rating for draft in finished}
+        has_scores = self.judging.scorer.reward.scores
+        rewards = {draft: draft.score if has_scores else chance[draft] for draft in finished}
         samples = []
         for draft in order:
             sample = Particle(0.0, 1, draft.key, reward=rewards[draft], end=True)

@@ -25,6 +25,7 @@ class Candidate:
         search: the search that it belongs to.
         index: its number there; number 0 has the call's own noise.
         batch: the drafts that were drawn together with it, in their order.
+        stored: whether an earlier process of the same search drew and judged it.
         score: reward of the draft.
         rating: Elo rating, where a judge compares drafts.
         x: the draft's sample ``(C, H, W)``, and ``state`` at ``sigma`` from which it is finished; None once dropped.
@@ -33,7 +34,8 @@ class Candidate:
 
     search: Search
     index: int
-    batch: Sequence[Candidate] = ()
+    batch: tuple[Candidate, ...] = field(default=(), repr=False)
+    stored: bool = False
     score: float = math.nan
     rating: float = START
     x: Tensor | None = field(default=None, repr=False)
@@ -113,7 +115,7 @@ class ByElo:
 
     def settle(self, finalists: int, ask: Ask) -> None:
         if self.playoff:
-            self.order[:finalists] = by_wins(self.order[:finalists], ask)
+            self.order[:finalists] = by_chances(chances(self.order[:finalists], ask))
 
     def play(self, pairs: list[Pair], ask: Ask) -> None:
         """Let drafts meet and change their ratings, one pair after the other."""
@@ -164,11 +166,16 @@ class ByInsertion:
         return ask([(draft, other)])[0][0] > 0.5
 
 
-def by_wins(drafts: Sequence[Candidate], ask: Ask) -> list[Candidate]:
-    """Return drafts by the sum of their chances against each other, equal ones as they came."""
+def chances(drafts: Sequence[Candidate], ask: Ask) -> dict[Candidate, float]:
+    """Return every draft's mean chance against the others, and 1/2 of one alone."""
     pairs = list(itertools.combinations(drafts, 2))
-    wins = dict.fromkeys(drafts, 0.0)
+    total = dict.fromkeys(drafts, 0.0 if pairs else 0.5)
     for (a, b), (won, _) in zip(pairs, ask(pairs) if pairs else [], strict=True):
-        wins[a] += won
-        wins[b] += 1 - won
-    return sorted(drafts, key=lambda draft: -wins[draft])
+        total[a] += won
+        total[b] += 1 - won
+    return {draft: sum_ / max(1, len(drafts) - 1) for draft, sum_ in total.items()}
+
+
+def by_chances(chance: dict[Candidate, float]) -> list[Candidate]:
+    """Return drafts by falling chance, equal ones as they came."""
+    return sorted(chance, key=lambda draft: -chance[draft])
