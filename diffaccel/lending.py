@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffaccel.active import Applied, active, needs_steps, put_back, take_graphs, watches_calls
 from diffaccel.config import ORDER
 from diffaccel.errors import DiffAccelError
-from diffaccel.session import Lent
+
+if TYPE_CHECKING:
+    from diffaccel.session import Lent
 
 READER = "diffaccel.runs.variant:parse"  # of the words that commands take; it lies above, so it goes by its name
 
@@ -28,7 +30,7 @@ class Lending:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.told: tuple[str, ...] = ()
-        self._wish, self._lent = "", Lent()
+        self._wish: tuple[str, Lent] | None = None
         self._applied: list[Applied] = []
         self._aside: list[Applied] = []
         self._watching = contextlib.ExitStack()
@@ -40,8 +42,10 @@ class Lending:
             DiffAccelError: for an unknown method or option, methods that are no acceleration of a draft, and those that
                 exclude each other or what is on the pipeline.
         """
-        if acceleration == self._wish:
-            return self._lent
+        from diffaccel.session import Lent  # which loads torch
+
+        if self._wish is not None and acceleration == self._wish[0]:
+            return self._wish[1]
         configs, steps = read(acceleration)
         self._check(configs)
         self.take_off()
@@ -53,12 +57,13 @@ class Lending:
         loops = [config for config in configs if config.touches == "loop"]
         self.told = tuple(config.name for config in configs if needs_steps(config))
         apart = all(getattr(config, "rows_apart", False) for config in configs if needs_steps(config))
-        self._wish, self._lent = acceleration, Lent(loops[0] if loops else None, steps, apart)
-        return self._lent
+        lent = Lent(loops[0] if loops else None, steps, apart)
+        self._wish = acceleration, lent
+        return lent
 
     def take_off(self) -> None:
         """Take off what is on; the network then computes what it computed before, to the bit."""
-        self._wish, self._lent, self.told = "", Lent(), ()
+        self._wish, self.told = None, ()
         self._watching.close()
         while self._applied:
             self._applied[-1].remove()

@@ -39,7 +39,7 @@ class CacheDiT(Config):
     touches: ClassVar[Touches] = "blocks"
     conflicts: ClassVar[tuple[str, ...]] = (
         "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "bottleneck", "heun", "bon", "rbf",
-        "smc", "svdd", "code", "sop",
+        "smc", "svdd", "code", "sop", "drafts",
     )  # fmt: skip
     citation: ClassVar[str] = "cache-dit, github.com/vipshop/cache-dit; TaylorSeer, arXiv 2503.06923"
 

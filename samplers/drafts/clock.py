@@ -15,7 +15,7 @@ def now() -> float:
 
 
 @dataclass(eq=False)
-class Account:
+class Spending:
     """What rounds of drafts and their finish cost, and how much of it is left.
 
     Args:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers.drafts.clock import Account
+from diffaccel.samplers.drafts.clock import Spending
 from diffaccel.samplers.drafts.engine import DraftSearch, Interrupted, Recipe, too_small, warm_up
+from diffaccel.samplers.rewards import Reward
 from diffaccel.samplers.search import report
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import (
@@ -84,6 +85,10 @@ class Drafts(SearchConfig):
     def validate(self) -> None:
         super().validate()
         self.require_at_least(drafts=2, finish=1, buffer=0, seconds=0, elo_k=0, resume=1)
+        if self.seconds:
+            self.refuse_without_effect("seconds=0", "the budget is in seconds", budget=200)
+        if self.ranking == "insertion":
+            self.refuse_without_effect("ranking='elo'", "the ranking 'insertion' has no ratings", elo_k=32.0)
         if self.guide:
             raise DiffAccelError("Drafts.guide: drafts are not guided by a reward's gradient. Leave guide out.")
         if self.shared:
@@ -103,12 +108,17 @@ class Drafts(SearchConfig):
     def sample(self, session: Session) -> Sampling:
         return run(self, session)
 
-    def recipe(self, session: Session, *, scores: bool) -> Recipe:
-        """Return the sizes for one call; ``scores`` says whether the judge scores single pictures.
+    def recipe(self, session: Session, reward: Reward) -> Recipe:
+        """Return the sizes for one call.
 
         Raises:
-            DiffAccelError: for a ``resume`` beyond the call's steps.
+            DiffAccelError: for a ``resume`` beyond the call's steps, and a ranking of pairs that nobody compares.
         """
+        if reward.compare is None:
+            why = f"the reward '{reward.name}' compares no pictures, and drafts are ranked by what it says"
+            self.refuse_without_effect(
+                "a reward with compare(images_a, images_b, prompts)", why, ranking="auto", elo_k=32.0
+            )
         steps, is_paper = len(session.sigmas) - 1, self.preset == "paper"
         resume = max(1, round(SHARE * steps)) if self.resume is None else self.resume
         if resume > steps:
@@ -119,7 +129,7 @@ class Drafts(SearchConfig):
         if draft is None:
             draft = paper_draft(steps) if is_paper else f"steps:{math.ceil(steps / 2)}"
         finish = self.finish or min(4 if is_paper else 2, self.drafts)
-        by_elo = self.ranking == "elo" or (self.ranking == "auto" and (scores or is_paper))
+        by_elo = self.ranking == "elo" or (self.ranking == "auto" and (reward.scores or is_paper))
         rows = self.max_batch or max(1, min(4096, MAX_ELEMENTS // session.x[0].numel()))
         return Recipe(
             draft, self.drafts, finish, self.buffer, resume, rows, self.elo_k if by_elo else None, reranks=not is_paper
@@ -143,11 +153,11 @@ def run(config: Drafts, session: Session) -> Sampling:
     if session.shared:
         raise DiffAccelError("Drafts of one call are not shared among the processes of a launch. Leave `shared` out.")
     plan, scorer = config.plan(session), make_scorer(config, session)
-    recipe = config.recipe(session, scores=scorer.reward.scores)
+    recipe = config.recipe(session, scorer.reward)
     searches = make_searches(config, session, plan)
     folder = Path(config.folder) if config.folder else session.folder
     header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
-    account = Account(searches, config.seconds * len(searches))
+    account = Spending(searches, config.seconds * len(searches))
     search = DraftSearch(session, searches, recipe, scorer, RewardLog(folder, header, keep=config.keep), account)
     if config.seconds:
         yield from _measure(config, search)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers.drafts.clock import Account
+from diffaccel.samplers.drafts.clock import Spending
 from diffaccel.samplers.drafts.judging import Judging
-from diffaccel.samplers.drafts.ranking import ByElo, ByInsertion, ByReward, Candidate, Ranking, by_chances, chances
+from diffaccel.samplers.drafts.ranking import ByElo, ByInsertion, ByReward, Drafted, Ranking, by_chances, chances
 from diffaccel.samplers.drafts.trajectories import Drawn, RowsSession, draw, finish, levels_from
 from diffaccel.samplers.search import noise
 from diffaccel.samplers.search.chains import Ledger, Search
@@ -76,7 +76,7 @@ class DraftSearch:
         recipe: Recipe,
         scorer: PictureScorer,
         log: RewardLog,
-        account: Account,
+        account: Spending,
     ) -> None:
         self.session, self.searches, self.recipe, self.account = session, searches, recipe, account
         self.judging = Judging(scorer, log)
@@ -118,7 +118,7 @@ class DraftSearch:
     def round(self) -> Events:
         """Draw, judge and rank one batch of drafts of every search."""
         begin, recipe = self.rounds * self.recipe.batch, self.recipe
-        drafts = {s: [Candidate(s, begin + i) for i in range(recipe.batch)] for s in self.searches}
+        drafts = {s: [Drafted(s, begin + i) for i in range(recipe.batch)] for s in self.searches}
         flat, before = list(itertools.chain(*drafts.values())), self._nfe
         self.rounds += 1
         stored = self.judging.is_stored
@@ -142,7 +142,7 @@ class DraftSearch:
                 self.nfe_before += int(cost)
             self._note(search, drafts[search])
 
-    def _note(self, search: Search, drafts: Sequence[Candidate]) -> None:
+    def _note(self, search: Search, drafts: Sequence[Drafted]) -> None:
         """Add a round to the search's log, and free what no finish can need."""
         order = self.rankings[search].order
         for draft in drafts:
@@ -160,7 +160,7 @@ class DraftSearch:
 
     # -- drawing -----------------------------------------------------------------------------------------------------
 
-    def _batches(self, drafts: Sequence[Candidate], stored: bool) -> Events:
+    def _batches(self, drafts: Sequence[Drafted], stored: bool) -> Events:
         """Return drafts in batches of so many rows as fit, each of which caches see as a trajectory of its own."""
         lent: Lent = yield Draft(self.recipe.acceleration)
         rows = self.recipe.rows if lent.rows_apart else 1
@@ -170,18 +170,18 @@ class DraftSearch:
                 draft.batch, draft.stored = batch, stored
         return batches
 
-    def _draw_again(self, drafts: Sequence[Candidate]) -> Events:
+    def _draw_again(self, drafts: Sequence[Drafted]) -> Events:
         """Draw dropped drafts again, to the same bits: together with those that they were drawn with."""
         for batch in dict.fromkeys(draft.batch for draft in drafts):
             wanted = [draft for draft in batch if draft in drafts]
             self.redrawn += len(wanted)
             yield from self._draw_batch(batch, wanted)
 
-    def _unseen(self, ranking: Ranking) -> list[Candidate]:
+    def _unseen(self, ranking: Ranking) -> list[Drafted]:
         """Return the drafts whose pictures a judge may ask for and that have none."""
         return [draft for draft in ranking.order[: max(self._kept, SEEN)] if draft.picture is None]
 
-    def _draw_batch(self, batch: Sequence[Candidate], wanted: Sequence[Candidate]) -> Events:
+    def _draw_batch(self, batch: Sequence[Drafted], wanted: Sequence[Drafted]) -> Events:
         lent: Lent = yield Draft(self.recipe.acceleration)
         rows = [draft.search.row for draft in batch]
         keys = [(draft.search.seed, Key(draft.index, 1, 0)) for draft in batch]
@@ -201,7 +201,7 @@ class DraftSearch:
             self.account.finish = float(self.recipe.finish * (len(levels_from(self.session, drawn.sigma)) - 1))
         yield from self._progress()
 
-    def _first_states(self, drafts: Sequence[Candidate]) -> Tensor:
+    def _first_states(self, drafts: Sequence[Drafted]) -> Tensor:
         """Return the noise that drafts begin at; that of number 0 is the call's own."""
         like = self.session.x
         states = noise.normal([(draft.search.seed, draft.key) for draft in drafts], like.shape[1:], like) * self.std
@@ -230,7 +230,7 @@ class DraftSearch:
         yield from self._draw_again([draft for draft in promoted if draft.state is None])
         yield Draft()
         finished = [replace(draft, picture=None) for draft in promoted]
-        by_level: dict[float, list[Candidate]] = {}
+        by_level: dict[float, list[Drafted]] = {}
         for draft in finished:
             by_level.setdefault(float(draft.sigma), []).append(draft)  # type: ignore[arg-type]
         for same in by_level.values():
@@ -239,7 +239,7 @@ class DraftSearch:
         self.judging.score(finished)
         return {search: self._ranked(search, [d for d in finished if d.search is search]) for search in self.searches}
 
-    def _finish_batch(self, batch: Sequence[Candidate]) -> Events:
+    def _finish_batch(self, batch: Sequence[Drafted]) -> Events:
         states = torch.stack([draft.state for draft in batch])  # type: ignore[misc]
         sigma: Any = batch[0].sigma
         x = yield from finish(self.session, states, sigma, [draft.search.row for draft in batch])
@@ -250,7 +250,7 @@ class DraftSearch:
             draft.search.ledger.scored += 1
         yield from self._progress()
 
-    def _ranked(self, search: Search, finished: list[Candidate]) -> list[tuple[Particle, Tensor]]:
+    def _ranked(self, search: Search, finished: list[Drafted]) -> list[tuple[Particle, Tensor]]:
         """Return a search's finished samples, best first: by the reward or by their pairs, or as their drafts were."""
         order, chance = finished, {draft: draft.rating for draft in finished}
         if self.judging.compares and self.recipe.reranks:
@@ -277,7 +277,7 @@ class DraftSearch:
         return {s: [(Particle(0.0, 0, d.key, reward=d.score, end=True), d.x)] for s, d in best.items()}  # type: ignore[list-item]
 
 
-def too_small(account: Account) -> DiffAccelError:
+def too_small(account: Spending) -> DiffAccelError:
     """Return the error of a budget that pays for less than one round and the finish."""
     return DiffAccelError(
         f"Drafts: a budget of {account.limit:.4g} {account.unit} is too small: one round of drafts takes "
@@ -295,7 +295,7 @@ def warm_up(search: DraftSearch) -> Events:
     for _ in range(2):
         spare = [replace(s, seed=s.seed ^ 1, ledger=Ledger(), log=[], climb=[], used={}) for s in search.searches]
         trial = DraftSearch(
-            search.session, spare, search.recipe, search.judging.scorer, RewardLog(), Account(spare, account.seconds)
+            search.session, spare, search.recipe, search.judging.scorer, RewardLog(), Spending(spare, account.seconds)
         )
         trial.account.begin()
         yield from trial.round()

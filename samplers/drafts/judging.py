@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffaccel.samplers.drafts.ranking import Candidate, Pair
+from diffaccel.samplers.drafts.ranking import Drafted, Pair
 from diffaccel.samplers.rewards.pairs import compare
 from diffaccel.samplers.search import noise
 from diffaccel.samplers.search.chains import FROM_NOISE, Chain, RunningChain, Search
@@ -48,7 +48,7 @@ class Judging:
         """Whether the log has the next answer."""
         return self._lines < len(self.log.rounds)
 
-    def score(self, candidates: Sequence[Candidate]) -> None:
+    def score(self, candidates: Sequence[Drafted]) -> None:
         """Set the score of candidates, which lie one prompt after the other."""
 
         def scores() -> list[float]:
@@ -105,7 +105,7 @@ def factor(confidence: float) -> float:
     return FACTORS[(confidence < HIGH) + (confidence < MEDIUM)]
 
 
-def _counts(candidates: Sequence[Candidate]) -> list[tuple[Search, int]]:
+def _counts(candidates: Sequence[Drafted]) -> list[tuple[Search, int]]:
     counts: dict[Search, int] = {}
     for candidate in candidates:
         counts[candidate.search] = counts.get(candidate.search, 0) + 1

@@ -18,7 +18,7 @@ SPREAD = 400.0  # rating points at which the odds are 10 to 1
 
 
 @dataclass(eq=False)
-class Candidate:
+class Drafted:
     """A draft of one prompt.
 
     Attributes:
@@ -34,7 +34,7 @@ class Candidate:
 
     search: Search
     index: int
-    batch: tuple[Candidate, ...] = field(default=(), repr=False)
+    batch: tuple[Drafted, ...] = field(default=(), repr=False)
     stored: bool = False
     score: float = math.nan
     rating: float = START
@@ -53,16 +53,16 @@ class Candidate:
         self.x = self.state = self.sigma = self.picture = None
 
 
-Pair = tuple[Candidate, Candidate]
+Pair = tuple[Drafted, Drafted]
 Ask = Callable[[list[Pair]], list[tuple[float, float]]]  # of every pair: how sure the first wins, and a factor of K
 
 
 class Ranking(Protocol):
     """A ranking of one prompt's drafts, best first."""
 
-    order: list[Candidate]
+    order: list[Drafted]
 
-    def add(self, drafts: Sequence[Candidate], ask: Ask) -> None:
+    def add(self, drafts: Sequence[Drafted], ask: Ask) -> None:
         """Take up a batch of drafts, whose scores are known."""
 
     def settle(self, finalists: int, ask: Ask) -> None:
@@ -73,9 +73,9 @@ class Ranking(Protocol):
 class ByReward:
     """Falling reward, equal ones by their number: what a tournament of a scalar reward comes to."""
 
-    order: list[Candidate] = field(default_factory=list)
+    order: list[Drafted] = field(default_factory=list)
 
-    def add(self, drafts: Sequence[Candidate], ask: Ask) -> None:
+    def add(self, drafts: Sequence[Drafted], ask: Ask) -> None:
         self.order = sorted([*self.order, *drafts], key=lambda draft: (-draft.score, draft.index))
 
     def settle(self, finalists: int, ask: Ask) -> None:
@@ -98,10 +98,10 @@ class ByElo:
 
     k: float = 32.0
     playoff: bool = True
-    order: list[Candidate] = field(default_factory=list)
+    order: list[Drafted] = field(default_factory=list)
     _met: set[tuple[int, int]] = field(default_factory=set)
 
-    def add(self, drafts: Sequence[Candidate], ask: Ask) -> None:
+    def add(self, drafts: Sequence[Drafted], ask: Ask) -> None:
         for draft in drafts:
             draft.rating = START + (0.0 if math.isnan(draft.score) else PER_POINT * (draft.score - MIDDLE))
         kept = self._ranked(drafts)[: max(2, len(drafts) // 2)]
@@ -125,10 +125,10 @@ class ByElo:
             a.rating, b.rating = a.rating + change, b.rating - change
             self._met.add(self._pair(a, b))
 
-    def _ranked(self, drafts: Sequence[Candidate]) -> list[Candidate]:
+    def _ranked(self, drafts: Sequence[Drafted]) -> list[Drafted]:
         return sorted(drafts, key=lambda draft: (-draft.rating, draft.index))
 
-    def _pair(self, a: Candidate, b: Candidate) -> tuple[int, int]:
+    def _pair(self, a: Drafted, b: Drafted) -> tuple[int, int]:
         return min(a.index, b.index), max(a.index, b.index)
 
 
@@ -141,9 +141,9 @@ class ByInsertion:
     """
 
     keep: int
-    order: list[Candidate] = field(default_factory=list)
+    order: list[Drafted] = field(default_factory=list)
 
-    def add(self, drafts: Sequence[Candidate], ask: Ask) -> None:
+    def add(self, drafts: Sequence[Drafted], ask: Ask) -> None:
         for draft in drafts:
             low, high = 0, len(self.order)
             if high >= self.keep:  # most drafts are worse than the last one
@@ -162,11 +162,11 @@ class ByInsertion:
     def settle(self, finalists: int, ask: Ask) -> None:
         """Keep the order."""
 
-    def _beats(self, draft: Candidate, other: Candidate, ask: Ask) -> bool:
+    def _beats(self, draft: Drafted, other: Drafted, ask: Ask) -> bool:
         return ask([(draft, other)])[0][0] > 0.5
 
 
-def chances(drafts: Sequence[Candidate], ask: Ask) -> dict[Candidate, float]:
+def chances(drafts: Sequence[Drafted], ask: Ask) -> dict[Drafted, float]:
     """Return every draft's mean chance against the others, and 1/2 of one alone."""
     pairs = list(itertools.combinations(drafts, 2))
     total = dict.fromkeys(drafts, 0.0 if pairs else 0.5)
@@ -176,6 +176,6 @@ def chances(drafts: Sequence[Candidate], ask: Ask) -> dict[Candidate, float]:
     return {draft: sum_ / max(1, len(drafts) - 1) for draft, sum_ in total.items()}
 
 
-def by_chances(chance: dict[Candidate, float]) -> list[Candidate]:
+def by_chances(chance: dict[Drafted, float]) -> list[Drafted]:
     """Return drafts by falling chance, equal ones as they came."""
     return sorted(chance, key=lambda draft: -chance[draft])

@@ -39,8 +39,8 @@ class NFD(Config):
     citation: ClassVar[str] = "Playing with Transformer at 30+ FPS via Next-Frame Diffusion, arXiv 2506.01380"
     command: ClassVar[str] = "diffaccel rollout MODEL_FOLDER --actions hold --frames 500 --draft auto"
     conflicts: ClassVar[tuple[str, ...]] = (
-        "euler", "heun", "dpmpp2m", "ancestral", "rbf", "bon", "smc", "svdd", "code", "sop", "bottleneck", "superdiff",
-        "scheduler", "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "cache_dit",
+        "euler", "heun", "dpmpp2m", "ancestral", "rbf", "bon", "drafts", "smc", "svdd", "code", "sop", "bottleneck",
+        "superdiff", "scheduler", "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "cache_dit",
         "fused_blocks",
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
 # Options that no result depends on: how many rows go into a call, where work is done, which files are left.
 NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave"}
 ON_PIPELINES = {"state", "guidance_stop"}  # of the driver, which rounds by it, and has guidance
-ELSEWHERE = {"bottleneck", "superdiff"}  # whose rules have options of their own: tests/samplers/NAME
+ELSEWHERE = {"bottleneck", "drafts", "superdiff"}  # whose rules have options of their own: tests/samplers/NAME
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
 
 

@@ -36,7 +36,7 @@ def composes(first: str, second: str) -> bool:
     if cache in COUNTS_STEPS:
         return loop in COUNTS_STEPS[cache]
     if getattr(EXAMPLES[loop], "searches", False):
-        return loop == "bon" and cache in BY_PATTERN
+        return loop in ("bon", "drafts") and cache in BY_PATTERN
     return True
 
 

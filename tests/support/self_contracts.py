@@ -28,6 +28,7 @@ from diffaccel.samplers import (
     CoDe,
     DiffusersCache,
     DPMpp2M,
+    Drafts,
     Euler,
     FirstBlockCache,
     Heun,
@@ -57,6 +58,7 @@ CHANGING = {
     "taylorseer": TaylorSeer(interval=2, warmup=1),
     "diffusers-cache": DiffusersCache(options={"threshold": 1e6}),
     "bon": BoN(reward=redness, budget=8),
+    "drafts": Drafts(reward=redness, budget=14, drafts=3),
     "rbf": RBF(reward=redness, budget=14),
     "smc": SMC(reward=redness, budget=8),
     "svdd": SVDD(reward=redness, budget=8, particles=1),
@@ -73,7 +75,7 @@ QUANTIZERS: dict[str, Callable[[str], Any]] = {  # of a family: a plan is for on
 }
 REFUSES = {
     **dict.fromkeys(
-        ("euler", "heun", "dpmpp2m", "ancestral", "bon", "rbf", "smc", "svdd", "code", "sop"), matrix.CLIPPED
+        ("euler", "heun", "dpmpp2m", "ancestral", "bon", "drafts", "rbf", "smc", "svdd", "code", "sop"), matrix.CLIPPED
     ),
     "stages": matrix.ONE_SIZE,
     "seacache": dict.fromkeys(matrix.CLIPPED, "the levels of this scheduler cannot be read"),

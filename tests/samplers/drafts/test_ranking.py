@@ -14,7 +14,7 @@ from diffaccel.samplers.drafts.ranking import (
     ByElo,
     ByInsertion,
     ByReward,
-    Candidate,
+    Drafted,
     Pair,
     Ranking,
     by_chances,
@@ -22,9 +22,9 @@ from diffaccel.samplers.drafts.ranking import (
 )
 
 
-def candidates(scores: list[float], begin: int = 0) -> list[Candidate]:
+def drafted(scores: list[float], begin: int = 0) -> list[Drafted]:
     search: Any = None  # a ranking does not look at it
-    return [Candidate(search, begin + i, score=score) for i, score in enumerate(scores)]
+    return [Drafted(search, begin + i, score=score) for i, score in enumerate(scores)]
 
 
 class Script:
@@ -39,7 +39,7 @@ class Script:
 
 
 def test_ratings_of_one_pair_are_as_by_hand() -> None:
-    ranking, (a, b) = ByElo(), candidates([6.0, 5.0])
+    ranking, (a, b) = ByElo(), drafted([6.0, 5.0])
     ranking.add([a, b], Script(lambda a, b: 0.0, sure=1.2))  # the favourite loses twice
     # 1600 : 1500, E = 1 / (1 + 10^-0.25) = 0.640065; the neighbours' game, then the same pair as finalists
     first = 32 * 1.2 * 0.6400649998
@@ -51,7 +51,7 @@ def test_ratings_of_one_pair_are_as_by_hand() -> None:
 
 
 def test_a_tie_moves_ratings_together_and_keeps_their_sum() -> None:
-    ranking, (a, b) = ByElo(k=16), candidates([7.0, 5.0])
+    ranking, (a, b) = ByElo(k=16), drafted([7.0, 5.0])
     a.rating = 1700.0
     ranking.play([(a, b)], Script(lambda a, b: 0.5))
     change = 16 * (0.5 - 1 / (1 + 10 ** (-200 / 400)))
@@ -60,11 +60,11 @@ def test_a_tie_moves_ratings_together_and_keeps_their_sum() -> None:
 
 def test_a_batch_of_eight_plays_the_published_games() -> None:
     judge, ranking = Script(lambda a, b: float(a < b)), ByElo()
-    ranking.add(candidates([10.0, 9, 8, 7, 6, 5, 4, 3]), judge)
+    ranking.add(drafted([10.0, 9, 8, 7, 6, 5, 4, 3]), judge)
     # the better four, three pairs of neighbours; the better two, one pair
     assert judge.asked == [(0, 1), (1, 2), (2, 3), (0, 1)]
     judge.asked.clear()
-    ranking.add(candidates([9.5, 1, 1, 1, 1, 1, 1, 1], begin=8), judge)
+    ranking.add(drafted([9.5, 1, 1, 1, 1, 1, 1, 1], begin=8), judge)
     assert judge.asked[-3:] == [(8, 0), (8, 1), (8, 2)], "the winner meets the best three so far"
     assert len(judge.asked) == 3 + 1 + 3
 
@@ -80,7 +80,7 @@ def hits(make: Callable[[], Ranking], count: int, score: Callable[[float], float
     for seed in range(trials):
         quality = random.Random(seed).sample(range(1000), 64)
         judge, ranking = Script(lambda a, b, q=quality: float(q[a] > q[b])), make()  # type: ignore[misc]
-        drafts = candidates([score(q / 100) for q in quality])
+        drafts = drafted([score(q / 100) for q in quality])
         for begin in range(0, 64, 8):
             ranking.add(drafts[begin : begin + 8], judge)
         ranking.settle(count + 4, judge)
@@ -96,7 +96,7 @@ def test_a_perfect_judge_returns_the_true_best(count: int) -> None:
 
 
 def test_pairs_by_chances_and_rewards_by_number() -> None:
-    drafts = candidates([1.0, 3.0, 3.0])
+    drafts = drafted([1.0, 3.0, 3.0])
     assert [d.index for d in by_chances(chances(drafts, Script(lambda a, b: float(a > b))))] == [2, 1, 0]
     ranking = ByReward()
     ranking.add(drafts, Script(lambda a, b: math.nan))
