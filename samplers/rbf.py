@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import RULES
@@ -12,6 +12,9 @@ from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.particles import Particle
 
 MIN_TRIES = 4  # per level and state of a beam
+PAPER = {  # arXiv 2503.19385, section 5
+    "path": "vp", "kernel": "em", "tail_steps": 0, "particles": 2, "initial": 25, "beam": 1, "chunk": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class RBF(PathSearchConfig):
     levels from ``begin`` on; the last level has what that leaves. The trace says which sizes were used.
 
     Args:
+        preset: "default", or "paper": the published settings, one state a chain and one child at a time on the
+            variance-preserving path, to a posterior mean. Options given beside it win over them.
         particles: chains per picture.
         initial: number of noises of which a chain starts from the best; 0 for as many as a third of the budget pays
             for. Their latents are held in memory at once.
@@ -57,6 +62,7 @@ class RBF(PathSearchConfig):
         "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv 2503.19385"
     )
 
+    preset: Literal["default", "paper"] = "default"
     particles: int = 2
     initial: int = 4
     beam: int = 4
@@ -68,6 +74,24 @@ class RBF(PathSearchConfig):
     threshold: float | None = None
     leftover: Literal["next", "spread"] = "next"
     cap: int = -1
+
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """Return the published form; its 25 first noises and 10 levels need a budget of about 500 NFE."""
+        return cls(preset="paper", **options)
+
+    def __post_init__(self) -> None:
+        if self.preset == "paper":
+            defaults = {field.name: field.default for field in fields(self)}
+            for option, published in PAPER.items():
+                if getattr(self, option) == defaults[option]:
+                    object.__setattr__(self, option, published)
+        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options, JSON-ready; without the preset where it is the default, as before there were any."""
+        options = super().to_dict()
+        return options if self.preset != "default" else {k: v for k, v in options.items() if k != "preset"}
 
     def validate(self) -> None:
         super().validate()

@@ -51,6 +51,7 @@ EFFECTS: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
     "svdd": SEARCH | PATH | {"particles": ({}, 1), "temperature": ({}, 5.0)},
     "code": SEARCH | PATH | {"particles": ({}, 1), "block": ({}, 3)},
     "rbf": SEARCH | PATH | {
+        "preset": ({"budget": 90}, "paper"),
         "particles": ({}, 1), "initial": ({}, 2), "beam": ({"budget": 120}, 1), "begin": ({}, 0.4),
         "chunk": ({"beam": 1}, 1), "commit": ({"chunk": 4}, "first"),
         "against": (ONE | {"budget": 60, "initial": 16}, "last_accepted"), "rule": (RULE, "rollover"),
