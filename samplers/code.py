@@ -62,7 +62,7 @@ def code(search: Search, chain: int, trajectories: list[int], block: int) -> Cha
     last = search.plan.stages - 1
 
     def selects(stage: int) -> bool:
-        return stage == last or (stage + 1) % block == 0
+        return stage == last or ((stage + 1) % block == 0 and search.scores(stage))
 
     states = yield [search.start(chain, i, score=selects(0)) for i in range(trajectories[0])]
     for stage in range(last + 1):

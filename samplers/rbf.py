@@ -62,6 +62,7 @@ class RBF(PathSearchConfig):
         "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover Budget Forcing, arXiv 2503.19385"
     )
 
+    younger: ClassVar[tuple[str, ...]] = (*PathSearchConfig.younger, "preset")
     preset: Literal["default", "paper"] = "default"
     particles: int = 2
     initial: int = 4
@@ -88,11 +89,6 @@ class RBF(PathSearchConfig):
                     object.__setattr__(self, option, published)
         super().__post_init__()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options, JSON-ready; without the preset where it is the default, as before there were any."""
-        options = super().to_dict()
-        return options if self.preset != "default" else {k: v for k, v in options.items() if k != "preset"}
-
     def validate(self) -> None:
         super().validate()
         self.require_at_least(particles=1, beam=1, begin=0, initial=0, chunk=1, cap=-1)
@@ -108,7 +104,8 @@ class RBF(PathSearchConfig):
 
     def chains(self, search: Search) -> list[Chain]:
         plan, n = search.plan, self.particles
-        begin = min(int(self.begin * plan.stages), plan.stages - 2)  # leaves at least one transition to search
+        begin = min(int(max(self.begin, self.score_from) * plan.stages), plan.stages - 2)  # leaves one to search
+        search.first = begin
         initial = self.initial or max(1, search.budget // (3 * n * (begin + 1)))
         overhead = initial * (begin + 1) + plan.tail_nfe  # predictions of a chain outside its searched levels
         transitions = plan.stages - 1 - begin
@@ -139,6 +136,12 @@ def rbf(
     best, last = states[0].reward, search.plan.stages - 2
     rule = RULES[config.rule](config, base_quota, last - begin + 1)
     for stage in range(begin, last + 1):
+        if not search.scores(stage + 1):  # all states go on, with fresh noise
+            count = min(len(states), tries - (last - stage))
+            states = yield [search.propose(states[i], i, score=False) for i in range(count)]
+            rule.close(stage - begin, rule.quota(stage - begin) - count)
+            tries -= count
+            continue
         # Every level leaves one try for each later one; the last level takes all that are left.
         quota = tries if stage == last else min(rule.quota(stage - begin), tries - (last - stage))
         stop, tried, accepted = quota, 0, False

@@ -87,14 +87,17 @@ def smc(search: Search, count: int, config: SMC) -> Chain:
     sqrt(sigma'^2 - gamma^2) eps + gamma z`` (arXiv 2501.06848, algorithm 1).
     """
     potential = POTENTIALS[config.potential]
-    states = yield [search.start(i) for i in range(count)]
+    states = yield [search.start(i, score=search.scores(0)) for i in range(count)]
     histories: list[list[float]] = [[] for _ in states]
     resampled = [0.0] * count  # each particle's potential at the last resampling
     log_ratios = [0.0] * count  # since then
     for stage in range(search.plan.stages):
+        log_ratios = [before + p.log_ratio for before, p in zip(log_ratios, states, strict=True)]
+        if not search.scores(stage):
+            states = yield [search.propose(p, 0, chain=i, score=search.scores(stage + 1)) for i, p in enumerate(states)]
+            continue
         histories = [[*rewards, p.reward] for rewards, p in zip(histories, states, strict=True)]
         potentials = [potential(rewards) for rewards in histories]
-        log_ratios = [before + p.log_ratio for before, p in zip(log_ratios, states, strict=True)]
         weights = _weights(potentials, resampled, config.temperature, log_ratios)
         size = effective_size(weights)
         search.note(stage=stage, effective=size, reward=max(p.reward for p in states))
@@ -103,7 +106,7 @@ def smc(search: Search, count: int, config: SMC) -> Chain:
             states, histories = [states[i] for i in ancestors], [histories[i] for i in ancestors]
             resampled, log_ratios = [potentials[i] for i in ancestors], [0.0] * count
         if stage < search.plan.stages - 1:
-            states = yield [search.propose(state, 0, chain=i) for i, state in enumerate(states)]
+            states = yield [search.propose(p, 0, chain=i, score=search.scores(stage + 1)) for i, p in enumerate(states)]
     samples = yield from _finish_once(search, states)
     rewards = [p.reward for p in samples]
     search.note(samples=rewards, weights=_weights(rewards, resampled, config.temperature, log_ratios))

@@ -37,9 +37,25 @@ class SVDD(PathSearchConfig):
         self.require_at_least(particles=1, temperature=0)
 
     def chains(self, search: Search) -> list[Chain]:
-        tries = self.tries(search, self.particles)
+        tries = [carried(search, counts) for counts in self.tries(search, self.particles)]
         search.used = {"tries": tries}
         return [svdd(search, chain, counts, self.temperature) for chain, counts in enumerate(tries)]
+
+
+def carried(search: Search, counts: list[int]) -> list[int]:
+    """Return the tries of each level where all children go on through those that are not scored.
+
+    What the least of a run of levels leaves is tried at the last one, which is always scored.
+    """
+    runs: list[list[int]] = [[]]
+    for stage, count in enumerate(counts):
+        runs[-1].append(count)
+        if search.scores(stage) and stage < len(counts) - 1:
+            runs.append([])
+    tried = [min(run) for run in runs for _ in run]
+    if len(runs[-1]) == 1:
+        tried[-1] += sum(counts) - sum(tried)
+    return tried
 
 
 def svdd(search: Search, chain: int, counts: list[int], temperature: float) -> Chain:
@@ -48,10 +64,14 @@ def svdd(search: Search, chain: int, counts: list[int], temperature: float) -> C
     There are ``counts`` of the ``x_i``, one number a level. ``K`` is the plan's kernel, such as ``alpha' x0 +
     sqrt(sigma'^2 - gamma^2) eps + gamma z``, and temperature 0 takes the argmax (arXiv 2408.08252, algorithm 1).
     """
-    children = yield [search.start(chain, i) for i in range(counts[0])]
+    children = yield [search.start(chain, i, score=search.scores(0)) for i in range(counts[0])]
     for stage in range(search.plan.stages):
+        if not search.scores(stage):
+            children = yield [search.propose(p, i, score=search.scores(stage + 1)) for i, p in enumerate(children)]
+            continue
         state = children[draw([p.reward for p in children], temperature, search.seed, chain, stage)]
         search.note(chain=chain, stage=stage, tried=counts[stage], reward=state.reward)
         if stage < search.plan.stages - 1:
-            children = yield [search.propose(state, i) for i in range(counts[stage + 1])]
+            score = search.scores(stage + 1)
+            children = yield [search.propose(state, i, score=score) for i in range(counts[stage + 1])]
     return (yield from search.finish([state]))

@@ -171,6 +171,7 @@ def run(config: Drafts, session: Session) -> Sampling:
     if scorer.reward.scores:
         warn_of_a_constant_reward(searches, scorer)
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
+    session.report["search_seconds"] = scorer.watch.report()
     if search.nfe_before:
         session.report["resumed"] = {"rounds": search.rounds, "nfe": search.nfe_before}
     if folder is not None:

@@ -128,7 +128,7 @@ class DraftSearch:
                 yield from self._draw_batch(batch, batch)
             if self.judging.compares:  # of a resumed search, whose earlier rounds were not drawn
                 yield from self._draw_again([d for r in self.rankings.values() for d in self._unseen(r)])
-        self.judging.score(flat)
+        self.judging.score(flat, samples=False)
         for search, ranking in self.rankings.items():
             ranking.add(drafts[search], self.judging.ask)
         nfe = [now - earlier for now, earlier in zip(self._nfe, before, strict=True)]
@@ -187,14 +187,15 @@ class DraftSearch:
         keys = [(draft.search.seed, Key(draft.index, 1, 0)) for draft in batch]
         generators = [torch.Generator("cpu").manual_seed(noise.seed_of(*key)) for key in keys]
         view = RowsSession.over(self.session, rows, generators, self._first_states(batch))
-        drawn: Drawn = yield from draw(view, lent, self.target, "draft")
+        with self.judging.scorer.watch.part("network"):
+            drawn: Drawn = yield from draw(view, lent, self.target, "draft")
         for row, draft in enumerate(batch):
             if not draft.stored:  # an earlier process was charged for it
                 draft.search.ledger.nfe += drawn.nfe
             if draft in wanted:
                 draft.x, draft.state, draft.sigma = drawn.x[row].clone(), drawn.state[row].clone(), drawn.sigma
         if self.judging.compares:
-            pictures = self.judging.scorer.pixels(torch.stack([drawn.x[row] for row in range(len(batch))]))
+            pictures = self.judging.scorer.pixels(drawn.x, preview=True)
             for draft, picture in zip(batch, pictures, strict=True):
                 draft.picture = picture if draft in wanted else draft.picture
         if not self.account.seconds:
@@ -236,13 +237,14 @@ class DraftSearch:
         for same in by_level.values():
             for begin in range(0, len(same), self.recipe.rows):
                 yield from self._finish_batch(same[begin : begin + self.recipe.rows])
-        self.judging.score(finished)
+        self.judging.score(finished, samples=True)
         return {search: self._ranked(search, [d for d in finished if d.search is search]) for search in self.searches}
 
     def _finish_batch(self, batch: Sequence[Drafted]) -> Events:
         states = torch.stack([draft.state for draft in batch])  # type: ignore[misc]
         sigma: Any = batch[0].sigma
-        x = yield from finish(self.session, states, sigma, [draft.search.row for draft in batch])
+        with self.judging.scorer.watch.part("network"):
+            x = yield from finish(self.session, states, sigma, [draft.search.row for draft in batch])
         pictures = self.judging.scorer.pixels(x) if self.judging.compares else [None] * len(batch)
         for draft, sample, picture in zip(batch, x, pictures, strict=True):
             draft.x, draft.picture = sample, picture

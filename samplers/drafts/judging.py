@@ -48,14 +48,14 @@ class Judging:
         """Whether the log has the next answer."""
         return self._lines < len(self.log.rounds)
 
-    def score(self, candidates: Sequence[Drafted]) -> None:
-        """Set the score of candidates, which lie one prompt after the other."""
+    def score(self, candidates: Sequence[Drafted], *, samples: bool) -> None:
+        """Set the score of candidates, which lie one prompt after the other; of drafts a preview is enough."""
 
         def scores() -> list[float]:
             if not self.scorer.reward.scores:
                 return [float("nan")] * len(candidates)
             rows = [candidate.search.row for candidate in candidates]
-            return self.scorer(torch.stack([_present(candidate.x) for candidate in candidates]), rows)
+            return self.scorer(torch.stack([_present(candidate.x) for candidate in candidates]), rows, samples)
 
         for candidate, score in zip(candidates, self._known(SCORES, _counts(candidates), scores), strict=True):
             candidate.score = score

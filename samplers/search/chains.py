@@ -50,6 +50,7 @@ class Search:
         rewards: lowest and highest reward so far; None before the first.
         climb: ``(NFE, reward, whether it is a sample)`` of every scored particle that became the best so far.
         own: reward of the call's own noise, the first that was scored of it.
+        first, every: of the searched levels those are scored that lie ``every`` apart from ``first`` on, and the last.
         used: sizes that the method derived from its options and the budget, JSON-ready.
     """
 
@@ -67,6 +68,13 @@ class Search:
     climb: list[tuple[int, float, bool]] = field(default_factory=list)
     own: float | None = None
     used: dict[str, Any] = field(default_factory=dict)
+    first: int = 0
+    every: int = 1
+
+    def scores(self, stage: int) -> bool:
+        """Return whether predictions at a searched level are scored and chosen by."""
+        is_due = stage >= self.first and (stage - self.first) % self.every == 0
+        return is_due or stage == self.plan.stages - 1
 
     def start(self, chain: int, attempt: int = 0, *, score: bool = True) -> Transition:
         """Ask for a first state, of pure noise; the first attempt of chain 0 has the call's own noise."""

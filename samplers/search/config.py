@@ -20,6 +20,7 @@ from diffaccel.samplers.search.engine import Engine
 from diffaccel.samplers.search.identity import identity
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import KernelName, PathName, ScaleName, SearchPlan, make_plan
+from diffaccel.samplers.search.preview import preview_decoder
 from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog
 from diffaccel.samplers.search.scoring import PictureScorer
@@ -41,6 +42,9 @@ class SearchConfig(SamplerConfig):
         guide: factor of ``x0 + guide grad r(x0)`` at every prediction, for a differentiable reward; 0 for none.
         reward_device: device on which pictures are decoded and scored, "" for the pipeline's device. On another one
             scoring overlaps with the next predictions.
+        preview: cheaper decoder for scores on the way, while samples themselves are always decoded in full: "linear", a
+            map from latents to colours fitted to the pipeline's VAE; a folder of a diffusers ``AutoencoderTiny``; or a
+            function from latents to pixels in [-1, 1].
         keep: number of a picture's samples that are kept beside the best.
         folder: where a search writes its trace, its plot and the kept samples, and from which it is resumed after a
             kill.
@@ -48,6 +52,7 @@ class SearchConfig(SamplerConfig):
     """
 
     searches: ClassVar[bool] = True
+    younger: ClassVar[tuple[str, ...]] = ("preview",)  # options left out of records where they have their default
     judges_pairs: ClassVar[bool] = False  # can use a reward that compares pictures and does not score them
     keeps_rows: ClassVar[bool] = False
 
@@ -55,6 +60,7 @@ class SearchConfig(SamplerConfig):
     budget: int = 200
     guide: float = 0.0
     reward_device: str = ""
+    preview: Any = None
     keep: int = 0
     folder: str = ""
     shared: bool = False
@@ -65,6 +71,11 @@ class SearchConfig(SamplerConfig):
         if self.state != "float32":
             raise DiffAccelError(
                 f"{type(self).__name__}.state is '{self.state}'; a search keeps its states in 'float32'."
+            )
+        if self.guide and self.preview:
+            raise DiffAccelError(
+                f"{type(self).__name__}.preview has no effect with guide, whose gradients go through the full decoder. "
+                "Leave one of them out."
             )
 
     def require_at_least(self, **minimums: float) -> None:
@@ -89,10 +100,15 @@ class SearchConfig(SamplerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, JSON-ready; a reward that is not text is given by its name."""
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
-        reward = self.reward
-        if not isinstance(reward, str):
-            options["reward"] = getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
+        options = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in self.younger or getattr(self, field.name) != field.default
+        }
+        for option in ("reward", "preview"):
+            value = options.get(option, "")
+            if not isinstance(value, str):
+                options[option] = getattr(value, "name", getattr(value, "__name__", type(value).__name__))
         return {"name": self.name, **options}
 
     # -- what a method defines --------------------------------------------------------------------------------------
@@ -134,7 +150,12 @@ class PathSearchConfig(SearchConfig):
         stages: noise levels of "vp" that are searched, None for 10; the other paths take the call's own.
         tail_steps: deterministic steps after the search on "vp": None or -1 for the call's own from there, 0 for none,
             where the sample is a posterior mean.
+        score_from: share of the searched levels before the first that is scored and chosen by: near noise ``r(x0)``
+            says little of the sample, and decoding costs as much as anywhere.
+        score_every: of those after it every so many are scored, and the last. Between them all states go on.
     """
+
+    younger: ClassVar[tuple[str, ...]] = (*SearchConfig.younger, "score_from", "score_every")
 
     path: PathName = "native"
     kernel: KernelName = "cps"
@@ -142,10 +163,16 @@ class PathSearchConfig(SearchConfig):
     norm: float | None = None
     stages: int | None = None
     tail_steps: int | None = None
+    score_from: float = 0.0
+    score_every: int = 1
 
     def validate(self) -> None:
         super().validate()
-        self.require_at_least(stages=2, tail_steps=-1, norm=0)
+        self.require_at_least(stages=2, tail_steps=-1, norm=0, score_from=0, score_every=1)
+        if self.score_from >= 1:
+            raise DiffAccelError(
+                f"{type(self).__name__}.score_from is {self.score_from}; it is a share of the levels, below 1."
+            )
         if self.path != "vp":
             why = f"the path '{self.path}' has the call's own levels, to the end"
             self.refuse_without_effect("path='vp'", why, stages=None, tail_steps=None)
@@ -217,6 +244,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     warn_of_a_constant_reward(searches, scorer)
     x0 = engine.latents([(search, samples[0]) for search, samples in results.items()])
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
+    session.report["search_seconds"] = scorer.watch.report()
     if log.rounds:
         session.report["resumed"] = {"rounds": len(log.rounds), "nfe": engine.nfe_before}
     if folder is not None:
@@ -241,8 +269,9 @@ def check_starts_at_noise(config: SearchConfig, session: Session) -> None:
 def make_searches(config: SearchConfig, session: Session, plan: SearchPlan) -> list[Search]:
     """Make one search for each row of the call, with its own prompt and seed."""
     seeds = noise.seeds(session.generator, len(session.x))
+    first, every = int(getattr(config, "score_from", 0) * plan.stages), getattr(config, "score_every", 1)
     return [
-        Search(row, prompt, seed, plan, config.budget, config.keep)
+        Search(row, prompt, seed, plan, config.budget, config.keep, first=first, every=every)
         for row, (prompt, seed) in enumerate(zip(session.prompts, seeds, strict=True))
     ]
 
@@ -283,6 +312,9 @@ def make_scorer(config: SearchConfig, session: Session) -> PictureScorer:
             f"The reward '{reward.name}' compares pictures and does not score them; '{config.name}' needs scores. Let "
             "it be called with (images, prompts) as well, or search by 'drafts'."
         )
+    size = (device, model, session.height, session.width)
+    if size not in cache or config.preview == "full":
+        cache[size] = preview_decoder(config.preview, session, device)
     frames = 1 if session.x.ndim == 4 else FRAMES_PER_LATENT * session.x.shape[2]
     pixels = session.height * session.width * frames
-    return PictureScorer(reward, session.decoder(device), session.prompts, pixels, device)
+    return PictureScorer(reward, session.decoder(device), session.prompts, pixels, device, cache[size])

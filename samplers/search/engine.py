@@ -186,9 +186,10 @@ class Engine:
     def _score(self, rows: list[Row], scored: list[int], x: Tensor, v: Tensor) -> Future[list[float]]:
         """Score ``x0`` of the rows ``scored``."""
         x0, call_rows = self._x0(rows, x, v)[scored], [rows[i][0].row for i in scored]
+        ends = [rows[i][1].end for i in scored]
         if self.overlap and scored:
-            return self._worker.submit(self._deferred_scoring(x0, call_rows))
-        return _known(self.scorer(x0, call_rows))
+            return self._worker.submit(self._deferred_scoring(x0, call_rows, ends))
+        return _known(self.scorer(x0, call_rows, ends))
 
     def _guided(self, rows: list[Row], x: Tensor, v: Tensor) -> tuple[list[Tensor], Future[list[float]], list[int]]:
         """Score ``x0`` of all rows that are predicted or scored, and guide the predictions by the gradients.
@@ -210,13 +211,13 @@ class Engine:
         per_sigma = _levels([1 / transition.sigma if transition.predict else 0.0 for _, transition in rows])
         return [x, v - self.guide * bcast(per_sigma, x) * gradients], *ready
 
-    def _deferred_scoring(self, x0: Tensor, rows: list[int]) -> Callable[[], list[float]]:
+    def _deferred_scoring(self, x0: Tensor, rows: list[int], ends: list[bool]) -> Callable[[], list[float]]:
         """Return the scoring as a function for another thread.
 
         On a GPU it runs in its own stream; in the default one it would wait for the next predictions.
         """
         if not x0.is_cuda:
-            return lambda: self.scorer(x0, rows)
+            return lambda: self.scorer(x0, rows, ends)
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(x0.device))
         if self._stream is None:
@@ -227,7 +228,7 @@ class Engine:
             with torch.cuda.stream(stream):
                 stream.wait_event(computed)
                 x0.record_stream(stream)
-                return self.scorer(x0, rows)
+                return self.scorer(x0, rows, ends)
 
         return score
 
@@ -286,7 +287,8 @@ class Engine:
             sigma = _levels(levels[0] if len(set(levels)) == 1 else levels)
             whole = len(batch) == len(x)
             place = None if self._places is None else self._places.of([rows[i] for i in batch])
-            pred = yield Eval(x if whole else x[batch], sigma, rows=[rows[i][0].row for i in batch], place=place)
+            with self.scorer.watch.part("network"):
+                pred = yield Eval(x if whole else x[batch], sigma, rows=[rows[i][0].row for i in batch], place=place)
             if whole:
                 return pred.v.to(x.dtype)
             v[batch] = pred.v.to(x.dtype)

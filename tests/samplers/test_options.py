@@ -19,8 +19,9 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR
 from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
 
-# Options that no result depends on: how many rows go into a call, where work is done, which files are left.
-NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave"}
+# Options that no result depends on: how many rows go into a call, where work is done, which files are left; and how
+# pictures are decoded, which rewards of latents do not see.
+NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave", "preview"}
 ON_PIPELINES = {"state", "guidance_stop"}  # of the driver, which rounds by it, and has guidance
 ELSEWHERE = {"bottleneck", "drafts", "superdiff"}  # whose rules have options of their own: tests/samplers/NAME
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
@@ -36,7 +37,7 @@ SEARCH = {"reward": ({}, OTHER), "budget": ({}, 90), "guide": ({}, 0.1), "keep":
 PATH = {
     "path": ({}, "linear"), "kernel": ({"path": "linear", "norm": 0.5}, "em"),
     "scale": ({"path": "linear", "norm": 0.5}, "sine"), "norm": ({}, 0.5), "stages": ({"path": "vp"}, 5),
-    "tail_steps": ({"path": "vp"}, 3),
+    "tail_steps": ({"path": "vp"}, 3), "score_from": ({}, 0.4), "score_every": ({}, 3),
 }  # fmt: skip
 RULE = {"rule": "threshold", "threshold": 0.0}
 ONE = {"beam": 1, "chunk": 1}

@@ -69,9 +69,9 @@ class Played:
         return counts
 
 
-def play(config: Any, budget: int, plan: SearchPlan, script: Script, keep: int = 0) -> Played:
+def play(config: Any, budget: int, plan: SearchPlan, script: Script, keep: int = 0, **levels: int) -> Played:
     """Run a method's chains one after the other; ``script`` says the reward of each scored move."""
-    search = Search(0, "", 0, plan, budget, keep)
+    search = Search(0, "", 0, plan, budget, keep, **levels)
     played = Played(search)
     for number, chain in enumerate(config.chains(search)):
         running, asked = RunningChain(search, number, chain), []
