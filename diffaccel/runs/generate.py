@@ -289,7 +289,7 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
     folder, processes = run.folder, run.processes
     with failures(run.request, folder, folder.abandon if processes.size == 1 else None):
         searches = _searches(run.pipe)
-        shared = searches and len(numbers) < processes.size  # all processes share each call of a search
+        shared = searches and _shares(run.pipe) and len(numbers) < processes.size  # all share each call of a search
         for number in numbers if shared else numbers[processes.rank :: processes.size]:
             chunk = folder.chunks[number]
             traces = folder.path / (SEARCH if searches else TRACES) / f"{number:05d}"
@@ -312,9 +312,15 @@ def _look(run: _Run, early: Early, upto: int) -> dict[str, Any]:
 
 
 def _searches(pipe: Any) -> bool:
-    """Return whether the pipeline's loop is a search: it leaves files, and processes may share its calls."""
+    """Return whether the pipeline's loop is a search, which leaves files."""
     state = active(pipe)
     return state is not None and state.loop is not None and state.loop.searches
+
+
+def _shares(pipe: Any) -> bool:
+    """Return whether all processes of a launch may make one call of the pipeline's search together."""
+    state = active(pipe)
+    return bool(state is not None and getattr(state.loop, "shares_calls", True))
 
 
 def _leaves_files(pipe: Any) -> bool:

@@ -22,12 +22,14 @@ class Spending:
         searches: one for each picture of the call.
         seconds: of all pictures together; 0 where the budget is in predictions.
         round: cost of a round, the largest so far, and ``finish`` that of finishing the best; seconds or predictions.
+        latest: the largest of the rounds of this call alone.
     """
 
     searches: Sequence[Search]
     seconds: float = 0.0
     round: float = 0.0
     finish: float = 0.0
+    latest: float = 0.0
     _start: float = field(default_factory=now)
 
     @property
@@ -48,6 +50,10 @@ class Spending:
     def begin(self, spent: float = 0.0) -> None:
         """Start the clock, as if ``spent`` seconds had passed."""
         self._start = now() - spent
+
+    def took(self, cost: float) -> None:
+        """Note what a round cost."""
+        self.latest, self.round = max(self.latest, cost), max(self.round, cost)
 
     def pays_for_round(self) -> bool:
         """Return whether one more round and the finish fit into what is left."""

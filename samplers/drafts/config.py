@@ -62,6 +62,7 @@ class Drafts(SearchConfig):
     citation: ClassVar[str] = "Flash-BoN, arXiv 2607.04461"
     keeps_rows: ClassVar[bool] = True
     judges_pairs: ClassVar[bool] = True
+    shares_calls: ClassVar[bool] = False
 
     seconds: float = 0.0
     preset: Literal["default", "paper"] = "default"
@@ -159,13 +160,15 @@ def run(config: Drafts, session: Session) -> Sampling:
     header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
     account = Spending(searches, config.seconds * len(searches))
     search = DraftSearch(session, searches, recipe, scorer, RewardLog(folder, header, keep=config.keep), account)
-    if config.seconds:
-        yield from _measure(config, search)
     interrupted = False
     try:
+        if config.seconds:
+            yield from _measure(config, search)
         results = yield from search.run()
     except Interrupted:
         results, interrupted = search.best_drafts(), True
+    if config.seconds and not interrupted:
+        _costs(config)[_kind_of_call(session)] = account.latest, account.finish
     for found, samples in results.items():
         found.samples = [sample for sample, _ in samples[: config.keep + 1]]
     if scorer.reward.scores:
@@ -190,11 +193,21 @@ def _measure(config: Drafts, search: DraftSearch) -> Any:
         DiffAccelError: for a budget that pays for less, naming both.
     """
     session, account = search.session, search.account
-    costs = vars(config).setdefault("_costs", {})
-    call = (type(session.pipe).__name__, tuple(session.x.shape), len(session.sigmas), str(session.device))
+    costs, call = _costs(config), _kind_of_call(session)
     if call not in costs:
         yield from warm_up(search)
         costs[call] = account.round, account.finish
     account.round, account.finish = costs[call]
     if account.round + account.finish > account.limit:
         raise too_small(account)
+
+
+def _costs(config: Drafts) -> dict[Any, tuple[float, float]]:
+    """Return what a round and the finish took in the calls of a config so far, by the kind of call."""
+    costs: dict[Any, tuple[float, float]] = vars(config).setdefault("_costs", {})
+    return costs
+
+
+def _kind_of_call(session: Session) -> tuple[Any, ...]:
+    """Return what the seconds of a round depend on, beside the config."""
+    return type(session.pipe).__name__, tuple(session.x.shape), len(session.sigmas), str(session.device)

@@ -102,7 +102,7 @@ class DraftSearch:
         while self.rounds == 0 or self.judging.is_stored or self.account.pays_for_round():
             before = self.account.spent
             yield from self.round()
-            self.account.round = max(self.account.round, self.account.spent - before)
+            self.account.took(self.account.spent - before)
             self._check_budget()
         begin = self.account.spent
         results = yield from self.finish()
@@ -110,9 +110,9 @@ class DraftSearch:
         return results
 
     def _check_budget(self) -> None:
-        """Raise where one round and the finish are more than the budget; what they cost shows in the first round."""
+        """Raise where one round and the finish are more predictions than the budget, which shows in the first round."""
         account = self.account
-        if self.rounds == 1 and account.round + account.finish > account.limit:
+        if self.rounds == 1 and not account.seconds and account.round + account.finish > account.limit:
             raise too_small(account)
 
     def round(self) -> Events:
@@ -195,7 +195,9 @@ class DraftSearch:
             if draft in wanted:
                 draft.x, draft.state, draft.sigma = drawn.x[row].clone(), drawn.state[row].clone(), drawn.sigma
         if self.judging.compares:
-            pictures = self.judging.scorer.pixels(drawn.x, preview=True)
+            scorer = self.judging.scorer
+            parts = [scorer.pixels(part, preview=True) for part in drawn.x.split(scorer.batch_size)]
+            pictures = [picture for part in parts for picture in part]
             for draft, picture in zip(batch, pictures, strict=True):
                 draft.picture = picture if draft in wanted else draft.picture
         if not self.account.seconds:

@@ -52,6 +52,7 @@ class SearchConfig(SamplerConfig):
     """
 
     searches: ClassVar[bool] = True
+    shares_calls: ClassVar[bool] = True  # all processes of a launch may make one call together
     younger: ClassVar[tuple[str, ...]] = ("preview",)  # options left out of records where they have their default
     judges_pairs: ClassVar[bool] = False  # can use a reward that compares pictures and does not score them
     keeps_rows: ClassVar[bool] = False
