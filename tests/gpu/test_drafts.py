@@ -10,7 +10,10 @@ import torch
 import diffaccel
 from diffaccel.samplers import RBF, Drafts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 PROMPTS = ["a green pear, noto", "two red apples, twemoji"]
 
 
