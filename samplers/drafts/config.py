@@ -1,4 +1,4 @@
-"""The config of a search by drafts, and the sampler that it makes of one."""
+"""Drafts: many cheap samples of one prompt by any other method, and the best of them finished in full."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ class Reward:
     def fingerprint(self) -> str:
         """Return a digest of what its numbers depend on, the same in another process."""
         stated = self.identity() if callable(self.identity) else self.identity
-        return identity.digest(self.name, self.input, self.function if stated is None else stated)
+        judged_by = (self.function, self.compare) if self.compare is not None else self.function
+        return identity.digest(self.name, self.input, judged_by if stated is None else stated)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return rewards, ``(b,)`` float64 on the CPU. NaN becomes -inf, the worst; the first one gives a warning.
