@@ -128,7 +128,8 @@ class Timed(Bench):
             report = cost.get("report", {})
             pictures = report.get("search", {}).get("pictures", [])  # whose NFE leave out what a cache stood in for
             values["rows"][name] = {
-                "seconds": seconds, "nfe": sum(p["nfe"] for p in pictures) / len(rows), "parts": report.get("search_seconds"),
+                "seconds": seconds, "nfe": sum(p["nfe"] for p in pictures) / len(rows),
+                "parts": report.get("search_seconds"),
                 **{key: [round(v, 4) for v in measured[key].tolist()] for key in ("reward", "judge")},
             }  # fmt: skip
             tensors |= {
