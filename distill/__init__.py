@@ -1,10 +1,10 @@
-"""Distillation: a network that draws in one call learns from one that needs many."""
+"""Distillation: a network that draws in one call, or in a few, learns from one that needs many."""
 
 if "." not in __name__:
     raise ImportError("'distill' is a folder of diffaccel: import diffaccel.distill instead")
 
 from diffaccel.distill.run import Distillation
-from diffaccel.distill.scheduler import SIMOneStepScheduler
+from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler
 from diffaccel.distill.sim import SIM
 from diffaccel.distill.student import save, student
 from diffaccel.distill.teacher import NetworkTeacher, PipelineTeacher
@@ -15,6 +15,7 @@ __all__ = [
     "Distillation",
     "NetworkTeacher",
     "PipelineTeacher",
+    "SIMFewStepScheduler",
     "SIMOneStepScheduler",
     "distil",
     "save",

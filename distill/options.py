@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from diffaccel.config import Config
-from diffaccel.distill.levels import Law, Levels
+from diffaccel.distill.levels import Law, Levels, from_ratio
 from diffaccel.distill.losses import Distance, Weight
 from diffaccel.distill.parameterization import Space
 from diffaccel.errors import DiffAccelError
@@ -24,6 +24,8 @@ class Matching(Config):
 
     Args:
         steps: of the generator.
+        student_steps: network calls in which the student draws. Those after the first are given its last drawing with
+            fresh noise, at levels that fall evenly; a picture is matched at the call drawn for it.
         batch: pictures in a step, of all processes together.
         lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
         assistant_lr: of the assistant; 0 for that of the generator.
@@ -51,6 +53,7 @@ class Matching(Config):
     """
 
     steps: int = 4000
+    student_steps: int = 1
     batch: int = 256
     lr: float = 5e-5
     assistant_lr: float = 0.0
@@ -83,7 +86,9 @@ class Matching(Config):
     log_seconds: float = 5.0
 
     def validate(self) -> None:
-        for option, least in (("steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0)):
+        for option, least in (
+            ("steps", 1), ("student_steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0)
+        ):  # fmt: skip
             if getattr(self, option) < least:
                 raise DiffAccelError(
                     f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be at least {least}."
@@ -147,6 +152,12 @@ class Matching(Config):
                     f"{type(self).__name__}.{option} is {getattr(self, option)}, which has no effect with {beside}. "
                     f"Leave it at {defaults[option]}, or change that."
                 )
+
+    @property
+    def student_levels(self) -> tuple[float, ...]:
+        """Levels ``sigma_i = sigma_1 (1 - i / N)`` of the student's network calls ``i < N``, on the linear path."""
+        first = from_ratio(self.noise_ratio)
+        return tuple(first * (1 - call / self.student_steps) for call in range(self.student_steps))
 
     @property
     def generator_law(self) -> Levels:

@@ -275,7 +275,8 @@ class Distillation:
         described = isinstance(state.get("options"), dict) and isinstance(state.get("call"), dict)
         if state.get("version") != VERSION or not described or not {"step", "seconds", "updates"} <= state.keys():
             return "no run of distillation of this version"
-        if differing := [key for key, value in self._options().items() if state["options"].get(key) != value]:
+        options, before = self._options(), state["options"]
+        if differing := [key for key in {**options, **before} if before.get(key) != options.get(key)]:
             return f"other options ({', '.join(differing)})"
         if state.get("teacher") != self._teacher:
             return "another teacher, or of one with other weights"

@@ -1,11 +1,13 @@
-"""The scheduler of a one-step student: whatever number of steps is asked for, one is made."""
+"""The schedulers of students: whatever number of steps is asked for, those that a student learnt are made."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import ConfigMixin, SchedulerMixin  # from_pretrained looks for SchedulerMixin beside a scheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -85,3 +87,85 @@ class SIMOneStepScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
+
+
+class SIMFewStepScheduler(SIMOneStepScheduler):
+    """Draws in as many network calls as a student was trained for, ``x_{i+1} = a_{i+1} x0_i + s_{i+1} eps_i``.
+
+    Timesteps, sigmas and the number of steps of a call are ignored, as by the scheduler of one step. Pipelines pass no
+    generator on to a step, so the noise ``eps_i`` of a row is made from a hash of the row's initial noise: a picture
+    depends on its own seed alone.
+
+    Args:
+        levels: ``(a, s, timestep)`` of every call: coefficients of signal and noise, and the network's time.
+        prediction_type, start: as those of the scheduler of one step; only the first call's input is scaled.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        levels: Sequence[Sequence[float]] = (
+            (0.2857142857142857, 0.7142857142857143, 714.2857142857143),
+            (0.6428571428571428, 0.35714285714285715, 357.14285714285717),
+        ),
+        prediction_type: Kind = "velocity",
+        start: Start = "unit",
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        self.set_timesteps()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Prepare the steps."""
+        levels = self.config.levels
+        self.num_inference_steps, self.steps_made = len(levels), 0
+        self.seeds: list[int] = []
+        self.timesteps = torch.tensor([t for _, _, t in levels], dtype=torch.float32, device=device or "cpu")
+        self.sigmas = torch.tensor([*(s for _, s, _ in levels), 0.0], dtype=torch.float32, device="cpu")
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """Return the network's input: the sample, the first at the deviation for which the student was trained."""
+        is_scaled = self.config.start == "scaled" and self.steps_made == 0
+        return sample * self.config.levels[0][1] if is_scaled else sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **ignored: Any
+    ) -> StepOutput | tuple[Tensor, Tensor]:
+        """Return the clean estimate, noised for the next call if there is one; computed in float32."""
+        if self.steps_made == 0:
+            self.seeds = [_seed_of(row) for row in sample]
+        a, s = self._level(self.steps_made)
+        x = self.scale_model_input(sample.float())
+        x0 = clean(self.config.prediction_type, model_output.float(), x, a, s)
+        self.steps_made += 1
+        following = x0
+        if self.steps_made < len(self.config.levels):
+            a, s = self._level(self.steps_made)
+            following = a * x0 + s * self._noise(sample)
+        drawn, x0 = following.to(sample.dtype), x0.to(sample.dtype)
+        return StepOutput(drawn, drawn, x0) if return_dict else (drawn, x0)
+
+    def _level(self, call: int) -> tuple[Tensor, Tensor]:
+        """Return ``a`` and ``s`` of a call."""
+        a, s = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in self.config.levels[call][:2])
+        return a, s
+
+    def _noise(self, like: Tensor) -> Tensor:
+        """Return the fresh noise of all rows for the next call, fp32."""
+        generator, rows = torch.Generator("cpu"), []
+        for seed in self.seeds:
+            generator.manual_seed(seed + self.steps_made)
+            rows.append(torch.randn(like.shape[1:], generator=generator, device="cpu", dtype=torch.float32))
+        return torch.stack(rows).to(like.device)
+
+
+def _seed_of(row: Tensor) -> int:
+    """Return a seed that depends on the numbers of a row alone."""
+    numbers = row.detach().float().cpu().contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.sha256(numbers).digest()[:7], "big")

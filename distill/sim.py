@@ -13,12 +13,13 @@ from diffaccel.errors import unknown
 class SIM(Matching):
     """One-step distillation by score implicit matching: no pictures, no samples of the teacher, no discriminator.
 
-    A generator ``G`` draws in one network call. An assistant ``F`` learns the scores of what ``G`` draws by denoising
-    it, and ``G`` follows the difference between the assistant's and the teacher's scores, in turns. All three begin as
-    the teacher.
+    A generator ``G`` draws in one network call, or in a few (``student_steps``). An assistant ``F`` learns the scores
+    of what ``G`` draws by denoising it, and ``G`` follows the difference between the assistant's and the teacher's
+    scores, in turns. All three begin as the teacher.
     """
 
     name: ClassVar[str] = "sim"
+    added: ClassVar[tuple[str, ...]] = ("student_steps",)
     trainer: ClassVar[str] = "diffaccel.distill.train:distil"
     citation: ClassVar[str] = "One-Step Diffusion Distillation through Score Implicit Matching, arXiv 2410.16794"
 

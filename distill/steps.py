@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffaccel.distill.levels import Levels, from_ratio
+from diffaccel.distill.drawing import coefficients, generate
+from diffaccel.distill.levels import Levels
 from diffaccel.distill.losses import generator_loss, sample_weight
 from diffaccel.distill.options import Matching
 from diffaccel.distill.parameterization import clean, scale, target
@@ -25,12 +26,16 @@ class Draw:
         z, eps: ``(B, C, H, W)``.
         sigma: ``(B,)`` levels of the linear path, on the CPU.
         group: the conditions.
+        turn: ``(B,)`` number of the student's network call whose drawing is looked at, on the CPU; None for one call.
+        fresh: noise ``(N - 1, B, C, H, W)`` of its later calls.
     """
 
     z: Tensor
     eps: Tensor
     sigma: Tensor
     group: int
+    turn: Tensor | None = None
+    fresh: Tensor | None = None
 
     @classmethod
     def new(
@@ -52,21 +57,13 @@ class Draw:
         both = torch.randn(2, config.batch, *teacher.shape, generator=generator, device="cpu", dtype=torch.float32)
         sigma = law.draw(config.batch, generator)[rows]
         group = int(torch.randint(-(-teacher.groups // size), (1,), generator=generator, device="cpu"))
-        return cls(both[0, rows].to(device), both[1, rows].to(device), sigma, group * size + rank)
-
-
-def coefficients(teacher: Teacher, sigma: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the teacher's ``a`` and ``s`` at levels ``(B,)``, on the device of ``like``."""
-    a, s = teacher.coefficients(sigma)
-    return a.to(like.device), s.to(like.device)
-
-
-def generate(teacher: Teacher, generator: nn.Module, z: Tensor, group: int, config: Matching) -> Tensor:
-    """Return the generator's drawings ``x0`` of noise ``z``, one network call."""
-    sigma = torch.full((len(z),), from_ratio(config.noise_ratio), dtype=torch.float32, device="cpu")
-    a, s = coefficients(teacher, sigma, z)
-    x = z if config.start == "unit" else s * z
-    return clean(teacher.kind, teacher.ask(generator, x, sigma, group), x, a, s, teacher.sigma_data)
+        pair = both[:, rows].to(device)
+        if config.student_steps == 1:
+            return cls(pair[0], pair[1], sigma, group * size + rank)
+        calls, whole = config.student_steps, (config.batch, *teacher.shape)
+        turn = torch.randint(calls, (config.batch,), generator=generator, device="cpu")[rows]
+        fresh = torch.randn(calls - 1, *whole, generator=generator, device="cpu", dtype=torch.float32)[:, rows]
+        return cls(pair[0], pair[1], sigma, group * size + rank, turn, fresh.to(device))
 
 
 def assistant_loss(
@@ -74,7 +71,7 @@ def assistant_loss(
 ) -> Tensor:
     """Return the mean square of denoising the generator's drawings, in raw outputs."""
     with torch.no_grad():
-        x0 = generate(teacher, generator, draw.z, draw.group, config)
+        x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
     a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     wanted = target(teacher.kind, x0, draw.eps, x_t, a, s, teacher.sigma_data)
@@ -110,7 +107,7 @@ def _all_networks_at_once(
     teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
 ) -> dict[str, Tensor]:
     """Make the step with the activations of all networks in memory."""
-    x0 = generate(teacher, generator, draw.z, draw.group, config)
+    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
     a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     with torch.set_grad_enabled(config.grad_through_scores):
@@ -126,7 +123,7 @@ def _one_network_at_a_time(
 ) -> dict[str, Tensor]:
     """Make the same step with the activations of one network at a time, by vector-Jacobian products."""
     with torch.no_grad():
-        drawn = generate(teacher, generator, draw.z, draw.group, config)
+        drawn = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
     a, s = coefficients(teacher, draw.sigma, drawn)
     x_t = (a * drawn + s * draw.eps).requires_grad_()
     with torch.no_grad():
@@ -143,7 +140,7 @@ def _one_network_at_a_time(
         del of_assistant
         (through,) = torch.autograd.grad(guided(teacher, x_t, draw), x_t, to_teacher)
         to_x_t = to_x_t + through
-    x0 = generate(teacher, generator, draw.z, draw.group, config)
+    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
     torch.autograd.backward(x0, to_x0 + a * to_x_t)
     return shown
 

@@ -1,21 +1,22 @@
-"""A trained generator as a pipeline: the teacher's, with one network call in the place of its loop."""
+"""A trained generator as a pipeline: the teacher's, with one network call, or a few, in the place of its loop."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel import record
 from diffaccel.distill.identity import fingerprint
-from diffaccel.distill.levels import from_ratio
 from diffaccel.distill.options import Matching
 from diffaccel.distill.run import Distillation
-from diffaccel.distill.scheduler import SIMOneStepScheduler
+from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json, write_text
@@ -34,23 +35,31 @@ def scheduler_of(teacher: PipelineTeacher, config: Matching) -> SIMOneStepSchedu
             f"{type(teacher.pipe).__name__} passes its noise to the network as it is, but start is 'scaled'. "
             "Distil with start='unit'."
         )
-    level = from_ratio(config.noise_ratio)
-    a, s = teacher.coefficients(torch.tensor([level], dtype=torch.float64, device="cpu"))
-    return SIMOneStepScheduler(float(a), float(s), teacher.timestep(level), teacher.kind, config.start)
+    levels = []
+    for level in config.student_levels:
+        a, s = teacher.coefficients(torch.tensor([level], dtype=torch.float64, device="cpu"))
+        levels.append((float(a), float(s), teacher.timestep(level)))
+    if len(levels) > 1:
+        return SIMFewStepScheduler(levels, teacher.kind, config.start)
+    return SIMOneStepScheduler(*levels[0], teacher.kind, config.start)
 
 
 def student(run: Distillation) -> Any:
-    """Return the teacher's pipeline with averaged weights of the generator, and a scheduler that makes one step.
+    """Return the teacher's pipeline with averaged weights of the generator, and the scheduler of its steps.
 
     Text encoders and autoencoder are shared with the teacher's pipeline, which stays as it is.
     """
+    return pipeline_of(run, run.average.shadow)
+
+
+def pipeline_of(run: Distillation, weights: Sequence[Tensor]) -> Any:
+    """Return the student's pipeline with these weights of the generator, in the order of its parameters."""
     teacher = run.teacher
     if not isinstance(teacher, PipelineTeacher):
         raise DiffAccelError("A bare network was distilled; a pipeline is needed to make one. Take run.generator.")
     network = copy.deepcopy(run.generator).requires_grad_(False)
-    pairs = zip(network.parameters(), run.average.shadow, teacher.network.parameters(), strict=True)
-    for p, average, original in pairs:
-        p.data = average.to(original.dtype)  # each in its own: pipelines keep some in float32
+    for p, value, original in zip(network.parameters(), weights, teacher.network.parameters(), strict=True):
+        p.data = value.detach().to(original.dtype)  # each in its own: pipelines keep some in float32
     for buffer, own in zip(network.buffers(), teacher.network.buffers(), strict=True):
         buffer.data = buffer.to(own.dtype)
     pipe = teacher.pipe
@@ -83,10 +92,12 @@ def save(run: Distillation, folder: str | Path, teacher_name: str) -> Path:
 
 def _card(provenance: dict[str, Any]) -> str:
     options = json.dumps({k: v for k, v in provenance["options"].items() if k != "name"}, indent=1)
-    return f"""# A one-step student of {provenance["teacher"]}
+    steps = provenance["options"].get("student_steps", 1)
+    name, calls = ("one", "one network call") if steps == 1 else (str(steps), f"{steps} network calls")
+    return f"""# A {name}-step student of {provenance["teacher"]}
 
 Distilled by score implicit matching (arXiv 2410.16794) without pictures: {provenance["generator_steps"]} steps,
-{provenance["pictures"]} drawings, {provenance["seconds"]} s. It draws in one network call, without guidance:
+{provenance["pictures"]} drawings, {provenance["seconds"]} s. It draws in {calls}, without guidance:
 
 ```python
 import diffaccel

@@ -98,7 +98,7 @@ def test_a_student_is_saved_loaded_and_draws_in_one_call(family: str, tmp_path: 
 
 def test_the_student_at_the_start_is_the_teacher_in_one_call(tmp_path: Path) -> None:
     """What the scheduler draws is what training draws: the same noise, the same picture."""
-    from diffaccel.distill.steps import generate
+    from diffaccel.distill.drawing import generate
 
     teacher = teacher_of("flux")
     run = Distillation(teacher, OPTIONS, tmp_path)

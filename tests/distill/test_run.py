@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffaccel.distill.drawing import generate
 from diffaccel.distill.run import Distillation
 from diffaccel.distill.sim import PRESETS, SIM
-from diffaccel.distill.steps import Draw, generate, generator_step, matching_loss
+from diffaccel.distill.steps import Draw, generator_step, matching_loss
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.loop import Deadline
