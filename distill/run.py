@@ -107,8 +107,8 @@ class Distillation:
 
         Args:
             deadline: of this process.
-            every: number of steps between calls of ``evaluate``, whose numbers the log keeps; the averaged weights are
-                in the generator while it looks.
+            every: number of steps between calls of ``evaluate`` by the first process, whose numbers the log keeps; the
+                averaged weights are in the generator while it looks. Training goes on to the same bits as without.
 
         Raises:
             DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
@@ -122,7 +122,7 @@ class Distillation:
             if now - logged >= self.config.log_seconds:
                 self._log()
                 logged = now
-            if every and self.step % every == 0 and evaluate is not None:
+            if every and self.step % every == 0 and evaluate is not None and self.processes.rank == 0:
                 with self.average:
                     values = evaluate(self)
                 self._write({"step": self.step, "pictures": self.pictures, **values})
@@ -147,19 +147,20 @@ class Distillation:
         share = (self.processes.rank, size)
         for _ in range(config.assistant_steps):
             draw = Draw.new(self.teacher, config.assistant_law, config, self._random, self.device, share)
-            with self._autocast():
+            with self.autocast():
                 loss = assistant_loss(self.teacher, self.generator, self.assistant, draw, config)
             loss.backward()
             self._update("assistant", self.assistant)
             self._note({"assistant": loss.detach()})
         draw = Draw.new(self.teacher, config.generator_law, config, self._random, self.device, share)
-        with self._autocast():
+        with self.autocast():
             shown = generator_step(self.teacher, self.generator, self.assistant, draw, config)
         self._update("generator", self.generator)
         self.average.update()
         self._note(shown)
 
-    def _autocast(self) -> Any:
+    def autocast(self) -> Any:
+        """Return the context in which networks compute in the run's dtype."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def _update(self, name: str, network: nn.Module) -> None:

@@ -201,6 +201,10 @@ class PipelineTeacher:
         out = family.prediction(network(*positional, **arguments)[0], network_x)
         return family.from_network(out, x).float()
 
+    def decode(self, x0: Tensor, group: int) -> Tensor:
+        """Return the pixels of clean samples in [-1, 1], as the pipeline decodes them in a group's call."""
+        return self._session(group).decoder()(x0)
+
     def timestep(self, sigma: float) -> float:
         """Return the time that the pipeline would pass to its network at a level of the linear path."""
         schedule = self._session(0).schedule

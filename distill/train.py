@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from diffaccel.distill.meter import converged
 from diffaccel.distill.options import Matching
 from diffaccel.distill.run import Distillation
 from diffaccel.distill.student import save, scheduler_of
@@ -32,6 +33,8 @@ def distil(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     processes: Processes | None = None,
+    evaluate_every: int = 0,
+    evaluate: Callable[[Distillation], dict[str, float]] | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Distillation:
     """Distil a pipeline, and write the student to ``folder / "student"``; a run that is there goes on.
@@ -42,18 +45,24 @@ def distil(
         arguments: of the pipeline's call: size, guidance, negative prompt.
         seconds: after which it stops; None for when all steps are made.
         device, dtype: of the networks' arithmetic; the teacher's by default.
+        evaluate_every: drawings between evaluations, which the log keeps; 0 for none. Each has the convergence meter.
+        evaluate: called at them too, such as a ``PictureEvaluation``.
     """
     launch = processes or Processes()
     if config.batch % launch.size:
         raise DiffAccelError(f"batch is {config.batch}, for {launch.size} processes. Take a multiple of them.")
     if seconds is not None and seconds <= 0:
         raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0. Leave it out to make all steps.")
+    if evaluate_every < 0:
+        raise DiffAccelError(f"evaluate_every is {evaluate_every}; it must be at least 0, for none.")
     if config.risk:
         tell(f"note: {config.risk}")
     teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
     scheduler_of(teacher, config)  # an error before training, not at its end
     run = Distillation(teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell)
-    run.run(None if seconds is None else Deadline(seconds))
+    every = max(1, round(evaluate_every / config.batch)) if evaluate_every else 0
+    looked = (lambda run: {**converged(run), **evaluate(run)}) if evaluate is not None else converged
+    run.run(None if seconds is None else Deadline(seconds), every, looked)
     if launch.rank == 0:
         save(run, Path(folder) / STUDENT, name or type(pipe).__name__)
     launch.wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ def make_parser() -> terminal.Parser:
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="of the teacher (default: the model's own)")
     add("--negative", metavar="PROMPT", help="negative prompt of the teacher")
+    add("--evaluate", type=int, default=0, metavar="N", help="log the convergence meter and a judge every N drawings")
+    add("--evaluate-prompts", type=int, default=64, metavar="K", help="pictures of an evaluation (default 64)")
+    add("--judge", metavar="NAME", help="network of evaluations, or none (default emoji-clip-judge for emoji-flux)")
     add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads")
     add("--seed", type=int, default=0, metavar="K", help="of noise and prompts (default 0)")
@@ -63,6 +66,9 @@ def run(argv: list[str]) -> int:
         )
     if options.seconds is not None and not options.seconds > 0:
         raise DiffAccelError(f"--seconds is {options.seconds:g}; it must be above 0. Leave it out to make all steps.")
+    for name in ("evaluate", "evaluate_prompts"):
+        if getattr(options, name) < 0:
+            raise DiffAccelError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 0.")
     check_writable(options.out)
     from diffaccel import processes
     from diffaccel.eval.sets import prompts
@@ -80,11 +86,13 @@ def run(argv: list[str]) -> int:
     loading.quiet_libraries(True)
     pipe = loading.open_pipeline(request, loading.locate(options.model)[0], device, dtype)
     pipe.set_progress_bar_config(disable=True)
+    arguments = call_arguments(pipe, request)
+    evaluate = _evaluation(options, pipe, texts, arguments, device) if launch.rank == 0 else None
     with alone(options.out, launch.rank):
         done = train(
-            pipe, texts, config, options.out, name=options.model, arguments=call_arguments(pipe, request),
-            seconds=options.seconds, seed=options.seed, device=device, dtype=dtype, processes=launch,
-            tell=terminal.write_note,
+            pipe, texts, config, options.out, name=options.model, arguments=arguments, seconds=options.seconds,
+            seed=options.seed, device=device, dtype=dtype, processes=launch, evaluate_every=options.evaluate,
+            evaluate=evaluate, tell=terminal.write_note,
         )  # fmt: skip
     if launch.rank == 0:
         terminal.write(
@@ -92,6 +100,19 @@ def run(argv: list[str]) -> int:
             f"student: {options.out / 'student'}"
         )
     return 0 if done.step >= config.steps else UNFINISHED
+
+
+def _evaluation(options: Any, pipe: Any, texts: Sequence[str], arguments: dict[str, Any], device: Any) -> Any:
+    """Return what looks at pictures of the run; None where none are asked for."""
+    judge = options.judge or ("emoji-clip-judge" if options.model == zoo.DEFAULT else "none")
+    if not options.evaluate or not options.evaluate_prompts or judge == "none":
+        return None
+    from diffaccel.distill.evaluation import PictureEvaluation
+    from diffaccel.eval.networks import extractors
+
+    count = min(options.evaluate_prompts, len(texts))
+    spread = [texts[row * len(texts) // count] for row in range(count)]
+    return PictureEvaluation(pipe, spread, arguments, extractors.extractor(judge, device=device))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,25 @@ def test_a_student_is_made_and_a_new_process_draws_with_it(
     assert done.stdout.strip() == "SIMOneStepScheduler"
 
 
+def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--sim.student-steps", "2", "--evaluate", "2", "--evaluate-prompts", "3", "--judge", "tiny"]
+    assert main(options(model, tmp_path / "run", *more)) == 0
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    looked = [entry for entry in entries if "fd" in entry]
+    assert [entry["pictures"] for entry in looked] == [2, 4] and all("teacher_error" in entry for entry in looked)
+    capsys.readouterr()
+    size = str(tiny.call_kwargs("flux")["height"])
+    draw = ["sample", "a cat", "--size", size, "--steps", "2", "--model", str(tmp_path / "run" / "student")]
+    assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
+    assert "2 steps, 2 NFE" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
+        (["--evaluate", "-1"], "--evaluate is -1"),
         (["--method", "sid"], "Unknown method of training 'sid'"),
         (["--preset", "sied"], "Did you mean 'sid'"),
         (["--sim.alhpa", "1"], "Did you mean 'alpha'"),
