@@ -12,6 +12,7 @@ from diffaccel.distill.parameterization import Space
 from diffaccel.errors import DiffAccelError
 
 Start = Literal["unit", "scaled"]
+Match = Literal["mixture", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,10 @@ class Matching(Config):
     Args:
         steps: of the generator.
         student_steps: network calls in which the student draws. Those after the first are given its last drawing with
-            fresh noise, at levels that fall evenly; a picture is matched at the call drawn for it.
+            fresh noise, at levels that fall evenly.
+        student_match: of a student of several steps, whether drawings of all calls are matched, each picture's at a
+            call drawn for it, so that their mixture becomes the teacher's; or those of the "last" alone, which are what
+            a user sees, while earlier calls change with the weights that they share.
         batch: pictures in a step, of all processes together.
         lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
         assistant_lr: of the assistant; 0 for that of the generator.
@@ -54,6 +58,7 @@ class Matching(Config):
 
     steps: int = 4000
     student_steps: int = 1
+    student_match: Match = "mixture"
     batch: int = 256
     lr: float = 5e-5
     assistant_lr: float = 0.0
@@ -130,6 +135,7 @@ class Matching(Config):
         laws = {"levels": self.levels, "assistant_levels": self.assistant_levels}
         normal = {name: law in ("logit_normal", "log_normal") for name, law in laws.items()}
         works = {
+            "student_match": (self.student_steps > 1, "student_steps=1"),
             "c": (self.distance == "huber", "distance='l2'"),
             "alpha": (self.grad_through_scores, "grad_through_scores=False"),
             "low": (

@@ -62,6 +62,8 @@ class Draw:
             return cls(pair[0], pair[1], sigma, group * size + rank)
         calls, whole = config.student_steps, (config.batch, *teacher.shape)
         turn = torch.randint(calls, (config.batch,), generator=generator, device="cpu")[rows]
+        if config.student_match == "last":
+            turn = torch.full_like(turn, calls - 1)
         fresh = torch.randn(calls - 1, *whole, generator=generator, device="cpu", dtype=torch.float32)[:, rows]
         return cls(pair[0], pair[1], sigma, group * size + rank, turn, fresh.to(device))
 
