@@ -31,6 +31,7 @@ class Matching(Config):
             call drawn for it, so that their mixture becomes the teacher's; or those of the "last" alone, which are what
             a user sees, while earlier calls change with the weights that they share.
         batch: pictures in a step, of all processes together.
+        rank: of the generator's change of every matrix; 0 for any. The assistant is free.
         lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
         assistant_lr: of the assistant; 0 for that of the generator.
         flat: share of the steps before the learning rates fall.
@@ -60,6 +61,7 @@ class Matching(Config):
     student_steps: int = 1
     student_match: Match = "mixture"
     batch: int = 256
+    rank: int = 0
     lr: float = 5e-5
     assistant_lr: float = 0.0
     flat: float = 0.5
@@ -92,7 +94,7 @@ class Matching(Config):
 
     def validate(self) -> None:
         for option, least in (
-            ("steps", 1), ("student_steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0)
+            ("steps", 1), ("student_steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0), ("rank", 0)
         ):  # fmt: skip
             if getattr(self, option) < least:
                 raise DiffAccelError(

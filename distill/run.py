@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import compute_dtype, learner
+from diffaccel.distill.low_rank import restrict
 from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
 from diffaccel.distill.teacher import Teacher
@@ -72,6 +73,8 @@ class Distillation:
                 f"of {type(config).__name__}.batch={config.batch}. Take PipelineTeacher(batch={share})."
             )
         self.generator, self.assistant = (learner(teacher.network) for _ in range(2))
+        if config.rank:
+            restrict(self.generator, config.rank, seed)
         decay = 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
         self.average = EMA(self.generator, decay)
         self.optimizers = {

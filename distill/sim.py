@@ -19,7 +19,7 @@ class SIM(Matching):
     """
 
     name: ClassVar[str] = "sim"
-    added: ClassVar[tuple[str, ...]] = ("student_steps", "student_match")
+    added: ClassVar[tuple[str, ...]] = ("student_steps", "student_match", "rank")
     trainer: ClassVar[str] = "diffaccel.distill.train:distil"
     citation: ClassVar[str] = "One-Step Diffusion Distillation through Score Implicit Matching, arXiv 2410.16794"
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffaccel import record
 from diffaccel.distill.identity import fingerprint
@@ -49,19 +47,15 @@ def student(run: Distillation) -> Any:
 
     Text encoders and autoencoder are shared with the teacher's pipeline, which stays as it is.
     """
-    return pipeline_of(run, run.average.shadow)
-
-
-def pipeline_of(run: Distillation, weights: Sequence[Tensor]) -> Any:
-    """Return the student's pipeline with these weights of the generator, in the order of its parameters."""
     teacher = run.teacher
     if not isinstance(teacher, PipelineTeacher):
         raise DiffAccelError("A bare network was distilled; a pipeline is needed to make one. Take run.generator.")
-    network = copy.deepcopy(run.generator).requires_grad_(False)
-    for p, value, original in zip(network.parameters(), weights, teacher.network.parameters(), strict=True):
-        p.data = value.detach().to(original.dtype)  # each in its own: pipelines keep some in float32
-    for buffer, own in zip(network.buffers(), teacher.network.buffers(), strict=True):
-        buffer.data = buffer.to(own.dtype)
+    network = copy.deepcopy(teacher.network).eval().requires_grad_(False)
+    with run.average, torch.no_grad():
+        for name, p in network.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            value = getattr(run.generator.get_submodule(module), leaf)  # a sum, where the rank is low
+            p.data, p.grad = value.detach().to(p.dtype, copy=True), None  # each in its own: some stay in float32
     pipe = teacher.pipe
     name = next(name for name, part in pipe.components.items() if part is teacher.network)
     parts = {**pipe.components, name: network, "scheduler": scheduler_of(teacher, run.config)}

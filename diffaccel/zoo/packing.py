@@ -7,7 +7,8 @@ A packed folder is flat and holds
 - ``manifest.json``: format version, sizes and sha256 of both, and the dtype that every tensor is unpacked to.
 
 A model may share tensors with another packed one, its base, which lies beside it: those that are equal to the bit once
-they are unpacked, in files of the same name, are stored once.
+they are unpacked, in files of the same name, are stored once. Matrices that differ may be stored as a change of low
+rank, ``W = base + up down``, with both factors in int8.
 
 A matrix W is stored as ``q = round(W / s)`` in int8 with one scale ``s = max|row| / 127`` per output row; convolutions
 are flattened to (out, in * kernel). Tensors of fewer than two dimensions stay fp32: they are small and sensitive.
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import sha256
+from diffaccel.zoo import low_rank
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +45,7 @@ _SKIPPED = (".gitattributes", ".DS_Store")
 
 def pack(
     folder: str | Path, out: str | Path, *, keep: Sequence[str] = (), shard_bytes: int = SHARD_BYTES,
-    base: str | Path | None = None,
+    base: str | Path | None = None, change_bytes: int = 0,
 ) -> Path:  # fmt: skip
     """Pack a plain model folder (safetensors and text files) into ``out`` and return ``out``.
 
@@ -53,6 +55,8 @@ def pack(
         keep: patterns such as ``"vae/*"``; safetensors files that match are stored in their own dtype, not int8.
         shard_bytes: largest size of a packed file of weights.
         base: a packed folder to share tensors with; it must lie beside ``out`` when that is unpacked.
+        change_bytes: of the changes of low rank that stand for matrices which differ from the base's; ranks are chosen
+            so that so many bytes change the weights the most. 0 stores such matrices whole.
 
     Raises:
         DiffAccelError: for a folder without files, a tensor that is not finite, or one larger than a shard.
@@ -68,12 +72,19 @@ def pack(
     tensors: dict[str, Any] = {}
     weights: dict[str, Any] = {}
     plain = [p for p in sources if p.suffix != ".safetensors"]
+    if change_bytes and base is None:
+        raise DiffAccelError(f"change_bytes is {change_bytes}, but there is no base to change. Give base.")
     shared = None if base is None else _Base(Path(base))
+    changes: dict[str, Any] = {}
     for source in sources:
         if source.suffix == ".safetensors":
             relative = source.relative_to(folder).as_posix()
             exact = any(fnmatch.fnmatch(relative, pattern) for pattern in keep)
-            weights[relative] = _encode_file(source, relative, exact, tensors, shared)
+            changed = changes if change_bytes else None
+            weights[relative] = _encode_file(source, relative, exact, tensors, shared, changed)
+    for key, parts in low_rank.factors(changes, change_bytes).items():
+        for part, factor in zip(("up", "down"), parts, strict=True):
+            tensors[_key(key, part)], tensors[_scale_key(_key(key, part))] = quantize_rows(factor)
     _write_zip(out / FILES, {p.relative_to(folder).as_posix(): p.read_bytes() for p in plain})
     packed = [FILES, *_write_shards(out, tensors, shard_bytes)]
     manifest = {
@@ -106,8 +117,12 @@ def unpack(packed: str | Path, out: str | Path, *, base: str | Path | None = Non
     for relative, entry in manifest["weights"].items():
         decoded = {}
         for name, dtype in entry["dtypes"].items():
-            source = shared if shared is not None and name in entry.get("shared", ()) else None
-            decoded[name] = source.tensor(relative, name, dtype) if source else _decode(tensors, relative, name, dtype)
+            if shared is not None and name in entry.get("changed", ()):
+                decoded[name] = _changed(shared, tensors, relative, name, dtype)
+            elif shared is not None and name in entry.get("shared", ()):
+                decoded[name] = shared.tensor(relative, name, dtype)
+            else:
+                decoded[name] = _decode(tensors, relative, name, dtype)
         target = _inside(out, relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         save_file(decoded, target, metadata=entry["metadata"] or None)
@@ -191,6 +206,13 @@ class _Base:
         """Return a tensor as it is unpacked."""
         return _decode(self.tensors, relative, name, dtype)
 
+    def alike(self, relative: str, name: str, tensor: torch.Tensor) -> bool:
+        """Return whether the base has a finite matrix of this dtype and shape where ``tensor`` is one."""
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dim() < 2 or self.weights.get(relative, {}).get("dtypes", {}).get(name) != dtype:
+            return False
+        return tensor.is_floating_point() and self.tensor(relative, name, dtype).shape == tensor.shape
+
     def has(self, relative: str, name: str, tensor: torch.Tensor) -> bool:
         """Return whether a tensor is equal to the base's, in dtype and to the bit."""
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -201,13 +223,18 @@ class _Base:
 
 
 def _encode_file(
-    source: Path, relative: str, exact: bool, tensors: dict[str, Any], base: _Base | None = None
-) -> dict[str, Any]:
-    """Add the encoded tensors of a safetensors file to ``tensors`` and return its entry in the manifest."""
+    source: Path, relative: str, exact: bool, tensors: dict[str, Any], base: _Base | None = None,
+    changes: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Add the encoded tensors of a safetensors file to ``tensors`` and return its entry in the manifest.
+
+    Matrices that the base has too go into ``changes`` instead, if that is given, as what they differ by.
+    """
     from safetensors import safe_open
 
     dtypes: dict[str, str] = {}
     shared: list[str] = []
+    changed: list[str] = []
     with safe_open(source, framework="pt") as file:
         metadata = file.metadata() or {}
         for name in sorted(file.keys()):
@@ -216,6 +243,9 @@ def _encode_file(
             key = _key(relative, name)
             if base is not None and base.has(relative, name, tensor):
                 shared.append(name)
+            elif changes is not None and base is not None and not exact and base.alike(relative, name, tensor):
+                changed.append(name)
+                changes[key] = tensor.float() - base.tensor(relative, name, "float32")
             elif exact or not tensor.is_floating_point() or tensor.numel() == 0:
                 tensors[key] = tensor.contiguous()
             elif tensor.dim() < 2:
@@ -224,7 +254,8 @@ def _encode_file(
                 if not tensor.isfinite().all():
                     raise DiffAccelError(f"Tensor '{name}' in '{source}' is not finite; train or export it again.")
                 tensors[key], tensors[_scale_key(key)] = quantize_rows(tensor)
-    return {"dtypes": dtypes, "metadata": metadata, **({"shared": shared} if shared else {})}
+    lists = {"shared": shared, "changed": changed}
+    return {"dtypes": dtypes, "metadata": metadata, **{kind: names for kind, names in lists.items() if names}}
 
 
 def _decode(tensors: dict[str, torch.Tensor], relative: str, name: str, dtype: str) -> torch.Tensor:
@@ -237,6 +268,18 @@ def _decode(tensors: dict[str, torch.Tensor], relative: str, name: str, dtype: s
     if scale is not None:
         tensor = dequantize_rows(tensor, scale)
     return tensor.to(getattr(torch, dtype)).contiguous()
+
+
+def _changed(base: _Base, tensors: dict[str, torch.Tensor], relative: str, name: str, dtype: str) -> torch.Tensor:
+    """Return a matrix of the base with its change of low rank, if it has one."""
+    import torch
+
+    matrix, key = base.tensor(relative, name, dtype).float(), _key(relative, name)
+    parts = [_key(key, part) for part in ("up", "down")]
+    if parts[0] in tensors:
+        up, down = (dequantize_rows(tensors[part], tensors[_scale_key(part)]) for part in parts)
+        matrix = matrix + (up @ down).view_as(matrix)
+    return matrix.to(getattr(torch, dtype)).contiguous()
 
 
 def _key(relative: str, name: str) -> str:

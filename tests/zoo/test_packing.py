@@ -170,3 +170,60 @@ def test_names_outside_the_folder_are_refused(copy, tmp_path):
     with pytest.raises(DiffAccelError, match="outside its folder"):
         packing.unpack(copy, tmp_path / "out" / "deep")
     assert not (tmp_path / "out" / "evil.txt").exists()
+
+
+def _base_and_changed(tmp_path, rank=2):
+    """Make two plain folders that differ by a matrix of low rank, a vector, and in one file more."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    base = {"a": normal(32, 48), "b": normal(24, 8, 3, 3), "c": normal(16), "d": normal(20, 20)}
+    other = dict(base, c=base["c"] + 1)
+    other["a"] = base["a"] + normal(32, rank) @ normal(rank, 48)
+    other["b"] = base["b"] + 0.5 * (normal(24, rank) @ normal(rank, 72)).view(24, 8, 3, 3)
+    for name, tensors in (("base", base), ("other", other)):
+        (tmp_path / name).mkdir()
+        save_file({k: v.bfloat16() for k, v in tensors.items()}, tmp_path / name / "model.safetensors")
+    packing.pack(tmp_path / "base", tmp_path / "zoo" / "base")
+    packing.unpack(tmp_path / "zoo" / "base", tmp_path / "plain")
+    known = load_file(tmp_path / "plain" / "model.safetensors")
+    changed = {k: (known[k].float() + other[k].float() - base[k].float()).bfloat16() for k in known}
+    save_file(dict(changed, d=known["d"]), tmp_path / "other" / "model.safetensors")
+    return known, dict(changed, d=known["d"])
+
+
+def test_changes_of_low_rank_stand_beside_their_base(tmp_path):
+    known, changed = _base_and_changed(tmp_path)
+    packed = packing.pack(
+        tmp_path / "other", tmp_path / "zoo" / "other", base=tmp_path / "zoo" / "base", change_bytes=800
+    )
+    entry = packing.read_manifest(packed)["weights"]["model.safetensors"]
+    assert sorted(entry["changed"]) == ["a", "b"] and entry["shared"] == ["d"]
+    packing.unpack(packed, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name in ("a", "b"):
+        error = (again[name].float() - changed[name].float()).norm() / (changed[name] - known[name]).float().norm()
+        assert error < 0.03 and again[name].dtype == torch.bfloat16
+    assert torch.equal(again["d"], known["d"]) and torch.equal(again["c"], changed["c"])
+
+
+def test_bytes_of_changes_go_where_they_change_the_most(tmp_path):
+    from diffaccel.zoo import low_rank
+
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(40, 6, generator=generator), torch.randn(6, 30, generator=generator)
+    changes = {"large": 10 * up @ down, "small": 0.1 * up @ down, "none": torch.zeros(9, 9)}
+    made = low_rank.factors(changes, 6 * (40 + 30 + 4) + 4 * 40)
+    assert set(made) == {"large"} and made["large"][0].shape == (40, 6)
+    torch.testing.assert_close(made["large"][0] @ made["large"][1], changes["large"], rtol=1e-4, atol=1e-3)
+    assert low_rank.factors(changes, 100) == {}
+    with pytest.raises(DiffAccelError, match="not finite"):
+        low_rank.factors({"x": torch.full((2, 2), float("nan"))}, 100)
+
+
+def test_changes_need_a_base(tmp_path):
+    _base_and_changed(tmp_path)
+    with pytest.raises(DiffAccelError, match="no base to change"):
+        packing.pack(tmp_path / "other", tmp_path / "x", change_bytes=10)

@@ -114,18 +114,18 @@ class Job:
                 return
             left = max(self.deadline.left(), 1.0) / (len(self.students) - number)
             seconds = left if self.last else self.recipe.student_seconds
-            turns = students.turns_of(one, teacher, self.recipe, self.work, seconds, self.dtype)
+            count = students.turns_of(one, teacher, self.recipe, self.work, seconds, self.dtype)
             whole = students.distil(
-                one, teacher, self.recipe, self.work, turns=turns, deadline=self.deadline, dtype=self.dtype,
-                look=partial(self._look, one, turns), tell=self.tell,
+                one, teacher, self.recipe, self.work, count=count, deadline=self.deadline, dtype=self.dtype,
+                look=partial(self._look, one, count), tell=self.tell,
             )  # fmt: skip
             self.tell(f"student: {one.name} {'is finished' if whole else 'goes on in the next call'}")
 
-    def _look(self, one: Student, turns: int, network: UNet2DModel) -> dict[str, float]:
+    def _look(self, one: Student, count: int, network: UNet2DModel) -> dict[str, float]:
         """Return the numbers of a network in training, of fewer pictures than the score has."""
         if self.scorer is None:
             return {}
-        scheduler = unet.student_scheduler(one.config(self.recipe, turns))
+        scheduler = unet.student_scheduler(one.config(self.recipe, count))
         return self.scorer.score(network, scheduler, one.steps, min(_LOOKED_AT, self.recipe.pictures))
 
     def score(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ from diffaccel.distill.meter import converged
 from diffaccel.distill.options import Match
 from diffaccel.distill.sim import PRESETS
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.files import write_json
 from diffaccel.training.loop import Deadline
+from scripts.zoo import turns
 from scripts.zoo.fashion.recipe import FashionRecipe
 from scripts.zoo.fashion.unet import teacher_of
 
-_WARM_SECONDS, _MEASURED_SECONDS = 6.0, 6.0  # of the trial that counts turns a second
-_SAFETY = 0.97
 _LOOKS = 12  # evaluations of a run
 
 
@@ -57,11 +54,11 @@ class Student:
         """Folder of its run."""
         return work / f"student-{self.name}"
 
-    def config(self, recipe: FashionRecipe, turns: int) -> SIM:
+    def config(self, recipe: FashionRecipe, count: int) -> SIM:
         """Return the options of a run of so many turns."""
         options = {"student_steps": self.steps, "student_match": self.match, "batch": recipe.student_batch,
-                   "steps": turns, **recipe.options}  # fmt: skip
-        options["ema_pictures"] = min(options["ema_pictures"], turns * recipe.student_batch // 10)
+                   "steps": count, **recipe.options}  # fmt: skip
+        options["ema_pictures"] = min(options["ema_pictures"], count * recipe.student_batch // 10)
         if PRESETS[self.preset].get("distance") == "l2":
             options.pop("c", None)
         return SIM.preset(self.preset, **options)
@@ -71,22 +68,12 @@ def turns_of(
     student: Student, network: UNet2DModel, recipe: FashionRecipe, work: Path, seconds: float, dtype: torch.dtype
 ) -> int:
     """Return the number of turns of a run, measured once for so many seconds and kept for calls that resume it."""
-    file = student.folder(work) / "turns.json"
-    if file.is_file():
-        return int(json.loads(file.read_text(encoding="utf-8"))["turns"])
-    turns, rate = recipe.student_turns, 0.0
-    if not turns:
-        with tempfile.TemporaryDirectory() as scratch:
-            config = student.config(recipe, 1_000_000)
-            run = Distillation(teacher_of(network, config.batch), config, scratch, dtype=dtype)
-            run.run(Deadline(_WARM_SECONDS))
-            step, before = run.step, run.seconds
-            run.run(Deadline(_MEASURED_SECONDS))
-            rate = (run.step - step) / max(run.seconds - before, 1e-6)
-        turns = max(1, int(rate * max(seconds - _WARM_SECONDS - _MEASURED_SECONDS, 1.0) * _SAFETY))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"turns": turns, "turns_a_second": round(rate, 3)})
-    return turns
+
+    def trial(folder: Path) -> Distillation:
+        config = student.config(recipe, 1_000_000)
+        return Distillation(teacher_of(network, config.batch), config, folder, dtype=dtype)
+
+    return turns.planned(student.folder(work) / "turns.json", seconds, trial, recipe.student_turns)
 
 
 def distil(
@@ -95,7 +82,7 @@ def distil(
     recipe: FashionRecipe,
     work: Path,
     *,
-    turns: int,
+    count: int,
     deadline: Deadline,
     dtype: torch.dtype,
     look: Callable[[UNet2DModel], dict[str, float]],
@@ -106,15 +93,15 @@ def distil(
     Args:
         look: at a network that draws, from time to time; its numbers stand in the log beside the convergence meter.
     """
-    config = student.config(recipe, turns)
+    config = student.config(recipe, count)
     run = Distillation(
         teacher_of(network, config.batch), config, student.folder(work), seed=student.seed, dtype=dtype, tell=tell
     )
-    if run.step >= turns:
+    if run.step >= count:
         return True
     if config.risk:
         tell(f"note: {config.risk}")
-    every = max(1, turns // _LOOKS)
+    every = max(1, count // _LOOKS)
     return run.run(deadline, every, lambda run: {**converged(run), **look(run.generator)})
 
 

@@ -17,6 +17,7 @@ from diffaccel.distill import SIMFewStepScheduler
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.loop import Deadline
 from diffaccel.zoo import packing
+from scripts.zoo import turns
 from scripts.zoo.fashion import classifier, data, export, fetch, job, recipe, score, students, unet
 from scripts.zoo.fashion.students import Student
 
@@ -132,13 +133,13 @@ def test_a_student_draws_with_its_scheduler_as_training_draws() -> None:
 def test_the_number_of_turns_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    monkeypatch.setattr(students, "_WARM_SECONDS", 0.05)
-    monkeypatch.setattr(students, "_MEASURED_SECONDS", 0.2)
+    monkeypatch.setattr(turns, "_WARM_SECONDS", 0.05)
+    monkeypatch.setattr(turns, "_MEASURED_SECONDS", 0.2)
     small, one = replace(recipe.TINY, student_turns=0), Student("sim", 1, "mixture", 0)
     network = unet.build(small, 0)
-    turns = students.turns_of(one, network, small, tmp_path, 100.0, torch.float32)
-    assert turns > 50
-    assert students.turns_of(one, network, small, tmp_path, 1.0, torch.float32) == turns
+    count = students.turns_of(one, network, small, tmp_path, 100.0, torch.float32)
+    assert count > 50
+    assert students.turns_of(one, network, small, tmp_path, 1.0, torch.float32) == count
 
 
 def test_a_classifier_learns_and_goes_on_where_it_stopped(pictures: Path, tmp_path: Path) -> None:

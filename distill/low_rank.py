@@ -1,0 +1,50 @@
+"""A generator that changes every matrix of the teacher by one of low rank, so that a student is small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from diffaccel.errors import DiffAccelError
+
+
+class LowRankChange(nn.Module):
+    """``W + up down`` with ``up (out, r)``, ``down (r, in)``; kernels of convolutions are taken as ``(out, in * k)``.
+
+    ``up`` begins as zero and ``down`` with deviation ``r^(-1/2)``, so that a step of Adam changes ``W`` by about the
+    learning rate, as it would without.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = len(weight), weight[0].numel()
+        down = torch.randn(rank, columns, generator=generator, dtype=torch.float32, device="cpu") * rank**-0.5
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(rows, rank, dtype=torch.float32, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def restrict(network: nn.Module, rank: int, seed: int) -> nn.Module:
+    """Let every matrix of a network learn a change of ``rank`` alone, and vectors as they are; return the network.
+
+    Matrices with a side of ``rank`` or less learn as a whole.
+
+    Raises:
+        DiffAccelError: where no matrix is larger than the rank.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    restricted = 0
+    for module in list(network.modules()):
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if weight.ndim >= 2 and min(len(weight), weight[0].numel()) > rank:
+                parametrize.register_parametrization(module, name, LowRankChange(weight.detach(), rank, generator))
+                module.parametrizations[name].original.requires_grad_(False)  # type: ignore[index, union-attr]
+                restricted += 1
+    if not restricted:
+        raise DiffAccelError(
+            f"rank is {rank}, but no matrix of {type(network).__name__} is larger. Take a smaller one, or 0 for any."
+        )
+    return network
