@@ -37,8 +37,10 @@ def pack(run: Distillation, models: Path, quality: dict[str, Any]) -> tuple[Path
 
     steps = run.config.student_steps
     out, own = models / f"{BASE}-{steps}step", student(run)
-    pipe = FluxPipeline.from_pretrained(zoo.path(BASE), dtype=torch.bfloat16)  # other parts are its own to the bit
-    pipe.register_modules(transformer=own.transformer.to("cpu", torch.bfloat16), scheduler=own.scheduler)
+    pipe = FluxPipeline.from_pretrained(zoo.path(BASE), dtype=torch.float32)  # other parts are the base's to the bit
+    pipe.register_modules(transformer=own.transformer.cpu(), scheduler=own.scheduler)
+    for part in (pipe.transformer, pipe.vae):  # the text encoders have the dtype of the base's file
+        part.bfloat16()
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / out.name
         pipe.save_pretrained(plain)

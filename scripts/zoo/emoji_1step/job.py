@@ -74,7 +74,7 @@ class Job:
         changes = {**self.changes, "steps": count}
         if changes.get("ema_pictures"):
             changes["ema_pictures"] = min(changes["ema_pictures"], count * changes["batch"] // 10)
-        return SIM(**changes)
+        return SIM.from_dict(changes)
 
     @cached_property
     def pipe(self) -> Any:
