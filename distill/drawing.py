@@ -23,28 +23,28 @@ def generate(
     group: int,
     config: Matching,
     fresh: Tensor | None = None,
-    turn: Tensor | None = None,
+    call_of_row: Tensor | None = None,
 ) -> Tensor:
     """Return the generator's drawings ``x0`` of noise ``z``; gradients run through the last network call alone.
 
     Args:
         fresh: noise ``(N - 1, B, C, H, W)`` of the calls after the first, where there are ``N > 1``.
-        turn: ``(B,)`` number of the call whose drawing is returned, on the CPU; the last by default.
+        call_of_row: ``(B,)`` number of the call whose drawing is returned, on the CPU; the last by default.
     """
     sigma = torch.full((len(z),), config.student_levels[0], dtype=torch.float32, device="cpu")
     x = z if config.start == "unit" else coefficients(teacher, sigma, z)[1] * z
     if fresh is not None:
-        x, sigma = _input_of_call(teacher, generator, x, sigma, group, config, fresh, turn)
+        x, sigma = _input_of_call(teacher, generator, x, sigma, group, config, fresh, call_of_row)
     return _clean_at(teacher, generator, x, sigma, group)
 
 
 @torch.no_grad()
 def _input_of_call(
     teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: Matching, fresh: Tensor,
-    turn: Tensor | None,
+    call_of_row: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what the network is given in the call of every row, and its level ``(B,)``."""
-    calls = torch.full((len(x),), len(fresh), device="cpu") if turn is None else turn
+    calls = torch.full((len(x),), len(fresh), device="cpu") if call_of_row is None else call_of_row
     for call in range(int(calls.max())):
         x0 = _clean_at(teacher, generator, x, sigma, group)
         level = torch.full_like(sigma, config.student_levels[call + 1])

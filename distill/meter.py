@@ -39,7 +39,7 @@ def converged(run: Distillation) -> dict[str, float]:
     values: dict[str, Tensor] = {}
     sums = {"assistant_error": [], "teacher_error": [], "residual": []}  # type: dict[str, list[Tensor]]
     with run.autocast():
-        x0 = generate(teacher, run.generator, draw.z, draw.group, config, draw.fresh, draw.turn)
+        x0 = generate(teacher, run.generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
         for level in LEVELS:
             at_level = replace(draw, sigma=torch.full_like(draw.sigma, level))
             a, s = coefficients(teacher, at_level.sigma, x0)

@@ -118,7 +118,7 @@ class Distillation:
         """
         last = saved = logged = time.monotonic()
         while self.step < self.config.steps and not self._is_over(deadline):
-            self._turn()
+            self.turn()
             self.step += 1
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
@@ -143,7 +143,7 @@ class Distillation:
         """Return whether the first process's time is up: the others, which wait for it at every step, stop with it."""
         return deadline is not None and is_over_for_all(deadline.over(), self.processes.size, self.device)
 
-    def _turn(self) -> None:
+    def turn(self) -> None:
         """Make one turn: the assistant's steps, then the generator's."""
         config, size = self.config, self.processes.size
         self._random.manual_seed(step_seed(self.seed, self.step))

@@ -26,7 +26,7 @@ class Draw:
         z, eps: ``(B, C, H, W)``.
         sigma: ``(B,)`` levels of the linear path, on the CPU.
         group: the conditions.
-        turn: ``(B,)`` number of the student's network call whose drawing is looked at, on the CPU; None for one call.
+        call_of_row: ``(B,)`` number of the network call whose drawing is looked at, on the CPU; None for one call.
         fresh: noise ``(N - 1, B, C, H, W)`` of its later calls.
     """
 
@@ -34,7 +34,7 @@ class Draw:
     eps: Tensor
     sigma: Tensor
     group: int
-    turn: Tensor | None = None
+    call_of_row: Tensor | None = None
     fresh: Tensor | None = None
 
     @classmethod
@@ -61,11 +61,11 @@ class Draw:
         if config.student_steps == 1:
             return cls(pair[0], pair[1], sigma, group * size + rank)
         calls, whole = config.student_steps, (config.batch, *teacher.shape)
-        turn = torch.randint(calls, (config.batch,), generator=generator, device="cpu")[rows]
+        call_of_row = torch.randint(calls, (config.batch,), generator=generator, device="cpu")[rows]
         if config.student_match == "last":
-            turn = torch.full_like(turn, calls - 1)
+            call_of_row = torch.full_like(call_of_row, calls - 1)
         fresh = torch.randn(calls - 1, *whole, generator=generator, device="cpu", dtype=torch.float32)[:, rows]
-        return cls(pair[0], pair[1], sigma, group * size + rank, turn, fresh.to(device))
+        return cls(pair[0], pair[1], sigma, group * size + rank, call_of_row, fresh.to(device))
 
 
 def assistant_loss(
@@ -73,7 +73,7 @@ def assistant_loss(
 ) -> Tensor:
     """Return the mean square of denoising the generator's drawings, in raw outputs."""
     with torch.no_grad():
-        x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
+        x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
     a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     wanted = target(teacher.kind, x0, draw.eps, x_t, a, s, teacher.sigma_data)
@@ -109,7 +109,7 @@ def _all_networks_at_once(
     teacher: Teacher, generator: nn.Module, assistant: nn.Module, draw: Draw, config: Matching
 ) -> dict[str, Tensor]:
     """Make the step with the activations of all networks in memory."""
-    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
+    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
     a, s = coefficients(teacher, draw.sigma, x0)
     x_t = a * x0 + s * draw.eps
     with torch.set_grad_enabled(config.grad_through_scores):
@@ -125,7 +125,7 @@ def _one_network_at_a_time(
 ) -> dict[str, Tensor]:
     """Make the same step with the activations of one network at a time, by vector-Jacobian products."""
     with torch.no_grad():
-        drawn = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
+        drawn = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
     a, s = coefficients(teacher, draw.sigma, drawn)
     x_t = (a * drawn + s * draw.eps).requires_grad_()
     with torch.no_grad():
@@ -142,7 +142,7 @@ def _one_network_at_a_time(
         del of_assistant
         (through,) = torch.autograd.grad(guided(teacher, x_t, draw), x_t, to_teacher)
         to_x_t = to_x_t + through
-    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.turn)
+    x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
     torch.autograd.backward(x0, to_x0 + a * to_x_t)
     return shown
 

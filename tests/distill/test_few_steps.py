@@ -75,7 +75,7 @@ def test_the_noise_of_one_step_does_not_depend_on_the_option() -> None:
     one, few = draws
     for name in ("z", "eps", "sigma"):
         assert torch.equal(getattr(one, name), getattr(few, name))
-    assert one.fresh is None and one.turn is None and few.fresh is not None and few.fresh.shape == (2, 8, 2)
+    assert one.fresh is None and one.call_of_row is None and few.fresh is not None and few.fresh.shape == (2, 8, 2)
 
 
 def test_rows_at_their_first_call_are_those_of_a_student_of_one_step() -> None:
@@ -110,7 +110,7 @@ def test_processes_and_memory_savings_see_the_same_draws() -> None:
         Draw.new(teacher, config.generator_law, config, generator.manual_seed(4), "cpu", share)
         for share in ((0, 1), (0, 2), (1, 2))
     ]
-    assert torch.equal(torch.cat([part.turn for part in parts[1:]]), parts[0].turn)  # type: ignore[misc]
+    assert torch.equal(torch.cat([part.call_of_row for part in parts[1:]]), parts[0].call_of_row)  # type: ignore[misc]
     assert torch.equal(torch.cat([part.fresh for part in parts[1:]], dim=1), parts[0].fresh)  # type: ignore[misc]
     gradients = []
     for sequential in (False, True):
@@ -135,7 +135,7 @@ def test_a_killed_run_of_two_steps_goes_on_to_the_same_bits(tmp_path: Path) -> N
     whole = Distillation(small_teacher(), options(2), tmp_path / "whole")
     assert whole.run()
     broken = Distillation(small_teacher(), options(2), tmp_path / "broken")
-    broken._turn()
+    broken.turn()
     broken.step += 1
     broken.save()
     with pytest.raises(DiffAccelError, match="other options \\(student_steps\\)"):

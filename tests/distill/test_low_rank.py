@@ -49,7 +49,7 @@ def test_a_rank_that_no_matrix_has_is_refused() -> None:
 def test_a_killed_run_of_low_rank_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     whole, broken = (Distillation(small_teacher(), SMALL, tmp_path / name) for name in ("whole", "broken"))
     assert whole.run()
-    broken._turn()
+    broken.turn()
     broken.step += 1
     broken.save()
     with pytest.raises(DiffAccelError, match="other options \\(rank\\)"):

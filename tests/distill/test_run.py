@@ -117,10 +117,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert whole.run()
     broken = Distillation(small_teacher(), SMALL, tmp_path / "broken")
     for _ in range(3):
-        broken._turn()
+        broken.turn()
         broken.step += 1
     broken.save()
-    broken._turn()  # lost with the process
+    broken.turn()  # lost with the process
     resumed = Distillation(small_teacher(), SMALL, tmp_path / "broken")
     assert resumed.step == 3
     assert resumed.run()
@@ -165,7 +165,7 @@ def test_a_run_without_finite_gradients_ends_and_keeps_the_last_good_checkpoint(
     config = SIM(**{**_options(SMALL), "steps": 200, "log_seconds": 0.0})
     run = Distillation(small_teacher(), config, tmp_path)
     for _ in range(2):
-        run._turn()
+        run.turn()
         run.step += 1
     run.save()
     good = run.checkpoint.read_bytes()
