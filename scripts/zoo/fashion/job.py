@@ -100,6 +100,7 @@ class Job:
             return self.recipe.teacher
         before = training_state(self.work / f"{unet.NAME}.safetensors")["seconds"]
         later = self.recipe.student_seconds * len(self.students) if "student" in self.stages else 0.0
+        later = min(later, self.deadline.left() / 2)
         return replace(self.recipe.teacher, seconds=before + max(self.deadline.left() - later, 1.0), samples=math.inf)
 
     def student(self) -> None:
@@ -131,7 +132,7 @@ class Job:
     def score(self) -> None:
         """Measure teacher, students and what is packed of them; write ``report.json`` and ``grid.png`` as it goes."""
         teacher = unet.load(self.work, self.recipe, self.device)
-        if self.scorer is None or teacher is None:
+        if self.scorer is None or teacher is None or not self._finished.exists():
             self.tell("score: waits for classifier and teacher; run the job again")
             return
         scorer, recipe = self.scorer, self.recipe

@@ -130,16 +130,26 @@ def test_a_student_draws_with_its_scheduler_as_training_draws() -> None:
     assert type(unet.student_scheduler(few)) is SIMFewStepScheduler and few.student_match == "last"
 
 
-def test_the_number_of_turns_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
+class _Counted:
+    """A run that makes 30 turns in 20 s while it warms up, and then four a second."""
 
-    monkeypatch.setattr(turns, "_WARM_SECONDS", 0.05)
-    monkeypatch.setattr(turns, "_MEASURED_SECONDS", 0.2)
-    small, one = replace(recipe.TINY, student_turns=0), Student("sim", 1, "mixture", 0)
-    network = unet.build(small, 0)
-    count = students.turns_of(one, network, small, tmp_path, 100.0, torch.float32)
-    assert count > 50
-    assert students.turns_of(one, network, small, tmp_path, 1.0, torch.float32) == count
+    def __init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, deadline: Deadline) -> None:
+        self.step, self.seconds = (30, 20.0) if self.step == 0 else (self.step + 40, self.seconds + 10)
+
+
+def test_the_number_of_turns_is_measured_once(tmp_path: Path) -> None:
+    file, left = tmp_path / "new" / "turns.json", 100.0
+    seconds = left + turns._WARM_SECONDS + turns._MEASURED_SECONDS
+    assert turns.planned(file, seconds, lambda folder: _Counted()) == int(4 * left * turns._SAFETY)  # type: ignore
+    assert turns.planned(file, 1.0, lambda folder: pytest.fail("measured again")) == int(4 * left * turns._SAFETY)
+    assert turns.planned(tmp_path / "known.json", 1.0, lambda folder: pytest.fail("measured"), 7) == 7
+    one = Student("sim", 1, "mixture", 0)
+    network = unet.build(recipe.TINY, 0)
+    assert students.turns_of(one, network, recipe.TINY, tmp_path, 9.0, torch.float32) == recipe.TINY.student_turns
+    assert (one.folder(tmp_path) / "turns.json").is_file()
 
 
 def test_a_classifier_learns_and_goes_on_where_it_stopped(pictures: Path, tmp_path: Path) -> None:
