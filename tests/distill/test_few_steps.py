@@ -121,6 +121,16 @@ def test_processes_and_memory_savings_see_the_same_draws() -> None:
         torch.testing.assert_close(one_at_a_time, joint, rtol=1e-4, atol=1e-6)
 
 
+def test_the_last_call_alone_is_matched_where_that_is_asked_for() -> None:
+    teacher = small_teacher()
+    for match, calls in (("mixture", {0, 1, 2}), ("last", {2})):
+        config = options(3, batch=64, student_match=match)
+        draw = Draw.new(teacher, config.generator_law, config, torch.Generator().manual_seed(0), "cpu", (0, 1))
+        assert draw.call_of_row is not None and set(draw.call_of_row.tolist()) == calls
+    with pytest.raises(DiffAccelError, match="student_match is last, which has no effect with student_steps=1"):
+        options(1, student_match="last")
+
+
 def test_a_student_whose_drawings_are_the_data_is_at_rest() -> None:
     """Where every call draws the data, assistant and teacher agree: the generator's gradient is zero."""
     teacher, config = gaussian_teacher(MEAN, STD), options(2, distance="l2")
