@@ -1,8 +1,8 @@
 """Packed models of fashion-unet and its students, with cards; parts that travel.
 
-    python -m scripts.zoo.fashion.export --receive OUT --zoo diffaccel/zoo   # teacher, and the student of --student
+    python -m scripts.zoo.fashion.export --receive OUT --zoo diffaccel/zoo   # and the classifier
 
-A packed folder holds ``unet`` and ``scheduler`` as diffusers reads them, the teacher's also its classifier.
+A packed folder holds ``unet`` and ``scheduler`` as diffusers reads them; the classifier has a folder of its own.
 """
 
 from __future__ import annotations
@@ -26,15 +26,12 @@ from scripts.zoo.emoji.export import join, split
 from scripts.zoo.fashion.classifier import Classifier
 from scripts.zoo.fashion.fetch import NOTICE
 
-MODEL, ARCHIVE = "fashion-unet", "fashion.tar"
+MODEL, JUDGE, ARCHIVE = "fashion-unet", "fashion-classifier", "fashion.tar"
 LARGEST = 2e6  # packed bytes of a model
 
 
-def pack(
-    folder: Path, name: str, network: UNet2DModel, scheduler: Any, report: dict[str, Any],
-    classifier: Classifier | None = None,
-) -> Path:  # fmt: skip
-    """Pack a network with its scheduler into ``folder / name``, with card and notice; the classifier stays exact."""
+def pack(folder: Path, name: str, network: UNet2DModel, scheduler: Any, report: dict[str, Any]) -> Path:
+    """Pack a network with its scheduler into ``folder / name``, with card and notice."""
     out = folder / name
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / name
@@ -44,15 +41,32 @@ def pack(
         }
         save_file(weights, plain / "unet" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
         scheduler.save_pretrained(plain / "scheduler")
-        if classifier is not None:
-            state = {key: value.detach().to("cpu", torch.float16) for key, value in classifier.state_dict().items()}
-            (plain / "classifier").mkdir()
-            save_file(state, plain / "classifier" / "model.safetensors")
         write_text(plain / "NOTICE", NOTICE)
         shutil.rmtree(out, ignore_errors=True)
-        packing.pack(plain, out, keep=("classifier/*",))
+        packing.pack(plain, out)
     size = sum(entry["size"] for entry in packing.read_manifest(out)["packed"].values())
     write_json(out / "card.json", card(name, network, size, report))
+    write_text(out / "NOTICE", NOTICE)
+    return out
+
+
+def pack_classifier(folder: Path, network: Classifier, accuracy: float | None) -> Path:
+    """Pack the classifier whose features judge, exactly, in float16."""
+    out = folder / JUDGE
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = Path(scratch) / JUDGE
+        plain.mkdir()
+        state = {key: value.detach().to("cpu", torch.float16) for key, value in network.state_dict().items()}
+        save_file(state, plain / "model.safetensors")
+        write_text(plain / "NOTICE", NOTICE)
+        shutil.rmtree(out, ignore_errors=True)
+        packing.pack(plain, out, keep=("*",))
+    facts = {
+        "name": JUDGE,
+        "title": "a classifier of Fashion-MNIST whose features judge drawings",
+        "accuracy": accuracy,
+    }
+    write_json(out / "card.json", {**facts, "licence": "Apache-2.0", "attribution": NOTICE.strip().splitlines()})
     write_text(out / "NOTICE", NOTICE)
     return out
 
@@ -97,7 +111,7 @@ def receive(folder: Path, into: Path) -> Path:
     with tarfile.open(tar) as archive:
         archive.extractall(into, filter="data")
     tar.unlink()
-    for model in into.glob(f"{MODEL}*/"):
+    for model in (*into.glob(f"{MODEL}*/"), *into.glob(f"{JUDGE}/")):
         packing.verify(model, packing.read_manifest(model)["packed"], "Packed model file", "fetch it again")
     return into
 
@@ -111,7 +125,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             received = receive(options.receive, Path(scratch))
-            models = {MODEL: MODEL, f"{MODEL}-{options.student}": f"{MODEL}-1step"}
+            models = {JUDGE: JUDGE, MODEL: MODEL, f"{MODEL}-{options.student}": f"{MODEL}-1step"}
             if missing := [source for source in models if not (received / source).is_dir()]:
                 known = ", ".join(sorted(model.name for model in received.glob(f"{MODEL}*/")))
                 raise DiffAccelError(f"'{options.receive}' has no '{missing[0]}', only {known}.")

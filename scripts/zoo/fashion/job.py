@@ -155,7 +155,7 @@ class Job:
             self._write(report)
         score.sheet(self.out / "grid.png", rows)
         self.pack(report)
-        for model in sorted((self.work / "packed").glob("*/")):
+        for model in sorted((self.work / "packed").glob(f"{export.MODEL}*/")):
             self._score_packed(scorer, model, report)
         self.tell(json.dumps(report))
 
@@ -198,8 +198,10 @@ class Job:
         common = {key: report[key] for key in ("pictures", "floor", "classifier_accuracy") if key in report}
         quality = {**common, "teacher": report.get("teacher", {})}
         training = training_state(self.work / f"{unet.NAME}.safetensors")
-        made = export.pack(folder, export.MODEL, teacher, unet.own_scheduler(),
-                           {"training": training, "quality": quality}, judge)  # fmt: skip
+        if judge is not None:
+            export.pack_classifier(folder, judge, report.get("classifier_accuracy"))
+        facts = {"training": training, "quality": quality}
+        made = export.pack(folder, export.MODEL, teacher, unet.own_scheduler(), facts)
         self.tell(f"export: {made.name} {json.loads((made / 'card.json').read_text())['bytes']['packed'] / 1e6:.2f} MB")
         for one, network, scheduler in self._made():
             quality = {**common, "student": report.get("students", {}).get(one.name, {})}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from safetensors.torch import load_file
 
 from diffaccel.distill import SIMFewStepScheduler
 from diffaccel.errors import DiffAccelError
@@ -95,11 +96,15 @@ class _Options:
     stages = "score"
 
 
-def test_the_networks_have_the_sizes_that_are_promised() -> None:
+def test_the_networks_have_the_sizes_that_are_promised(tmp_path: Path) -> None:
     full = recipe.get("full")
-    count = sum(p.numel() for p in unet.build(full, 0).parameters())
-    judge = sum(p.numel() for p in classifier.build(full, 0).parameters())
-    assert 1.6e6 < count and count + 2 * judge < 2.15e6  # bytes as int8 and float16, before they are deflated
+    export.pack(tmp_path, "model", unet.build(full, 0), unet.own_scheduler(), {})
+    facts = json.loads((tmp_path / "model" / "card.json").read_text())
+    assert 1.6e6 < facts["parameters"] and facts["bytes"]["packed"] <= export.LARGEST and facts["fits"]
+    judge = classifier.build(full, 0)
+    packed = export.pack_classifier(tmp_path, judge, 0.9)
+    state = load_file(packing.unpack(packed, tmp_path / "plain") / "model.safetensors")
+    assert all(torch.equal(state[name], p.half()) for name, p in judge.named_parameters())
     with pytest.raises(DiffAccelError, match="Did you mean 'full'"):
         recipe.get("ful")
     for preset in students.PRESETS:
