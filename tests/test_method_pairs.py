@@ -11,7 +11,7 @@ import pytest
 def pair(first: str, second: str) -> Any:
     """Return the parameters of a pair: those that meet in the list of methods are shown at once, the others slowly."""
     apart = method_pairs.METHODS.index(second) - method_pairs.METHODS.index(first)
-    return pytest.param(first, second, marks=[pytest.mark.slow] * (apart > 2))
+    return pytest.param(first, second, marks=[pytest.mark.slow] * (apart > 1))
 
 
 @pytest.mark.parametrize(("first", "second"), [pair(*names) for names in method_pairs.PAIRS])

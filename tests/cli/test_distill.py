@@ -32,6 +32,7 @@ def options(model: Path, out: Path, *more: str) -> list[str]:
     return [*base, "--sim.steps", "2", "--sim.batch", "2", "--sim.ema-pictures", "0", *more]
 
 
+@pytest.mark.slow
 def test_a_student_is_made_and_a_new_process_draws_with_it(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

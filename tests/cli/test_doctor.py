@@ -190,6 +190,7 @@ def test_wrong_results_are_no_support(monkeypatch):
     assert check.works is False and "100 % off" in check.detail
 
 
+@pytest.mark.slow
 def test_attention_packages_run_in_a_child(monkeypatch):
     """The native backend stands for an installed package."""
     monkeypatch.setattr(doctor_compute, "DIFFUSERS_ATTENTION", {"stand-in": "native", "flash": "flash"})

@@ -120,6 +120,7 @@ def test_a_gate_fails_what_could_not_run(sd, capsys):
     assert status == 5 and "passed: nfe is" in said and "FAILED: it could not run" in said
 
 
+@pytest.mark.slow
 def test_all_methods_on_a_model_without_prompts(make, noise, monkeypatch, tmp_path):
     """Every registered method has its row: a run, or the reason why there is none."""
     import diffaccel.registry as registry

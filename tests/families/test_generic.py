@@ -58,8 +58,10 @@ def family_of(pipe: Any, kwargs: dict[str, Any]) -> Generic:
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size_index", [0, 1], ids=["one size", "another size"])
-@pytest.mark.parametrize(("name", "guided"), NATIVE)
+@pytest.mark.parametrize(
+    ("name", "guided", "size_index"),
+    [(*pair, 0) for pair in NATIVE] + [(name, name != "qwen", 1) for name in others.NAMES],
+)
 def test_euler_equals_the_stock_call(name: str, guided: bool, size_index: int, native_only: list[Generic]) -> None:
     pipe, size = others.make(name, guided), others.SIZES[name][size_index]
     before = run(pipe, name, size, guided)

@@ -56,8 +56,10 @@ def check(pipe: Any, arguments: dict[str, Any], shape: tuple[int, int]) -> None:
         diffaccel.remove(pipe)
 
 
-@pytest.mark.parametrize("factor", LEVELS)
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [(name, factor) for name in tiny.FAMILIES for factor in LEVELS if name in ("flux", "sd") or factor in (1, 16)],
+)
 def test_any_factor_of_the_vae(name: str, factor: int) -> None:
     side = max(8, 2 * CELLS * factor)
     pipe = with_factor(tiny.make(name), factor)

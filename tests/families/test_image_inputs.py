@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,14 +29,13 @@ SINGLE_EVAL = [DPMpp2M(), Ancestral(eta=0.0)]
 
 
 def grid(cases: Any) -> list[Any]:
-    """Every case at two sizes and three strengths, with guidance and without; at the larger size, one in a fast run."""
+    """Every case at three strengths; at one of these also without guidance, and at a larger size."""
+    cells = [(32, 0.3, True), (32, 0.6, True), (32, 1.0, True), (32, 0.6, False), (64, 0.6, True)]
     return [
-        pytest.param(
-            case, size, strength, guided, id=f"{case}-{size}-{strength}-{'guided' if guided else 'unguided'}",
-            marks=[pytest.mark.slow] * (size == 64 and not (strength == 0.6 and guided)),
-        )
-        for case, size, strength, guided in itertools.product(cases, (32, 64), (0.3, 0.6, 1.0), (True, False))
-    ]  # fmt: skip
+        pytest.param(case, *cell, id=f"{case}-{cell[0]}-{cell[1]}-{'guided' if cell[2] else 'unguided'}")
+        for case in cases
+        for cell in cells
+    ]
 
 
 def run(pipe: Any, kwargs: Kwargs) -> torch.Tensor:
@@ -60,9 +58,10 @@ def check_parity(pipe: Any, kwargs: Kwargs, sampler: Any = None) -> torch.Tensor
     return stock
 
 
-def check_agrees(pipe: Any, sampler: Any, kwargs: Kwargs) -> None:
+def check_agrees(pipe: Any, samplers: Any, kwargs: Kwargs) -> None:
     euler = under(pipe, Euler(), kwargs)
-    assert (under(pipe, sampler, kwargs) - euler).norm() < 0.05 * euler.norm()
+    for sampler in samplers:
+        assert (under(pipe, sampler, kwargs) - euler).norm() < 0.05 * euler.norm(), sampler.name
 
 
 # -- image to image ----------------------------------------------------------------------------------------------------
@@ -103,17 +102,12 @@ def test_several_images_per_prompt_from_a_picture_file(family: str) -> None:
     check_parity(pipe, kwargs)
 
 
-FLOW_AND_VP = [  # one of each in a fast run
-    pytest.param(f, marks=[pytest.mark.slow] * (f in ("sd3", "sdxl"))) for f in variants.IMG2IMG
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
-@pytest.mark.parametrize("family", FLOW_AND_VP)
-def test_samplers_agree_on_image_to_image(family: str, sampler: Any) -> None:
+@pytest.mark.parametrize("family", variants.IMG2IMG)
+def test_samplers_agree_on_image_to_image(family: str) -> None:
+    samplers = [Heun(), *SINGLE_EVAL]
     check_agrees(
-        variants.img2img(family), sampler, lambda: variants.img2img_kwargs(family, strength=0.6, batch=1, steps=40)
+        variants.img2img(family), samplers, lambda: variants.img2img_kwargs(family, strength=0.6, batch=1, steps=40)
     )
 
 
@@ -227,12 +221,11 @@ def test_inpainting_in_bf16(case: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strength", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sampler", SINGLE_EVAL, ids=lambda s: s.name)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
 @pytest.mark.parametrize("case", variants.INPAINT)
-def test_samplers_with_one_prediction_a_step_inpaint(case: str, sampler: Any, strength: float) -> None:
+def test_samplers_with_one_prediction_a_step_inpaint(case: str, strength: float) -> None:
     check_agrees(
-        variants.inpaint(case), sampler, lambda: variants.inpaint_kwargs(case, strength=strength, batch=1, steps=30)
+        variants.inpaint(case), SINGLE_EVAL, lambda: variants.inpaint_kwargs(case, strength=strength, batch=1, steps=30)
     )
 
 
@@ -255,9 +248,9 @@ def test_such_an_edit_is_also_found_where_noise_has_no_step_index(scheduler: str
 @pytest.mark.parametrize("case", ["sdxl9", "fill"])
 def test_heun_fills_where_the_mask_goes_through_the_network(case: str) -> None:
     pipe = variants.inpaint(case)
-    check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=1.0, batch=1, steps=30))
+    check_agrees(pipe, [Heun()], lambda: variants.inpaint_kwargs(case, strength=1.0, batch=1, steps=30))
     try:
-        check_agrees(pipe, Heun(), lambda: variants.inpaint_kwargs(case, strength=0.6, batch=1, steps=30))
+        check_agrees(pipe, [Heun()], lambda: variants.inpaint_kwargs(case, strength=0.6, batch=1, steps=30))
     except UnsupportedBySampler as refusal:
         assert "Use strength=1.0" in str(refusal)
 
@@ -351,10 +344,10 @@ def test_a_controlnet_in_bf16(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", [Heun(), *SINGLE_EVAL], ids=lambda s: s.name)
 @pytest.mark.parametrize("family", variants.CONTROLNET)
-def test_samplers_agree_under_a_controlnet(family: str, sampler: Any) -> None:
-    check_agrees(variants.controlnet(family), sampler, lambda: variants.controlnet_kwargs(family, batch=1, steps=30))
+def test_samplers_agree_under_a_controlnet(family: str) -> None:
+    samplers = [Heun(), *SINGLE_EVAL]
+    check_agrees(variants.controlnet(family), samplers, lambda: variants.controlnet_kwargs(family, batch=1, steps=30))
 
 
 # -- IP-Adapter --------------------------------------------------------------------------------------------------------
@@ -385,7 +378,7 @@ def test_rows_of_an_ip_adapter_may_go_one_by_one(family: str) -> None:
 @pytest.mark.parametrize("family", variants.IP_ADAPTER)
 def test_heun_agrees_with_an_ip_adapter(family: str) -> None:
     check_agrees(
-        variants.with_ip_adapter(family), Heun(), lambda: variants.ip_adapter_kwargs(family, batch=1, steps=30)
+        variants.with_ip_adapter(family), [Heun()], lambda: variants.ip_adapter_kwargs(family, batch=1, steps=30)
     )
 
 

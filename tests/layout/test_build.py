@@ -194,6 +194,7 @@ def test_command_line_runs_without_installing(pythons, checkout, tmp_path):
     assert "usage" in tree.run(script, "--help", cwd=tmp_path).stdout.lower()
 
 
+@pytest.mark.slow
 def test_every_module_imports_once():
     """All modules load, in one process, from one file each."""
     code = (

@@ -68,7 +68,8 @@ def test_both_packages_are_themselves(hub, launcher, present):
         assert seen == expected, where
 
 
-@pytest.mark.parametrize("present", [True, pytest.param(False, marks=[without_hub, pytest.mark.slow])])
+@pytest.mark.slow
+@pytest.mark.parametrize("present", [True, pytest.param(False, marks=without_hub)])
 def test_availability_is_reported_right(hub, present):
     """transformers imports whatever ``kernels`` it finds without metadata; an error there would stop it."""
     code = (
