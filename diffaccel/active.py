@@ -116,6 +116,20 @@ class Active:
         return self.loop
 
 
+def as_loop(pipe: Any, config: Any) -> Any:
+    """Return a method of the loop that a pipeline can have.
+
+    Raises:
+        DiffAccelError: for a pipeline whose class names another method for the rounds of its own (``rounds_by``).
+    """
+    if (other := getattr(type(pipe), "rounds_by", None)) is not None:
+        raise DiffAccelError(
+            f"'{config.name}' follows one sample through noise levels, and {type(pipe).__name__} draws frame after "
+            f"frame. Use '{other}', or quantizers and graphs."
+        )
+    return config
+
+
 def needs_steps(config: Any) -> bool:
     """Return whether a method on a network must be told the step of every network call."""
     return bool(getattr(config, "needs_steps", False))

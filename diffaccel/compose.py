@@ -1,8 +1,7 @@
 """``accelerate``, ``remove``, ``summary``: methods on a pipeline, and off it again.
 
-A loop method changes only the class of the pipeline instance, to a subclass of the same name whose ``__call__`` runs
-the stock call around the method's own loop. Weight and block methods change the network and return a handle. What
-records the network as graphs is applied last, and steps aside while others come or go.
+A loop method changes only the class of the pipeline instance: its ``__call__`` runs the stock call around a loop of its
+own. Other methods change the network and return a handle; graphs are recorded last, and step aside for others.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from diffaccel.active import (
     OnBusy,
     Summary,
     active,
+    as_loop,
     needs_steps,
     owns_calls,
     put_back,
@@ -222,7 +222,7 @@ def _add_in_order(
             if owns_calls(config) and not _state(pipe).owns_calls:
                 put_on(pipe, _call, _tell, KEY)
             if config.touches == "loop":
-                _update(pipe, loop=config)
+                _update(pipe, loop=as_loop(pipe, config))
             else:
                 applied = Applied(config)
                 _update(pipe, applied=(*_state(pipe).applied, applied))

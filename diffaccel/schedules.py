@@ -186,6 +186,11 @@ def read(scheduler: Any, first: Any = None) -> Schedule:
     if replaced or (not is_flow and name not in VE_STATE | VP_STATE):
         supported = ", ".join(sorted(FLOW_STATE | VE_STATE | VP_STATE))
         problem = f"The scheduler {type(scheduler).__name__} is not supported{replaced}."
+        if getattr(scheduler, "is_of_student", False):
+            raise DiffAccelError(
+                f"{problem} A distilled student draws by its own steps: leave the sampler out, and distil from its "
+                "teacher."
+            )
         raise DiffAccelError(f"{problem} Set pipe.scheduler to one of: {supported}.")
     for flag in ("clip_sample", "thresholding"):
         if config.get(flag):

@@ -30,6 +30,7 @@ class SIMOneStepScheduler(SchedulerMixin, ConfigMixin):
             do that scale their model's input.
     """
 
+    is_of_student = True
     order = 1
     init_noise_sigma = 1.0
 

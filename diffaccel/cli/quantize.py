@@ -14,6 +14,7 @@ from diffaccel.cli import planned, quantize_aware
 from diffaccel.cli.sample import methods, split_method_options
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
+from diffaccel.runs.call_arguments import call_parameters
 from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.request import DTYPES
 
@@ -123,6 +124,8 @@ def _open(options: argparse.Namespace) -> Any:
 
 def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = None) -> None:
     """Scan where it is asked for, quantize, save, and tell what was done."""
+    if options.scan is not None and "generator" not in call_parameters(pipe):
+        raise DiffAccelError(f"--scan draws from a prompt, which {type(pipe).__name__} does not. Leave it out.")
     scans = _scan(pipe, config, options.scan, options.steps or 4) if options.scan is not None else None
     result = {
         **quantize(pipe, config, options.out, options.export, plan is None and options.overwrite),

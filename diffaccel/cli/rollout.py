@@ -20,6 +20,9 @@ hold draws actions and holds each for --hold frames on average; random draws one
 frames while an action is held: it is faster, and draws another video than --draft 1."""
 
 
+LARGEST_SCALE = 32
+
+
 def make_parser() -> terminal.Parser:
     """Return the parser of the command."""
     parser = terminal.Parser(
@@ -48,8 +51,10 @@ def run(argv: list[str]) -> int:
                 f"--out '{options.out}' has the ending '{options.out.suffix}'; it must be .mp4 or .gif."
             )
         check_writer(options.out)
-    if options.scale < 1 or not 0 < options.fps < math.inf:
-        raise DiffAccelError(f"--scale is {options.scale} and --fps {options.fps:g}; both must be positive.")
+    if not 1 <= options.scale <= LARGEST_SCALE:
+        raise DiffAccelError(f"--scale is {options.scale}; it must be from 1 to {LARGEST_SCALE}.")
+    if not 0 < options.fps < math.inf:
+        raise DiffAccelError(f"--fps is {options.fps:g}; it must be positive.")
     if (options.frames is not None and options.frames < 1) or not options.hold >= 1:
         raise DiffAccelError(f"--frames is {options.frames} and --hold {options.hold:g}; both must be 1 or more.")
     given = read_actions(options.actions)
@@ -77,6 +82,8 @@ def read_actions(text: str) -> list[int] | None:
     if text in ("hold", "random"):
         return None
     source = f"--actions '{text}'"
+    if not text.strip():
+        raise DiffAccelError("--actions is empty; give hold, random, numbers such as 3,3,1, or a file of them.")
     if not re.fullmatch(r"[\s\d,]+", text):
         try:
             text = Path(text).expanduser().read_text(encoding="utf-8")

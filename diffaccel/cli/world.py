@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffaccel.models.next_frame.beginnings import Beginning
+    from diffaccel.models.next_frame.pipeline import NextFramePipeline
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 
@@ -54,10 +55,10 @@ def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
     """Return the sampler that the options describe, with a video begun, and what it began with."""
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
-    if options.threads < 0 or not 0 <= options.seed < 2**63:
-        raise DiffAccelError(
-            f"--threads is {options.threads} and --seed {options.seed}; neither may be below 0, and a seed is < 2**63."
-        )
+    if options.threads < 0:
+        raise DiffAccelError(f"--threads is {options.threads}; it must not be below 0.")
+    if not 0 <= options.seed < 2**63:
+        raise DiffAccelError(f"--seed is {options.seed}; it must be from 0 to 2**63 - 1.")
     draft, folder = parse_draft(options.draft), find_folder(options.model)
     if folder is None:
         raise DiffAccelError(f"'{options.model}' is no folder. Give one that save_pretrained of a world model wrote.")
@@ -65,11 +66,13 @@ def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
     import torch
 
     from diffaccel.models.next_frame.pipeline import NextFramePipeline
+    from diffaccel.quant import hf_quantizer
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
     if options.threads:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
+    hf_quantizer.register()  # for models that were saved quantized
     pipe = NextFramePipeline.from_folder(folder, torch_dtype=pick_dtype(options.dtype, device)).to(device)
     settings = pipe.settings(options.steps)
     noise = settings.context_noise if options.context_noise is None else options.context_noise
@@ -78,22 +81,22 @@ def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
         rule=settings.rule, capture=False if options.no_capture else None, latency=options.latency,
         seeds=(options.seed,),
     )  # fmt: skip
-    start = find_beginning(options.start, options.seed, folder, pipe.transformer.frame_shape)
+    start = find_beginning(options.start, options.seed, pipe)
     sampler.reset(*start, truncate=True)
     return sampler, start
 
 
-def find_beginning(start: str | None, seed: int, folder: Path, frame_shape: tuple[int, int, int]) -> Beginning:
+def find_beginning(start: str | None, seed: int, pipe: NextFramePipeline) -> Beginning:
     """Return what ``--start`` names: a number of the model's own beginnings, a picture, or the one of the seed."""
-    from diffaccel.models.next_frame.beginnings import GREY, Beginning, read
+    from diffaccel.models.next_frame.beginnings import GREY, Beginning
 
-    if start is not None and not start.isdecimal():
-        return Beginning(read_start(Path(start).expanduser(), frame_shape))
-    own = read(folder, frame_shape)
+    own = pipe.beginnings
+    if start is not None and not start.removeprefix("-").isdecimal():
+        return Beginning(read_start(Path(start).expanduser(), pipe.transformer.frame_shape))
     if start is None:
         return own[seed % len(own)] if own else GREY
-    if int(start) >= len(own):
-        allowed = f"a number below {len(own)}, or a picture" if own else "a picture, for the model has no beginnings"
+    if not 0 <= int(start) < len(own):
+        allowed = f"0 to {len(own) - 1}, or a picture" if own else "a picture, for the model has no beginnings"
         raise DiffAccelError(f"--start is {start}; it must be {allowed}.")
     return own[int(start)]
 

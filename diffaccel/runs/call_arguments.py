@@ -64,9 +64,11 @@ def check_settings(pipe: Any, request: Request) -> None:
     """
     cls, accepted = pipe if isinstance(pipe, type) else type(pipe), call_parameters(pipe)
     if missing := {"generator", "num_inference_steps"} - accepted.keys():
+        fix = "Give one that makes images or video."
+        if getattr(cls, "rounds_by", None):
+            fix = f"Draw the video of a world model by diffaccel rollout {request.model}."
         raise DiffAccelError(
-            f"The model '{request.model}' is a {cls.__name__}, whose call takes no {', '.join(sorted(missing))}."
-            " Give one that makes images or video."
+            f"The model '{request.model}' is a {cls.__name__}, whose call takes no {', '.join(sorted(missing))}. {fix}"
         )
     if request.size is not None and "height" not in accepted:
         raise DiffAccelError(f"{cls.__name__} draws at one size only, that of its network. Leave the size out.")

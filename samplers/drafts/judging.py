@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.drafts.ranking import Drafted, Pair
 from diffaccel.samplers.rewards.pairs import compare
 from diffaccel.samplers.search import noise
@@ -57,7 +58,13 @@ class Judging:
             rows = [candidate.search.row for candidate in candidates]
             return self.scorer(torch.stack([_present(candidate.x) for candidate in candidates]), rows, samples)
 
-        for candidate, score in zip(candidates, self._known(SCORES, _counts(candidates), scores), strict=True):
+        known = self._known(SCORES, _counts(candidates), scores)
+        if self.scorer.reward.compare is not None and any(not 0 <= score <= 10 for score in known if score == score):
+            raise DiffAccelError(
+                f"The judge of pairs gave the score {max(known, key=lambda score: abs(score - 5)):g}; scores beside "
+                "comparisons must be from 0 to 10."
+            )
+        for candidate, score in zip(candidates, known, strict=True):
             candidate.score = score
 
     def end(self, search: Search, values: Callable[[], list[float]], count: int) -> list[float]:

@@ -172,6 +172,10 @@ def levels_from(session: Session, sigma: Tensor) -> Tensor:
 
 def _steps(view: RowsSession, lent: Lent) -> int:
     own = len(view.sigmas) - 1
+    if lent.loop is None and (lent.steps or 0) > own:
+        raise DiffAccelError(
+            f"The drafts have {lent.steps} steps, and the call has {own}; they must be {own} or fewer."
+        )
     return own if lent.steps is None else min(lent.steps, own)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffaccel.cli.world import find_beginning
 from diffaccel.models.next_frame import beginnings
+from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.samplers import NextFrameSampler
 from diffaccel.samplers.nfd.streams import held_actions
 from tests.support.worlds import tiny_world
@@ -70,9 +71,17 @@ def test_a_model_begins_with_its_own_frames(run, tmp_path):
         assert run("rollout", *words, *more, "--out", tmp_path / f"{name}.mp4").status == 0
         pictures[name] = next(itertools.islice(imageio_ffmpeg.read_frames(str(tmp_path / f"{name}.mp4")), 1, None))
     assert pictures["seed"] == pictures["number"] != pictures["other"]
-    own = find_beginning(None, 1, tmp_path, model.frame_shape)
+    own = find_beginning(None, 1, NextFramePipeline.from_folder(tmp_path))
     assert torch.equal(own.actions, actions[1]) and torch.equal(((own.frames + 1) * 127.5).round(), frames[1].float())
-    assert "a number below 2" in run("rollout", *words, "--start", 2).err
+    assert "0 to 1, or a picture" in run("rollout", *words, "--start", 2).err
+    assert "0 to 1, or a picture" in run("rollout", *words, "--start=-1").err
+    assert run("quantize", tmp_path, "--method", "w8a8", "--out", tmp_path / "q").status != 0  # a network alone
+    NextFramePipeline.from_folder(tmp_path).save_pretrained(tmp_path / "pipe")
+    assert run("quantize", tmp_path / "pipe", "--method", "w8a8", "--out", tmp_path / "q").status == 0
+    assert (tmp_path / "q" / beginnings.FILE).read_bytes() == (tmp_path / beginnings.FILE).read_bytes()
+    assert run("rollout", tmp_path / "q", *words[1:], "--start", 1).status == 0
+    scanned = run("quantize", tmp_path / "pipe", "--method", "w8a8", "--scan", "7", "--out", tmp_path / "x")
+    assert "draws from a prompt" in scanned.err
     (tmp_path / beginnings.FILE).write_bytes(b"no picture")
     assert "Copy the model again" in run("rollout", *words).err
 
@@ -90,7 +99,7 @@ def test_a_model_begins_with_its_own_frames(run, tmp_path):
         (("--hold", 0.5, "--draft", 1), "--hold 0.5"),
         (("--out", "run.avi"), "it must be .mp4 or .gif"),
         (("--start", "nowhere.png", "--draft", 1), "cannot be read as a picture"),
-        (("--scale", 0), "must be positive"),
+        (("--scale", 0), "from 1 to 32"),
         (("--steps", 0), "steps is 0"),
         (("--context-noise", 0.7, "--draft", 1), "context_noise is 0.7"),
     ],
@@ -125,8 +134,8 @@ def test_a_held_stream_repeats_as_often_as_it_says():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--frames", 0), "--frames is 0"), (("--hold", 0.5), "--hold 0.5"), (("--fps", "inf"), "--fps inf"),
-        (("--threads", -1), "--threads is -1"), (("--seed", 2**64), "--seed 18446744073709551616"),
+        (("--frames", 0), "--frames is 0"), (("--hold", 0.5), "--hold 0.5"), (("--fps", "inf"), "--fps is inf"),
+        (("--threads", -1), "--threads is -1"), (("--seed", 2**64), "--seed is 18446744073709551616"),
     ],
     ids=str,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,6 +38,16 @@ def write(folder: Path, frames: Tensor, actions: Tensor) -> None:
     rows = frames.permute(0, 3, 1, 4, 2).reshape(count * height, length * width, channels).cpu().numpy()
     picture = Image.fromarray(rows[..., 0] if channels == 1 else rows)
     write_png(folder / FILE, picture, {"actions": actions.tolist()})
+
+
+def write_all(folder: Path, beginnings: Sequence[Beginning]) -> None:
+    """Write beginnings, as :func:`read` returned them, into a folder; no file where there are none."""
+    import torch
+
+    pairs = [(one.frames, one.actions) for one in beginnings if one.frames is not None and one.actions is not None]
+    if pairs:
+        frames, actions = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        write(folder, ((frames + 1) * 127.5).round().to(torch.uint8), actions)
 
 
 def read(folder: Path, frame_shape: tuple[int, int, int]) -> list[Beginning]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.models.next_frame import beginnings
+from diffaccel.models.next_frame.beginnings import Beginning
 from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings, check_seeds
 from diffaccel.models.next_frame.inputs import check_actions, check_prompt
 from diffaccel.models.next_frame.levels import StepRule
@@ -76,6 +79,7 @@ class NextFramePipeline(DiffusionPipeline):
     """
 
     _optional_components = ("scheduler",)
+    rounds_by = "nfd"  # the method that changes how frames are drawn: samplers of one sample cannot
 
     def __init__(self, transformer: NextFrameTransformer, scheduler: Any = None, context_noise: float = 0.0) -> None:
         super().__init__()
@@ -89,13 +93,30 @@ class NextFramePipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(context_noise=context_noise)
         self.draw_frames: FrameSource = draw_plainly
+        self.beginnings: list[Beginning] = []
         self.settings(1)  # its errors come now, and not in a call
 
     @classmethod
     def from_folder(cls, folder: str | Path, **options: Any) -> NextFramePipeline:
-        """Load what ``save_pretrained`` of this pipeline, or of its network alone, wrote into a folder."""
+        """Load what ``save_pretrained`` of this pipeline, or of its network alone, wrote into a folder.
+
+        Raises:
+            DiffAccelError: for a folder with another model, or with none.
+        """
         folder = Path(folder)
-        if (folder / "model_index.json").is_file():
+        index, config_file = folder / "model_index.json", folder / "config.json"
+        if not index.is_file() and not config_file.is_file():
+            raise DiffAccelError(
+                f"'{folder}' holds neither model_index.json nor config.json. Give a folder that save_pretrained of a "
+                "NextFrameTransformer or a NextFramePipeline wrote."
+            )
+        parts = index if index.is_file() else config_file
+        kind = json.loads(parts.read_text(encoding="utf-8")).get("_class_name")
+        if kind not in (cls.__name__, NextFrameTransformer.__name__):
+            raise DiffAccelError(f"'{folder}' holds a {kind}, which is no world model. Give a {cls.__name__}.")
+        if parts is config_file:
+            pipe = cls(NextFrameTransformer.from_pretrained(folder, **options))
+        else:
             from diffusers import SchedulerMixin
 
             config = cls.load_config(folder)
@@ -105,13 +126,14 @@ class NextFramePipeline(DiffusionPipeline):
             if name not in kinds:
                 raise unknown("scheduler of a world model", name, kinds)
             loader: type[SchedulerMixin] = kinds[name]
-            return cls(transformer, loader.from_pretrained(folder / "scheduler"), config.get("context_noise", 0.0))
-        if (folder / "config.json").is_file():
-            return cls(NextFrameTransformer.from_pretrained(folder, **options))
-        raise DiffAccelError(
-            f"'{folder}' holds neither model_index.json nor config.json. Give a folder that save_pretrained of a "
-            "NextFrameTransformer or a NextFramePipeline wrote."
-        )
+            pipe = cls(transformer, loader.from_pretrained(folder / "scheduler"), config.get("context_noise", 0.0))
+        pipe.beginnings = beginnings.read(folder, pipe.transformer.frame_shape)
+        return pipe
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as any pipeline, and what its videos begin with."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        beginnings.write_all(Path(save_directory), self.beginnings)
 
     def settings(self, steps: int, capture: bool | None = False) -> FrameSettings:
         """Return how a frame is drawn in this many steps."""

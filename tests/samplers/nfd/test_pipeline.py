@@ -18,7 +18,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.modules.capture.graphs import BACKENDS
 from diffaccel.quant import W8A8
-from diffaccel.samplers import NFD
+from diffaccel.samplers import NFD, Euler
 from tests.support.replayed_calls import replayed_calls  # noqa: F401
 from tests.support.worlds import OnlyRecorded, tiny_pipeline, tiny_world
 
@@ -291,3 +291,16 @@ def test_levels_are_those_of_the_scheduler():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     settings = NextFramePipeline(tiny_world(torch.float32), scheduler).settings(4)
     assert settings.shift == 3.0 and settings.rule == "euler"
+
+
+def test_samplers_of_one_sample_are_refused():
+    pipe = tiny_pipeline()
+    with pytest.raises(DiffAccelError, match=r"draws frame after frame\. Use 'nfd'"):
+        diffaccel.accelerate(pipe, Euler())
+    assert type(pipe) is NextFramePipeline  # as it was
+
+
+def test_other_models_are_no_world_models(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(DiffAccelError, match="holds a FluxPipeline, which is no world model"):
+        NextFramePipeline.from_folder(tmp_path)
