@@ -38,8 +38,8 @@ def compare(reward: Reward, a: Tensor, b: Tensor, prompts: Sequence[str]) -> tup
 def _answer(reward: Reward, a: Tensor, b: Tensor, prompts: list[str]) -> tuple[list[float], list[float]]:
     try:
         answer: Any = None if reward.compare is None else reward.compare(a, b, prompts)
-        is_pair = isinstance(answer, tuple) and len(answer) == 2 and torch.as_tensor(answer[0]).ndim > 0
-        values = [torch.as_tensor(part).cpu().double().reshape(-1) for part in (answer if is_pair else (answer,))]
+        is_pair = isinstance(answer, tuple) and len(answer) == 2 and _numbers(answer[0]).ndim > 0
+        values = [_numbers(part).reshape(-1) for part in (answer if is_pair else (answer,))]
     except DiffAccelError:
         raise
     except Exception as error:  # the user's own judge may raise anything
@@ -52,3 +52,7 @@ def _answer(reward: Reward, a: Tensor, b: Tensor, prompts: list[str]) -> tuple[l
             "number in [0, 1] a pair, how sure the first picture is better, or these and as many confidences."
         )
     return values[0].tolist(), (values[1] if len(values) > 1 else torch.full_like(values[0], 0.5)).tolist()
+
+
+def _numbers(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")

@@ -48,7 +48,7 @@ def wrong(session: Any, what: str) -> Any:
         ),
         (
             "number",
-            r"'wrong' yielded an object of the class float; it may yield Eval, .*Stages, or a list of Eval\.$",
+            r"'wrong' yielded an object of the class float; it may yield Eval, .*Stages, Draft, or a list of Eval\.$",
         ),
         ("list", r"'wrong' yielded an object of the class Tensor in a list; it may yield"),
         ("nothing", r"'wrong' returned None; it must return its last latents, a tensor\.$"),

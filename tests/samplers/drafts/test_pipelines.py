@@ -26,6 +26,7 @@ ACCELERATIONS = [
     "bottleneck:preset=lightx2v,scales=[0.5,1.0],switches=[0.5]", "bottleneck:preset=speed,noise=fresh,steps=3",
     "heun", "dpmpp2m:steps=3", "ancestral", "w8a8", "w4a16", "taylorseer+w8a8:taylorseer.warmup=1", "fused_blocks",
 ]  # fmt: skip
+QUICK = ("plain", "steps:2", "taylorseer:interval=2,warmup=1", "w8a8")
 
 
 def drawn(pipe: Any, family: str = "flux", **changes: Any) -> Tensor:
@@ -41,7 +42,9 @@ def searched(pipe: Any, config: Any, family: str = "flux", **changes: Any) -> tu
         diffaccel.remove(pipe)
 
 
-@pytest.mark.parametrize("draft", ACCELERATIONS)
+@pytest.mark.parametrize(
+    "draft", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ACCELERATIONS]
+)
 def test_any_acceleration_draws_drafts(draft: str) -> None:
     pipe = tiny.make("flux")
     stock = drawn(pipe)

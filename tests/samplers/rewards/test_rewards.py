@@ -241,7 +241,10 @@ def test_a_function_is_imported_by_its_name(monkeypatch):
         ("py:math:nothing", "'py:math:nothing' cannot be imported"),
         ("py:math", "'py:math' names no function"),
         ("vqa", "'vqa' names no model. Write vqa:/folder"),
-        (3, "must be a name, or callable with images and prompts; got int"),
+        (
+            3,
+            r"must be a name, callable with images and prompts, or have compare\(.*\); got int",
+        ),
         (None, "got NoneType"),
     ],
 )
