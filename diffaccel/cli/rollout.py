@@ -128,9 +128,10 @@ def check_writer(path: Path) -> None:
 
 
 def write_video(path: Path, pictures: list[Any], fps: float) -> None:
-    """Write pictures as mp4, by the ffmpeg of imageio-ffmpeg, or as an animated GIF."""
+    """Write pictures as mp4, by the ffmpeg of imageio-ffmpeg, or as an animated GIF; the folder is made if need be."""
     from diffaccel.files import Clip, atomic, write_mp4
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         with atomic(path) as file:
             pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)

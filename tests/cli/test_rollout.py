@@ -46,10 +46,10 @@ def test_the_video_is_what_the_sampler_draws(rollout, world, tmp_path):
 
 
 def test_a_held_stream_into_mp4(rollout, tmp_path):
-    done = rollout("--frames", 20, "--draft", "auto", "--hold", 5, "--out", "run.mp4")
+    done = rollout("--frames", 20, "--draft", "auto", "--hold", 5, "--out", "new/run.mp4")
     assert done.status == 0, done.err
     assert "20 frames in" in done.out and "relative to one frame" in done.out and "run.mp4" in done.out
-    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "run.mp4"))[0] == 20
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "new/run.mp4"))[0] == 20
 
 
 def test_actions_from_a_file_and_a_first_picture(rollout, tmp_path):
