@@ -47,6 +47,11 @@ class SIMOneStepScheduler(SchedulerMixin, ConfigMixin):
         self.set_timesteps()
 
     @property
+    def levels(self) -> Sequence[Sequence[float]]:
+        """``(a, s, timestep)`` of every call: coefficients of signal and noise, and the network's time."""
+        return ((self.config.a, self.config.s, self.config.timestep),)
+
+    @property
     def step_index(self) -> int:
         """Number of steps made: 0 until the call has finished."""
         return self.steps_made
@@ -67,10 +72,11 @@ class SIMOneStepScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Any = None,
         mu: float | None = None,
     ) -> None:
-        """Prepare the one step."""
-        self.num_inference_steps, self.steps_made = 1, 0
-        self.timesteps = torch.tensor([self.config.timestep], dtype=torch.float32, device=device or "cpu")
-        self.sigmas = torch.tensor([self.config.s, 0.0], dtype=torch.float32, device="cpu")
+        """Prepare the steps that the student learnt."""
+        levels = self.levels
+        self.num_inference_steps, self.steps_made = len(levels), 0
+        self.timesteps = torch.tensor([t for _, _, t in levels], dtype=torch.float32, device=device or "cpu")
+        self.sigmas = torch.tensor([*(s for _, s, _ in levels), 0.0], dtype=torch.float32, device="cpu")
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the network's input: the sample, at the deviation for which the student was trained."""
@@ -102,6 +108,8 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
         prediction_type, start: as those of the scheduler of one step; only the first call's input is scaled.
     """
 
+    seeds: Sequence[int] = ()  # of the rows of a call, from its first step on
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
@@ -115,25 +123,16 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
     ) -> None:
         self.set_timesteps()
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """Prepare the steps."""
-        levels = self.config.levels
-        self.num_inference_steps, self.steps_made = len(levels), 0
-        self.seeds: list[int] = []
-        self.timesteps = torch.tensor([t for _, _, t in levels], dtype=torch.float32, device=device or "cpu")
-        self.sigmas = torch.tensor([*(s for _, s, _ in levels), 0.0], dtype=torch.float32, device="cpu")
+    @property
+    def levels(self) -> Sequence[Sequence[float]]:
+        """``(a, s, timestep)`` of every call."""
+        levels: Sequence[Sequence[float]] = self.config.levels
+        return levels
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """Return the network's input: the sample, the first at the deviation for which the student was trained."""
         is_scaled = self.config.start == "scaled" and self.steps_made == 0
-        return sample * self.config.levels[0][1] if is_scaled else sample
+        return sample * self.levels[0][1] if is_scaled else sample
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **ignored: Any
@@ -146,7 +145,7 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
         x0 = clean(self.config.prediction_type, model_output.float(), x, a, s)
         self.steps_made += 1
         following = x0
-        if self.steps_made < len(self.config.levels):
+        if self.steps_made < len(self.levels):
             a, s = self._level(self.steps_made)
             following = a * x0 + s * self._noise(sample)
         drawn, x0 = following.to(sample.dtype), x0.to(sample.dtype)
@@ -154,7 +153,7 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
 
     def _level(self, call: int) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``s`` of a call."""
-        a, s = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in self.config.levels[call][:2])
+        a, s = (torch.tensor(value, dtype=torch.float32, device="cpu") for value in self.levels[call][:2])
         return a, s
 
     def _noise(self, like: Tensor) -> Tensor:

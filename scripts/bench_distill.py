@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from diffaccel import processes
 from diffaccel.distill import SIM, Distillation, NetworkTeacher
 from diffaccel.files import write_json
 from diffaccel.record import describe_device
+from scripts.timing import timed
 
 LARGE = {
     "sample_size": 32, "in_channels": 1, "out_channels": 1, "block_out_channels": (64, 128, 256), "layers_per_block": 2,
@@ -50,23 +50,6 @@ def make_teacher(config: dict[str, Any], batch: int, device: torch.device) -> Ne
     return NetworkTeacher(network, ask, "velocity", (1, 32, 32), conditions=(labels,))
 
 
-def _seconds(call: Any, count: int, device: torch.device) -> float:
-    """Return the seconds of a call, in a queue of calls."""
-    for _ in range(3):
-        call()
-    _wait(device)
-    started = time.perf_counter()
-    for _ in range(count):
-        call()
-    _wait(device)
-    return (time.perf_counter() - started) / count
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def forward_seconds(teacher: NetworkTeacher, batch: int, count: int, device: torch.device, dtype: torch.dtype) -> float:
     """Return the seconds of a forward pass of the batch without gradients."""
     x, sigma = torch.randn(batch, 1, 32, 32, device=device), torch.full((batch,), 0.5)
@@ -75,7 +58,7 @@ def forward_seconds(teacher: NetworkTeacher, batch: int, count: int, device: tor
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             teacher.ask(teacher.network, x, sigma, 0)
 
-    return _seconds(call, count, device)
+    return timed(call, count, device) / 1000
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -95,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-            seconds = _seconds(run.turn, options.count, device)
+            seconds = timed(run.turn, options.count, device) / 1000
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         rows[name] = {"seconds": round(seconds, 5), "units": round(seconds / forward, 2),
                       "pictures_a_second": round(options.batch / seconds, 1), "peak_bytes": peak,

@@ -21,6 +21,7 @@ from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.modules.capture.graphs import BACKENDS
 from diffaccel.quant import W8A8
 from diffaccel.samplers import NextFrameSampler
+from scripts.timing import timed, wait
 
 LATENTS = {"in_channels": 16, "patch_size": 1}
 BEDS: dict[str, dict[str, Any]] = {
@@ -116,24 +117,6 @@ def full(made: NextFrameSampler) -> None:
     for _ in made.frames([1] * (made.window + 2)):
         pass
     wait(made.engine.x.device)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(function: Callable[[], Any], repeats: int) -> float:
-    """Return the milliseconds of a call in a queue of calls, after three of them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for _ in range(3):
-        function()
-    wait(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    wait(device)
-    return 1000 * (time.perf_counter() - start) / repeats
 
 
 def captured(function: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

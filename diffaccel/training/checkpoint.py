@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.files import atomic
@@ -91,3 +91,13 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path, *, step: int, sam
     tensors = {f"{kind}.{name}": value.float().clone() for kind in ("live", "ema") for name, value in weights.items()}
     state = {"step": step, "samples": samples, "seconds": seconds, "updates": step, "restarted_at": None}
     save_tensors(tensors, path, {"state": json.dumps({"version": STATE_VERSION, **state})})
+
+
+def averages(path: Path, module: str) -> dict[str, torch.Tensor]:
+    """Return the averaged weights of one module of a checkpoint, by its own names.
+
+    Args:
+        module: its name in the run, with a dot: ``"network."``.
+    """
+    whole = f"ema.{module}"
+    return {name[len(whole) :]: value for name, value in load_file(path).items() if name.startswith(whole)}

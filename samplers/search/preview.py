@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.eval.uncertainty.intervals import spearman
 from diffaccel.session import Session
 
 Decoder = Callable[[Tensor], Tensor]  # from clean latents (R, C, H, W) to pixels (R, 3, H', W') in [-1, 1]
@@ -132,16 +133,10 @@ def random_fields(count: int, size: tuple[int, int]) -> Tensor:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Return Spearman's correlation of two lists, with mean ranks of equal numbers; 1 where one of them is constant."""
-    ranks = [_ranks(torch.tensor(values, dtype=torch.float64, device="cpu")) for values in (a, b)]
-    x, y = (rank - rank.mean() for rank in ranks)
-    scale = float(x.norm() * y.norm())
-    return float(x @ y) / scale if scale else 1.0
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Return the rank of every number, equal ones that of their middle."""
-    return (values[:, None] > values).double().sum(1) + ((values[:, None] == values).double().sum(1) - 1) / 2
+    """Return Spearman's correlation of two lists of rewards, which may be infinite; 1 where one of them is constant."""
+    rewards = [torch.tensor(values, dtype=torch.float64, device="cpu").nan_to_num() for values in (a, b)]
+    is_constant = any(len(values.unique()) < 2 for values in rewards)
+    return 1.0 if is_constant else spearman(*rewards)
 
 
 def warn_of_disagreement(cheap: list[float], full: list[float]) -> None:

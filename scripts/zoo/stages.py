@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ def add_options(parser: argparse.ArgumentParser, stages: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="where results are written; default: the work folder")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def labelled(log: Path, **label: str) -> list[str]:
+    """Return the lines of a JSON log, each with a label before its own values."""
+    return [json.dumps({**label, **json.loads(line)}) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def run(

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from diffaccel.distill.next_frame.train import Clips
 from diffaccel.eval.networks.inverse_dynamics import CONTEXT, InverseDynamics
+from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingRun
 from scripts.zoo.coinrun.pool import to_unit
 from scripts.zoo.coinrun.recipe import Recipe
@@ -58,6 +58,5 @@ def load(work: Path, recipe: Recipe, device: str) -> InverseDynamics | None:
     if not file.is_file():
         return None
     network = build(recipe)
-    weights = load_file(file)
-    network.load_state_dict({name: weights[f"ema.network.{name}"] for name, _ in network.named_parameters()})
+    network.load_state_dict(averages(file, "network."))
     return network.to(device).eval()

@@ -23,7 +23,7 @@ from diffaccel.files import write_json
 from diffaccel.models.next_frame import beginnings
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
-from diffaccel.training.checkpoint import save_weights
+from diffaccel.training.checkpoint import averages, save_weights
 from diffaccel.zoo import packing
 from scripts.zoo.coinrun import card
 from scripts.zoo.coinrun import recipe as recipes
@@ -35,12 +35,6 @@ BEGINNINGS = 8
 STAGES = ("teacher", "student", "dynamics")
 _PREFIX = {"teacher": "transformer.", "student": "transformer.", "dynamics": "network."}
 PART_BYTES = 15 * 2**20
-
-
-def averages(checkpoint: Path, prefix: str) -> dict[str, Tensor]:
-    """Return the averaged weights of one module of a checkpoint, by its own names."""
-    whole = f"ema.{prefix}"
-    return {name[len(whole) :]: value for name, value in load_file(checkpoint).items() if name.startswith(whole)}
 
 
 def send(work: Path, out: Path) -> list[Path]:

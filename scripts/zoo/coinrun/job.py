@@ -33,6 +33,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.files import Clip, write_json, write_mp4, write_png
 from diffaccel.models.next_frame.pipeline import NextFramePipeline, to_uint8
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
+from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan
 from scripts.zoo import stages
 from scripts.zoo.coinrun import dynamics, export, forks, pool, score
@@ -83,7 +84,7 @@ class Job:
         if not file.is_file():
             return None
         network = self._network()
-        network.load_state_dict(export.averages(file, "transformer."))
+        network.load_state_dict(averages(file, "transformer."))
         return network.eval()
 
     def _plan(self, stage: str, plan: TrainingPlan) -> TrainingPlan:
@@ -168,12 +169,8 @@ class Job:
         """Write weights and curves: all that must leave the machine."""
         if self.launch.rank:
             return
-        curves = [
-            json.dumps({"stage": file.stem, **json.loads(line)})
-            for file in sorted(self.work.glob("*.jsonl"))
-            if file.stem in STAGES
-            for line in file.read_text().splitlines()
-        ]
+        logs = [file for file in sorted(self.work.glob("*.jsonl")) if file.stem in STAGES]
+        curves = [line for file in logs for line in stages.labelled(file, stage=file.stem)]
         (self.out / "curves.jsonl").write_text("\n".join(curves) + "\n")
         write_json(self.out / "progress.json", export.progress_of(self.work))
         for part in export.send(self.work, self.out):

@@ -118,7 +118,7 @@ class Job:
 
     def export(self) -> None:
         """Write the packed models, as parts of one tar, and every loss curve: all that must leave the machine."""
-        curves = [line for file in sorted(self.work.glob("*.jsonl")) for line in _named(file)]
+        curves = [line for file in sorted(self.work.glob("*.jsonl")) for line in stages.labelled(file, model=file.stem)]
         (self.out / "curves.jsonl").write_text("\n".join(curves) + "\n")
         if not (self.work / "flow.safetensors").is_file():
             print("export: there is no flow model yet", flush=True)
@@ -157,11 +157,6 @@ class Job:
             if self.out != self.work:
                 shutil.copyfile(self.work / name, self.out / name)
         self.export()
-
-
-def _named(curve: Path) -> list[str]:
-    """Return the lines of a loss curve, each with the name of its model."""
-    return [json.dumps({"model": curve.stem, **json.loads(line)}) for line in curve.read_text().splitlines()]
 
 
 def main() -> None:

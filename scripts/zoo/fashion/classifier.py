@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingRun
 from scripts.zoo.fashion.data import CLASSES, Pictures, to_unit
 from scripts.zoo.fashion.recipe import FashionRecipe
@@ -82,10 +82,8 @@ def load(work: Path, recipe: FashionRecipe, device: torch.device) -> Classifier 
     file = work / f"{NAME}.safetensors"
     if not file.is_file():
         return None
-    network, weights = build(recipe, 0), load_file(file)
-    network.load_state_dict(
-        {name: weights[f"ema.network.{name}"].half().float() for name, _ in network.named_parameters()}
-    )
+    network = build(recipe, 0)
+    network.load_state_dict({name: value.half().float() for name, value in averages(file, "network.").items()})
     return network.to(device).eval().requires_grad_(False)
 
 

@@ -25,7 +25,7 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from diffaccel.files import write_json
-from diffaccel.training.checkpoint import save_weights
+from diffaccel.training.checkpoint import averages, save_weights
 from diffaccel.training.loop import Deadline, TrainingPlan
 from scripts.zoo import stages
 from scripts.zoo.emoji.export import training_state
@@ -213,15 +213,12 @@ class Job:
         """Write all that must leave the machine: models, curves, progress."""
         file = self.out / "report.json"
         self.pack(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
-        averages = self.work / "averages"
-        averages.mkdir(exist_ok=True)
+        folder = self.work / "averages"
+        folder.mkdir(exist_ok=True)
         for stage, prefix in _PREFIX.items():
             checkpoint = self.work / f"{stage}.safetensors"
             if checkpoint.is_file():
-                whole = f"ema.{prefix}"
-                state = load_file(checkpoint)
-                save_file({k[len(whole) :]: v for k, v in state.items() if k.startswith(whole)},
-                          averages / f"{stage}.safetensors")  # fmt: skip
+                save_file(averages(checkpoint, prefix), folder / f"{stage}.safetensors")
         (self.work / "packed").mkdir(exist_ok=True)
         for part in export.send(self.work, self.work / "packed", self.out):
             self.tell(f"export: {part} {part.stat().st_size / 1e6:.1f} MB")
@@ -231,12 +228,7 @@ class Job:
         """Write the logs of all stages as one file, and how far each of them is."""
         logs = {stage: self.work / f"{stage}.jsonl" for stage in _PREFIX}
         logs |= {one.name: one.folder(self.work) / "log.jsonl" for one in self.students}
-        lines = [
-            json.dumps({"stage": name, **json.loads(line)})
-            for name, file in logs.items()
-            if file.is_file()
-            for line in file.read_text(encoding="utf-8").splitlines()
-        ]
+        lines = [line for name, file in logs.items() if file.is_file() for line in stages.labelled(file, stage=name)]
         (self.out / "curves.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         begun = {stage: training_state(self.work / f"{stage}.safetensors") for stage in _PREFIX}
         progress = {**begun, "teacher_finished": self._finished.exists()}

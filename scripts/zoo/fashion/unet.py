@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffaccel.distill import NetworkTeacher, SIMFewStepScheduler, SIMOneStepScheduler
 from diffaccel.distill.options import Matching
+from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
 from scripts.zoo.fashion.data import CLASSES, PADDED, Pictures, padded
 from scripts.zoo.fashion.recipe import FashionRecipe
@@ -68,8 +68,8 @@ def load(work: Path, recipe: FashionRecipe, device: torch.device) -> UNet2DModel
     file = work / f"{NAME}.safetensors"
     if not file.is_file():
         return None
-    network, weights = build(recipe, 0), load_file(file)
-    network.load_state_dict({name: weights[f"ema.unet.{name}"] for name, _ in network.named_parameters()})
+    network = build(recipe, 0)
+    network.load_state_dict(averages(file, "unet."))
     return network.to(device).eval()
 
 
