@@ -74,46 +74,57 @@ class Timed(Bench):
             diffaccel.remove(self.pipe)
         return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu(), seconds, cost
 
-    def fitted(self, template: str, rows: Rows, begin: float) -> tuple[str, float]:
+    def fitted(self, template: str, rows: Rows) -> tuple[str, float]:
         """Return a variant whose calls take ``--seconds`` a picture, and what they took last.
 
-        The budget goes up in proportion to the seconds that are missing. The longest call within them is taken, at 1 %
+        The budget changes in proportion to the seconds that are missing. The longest call within them is taken, at 2 %
         of tolerance; where none is, the shortest.
         """
-        wanted, budget = self.args.seconds, begin
+        wanted = self.args.seconds
+        is_seconds = "seconds={budget" in template
+        budget = wanted if is_seconds else 5.0 * self.args.steps
         tried: list[tuple[str, float]] = []
         self.draw(template.format(budget=budget), rows)  # loads what it needs
         for _ in range(self.args.tries):
             text = template.format(budget=budget)
-            self.draw(text, rows)  # drafts measure their rounds in the first call of a config
+            if is_seconds:
+                self.draw(text, rows)  # drafts measure their rounds in the first call of a config
             seconds = self.draw(text, rows)[1]
             tried.append((text, seconds))
+            if abs(seconds / wanted - 1) < 0.02:
+                break
             budget *= wanted / seconds
-        within = [row for row in tried if row[1] <= wanted * 1.01]
+        within = [row for row in tried if row[1] <= wanted * 1.02]
         return max(within, key=lambda row: row[1]) if within else min(tried, key=lambda row: row[1])
 
-    def choose(self, rows: Rows, variants: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-        """Return for every method the variant whose pictures the judge likes best, all fitted to the seconds."""
+    def tried(self, template: str, rows: Rows) -> dict[str, Any]:
+        """Return what a variant fitted to the seconds takes and what the judge says of its pictures."""
+        parts = [rows[i : i + self.args.batch] for i in range(0, len(rows), self.args.batch)]
+        try:
+            text, seconds = self.fitted(template, parts[0])
+        except DiffAccelError as error:  # such as a budget below one round
+            return {"left out": str(error)}
+        scores = self.measure(torch.cat([self.draw(text, part)[0] for part in parts]), rows)
+        means = {key: round(float(scores[key].mean()), 3) for key in ("judge", "reward")}
+        return {"variant": text, "seconds": round(seconds, 4), **means}
+
+    def choose(self, rows: Rows, variants: dict[str, list[str]], file: Path) -> dict[str, dict[str, Any]]:
+        """Return for every method the variant whose pictures the judge likes best, all fitted to the seconds.
+
+        What is tried is written as it is known, and not tried again.
+        """
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         chosen = {}
-        batch = rows[: self.args.batch]
         for name, templates in variants.items():
-            tried = []
             for template in templates:
-                is_seconds = "seconds={budget" in template
-                try:
-                    begin = self.args.seconds if is_seconds else 5.0 * self.args.steps
-                    text, seconds = self.fitted(template, batch, begin)
-                except DiffAccelError as error:  # such as a budget below one round
-                    print(f"left out: {template}: {error}", flush=True)
-                    continue
-                parts = [rows[i : i + self.args.batch] for i in range(0, len(rows), self.args.batch)]
-                images = torch.cat([self.draw(text, part)[0] for part in parts])
-                judge = float(self.measure(images, rows)["judge"].mean())
-                tried.append({"variant": text, "seconds": round(seconds, 4), "judge": round(judge, 3)})
-                print(f"chosen on {len(rows)} other prompts: {name}: {tried[-1]}", flush=True)
-            if not tried:
+                if template not in known:
+                    known[template] = self.tried(template, rows)
+                    write_json(file, known)
+                print(f"on {len(rows)} other prompts: {name}: {template}: {known[template]}", flush=True)
+            found = [known[template] for template in templates if "judge" in known[template]]
+            if not found:
                 raise SystemExit(f"No variant of '{name}' runs in {self.args.seconds:g} s a picture. Raise --seconds.")
-            chosen[name] = {**max(tried, key=lambda row: row["judge"]), "tried": tried}
+            chosen[name] = {**max(found, key=lambda row: row["judge"]), "tried": found}
         return chosen
 
     def part(self, number: int, rows: Rows, variants: dict[str, str]) -> dict[str, Any]:
@@ -222,7 +233,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--set", default="emoji-1000", help="prompt set, or a file of prompts with categories")
     add("--prompts", type=int, default=300, help="prompts of the table, from the beginning of the set")
     add("--choose", type=int, default=48, help="prompts after them on which budgets are fitted and variants chosen")
-    add("--tries", type=int, default=4, help="of fitting a budget to the seconds")
+    add("--choose-set", default=None, help="another set, from whose beginning these are taken instead")
+    add("--tries", type=int, default=3, help="of fitting a budget to the seconds")
     add("--seeds", type=int, default=1)
     add("--seconds", type=float, default=0.15, help="of a picture")
     add("--steps", type=int, default=8)
@@ -251,6 +263,20 @@ def main() -> None:
         print(shown(row))
 
 
+def other_rows(args: argparse.Namespace) -> Rows:
+    """Return the prompts on which budgets are fitted and variants chosen, none of which the table has."""
+    if args.choose_set is None:
+        return rows_of(args.set, args.prompts, args.choose, 1)
+    table = {text for text, _ in rows_of(args.set, 0, args.prompts, 1)}
+    rows = rows_of(args.choose_set, 0, args.choose, 1)
+    shared = [text for text, _ in rows if text in table]
+    if shared:
+        raise SystemExit(
+            f"'{shared[0]}' is in --choose-set and among the {args.prompts} prompts of --set. Give others."
+        )
+    return rows
+
+
 def measure(args: argparse.Namespace) -> None:
     """Make the parts that are missing."""
     bench = Timed(args)
@@ -267,7 +293,7 @@ def measure(args: argparse.Namespace) -> None:
         values = {
             "options": options, "kind": args.kind, "device": record.describe_device(bench.device), "judge": JUDGE,
             "versions": record.versions(), "reward": REWARD, "date": time.strftime("%Y-%m-%d"),
-            "chosen": bench.choose(rows_of(args.set, args.prompts, args.choose, 1), variants),
+            "chosen": bench.choose(other_rows(args), variants, args.out / "tried.json"),
         }  # fmt: skip
         write_json(file, values)
     chosen = {name: row["variant"] for name, row in values["chosen"].items()}
