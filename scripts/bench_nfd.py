@@ -1,6 +1,6 @@
 """Time next-frame diffusion with random weights: frames a second, drafts, latencies, decoders, long rollouts.
 
-    python -m scripts.bench_nfd --rows speed --kind nvidia-h200 --out docs/results
+    python -m scripts.bench_nfd --rows speed --autotune --kind nvidia-h200 --out docs/results
     python -m scripts.bench_nfd --rows drafts,latency,fan,decoder,long,peer --kind nvidia-h200 --out docs/results
 
 Batch 1, bf16 on a GPU. Every row has the keys and values of its frame written ("KV pass"); "compiled" are the layers
@@ -184,16 +184,18 @@ def main() -> int:
     parser.add_argument("--rows", default="speed", help=f"sections with commas between: {', '.join(SECTIONS)}")
     parser.add_argument("--bed", choices=sorted(beds.BEDS), help="another model than the section's own")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--autotune", action="store_true", help="compile with max-autotune: minutes of set-up")
     parser.add_argument("--frames", type=int, help="instead of the section's own number")
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON records")
     args = parser.parse_args()
     device = describe_device(torch.device(args.device))["name"]
+    modes = ("default", "max-autotune-no-cudagraphs")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     for section in args.rows.split(","):
         name, measure, frames = SECTIONS[section]
-        bed = beds.make(args.bed or name, torch.device(args.device))
+        bed = beds.make(args.bed or name, torch.device(args.device), modes[args.autotune])
         facts = {
             "command": f"python -m scripts.bench_nfd {' '.join(sys.argv[1:])}", "device": device, "kind": args.kind,
             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "section": section, "model": bed.facts(),

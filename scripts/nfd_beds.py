@@ -36,11 +36,16 @@ BEDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Bed:
-    """One model with random weights on one device."""
+    """One model with random weights on one device.
+
+    Attributes:
+        compile_mode: how ``torch.compile`` compiles its layers, and the stack that they are compared with.
+    """
 
     name: str
     model: NextFrameTransformer
     device: torch.device
+    compile_mode: str = "default"
 
     @property
     def is_cuda(self) -> bool:
@@ -87,7 +92,7 @@ class Bed:
             diffaccel.accelerate(pipe, W8A8())
         if "compiled" in way:
             torch._dynamo.config.recompile_limit = 64  # one program for each number of frames of an evaluation
-            self.model.compile_blocks(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+            self.model.compile_blocks(fullgraph=True, dynamic=False, mode=self.compile_mode)
         try:
             yield self.model
         finally:
@@ -96,14 +101,14 @@ class Bed:
             torch.compiler.reset()
 
 
-def make(name: str, device: torch.device) -> Bed:
+def make(name: str, device: torch.device, compile_mode: str = "default") -> Bed:
     """Return a model whose gates and head are drawn, too."""
     torch.manual_seed(0)
     with device:
         model = NextFrameTransformer(**BEDS[name]).eval().requires_grad_(False)
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    return Bed(name, model.to(torch.bfloat16) if device.type == "cuda" else model, device)
+    return Bed(name, model.to(torch.bfloat16) if device.type == "cuda" else model, device, compile_mode)
 
 
 def sampler(model: NextFrameTransformer, bed: Bed, steps: int, draft: int = 1, **options: Any) -> NextFrameSampler:
@@ -176,7 +181,7 @@ def block_stack(bed: Bed, steps: int) -> float:
             x = block.after(x, row[:, :count], out.transpose(1, 2).unflatten(1, (count, model.tokens)))
         return x
 
-    compiled = torch.compile(stack, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+    compiled = torch.compile(stack, mode=bed.compile_mode, fullgraph=True, dynamic=False)
     one, two = (torch.randn(1, count, model.tokens, dim, dtype=model.dtype, device=bed.device) for count in (1, 2))
 
     def frame() -> None:

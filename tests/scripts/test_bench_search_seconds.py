@@ -60,7 +60,7 @@ def test_budgets_are_fitted_to_the_seconds() -> None:
         asked.append(text)
         return None, 0.02 + 0.001 * float(text.rpartition("=")[2]), {}
 
-    timed: Any = SimpleNamespace(args=SimpleNamespace(seconds=0.15, tries=4), draw=draw)
+    timed: Any = SimpleNamespace(args=SimpleNamespace(seconds=0.15, tries=4, steps=8), draw=draw)
     text, seconds = bench.Timed.fitted(timed, "bon:budget={budget:.0f}", [("x", 0)])
     assert 0.14 < seconds <= 0.15 * 1.02 and text.startswith("bon:budget=1")
     assert len(asked) <= 1 + 2 * 4
