@@ -23,7 +23,7 @@ from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
-from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all, write_entry
+from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
 
 VERSION = "2"
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
@@ -164,7 +164,7 @@ class Distillation:
 
     def autocast(self) -> Any:
         """Return the context in which networks compute in the run's dtype."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return computing(self.device, self.dtype)
 
     def _update(self, name: str, network: nn.Module) -> None:
         """Step one optimiser; a gradient that is not finite is replaced by zero and counted."""

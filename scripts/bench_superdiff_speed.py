@@ -66,8 +66,7 @@ class Bench:
         size, config = MODELS[model]
         self.device, self.dtype, self.batch, self.steps = device, dtype, batch, steps
         torch.manual_seed(0)
-        with made_on(device, dtype):
-            self.pipe = _flux(config) if "flux" in model else _sd(config)
+        self.pipe = (_flux if "flux" in model else _sd)(config, device, dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.encode_prompt = self._encode
         self.call = {"height": size, "width": size, "output_type": "latent", "num_inference_steps": steps}
@@ -152,14 +151,16 @@ def _mixed(x: Tensor, preds: list[Tensor], sigma: float, ds: float) -> Tensor:
     return x + alone + 2 * ds * GUIDANCE * kappa.view(-1, *[1] * (x.ndim - 1)) * apart
 
 
-def _sd(config: dict[str, Any]) -> Any:
-    unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+def _sd(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    with made_on(device, dtype):
+        unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
     scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return StableDiffusionPipeline(None, None, None, unet, scheduler, None, None, requires_safety_checker=False)
 
 
-def _flux(config: dict[str, Any]) -> Any:
-    transformer = FluxTransformer2DModel(**config).eval().requires_grad_(False)
+def _flux(config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    with made_on(device, dtype):
+        transformer = FluxTransformer2DModel(**config).eval().requires_grad_(False)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return FluxPipeline(scheduler, None, None, None, None, None, transformer)
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# cuDNN's attention, PyTorch's first choice on Hopper, is left out: its gradients of a FLUX transformer under autocast
+# were hundreds of times too large or not finite where other kernels agreed (torch 2.11, H200, bfloat16)
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@contextmanager
+def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute networks in ``dtype`` in the block (float32: as they are), by attention kernels with right gradients."""
+    with sdpa_kernel(_KERNELS), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        yield
 
 
 def is_over_for_all(over: bool, size: int, device: torch.device) -> bool:

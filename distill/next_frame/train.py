@@ -20,6 +20,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.processes import Processes
 from diffaccel.training.loop import Deadline, TrainingRun, step_seed
+from diffaccel.training.steps import computing
 
 
 class Clips(Protocol):
@@ -82,7 +83,7 @@ class Steps:
 
     def autocast(self, dtype: torch.dtype) -> Any:
         """Return the context of the network's arithmetic."""
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        return computing(self.device, dtype)
 
 
 def train_forcing(

@@ -24,7 +24,7 @@ from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.prepare import convert, prepare_qat
 from diffaccel.training.loop import Deadline, step_seed
-from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all, write_entry
+from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
 
 _BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
 
@@ -179,7 +179,7 @@ class QATRun:
         model, config = self.model, self.config
         a, s = (part.to(self.device) for part in model.coefficients(batch.sigma))
         x_t = a * batch.x0 + s * batch.eps
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with computing(self.device, self.dtype):
             with torch.no_grad():
                 followed = model.ask(model.network, x_t, batch.sigma, batch.group, batch.branch)
             student = model.ask(self.student, x_t, batch.sigma, batch.group, batch.branch)

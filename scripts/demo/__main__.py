@@ -26,7 +26,7 @@ def main() -> int:
     share_cpu()
     quiet_libraries(True)
     size = (options.size, options.size) if options.size else None
-    variants = default_variants(options.steps, options.few)
+    variants = default_variants(options.model, options.steps, options.few)
     command = ["python", "-m", "scripts.demo.__main__", *map(shlex.quote, sys.argv[1:])]
     try:
         demo = run_demo(

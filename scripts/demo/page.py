@@ -41,26 +41,33 @@ KIND = "demo"
 
 @dataclass(frozen=True)
 class DemoVariant:
-    """One column of the demo: a sampler (None for the pipeline's own loop) and a number of steps."""
+    """One column of the demo: a sampler (None for the pipeline's own loop), a number of steps, and another model.
+
+    Args:
+        student: name of a zoo model that draws instead of the demo's own, in a call as its card recommends.
+    """
 
     sampler: str | None
     steps: int
+    student: str | None = None
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.sampler or 'plain'}-{self.steps}"
+        return f"{self.student or self.sampler or 'plain'}-{self.steps}"
 
     @property
     def label(self) -> str:
         """Name on the page."""
-        return f"{self.sampler or 'plain pipeline'}, {self.steps} step{'s' * (self.steps != 1)}"
+        return f"{self.student or self.sampler or 'plain pipeline'}, {self.steps} step{'s' * (self.steps != 1)}"
 
 
-def default_variants(steps: int = 28, few: int = 8) -> list[DemoVariant]:
-    """Return the baseline, every sampler at as many steps, then some of them with ``few`` network calls."""
+def default_variants(model: str = zoo.DEFAULT, steps: int = 28, few: int = 8) -> list[DemoVariant]:
+    """Return the baseline, samplers at as many steps, some with ``few`` network calls, and the model's students."""
     equal = [DemoVariant(name, steps) for name in (None, "euler", "heun", "dpmpp2m", "ancestral")]
-    return [*equal, DemoVariant(None, few), DemoVariant("dpmpp2m", few), DemoVariant("heun", max(1, few // 2))]
+    fast = [DemoVariant(None, few), DemoVariant("dpmpp2m", few), DemoVariant("heun", max(1, few // 2))]
+    students = [name for name in zoo.names() if zoo.card(name).get("base") == model]
+    return [*equal, *fast, *(DemoVariant(None, zoo.call_defaults(s)["num_inference_steps"], s) for s in students)]
 
 
 def run_demo(
@@ -80,7 +87,7 @@ def run_demo(
 
     Images that an earlier call with the same arguments finished are used again.
     """
-    variants = list(variants or default_variants())
+    variants = list(variants or default_variants(model))
     request = Request(
         prompts=tuple(prompts), model=model, seed=seed, batch=batch, size=size, guidance=guidance
     ).with_model_defaults()
@@ -105,13 +112,10 @@ def run_demo(
 
 
 def _draw(request: Request, variants: Sequence[DemoVariant], out: Path, progress: bool) -> list[dict[str, Any]]:
-    """Draw the request in every variant on one open pipeline and return the records of the runs."""
-    device = loading.pick_device(request.device)
-    folder, digest = loading.locate(request.model)
-    pipe = loading.open_pipeline(request, folder, device, loading.pick_dtype(request.dtype, device))
-    pipe.set_progress_bar_config(disable=True)
+    """Draw the request in every variant, on one open pipeline of each model, and return the records of the runs."""
+    models = {variant.student: _Model.open(request, variant.student) for variant in variants}
     for variant in variants:
-        _warm_up(pipe, request, variant)
+        models[variant.student].warm_up(variant)
     # one call of every variant, then the next of each: other load on the machine affects all of them alike
     rounds = len(request.chunks())
     with tqdm(total=rounds * len(variants), disable=not progress, unit="call") as bar:
@@ -119,30 +123,44 @@ def _draw(request: Request, variants: Sequence[DemoVariant], out: Path, progress
             runs = []
             for variant in variants:
                 bar.set_description(variant.label)
-                runs.append(_run(pipe, request, variant, out, digest))
+                model = models[variant.student]
+                runs.append(model.draw(variant, out / variant.name, digest=model.digest, stop_after=1))
                 bar.update()
     return runs
 
 
-def _run(pipe: Any, request: Request, variant: DemoVariant, out: Path, digest: str) -> dict[str, Any]:
-    request = replace(request, steps=variant.steps)
-    return _generate(pipe, request, variant, out / variant.name, digest=digest, stop_after=1)
+@dataclass(frozen=True)
+class _Model:
+    """An open pipeline, its digest, and what is asked of it."""
 
+    pipe: Any
+    digest: str
+    request: Request
 
-def _generate(pipe: Any, request: Request, variant: DemoVariant, out: Path, **options: Any) -> dict[str, Any]:
-    if variant.sampler is not None:
-        compose.accelerate(pipe, variant.sampler)
-    try:
-        return generate_run(request, out, pipe=pipe, **options)
-    finally:
-        compose.remove(pipe)
+    @classmethod
+    def open(cls, request: Request, student: str | None) -> _Model:
+        if student is not None:  # guidance is in a student
+            request = replace(request, model=student, guidance=None, negative=None).with_model_defaults()
+        device = loading.pick_device(request.device)
+        folder, digest = loading.locate(request.model)
+        pipe = loading.open_pipeline(request, folder, device, loading.pick_dtype(request.dtype, device))
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe, digest, request)
 
+    def draw(self, variant: DemoVariant, out: Path, **options: Any) -> dict[str, Any]:
+        request = replace(self.request, steps=variant.steps)
+        if variant.sampler is not None:
+            compose.accelerate(self.pipe, variant.sampler)
+        try:
+            return generate_run(request, out, pipe=self.pipe, **options)
+        finally:
+            compose.remove(self.pipe)
 
-def _warm_up(pipe: Any, request: Request, variant: DemoVariant) -> None:
-    """Draw two steps, so that one-time work of the libraries is not counted against a variant's first call."""
-    once = replace(request, prompts=request.prompts[: request.batch], steps=min(2, variant.steps))
-    with tempfile.TemporaryDirectory() as folder:
-        _generate(pipe, once, variant, Path(folder))
+    def warm_up(self, variant: DemoVariant) -> None:
+        """Draw two steps, so that one-time work of the libraries is not counted against a variant's first call."""
+        few = replace(self.request, prompts=self.request.prompts[: self.request.batch])
+        with tempfile.TemporaryDirectory() as folder:
+            replace(self, request=few).draw(replace(variant, steps=min(2, variant.steps)), Path(folder))
 
 
 # -- comparing --------------------------------------------------------------------------------------------------------
@@ -163,6 +181,7 @@ def _row(out: Path, variant: DemoVariant, run: dict[str, Any], baseline: dict[st
         "name": variant.name,
         "label": variant.label,
         "sampler": variant.sampler,
+        "student": variant.student,
         "steps": variant.steps,
         "nfe": cost["nfe"] / count,
         "forwards": cost["forwards"] / count,
@@ -275,7 +294,13 @@ def findings(rows: Sequence[dict[str, Any]]) -> list[str]:
                 else f"{row['speedup']:.2f} times as fast"
             )
             sentences.append(f"Euler through diffaccel is {same}, {time}.")
-    few = [row for row in others if row["nfe"] < base["nfe"] / 2]
+    for row in others:
+        if row["student"]:
+            sentences.append(
+                f"{row['student']} is a model of its own, distilled from this one: {row['nfe']:g} instead of "
+                f"{base['nfe']:g} predictions, {row['speedup']:.1f} times as fast."
+            )
+    few = [row for row in others if row["nfe"] < base["nfe"] / 2 and not row["student"]]
     if few:
         closest = min(few, key=lambda row: row["difference"])
         sentences.append(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffaccel import zoo
 from scripts.demo import page as demo
-from scripts.demo.page import DemoVariant, findings, run_demo
+from scripts.demo.page import DemoVariant, default_variants, findings, run_demo
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "samplers.md"
@@ -126,8 +126,8 @@ def test_published_numbers_are_the_records():
 
 
 def row(**changes):
-    plain = {"sampler": None, "steps": 28, "label": "plain", "nfe": 28, "seconds": 2.0, "difference": 0.0,
-             "identical": True, "speedup": 1.0, "speedup_range": [0.9, 1.1]}  # fmt: skip
+    plain = {"sampler": None, "student": None, "steps": 28, "label": "plain", "nfe": 28, "seconds": 2.0,
+             "difference": 0.0, "identical": True, "speedup": 1.0, "speedup_range": [0.9, 1.1]}  # fmt: skip
     return {**plain, **changes}
 
 
@@ -141,3 +141,17 @@ def test_sentences_say_what_the_numbers_say():
     assert "b stays closest" in few and "3.4 times as fast" in few
     assert "0.40 levels off" in findings([row(), row(sampler="euler", identical=False, difference=0.4)])[0]
     assert findings([row()]) == []
+    student = row(student="small", steps=1, nfe=1, label="small, 1 step", difference=9.0, speedup=12.0)
+    (sentence,) = findings([row(), student])
+    assert sentence.startswith("small is a model of its own") and "1 instead of 28" in sentence
+
+
+@pytest.mark.skipif("emoji-flux-1step" not in zoo.names(), reason="no student is in this checkout")
+def test_the_models_students_are_columns_that_draw_as_their_cards_say(tmp_path):
+    *_, student = default_variants("emoji-flux", 2, 1)
+    assert student == DemoVariant(None, 1, "emoji-flux-1step") and default_variants("./folder")[-1].student is None
+    record = run_demo(tmp_path, prompts=("red apple, noto",), variants=[DemoVariant(None, 2), student], size=(64, 64),
+                      progress=False)  # fmt: skip
+    base, own = record["variants"]
+    assert (base["forwards"], own["forwards"], own["label"]) == (4, 1, "emoji-flux-1step, 1 step")
+    assert not own["identical"] and "is a model of its own" in (tmp_path / "index.html").read_text()

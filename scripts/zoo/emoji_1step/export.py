@@ -6,6 +6,7 @@ python -m scripts.zoo.emoji_1step.export --receive OUT --zoo diffaccel/zoo
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tarfile
 import tempfile
@@ -13,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from diffaccel import zoo
 from diffaccel.distill import Distillation, student
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import write_json
+from diffaccel.files import write_json, write_png, write_text
 from diffaccel.zoo import packing
+from scripts.zoo.emoji.card import CAPTION, state
 from scripts.zoo.emoji.export import join, split
 
 BASE, ARCHIVE = "emoji-flux", "emoji-1step.tar"
 CHANGE_BYTES, LARGEST = 1_600_000, 2e6  # of the factors, and packed
+PACKED = "student, packed"  # its row of the report
 _LEGAL = ("NOTICE", "LICENSE-APACHE", "LICENSE-MIT")
+_LEAST_JUDGE, _LARGEST_FD = 0.95, 2.0  # of the teacher's
 
 
 def packed_base() -> Path:
@@ -59,10 +64,65 @@ def pack(run: Distillation, models: Path, quality: dict[str, Any]) -> tuple[Path
                      "seconds": round(run.seconds, 1)},
         **{key: base[key] for key in ("licence", "attribution", "data") if key in base}, "quality": quality,
     }  # fmt: skip
-    write_json(out / zoo.CARD, facts)
+    write_json(out / zoo.CARD, {**facts, **accepted(quality, size)})
     for name in (*_LEGAL, "vocabulary.json"):
         shutil.copyfile(packed_base() / name, out / name)
     return out, size
+
+
+def accepted(quality: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the table that a student is accepted by, and the state that follows; no row of what was not measured."""
+    rows = [("packed megabytes", f"<= {LARGEST / 1e6:g}", size / 1e6, size <= LARGEST)]
+    if PACKED in quality:
+        teacher = next(row for name, row in quality.items() if name.startswith("teacher, "))
+        judge = quality[PACKED]["judge"] / teacher["judge"]
+        rows.append(("judge's score over the teacher's", f">= {_LEAST_JUDGE}", judge, judge >= _LEAST_JUDGE))
+        if "fd" in teacher:
+            fd = quality[PACKED]["fd"] / teacher["fd"]
+            rows.append(("Fréchet distance over the teacher's", f"<= {_LARGEST_FD}", fd, fd <= _LARGEST_FD))
+    table = [{"check": c, "target": t, "value": round(v, 3), "passed": ok} for c, t, v, ok in rows]
+    return {"acceptance": table, "state": state({"acceptance": table} if PACKED in quality else {})}
+
+
+def readme(card: dict[str, Any]) -> str:
+    """Return a student's page, from its card."""
+    rows = {name: row for name, row in card["quality"].items() if isinstance(row, dict)}
+    call = ", ".join(f"{key}={value}" for key, value in card["defaults"].items())
+    training = card["training"]
+    lines = [
+        f"# {card['name']}", "",
+        f"{card['title']}: distilled from {card['base']} by score implicit matching (arXiv 2410.16794), without data, "
+        f"in {training['turns']} turns and {training['seconds']:.0f} s on one NVIDIA H200. State: "
+        f"**{card['state']}**.", "",
+        "![16 prompts a row: the teacher at 28, 8, 4, 2 and 1 steps, the student, the packed student](grid.png)",
+        "", CAPTION, "", "```python", "import diffaccel", "", f'pipe = diffaccel.load("{card["name"]}")',
+        f'pipe("red apple, noto", {call}).images[0]', "```", "",
+        "Guidance is in the student: leave `true_cfg_scale` at 1. Prompts, styles and labels are those of "
+        f"{card['base']}. Only what differs from {card['base']} is packed: changes of low rank, "
+        f"{card['bytes']['packed'] / 1e6:.2f} MB.", "",
+        f"{card['quality']['pictures']} prompts that no training had, 128 px (`python -m scripts.zoo.emoji_1step.job "
+        "--stages score`):", "",
+        "| drawn by | judge's cosine | Fréchet distance to the training icons |", "|---|---|---|",
+        *(f"| {name} | {row['judge']} | {row.get('fd', '')} |" for name, row in rows.items()), "",
+        "| check | accepted from | value | |", "|---|---|---|---|",
+        *(f"| {r['check']} | {r['target']} | {r['value']} | {'yes' if r['passed'] else 'no'} |"
+          for r in card["acceptance"]), "",
+        "## Attribution", "", *card["attribution"], "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def finish(model: Path, out: Path) -> None:
+    """Put the page of a received model beside it, and the grid that its job drew."""
+    card = json.loads((model / zoo.CARD).read_text(encoding="utf-8"))
+    card |= accepted(card["quality"], card["bytes"]["packed"])
+    write_json(model / zoo.CARD, card)
+    if PACKED in card["quality"]:
+        write_text(model / "README.md", readme(card))
+    if (out / "grid.png").is_file():
+        with Image.open(out / "grid.png") as grid:
+            half = grid.convert("RGB").resize((grid.width * 5 // 8, grid.height * 5 // 8), Image.Resampling.LANCZOS)
+        write_png(model / "grid.png", half.quantize(256))
 
 
 def unpacked(packed: Path, plain: Path) -> Any:
@@ -108,7 +168,9 @@ def main() -> None:
     try:
         if not list(options.receive.glob(f"{ARCHIVE}.*")):
             raise DiffAccelError(f"'{options.receive}' has no parts of {ARCHIVE}; give the folder that a job wrote.")
-        print(*receive(options.receive, options.zoo), sep="\n")
+        for model in receive(options.receive, options.zoo):
+            finish(model, options.receive)
+            print(model)
     except DiffAccelError as error:
         raise SystemExit(f"error: {error}") from error
 

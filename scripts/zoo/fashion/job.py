@@ -87,7 +87,7 @@ class Job:
         run = unet.train(
             self.training, self.recipe, self._plan(), self.work, deadline=self.deadline, seed=self.seed + 1
         )
-        if run.finished:
+        if run.finished or self.last:  # the deadline may come a moment before the plan's last second
             self._finished.touch()
 
     @property
