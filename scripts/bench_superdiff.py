@@ -83,7 +83,7 @@ FAMILIES: dict[str, dict[str, Rule]] = {
     },
     "or": {"noise": ({"op": "or"}, 3)},
 }  # fmt: skip
-REFERENCE = "and"
+REFERENCES = {"AND": "and", "Dombi": "dombi and"}  # families whose leads over the others are told
 
 
 def pairs_of(split: str, count: int | None = None) -> list[tuple[str, str]]:
@@ -213,8 +213,8 @@ def work(args: argparse.Namespace, choice: dict[str, str]) -> Iterator[tuple[str
 
 
 def table(rows: list[dict[str, Any]], clusters: list[int]) -> list[dict[str, Any]]:
-    """Return means with intervals, and paired differences of AND to each row."""
-    base = next((row for row in rows if row["family"] == REFERENCE), None)
+    """Return means with intervals, and paired differences of the references to each row."""
+    bases = {name: row for name, family in REFERENCES.items() for row in rows if row["family"] == family}
     result = []
     for row in rows:
         entry = {key: row[key] for key in ("name", "family", "options", "steps", "rows_a_picture", "seconds")}
@@ -223,16 +223,17 @@ def table(rows: list[dict[str, Any]], clusters: list[int]) -> list[dict[str, Any
         for key in ("worse", "both"):
             mean = intervals.bootstrap_mean(row[key], clusters=clusters)
             entry[key] = [mean.value, mean.low, mean.high]
-            if base is not None and row is not base:
-                lead = intervals.paired_difference(base[key], row[key], clusters=clusters).interval
-                entry[f"and minus this, {key}"] = [lead.value, lead.low, lead.high]
+            for name, base in bases.items():
+                if row is not base:
+                    lead = intervals.paired_difference(base[key], row[key], clusters=clusters).interval
+                    entry[f"{name} minus this, {key}"] = [lead.value, lead.low, lead.high]
         result.append(entry)
     return result
 
 
 HEAD = (
     "| rule | steps | rows a picture | worse score | both found | one found | side by side | AND minus this, worse "
-    "| both |\n" + "|---" * 9 + "|"
+    "| Dombi minus this, worse |\n" + "|---" * 9 + "|"
 )
 
 
@@ -248,7 +249,7 @@ def shown(entry: dict[str, Any]) -> str:
     cells = [
         entry["name"], str(entry["steps"]), f"{entry['rows_a_picture']:.0f}", interval(entry["worse"]),
         interval(entry["both"], 100) + " %", f"{100 * entry['one']:.1f} %", f"{entry['caption']:.2f}",
-        interval(entry.get("and minus this, worse"), 1, "+"), interval(entry.get("and minus this, both"), 100, "+"),
+        *(interval(entry.get(f"{name} minus this, worse"), 1, "+") for name in REFERENCES),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -38,6 +38,9 @@ class SuperDiff(SamplerConfig):
     - ``fkc``: the product by Feynman-Kac correctors in Euler-Maruyama form (arXiv 2503.02819);
     - ``mcmc``: the product by Langevin moves at every level (arXiv 2506.08894).
 
+    For two prompts of one model take ``dombi``: by a held-out judge it shows the weaker concept better than averaging,
+    the products and the published AND do (``docs/superdiff.md`` has the table; over ``and`` here it is not told apart).
+
     The components of one picture are given in its prompt, with ``|`` between them: ``pipe("a cat | a teapot")``; a list
     of such prompts is a batch. Several pipelines, ``accelerate([a, b], SuperDiff())``, share a prompt or take one
     component each. Latents are ``(B, C, H, W)`` or ``(B, C, F, H, W)``; L and kappa are (B, M), in nats.
