@@ -25,7 +25,7 @@ class OneStepRecipe:
     name: str
     size: int = 128
     prompts: int = 8192
-    seconds: float = 1500.0
+    seconds: float = 620.0
     turns: int = 0
     looked: int = 128
     scored: int = 1000
