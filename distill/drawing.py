@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from diffaccel.distill.options import Matching
 from diffaccel.distill.parameterization import clean
+from diffaccel.distill.stage import Stage
 from diffaccel.distill.teacher import Teacher
 
 
@@ -21,7 +21,7 @@ def generate(
     generator: nn.Module,
     z: Tensor,
     group: int,
-    config: Matching,
+    config: Stage,
     fresh: Tensor | None = None,
     call_of_row: Tensor | None = None,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def generate(
 
 @torch.no_grad()
 def _input_of_call(
-    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: Matching, fresh: Tensor,
+    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: Stage, fresh: Tensor,
     call_of_row: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what the network is given in the call of every row, and its level ``(B,)``."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from diffaccel.config import Config
-from diffaccel.distill.levels import Law, Levels, from_ratio
+from diffaccel.distill.levels import Law, Levels
 from diffaccel.distill.losses import Distance, Weight
 from diffaccel.distill.parameterization import Space
+from diffaccel.distill.stage import Stage
 from diffaccel.errors import DiffAccelError
 
-Start = Literal["unit", "scaled"]
 Match = Literal["mixture", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matching(Config):
+class Matching(Stage):
     """Options of one-step distillation by matching the scores of a generator and a teacher.
 
     A generator ``G`` draws in one network call. An assistant ``F`` learns the scores of what ``G`` draws by denoising
@@ -24,18 +23,13 @@ class Matching(Config):
     the teacher.
 
     Args:
-        steps: of the generator.
         student_steps: network calls in which the student draws. Those after the first are given its last drawing with
             fresh noise, at levels that fall evenly.
         student_match: of a student of several steps, whether drawings of all calls are matched, each picture's at a
             call drawn for it, so that their mixture becomes the teacher's; or those of the "last" alone, which are what
             a user sees, while earlier calls change with the weights that they share.
-        batch: pictures in a step, of all processes together.
         rank: of the generator's change of every matrix; 0 for any. The assistant is free.
-        lr: learning rate of the generator, constant and then falling linearly to ``floor`` of it.
         assistant_lr: of the assistant; 0 for that of the generator.
-        flat: share of the steps before the learning rates fall.
-        floor: share of the learning rates at the end.
         momentum, assistant_momentum: first beta of Adam. Momentum in an assistant that makes one step a turn destroys
             training.
         assistant_steps: of the assistant before each of the generator.
@@ -45,27 +39,16 @@ class Matching(Config):
         space: in which differences are taken: clean estimates, raw outputs, or scores.
         weight: of a sample: 1, or one over the teacher's mean absolute error.
         grad_through_scores: whether gradients also run through both networks to their input; False is Diff-Instruct.
-        noise_ratio: noise to signal of the level at which the generator is asked: 2.5 is 0.71 of a flow model.
-        start: what the generator is given there: noise of deviation one, as stock pipelines begin with, or "scaled" to
-            the level.
         levels, low, high, mean, deviation: law of the generator's noise levels, see ``Levels``.
         assistant_levels, assistant_mean, assistant_deviation: of the assistant's.
         shift: moves both towards noise.
-        ema_pictures: half-life of the average of weights, in pictures; 0 for none.
-        clip: largest norm of a gradient.
         sequential: keep one network's activations at a time: a third of the memory for two more forwards.
-        save_seconds, log_seconds: time between checkpoints and between entries of the log.
     """
 
-    steps: int = 4000
     student_steps: int = 1
     student_match: Match = "mixture"
-    batch: int = 256
     rank: int = 0
-    lr: float = 5e-5
     assistant_lr: float = 0.0
-    flat: float = 0.5
-    floor: float = 0.04
     momentum: float = 0.0
     assistant_momentum: float = 0.0
     assistant_steps: int = 1
@@ -75,8 +58,6 @@ class Matching(Config):
     space: Space = "raw"
     weight: Weight = "one"
     grad_through_scores: bool = True
-    noise_ratio: float = 2.5
-    start: Start = "unit"
     levels: Law = "uniform"
     low: float = 0.02
     high: float = 0.98
@@ -86,50 +67,25 @@ class Matching(Config):
     assistant_mean: float = 0.0
     assistant_deviation: float = 1.0
     shift: float = 1.0
-    ema_pictures: int = 50_000
-    clip: float = 1.0
     sequential: bool = False
-    save_seconds: float = 60.0
-    log_seconds: float = 5.0
 
     def validate(self) -> None:
-        for option, least in (
-            ("steps", 1), ("student_steps", 1), ("batch", 1), ("assistant_steps", 1), ("ema_pictures", 0), ("rank", 0)
-        ):  # fmt: skip
+        super().validate()
+        name = type(self).__name__
+        for option, least in (("student_steps", 1), ("assistant_steps", 1), ("rank", 0)):
             if getattr(self, option) < least:
-                raise DiffAccelError(
-                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be at least {least}."
-                )
-        for option in ("lr", "noise_ratio", "clip", "shift", "deviation", "assistant_deviation"):
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be at least {least}.")
+        for option in ("shift", "deviation", "assistant_deviation"):
             if getattr(self, option) <= 0:
-                raise DiffAccelError(f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be above 0.")
-        for option in ("momentum", "assistant_momentum", "flat"):
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be above 0.")
+        for option in ("momentum", "assistant_momentum"):
             if not 0 <= getattr(self, option) < 1:
-                raise DiffAccelError(
-                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be in [0, 1)."
-                )
-        if not 0 <= self.floor <= 1 or self.c < 0 or self.assistant_lr < 0:
-            raise DiffAccelError(f"{type(self).__name__}.floor must be in [0, 1], c and assistant_lr not below 0.")
-        for option in ("save_seconds", "log_seconds"):
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be in [0, 1).")
+        for option in ("c", "assistant_lr"):
             if getattr(self, option) < 0:
-                raise DiffAccelError(
-                    f"{type(self).__name__}.{option} is {getattr(self, option)}; it must be at least 0, every step."
-                )
-        if not 1e-3 <= self.noise_ratio <= 1e3:
-            raise DiffAccelError(
-                f"{type(self).__name__}.noise_ratio is {self.noise_ratio}; it must be in [0.001, 1000], inside of "
-                "all noise levels."
-            )
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must not be below 0.")
         if not 0 < self.low < self.high <= 1:
-            raise DiffAccelError(
-                f"{type(self).__name__}.low and high are {self.low} and {self.high}; they need 0 < low < high <= 1."
-            )
-        if self.ema_pictures > self.steps * self.batch:
-            raise DiffAccelError(
-                f"{type(self).__name__}.ema_pictures is {self.ema_pictures}, but the run draws "
-                f"{self.steps * self.batch} pictures, so the average would still be the teacher. "
-                "Take a tenth of them or less."
-            )
+            raise DiffAccelError(f"{name}.low and high are {self.low} and {self.high}; they need 0 < low < high <= 1.")
         self._refuse_idle()
 
     def _refuse_idle(self) -> None:
@@ -162,10 +118,9 @@ class Matching(Config):
                 )
 
     @property
-    def student_levels(self) -> tuple[float, ...]:
-        """Levels ``sigma_i = sigma_1 (1 - i / N)`` of the student's network calls ``i < N``, on the linear path."""
-        first = from_ratio(self.noise_ratio)
-        return tuple(first * (1 - call / self.student_steps) for call in range(self.student_steps))
+    def calls(self) -> int:
+        """Number of network calls in which the student draws."""
+        return self.student_steps
 
     @property
     def generator_law(self) -> Levels:

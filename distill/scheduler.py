@@ -11,8 +11,8 @@ from diffusers import ConfigMixin, SchedulerMixin  # from_pretrained looks for S
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from diffaccel.distill.options import Start
 from diffaccel.distill.parameterization import Kind, clean
+from diffaccel.distill.stage import Start
 from diffaccel.modules.step_output import StepOutput
 
 

@@ -1,0 +1,311 @@
+"""One run of training against a teacher: turns, averaged weights, checkpoints that resume to the bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffaccel.distill.identity import fingerprint
+from diffaccel.distill.learner import compute_dtype
+from diffaccel.distill.stage import Stage
+from diffaccel.distill.teacher import Teacher
+from diffaccel.errors import DiffAccelError
+from diffaccel.processes import Processes
+from diffaccel.training.adam import MomentumlessAdam
+from diffaccel.training.checkpoint import load_checkpoint, save_tensors
+from diffaccel.training.ema import EMA
+from diffaccel.training.loop import Deadline, step_seed
+from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
+
+VERSION = "2"
+_BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
+
+
+class LearningRun:
+    """One run; :meth:`run` makes its steps, each of which is a :meth:`turn` of the networks that learn.
+
+    Every random number depends on (seed, step) alone, so that a run that was killed repeats the steps after its last
+    checkpoint to the same bits, and processes draw the parts of one batch.
+
+    Args:
+        folder: of checkpoint and log; a checkpoint there is resumed.
+        networks: that learn, by name; "generator" is the one that draws.
+        rates: learning rate and momentum of each.
+        decays: of averages of the generator's weights, by name; "average" is what is exported.
+        device: on which networks are; the teacher's by default.
+        dtype: in which networks compute, by autocast, the teacher's by default; the weights that learn are float32.
+        begins: hash of the weights that the generator began as, where they are not the teacher's.
+        tell: called with every entry of the log as text.
+
+    Attributes:
+        step: number of generator steps made.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: Stage,
+        folder: str | Path,
+        networks: dict[str, nn.Module],
+        rates: dict[str, tuple[float, float]],
+        decays: dict[str, float],
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
+        begins: str = "",
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.teacher, self.config, self.folder, self.seed = teacher, config, Path(folder), seed
+        self.device = torch.device(device or next(teacher.network.parameters()).device)
+        self.dtype, self.tell = compute_dtype(teacher.network, dtype), tell
+        self.processes = processes or Processes()
+        _check_shares(teacher, config, self.processes.size)
+        self.networks, self.generator, self.begins = networks, networks["generator"], begins
+        self.averages = {name: EMA(self.generator, decay) for name, decay in decays.items()}
+        self.average = self.averages["average"]
+        self.optimizers = {name: _optimizer(network, *rates[name]) for name, network in networks.items()}
+        self.rates = {name: rate for name, (rate, _) in rates.items()}
+        self.step, self.seconds = 0, 0.0
+        self._random = torch.Generator("cpu")
+        self._window: dict[str, list[Tensor]] = {}
+        self._bad = {name: torch.zeros((), dtype=torch.float32, device=self.device) for name in self.optimizers}
+        self._teacher = fingerprint(teacher.network)
+        if self.checkpoint.exists():
+            self.load()
+
+    @property
+    def checkpoint(self) -> Path:
+        """File of the checkpoint."""
+        return self.folder / "checkpoint.safetensors"
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures that the generator learnt from."""
+        return self.step * self.config.batch
+
+    def run(
+        self,
+        deadline: Deadline | None = None,
+        every: int = 0,
+        evaluate: Callable[[Any], dict[str, float]] | None = None,
+    ) -> bool:
+        """Make the steps that are left, and return whether all are made.
+
+        Args:
+            deadline: of this process.
+            every: number of steps between calls of ``evaluate`` by the first process, whose numbers the log keeps; the
+                averaged weights are in the generator while it looks. Training goes on to the same bits as without.
+
+        Raises:
+            DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
+        """
+        last = saved = logged = time.monotonic()
+        while self.step < self.config.steps and not self._is_over(deadline):
+            self.turn()
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, last = self.seconds + now - last, now
+            if now - logged >= self.config.log_seconds:
+                self._log()
+                logged = now
+            if every and self.step % every == 0 and evaluate is not None and self.processes.rank == 0:
+                with self.average:
+                    values = evaluate(self)
+                self._write({"step": self.step, "pictures": self.pictures, **values})
+                last = time.monotonic()
+            if now - saved >= self.config.save_seconds:
+                self.save()
+                saved = now
+        self._log()
+        if self._bad_steps:
+            self._end_bad()
+        self.save()
+        return self.step >= self.config.steps
+
+    def _is_over(self, deadline: Deadline | None) -> bool:
+        """Return whether the first process's time is up: the others, which wait for it at every step, stop with it."""
+        return deadline is not None and is_over_for_all(deadline.over(), self.processes.size, self.device)
+
+    def turn(self) -> None:
+        """Make one turn, of random numbers that depend on seed and step alone."""
+        raise NotImplementedError(f"{type(self).__name__} makes no turns: subclasses of LearningRun do.")
+
+    def meter(self) -> dict[str, float]:
+        """Return numbers that tell how far the run is from its end, of fixed noise."""
+        raise NotImplementedError(f"{type(self).__name__} has no meter: subclasses of LearningRun do.")
+
+    def reseed(self) -> torch.Generator:
+        """Return the generator of this step's random numbers, on the CPU."""
+        self._random.manual_seed(step_seed(self.seed, self.step))
+        return self._random
+
+    def autocast(self) -> Any:
+        """Return the context in which networks compute in the run's dtype."""
+        return computing(self.device, self.dtype)
+
+    def _update(self, name: str, network: nn.Module) -> None:
+        """Step one optimiser; a gradient that is not finite is replaced by zero and counted."""
+        parameters = [p for p in network.parameters() if p.grad is not None]
+        average_gradients(parameters, self.processes.size)
+        norm, finite = clip_or_zero(parameters, self.config.clip)
+        optimizer = self.optimizers[name]
+        optimizer.param_groups[0]["lr"] = self.rates[name] * self._rate()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bad = self._bad[name]
+        self._bad[name] = torch.where(finite, torch.zeros_like(bad), bad + 1)
+        self._note({f"{name}_norm": norm})
+
+    def _rate(self) -> float:
+        """Return the share of the learning rate at this step: constant, then falling linearly to ``floor``."""
+        config = self.config
+        rest = max(0.0, self.step / config.steps - config.flat) / (1 - config.flat)
+        return 1 - (1 - config.floor) * rest
+
+    def _note(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            self._window.setdefault(key, []).append(value)
+
+    def _log(self) -> None:
+        """Append the means since the last entry to ``log.jsonl``, and raise where nothing finite came for long."""
+        if not self._window:
+            return
+        means = {key: round(float(torch.stack(values).mean()), 6) for key, values in self._window.items()}
+        self._window = {}
+        self._write({"step": self.step, "pictures": self.pictures, "seconds": round(self.seconds, 1), **means})
+        if self._bad_steps >= _BAD_STEPS:
+            self._end_bad()
+
+    @property
+    def _bad_steps(self) -> int:
+        """Number of steps in a row, until now, in which one of the networks had no finite gradient."""
+        return int(max(float(bad) for bad in self._bad.values()))
+
+    def _end_bad(self) -> None:
+        """Raise because nothing is learnt any more."""
+        kept = f"The checkpoint before them is kept in '{self.checkpoint}'" if self.checkpoint.exists() else ""
+        raise DiffAccelError(
+            f"The last {self._bad_steps} gradients were not finite, so that nothing is learnt any more. "
+            f"{kept or 'There is no checkpoint from before them'}; take another folder with a smaller lr, or another c."
+        )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.processes.rank == 0:
+            write_entry(self.folder, entry, self.tell)
+
+    def save(self) -> None:
+        """Write a checkpoint, atomically: networks, averages, the optimisers' moments, the counters."""
+        if self._bad_steps or self.processes.rank:
+            return  # a state that may be spoilt is not kept
+        tensors: dict[str, Tensor] = {}
+        for name, network in self.networks.items():
+            tensors |= {f"{name}.{key}": p.detach() for key, p in network.named_parameters()}
+            for index, p in enumerate(network.parameters()):
+                for key, value in self.optimizers[name].state.get(p, {}).items():
+                    tensors[f"{name}_moment.{index}.{key}"] = torch.as_tensor(value)
+        for name, average in self.averages.items():
+            tensors |= {f"{name}.{key}": value for key, value in average.state().items()}
+        state = {
+            "version": VERSION,
+            "step": self.step,
+            "seconds": self.seconds,
+            "updates": self.average.updates,
+            "options": self._options(),
+            "teacher": self._teacher,
+            "call": self.teacher.identity,
+            **({"begins": self.begins} if self.begins else {}),
+        }
+        save_tensors(tensors, self.checkpoint, {"state": json.dumps(state)})
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Resume from the checkpoint.
+
+        Raises:
+            DiffAccelError: for a file that is damaged, and for a checkpoint of another teacher or of other options.
+        """
+        tensors, state = load_checkpoint(self.checkpoint, self.device)
+        if reason := self._differs(state):
+            raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
+        self._check_tensors(tensors)
+        for name, network in self.networks.items():
+            for key, p in network.named_parameters():
+                p.copy_(tensors[f"{name}.{key}"])
+            for index, p in enumerate(network.parameters()):
+                prefix = f"{name}_moment.{index}."
+                moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+                if moments:
+                    moments["step"] = moments["step"].cpu()
+                    self.optimizers[name].state[p] = moments
+        for name, average in self.averages.items():
+            for key, shadow in zip(average.names, average.shadow, strict=True):
+                shadow.copy_(tensors[f"{name}.{key}"])
+            average.updates = state["updates"]
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Raise for a checkpoint that lacks a weight, or has one of another shape."""
+        needed = {
+            f"{name}.{key}": p.shape for name, network in self.networks.items() for key, p in network.named_parameters()
+        }
+        for name, average in self.averages.items():
+            needed |= {f"{name}.{key}": shadow.shape for key, shadow in average.state().items()}
+        for name, shape in needed.items():
+            if name not in tensors or tensors[name].shape != shape:
+                raise DiffAccelError(
+                    f"'{self.checkpoint}' is damaged: the weight '{name}' is missing or has another shape. Remove it "
+                    "to begin anew, or take another folder."
+                )
+
+    def _differs(self, state: dict[str, Any]) -> str:
+        """Return what a checkpoint is of instead of this run, in words; nothing where it is of this run."""
+        described = isinstance(state.get("options"), dict) and isinstance(state.get("call"), dict)
+        if state.get("version") != VERSION or not described or not {"step", "seconds", "updates"} <= state.keys():
+            return "no run of distillation of this version"
+        options, before = self._options(), state["options"]
+        if differing := [key for key in {**options, **before} if before.get(key) != options.get(key)]:
+            return f"other options ({', '.join(differing)})"
+        if state.get("teacher") != self._teacher:
+            return "another teacher, or of one with other weights"
+        if state.get("begins", "") != self.begins:
+            return "a run that began with another network"
+        call = self.teacher.identity
+        differing = [key for key in {**call, **state["call"]} if state["call"].get(key) != call.get(key)]
+        return f"a teacher that is asked in another way ({', '.join(differing)})" if differing else ""
+
+    def _options(self) -> dict[str, Any]:
+        """Return what a run must have in common with its checkpoint."""
+        values = {k: v for k, v in self.config.to_dict().items() if k not in ("save_seconds", "log_seconds")}
+        return {**values, "seed": self.seed, "dtype": str(self.dtype)}
+
+
+def decay_of(config: Stage) -> float:
+    """Return the decay of the average of weights a step."""
+    return 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
+
+
+def _check_shares(teacher: Teacher, config: Stage, size: int) -> None:
+    """Raise where a batch cannot be shared, or the teacher's batches of prompts are not a process's share of it."""
+    if config.batch % size:
+        raise DiffAccelError(f"A batch of {config.batch} cannot be shared by {size} processes. Take a multiple.")
+    share = config.batch // size
+    if (batch := getattr(teacher, "batch", share)) != share:
+        raise DiffAccelError(
+            f"The teacher has batches of {batch} prompts, each of {size} processes draws {share} "
+            f"of {type(config).__name__}.batch={config.batch}. Take PipelineTeacher(batch={share})."
+        )
+
+
+def _optimizer(network: nn.Module, lr: float, momentum: float) -> torch.optim.Optimizer:
+    parameters = list(network.parameters())
+    if momentum == 0:
+        return MomentumlessAdam(parameters, lr)
+    return torch.optim.Adam(parameters, lr, betas=(momentum, 0.999))
