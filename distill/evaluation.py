@@ -22,7 +22,7 @@ from diffaccel.eval.uncertainty.intervals import paired_difference
 from diffaccel.training.checkpoint import save_tensors
 
 if TYPE_CHECKING:
-    from diffaccel.distill.run import Distillation
+    from diffaccel.distill.learning import LearningRun
 
 FILE = "evaluation.safetensors"
 _SEED = 40_000_000  # of noise: far from those of pictures that users draw
@@ -63,7 +63,7 @@ class PictureEvaluation:
             raise DiffAccelError(f"An evaluation has {len(self.prompts)} prompts; a distance needs at least 2.")
         self.teacher = PipelineTeacher(self.pipe, self.prompts, min(self.batch, len(self.prompts)), self.arguments)
 
-    def __call__(self, run: Distillation) -> dict[str, float]:
+    def __call__(self, run: LearningRun) -> dict[str, float]:
         """Return ``fd`` and, where the reader knows texts, ``judge``, ``judge_teacher`` and their paired difference."""
         own, of_teacher = self._student(run), self._teacher(run.folder)
         values = {"fd": frechet.between(frechet.gaussian(own), frechet.gaussian(of_teacher))}
@@ -78,14 +78,14 @@ class PictureEvaluation:
         return {name: round(value, 4) for name, value in values.items()}
 
     @torch.no_grad()
-    def _student(self, run: Distillation) -> Tensor:
+    def _student(self, run: LearningRun) -> Tensor:
         """Return features ``(N, d)`` of the generator's drawings."""
         teacher, features = self.teacher, []
         for group in range(teacher.groups):
-            shape = (run.config.student_steps, teacher.batch, *teacher.shape)
+            shape = (run.config.calls, teacher.batch, *teacher.shape)
             generator = torch.Generator("cpu").manual_seed(_SEED + group)
             noise = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(run.device)
-            fresh = noise[1:] if len(noise) > 1 else None
+            fresh = noise[1:] if run.config.fresh_noise and len(noise) > 1 else None
             with run.autocast():
                 x0 = generate(teacher, run.generator, noise[0], group, run.config, fresh)
             features.append(self._features(teacher.decode(x0, group)))

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffaccel.distill.drawing import coefficients, generate
+from diffaccel.distill.drawing import coefficients, generate, guided
 from diffaccel.distill.parameterization import scale, target
-from diffaccel.distill.steps import Draw, guided
+from diffaccel.distill.steps import Draw
 
 if TYPE_CHECKING:
     from diffaccel.distill.run import Distillation
@@ -45,7 +45,7 @@ def converged(run: Distillation) -> dict[str, float]:
             a, s = coefficients(teacher, at_level.sigma, x0)
             x_t = a * x0 + s * draw.eps
             of_assistant = teacher.ask(run.assistant, x_t, at_level.sigma, draw.group).float()
-            of_teacher = guided(teacher, x_t, at_level).float()
+            of_teacher = guided(teacher, x_t, at_level.sigma, draw.group).float()
             wanted, to_clean = target(kind, x0, draw.eps, x_t, a, s, data), scale("x0", kind, a, s, data)
             values[f"distance@{level}"] = (to_clean * (of_assistant - of_teacher)).square().mean().sqrt()
             sums["assistant_error"].append((of_assistant - wanted).square().mean())

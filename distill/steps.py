@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffaccel.distill.drawing import coefficients, generate
+from diffaccel.distill.drawing import coefficients, generate, guided
 from diffaccel.distill.levels import Levels
 from diffaccel.distill.losses import generator_loss, sample_weight
 from diffaccel.distill.options import Matching
@@ -114,7 +114,7 @@ def _all_networks_at_once(
     x_t = a * x0 + s * draw.eps
     with torch.set_grad_enabled(config.grad_through_scores):
         of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
-        of_teacher = guided(teacher, x_t, draw)
+        of_teacher = guided(teacher, x_t, draw.sigma, draw.group)
     loss, shown = matching_loss(teacher, x0, x_t, of_assistant, of_teacher, draw, config)
     loss.backward()
     return shown
@@ -129,7 +129,7 @@ def _one_network_at_a_time(
     a, s = coefficients(teacher, draw.sigma, drawn)
     x_t = (a * drawn + s * draw.eps).requires_grad_()
     with torch.no_grad():
-        teacher_value = guided(teacher, x_t, draw)
+        teacher_value = guided(teacher, x_t, draw.sigma, draw.group)
     of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
     parts = [part.detach().requires_grad_() for part in (drawn, x_t, of_assistant, teacher_value)]
     loss, shown = matching_loss(teacher, parts[0], parts[1], parts[2], parts[3], draw, config)
@@ -140,20 +140,11 @@ def _one_network_at_a_time(
         (through,) = torch.autograd.grad(of_assistant, x_t, to_assistant)
         to_x_t = to_x_t + through
         del of_assistant
-        (through,) = torch.autograd.grad(guided(teacher, x_t, draw), x_t, to_teacher)
+        (through,) = torch.autograd.grad(guided(teacher, x_t, draw.sigma, draw.group), x_t, to_teacher)
         to_x_t = to_x_t + through
     x0 = generate(teacher, generator, draw.z, draw.group, config, draw.fresh, draw.call_of_row)
     torch.autograd.backward(x0, to_x0 + a * to_x_t)
     return shown
-
-
-def guided(teacher: Teacher, x_t: Tensor, draw: Draw) -> Tensor:
-    """Return the teacher's raw output, ``N_neg + guidance (N_pos - N_neg)`` where it is guided."""
-    positive = teacher.ask(teacher.network, x_t, draw.sigma, draw.group)
-    if teacher.guidance == 1:
-        return positive
-    negative = teacher.ask(teacher.network, x_t, draw.sigma, draw.group, "negative")
-    return negative + teacher.guidance * (positive - negative)
 
 
 def matching_loss(

@@ -7,15 +7,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from diffaccel.distill import Distillation
+from diffaccel.distill.learning import LearningRun
 from diffaccel.files import write_json
 from diffaccel.training.loop import Deadline
 
-_WARM_SECONDS, _MEASURED_SECONDS = 8.0, 8.0  # of the trial
+WARM_SECONDS, MEASURED_SECONDS = 8.0, 8.0  # of the trial
 _SAFETY = 0.97
 
 
-def planned(file: Path, seconds: float, trial: Callable[[Path], Distillation], turns: int = 0) -> int:
+def planned(file: Path, seconds: float, trial: Callable[[Path], LearningRun], turns: int = 0) -> int:
     """Return the number of turns that ``file`` names; else measure it, and write it there for calls that resume.
 
     Args:
@@ -29,11 +29,11 @@ def planned(file: Path, seconds: float, trial: Callable[[Path], Distillation], t
     if not turns:
         with tempfile.TemporaryDirectory() as scratch:
             run = trial(Path(scratch))
-            run.run(Deadline(_WARM_SECONDS))
+            run.run(Deadline(WARM_SECONDS))
             step, before = run.step, run.seconds
-            run.run(Deadline(_MEASURED_SECONDS))
+            run.run(Deadline(MEASURED_SECONDS))
             rate = (run.step - step) / max(run.seconds - before, 1e-6)
-        turns = max(1, int(rate * max(seconds - _WARM_SECONDS - _MEASURED_SECONDS, 1.0) * _SAFETY))
+        turns = max(1, int(rate * max(seconds - WARM_SECONDS - MEASURED_SECONDS, 1.0) * _SAFETY))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"turns": turns, "turns_a_second": round(rate, 3)})
     return turns

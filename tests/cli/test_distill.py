@@ -113,6 +113,6 @@ def test_a_full_disk_is_named_as_one(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("diffaccel.distill.run.save_tensors", full)
+    monkeypatch.setattr("diffaccel.distill.learning.save_tensors", full)
     assert main(options(model, tmp_path / "run")) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err

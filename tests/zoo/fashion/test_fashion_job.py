@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
+from fashion_data import make_data
 from safetensors.torch import load_file
 
 from diffaccel.distill import SIMFewStepScheduler
@@ -23,25 +22,6 @@ from scripts.zoo.fashion import classifier, data, export, fetch, job, recipe, sc
 from scripts.zoo.fashion.students import Student
 
 CPU = torch.device("cpu")
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes(), 1))
-
-
-def make_data(folder: Path) -> Path:
-    """Write pictures of ten classes: a bright square at a place that tells the class."""
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for part, count in (("train", 80), ("t10k", 40)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        images = generator.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[5 * (label // 5) + 4 :, 5 * (label % 5) :][:6, :6] = 230
-        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +127,7 @@ class _Counted:
 
 def test_the_number_of_turns_is_measured_once(tmp_path: Path) -> None:
     file, left = tmp_path / "new" / "turns.json", 100.0
-    seconds = left + turns._WARM_SECONDS + turns._MEASURED_SECONDS
+    seconds = left + turns.WARM_SECONDS + turns.MEASURED_SECONDS
     assert turns.planned(file, seconds, lambda folder: _Counted()) == int(4 * left * turns._SAFETY)  # type: ignore
     assert turns.planned(file, 1.0, lambda folder: pytest.fail("measured again")) == int(4 * left * turns._SAFETY)
     assert turns.planned(tmp_path / "known.json", 1.0, lambda folder: pytest.fail("measured"), 7) == 7
