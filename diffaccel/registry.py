@@ -43,7 +43,10 @@ METHODS = {
     "fused_blocks": "diffaccel.modules.fused.config:FusedBlocks",
     "capture": "diffaccel.modules.capture.config:Capture",
 }
-TRAINERS = {"sim": "diffaccel.distill.sim:SIM"}  # methods that make a model, and are put on none
+TRAINERS = {  # methods that make a model, and are put on none
+    "sim": "diffaccel.distill.sim:SIM",
+    "tscd": "diffaccel.distill.tscd:TSCD",
+}
 PLUGINS = "diffaccel.plugins"
 
 

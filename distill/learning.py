@@ -284,7 +284,7 @@ class LearningRun:
     def _options(self) -> dict[str, Any]:
         """Return what a run must have in common with its checkpoint."""
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("save_seconds", "log_seconds")}
-        return {**values, "seed": self.seed, "dtype": str(self.dtype)}
+        return json.loads(json.dumps({**values, "seed": self.seed, "dtype": str(self.dtype)}))  # tuples are lists there
 
 
 def decay_of(config: Stage) -> float:

@@ -146,10 +146,15 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
         self.steps_made += 1
         following = x0
         if self.steps_made < len(self.levels):
+            noise = self._noise_after(x, x0, a, s)
             a, s = self._level(self.steps_made)
-            following = a * x0 + s * self._noise(sample)
+            following = a * x0 + s * noise
         drawn, x0 = following.to(sample.dtype), x0.to(sample.dtype)
         return StepOutput(drawn, drawn, x0) if return_dict else (drawn, x0)
+
+    def _noise_after(self, x: Tensor, x0: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """Return the noise of the next call, of an input ``x = a x0 + s eps`` and its clean estimate."""
+        return self._noise(x)
 
     def _level(self, call: int) -> tuple[Tensor, Tensor]:
         """Return ``a`` and ``s`` of a call."""
@@ -163,6 +168,18 @@ class SIMFewStepScheduler(SIMOneStepScheduler):
             generator.manual_seed(seed + self.steps_made)
             rows.append(torch.randn(like.shape[1:], generator=generator, device="cpu", dtype=torch.float32))
         return torch.stack(rows).to(like.device)
+
+
+class TrajectoryScheduler(SIMFewStepScheduler):
+    """Draws in as many network calls as a student of trajectories was trained for, each with the noise that it finds.
+
+    ``x_{i+1} = a_{i+1} x0_i + s_{i+1} (x_i - a_i x0_i) / s_i``, so that nothing is drawn after the initial noise.
+    Timesteps, sigmas and the number of steps of a call are ignored.
+    """
+
+    def _noise_after(self, x: Tensor, x0: Tensor, a: Tensor, s: Tensor) -> Tensor:
+        """Return the noise that the clean estimate finds in the call's input."""
+        return (x - a * x0) / s
 
 
 def _seed_of(row: Tensor) -> int:

@@ -12,9 +12,9 @@ import torch
 
 from diffaccel import record
 from diffaccel.distill.identity import fingerprint
-from diffaccel.distill.options import Matching
-from diffaccel.distill.run import Distillation
-from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler
+from diffaccel.distill.learning import LearningRun
+from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler, TrajectoryScheduler
+from diffaccel.distill.stage import Stage
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json, write_text
@@ -22,7 +22,7 @@ from diffaccel.files import write_json, write_text
 PROVENANCE = "student.json"
 
 
-def scheduler_of(teacher: PipelineTeacher, config: Matching) -> SIMOneStepScheduler:
+def scheduler_of(teacher: PipelineTeacher, config: Stage) -> SIMOneStepScheduler:
     """Return the scheduler of a student of these options.
 
     Raises:
@@ -33,16 +33,22 @@ def scheduler_of(teacher: PipelineTeacher, config: Matching) -> SIMOneStepSchedu
             f"{type(teacher.pipe).__name__} passes its noise to the network as it is, but start is 'scaled'. "
             "Distil with start='unit'."
         )
+    if config.noise_ratio > teacher.largest_ratio * (1 + 1e-6):
+        raise DiffAccelError(
+            f"noise_ratio is {config.noise_ratio:g}, but {type(teacher.pipe).__name__} was trained up to "
+            f"{teacher.largest_ratio:.4g}. Take that or less."
+        )
     levels = []
     for level in config.student_levels:
         a, s = teacher.coefficients(torch.tensor([level], dtype=torch.float64, device="cpu"))
         levels.append((float(a), float(s), teacher.timestep(level)))
     if len(levels) > 1:
-        return SIMFewStepScheduler(levels, teacher.kind, config.start)
+        several = SIMFewStepScheduler if config.fresh_noise else TrajectoryScheduler
+        return several(levels, teacher.kind, config.start)
     return SIMOneStepScheduler(*levels[0], teacher.kind, config.start)
 
 
-def student(run: Distillation) -> Any:
+def student(run: LearningRun) -> Any:
     """Return the teacher's pipeline with averaged weights of the generator, and the scheduler of its steps.
 
     Text encoders and autoencoder are shared with the teacher's pipeline, which stays as it is.
@@ -64,8 +70,12 @@ def student(run: Distillation) -> Any:
     return type(pipe)(**parts, **switches)
 
 
-def save(run: Distillation, folder: str | Path, teacher_name: str) -> Path:
-    """Write the student where ``from_pretrained`` finds it, with what it was made of and how."""
+def save(run: LearningRun, folder: str | Path, teacher_name: str, begins_with: dict[str, Any] | None = None) -> Path:
+    """Write the student where ``from_pretrained`` finds it, with what it was made of and how.
+
+    Args:
+        begins_with: provenance of the student that the run began with.
+    """
     folder = Path(folder)
     pipe = student(run)
     pipe.save_pretrained(folder)
@@ -73,25 +83,30 @@ def save(run: Distillation, folder: str | Path, teacher_name: str) -> Path:
         "teacher": teacher_name,
         "teacher_weights": fingerprint(run.teacher.network),
         "options": run.config.to_dict(),
+        "network_calls": run.config.calls,
         "seed": run.seed,
         "generator_steps": run.step,
         "pictures": run.pictures,
         "seconds": round(run.seconds, 1),
         "versions": record.versions(),
+        **({"begins_with": begins_with} if begins_with else {}),
     }
     write_json(folder / PROVENANCE, provenance)
-    write_text(folder / "README.md", _card(provenance))
+    write_text(folder / "README.md", _card(provenance, run.config.citation))
     return folder
 
 
-def _card(provenance: dict[str, Any]) -> str:
+def _card(provenance: dict[str, Any], citation: str) -> str:
     options = json.dumps({k: v for k, v in provenance["options"].items() if k != "name"}, indent=1)
-    steps = provenance["options"].get("student_steps", 1)
+    steps = provenance["network_calls"]
+    begun = provenance.get("begins_with", {}).get("options", {}).get("name", "")
+    begun = f", beginning with a student of {begun}," if begun else ""
     name, calls = ("one", "one network call") if steps == 1 else (str(steps), f"{steps} network calls")
     return f"""# A {name}-step student of {provenance["teacher"]}
 
-Distilled by score implicit matching (arXiv 2410.16794) without pictures: {provenance["generator_steps"]} steps,
-{provenance["pictures"]} drawings, {provenance["seconds"]} s. It draws in {calls}, without guidance:
+Distilled without pictures{begun} by "{citation}":
+{provenance["generator_steps"]} steps, {provenance["pictures"]} drawings, {provenance["seconds"]} s.
+It draws in {calls}, without guidance:
 
 ```python
 import diffaccel

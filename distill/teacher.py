@@ -212,6 +212,12 @@ class PipelineTeacher:
         return float(schedule.timestep(torch.tensor([level], dtype=torch.float32, device="cpu")))
 
     @property
+    def largest_ratio(self) -> float:
+        """Ratio of noise to signal of the last level that the network was trained at; infinite for pure noise."""
+        table = self._session(0).schedule.table
+        return math.inf if table is None else float(torch.exp(-table.rho(float(len(table.alphas_cumprod) - 1))))
+
+    @property
     def scales_input(self) -> bool:
         """Whether the pipeline has its scheduler scale the network's input, as those of variance-preserving models."""
         return self._session(0).schedule.vp

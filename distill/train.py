@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from diffaccel.distill.meter import converged
+from diffaccel.distill.beginning import open_beginning
+from diffaccel.distill.learning import LearningRun
 from diffaccel.distill.options import Matching
 from diffaccel.distill.run import Distillation
+from diffaccel.distill.segments import Segments
 from diffaccel.distill.student import save, scheduler_of
-from diffaccel.distill.teacher import PipelineTeacher
+from diffaccel.distill.teacher import PipelineTeacher, Teacher
+from diffaccel.distill.trajectory import TrajectoryRun
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
 from diffaccel.training.loop import Deadline
@@ -23,7 +26,7 @@ STUDENT = "student"
 def distil(
     pipe: Any,
     prompts: Sequence[str],
-    config: Matching,
+    config: Matching | Segments,
     folder: str | Path,
     *,
     name: str = "",
@@ -34,9 +37,10 @@ def distil(
     dtype: torch.dtype | None = None,
     processes: Processes | None = None,
     evaluate_every: int = 0,
-    evaluate: Callable[[Distillation], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
+    begin: str | Path | None = None,
     tell: Callable[[str], None] = lambda text: None,
-) -> Distillation:
+) -> Distillation | TrajectoryRun:
     """Distil a pipeline, and write the student to ``folder / "student"``; a run that is there goes on.
 
     Args:
@@ -45,8 +49,9 @@ def distil(
         arguments: of the pipeline's call: size, guidance, negative prompt.
         seconds: after which it stops; None for when all steps are made.
         device, dtype: of the networks' arithmetic; the teacher's by default.
-        evaluate_every: drawings between evaluations, which the log keeps; 0 for none. Each has the convergence meter.
+        evaluate_every: drawings between evaluations, which the log keeps; 0 for none. Each has the run's meter.
         evaluate: called at them too, such as a ``PictureEvaluation``.
+        begin: folder of a student of the same teacher that the generator begins as, such as one of "tscd" for "sim".
     """
     launch = processes or Processes()
     if config.batch % launch.size:
@@ -59,11 +64,28 @@ def distil(
         tell(f"note: {config.risk}")
     teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
     scheduler_of(teacher, config)  # an error before training, not at its end
-    run = Distillation(teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell)
+    begun = None if begin is None else open_beginning(begin, teacher, config)
+    run = run_of(
+        teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell,
+        begin=None if begun is None else begun.network,
+    )  # fmt: skip
     every = max(1, round(evaluate_every / config.batch)) if evaluate_every else 0
-    looked = (lambda run: {**converged(run), **evaluate(run)}) if evaluate is not None else converged
+
+    def looked(run: LearningRun) -> dict[str, float]:
+        return {**run.meter(), **(evaluate(run) if evaluate is not None else {})}
+
     run.run(None if seconds is None else Deadline(seconds), every, looked)
     if launch.rank == 0:
-        save(run, Path(folder) / STUDENT, name or type(pipe).__name__)
+        provenance = None if begun is None else begun.provenance
+        save(run, Path(folder) / STUDENT, name or type(pipe).__name__, provenance)
     launch.wait()
     return run
+
+
+def run_of(
+    teacher: Teacher, config: Matching | Segments, folder: str | Path, **options: Any
+) -> Distillation | TrajectoryRun:
+    """Return the run of a method's options; the other options are those of its class."""
+    if isinstance(config, Segments):
+        return TrajectoryRun(teacher, config, folder, **options)
+    return Distillation(teacher, config, folder, **options)

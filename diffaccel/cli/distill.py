@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
   diffaccel distill                                               (emoji-flux)
   diffaccel distill ./sd3 --prompts prompts.txt --sim.steps 4000 --sim.batch 256 --out runs/sd3
   accelerate launch -m diffaccel distill ./sd3 --prompts prompts.txt --sim.sequential true
+  diffaccel distill --method tscd --out runs/tscd && diffaccel distill --init runs/tscd/student --sim.noise-ratio 1000
   diffaccel sample "a red apple, noto" --model out/distill/student --steps 1
 
 No pictures are needed. A run that was stopped goes on when its command is repeated. Options of the method are
@@ -36,7 +37,8 @@ def make_parser() -> terminal.Parser:
     )
     add = parser.add_argument
     add("model", nargs="?", default=zoo.DEFAULT, metavar="MODEL", help=f"as --model of sample (default {zoo.DEFAULT})")
-    add("--method", default="sim", metavar="NAME", help="of distillation (default sim)")
+    add("--method", default="sim", metavar="NAME", help="of distillation: sim (default) or tscd")
+    add("--init", type=Path, metavar="DIR", help="student of an earlier stage that this one begins with")
     add("--preset", metavar="NAME", help="sim, sid, diff-instruct, dmd, fgm or paper: settings to start from")
     add("--prompts", metavar="SET", help="a packaged set or a file (default emoji-1000 for emoji-flux)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
@@ -92,7 +94,7 @@ def run(argv: list[str]) -> int:
         done = train(
             pipe, texts, config, options.out, name=options.model, arguments=arguments, seconds=options.seconds,
             seed=options.seed, device=device, dtype=dtype, processes=launch, evaluate_every=options.evaluate,
-            evaluate=evaluate, tell=terminal.write_note,
+            evaluate=evaluate, begin=options.init, tell=terminal.write_note,
         )  # fmt: skip
     if launch.rank == 0:
         terminal.write(
@@ -142,6 +144,10 @@ def _config(config_class: type[Any], preset: str | None, options: dict[str, dict
     changes = parse_fields(config_class, options.get(config_class.name, {}))
     known = [field.name for field in dataclasses.fields(config_class)]
     config_class.from_dict({key: value for key, value in changes.items() if key not in known})  # names an unknown one
+    if not hasattr(config_class, "preset"):
+        if preset:
+            raise DiffAccelError(f"--preset is {preset}, but '{config_class.name}' has no presets. Leave it out.")
+        return config_class(**changes)
     if preset == "paper":
         return config_class.paper(**changes)
     return config_class.preset(preset or config_class.name, **changes)

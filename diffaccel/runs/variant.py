@@ -166,10 +166,12 @@ def parse_fields(config_class: type[Any], texts: dict[str, str]) -> dict[str, An
         if name in hints:
             parser = ArgumentParser(exit_on_error=False)
             parser.add_argument("--value", type=hints[name])
-            try:
-                values[name] = parser.parse_args([f"--value={text}"]).value
-            except ArgumentError:
-                continue
+            for written in (text, f"[{text}]"):  # several numbers, also without the brackets of a list
+                try:
+                    values[name] = parser.parse_args([f"--value={written}"]).value
+                    break
+                except ArgumentError:
+                    continue
     return values
 
 

@@ -60,6 +60,22 @@ def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
     assert "2 steps, 2 NFE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_a_student_of_trajectories_is_what_sim_begins_with(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for word in options(model, tmp_path / "tscd") if not word.startswith("--sim.")][:8]
+    own = ["--tscd.steps", "2", "--tscd.batch", "2", "--tscd.ema-pictures", "0", "--tscd.segments", "2,1"]
+    assert main([*words, "--method", "tscd", *own, "--tscd.grid", "2", "--evaluate", "2", "--judge", "none"]) == 0
+    assert "trajectory_error" in (tmp_path / "tscd" / "log.jsonl").read_text()
+    init = ["--init", str(tmp_path / "tscd" / "student")]
+    assert main(options(model, tmp_path / "sim", *init)) == 2
+    assert "--sim.noise-ratio 1000" in capsys.readouterr().err
+    assert main(options(model, tmp_path / "sim", *init, "--sim.noise-ratio", "1000")) == 0
+    known = json.loads((tmp_path / "sim" / "student" / "student.json").read_text())
+    assert known["begins_with"]["options"]["segments"] == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -69,6 +85,9 @@ def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
         (["--sim.alhpa", "1"], "Did you mean 'alpha'"),
         (["--rbf.budget", "1"], "--rbf.budget is no option of 'sim'"),
         (["--sim.floor", "7"], "SIM.floor"),
+        (["--method", "tscd", "--preset", "sid"], "'tscd' has no presets"),
+        (["--method", "tscd", "--tscd.segments", "2,4"], "the numbers must fall"),
+        (["--method", "tscd", "--sim.steps", "4"], "--sim.steps is no option of 'tscd'"),
     ],
 )
 def test_errors_name_what_is_wrong(

@@ -68,6 +68,10 @@ def test_explain_a_method_that_makes_a_model(run):
     assert about["kind"] == "distillation" and "arXiv 2410.16794" in about["paper"]
     assert {option["name"] for option in about["options"]} >= {"steps", "alpha", "assistant_momentum"}
     assert "--sim.steps" in run("explain", "sim").out
+    about = run("explain", "tscd", "--json").json
+    known = {option["name"]: option["help"] for option in about["options"]}
+    assert {"segments", "grid", "target_decay", "lr", "noise_ratio"} <= known.keys() and all(known.values())
+    assert "2404.13686" in about["paper"] and about["command"] == "diffaccel distill MODEL --method tscd"
 
 
 def test_list_knows_plugins_without_running_them(run, monkeypatch, tmp_path):

@@ -4,7 +4,8 @@
 
 ``data/fashion`` (31 MB) is what ``scripts.zoo.fashion.fetch`` makes; no network is used. The same command goes on where
 it was killed or ran out of time, and skips what is finished. ``--students sim:0,sim:1,sid:0,dmd:0,simx2:0`` names
-students as PRESET[xSTEPS[-last]][:SEED]. ``--last`` ends the teacher's schedule with this call, or plans the students
+students as PRESET[xSTEPS[-last]][:SEED]; ``tscd:0`` is one of trajectories, and ``tscd-sim:0`` goes on from such a one,
+which gets a quarter of its seconds. ``--last`` ends the teacher's schedule with this call, or plans the students
 that have not begun for the time that is left. ``--resume OUT`` starts an empty work folder from what another machine
 wrote: its classifier, and the teacher's averaged weights.
 """
@@ -227,7 +228,10 @@ class Job:
     def _write_curves(self) -> None:
         """Write the logs of all stages as one file, and how far each of them is."""
         logs = {stage: self.work / f"{stage}.jsonl" for stage in _PREFIX}
-        logs |= {one.name: one.folder(self.work) / "log.jsonl" for one in self.students}
+        for one in self.students:
+            if one.first is not None:
+                logs[f"{one.name}-first"] = one.first_folder(self.work) / "log.jsonl"
+            logs[one.name] = one.folder(self.work) / "log.jsonl"
         lines = [line for name, file in logs.items() if file.is_file() for line in stages.labelled(file, stage=name)]
         (self.out / "curves.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         begun = {stage: training_state(self.work / f"{stage}.safetensors") for stage in _PREFIX}

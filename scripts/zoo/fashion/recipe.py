@@ -21,6 +21,7 @@ class FashionRecipe:
         student_seconds: of a student, where ``--last`` does not end it with its call.
         student_turns: number of turns of a student; 0 for as many as fit into its seconds.
         options: of the student's method, beside its preset.
+        grid: steps of the teacher on a trajectory that students learn.
         pictures: drawn by each model for its score.
         steps: of the teacher in the table; the first is its own number.
     """
@@ -38,6 +39,7 @@ class FashionRecipe:
     student_turns: int = 0
     student_batch: int = 256
     options: dict[str, Any] = field(default_factory=dict)
+    grid: int = 32
     pictures: int = 50_000
     drawn_at_once: int = 2500
     steps: tuple[int, ...] = (50, 4, 2, 1)
@@ -76,6 +78,7 @@ TINY = FashionRecipe(
     student_turns=3,
     student_batch=10,
     options={"lr": 1e-4, "noise_ratio": 3.0, "ema_pictures": 10},
+    grid=8,
     pictures=40,
     drawn_at_once=20,
     steps=(2, 1),

@@ -16,8 +16,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from diffaccel.distill import NetworkTeacher, SIMFewStepScheduler, SIMOneStepScheduler
-from diffaccel.distill.options import Matching
+from diffaccel.distill import NetworkTeacher, SIMFewStepScheduler, SIMOneStepScheduler, TrajectoryScheduler
+from diffaccel.distill.stage import Stage
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
 from scripts.zoo.fashion.data import CLASSES, PADDED, Pictures, padded
@@ -84,11 +84,12 @@ def own_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
-def student_scheduler(config: Matching) -> SIMOneStepScheduler:
+def student_scheduler(config: Stage) -> SIMOneStepScheduler:
     """Return the scheduler of a student of these options."""
     levels = [(1 - sigma, sigma, 1000 * sigma) for sigma in config.student_levels]
     if len(levels) > 1:
-        return SIMFewStepScheduler(levels, "velocity", config.start)
+        several = SIMFewStepScheduler if config.fresh_noise else TrajectoryScheduler
+        return several(levels, "velocity", config.start)
     return SIMOneStepScheduler(*levels[0], "velocity", config.start)
 
 

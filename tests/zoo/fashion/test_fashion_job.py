@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from fashion_data import make_data
 from safetensors.torch import load_file
 
-from diffaccel.distill import SIMFewStepScheduler
+from diffaccel.distill import SIMFewStepScheduler, TrajectoryScheduler
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.loop import Deadline
 from diffaccel.zoo import packing
@@ -112,7 +112,30 @@ def test_a_student_draws_with_its_scheduler_as_training_draws() -> None:
         own = generate(unet.teacher_of(network, 10), network, z, 0, config)
     torch.testing.assert_close(drawn, own, rtol=1e-4, atol=1e-4)
     few = Student("sim", 2, "last", 0).config(recipe.TINY, 9)
-    assert type(unet.student_scheduler(few)) is SIMFewStepScheduler and few.student_match == "last"
+    assert type(unet.student_scheduler(few)) is SIMFewStepScheduler and few.student_match == "last"  # type: ignore
+    jumps = Student("tscd", 2, "mixture", 0).config(recipe.TINY, 9)
+    assert type(unet.student_scheduler(jumps)) is TrajectoryScheduler and jumps.segments == (8, 4, 2)  # type: ignore
+    drawn = unet.draw(network, unet.student_scheduler(jumps), torch.arange(10), 2, 7, torch.float32)
+    with torch.no_grad():
+        own = generate(unet.teacher_of(network, 10), network, z, 0, jumps)
+    torch.testing.assert_close(drawn, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_student_begins_with_one_of_trajectories_within_its_seconds(tmp_path: Path) -> None:
+    one, network = Student.parse("tscd-sim:3"), unet.build(recipe.TINY, 0).eval()
+    assert one.first == Student("tscd", 1, "mixture", 3) and Student.parse("sim").first is None
+    with pytest.raises(DiffAccelError, match="Leave it out"):
+        Student.parse("tscdx2-last")
+    count = students.turns_of(one, network, recipe.TINY, tmp_path, 9.0, torch.float32)
+    common = {"count": count, "dtype": torch.float32, "look": lambda network: {"seen": 1.0}, "tell": lambda text: None}
+    assert not students.distil(one, network, recipe.TINY, tmp_path, deadline=Deadline(0.0), **common)
+    assert students.load(one, recipe.TINY, tmp_path, CPU) is None
+    assert students.distil(one, network, recipe.TINY, tmp_path, deadline=Deadline(600.0), **common)
+    found = students.progress_of(one, tmp_path)
+    assert found["turns"] == count and found["first"]["turns"] == count and found["pictures"] == 2 * 10 * count
+    log = (one.first_folder(tmp_path) / "log.jsonl").read_text()
+    assert '"seen"' in log and "trajectory_error" in log and students.load(one, recipe.TINY, tmp_path, CPU) is not None
 
 
 class _Counted:
