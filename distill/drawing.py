@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.distill.parameterization import clean
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.teacher import Teacher
 
 
@@ -21,7 +21,7 @@ def generate(
     generator: nn.Module,
     z: Tensor,
     group: int,
-    config: Stage,
+    config: StageOptions,
     fresh: Tensor | None = None,
     call_of_row: Tensor | None = None,
 ) -> Tensor:
@@ -41,7 +41,7 @@ def generate(
 
 @torch.no_grad()
 def _input_of_call(
-    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: Stage, fresh: Tensor | None,
+    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: StageOptions, fresh: Tensor | None,
     call_of_row: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what the network is given in the call of every row, and its level ``(B,)``."""

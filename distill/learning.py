@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import compute_dtype
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.teacher import Teacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
@@ -50,7 +50,7 @@ class LearningRun:
     def __init__(
         self,
         teacher: Teacher,
-        config: Stage,
+        config: StageOptions,
         folder: str | Path,
         networks: dict[str, nn.Module],
         rates: dict[str, tuple[float, float]],
@@ -287,12 +287,12 @@ class LearningRun:
         return json.loads(json.dumps({**values, "seed": self.seed, "dtype": str(self.dtype)}))  # tuples are lists there
 
 
-def decay_of(config: Stage) -> float:
+def decay_of(config: StageOptions) -> float:
     """Return the decay of the average of weights a step."""
     return 0.5 ** (config.batch / config.ema_pictures) if config.ema_pictures else 0.0
 
 
-def _check_shares(teacher: Teacher, config: Stage, size: int) -> None:
+def _check_shares(teacher: Teacher, config: StageOptions, size: int) -> None:
     """Raise where a batch cannot be shared, or the teacher's batches of prompts are not a process's share of it."""
     if config.batch % size:
         raise DiffAccelError(f"A batch of {config.batch} cannot be shared by {size} processes. Take a multiple.")

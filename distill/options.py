@@ -8,14 +8,14 @@ from typing import Literal
 from diffaccel.distill.levels import Law, Levels
 from diffaccel.distill.losses import Distance, Weight
 from diffaccel.distill.parameterization import Space
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.errors import DiffAccelError
 
 Match = Literal["mixture", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matching(Stage):
+class Matching(StageOptions):
     """Options of one-step distillation by matching the scores of a generator and a teacher.
 
     A generator ``G`` draws in one network call. An assistant ``F`` learns the scores of what ``G`` draws by denoising

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from diffaccel.distill.levels import from_ratio
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.errors import DiffAccelError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segments(Stage):
+class Segments(StageOptions):
     """Options of distillation by consistency inside of segments of the teacher's trajectories.
 
     Args:

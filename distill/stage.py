@@ -13,7 +13,7 @@ Start = Literal["unit", "scaled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage(Config):
+class StageOptions(Config):
     """Options of one stage: it begins with a network, the teacher's or an earlier stage's, and ends with a student.
 
     Args:
@@ -72,7 +72,7 @@ class Stage(Config):
     @property
     def calls(self) -> int:
         """Number of network calls in which the student draws."""
-        raise NotImplementedError(f"{type(self).__name__} names no number of calls: subclasses of Stage do.")
+        raise NotImplementedError(f"{type(self).__name__} names no number of calls: subclasses of StageOptions do.")
 
     @property
     def risk(self) -> str | None:

@@ -14,7 +14,7 @@ from diffaccel import record
 from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learning import LearningRun
 from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler, TrajectoryScheduler
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json, write_text
@@ -22,7 +22,7 @@ from diffaccel.files import write_json, write_text
 PROVENANCE = "student.json"
 
 
-def scheduler_of(teacher: PipelineTeacher, config: Stage) -> SIMOneStepScheduler:
+def scheduler_of(teacher: PipelineTeacher, config: StageOptions) -> SIMOneStepScheduler:
     """Return the scheduler of a student of these options.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffaccel.distill.beginning import open_beginning
+from diffaccel.distill.earlier import open_student
 from diffaccel.distill.learning import LearningRun
 from diffaccel.distill.options import Matching
 from diffaccel.distill.run import Distillation
@@ -64,7 +64,7 @@ def distil(
         tell(f"note: {config.risk}")
     teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
     scheduler_of(teacher, config)  # an error before training, not at its end
-    begun = None if begin is None else open_beginning(begin, teacher, config)
+    begun = None if begin is None else open_student(begin, teacher, config)
     run = run_of(
         teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell,
         begin=None if begun is None else begun.network,

@@ -12,8 +12,8 @@ import torch
 
 import diffaccel
 from diffaccel.distill import SIM, TSCD, PipelineTeacher, TrajectoryRun, TrajectoryScheduler
-from diffaccel.distill.beginning import open_beginning
 from diffaccel.distill.drawing import generate
+from diffaccel.distill.earlier import open_student
 from diffaccel.distill.student import scheduler_of, student
 from diffaccel.distill.train import distil
 from diffaccel.errors import DiffAccelError
@@ -93,18 +93,18 @@ def test_sim_begins_with_a_student_of_trajectories(saved: Path, tmp_path: Path) 
 def test_beginnings_that_do_not_fit_are_refused(saved: Path, tmp_path: Path) -> None:
     teacher = PipelineTeacher(tiny.make("flux"), TEXTS, 2, call_of("flux"))
     fits: dict[str, Any] = {"batch": 2, "student_steps": 2, "noise_ratio": 1000.0, "ema_pictures": 0}
-    assert open_beginning(saved, teacher, SIM(**fits)).provenance["options"]["grid"] == 4
-    open_beginning(saved, teacher, options(segments=(2, 1)))  # trajectories need the first level alone
+    assert open_student(saved, teacher, SIM(**fits)).provenance["options"]["grid"] == 4
+    open_student(saved, teacher, options(segments=(2, 1)))  # trajectories need the first level alone
     with pytest.raises(DiffAccelError, match=r"draws in 2 calls from noise_ratio 1000.*--sim.noise-ratio 1000"):
-        open_beginning(saved, teacher, SIM(**{**fits, "noise_ratio": 2.5}))
+        open_student(saved, teacher, SIM(**{**fits, "noise_ratio": 2.5}))
     with pytest.raises(DiffAccelError, match="this stage in 1 from 1000"):
-        open_beginning(saved, teacher, SIM(**{**fits, "student_steps": 1}))
+        open_student(saved, teacher, SIM(**{**fits, "student_steps": 1}))
     with pytest.raises(DiffAccelError, match="is no student to begin with"):
-        open_beginning(tmp_path, teacher, SIM(**fits))
+        open_student(tmp_path, teacher, SIM(**fits))
     with torch.no_grad():
         next(teacher.network.parameters()).add_(1)
     with pytest.raises(DiffAccelError, match="of another teacher, or of one with other weights"):
-        open_beginning(saved, teacher, SIM(**fits))
+        open_student(saved, teacher, SIM(**fits))
 
 
 def test_levels_beyond_those_of_the_training_are_refused() -> None:

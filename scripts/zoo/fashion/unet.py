@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from diffaccel.distill import NetworkTeacher, SIMFewStepScheduler, SIMOneStepScheduler, TrajectoryScheduler
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
 from scripts.zoo.fashion.data import CLASSES, PADDED, Pictures, padded
@@ -84,7 +84,7 @@ def own_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
 
 
-def student_scheduler(config: Stage) -> SIMOneStepScheduler:
+def student_scheduler(config: StageOptions) -> SIMOneStepScheduler:
     """Return the scheduler of a student of these options."""
     levels = [(1 - sigma, sigma, 1000 * sigma) for sigma in config.student_levels]
     if len(levels) > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffaccel.distill.identity import fingerprint
-from diffaccel.distill.stage import Stage
+from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.student import PROVENANCE, scheduler_of
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError, first_line
@@ -20,7 +20,7 @@ _KEPT = ("options", "seed", "generator_steps", "pictures", "seconds", "begins_wi
 
 
 @dataclass(frozen=True)
-class Beginning:
+class EarlierStudent:
     """A student that was saved.
 
     Attributes:
@@ -32,7 +32,7 @@ class Beginning:
     provenance: dict[str, Any]
 
 
-def open_beginning(folder: str | Path, teacher: PipelineTeacher, config: Stage) -> Beginning:
+def open_student(folder: str | Path, teacher: PipelineTeacher, config: StageOptions) -> EarlierStudent:
     """Return the student of a folder that ``save`` wrote, for a stage of these options.
 
     Raises:
@@ -59,11 +59,11 @@ def open_beginning(folder: str | Path, teacher: PipelineTeacher, config: Stage) 
     device = next(teacher.network.parameters()).device
     kind: Any = type(teacher.network)
     network = kind.from_pretrained(folder / name, torch_dtype=torch.float32).to(device)
-    return Beginning(network, {key: known[key] for key in _KEPT if key in known})
+    return EarlierStudent(network, {key: known[key] for key in _KEPT if key in known})
 
 
 def _check_levels(
-    folder: Path, drawn: dict[str, Any], options: dict[str, Any], teacher: PipelineTeacher, config: Stage
+    folder: Path, drawn: dict[str, Any], options: dict[str, Any], teacher: PipelineTeacher, config: StageOptions
 ) -> None:
     """Raise where a student draws from another input than the stage's: all levels, or the first on a trajectory."""
     own = [level[:2] for level in scheduler_of(teacher, config).levels]
