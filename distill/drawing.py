@@ -41,8 +41,8 @@ def generate(
 
 @torch.no_grad()
 def _input_of_call(
-    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: StageOptions, fresh: Tensor | None,
-    call_of_row: Tensor | None,
+    teacher: Teacher, generator: nn.Module, x: Tensor, sigma: Tensor, group: int, config: StageOptions,
+    fresh: Tensor | None, call_of_row: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return what the network is given in the call of every row, and its level ``(B,)``."""
     calls = torch.full((len(x),), config.calls - 1, device="cpu") if call_of_row is None else call_of_row

@@ -21,6 +21,7 @@ from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
+from diffaccel.training.shards import load_shards, local, read_state, save_shards, shared_as, whole
 from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
 
 VERSION = "2"
@@ -41,6 +42,7 @@ class LearningRun:
         device: on which networks are; the teacher's by default.
         dtype: in which networks compute, by autocast, the teacher's by default; the weights that learn are float32.
         begins: hash of the weights that the generator began as, where they are not the teacher's.
+        source: the teacher as it was given, where ``teacher`` has a copy of its network that is shared out.
         tell: called with every entry of the log as text.
 
     Attributes:
@@ -61,11 +63,13 @@ class LearningRun:
         dtype: torch.dtype | None = None,
         processes: Processes | None = None,
         begins: str = "",
+        source: Teacher | None = None,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.teacher, self.config, self.folder, self.seed = teacher, config, Path(folder), seed
-        self.device = torch.device(device or next(teacher.network.parameters()).device)
-        self.dtype, self.tell = compute_dtype(teacher.network, dtype), tell
+        self.source, self.sharded = source or teacher, source is not None
+        self.device = torch.device(device or next(self.source.network.parameters()).device)
+        self.dtype, self.tell = compute_dtype(self.source.network, dtype), tell
         self.processes = processes or Processes()
         _check_shares(teacher, config, self.processes.size)
         self.networks, self.generator, self.begins = networks, networks["generator"], begins
@@ -77,14 +81,22 @@ class LearningRun:
         self._random = torch.Generator("cpu")
         self._window: dict[str, list[Tensor]] = {}
         self._bad = {name: torch.zeros((), dtype=torch.float32, device=self.device) for name in self.optimizers}
-        self._teacher = fingerprint(teacher.network)
+        self._teacher = fingerprint(self.source.network)
+        if (other := self._file(not self.sharded)).exists():
+            raise DiffAccelError(
+                f"'{other}' is of a run whose weights are {'not ' if self.sharded else ''}shared out among processes. "
+                f"Go on {'without' if self.sharded else 'with'} --sharded, or take another folder."
+            )
         if self.checkpoint.exists():
             self.load()
 
     @property
     def checkpoint(self) -> Path:
-        """File of the checkpoint."""
-        return self.folder / "checkpoint.safetensors"
+        """File of the checkpoint; where weights are shared out, one that names a folder."""
+        return self._file(self.sharded)
+
+    def _file(self, sharded: bool) -> Path:
+        return self.folder / ("checkpoint.json" if sharded else "checkpoint.safetensors")
 
     @property
     def pictures(self) -> int:
@@ -101,8 +113,9 @@ class LearningRun:
 
         Args:
             deadline: of this process.
-            every: number of steps between calls of ``evaluate`` by the first process, whose numbers the log keeps; the
-                averaged weights are in the generator while it looks. Training goes on to the same bits as without.
+            every: number of steps between calls of ``evaluate`` by the first process, or by all where weights are
+                shared out; the first one's numbers are logged. The averaged weights are in the generator while it
+                looks. Training goes on to the same bits as without.
 
         Raises:
             DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
@@ -116,7 +129,8 @@ class LearningRun:
             if now - logged >= self.config.log_seconds:
                 self._log()
                 logged = now
-            if every and self.step % every == 0 and evaluate is not None and self.processes.rank == 0:
+            looks = self.processes.rank == 0 or self.sharded  # a part of the weights is nothing to look at
+            if every and self.step % every == 0 and evaluate is not None and looks:
                 with self.average:
                     values = evaluate(self)
                 self._write({"step": self.step, "pictures": self.pictures, **values})
@@ -154,7 +168,8 @@ class LearningRun:
     def _update(self, name: str, network: nn.Module) -> None:
         """Step one optimiser; a gradient that is not finite is replaced by zero and counted."""
         parameters = [p for p in network.parameters() if p.grad is not None]
-        average_gradients(parameters, self.processes.size)
+        if not self.sharded:  # else they are averaged as they are shared out
+            average_gradients(parameters, self.processes.size)
         norm, finite = clip_or_zero(parameters, self.config.clip)
         optimizer = self.optimizers[name]
         optimizer.param_groups[0]["lr"] = self.rates[name] * self._rate()
@@ -203,16 +218,14 @@ class LearningRun:
 
     def save(self) -> None:
         """Write a checkpoint, atomically: networks, averages, the optimisers' moments, the counters."""
-        if self._bad_steps or self.processes.rank:
+        if self._bad_steps or (self.processes.rank and not self.sharded):
             return  # a state that may be spoilt is not kept
-        tensors: dict[str, Tensor] = {}
+        tensors = self._tensors()
         for name, network in self.networks.items():
-            tensors |= {f"{name}.{key}": p.detach() for key, p in network.named_parameters()}
             for index, p in enumerate(network.parameters()):
                 for key, value in self.optimizers[name].state.get(p, {}).items():
-                    tensors[f"{name}_moment.{index}.{key}"] = torch.as_tensor(value)
-        for name, average in self.averages.items():
-            tensors |= {f"{name}.{key}": value for key, value in average.state().items()}
+                    value = torch.as_tensor(value)
+                    tensors[f"{name}_moment.{index}.{key}"] = value if key == "step" else shared_as(value, p)
         state = {
             "version": VERSION,
             "step": self.step,
@@ -223,7 +236,33 @@ class LearningRun:
             "call": self.teacher.identity,
             **({"begins": self.begins} if self.begins else {}),
         }
-        save_tensors(tensors, self.checkpoint, {"state": json.dumps(state)})
+        if self.sharded:
+            save_shards(tensors, self.checkpoint, state, self.processes.rank)
+        else:
+            save_tensors(tensors, self.checkpoint, {"state": json.dumps(state)})
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the averaged weights of the generator, whole, by the names that the teacher's network has for them.
+
+        Every process must ask where weights are shared out.
+        """
+        found = {}
+        with self.average, torch.no_grad():
+            for name, _ in self.source.network.named_parameters():
+                module, _, leaf = name.rpartition(".")
+                value = getattr(self.generator.get_submodule(module), leaf)  # a sum, where the rank is low
+                found[name] = whole(value.detach()).clone()
+        return found
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return weights and averages by their names in a checkpoint."""
+        tensors: dict[str, Tensor] = {}
+        for name, network in self.networks.items():
+            tensors |= {f"{name}.{key}": p.detach() for key, p in network.named_parameters()}
+        for name, average in self.averages.items():
+            for key, live, shadow in zip(average.names, average.live, average.shadow, strict=True):
+                tensors[f"{name}.{key}"] = shared_as(shadow, live)
+        return tensors
 
     @torch.no_grad()
     def load(self) -> None:
@@ -232,6 +271,9 @@ class LearningRun:
         Raises:
             DiffAccelError: for a file that is damaged, and for a checkpoint of another teacher or of other options.
         """
+        if self.sharded:
+            self._load_shards()
+            return
         tensors, state = load_checkpoint(self.checkpoint, self.device)
         if reason := self._differs(state):
             raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
@@ -248,8 +290,27 @@ class LearningRun:
         for name, average in self.averages.items():
             for key, shadow in zip(average.names, average.shadow, strict=True):
                 shadow.copy_(tensors[f"{name}.{key}"])
+        self._count_from(state)
+
+    def _count_from(self, state: dict[str, Any]) -> None:
+        for average in self.averages.values():
             average.updates = state["updates"]
         self.step, self.seconds = state["step"], state["seconds"]
+
+    def _load_shards(self) -> None:
+        """Resume from the checkpoint of weights that are shared out, also of another number of processes."""
+        state = read_state(self.checkpoint)
+        if reason := self._differs(state):
+            raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
+        tensors = self._tensors()
+        for name, network in self.networks.items():
+            for index, p in enumerate(network.parameters()):
+                moments = empty_moments(self.optimizers[name], p)
+                self.optimizers[name].state[p] = moments
+                for key, value in moments.items():
+                    tensors[f"{name}_moment.{index}.{key}"] = value if key == "step" else shared_as(value, p)
+        load_shards(tensors, self.checkpoint)
+        self._count_from(state)
 
     def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Raise for a checkpoint that lacks a weight, or has one of another shape."""
@@ -285,6 +346,15 @@ class LearningRun:
         """Return what a run must have in common with its checkpoint."""
         values = {k: v for k, v in self.config.to_dict().items() if k not in ("save_seconds", "log_seconds")}
         return json.loads(json.dumps({**values, "seed": self.seed, "dtype": str(self.dtype)}))  # tuples are lists there
+
+
+def empty_moments(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Any]:
+    """Return the state that an optimiser has of a parameter after its first step, to be filled."""
+    if isinstance(optimizer, MomentumlessAdam):
+        step = torch.zeros((), dtype=torch.int64, device="cpu")
+        return {"step": step, "exp_avg_sq": torch.zeros_like(local(p.detach()))}
+    step = torch.zeros((), dtype=torch.float32, device="cpu")
+    return {"step": step, "exp_avg": torch.zeros_like(p.detach()), "exp_avg_sq": torch.zeros_like(p.detach())}
 
 
 def decay_of(config: StageOptions) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from diffaccel.distill.meter import converged
 from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
 from diffaccel.distill.teacher import Teacher
+from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
+from diffaccel.training.shards import shard
 
 
 class Distillation(LearningRun):
@@ -24,6 +27,8 @@ class Distillation(LearningRun):
 
     Args:
         begin: network that the generator begins as, such as an earlier stage's student; the teacher's by default.
+        sharded: share out the weights of all three networks among the processes, instead of a copy each. The teacher
+            stays as it is, and a copy of its network is shared out.
         folder, device, dtype, tell: as those of every ``LearningRun``.
 
     Attributes:
@@ -44,9 +49,23 @@ class Distillation(LearningRun):
         dtype: torch.dtype | None = None,
         processes: Processes | None = None,
         begin: nn.Module | None = None,
+        sharded: bool = False,
         tell: Callable[[str], None] = lambda text: None,
     ) -> None:
-        generator, self.assistant = learner(begin or teacher.network), learner(teacher.network)
+        source, place = teacher, torch.device(device or next(teacher.network.parameters()).device)
+        if sharded:
+            if config.rank:
+                raise DiffAccelError(
+                    f"rank is {config.rank} and sharded is True, but a change of low rank is not shared out. Take one."
+                )
+            teacher = copy.copy(source)
+            teacher.network = shard(copy.deepcopy(source.network), place)
+        self.assistant = learner(source.network)
+        if sharded:
+            shard(self.assistant, place)  # one after another: each is whole for a moment
+        generator = learner(begin or source.network)
+        if sharded:
+            shard(generator, place)
         if config.rank:
             restrict(generator, config.rank, seed)
         networks = {"generator": generator, "assistant": self.assistant}
@@ -56,7 +75,8 @@ class Distillation(LearningRun):
         }
         super().__init__(
             teacher, config, folder, networks, rates, {"average": decay_of(config)}, seed=seed, device=device,
-            dtype=dtype, processes=processes, begins="" if begin is None else fingerprint(begin), tell=tell,
+            dtype=dtype, processes=processes, begins="" if begin is None else fingerprint(begin),
+            source=source if sharded else None, tell=tell,
         )  # fmt: skip
 
     def turn(self) -> None:

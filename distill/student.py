@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffaccel import record
 from diffaccel.distill.identity import fingerprint
@@ -48,20 +49,22 @@ def scheduler_of(teacher: PipelineTeacher, config: StageOptions) -> SIMOneStepSc
     return SIMOneStepScheduler(*levels[0], teacher.kind, config.start)
 
 
-def student(run: LearningRun) -> Any:
+def student(run: LearningRun, weights: dict[str, Tensor] | None = None) -> Any:
     """Return the teacher's pipeline with averaged weights of the generator, and the scheduler of its steps.
 
     Text encoders and autoencoder are shared with the teacher's pipeline, which stays as it is.
+
+    Args:
+        weights: those of :meth:`LearningRun.weights`, where they were asked for already.
     """
-    teacher = run.teacher
+    teacher = run.source
     if not isinstance(teacher, PipelineTeacher):
         raise DiffAccelError("A bare network was distilled; a pipeline is needed to make one. Take run.generator.")
     network = copy.deepcopy(teacher.network).eval().requires_grad_(False)
-    with run.average, torch.no_grad():
+    learnt = run.weights() if weights is None else weights
+    with torch.no_grad():
         for name, p in network.named_parameters():
-            module, _, leaf = name.rpartition(".")
-            value = getattr(run.generator.get_submodule(module), leaf)  # a sum, where the rank is low
-            p.data, p.grad = value.detach().to(p.dtype, copy=True), None  # each in its own: some stay in float32
+            p.data, p.grad = learnt[name].to(p.dtype, copy=True), None  # each in its own: some stay in float32
     pipe = teacher.pipe
     name = next(name for name, part in pipe.components.items() if part is teacher.network)
     parts = {**pipe.components, name: network, "scheduler": scheduler_of(teacher, run.config)}
@@ -81,7 +84,7 @@ def save(run: LearningRun, folder: str | Path, teacher_name: str, begins_with: d
     pipe.save_pretrained(folder)
     provenance = {
         "teacher": teacher_name,
-        "teacher_weights": fingerprint(run.teacher.network),
+        "teacher_weights": fingerprint(run.source.network),
         "options": run.config.to_dict(),
         "network_calls": run.config.calls,
         "seed": run.seed,

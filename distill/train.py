@@ -39,6 +39,7 @@ def distil(
     evaluate_every: int = 0,
     evaluate: Callable[[Any], dict[str, float]] | None = None,
     begin: str | Path | None = None,
+    sharded: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Distillation | TrajectoryRun:
     """Distil a pipeline, and write the student to ``folder / "student"``; a run that is there goes on.
@@ -52,6 +53,7 @@ def distil(
         evaluate_every: drawings between evaluations, which the log keeps; 0 for none. Each has the run's meter.
         evaluate: called at them too, such as a ``PictureEvaluation``.
         begin: folder of a student of the same teacher that the generator begins as, such as one of "tscd" for "sim".
+        sharded: share out the weights of all networks among the processes, which hold parts instead of copies.
     """
     launch = processes or Processes()
     if config.batch % launch.size:
@@ -60,6 +62,12 @@ def distil(
         raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0. Leave it out to make all steps.")
     if evaluate_every < 0:
         raise DiffAccelError(f"evaluate_every is {evaluate_every}; it must be at least 0, for none.")
+    if sharded and isinstance(config, Segments):
+        raise DiffAccelError("sharded is True, which trajectories do not know. Leave it out, or take another method.")
+    if sharded and evaluate is not None:
+        raise DiffAccelError(
+            "sharded is True, but pictures are drawn by one process. Leave the judge out: --judge none."
+        )
     if config.risk:
         tell(f"note: {config.risk}")
     teacher = PipelineTeacher(pipe, prompts, config.batch // launch.size, arguments or {})
@@ -67,7 +75,7 @@ def distil(
     begun = None if begin is None else open_student(begin, teacher, config)
     run = run_of(
         teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell,
-        begin=None if begun is None else begun.network,
+        begin=None if begun is None else begun.network, **({"sharded": True} if sharded else {}),
     )  # fmt: skip
     every = max(1, round(evaluate_every / config.batch)) if evaluate_every else 0
 
@@ -75,8 +83,8 @@ def distil(
         return {**run.meter(), **(evaluate(run) if evaluate is not None else {})}
 
     run.run(None if seconds is None else Deadline(seconds), every, looked)
-    if launch.rank == 0:
-        provenance = None if begun is None else begun.provenance
+    provenance = None if begun is None else begun.provenance
+    if launch.rank == 0 or sharded:
         save(run, Path(folder) / STUDENT, name or type(pipe).__name__, provenance)
     launch.wait()
     return run

@@ -34,6 +34,7 @@ LARGE = {
 TINY = {**LARGE, "block_out_channels": (32, 32, 32), "layers_per_block": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "joint": {}, "sequential": {"sequential": True}, "two calls": {"student_steps": 2}, "rank 16": {"rank": 16},
+    "sharded": {},
 }  # fmt: skip
 
 
@@ -72,9 +73,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     forward = forward_seconds(teacher, share, options.count, device, dtype)
     rows: dict[str, Any] = {}
     for name, changes in VARIANTS.items():
+        sharded = name == "sharded"  # each process has a part of the weights: there is nothing to share alone
+        if sharded and launch.size == 1:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             config = SIM(batch=options.batch, ema_pictures=options.batch, **changes)
-            run = Distillation(teacher, config, folder, device=device, dtype=dtype, processes=launch)
+            run = Distillation(teacher, config, folder, device=device, dtype=dtype, processes=launch, sharded=sharded)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ UNFINISHED = 4  # stopped by --seconds; the same command goes on
 _EXAMPLES = """examples:
   diffaccel distill                                               (emoji-flux)
   diffaccel distill ./sd3 --prompts prompts.txt --sim.steps 4000 --sim.batch 256 --out runs/sd3
-  accelerate launch -m diffaccel distill ./sd3 --prompts prompts.txt --sim.sequential true
+  accelerate launch -m diffaccel distill ./sd3 --prompts prompts.txt --sim.sequential true --sharded
   diffaccel distill --method tscd --out runs/tscd && diffaccel distill --init runs/tscd/student --sim.noise-ratio 1000
   diffaccel sample "a red apple, noto" --model out/distill/student --steps 1
 
@@ -40,6 +39,7 @@ def make_parser() -> terminal.Parser:
     add("--method", default="sim", metavar="NAME", help="of distillation: sim (default) or tscd")
     add("--init", type=Path, metavar="DIR", help="student of an earlier stage that this one begins with")
     add("--preset", metavar="NAME", help="sim, sid, diff-instruct, dmd, fgm or paper: settings to start from")
+    add("--sharded", action="store_true", help="under accelerate launch: parts of all networks, not a copy a process")
     add("--prompts", metavar="SET", help="a packaged set or a file (default emoji-1000 for emoji-flux)")
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="of the teacher (default: the model's own)")
@@ -71,6 +71,8 @@ def run(argv: list[str]) -> int:
     for name in ("evaluate", "evaluate_prompts"):
         if getattr(options, name) < 0:
             raise DiffAccelError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 0.")
+    if options.sharded and options.evaluate and _judge(options) != "none":
+        raise DiffAccelError("--sharded draws no pictures for a judge while it trains. Add --judge none.")
     check_writable(options.out)
     from diffaccel import processes
     from diffaccel.eval.sets import prompts
@@ -94,7 +96,7 @@ def run(argv: list[str]) -> int:
         done = train(
             pipe, texts, config, options.out, name=options.model, arguments=arguments, seconds=options.seconds,
             seed=options.seed, device=device, dtype=dtype, processes=launch, evaluate_every=options.evaluate,
-            evaluate=evaluate, begin=options.init, tell=terminal.write_note,
+            evaluate=evaluate, begin=options.init, sharded=options.sharded, tell=terminal.write_note,
         )  # fmt: skip
     if launch.rank == 0:
         terminal.write(
@@ -106,8 +108,8 @@ def run(argv: list[str]) -> int:
 
 def _evaluation(options: Any, pipe: Any, texts: Sequence[str], arguments: dict[str, Any], device: Any) -> Any:
     """Return what looks at pictures of the run; None where none are asked for."""
-    judge = options.judge or ("emoji-clip-judge" if options.model == zoo.DEFAULT else "none")
-    if not options.evaluate or not options.evaluate_prompts or judge == "none":
+    judge = _judge(options)
+    if not options.evaluate or judge == "none":
         return None
     from diffaccel.distill.evaluation import PictureEvaluation
     from diffaccel.eval.networks import extractors
@@ -117,6 +119,13 @@ def _evaluation(options: Any, pipe: Any, texts: Sequence[str], arguments: dict[s
     return PictureEvaluation(pipe, spread, arguments, extractors.extractor(judge, device=device))
 
 
+def _judge(options: Any) -> str:
+    """Return the name of the network that looks at pictures, or "none"."""
+    if not options.evaluate_prompts:
+        return "none"
+    return options.judge or ("emoji-clip-judge" if options.model == zoo.DEFAULT else "none")
+
+
 @contextlib.contextmanager
 def alone(out: Path, rank: int) -> Iterator[None]:
     """Keep other runs from the folder, by its lock in the first process, and name a folder that cannot be written."""
@@ -124,7 +133,7 @@ def alone(out: Path, rank: int) -> Iterator[None]:
     try:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(out, re.escape("checkpoint.safetensors"))
+            remove_leftovers(out, r"checkpoint\.(?:safetensors|json)")
             lock.acquire()
         yield
     except OSError as error:

@@ -24,6 +24,8 @@ def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     with sdpa_kernel(_KERNELS), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield
 
+from diffaccel.training.shards import local
+
 
 def is_over_for_all(over: bool, size: int, device: torch.device) -> bool:
     """Return what the first of ``size`` processes says: the others, which wait for it at every step, stop with it."""
@@ -51,11 +53,24 @@ def clip_or_zero(parameters: Sequence[nn.Parameter], largest: float) -> tuple[Te
 
     Selecting on the device keeps its queue full; asking on the host whether the norm is finite would drain it.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, largest)
+    if any(hasattr(p, "to_local") for p in parameters):
+        norm = _clip_shared(parameters, largest)
+    else:
+        norm = nn.utils.clip_grad_norm_(parameters, largest)
     finite = torch.isfinite(norm)
-    for gradient in [p.grad for p in parameters if p.grad is not None]:
+    for gradient in [local(p.grad) for p in parameters if p.grad is not None]:
         torch.where(finite, gradient, torch.zeros_like(gradient), out=gradient)
     return norm.detach(), finite
+
+
+def _clip_shared(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
+    """Clip the norm of gradients of which each process has a part; return the norm, the same in all of them."""
+    parts = [local(p.grad) for p in parameters if p.grad is not None]
+    square = torch.stack([part.float().square().sum() for part in parts]).sum()
+    torch.distributed.all_reduce(square)
+    norm = square.sqrt()
+    torch._foreach_mul_(parts, (largest / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def write_entry(folder: Path, entry: dict[str, Any], tell: Callable[[str], None]) -> None:

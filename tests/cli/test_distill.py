@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
+from safetensors.torch import load_file
 
 from diffaccel.cli import main
 from diffaccel.cli.distill import UNFINISHED
@@ -61,6 +63,32 @@ def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
 
 
 @pytest.mark.slow
+def test_processes_that_share_out_the_weights_leave_a_student(model: Path, tmp_path: Path) -> None:
+    words = options(model, tmp_path / "run", "--sharded", "--threads", "1", "--evaluate", "2", "--device", "cpu")
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "-m",
+        "diffaccel",
+    ]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*launch, *words], cwd=tmp_path, env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 steps" in done.stdout and (tmp_path / "run" / "checkpoint-2").is_dir()
+    assert main(options(model, tmp_path / "whole", "--device", "cpu")) == 0
+    ours, theirs = (
+        load_file(tmp_path / name / "student" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("run", "whole")
+    )
+    assert ours.keys() == theirs.keys() and all(value.shape == theirs[name].shape for name, value in ours.items())
+    assert '"distance@0.5"' in (tmp_path / "run" / "log.jsonl").read_text()
+
+
+@pytest.mark.slow
 def test_a_student_of_trajectories_is_what_sim_begins_with(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +113,7 @@ def test_a_student_of_trajectories_is_what_sim_begins_with(
         (["--sim.alhpa", "1"], "Did you mean 'alpha'"),
         (["--rbf.budget", "1"], "--rbf.budget is no option of 'sim'"),
         (["--sim.floor", "7"], "SIM.floor"),
+        (["--sharded", "--evaluate", "2"], "Add --judge none"),
         (["--method", "tscd", "--preset", "sid"], "'tscd' has no presets"),
         (["--method", "tscd", "--tscd.segments", "2,4"], "the numbers must fall"),
         (["--method", "tscd", "--sim.steps", "4"], "--sim.steps is no option of 'tscd'"),
