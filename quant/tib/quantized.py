@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.modules.temporal.program import Fetch, Program
-from diffaccel.quant.tib.rounding import SoftRounding, nearest
+from diffaccel.quant.learned_rounding import SoftRounding, nearest
 
 Method = Literal["auto", "tiar", "cache", "nearest"]
 Features = list[dict[int, Tensor]]

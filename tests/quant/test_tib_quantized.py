@@ -13,8 +13,8 @@ import torch
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.quant import TIB
+from diffaccel.quant.learned_rounding import SoftRounding, largest_code, nearest
 from diffaccel.quant.tib.quantized import affine_codes, feature_error
-from diffaccel.quant.tib.rounding import SoftRounding, largest_code, nearest
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Learned rounding of weights: soft rounding that an optimizer hardens (AdaRound, arXiv 2004.10568).
 
-``w_q(V) = s clamp(floor(w / s) + h(V), -n, n)`` with ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`` and one scale s a row,
-searched for the least error to the power 2.4 among 80 fractions of the row's largest magnitude.
+``w_q(V) = s clamp(floor(w / s) + h(V), -n, n)`` with ``h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)`` and given scales s, or
+one a row, searched for the least error to the power 2.4 among 80 fractions of the row's largest magnitude.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ def nearest(weight: Tensor, bits: int) -> Tensor:
 class SoftRounding:
     """The rounding of one weight, learned.
 
+    Args:
+        weight: ``(N, K)``.
+        bits: of its symmetric codes.
+        scale: fp32 ``(N, 1)`` or ``(N, K)``; searched for each row by default.
+
     Attributes:
         variable: V, fp32 ``(N, K)``; at the start ``h(V)`` is the fraction that rounding drops.
     """
 
-    def __init__(self, weight: Tensor, bits: int) -> None:
+    def __init__(self, weight: Tensor, bits: int, scale: Tensor | None = None) -> None:
         self.weight, self.n = weight.detach(), largest_code(bits)
-        self.scale = scales_of(weight, bits)
+        self.scale = scales_of(weight, bits) if scale is None else scale.detach().float()
         ratio = self.weight.float() / self.scale
         self.floor = ratio.floor()
         fraction = (ratio - self.floor).clamp(1e-4, 1 - 1e-4)
@@ -64,6 +69,10 @@ class SoftRounding:
     def hard(self) -> Tensor:
         """Return the weight with every share rounded to 0 or 1."""
         return self._at((self.share().detach() >= 0.5).float())
+
+    def codes(self) -> Tensor:
+        """Return the codes of :meth:`hard`, int8."""
+        return (self.floor + (self.share().detach() >= 0.5).float()).clamp(-self.n, self.n).to(torch.int8)
 
     def _at(self, share: Tensor) -> Tensor:
         return ((self.floor + share).clamp(-self.n, self.n) * self.scale).to(self.weight.dtype)
