@@ -2,7 +2,8 @@
 
 For the linears of a block together, ``|B_q(x_q) - B(x)|^2`` is lowered over calls of the network, ``x_q`` being what
 the blocks before it give with their rounding as it was learned, and ``x`` what the exact network gives the block. Soft
-shares harden by the penalty of AdaRound (arXiv 2004.10568), whose weight grows from 0.01 to 1000 of the first loss.
+shares harden by the penalty of AdaRound (arXiv 2004.10568), whose weight grows from 0.01 to 1000 of the
+error of round-to-nearest.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from diffaccel.quant.reconstruction.layer import LEARNED, LearnedLinear
 from diffaccel.quant.swap import QuantizedNetworks, quantize_networks
 
 RATE = 1e-2
-PENALTY_FROM, PENALTY_TO = 0.01, 1000.0  # of the first loss, for each weight
+PENALTY_FROM, PENALTY_TO = 0.01, 1000.0  # of the error of round-to-nearest, for each weight
+CALLS = 8  # whose rows single codes are flipped by
 FIRST, LAST = 20.0, 2.0  # exponents of the penalty, annealed; none in the first fifth
 
 logger = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ def learn_rounding(
     iterations: int,
     seed: int = 0,
 ) -> None:
-    """Lower the squared error of a block's outputs over the rounding of its layers, which hardens on the way.
+    """Lower the squared error of a block's outputs over the rounding of its layers, which are hard in the end.
 
     Args:
         inputs: of the block, in each call.
@@ -157,7 +159,15 @@ def learn_rounding(
     """
     variables = [layer.rounding.variable for layer in layers]
     optimizer = torch.optim.Adam(variables, lr=RATE)
-    draw, first = torch.Generator("cpu").manual_seed(seed), 0.0
+    draw = torch.Generator("cpu").manual_seed(seed)
+    for layer in layers:
+        layer.is_hard = True
+    nearest = _error(block, inputs, targets) / len(inputs)  # of a call; soft rounding begins at the weight, without one
+    for layer in layers:
+        layer.is_hard = False
+    if not nearest < float("inf"):
+        raise DiffAccelError(f"The error of a block is {nearest}: its outputs are not finite. Check model and calls.")
+    unit = max(nearest, 1e-12) / sum(v.numel() for v in variables)
     for step in range(iterations):
         place = int(torch.randint(len(inputs), (1,), generator=draw, device="cpu"))
         args, kwargs = copied(inputs[place])
@@ -165,19 +175,37 @@ def learn_rounding(
         loss = torch.stack(
             [(one.float() - other.float()).square().sum() for one, other in zip(made, targets[place], strict=True)]
         ).sum()
-        if step == 0:
-            first = float(loss.detach())
-            if not first < float("inf"):
-                raise DiffAccelError(f"The first loss is {first}: the block's outputs are not finite. Check the calls.")
         progress = (step / iterations - 0.2) / 0.8
         if progress >= 0:
             beta = LAST + (FIRST - LAST) * (1 - progress)
-            unit = max(first, 1e-12) / sum(v.numel() for v in variables)
             weight = unit * PENALTY_FROM * (PENALTY_TO / PENALTY_FROM) ** progress
             loss = loss + weight * torch.stack([layer.rounding.penalty(beta) for layer in layers]).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    flip_codes(block, layers, inputs, targets)
+
+
+@torch.no_grad()
+def flip_codes(
+    block: nn.Module, layers: Sequence[LearnedLinear], inputs: Sequence[Call], targets: Sequence[list[Tensor]]
+) -> None:
+    """Flip single codes of a layer while that lowers its own error, and keep it where the block's error falls too."""
+    for layer in layers:
+        layer.is_hard = True
+    least = _error(block, inputs, targets)
+    for layer in layers:
+        before, layer.seen = layer.rounding.variable, []
+        for call in inputs[:: max(1, len(inputs) // CALLS)]:
+            args, kwargs = copied(call)
+            block(*args, **kwargs)
+        rows, layer.seen = torch.cat(layer.seen).float(), None
+        layer.rounding.descend(rows, rows @ (layer.rounding.hard() - layer.rounding.weight).T)
+        error = _error(block, inputs, targets)
+        if error < least:
+            least = error
+        else:
+            layer.rounding.variable = before
 
 
 @torch.no_grad()

@@ -27,6 +27,8 @@ class LearnedLinear(nn.Linear):
 
     Attributes:
         rounding: of the weight.
+        is_hard: whether the weight is rounded to codes.
+        seen: a list to which rounded inputs are added as rows; None to keep none.
     """
 
     def __init__(self, layer: QLinear, weight: Tensor) -> None:
@@ -36,6 +38,7 @@ class LearnedLinear(nn.Linear):
         self.bias = layer.bias
         self.rounding = SoftRounding(weight.detach().float().clone(), layer.form.bits, grid_of(layer))
         self.is_hard = False
+        self.seen: list[Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         weight = self.rounding.hard() if self.is_hard else self.rounding.soft()
@@ -46,6 +49,8 @@ class LearnedLinear(nn.Linear):
                 codes, scale = quantize_rows_reference(rows, "int8")
                 rounded = (codes.float() * scale).to(input.dtype).reshape(input.shape)
             x = input + (rounded - input).detach()
+        if self.seen is not None:
+            self.seen.append(x.detach().reshape(-1, self.in_features))
         bias = None if self.bias is None else self.bias.detach().to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
 

@@ -23,26 +23,24 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_best_rounding_of_a_tiny_layer_is_found(seed: int) -> None:
-    """Of all 2^8 ways to round a row up or down, that of the least error of the outputs."""
-    linear = nn.Linear(8, 1, bias=False)
-    linear.weight.data = drawn(1, 8, seed=seed)
-    mixed = drawn(8, 8, seed=100 + seed)
-    x = drawn(64, 8, seed=200 + seed) @ mixed  # correlated inputs, where rounding to the nearest is not the best
-    layer = LearnedLinear(QLinear.of(linear, LayerFormat("w4a16", 8)), linear.weight)
-    rounding, target = layer.rounding, linear(x).detach()
-    errors = {}
-    for shares in itertools.product((0.0, 1.0), repeat=8):
-        codes = (rounding.floor + torch.tensor([shares])).clamp(-7, 7)
-        errors[shares] = float((x @ (codes * rounding.scale).T - target).square().sum())
-    at_start = float((x @ rounding.hard().T - target).square().sum())
-    learn_rounding(layer, [layer], [((x,), {})], [[target]], 400)
-    learned = float((x @ rounding.hard().T - target).square().sum())
-    assert learned == pytest.approx(min(errors.values()), rel=1e-4) and learned < at_start
-    assert float(rounding.penalty(2.0)) < 0.1  # hardened
-    stored = layer.finished()
-    torch.testing.assert_close(stored.dequantize(), rounding.hard(), rtol=1e-6, atol=1e-6)
+def test_the_best_rounding_of_a_tiny_layer_is_found() -> None:
+    """Of all 2^8 ways to round a row up or down, that of the least error of the outputs, with correlated inputs."""
+    for seed, rounds_best_at_once in ((0, False), (3, False), (5, True)):
+        linear = nn.Linear(8, 1, bias=False)
+        linear.weight.data = drawn(1, 8, seed=seed)
+        x = drawn(64, 8, seed=200 + seed) @ drawn(8, 8, seed=100 + seed)
+        layer = LearnedLinear(QLinear.of(linear, LayerFormat("w4a16", 8)), linear.weight)
+        rounding, target = layer.rounding, linear(x).detach()
+        errors = []
+        for shares in itertools.product((0.0, 1.0), repeat=8):
+            codes = (rounding.floor + torch.tensor([shares])).clamp(-7, 7)
+            errors.append(float((x @ (codes * rounding.scale).T - target).square().sum()))
+        at_start = float((x @ rounding.hard().T - target).square().sum())
+        assert (at_start <= min(errors) * 1.001) == rounds_best_at_once
+        learn_rounding(layer, [layer], [((x,), {})], [[target]], 150)
+        learned = float((x @ rounding.hard().T - target).square().sum())
+        assert learned == pytest.approx(min(errors), rel=1e-3)
+        torch.testing.assert_close(layer.finished().dequantize(), rounding.hard(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -72,10 +70,10 @@ def test_blocks_of_a_pipeline_come_nearer_and_removal_is_exact() -> None:
     case = matrix.Case("flux", W4A8())
     pipe = case.make()
     expected = case.call(pipe)
-    with recording(pipe.transformer) as calls:
+    with recording(pipe.transformer, every=3) as calls:
         case.call(pipe)
     before = {name: p.clone() for name, p in pipe.transformer.state_dict().items()}
-    handle, reports = reconstruct(pipe.transformer, W4A8(modulation="keep"), calls, iterations=60)
+    handle, reports = reconstruct(pipe.transformer, W4A8(modulation="keep"), calls[:2], iterations=12)
     assert [report.name for report in reports] == block_names(pipe.transformer)
     assert all(report.learned < report.nearest for report in reports) and sum(r.layers for r in reports) > 4
     assert not torch.equal(case.call(pipe), expected)
