@@ -24,7 +24,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_the_best_rounding_of_a_tiny_layer_is_found() -> None:
     """Of all 2^8 ways to round a row up or down, that of the least error of the outputs, with correlated inputs."""
-    for seed, rounds_best_at_once in ((0, False), (3, False), (5, True)):
+    for seed, rounds_best_at_once in ((3, False), (5, True)):
         linear = nn.Linear(8, 1, bias=False)
         linear.weight.data = drawn(1, 8, seed=seed)
         x = drawn(64, 8, seed=200 + seed) @ drawn(8, 8, seed=100 + seed)
@@ -36,7 +36,7 @@ def test_the_best_rounding_of_a_tiny_layer_is_found() -> None:
             errors.append(float((x @ (codes * rounding.scale).T - target).square().sum()))
         at_start = float((x @ rounding.hard().T - target).square().sum())
         assert (at_start <= min(errors) * 1.001) == rounds_best_at_once
-        learn_rounding(layer, [layer], [((x,), {})], [[target]], 150)
+        learn_rounding(layer, [layer], [((x,), {})], [[target]], 100)
         learned = float((x @ rounding.hard().T - target).square().sum())
         assert learned == pytest.approx(min(errors), rel=1e-3)
         torch.testing.assert_close(layer.finished().dequantize(), rounding.hard(), rtol=1e-6, atol=1e-6)
@@ -65,6 +65,7 @@ def test_soft_rounding_takes_a_scale_for_each_group() -> None:
     assert codes.dtype == torch.int8 and torch.equal(codes.float(), (weight / scale).round().clamp(-7, 7))
 
 
+@pytest.mark.slow
 def test_blocks_of_a_pipeline_come_nearer_and_removal_is_exact() -> None:
     case = matrix.Case("flux", W4A8())
     pipe = case.make()
@@ -100,7 +101,7 @@ def test_a_reconstructed_network_is_saved_and_loaded(tmp_path) -> None:
     pipe = case.make()
     with recording(pipe.transformer, every=3) as calls:
         case.call(pipe)
-    _, reports = reconstruct(pipe.transformer, W4A16(modulation="keep"), calls[:1], iterations=5)
+    _, reports = reconstruct(pipe.transformer, W4A16(modulation="keep"), calls[:1], iterations=2)
     assert sum(report.learned for report in reports) < sum(report.nearest for report in reports)
     expected = case.call(pipe)
     pipe.transformer.save_pretrained(tmp_path)
