@@ -25,6 +25,7 @@ def add_options(parser: terminal.Parser) -> None:
     add("--frames", type=int, metavar="N", help="of a video model")
     add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
     add("--seed", type=int, metavar="K", help="of noise and data (default 0)")
+    add("--shard", action="store_true", default=None, help="split weights and moments among the processes of a launch")
 
 
 def is_trained(name: str) -> bool:
@@ -64,7 +65,7 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
 
 def refuse_options(options: argparse.Namespace) -> None:
     """Raise for an option of training beside a method that is not trained."""
-    for name in ("data", "preset", "frames", "seconds", "seed"):
+    for name in ("data", "preset", "frames", "seconds", "seed", "shard"):
         if getattr(options, name) is not None:
             raise DiffAccelError(
                 f"--{name} is of methods that are trained, such as qvgen; '{options.method}' is not. Leave it out."
@@ -100,7 +101,7 @@ def run_training(options: argparse.Namespace, config: Any) -> int:
         model = PipelineTeacher(pipe, samples.prompts, config.batch // launch.size, arguments)
         done = registry.training_function(type(config))(
             model, samples, config, options.out, name=options.model, seconds=options.seconds, seed=options.seed or 0,
-            device=device, dtype=dtype, processes=launch, tell=terminal.write_note,
+            device=device, dtype=dtype, processes=launch, sharded=bool(options.shard), tell=terminal.write_note,
         )  # fmt: skip
     if launch.rank == 0:
         result = {"steps": done.step, "of": config.steps, "seconds": round(done.seconds, 1), "out": str(options.out)}

@@ -103,7 +103,7 @@ def _check(network: nn.Module) -> None:
         if type(p.data).__name__ == "DTensor" or type(p).__name__ == "DTensor":
             raise DiffAccelError(
                 f"{kind} is sharded ('{name}'): side branches change their shape in training, which fully_shard cannot "
-                "follow. Train with one copy a process (accelerate launch), or with checkpointing=True to save memory."
+                "follow. Give it whole: ShardedQATRun shards what it can, QATRun trains one copy a process."
             )
 
 

@@ -68,8 +68,8 @@ class QATRun:
         self.device = torch.device(device or next(model.network.parameters()).device)
         self.processes = processes or Processes()
         self._check()
-        student = copy.deepcopy(model.network).float().eval().requires_grad_(True)
-        self.student: nn.Module = prepare_qat(student, config, largest_time)
+        self.largest_time = largest_time
+        self.student: nn.Module = self.prepared()
         if config.checkpointing:
             _save_memory(self.student)
         self.decay = RankDecay(self.student, config.schedule)
@@ -105,6 +105,16 @@ class QATRun:
             )
         if config.recipe == "dsa" and self.model.kind == "edm":
             raise DiffAccelError("recipe='dsa' knows no target of an EDM network. Take recipe='distill'.")
+
+    def prepared(self) -> nn.Module:
+        """Return the network that learns, as it is before the first step."""
+        student = copy.deepcopy(self.model.network).float().eval().requires_grad_(True)
+        network: nn.Module = prepare_qat(student, self.config, self.largest_time)
+        return network
+
+    def whole(self) -> nn.Module:
+        """Return a copy of the student with all of its weights."""
+        return copy.deepcopy(self.student)
 
     @property
     def checkpoint(self) -> Path:
@@ -255,7 +265,7 @@ class QATRun:
         Raises:
             DiffAccelError: where a side branch is left that is not meant to stay.
         """
-        network: nn.Module = convert(copy.deepcopy(self.student), keep_rank)
+        network: nn.Module = convert(self.whole(), keep_rank)
         own = dict(self.model.network.named_modules())
         for name, module in network.named_modules():
             original = own.get(name)

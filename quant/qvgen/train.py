@@ -17,6 +17,7 @@ from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.run import QATRun
+from diffaccel.quant.qvgen.sharded import ShardedQATRun
 from diffaccel.quant.qvgen.store import weights_hash
 from diffaccel.training.loop import Deadline
 
@@ -36,6 +37,7 @@ def quantize_aware(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
     processes: Processes | None = None,
+    sharded: bool = False,
     tell: Callable[[str], None] = lambda text: None,
 ) -> QATRun:
     """Train a pipeline's network with few bits, and save the pipeline with it; a run that is there goes on.
@@ -48,6 +50,7 @@ def quantize_aware(
         samples: data with its prompts.
         name: of the model, for the record beside it.
         seconds: after which it stops; None for when all steps are made.
+        sharded: split weights and moments among the processes, see :class:`ShardedQATRun`.
     """
     if seconds is not None and seconds <= 0:
         raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0. Leave it out to make all steps.")
@@ -57,12 +60,15 @@ def quantize_aware(
     launch, folder = processes or Processes(), Path(folder)
     if samples.kind == "drawn" and config.recipe == "dsa":
         tell("note: recipe='dsa' follows data at clean levels, and this data was drawn by the model itself.")
-    run = QATRun(
+    kind = ShardedQATRun if sharded else QATRun
+    run = kind(
         model, samples, config, folder / TRAINING, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell
     )
     run.run(None if seconds is None else Deadline(seconds))
+    if run.finished and (sharded or launch.rank == 0):  # all processes have a part of the weights of a sharded run
+        trained = quantized_pipeline(run, pipe)
     if launch.rank == 0 and run.finished:
-        quantized_pipeline(run, pipe).save_pretrained(folder)
+        trained.save_pretrained(folder)
         values = {"model": name or type(pipe).__name__, "model_weights": weights_hash(model.network), "seed": seed,
                   "options": config.to_dict(), "samples": len(samples.prompts), "data": samples.kind,
                   "seconds": round(run.seconds, 1), "versions": record.versions()}  # fmt: skip
