@@ -51,7 +51,7 @@ def block_calls(network: nn.Module, block: nn.Module, calls: Sequence[Call]) -> 
         raise _Reached
 
     with _hooked(block.register_forward_pre_hook(note, with_kwargs=True)):
-        _make(network, calls)
+        _call_all(network, calls)
     return found
 
 
@@ -65,7 +65,7 @@ def block_outputs(network: nn.Module, block: nn.Module, calls: Sequence[Call]) -
         raise _Reached
 
     with _hooked(block.register_forward_hook(note)):
-        _make(network, calls)
+        _call_all(network, calls)
     return found
 
 
@@ -74,7 +74,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _make(network: Callable[..., Any], calls: Sequence[Call]) -> None:
+def _call_all(network: Callable[..., Any], calls: Sequence[Call]) -> None:
     for args, kwargs in calls:
         with contextlib.suppress(_Reached):
             network(*copied(args), **copied(kwargs))
