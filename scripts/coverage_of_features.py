@@ -17,7 +17,7 @@ from diffaccel.eval.uncertainty.intervals import Interval
 
 Row = dict[str, Any]
 LEAST, MOST, FEW = 0.92, 0.98, 5  # bounds of coverage, and the carriers from which it is promised
-SIZES = {200: 400, 1000: 80}  # rows in sets of features, and how many sets are drawn at scale 1
+SIZES = {200: 400, 1000: 200}  # rows in sets of features, and how many sets are drawn at scale 1
 FEATURES = {"normal": 16, "skewed": 16, "our own covariance": 192}
 SHIFT = 0.1  # of a run, in standard deviations
 DIRECTIONS = 200  # of MIND; a report takes 1000
@@ -121,7 +121,7 @@ def shares(scale: float) -> Iterator[Row]:
             }  # fmt: skip
             return {number: interval for number, interval in shares.items() if interval is not None}
 
-        for n, repeats in {100: 200, 200: 200, 1000: 60}.items():
+        for n, repeats in {100: 400, 200: 400, 1000: 200}.items():
             for row in _coverage(population, numbers, n, max(30, int(scale * repeats))):
                 yield {key: value for key, value in row.items() if key not in ("carriers", "promised")}
 

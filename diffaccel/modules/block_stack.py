@@ -79,16 +79,20 @@ class BlockStack:
         output = plain(*args, **kwargs)
         if is_last:
             self._turn = None
-            self.cache.finish(turn, output[self.hidden_output] if isinstance(output, tuple) else output)
+            self.cache.finish(turn, self._hidden_in(output))
         return output
 
     def _begin(self, call: NetworkCall, base: Tensor) -> None:
         self._turn = self.cache.begin(call, base, self._entered)
         self._entered = None
 
+    def _hidden_in(self, output: Any) -> Any:
+        """Return the image tokens in what a block returned."""
+        return output[self.hidden_output] if isinstance(output, tuple) else output
+
     def _like_output(self, block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the block would, with ``hidden`` as image tokens and the text as it was given."""
-        if not vars(block)[_PLACE].returns_tuple:
+        if not issubclass(vars(block)[_PLACE].returns, tuple):
             return hidden
         text = _argument(block, "encoder_hidden_states", args, kwargs)
         return (text, hidden) if self.hidden_output else (hidden, text)
@@ -96,12 +100,12 @@ class BlockStack:
 
 @dataclass(eq=False)
 class _Place:
-    """Where a block stands: its stack, its number there, and its original class."""
+    """Where a block stands: its stack, its number there, its original class, and the class of what it returns."""
 
     stack: BlockStack
     number: int
     original: type
-    returns_tuple: bool = field(default=False)
+    returns: type = field(default=Tensor)
 
 
 class Stacks:
@@ -131,7 +135,7 @@ def _cached_class(cls: Any) -> Any:
 
         def plain(*args: Any, **kwargs: Any) -> Any:
             output = cls.__call__(self, *args, **kwargs)
-            place.returns_tuple = isinstance(output, tuple)
+            place.returns = type(output)
             return output
 
         return place.stack.call(place.number, self, plain, args, kwargs)
@@ -168,6 +172,8 @@ class OutputStack(BlockStack):
         super().__init__(cache, [network])
 
     def _like_output(self, block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("return_dict", True):
-            raise DiffAccelError("A cached network is called with return_dict=False, as the driver does.")
-        return (hidden,)
+        returns = vars(block)[_PLACE].returns
+        return (hidden,) if issubclass(returns, tuple) else returns(hidden)
+
+    def _hidden_in(self, output: Any) -> Any:
+        return output[0]  # of a tuple, or of the network's output class

@@ -1,8 +1,9 @@
-"""What a stand-in for ``scheduler.step`` returns."""
+"""What stand-ins for ``scheduler.step`` and for a network return."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -20,3 +21,14 @@ class StepOutput(BaseOutput):
     prev_sample: Tensor
     pred_original_sample: Tensor
     denoised: Tensor
+
+
+@dataclass
+class NetworkOutput(BaseOutput):
+    """The output of a network, by attribute or by index: some loops take ``network(...)[0]``.
+
+    Attributes:
+        sample: the prediction; a list of tensors where the network returns one.
+    """
+
+    sample: Any

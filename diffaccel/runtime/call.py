@@ -31,7 +31,7 @@ from diffaccel.runtime.interception import Recording, intercept
 from diffaccel.runtime.meter import device_of
 from diffaccel.runtime.native import Native
 from diffaccel.runtime.partners import opened_partners
-from diffaccel.runtime.probe import Opening, arguments_of, check_call, make_session, no_step
+from diffaccel.runtime.probe import Opening, arguments_of, check_call, lacking, make_session, no_step
 from diffaccel.runtime.stats import Stats
 from diffaccel.runtime.stock_call import follow_or_call, own_loop_refusal, rewinder
 from diffaccel.session import Lender
@@ -196,6 +196,10 @@ def _drive(
             f"{error} Out of memory: try a smaller batch or size, {type(config).__name__}(max_batch=1), "
             "pipe.enable_model_cpu_offload() or pipe.vae.enable_tiling()."
         ) from error
+    except KeyError as error:
+        if stats or (reason := lacking(pipe, arguments, error)) is None:
+            raise
+        raise reason from error
     if not stats:
         raise no_step(pipe, arguments)
     return result, stats[0]

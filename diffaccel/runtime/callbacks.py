@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class Callback:
                 for each in dict.fromkeys(sessions):
                     self._take(each, name, value)
         latents_now = returned.get("latents", shown)
-        return None if latents_now is shown and not was_edited() else latents_now
+        if latents_now is shown:
+            return latents_now if was_edited() else None
+        return _like(latents_now, latents() if shown is None else shown)
 
     def _tensor(self, session: Session, name: str) -> Any:
         """Return a tensor of the conditioning that the function asks for."""
@@ -101,6 +104,19 @@ class Callback:
                 f"callback_on_step_end returned '{name}', which a sampler cannot take over in "
                 f"{type(session.pipe).__name__}: allowed are {allowed}. {_fix(session.pipe, family, name)}"
             )
+
+
+def _like(returned: Any, latents: Tensor) -> Tensor:
+    """Return latents that a function returned, in all rows; raise for what cannot take the place of ``latents``."""
+    got = f"of type {type(returned).__name__}"
+    if isinstance(returned, Tensor):
+        got = f"of shape {tuple(returned.shape)}"
+        with contextlib.suppress(RuntimeError):
+            return returned.expand(latents.shape)
+    raise DiffAccelError(
+        f"callback_on_step_end returned latents {got}; under a sampler they are a tensor of the shape "
+        f"{tuple(latents.shape)}. Return such a tensor, or leave latents out."
+    )
 
 
 def _is_taken_by_loop(pipe: Any, name: str) -> bool:

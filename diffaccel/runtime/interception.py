@@ -11,7 +11,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from diffaccel.modules.stand_in import (
     silent_bar,
     uncompiled,
 )
-from diffaccel.modules.step_output import StepOutput
+from diffaccel.modules.step_output import NetworkOutput, StepOutput
 
 
 @dataclass(eq=False)
@@ -43,6 +42,7 @@ class Recording:
         answers: the random tensors that it was given for predictions.
         guided: what the pipeline made of them, ``model_output`` of the scheduler's step.
         positional: names of the network's arguments that were passed by position.
+        returns: ``return_dict`` of the network's calls, where they say it.
         latents: ``sample`` of the scheduler's step.
         denoised: the last clean sample where the scheduler's step returns one besides the latents; set by the loop.
         step_arguments: further arguments of the scheduler's step, such as ``eta``.
@@ -51,6 +51,7 @@ class Recording:
     calls: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)
     positional: tuple[str, ...] = ()
+    returns: dict[str, Any] = field(default_factory=dict)
     guided: Tensor | None = None
     latents: Tensor | None = None
     timestep: Any = None
@@ -166,9 +167,10 @@ def _recorder(network: Any, recording: Recording, family: Family) -> StandIn:
         arguments = network_arguments(network, args, kwargs)
         recording.calls.append(arguments)
         recording.positional = tuple(arguments)[: len(args)]
+        recording.returns = {name: arguments[name] for name in ("return_dict",) if name in arguments}
         latents = arguments[family.latent_arg]
         answer = random_like(latents, family.output_shape(network, latents), len(recording.calls))
         recording.answers.append(answer)
-        return SimpleNamespace(sample=answer) if arguments.get("return_dict", True) else (answer,)
+        return NetworkOutput(sample=answer) if arguments.get("return_dict", True) else (answer,)
 
     return StandIn(network, called)

@@ -198,7 +198,7 @@ class Predictor:
         time = family.time(session.pipe, timestep, x, self.dtype)
         if session.scalar_time and not timestep.ndim:
             time = time.reshape(-1)[0]
-        arguments = {family.latent_arg: x, family.time_arg: time, **kwargs, "return_dict": False}
+        arguments = {family.latent_arg: x, family.time_arg: time, **kwargs, **session.returns}
         positional = [arguments.pop(name) for name in session.positional]
         self._show_time(timestep.max() if timestep.ndim else timestep)
         step, steps = self._place_in_stage

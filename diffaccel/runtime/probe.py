@@ -66,12 +66,55 @@ class Opening:
 
 
 def arguments_of(call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name, defaults filled in; wrong ones raise as the call itself would."""
+    """Return a call's arguments by name, defaults filled in; wrong ones raise as the call itself would.
+
+    What a class of the user's takes as ``*args``, to pass it on, has the names of the pipeline below it.
+
+    Raises:
+        DiffAccelError: for positional arguments that have no name.
+    """
     bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     arguments = by_name(bound)
     arguments.pop("self")
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL and (unnamed := arguments.pop(name)):
+            named = dict(zip(_names_below(pipe, bound.signature), unnamed, strict=False))
+            if len(named) < len(unnamed):
+                raise DiffAccelError(
+                    f"{type(pipe).__name__} takes '*{name}', and {len(unnamed)} arguments passed so have no name that "
+                    "a sampler could follow. Pass them by name."
+                )
+            inspect.signature(call).bind(pipe, **(arguments := {**arguments, **named}))
     return arguments
+
+
+def _names_below(pipe: Any, signature: inspect.Signature) -> list[str]:
+    """Return names of positional arguments for a call that takes none by name: those of the pipeline below it."""
+    return [] if _named(signature) else _names_of_pipeline(pipe)
+
+
+def _named(signature: inspect.Signature) -> list[str]:
+    """Return the names of a call's positional arguments, besides ``self``."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [name for name, parameter in signature.parameters.items() if parameter.kind is kind][1:]
+
+
+def _names_of_pipeline(pipe: Any) -> list[str]:
+    """Return the names of the first class's arguments, from the pipeline's own upwards, whose call has names."""
+    calls = (vars(cls)["__call__"] for cls in type(pipe).__mro__ if "__call__" in vars(cls))
+    return next(filter(None, (_named(inspect.signature(call)) for call in calls)), [])
+
+
+def lacking(pipe: Any, arguments: dict[str, Any], error: KeyError) -> DiffAccelError | None:
+    """Return the error for an argument that a class of the user's leaves to the pipeline below it; None for others."""
+    name = error.args[0] if error.args else None
+    if name in arguments or name not in _names_of_pipeline(pipe):
+        return None
+    return DiffAccelError(
+        f"{type(pipe).__name__} passes its arguments on, and the call does not say '{name}', which a sampler must "
+        f"know. Pass {name}=... by name."
+    )
 
 
 def probe(opening: Opening) -> Session:
@@ -187,6 +230,7 @@ def make_session(opening: Opening, recording: Recording, generator: Any) -> Sess
         step_arguments=recording.step_arguments,
         read_schedule=schedule,
         positional=recording.positional,
+        returns=recording.returns,
         scalar_time=isinstance(time, Tensor) and time.ndim == 0,
         dtype=latents.dtype,
         height=height,

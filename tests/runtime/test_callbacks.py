@@ -242,3 +242,20 @@ def test_guidance_that_a_callback_raises(name: str) -> None:
         output = pipe(**room.call_kwargs(name), callback_on_step_end=raise_it)
         results.append(output.images if name == "sd" else output.frames)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("value", [None, [0.0], torch.zeros(3, 3)], ids=["none", "list", "shape"])
+def test_latents_of_another_kind_are_refused(value) -> None:
+    pipe = diffaccel.accelerate(tiny.make("sd"), Euler())
+    with pytest.raises(DiffAccelError, match=r"callback_on_step_end returned latents of .* shape \(2, 4, 4, 4\)"):
+        pipe(**tiny.call_kwargs("sd"), callback_on_step_end=lambda *args: {"latents": value})
+
+
+def test_latents_of_one_row_are_those_of_all_rows() -> None:
+    def first_row(pipe, i, t, kwargs):
+        return {"latents": kwargs["latents"][:1]} if i == 1 else {}
+
+    stock = tiny.make("flux")(**tiny.call_kwargs("flux"), callback_on_step_end=first_row).images
+    for sampler in (Euler(), Scheduler()):
+        pipe = diffaccel.accelerate(tiny.make("flux"), sampler)
+        torch.testing.assert_close(pipe(**tiny.call_kwargs("flux"), callback_on_step_end=first_row).images, stock)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.families.generic.stand_ins import install, preserved_state
 from diffaccel.families.generic.values import frozen, pictures, rounded
 from diffaccel.modules.stand_in import TextMemo, clone, network_arguments, random_like
+from diffaccel.modules.step_output import NetworkOutput
 
 DIFFERENT_STEPS = 3  # number of steps with different answers; later ones repeat them
 
@@ -104,7 +104,7 @@ class _Watcher:
             self.drawn[seed] = random_like(like, shape, seed)
         turn.answers.append(self.drawn[seed])
         answer = frozen(turn.answers[-1])  # the loop may change it in place
-        return SimpleNamespace(sample=answer) if arguments.get("return_dict", True) else (answer,)
+        return NetworkOutput(sample=answer) if arguments.get("return_dict", True) else (answer,)
 
     def step(self, output: Any, sample: Any, timestep: Any) -> Tensor:
         """Finish a turn and return known latents for the next."""
