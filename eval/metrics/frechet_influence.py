@@ -24,7 +24,9 @@ def influence(x: Tensor, target: Gaussian) -> Tensor:
     """
     n, mean = len(x), x.mean(0, dtype=torch.float64)
     shift, factor = mean - target.mean.to(x.device), target.factor.to(x.device)
-    if n <= factor.shape[1]:
+    if not factor.shape[1]:  # rows that are all alike have no spread to be moved to
+        roots = torch.zeros(n, dtype=torch.float64, device=x.device)
+    elif n <= factor.shape[1]:
         k = (x.double() - mean) @ factor
         values, vectors = torch.linalg.eigh(k @ k.T)
         roots = (vectors.square() * values.clamp_min(0).sqrt()).sum(1)

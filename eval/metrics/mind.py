@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.metrics.feature_matrix import checked_pair, paired
+from diffaccel.eval.metrics.feature_matrix import checked, checked_pair, paired
 from diffaccel.eval.metrics.partners import Partners
 from diffaccel.eval.uncertainty.influence import influence_interval
 from diffaccel.eval.uncertainty.intervals import Interval
 
+LEAST = 4  # rows of an interval, whose halves have a spread
 _CHUNK = 64  # directions projected and sorted at a time
 
 
@@ -53,6 +54,7 @@ def mind_interval(
 
     With ``pairs``, the rows of ``y`` that belong to rows of ``x`` move with them.
     """
+    checked(x, "x", least=LEAST)
     x, y = checked_pair(x, y, ("x", "y"))
     partners = Partners.of(pairs, len(x), len(y))
 
@@ -73,6 +75,7 @@ def mind_interval(
 def mind_difference(a: Tensor, b: Tensor, y: Tensor, *, projections: int = 1000, seed: int = 0) -> Interval:
     """Compute ``MIND(a, y) - MIND(b, y)`` of runs of the same ids, row by row, with a 95 % interval."""
     paired(a, b)
+    checked(a, "a", least=LEAST)
     a, y = checked_pair(a, y, ("a", "y"))
     b = b.to(a.device)
 

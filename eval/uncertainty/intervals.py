@@ -226,10 +226,14 @@ def median_ratio(a: Values, b: Values, *, level: float = 0.95) -> Ratio:
         raise DiffAccelError(f"An interval of a ratio needs at least 2 turns, got {len(x)}.")
     if (x <= 0).any() or (y <= 0).any():
         raise DiffAccelError(f"Timings must be positive; the smallest is {min(x.min(), y.min()):g}.")
-    tail, n, value = _tail(level), len(x), float(np.median(x / y))
+    with np.errstate(over="ignore"):
+        ratios = x / y
+    if not (np.isfinite(ratios).all() and ratios.all()):
+        raise DiffAccelError(f"Timings from {min(x.min(), y.min()):g} to {max(x.max(), y.max()):g} have no ratio.")
+    tail, n, value = _tail(level), len(x), float(np.median(ratios))
     if n < LEAST_TURNS:
         return Ratio(value, None, f"median of {n} turns; an interval needs {LEAST_TURNS}")
-    logs = np.sort(np.log(x / y))
+    logs = np.sort(np.log(ratios))
     mean, half = float(logs.mean()), student_quantile(1 - tail, n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
     low, high = min(math.exp(mean - half), value), max(math.exp(mean + half), value)
     method = f"median of {n} turns, Student's t of log ratios"

@@ -45,6 +45,7 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     k = len(residuals)
     if k < 2:
         raise DiffAccelError(f"A bootstrap interval needs at least 2 values or clusters, got {k}.")
+    residuals, unit = _in_units(residuals)
     error = float(np.sqrt(k / (k - 1) * (residuals * residuals).sum()) / counts.sum())
     if error == 0:
         return 0.0, 0.0
@@ -59,7 +60,7 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     t = np.where(flat, infinite, deviations / np.where(flat, 1.0, errors))
     upper, lower = (max(student, _quantile(sided, flat, 1 - tail, k)) for sided in (t, -t))
     low, high = -error * upper, error * lower
-    return (low, high) if sign > 0 else (-high, -low)
+    return (unit * low, unit * high) if sign > 0 else (-unit * high, -unit * low)
 
 
 def carriers(residuals: Array) -> float:
@@ -67,12 +68,19 @@ def carriers(residuals: Array) -> float:
 
     It is a third of their number for normal ones, and the number of failures where few, alike, are all that differs.
     """
-    squares = np.sort(residuals * residuals)  # sums do not depend on the order of the data
-    largest = float(squares[-1]) if len(squares) else 0.0
-    if largest == 0:
+    if not len(residuals) or not residuals.any():
         return 0.0
+    residuals, _ = _in_units(residuals)
+    squares = np.sort(residuals * residuals)  # sums do not depend on the order of the data
+    largest = float(squares[-1])
     squares = squares / largest
     return float(squares.sum() ** 2 / (squares * squares).sum())
+
+
+def _in_units(residuals: Array) -> tuple[Array, float]:
+    """Return residuals over a power of 2 near the largest, and that power: digits stay, and no square overflows."""
+    unit = float(np.ldexp(1.0, min(int(np.frexp(np.abs(residuals).max())[1]), 1023)))
+    return residuals / unit, unit
 
 
 def _quantile(t: Array, flat: NDArray[np.bool_], p: float, k: int) -> float:

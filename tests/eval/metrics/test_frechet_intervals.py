@@ -206,3 +206,16 @@ def test_refused() -> None:
         infinity(x, REFERENCE, fit="quadratik")  # type: ignore[arg-type]
     with pytest.raises(DiffAccelError, match="at least 5 sizes"):
         infinity(x, REFERENCE, sizes=4)
+
+
+def test_rows_that_are_all_alike() -> None:
+    """As those of black pictures: a set without spread is a Gaussian without spread, on either side or on both."""
+    alike, other = torch.ones(120, 4, dtype=torch.float64), samples(0)[:120, :4]
+    ids = [(i, i) for i in range(120)]
+    assert distance_interval(alike, alike, pairs=ids).high == distance_interval(alike, Moments.of(alike)).high == 0
+    to_a_point = distance_interval(other, Moments.of(alike))
+    squares = (other - 1).square().sum(1)  # FD to a point: the squared distance of means, and the trace
+    assert to_a_point.value == pytest.approx(float(squares.sum() - (other.mean(0) - 1).square().sum()) / 119, rel=1e-9)
+    assert to_a_point.low < to_a_point.value < to_a_point.high
+    assert distance_interval(alike, other, pairs=ids).value == pytest.approx(to_a_point.value, rel=1e-9)
+    assert difference(other, alike, Moments.of(alike)).value == pytest.approx(to_a_point.value, rel=1e-9)

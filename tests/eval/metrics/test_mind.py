@@ -83,3 +83,10 @@ def test_intervals_of_pairs_and_differences() -> None:
     assert less.value == pytest.approx(mind(x, y, projections=50) - mind(near, y, projections=50))
     assert less.low < less.value < less.high and less.null == 0
     assert mind_difference(x, x, y, projections=50).high == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_interval_needs_rows_with_a_spread_in_both_halves(n: int) -> None:
+    for call in (lambda: mind_interval(draw(n, 2), draw(9, 2)), lambda: mind_difference(*[draw(n, 2)] * 2, draw(9, 2))):
+        with pytest.raises(DiffAccelError, match=f"{n} rows of 2 features are too few; at least 4 rows are needed"):
+            call()

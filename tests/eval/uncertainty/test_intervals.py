@@ -142,6 +142,21 @@ def test_values_without_spread_have_an_interval_without_width() -> None:
     assert (got.low, got.value, got.high) == pytest.approx((0.1, 0.1, 0.1), abs=1e-16)
 
 
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**-30, 2.0**30, 2.0**1000])
+def test_values_of_any_size_have_the_interval_of_their_size(scale: float) -> None:
+    """Squares of numbers beyond 1e154 or below 1e-162 have no floats."""
+    values = np.random.default_rng(0).exponential(size=40)
+    plain, scaled = bootstrap_mean(values), bootstrap_mean(scale * values)
+    assert (scaled.value, scaled.low, scaled.high) == (scale * plain.value, scale * plain.low, scale * plain.high)
+    assert scaled.carriers == plain.carriers
+
+
+def test_times_without_a_ratio_are_refused() -> None:
+    for a, b in ((1e308, 1e-308), (5e-324, 1e300)):
+        with pytest.raises(DiffAccelError, match="have no ratio"):
+            median_ratio([a] * 6, [b] * 6)
+
+
 @pytest.mark.parametrize("noise", [0.0, 1e-9, 1e-4])
 def test_a_rare_difference_has_a_finite_interval(noise: float) -> None:
     """A third of the resamples miss the one pair of 50 that differs: they have no t, tiny noise on the rest or not."""
