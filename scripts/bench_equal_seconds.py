@@ -224,8 +224,9 @@ def main() -> None:
     values = {
         "options": {k: v for k, v in vars(args).items() if k not in CHOICES}, "kind": args.kind,
         "device": record.describe_device(bench.device), "versions": record.versions(), "judge": JUDGE,
-        "timing_batch": args.timing_batch or args.batch, "turns": args.turns,
-        "date": time.strftime("%Y-%m-%d"), "rows": [],
+        "judge_weights_sha256": bench.judge.weights_sha256,
+        "timing_batch": args.timing_batch or args.batch, "turns": args.turns, "rows": [],
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     file = args.out / f"{name_of(values)}_pictures.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -158,7 +158,9 @@ class Quality:
     def table(self, save: Any) -> dict[str, Any]:
         """Measure every row, and tell pairs of rows with intervals."""
         rows: list[dict[str, Any]] = []
-        result: dict[str, Any] = {"rows": rows, "floors": {}, "pairs": []}
+        result: dict[str, Any] = {
+            "judge": JUDGE, "judge_weights_sha256": self.judge.weights_sha256, "rows": rows, "floors": {}, "pairs": [],
+        }  # fmt: skip
         print("| bits | steps | row | mean bits | FD | FD - plain | judge - plain | plan, s |")
         for steps in self.args.steps:
             plain, others = self.features("plain", steps, 0), self.features("plain_others", steps, OTHER_SEEDS)

@@ -223,7 +223,8 @@ class Table:
         options = {k: v for k, v in vars(args).items() if k not in CHOICES}
         self.values: dict[str, Any] = {
             "options": options, "device": record.describe_device(bench.device), "kind": args.kind,
-            "versions": record.versions(), "reward": REWARD, "judge": JUDGE, "rows": [],
+            "versions": record.versions(), "reward": REWARD, "judge": JUDGE,
+            "judge_weights_sha256": bench.judge.weights_sha256, "rows": [],
         }  # fmt: skip
         parts = [Path(args.set).stem] if args.set != PROMPTS else []
         parts += [f"{args.steps}-steps"] if args.steps != STEPS else []
@@ -233,6 +234,8 @@ class Table:
             before = json.loads(self.file.read_text(encoding="utf-8"))
             if before["options"] != json.loads(json.dumps(options)):
                 raise SystemExit(f"{self.file} was made with other options. Remove it, or give another --out.")
+            if before.get("judge_weights_sha256") != self.values["judge_weights_sha256"]:
+                raise SystemExit(f"{self.file} was measured by another judge. Remove it, or give another --out.")
             self.values["rows"] = before["rows"]
         print(HEAD, flush=True)
         for row in self.values["rows"]:

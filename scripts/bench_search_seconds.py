@@ -292,6 +292,7 @@ def measure(args: argparse.Namespace) -> None:
         variants = {**FIXED, SEARCH: args.searches, DRAFTS: args.drafts}
         values = {
             "options": options, "kind": args.kind, "device": record.describe_device(bench.device), "judge": JUDGE,
+            "judge_weights_sha256": bench.judge.weights_sha256,
             "versions": record.versions(), "reward": REWARD, "date": time.strftime("%Y-%m-%d"),
             "chosen": bench.choose(other_rows(args), variants, args.out / "tried.json"),
         }  # fmt: skip

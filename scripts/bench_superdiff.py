@@ -324,8 +324,8 @@ def main() -> None:
         write_json(chosen, {family: entry["name"].partition("; ")[2] for family, entry in best.items()})
     write_json(args.out / f"bench_superdiff_{args.split}_{args.kind or bench.device.type}.json", {
         "settings": settings, "choice": choice, "pairs": bench.pairs, "device": record.describe_device(bench.device),
-        "versions": record.versions(), "judge": JUDGE, "kind": args.kind, "date": time.strftime("%Y-%m-%d"),
-        "rows": summary,
+        "versions": record.versions(), "judge": JUDGE, "judge_weights_sha256": bench.judge.weights_sha256,
+        "kind": args.kind, "date": time.strftime("%Y-%m-%d"), "rows": summary,
     })  # fmt: skip
     grid(args.out, args.split, [row["name"] for row in rows])
 
