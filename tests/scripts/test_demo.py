@@ -74,6 +74,9 @@ def test_the_page_shows_one_ratio_with_its_range(made):
         spread = f"{row['speedup_range'][0]:.2f} to {row['speedup_range'][1]:.2f}"
         is_base = row is record["variants"][0]
         assert (ratio in shown, spread in shown, " s an image" in shown) == (not is_base, not is_base, is_base)
+    heads = re.findall(r"<th>(.*?)</th>", page[page.index("<thead>") : page.index("</thead>")])
+    labels = [re.findall(r'<td data-label="(.*?)">', shown) for shown in rows]  # on a phone rows are cards
+    assert labels == [["time", *heads[2:]], *[heads[1:]] * (len(rows) - 1)]
 
 
 def test_every_variant_is_warm_before_it_is_timed(made, tmp_path, monkeypatch):
