@@ -19,6 +19,8 @@ from diffaccel.runs.loading import find_folder, quiet_libraries
 from diffaccel.runs.request import DTYPES, Request
 from diffaccel.runs.variant import parse_fields, parse_size
 
+PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
+
 _METHOD_OPTION = re.compile(r"--([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)(?:=(.*))?", re.DOTALL)
 _EXAMPLES = """examples:
   diffaccel sample "a red apple, fluent 3d" --num 4 --seed 0
@@ -127,6 +129,11 @@ def _prompts(options: argparse.Namespace) -> tuple[str, ...]:
         raise DiffAccelError(
             f"'{words[0]}' is a file, and would be drawn as these words. To draw the prompts in it: --prompts "
             f"{words[0]}. To draw the words, put them another way."
+        )
+    if len(words) == 1 and not words[0].strip().count(" ") and words[0].strip().endswith(PROMPT_FILES):
+        raise DiffAccelError(
+            f"There is no file '{words[0]}', and its name would be drawn as these words. Give the path of a file of "
+            "prompts to --prompts; to draw the words, put them another way."
         )
     return words
 

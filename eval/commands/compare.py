@@ -112,10 +112,9 @@ def run_compare(argv: list[str]) -> int:
     device = loading.pick_device(options.device)
     rule = gate.parse(options.fail_if) if options.fail_if else None
     timings = [_read_timing(path) for path in options.timing or ()]
+    baseline, runs = open_run(options.baseline), [open_run(path) for path in options.runs]  # before networks are read
     distances = _distances(options, device)
-    baseline = open_run(options.baseline)
     measures = _measures(options, device, baseline, next(iter(timings), None), distances)
-    runs = [open_run(path) for path in options.runs]
     comparison = compare_runs(baseline, runs, measures, progress=progress_printer(options))
     failed, sentences = gate.check_runs(rule, comparison)
     report = _report(comparison, timings, options.report, ["diffaccel", "eval", "compare", *argv])

@@ -78,6 +78,8 @@ def test_the_name_of_a_file_is_not_drawn(sample, tmp_path):
     assert done.status == 2 and "'prompts.txt' is a file" in done.err and "--prompts prompts.txt" in done.err
     assert "Got --prompts 'prompts.txt' and 'a cat'" in sample("a cat", "--prompts", "prompts.txt").err
     assert "no prompt file 'none.txt'" in sample("--prompts", "none.txt").err
+    mistyped = sample("promts.txt", "--out", "run")
+    assert mistyped.status == 2 and "no file 'promts.txt'" in mistyped.err and not (tmp_path / "run").exists()
 
 
 def test_no_sampler_is_the_stock_pipeline_and_euler_equals_it(sample, models):
