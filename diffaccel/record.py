@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 RUN = "run.json"  # the record in a folder of generated pictures
 SAMPLE = "sample"  # the kind of that record
+PARTS = {"text?": NUMBER, "network?": NUMBER, "decode?": NUMBER}
 COST = {
     "seconds": NUMBER, "peak_memory": (NUMBER, None), "nfe?": NUMBER, "forwards?": NUMBER, "calls?": NUMBER,
-    "parts?": dict, "steps?": [NUMBER], "resumed?": {"nfe": COUNT},
+    "parts?": PARTS, "steps?": [NUMBER], "resumed?": {"nfe": COUNT},
 }  # fmt: skip
 IMAGE = {
     "id": COUNT, "prompt": (str, None), "seed": COUNT, "file": FILE_NAME, "sha256": str, "latents?": FILE_NAME,

@@ -9,12 +9,23 @@ from typing import Any
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.report import PICTURES, changes, write_texts
 from diffaccel.eval.report.summary import verdicts
-from diffaccel.files import COUNT, misfit
+from diffaccel.files import COUNT, NUMBER, misfit
 
+_INTERVAL = (
+    None,
+    {"value?": NUMBER, "low": NUMBER, "high": NUMBER, "units?": (COUNT, None), "carriers?": (NUMBER, None)},
+)
 _REPORT = {
-    "baseline": str, "made": str, "runs": [{"name": str, "images": COUNT, "settings": dict}],
-    "metrics": [{"family": str, "n": (COUNT, None)}], "sections?": dict, "reference?": str,
-    "warnings?": [str], "command?": [str],
+    "baseline": str, "made": str,
+    "runs": [{"name": str, "images": COUNT, "settings": dict, "device?": ({"name?": (str, None)}, None)}],
+    "metrics": [
+        {
+            "family": str, "n": (COUNT, None), "interval?": _INTERVAL, "delta_interval?": _INTERVAL,
+            "floor_interval?": _INTERVAL,
+        }
+    ],
+    "sections?": (dict, None), "steps?": (dict, None), "curves?": (dict, None), "reference?": str, "warnings?": [str],
+    "command?": [str],
 }  # fmt: skip
 _SECTION = {"title": str, "columns": [str], "rows": [[str]]}
 _PICTURE = {"src": str, "width": COUNT, "height": COUNT, "small": bool}
@@ -39,13 +50,29 @@ def remake(file: Path, out: Path | None = None) -> dict[str, Any]:
     """
     path = file / "report.json" if file.is_dir() else file
     report = changes.read(path)
-    part = misfit(report, _REPORT)
-    part = part or next((p for s in (report.get("sections") or {}).values() if (p := misfit(s, _SECTION))), "")
-    if part:
+    if part := _damage(report):
         raise DiffAccelError(f"The report '{path}' is damaged: {part} is missing or no such value. Make it again.")
     report["verdicts"] = verdicts(report)
     write_texts(report, out or path.parent, _pictures(path.parent / PICTURES))
     return report
+
+
+def _damage(report: dict[str, Any]) -> str:
+    """Return the first part of a report that is none; "" for a whole one."""
+    if part := misfit(report, _REPORT):
+        return part
+    for name, section in (report.get("sections") or {}).items():
+        if part := misfit(section, _SECTION, f"sections.{name}"):
+            return part
+        if any(len(row) != len(section["columns"]) for row in section["rows"]):
+            return f"sections.{name}.rows"
+    times = (report.get("steps") or {}).items()
+    curves = [(f"{key}.{run}", curve) for key, by_run in (report.get("curves") or {}).items()
+              for run, curve in (by_run.items() if isinstance(by_run, dict) else [("", by_run)])]  # fmt: skip
+    parts = [misfit(seconds, [NUMBER], f"steps.{run}") for run, seconds in times]
+    return next(
+        filter(None, [*parts, *(misfit(curve, [(NUMBER, None)], f"curves.{name}") for name, curve in curves)]), ""
+    )
 
 
 def _pictures(path: Path) -> dict[str, Any] | None:

@@ -143,6 +143,10 @@ def run_from_record(folder: Path, run_record: dict[str, Any]) -> Run:
         DiffAccelError: for a picture or a video that is not there.
     """
     pictures = []
+    if not run_record["images"]:
+        raise DiffAccelError(
+            f"'{folder / record.RUN}' lists no pictures. Move it away, and repeat the command of the run."
+        )
     for entry in run_record["images"]:
         file = folder / entry["file"]
         if not file.is_file():

@@ -30,7 +30,7 @@ FORMAT = 1
 WARM_UP = 3
 _ENTRY = {
     "name": str, "folder": str, "turns": COUNT, "seconds": [NUMBER], "seconds_per_image": NUMBER,
-    "first_call_seconds": NUMBER, "set_up_seconds?": (NUMBER, None), "parts": dict, "steps": [NUMBER],
+    "first_call_seconds": NUMBER, "set_up_seconds?": (NUMBER, None), "parts": record.PARTS, "steps": [NUMBER],
     "peak_memory?": (NUMBER, None), "energy_joules?": (NUMBER, None), "drawn?": dict,
 }  # fmt: skip
 _TIMING = {"images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}

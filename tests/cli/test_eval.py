@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.sets.run import open_run
+
 PROMPTS = "a cat\na <b>dog</b>\na fish\n"
 
 
@@ -61,6 +64,13 @@ def test_runs_know_their_pictures(made):
     base = json.loads((made / "base" / "run.json").read_text())
     noise = [[image["noise_sha256"] for image in each["images"]] for each in (base, record)]
     assert noise[0] == noise[1] and len(set(noise[0])) == 3
+
+
+def test_a_record_without_pictures_is_one_sentence(made, tmp_path):
+    values = json.loads((made / "fewer" / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(values | {"images": []}))
+    with pytest.raises(DiffAccelError, match=r"run\.json' lists no pictures"):
+        open_run(tmp_path)
 
 
 def test_what_lies_beside_a_runs_pictures_is_none_of_them(made, tmp_path, run):

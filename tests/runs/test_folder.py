@@ -173,6 +173,7 @@ def drawn(path):
         (("images", 0, "id"), True, r"images\[0\]\.id"),
         (("cost",), [], "cost"),
         (("cost", "seconds"), float("nan"), r"cost\.seconds"),
+        (("cost", "parts"), {"network": None}, r"cost\.parts\.network"),
         (("chunks", 2, "chunk"), "2", r"chunks\[2\]\.chunk"),
         (("until",), "ssim", "until"),
     ],

@@ -172,7 +172,15 @@ def test_a_report_is_made_anew_without_measuring(comparison, tmp_path):
     assert "<img" not in (tmp_path / "other" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("damage", [{"runs": [{}]}, {"baseline": None}, {"sections": {"x": {"title": "y"}}}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"runs": [{}]}, {"baseline": None}, {"sections": {"x": {"title": "y"}}}, {"steps": "x"},
+        {"steps": {"a": ["x"]}}, {"sections": {"x": {"title": "y", "columns": ["a"], "rows": [[]]}}},
+        {"curves": {"PSNR": {"a": ["x"]}}}, {"curves": {"PSNR": 1}},
+        {"runs": [{"name": "a", "images": 1, "settings": {}, "device": 3}]},
+    ],
+)  # fmt: skip
 def test_a_damaged_report_is_one_sentence(comparison, tmp_path, damage):
     report.write(comparison, tmp_path)
     whole = json.loads((tmp_path / "report.json").read_text())
