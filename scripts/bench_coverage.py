@@ -100,7 +100,7 @@ def means(populations: dict[str, Array], scale: float) -> Iterator[Row]:
             failures = 0.01 * draw.normal(size=400_000) - (draw.random(400_000) < times / n)
             cases.append((f"failures, n x rate = {times}", failures, n))
     for name, values, n in cases:
-        repeats = max(50, int(scale * (1000 if n <= 300 else 600)))
+        repeats = max(50, int(scale * (1000 if n <= 100 else 300)))
         draw, truth, covered = generator("means", name, n), float(values.mean()), 0
         for seed in range(repeats):
             interval = bootstrap_mean(values[draw.integers(0, len(values), n)], seed=seed)

@@ -121,7 +121,7 @@ def shares(scale: float) -> Iterator[Row]:
             }  # fmt: skip
             return {number: interval for number, interval in shares.items() if interval is not None}
 
-        for n, repeats in {100: 400, 200: 400, 1000: 200}.items():
+        for n, repeats in {100: 200, 200: 200, 1000: 60}.items():
             for row in _coverage(population, numbers, n, max(30, int(scale * repeats))):
                 yield {key: value for key, value in row.items() if key not in ("carriers", "promised")}
 

@@ -21,11 +21,11 @@ _REPORT = {
     "metrics": [
         {
             "family": str, "n": (COUNT, None), "interval?": _INTERVAL, "delta_interval?": _INTERVAL,
-            "floor_interval?": _INTERVAL,
+            "floor_interval?": _INTERVAL, "detail?": (dict, None), "missing?": (str, None), "unit?": (str, None),
         }
     ],
     "sections?": (dict, None), "steps?": (dict, None), "curves?": (dict, None), "reference?": str, "warnings?": [str],
-    "command?": [str],
+    "command?": [str], "credits?": (dict, None),
 }  # fmt: skip
 _SECTION = {"title": str, "columns": [str], "rows": [[str]]}
 _PICTURE = {"src": str, "width": COUNT, "height": COUNT, "small": bool}
@@ -66,13 +66,14 @@ def _damage(report: dict[str, Any]) -> str:
             return part
         if any(len(row) != len(section["columns"]) for row in section["rows"]):
             return f"sections.{name}.rows"
-    times = (report.get("steps") or {}).items()
-    curves = [(f"{key}.{run}", curve) for key, by_run in (report.get("curves") or {}).items()
-              for run, curve in (by_run.items() if isinstance(by_run, dict) else [("", by_run)])]  # fmt: skip
-    parts = [misfit(seconds, [NUMBER], f"steps.{run}") for run, seconds in times]
-    return next(
-        filter(None, [*parts, *(misfit(curve, [(NUMBER, None)], f"curves.{name}") for name, curve in curves)]), ""
-    )
+    curves = {f"curves.{key}": by_run for key, by_run in (report.get("curves") or {}).items()}
+    lists = [("steps", report.get("steps") or {}, NUMBER), ("credits", report.get("credits") or {}, str)]
+    for name, by_run, shape in (*lists, *((name, by_run, (NUMBER, None)) for name, by_run in curves.items())):
+        if not isinstance(by_run, dict):
+            return name
+        if part := next(filter(None, (misfit(values, [shape], f"{name}.{run}") for run, values in by_run.items())), ""):
+            return part
+    return ""
 
 
 def _pictures(path: Path) -> dict[str, Any] | None:
