@@ -33,6 +33,7 @@ METHODS = {
     "firstblock": "diffaccel.samplers.caches.firstblock:FirstBlockCache",
     "taylorseer": "diffaccel.samplers.caches.taylorseer:TaylorSeer",
     "diffusers_cache": "diffaccel.samplers.caches.diffusers_cache:DiffusersCache",
+    "rolling_context": "diffaccel.samplers.caches.rolling_context:RollingContext",
     "cache_dit": "diffaccel.samplers.caches.cache_dit:CacheDiT",
     "w8a8": "diffaccel.quant.w8a8:W8A8",
     "w4a16": "diffaccel.quant.w4a16:W4A16",

@@ -9,9 +9,11 @@ from diffaccel.samplers.bottleneck.config import Bottleneck
 from diffaccel.samplers.caches.cache_dit import CacheDiT
 from diffaccel.samplers.caches.diffusers_cache import DiffusersCache
 from diffaccel.samplers.caches.firstblock import FirstBlockCache
+from diffaccel.samplers.caches.rolling_context import RollingContext
 from diffaccel.samplers.caches.seacache import SeaCache
 from diffaccel.samplers.caches.spectrum import Spectrum
 from diffaccel.samplers.caches.taylorseer import TaylorSeer
+from diffaccel.samplers.chunks import ChunkSampler
 from diffaccel.samplers.code import CoDe
 from diffaccel.samplers.dpmpp2m import DPMpp2M
 from diffaccel.samplers.drafts.config import Drafts
@@ -27,9 +29,9 @@ from diffaccel.samplers.superdiff.config import SuperDiff
 from diffaccel.samplers.svdd import SVDD
 
 __all__ = [
-    "NFD", "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "CoDe", "DPMpp2M", "DiffusersCache",
-    "Drafts", "Euler", "FirstBlockCache", "Heun", "NextFrameSampler",
-    "Scheduler", "SeaCache", "SoP", "Spectrum", "SuperDiff", "TaylorSeer",
+    "NFD", "RBF", "SMC", "SVDD", "Ancestral", "BoN", "Bottleneck", "CacheDiT", "ChunkSampler", "CoDe", "DPMpp2M",
+    "DiffusersCache", "Drafts", "Euler", "FirstBlockCache", "Heun", "NextFrameSampler", "RollingContext", "Scheduler",
+    "SeaCache", "SoP", "Spectrum", "SuperDiff", "TaylorSeer",
 ]  # fmt: skip
 
 

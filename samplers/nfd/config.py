@@ -95,7 +95,7 @@ class NFD(Config):
         if not isinstance(pipe, NextFramePipeline):
             raise DiffAccelError(
                 f"'{self.name}' drafts the frames of a world model, and {type(pipe).__name__} is none. Pass a "
-                "NextFramePipeline."
+                "NextFramePipeline; a video that is drawn chunk by chunk without actions takes 'rolling_context'."
             )
         handle = Drafting(pipe, self)
         handle.sampler(4, (0,))  # its errors come now, and not in a call

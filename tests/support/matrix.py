@@ -31,6 +31,7 @@ from diffaccel.samplers import (
     DiffusersCache,
     Euler,
     FirstBlockCache,
+    RollingContext,
     Scheduler,
     SeaCache,
     Spectrum,
@@ -51,6 +52,7 @@ METHODS = {  # each leaves the result as it is: that of the stock call, or of th
     "tib": TIB(),
     "fused-blocks": FusedBlocks(),
     "nfd-1": NFD(draft=1),  # on a world model: tests/samplers/nfd
+    "rolling-context": RollingContext(),  # on AnyFlowFARPipeline: tests/samplers/caches
 }
 GPU_METHODS = {**METHODS, "capture": Capture()}
 REFERENCES = {"one-stage": Euler(), "superdiff": Euler(state="stock")}
@@ -73,6 +75,7 @@ REFUSES = {  # by method and family: a part of the sentence
     "superdiff": CLIPPED,
     "fused-blocks": NOT_FUSED,
     "nfd-1": dict.fromkeys(FAMILIES, "drafts the frames of a world model"),
+    "rolling-context": dict.fromkeys(FAMILIES, "keeps the context of a video that is drawn chunk by chunk"),
 }
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 

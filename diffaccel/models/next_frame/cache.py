@@ -7,20 +7,43 @@ frame's time since ``base``, which moves along: angles stay small however long a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.models.next_frame.rotary import rotate
-from diffaccel.models.next_frame.transformer import NextFrameTransformer
 
 EMPTY = -(1 << 40)  # id of a place without a frame, outside of every window
 REBASE = 1024  # frames after which keys are rotated anew, from the kept ones
 _FORMAT = 1
 
 
-class FrameCache:
+class RingNetwork(Protocol):
+    """What the ring must know of a network.
+
+    Attributes:
+        tokens: number of tokens of a frame.
+    """
+
+    tokens: int
+
+    @property
+    def key_sizes(self) -> tuple[int, int, int]:
+        """Numbers of layers and heads, and the channels of a head."""
+
+    @property
+    def key_weight(self) -> Tensor:
+        """A weight that has the dtype and device of keys."""
+
+    def rotate_keys(self, keys: Tensor, times: Tensor) -> Tensor:
+        """Return keys ``(B, heads, T * tokens, head_dim)`` of frames, rotated to their times ``(T,)``."""
+
+
+Network = TypeVar("Network", bound=RingNetwork)
+
+
+class FrameCache(Generic[Network]):
     """The ring of one model, dtype, device and batch size.
 
     Args:
@@ -41,17 +64,16 @@ class FrameCache:
     """
 
     @torch.inference_mode(False)  # its memory is written in any mode later
-    def __init__(self, model: NextFrameTransformer, batch: int, window: int, spare: int, drafts: int) -> None:
+    def __init__(self, model: Network, batch: int, window: int, spare: int, drafts: int) -> None:
         if window < 2:
             raise DiffAccelError(f"window is {window}; it must be 2 (the queried frame and one before it) or more.")
-        config = model.config
-        weight = model.proj_in.weight
+        weight = model.key_weight
         self.model, self.batch, self.window, self.drafts = model, batch, window, drafts
         self.places, self.tokens = window - 1 + spare, model.tokens
         self.dtype, self.device = weight.dtype, weight.device
-        shape = (config.num_layers, batch, config.num_attention_heads, self.places * self.tokens)
+        layers, heads, dim = model.key_sizes
+        shape = (layers, batch, heads, self.places * self.tokens)
         wide = (*shape[:3], (self.places + drafts) * self.tokens)
-        dim = config.attention_head_dim
         self.keys = torch.zeros(*shape, dim, dtype=self.dtype, device=self.device)
         self.rotated = torch.zeros(*wide, dim, dtype=self.dtype, device=self.device)
         self.values = torch.zeros_like(self.rotated)
@@ -64,9 +86,9 @@ class FrameCache:
         """Bytes of keys and values."""
         return sum(part.numel() * part.element_size() for part in (self.keys, self.rotated, self.values))
 
-    def check(self, model: NextFrameTransformer, batch: int) -> None:
+    def check(self, model: Network, batch: int) -> None:
         """Raise unless the cache is one of this model, as it is now, and of this batch size."""
-        weight = model.proj_in.weight
+        weight = model.key_weight
         if model is not self.model or weight.dtype != self.dtype or weight.device != self.device:
             raise DiffAccelError(
                 f"The cache was made for another model, or the model was on {self.device} in {self.dtype} and is on "
@@ -91,10 +113,10 @@ class FrameCache:
         """Count the time of rotations from another frame on: all keys are rotated anew, in place."""
         self.base = base
         self.device_base.fill_(base)
-        cos, sin = (part.flatten(0, 1) for part in self.model.rotations((self.ids - base).clamp(min=-REBASE)))
+        times = (self.ids - base).clamp(min=-REBASE)
         size = self.places * self.tokens
         for layer in range(len(self.keys)):
-            self.rotated[layer, :, :, :size].copy_(rotate(self.keys[layer], cos, sin))
+            self.rotated[layer, :, :, :size].copy_(self.model.rotate_keys(self.keys[layer], times))
 
     def rollback(self, count: int) -> None:
         """Take frames back until only the first ``count`` are written: a change of ids, keys and values stay.
@@ -145,7 +167,7 @@ class FrameCache:
         self.count, self.base = state["count"], state["base"]
         self.device_base.fill_(self.base)
 
-    def clone(self) -> FrameCache:
+    def clone(self) -> FrameCache[Network]:
         """Return a copy in memory of its own."""
         other = FrameCache(self.model, self.batch, self.window, self.places - self.window + 1, self.drafts)
         other.load_state_dict(self.state_dict())

@@ -14,6 +14,7 @@ from diffaccel.kernels.frame_keys import frame_keys
 from diffaccel.models.next_frame import mask
 from diffaccel.models.next_frame.block import FrameAttention
 from diffaccel.models.next_frame.cache import FrameCache
+from diffaccel.models.next_frame.transformer import NextFrameTransformer
 
 
 class CachedAttention:
@@ -32,8 +33,9 @@ class CachedAttention:
     """
 
     def __init__(
-        self, cache: FrameCache, clock: Tensor, written: int, drafts: int, visible: Tensor | None = None
-    ) -> None:
+        self, cache: FrameCache[NextFrameTransformer], clock: Tensor, written: int, drafts: int,
+        visible: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.cache, self.written, self.drafts = cache, written, drafts
         offsets = torch.arange(-written, drafts, dtype=torch.int64, device=cache.device)
         if visible is not None:

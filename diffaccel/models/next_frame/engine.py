@@ -109,7 +109,7 @@ class FrameEngine:
         self.sigmas = levels(settings.steps, settings.shift)
         self.cache = FrameCache(model, self.batch, self.window, most, width)
         device, dtype = self.cache.device, self.cache.dtype
-        self._backend = _backend(settings.capture, device)
+        self._backend = backend_for(settings.capture, device)
         self._pool = None if self._backend is None else self._backend.new_pool()
         self._graphs: dict[Hashable, Graph] = {}
         self._weights: list[int] = []
@@ -287,7 +287,7 @@ class FrameEngine:
             self.captures += 1
 
 
-def _backend(capture: bool | None, device: torch.device) -> Any:
+def backend_for(capture: bool | None, device: torch.device) -> Any:
     """Return what records graphs, or None.
 
     Raises:

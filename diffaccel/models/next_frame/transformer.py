@@ -127,6 +127,21 @@ class NextFrameTransformer(ModelMixin, ConfigMixin):
         """Shape ``(C, H, W)`` of a frame."""
         return self.config.in_channels, self.config.height, self.config.width
 
+    @property
+    def key_sizes(self) -> tuple[int, int, int]:
+        """Numbers of layers and heads, and the channels of a head."""
+        return self.config.num_layers, self.config.num_attention_heads, self.config.attention_head_dim
+
+    @property
+    def key_weight(self) -> Tensor:
+        """A weight that has the dtype and device of keys."""
+        return self.proj_in.weight
+
+    def rotate_keys(self, keys: Tensor, times: Tensor) -> Tensor:
+        """Return keys ``(B, heads, T * tokens, head_dim)`` of frames, rotated to their times ``(T,)``."""
+        cos, sin = (part.flatten(0, 1) for part in self.rotations(times))
+        return rotate(keys, cos, sin)
+
     def forward(
         self,
         frames: Tensor,

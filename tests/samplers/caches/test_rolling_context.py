@@ -1,0 +1,145 @@
+"""The ring under the stock pipeline of chunks: the same frames, memory that does not grow, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import diffaccel
+from diffaccel.errors import DiffAccelError
+from diffaccel.quant import W8A8
+from diffaccel.samplers import NFD, Euler, RollingContext
+from tests.support.chunked import TEXT, draw, numbers, tiny_chunked
+from tests.support.replayed_calls import replayed_calls  # noqa: F401
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def report(pipe):
+    return diffaccel.summary(pipe).reports["rolling_context"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"guidance_scale": 2.0, "negative_prompt_embeds": numbers(1, 3, TEXT, seed=9)}, marks=pytest.mark.slow
+        ),
+        pytest.param({"video_latents": numbers(1, 3, 4, 4, 4, seed=8)}, marks=pytest.mark.slow),
+    ],
+    ids=["text", "guided", "continued"],
+)
+def test_frames_are_those_of_the_pipeline_while_the_window_holds_all(options):
+    pipe = tiny_chunked()
+    plain = draw(pipe, **options)
+    assert diffaccel.accelerate(pipe, RollingContext()) is pipe
+    for _ in range(2):  # in the memory of the call before
+        torch.testing.assert_close(draw(pipe, **options), plain, **CLOSE)
+    told = report(pipe)
+    assert told["context_frames"] == 7 and told["window"] == 7 and told["graphs"] == 0
+    assert torch.equal(draw(diffaccel.remove(pipe), **options), plain)
+
+
+def test_a_long_video_has_the_memory_of_a_short_one():
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    draw(pipe, num_inference_steps=1)
+    short = report(pipe)
+    video = draw(pipe, 31, num_inference_steps=1)
+    assert video.shape[2] == 31 and bool(torch.isfinite(video).all())
+    long = report(pipe)
+    assert long["bytes"] == short["bytes"] and long["context_frames"] == 29
+    # 1 step a chunk, 1 + 2 writes of the first two chunks, and of each later one its two and the one that leaves
+    assert long["evaluations"] == 16 + 1 + 2 + 3 * 13
+
+
+def test_a_call_takes_no_memory_of_layers_and_leaves_nothing():
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    network, seen = pipe.transformer, []
+
+    def look(pipe, step, t, values):
+        seen.append((pipe.transformer.config.num_layers, pipe.transformer.config.full_chunk_limit))
+        assert isinstance(pipe.transformer, type(network))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return values
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, callback_on_step_end=look)
+    assert seen[0] == (0, 3)
+    assert pipe.transformer is network and network.config.num_layers == 1
+    assert not {"_forward_inference", "_forward_cache"} & vars(network).keys()
+    processors = {type(block.attn1.processor).__name__ for block in network.blocks}
+    assert processors == {"AnyFlowCausalAttnProcessor"}
+    assert draw(pipe).shape[2] == 9
+
+
+@pytest.mark.parametrize("frames", [pytest.param(9, marks=pytest.mark.slow), 21])
+def test_graphs_draw_the_same(replayed_calls, frames):  # noqa: F811
+    options = {"num_layers": 1, "chunk_partition": (1, 2, 2, 2)}
+    plain = draw(diffaccel.accelerate(tiny_chunked(**options), RollingContext(capture=False)), frames)
+    pipe = diffaccel.accelerate(tiny_chunked(**options), RollingContext(window=6))
+    for _ in range(2):
+        drawn = draw(pipe, frames)
+        graphs = report(pipe)["graphs"]
+        assert 0 < graphs <= 4  # a chunk that is compressed, two whole ones, and the drawn one
+        torch.testing.assert_close(drawn, plain, **CLOSE)
+    weight = pipe.transformer.proj_out.weight
+    pipe.transformer.proj_out.weight = torch.nn.Parameter(weight * 2)
+    changed = draw(pipe, frames)
+    assert report(pipe)["graphs"] > graphs  # they read the weights where these were
+    assert (changed - plain).abs().max() > 1e-3
+
+
+def test_other_sizes_and_copies_have_memory_of_their_own():
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    first = draw(pipe)
+    assert draw(pipe, height=64, width=64).shape[-1] == 8
+    assert torch.equal(draw(pipe), first)
+    other = copy.deepcopy(pipe)
+    diffaccel.remove(pipe)
+    assert torch.equal(draw(other), first)
+
+
+@pytest.mark.slow
+def test_it_composes_with_quantized_weights():
+    pipe = diffaccel.accelerate(tiny_chunked(num_attention_heads=4), W8A8())
+    quantized = draw(pipe)
+    diffaccel.accelerate(pipe, RollingContext())
+    torch.testing.assert_close(draw(pipe), quantized, rtol=1e-2, atol=1e-2)
+    diffaccel.remove(pipe)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "sentence"),
+    [
+        (lambda: tiny.make("flux"), RollingContext(), "FluxPipeline draws none. Pass diffusers' AnyFlowFARPipeline"),
+        (tiny_chunked, RollingContext(window=5), "window is 5 latent frames.*it must be 6 or more"),
+        (tiny_chunked, RollingContext(capture=True), "capture=True records CUDA graphs, and the model is on cpu"),
+        (tiny_chunked, NFD(), "'nfd' drafts the frames of a world model.*takes 'rolling_context'"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, config, sentence):
+    with pytest.raises(DiffAccelError, match=sentence):
+        diffaccel.accelerate(make(), config)
+
+
+def test_other_methods_of_calls_and_compiled_networks_are_refused():
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    with pytest.raises(DiffAccelError, match="'rolling_context' and 'euler' cannot be active together"):
+        diffaccel.accelerate(pipe, Euler())
+    with pytest.raises(ValueError, match=r"A chunk is \(1, 3, 4, 4, 4\).*give chunk="):
+        draw(pipe, chunk_partition=[3, 3, 3])
+    diffaccel.remove(pipe)
+    pipe.transformer._compiled_call_impl = object()  # as after pipe.transformer.compile()
+    with pytest.raises(DiffAccelError, match=r"under torch.compile.*compile_repeated_blocks\(\)"):
+        diffaccel.accelerate(pipe, RollingContext())
+
+
+@pytest.mark.parametrize(("options", "sentence"), [({"window": 0}, "window is 0"), ({"chunk": -1}, "chunk is -1")])
+def test_options_are_checked(options, sentence):
+    with pytest.raises(DiffAccelError, match=sentence):
+        RollingContext(**options)
