@@ -51,6 +51,11 @@ def check_subjects(pipe: Any, request: Request) -> None:
         )
 
 
+def steps_of_student(scheduler: Any) -> int | None:
+    """Return how many steps a distilled student makes, whatever number is asked for; None for another's scheduler."""
+    return len(scheduler.levels) if getattr(scheduler, "is_of_student", False) else None
+
+
 def no_prompt() -> DiffAccelError:
     """Return the error for a request without a prompt."""
     return DiffAccelError('No prompt was given. Say what to draw, such as "a red apple".')
@@ -113,7 +118,8 @@ def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     """
     check_settings(pipe, request)
     accepted = call_parameters(pipe)
-    arguments: dict[str, Any] = {"num_inference_steps": request.steps or accepted["num_inference_steps"]}
+    steps = steps_of_student(getattr(pipe, "scheduler", None)) or request.steps or accepted["num_inference_steps"]
+    arguments: dict[str, Any] = {"num_inference_steps": steps}
     if request.size is not None:
         arguments |= dict(zip(("height", "width"), request.size, strict=True))
     check_size(pipe, {**accepted, **arguments})

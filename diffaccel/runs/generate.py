@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from diffaccel.runs.call_arguments import (
     class_labels,
     frame_rate,
     source_of,
+    steps_of_student,
 )
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.failures import failures
@@ -36,6 +38,8 @@ from diffaccel.runs.request import Request
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 OUT = "out"
 GO_ON = "go on"  # verdict of a look that proves nothing yet
@@ -203,6 +207,7 @@ def _resolve(request: Request, pipe: Any, digest: str) -> tuple[Request, _Model,
         check_subjects(pipe, request)
         state = active(pipe)
         request = replace(request, methods=tuple(state.configs) if state else ())
+        request = _with_made_steps(request, steps_of_student(getattr(pipe, "scheduler", None)))
         return request, _Model(Path(), digest, pipe.device, pipe.dtype), Processes()
     processes, device = join(loading.pick_device(request.device))
     dtype = loading.pick_dtype(request.dtype, device)
@@ -211,7 +216,20 @@ def _resolve(request: Request, pipe: Any, digest: str) -> tuple[Request, _Model,
     if cls is not None:  # before the weights are loaded
         check_subjects(cls, request)
         check_settings(cls, request)
+    request = _with_made_steps(request, loading.student_steps(files), tells=processes.rank == 0)
     return request, _Model(files, digest, device, dtype), processes
+
+
+def _with_made_steps(request: Request, made: int | None, tells: bool = True) -> Request:
+    """Return the request with the number of steps that a distilled student makes, and say where another was asked."""
+    if made is None or request.steps in (None, made):
+        return request
+    if tells:
+        logger.warning(
+            "'%s' is a distilled student of %d step%s: steps=%d is not followed, and the record says %d.",
+            request.model, made, "s" * (made != 1), request.steps, made,
+        )  # fmt: skip
+    return replace(request, steps=made)
 
 
 def _checked_folder(

@@ -13,7 +13,7 @@ from diffaccel import zoo
 from diffaccel.compose import accelerate
 from diffaccel.errors import DiffAccelError, first_line, unknown
 from diffaccel.files import folder_digest
-from diffaccel.runs.call_arguments import check_settings, check_subjects
+from diffaccel.runs.call_arguments import check_settings, check_subjects, steps_of_student
 from diffaccel.runs.request import Request
 from diffaccel.runs.whole_weights import find_gap
 
@@ -122,6 +122,17 @@ def pipeline_class(model: str | Path) -> type[Any] | None:
 
     name = diffusers.DiffusionPipeline.load_config(_local_folder(str(model))).get("_class_name")
     return getattr(diffusers, name, None) if isinstance(name, str) else None
+
+
+def student_steps(folder: Path) -> int | None:
+    """Return how many steps the distilled student in a folder makes, whatever is asked for; None for another model."""
+    part = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("scheduler")
+    if not isinstance(part, list) or not str(part[0]).startswith("diffaccel."):
+        return None
+    kind = getattr(import_module(part[0]), part[1], None)
+    if not getattr(kind, "is_of_student", False):
+        return None
+    return steps_of_student(kind.from_pretrained(folder / "scheduler"))
 
 
 def _local_folder(model: str) -> Path:
