@@ -24,6 +24,7 @@ The page is served to this machine alone. --host with another address than a loo
 reach the port can then play, and nothing is encrypted."""
 STATS_EVERY = 5  # frames
 LARGEST_MESSAGE = 1024  # bytes of what a page may say
+POLICY = "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src blob:; frame-ancestors 'none'"
 
 
 def make_parser() -> terminal.Parser:
@@ -99,7 +100,7 @@ def make_app(session: PlaySession, fps: float, host: str, port: int) -> Any:
 
     names, is_open = names_of(host, port), is_loopback(host)
     page = resources.files("diffaccel.cli").joinpath("play_page.html").read_text(encoding="utf-8")
-    playing = asyncio.Lock()
+    playing, players = asyncio.Lock(), set[Any]()
 
     @web.middleware
     async def own_name_only(request: Any, handler: Any) -> Any:
@@ -108,8 +109,7 @@ def make_app(session: PlaySession, fps: float, host: str, port: int) -> Any:
         return await handler(request)
 
     async def show(_: Any) -> Any:
-        headers = {"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src blob:"}
-        return web.Response(text=page, content_type="text/html", headers=headers)
+        return web.Response(text=page, content_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     async def connect(request: Any) -> Any:
         origin, own = request.headers.get("Origin"), request.headers.get("Host")
@@ -121,10 +121,19 @@ def make_app(session: PlaySession, fps: float, host: str, port: int) -> Any:
             await socket.close(code=1013, message=b"Somebody plays already.")
             return socket
         async with playing:
-            await play(socket, session, fps)
+            players.add(socket)
+            try:
+                await play(socket, session, fps)
+            finally:
+                players.discard(socket)
         return socket
 
+    async def say_goodbye(_: Any) -> None:
+        for socket in list(players):  # else the server waits for them for a minute
+            await socket.close(code=1001, message=b"The server has ended.")
+
     app = web.Application(middlewares=[own_name_only])
+    app.on_shutdown.append(say_goodbye)
     app.add_routes([web.get("/", show), web.get("/socket", connect)])
     return app
 
@@ -134,6 +143,7 @@ async def play(socket: Any, session: PlaySession, fps: float) -> None:
     from aiohttp import WSMsgType
 
     loop, again = asyncio.get_running_loop(), asyncio.Event()
+    session.let_go()
 
     async def send() -> None:
         await socket.send_str(json.dumps({"world": session.describe()}))
@@ -176,6 +186,6 @@ def _obey(text: str, session: PlaySession, again: asyncio.Event) -> bool:
             again.set()
         if "action" in message:
             session.want(message["action"])
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):  # a thousand open brackets
         return False
     return True

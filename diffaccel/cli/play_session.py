@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ class PlaySession:
         self._changed: float | None = None  # when another action was asked for that no frame has shown
         self._latency: float | None = None
         self._times: deque[float] = deque(maxlen=60)
+        self._alone = threading.Lock()  # a player who left may still be drawing, in a thread that nobody waits for
 
     def describe(self) -> dict[str, Any]:
         """Return what the page needs to know before the first frame."""
@@ -56,12 +58,21 @@ class PlaySession:
         if action != self.action:
             self.action, self._changed = action, time.perf_counter()
 
+    def let_go(self) -> None:
+        """Hold no key of an earlier player."""
+        self.action, self._changed, self._latency = self.rest, None, None
+
     def begin_again(self) -> None:
         """Begin with the first frame again."""
-        self.sampler.reset(*self.start, truncate=True)
+        with self._alone:
+            self.sampler.reset(*self.start, truncate=True)
 
     def next_picture(self) -> bytes:
         """Return the next frame as PNG."""
+        with self._alone:
+            return self._next_picture()
+
+    def _next_picture(self) -> bytes:
         changed, action = self._changed, self.action
         frame = self.sampler.step(action, poll=lambda: self.action)
         data = io.BytesIO()

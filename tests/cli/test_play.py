@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import io
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -163,6 +164,75 @@ def test_an_error_while_drawing_ends_the_game_with_its_words(monkeypatch):
             assert socket.close_code == 1011
 
     serve(check, game)
+
+
+@needs_aiohttp
+@pytest.mark.parametrize("text", ["[" * 1020, "[]", "no key", '{"action": 1e999}', '{"action": [1]}', "null"])
+def test_what_is_no_key_ends_the_game_and_not_the_server(text):
+    game = session()
+
+    async def check(client: Any, port: int) -> None:
+        for _ in range(2):
+            async with client.ws_connect("/socket", headers=origin(port)) as socket:
+                await socket.receive_json()
+                await socket.send_str(text)
+                async for _ in socket:
+                    pass
+                assert socket.close_code == 1008
+
+    serve(check, game)
+
+
+@needs_aiohttp
+def test_the_next_player_finds_no_key_held_and_waits_for_a_picture_that_is_being_drawn(monkeypatch):
+    game = session()
+    step, drawing, most = game.sampler.step, [0], []
+
+    def slow(*args: Any, **options: Any) -> Any:
+        drawing[0] += 1
+        most.append(drawing[0])
+        time.sleep(0.02)
+        frame = step(*args, **options)
+        drawing[0] -= 1
+        return frame
+
+    monkeypatch.setattr(game.sampler, "step", slow)
+
+    async def check(client: Any, port: int) -> None:
+        for _ in range(3):
+            async with client.ws_connect("/socket", headers=origin(port)) as socket:
+                await socket.receive_json()
+                assert game.action == 0
+                await socket.receive_bytes()
+                await socket.send_str(json.dumps({"action": 3}))
+                while game.action != 3:
+                    await socket.receive()
+
+    serve(check, game)
+    assert max(most) == 1
+
+
+@needs_aiohttp
+def test_a_server_that_ends_says_goodbye_and_lets_no_page_frame_it():
+    from aiohttp import ClientSession, web
+    from aiohttp.test_utils import unused_port
+
+    async def main() -> int | None:
+        port = unused_port()
+        runner = web.AppRunner(make_app(session(), 1000.0, "127.0.0.1", port))
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        async with ClientSession(f"http://127.0.0.1:{port}") as client:
+            assert "frame-ancestors 'none'" in (await client.get("/")).headers["Content-Security-Policy"]
+            async with client.ws_connect("/socket", headers=origin(port)) as socket:
+                await socket.receive_json()
+                ending = asyncio.create_task(runner.cleanup())
+                async for _ in socket:
+                    pass
+                await asyncio.wait_for(ending, 30)  # the server's own patience is a minute
+                return socket.close_code
+
+    assert asyncio.run(main()) == 1001
 
 
 def test_a_game_begins_again_with_its_own_first_frame():
