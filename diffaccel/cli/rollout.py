@@ -148,6 +148,10 @@ def describe(result: dict[str, Any]) -> str:
         f"rounds by their frames: {drafts}; {result['discarded']} of {result['computed']} frames thrown away "
         f"({result['discard_rate']:.1%}); {result['evaluations']} evaluations",
     ]
+    if result["latency_p99"] is not None:
+        measured, asked = result["latency_p99"], result["latency_asked"]
+        told = "met" if measured <= asked else "not met"
+        lines.append(f"from an action to its frame: {measured:.4g} ms or less in 99 % of rounds; {asked:g} ms {told}")
     if result["is_oracle"]:
         lines.append("drafts knew the actions to come: an upper bound, which live play cannot reach")
     if result["step_seconds"]:

@@ -23,6 +23,7 @@ from diffaccel.models.next_frame.engine import FrameEngine, FrameSettings, check
 from diffaccel.models.next_frame.inputs import check_actions, check_prompt
 from diffaccel.models.next_frame.levels import StepRule
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
+from diffaccel.samplers.nfd.latency import LatencyWatch
 from diffaccel.samplers.nfd.policy import HeldActions, best_drafts
 from diffaccel.samplers.nfd.stats import RolloutStats
 
@@ -58,7 +59,8 @@ class NextFrameSampler:
         capture: record CUDA graphs: a whole round is one launch, or with ``latency`` a step. None: on CUDA devices;
             True elsewhere is an error.
         latency: longest time in milliseconds from an action to its frame. Rounds then run step by step, so that
-            :meth:`step` can give one up between two steps, and "auto" takes no larger N than keeps it.
+            :meth:`step` can give one up between two steps, and "auto" takes no larger N than keeps it. Where it cannot
+            be met, that is logged once, and :attr:`stats` has what was measured.
         fan_out: maximum number of actions of :meth:`prepare`.
         merged: whether keys and values of a frame are written by the next round's first evaluation.
         seeds: of the noise, one for each video of the batch.
@@ -93,7 +95,8 @@ class NextFrameSampler:
         self.engine = FrameEngine(model, settings, most, seeds, branches=fan_out)
         self._draft, self._most, self._is_running = draft, most, False
         self.step_seconds: dict[int, float] = {}  # by number of drafts, as measured for draft="auto"
-        self.stats = RolloutStats()
+        self._watch = LatencyWatch(latency, steps)
+        self.stats = RolloutStats(latency_asked=latency)
         self._forget()
 
     def _forget(self) -> None:
@@ -142,7 +145,8 @@ class NextFrameSampler:
         self.engine.reset(prompt.expand(batch, -1, -1, -1, -1), given.expand(batch, -1), seeds)
         if self._draft == "auto" and not self.step_seconds:
             self.step_seconds = self._measure_steps()
-        self._is_begun, self.stats, self._before = True, RolloutStats(), self.engine.evaluations
+            self._watch.tell_of_steps(self.step_seconds[1])
+        self._begin_counts()
 
     def step(self, action: Action, poll: Callable[[], Action] | None = None) -> Tensor:
         """Return the next frame ``(B, C, H, W)``, drawn under an action: an integer, or one for each video.
@@ -203,6 +207,7 @@ class NextFrameSampler:
                 self._next(rows[:, i : i + 1], lambda i=i: self._guess(rows[:, i:], oracle), None)  # type: ignore[misc]
                 frame = self._take()
             yield frame
+        self._watch.tell()
 
     def rollout(self, actions: Any, oracle: bool = False) -> Rollout:
         """Draw a frame for each action of a recorded stream.
@@ -238,12 +243,16 @@ class NextFrameSampler:
         self._forget()
         self.engine.load_state_dict(state["engine"])
         self._ready, self._action = [frame.clone() for frame in state["ready"]], state["action"]
-        self.held.repeats, self._is_begun = state["repeats"], True
-        self.stats, self._before = RolloutStats(), self.engine.evaluations
+        self.held.repeats = state["repeats"]
+        self._begin_counts()
         self.stats.computed = len(self._ready)
         if self._ready:
             self._drafted = state["drafted"]
             self.engine.put(torch.cat(self._ready, 1), self._drafted)
+
+    def _begin_counts(self) -> None:
+        self.stats, self._before = RolloutStats(latency_asked=self.latency), self.engine.evaluations
+        self._is_begun = True
 
     # -- rounds --------------------------------------------------------------------------------------------------------
 
@@ -275,11 +284,14 @@ class NextFrameSampler:
 
         self.stats.begin(count)
         by_steps = poll is not None or self.latency is not None
-        self._is_running = True
+        self._is_running, graphs, start = True, self.engine.captures, time.perf_counter()
         try:
             drawn = self.engine.draft(actions, still_wanted if by_steps else None)
         finally:
             self._is_running = False
+        if self.latency is not None and drawn.shape[1] and graphs == self.engine.captures:
+            self._wait()
+            self.stats.latency_p99 = self._watch.note(time.perf_counter() - start)
         self._ready = [drawn[:, j : j + 1] for j in range(drawn.shape[1])]
         self._drafted, self._position = actions, 0
         self.stats.discarded += count - len(self._ready)

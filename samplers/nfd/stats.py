@@ -19,6 +19,8 @@ class RolloutStats:
         restarts: rounds that were given up between two steps.
         seconds: time of the calls.
         drafts: number of rounds by their number of frames.
+        latency_asked: longest time in milliseconds from an action to its frame that was asked for; None for no limit.
+        latency_p99: that time as measured with a limit: of 99 % of the rounds, with the step that may be running.
         is_oracle: whether drafts knew the actions to come, which live play cannot: an upper bound.
     """
 
@@ -31,6 +33,8 @@ class RolloutStats:
     seconds: float = 0.0
     drafts: dict[int, int] = field(default_factory=dict)
     is_oracle: bool = False
+    latency_asked: float | None = None
+    latency_p99: float | None = None
 
     @property
     def fps(self) -> float:

@@ -8,9 +8,12 @@ import random
 import imageio_ffmpeg
 import pytest
 import torch
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from PIL import Image
 
+import diffaccel
 from diffaccel.cli.world import find_beginning
+from diffaccel.errors import DiffAccelError
 from diffaccel.models.next_frame import beginnings
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.samplers import NextFrameSampler
@@ -60,7 +63,15 @@ def test_actions_from_a_file_and_a_first_picture(rollout, tmp_path):
     assert rollout(*words, "--frames", 2, "--oracle").json["is_oracle"]
 
 
-def test_a_model_begins_with_its_own_frames(run, tmp_path):
+def test_a_latency_that_is_not_met_is_told(rollout, caplog):
+    done = rollout("--frames", 3, "--draft", 1, "--latency", 0.0001)
+    assert "ms or less in 99 % of rounds; 0.0001 ms not met" in done.out
+    assert sum("latency=0.0001 ms was asked for" in message for message in caplog.messages) == 1
+    done = rollout("--frames", 3, "--draft", 1, "--latency", 1e6, "--json")
+    assert done.json["latency_asked"] == 1e6 and 0 < done.json["latency_p99"] < 1e6 and not done.err
+
+
+def test_a_model_begins_with_its_own_frames(run, tmp_path, monkeypatch):
     model = tiny_world(torch.float32)
     model.save_pretrained(tmp_path)
     frames, actions = torch.randint(256, (2, 3, 3, 8, 8), dtype=torch.uint8), torch.tensor([[1, 2, 3], [4, 0, 1]])
@@ -80,6 +91,10 @@ def test_a_model_begins_with_its_own_frames(run, tmp_path):
     assert run("quantize", tmp_path / "pipe", "--method", "w8a8", "--out", tmp_path / "q").status == 0
     assert (tmp_path / "q" / beginnings.FILE).read_bytes() == (tmp_path / beginnings.FILE).read_bytes()
     assert run("rollout", tmp_path / "q", *words[1:], "--start", 1).status == 0
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "diffaccel")  # as in a process that has not asked for it
+    with pytest.raises(DiffAccelError, match=r"saved quantized \('diffaccel'\).* Use diffaccel\.load\('.*q'\)"):
+        NextFramePipeline.from_folder(tmp_path / "q")
+    assert diffaccel.load(tmp_path / "q").transformer is not None
     scanned = run("quantize", tmp_path / "pipe", "--method", "w8a8", "--scan", "7", "--out", tmp_path / "x")
     assert "draws from a prompt" in scanned.err
     (tmp_path / beginnings.FILE).write_bytes(b"no picture")

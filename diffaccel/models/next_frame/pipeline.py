@@ -101,7 +101,8 @@ class NextFramePipeline(DiffusionPipeline):
         """Load what ``save_pretrained`` of this pipeline, or of its network alone, wrote into a folder.
 
         Raises:
-            DiffAccelError: for a folder with another model, or with none.
+            DiffAccelError: for a folder with another model, or with none, and for one that was saved quantized where
+                the quantizer is not entered into diffusers, as ``diffaccel.load`` does.
         """
         folder = Path(folder)
         index, config_file = folder / "model_index.json", folder / "config.json"
@@ -114,6 +115,7 @@ class NextFramePipeline(DiffusionPipeline):
         kind = json.loads(parts.read_text(encoding="utf-8")).get("_class_name")
         if kind not in (cls.__name__, NextFrameTransformer.__name__):
             raise DiffAccelError(f"'{folder}' holds a {kind}, which is no world model. Give a {cls.__name__}.")
+        _check_quantization(folder, config_file if parts is config_file else folder / "transformer" / "config.json")
         if parts is config_file:
             pipe = cls(NextFrameTransformer.from_pretrained(folder, **options))
         else:
@@ -195,6 +197,19 @@ class NextFramePipeline(DiffusionPipeline):
         drawn, stats = self.draw_frames(self, prompt, given, actions, num_inference_steps, tuple(rows))
         result = to_uint8(drawn).cpu().numpy() if output_type == "np" else drawn
         return NextFrameOutput(frames=result, stats=stats) if return_dict else (result,)
+
+
+def _check_quantization(folder: Path, config_file: Path) -> None:
+    """Raise for a network that was saved quantized in a way that diffusers does not know yet."""
+    from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is not None and str(method) not in AUTO_QUANTIZER_MAPPING:
+        raise DiffAccelError(
+            f"'{folder}' holds a model that was saved quantized ('{method}'), which from_folder alone does not open. "
+            f"Use diffaccel.load('{folder}')."
+        )
 
 
 def to_uint8(frames: Tensor) -> Tensor:
