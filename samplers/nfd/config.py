@@ -41,7 +41,7 @@ class NFD(Config):
     conflicts: ClassVar[tuple[str, ...]] = (
         "euler", "heun", "dpmpp2m", "ancestral", "rbf", "bon", "drafts", "smc", "svdd", "code", "sop", "bottleneck",
         "superdiff", "scheduler", "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "cache_dit",
-        "fused_blocks",
+        "fused_blocks", "rolling_context",
     )  # fmt: skip
 
     draft: int | Literal["auto"] = "auto"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.models.anyflow_far.grid import ChunkGrid, check_network
-from diffaccel.models.anyflow_far.memory import PADDED_TO, ChunkMemory, Place
+from diffaccel.models.anyflow_far.memory import PADDED_TO, ChunkMemory, ChunkPlace
 from diffaccel.models.anyflow_far.network import evaluate
 from diffaccel.models.next_frame.cache import REBASE
 from diffaccel.models.next_frame.engine import backend_for
@@ -139,7 +139,7 @@ class ChunkEngine:
         frames = self._check(latents, text)
         begin = sum(chunk.shape[1] for chunk in self.recent) * self.memory.grid.whole_tokens
         zeros = -frames * self.memory.grid.whole_tokens % PADDED_TO
-        place = Place("drawn", frames, begin, self._seen(), zeros)
+        place = ChunkPlace("drawn", frames, begin, self._seen(), zeros)
         self.memory.clear_zeros(place)
         self._run(place, latents, self.count, level, next_level, text)
         return self._velocity[:, :frames]
@@ -154,12 +154,12 @@ class ChunkEngine:
         if len(self.recent) == self.model.config.full_chunk_limit:
             far, cache = self.recent.pop(0), self.memory.cache
             ring = min(cache.count + far.shape[1], cache.places)
-            self._run(Place("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
+            self._run(ChunkPlace("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
             cache.note(far.shape[1])
         begin, first = 0, self.count - sum(chunk.shape[1] for chunk in self.recent)
         for chunk in self.recent:
             frames = chunk.shape[1]
-            self._run(Place("whole", frames, begin, self._seen()), chunk, first, level, level, text)
+            self._run(ChunkPlace("whole", frames, begin, self._seen()), chunk, first, level, level, text)
             begin, first = begin + frames * self.memory.grid.whole_tokens, first + frames
 
     def _seen(self) -> int:
@@ -167,7 +167,7 @@ class ChunkEngine:
         return min(self.memory.cache.count, self.memory.cache.places)
 
     def _run(
-        self, place: Place, latents: Tensor, first: int, level: Tensor, next_level: Tensor, text: Tensor
+        self, place: ChunkPlace, latents: Tensor, first: int, level: Tensor, next_level: Tensor, text: Tensor
     ) -> None:  # fmt: skip
         """Make one evaluation of frames from the id ``first`` on, from memory whose addresses stay."""
         self._latents[:, : place.frames].copy_(latents)
@@ -182,13 +182,13 @@ class ChunkEngine:
         self.evaluations += 1
         self._launch(place, lambda: self._evaluate(place))
 
-    def _evaluate(self, place: Place) -> None:
+    def _evaluate(self, place: ChunkPlace) -> None:
         latents = self._latents[:, : place.frames]
         velocity = evaluate(self.model, self.memory, place, latents, *self._levels.unbind(), self._text)
         if velocity is not None:
             self._velocity[:, : place.frames].copy_(velocity)
 
-    def _launch(self, place: Place, function: Callable[[], Any]) -> None:
+    def _launch(self, place: ChunkPlace, function: Callable[[], Any]) -> None:
         """Run a function of this object's memory; by its graph from the second time on, once the ring is full."""
         if self._backend is None or place.ring < self.memory.cache.places:
             function()

@@ -22,7 +22,7 @@ PADDED_TO = 128
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkPlace:
     """Where the frames of one evaluation lie; all of it is known to the host, so that it names a recorded evaluation.
 
     Attributes:
@@ -64,11 +64,11 @@ class ChunkMemory:
         self.end = ring * grid.tokens  # of the ring, in tokens
         self.clock = torch.zeros((), dtype=torch.int64, device=self.cache.device)  # id of the first frame
 
-    def evaluation(self, place: Place) -> Evaluation:
+    def evaluation(self, place: ChunkPlace) -> Evaluation:
         """Return what answers the attention of the layers of one evaluation, of frames from the clock's on."""
         return Evaluation(self, place)
 
-    def clear_zeros(self, place: Place) -> None:
+    def clear_zeros(self, place: ChunkPlace) -> None:
         """Write the zeros behind a drawn chunk."""
         begin = self.end + place.begin + place.frames * self.grid.whole_tokens
         for part in (self.cache.rotated, self.cache.values):
@@ -78,7 +78,7 @@ class ChunkMemory:
 class Evaluation:
     """Self-attention of one evaluation: writes keys and values of its frames, and looks at all that they may see."""
 
-    def __init__(self, memory: ChunkMemory, place: Place) -> None:
+    def __init__(self, memory: ChunkMemory, place: ChunkPlace) -> None:
         self.memory, self.place = memory, place
         cache, grid = memory.cache, memory.grid
         ids = memory.clock + torch.arange(place.frames, dtype=torch.int64, device=cache.device)

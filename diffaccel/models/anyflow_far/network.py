@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from diffaccel.models.anyflow_far.memory import ChunkMemory, LayerEvaluation, Place, ring_attention
+from diffaccel.models.anyflow_far.memory import ChunkMemory, ChunkPlace, LayerEvaluation, ring_attention
 
 _ONE_ROW = {"num_full_frames": 1, "full_token_per_frame": 1, "compressed_token_per_frame": 1}
 
 
 def evaluate(
-    model: Any, memory: ChunkMemory, place: Place, latents: Tensor, level: Tensor, next_level: Tensor, text: Tensor
+    model: Any, memory: ChunkMemory, place: ChunkPlace, latents: Tensor, level: Tensor, next_level: Tensor, text: Tensor
 ) -> Tensor | None:
     """Return the mean velocity of a drawn chunk ``(B, T, C, H, W)``; None where frames are written into the ring.
 

@@ -22,14 +22,13 @@ def report(pipe):
     return diffaccel.summary(pipe).reports["rolling_context"]
 
 
+@pytest.mark.slow  # the stock network makes masks of all tokens by all
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        pytest.param(
-            {"guidance_scale": 2.0, "negative_prompt_embeds": numbers(1, 3, TEXT, seed=9)}, marks=pytest.mark.slow
-        ),
-        pytest.param({"video_latents": numbers(1, 3, 4, 4, 4, seed=8)}, marks=pytest.mark.slow),
+        {"guidance_scale": 2.0, "negative_prompt_embeds": numbers(1, 3, TEXT, seed=9)},
+        {"video_latents": numbers(1, 3, 4, 4, 4, seed=8)},
     ],
     ids=["text", "guided", "continued"],
 )
