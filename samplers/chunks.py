@@ -110,8 +110,9 @@ class ChunkSampler:
         for j in range(x.shape[1]):
             self.noise.fill(x[:, j], self.engine.count + j, 0)
         for level, next_level in zip(self.sigmas, self.sigmas[1:], strict=False):
-            times = torch.tensor([level, next_level], dtype=torch.float32, device=cache.device)[:, None] * 1000
-            velocity = self.engine.velocity(x, *times.expand(-1, batch).unbind(), self._text)
+            begin, end = (torch.full((batch,), 1000 * t, dtype=torch.float32, device=cache.device)
+                          for t in (level, next_level))  # fmt: skip
+            velocity = self.engine.velocity(x, begin, end, self._text)
             x = x + (next_level - level) * velocity
         drawn = x.to(cache.dtype)
         self._pending = drawn, self._text

@@ -129,7 +129,7 @@ def student_steps(folder: Path) -> int | None:
     part = json.loads((folder / INDEX).read_text(encoding="utf-8")).get("scheduler")
     if not isinstance(part, list) or not str(part[0]).startswith("diffaccel."):
         return None
-    kind = getattr(import_module(part[0]), part[1], None)
+    kind: Any = getattr(import_module(part[0]), part[1], None)
     if not getattr(kind, "is_of_student", False):
         return None
     return steps_of_student(kind.from_pretrained(folder / "scheduler"))

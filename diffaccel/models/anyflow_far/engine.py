@@ -184,7 +184,8 @@ class ChunkEngine:
 
     def _evaluate(self, place: ChunkPlace) -> None:
         latents = self._latents[:, : place.frames]
-        velocity = evaluate(self.model, self.memory, place, latents, *self._levels.unbind(), self._text)
+        level, next_level = self._levels
+        velocity = evaluate(self.model, self.memory, place, latents, level, next_level, self._text)
         if velocity is not None:
             self._velocity[:, : place.frames].copy_(velocity)
 

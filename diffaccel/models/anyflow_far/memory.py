@@ -130,7 +130,7 @@ class RingProcessor:
         heads = [part.to(hidden_states.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in parts]
         seen = kv_cache.evaluation.attend(kv_cache.layer, *heads)
         out = seen.transpose(1, 2).flatten(2).type_as(hidden_states)
-        return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
+        return attn.to_out[1](attn.to_out[0](out))
 
 
 _PROCESSOR = RingProcessor()

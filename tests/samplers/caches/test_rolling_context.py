@@ -76,19 +76,20 @@ def test_a_call_takes_no_memory_of_layers_and_leaves_nothing():
     assert draw(pipe).shape[2] == 9
 
 
-@pytest.mark.parametrize("frames", [pytest.param(9, marks=pytest.mark.slow), 21])
-def test_graphs_draw_the_same(replayed_calls, frames):  # noqa: F811
+@pytest.mark.parametrize(("frames", "steps"), [(11, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+def test_graphs_draw_the_same(replayed_calls, frames, steps):  # noqa: F811
     options = {"num_layers": 1, "chunk_partition": (1, 2, 2, 2)}
-    plain = draw(diffaccel.accelerate(tiny_chunked(**options), RollingContext(capture=False)), frames)
+    more = {"num_inference_steps": steps}
+    plain = draw(diffaccel.accelerate(tiny_chunked(**options), RollingContext(window=6, capture=False)), frames, **more)
     pipe = diffaccel.accelerate(tiny_chunked(**options), RollingContext(window=6))
     for _ in range(2):
-        drawn = draw(pipe, frames)
+        drawn = draw(pipe, frames, **more)
         graphs = report(pipe)["graphs"]
-        assert 0 < graphs <= 4  # a chunk that is compressed, two whole ones, and the drawn one
+        assert 0 < graphs <= 6  # chunks that are compressed, whole or drawn, and the shorter ones of these
         torch.testing.assert_close(drawn, plain, **CLOSE)
     weight = pipe.transformer.proj_out.weight
     pipe.transformer.proj_out.weight = torch.nn.Parameter(weight * 2)
-    changed = draw(pipe, frames)
+    changed = draw(pipe, frames, **more)
     assert report(pipe)["graphs"] > graphs  # they read the weights where these were
     assert (changed - plain).abs().max() > 1e-3
 
