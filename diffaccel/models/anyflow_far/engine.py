@@ -178,14 +178,14 @@ class ChunkEngine:
             with torch.inference_mode(False):
                 self._text = torch.zeros(text.shape, dtype=self.memory.cache.dtype, device=self.memory.cache.device)
             self._graphs.clear()
-        self._text.copy_(text)
+        kept = self._text.copy_(text)
         self.evaluations += 1
-        self._launch(place, lambda: self._evaluate(place))
+        self._launch(place, lambda: self._evaluate(place, kept))
 
-    def _evaluate(self, place: ChunkPlace) -> None:
+    def _evaluate(self, place: ChunkPlace, text: Tensor) -> None:
         latents = self._latents[:, : place.frames]
         level, next_level = self._levels
-        velocity = evaluate(self.model, self.memory, place, latents, level, next_level, self._text)
+        velocity = evaluate(self.model, self.memory, place, latents, level, next_level, text)
         if velocity is not None:
             self._velocity[:, : place.frames].copy_(velocity)
 
