@@ -210,6 +210,7 @@ class Session:
         generator: the caller's generator or list of generators, or None for torch's global one.
         positional: names of the network's arguments that the pipeline passes by position.
         returns: ``return_dict`` as the pipeline passes it to its network, where it does.
+        noised: the clean latents and the noise that the pipeline mixed for its first step, of an image to begin at.
         scalar_time: whether the pipeline passes its network one time for all rows, a tensor without axes.
         reopen: probes the call again with changed arguments; ``fresh_text=True`` encodes its prompts anew.
         stock_levels: whether noise levels are kept on the scheduler's device, for equality to the bit.
@@ -236,6 +237,7 @@ class Session:
     reopen: Callable[..., Session]
     positional: tuple[str, ...] = ()
     returns: dict[str, Any] = field(default_factory=dict)
+    noised: tuple[Tensor, Tensor] | None = None
     scalar_time: bool = False
     stock_levels: bool = False
     folder: FilePath | None = None

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import RULES
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.particles import Particle
+from diffaccel.samplers.search.published import PublishedForm
 
 MIN_TRIES = 4  # per level and state of a beam
-PAPER = {  # arXiv 2503.19385, section 5
-    "path": "vp", "kernel": "em", "tail_steps": 0, "particles": 2, "initial": 25, "beam": 1, "chunk": 1,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class RBF(PathSearchConfig):
+class RBF(PublishedForm, PathSearchConfig):
     """Rollover Budget Forcing (Kim et al., arXiv 2503.19385, algorithm 1).
 
     Every chain starts from the best of ``initial`` noises by ``r(x0)``. At each noise level it tries children
@@ -36,9 +34,10 @@ class RBF(PathSearchConfig):
     The budget is split equally: ``Q = floor((budget - tail - first) / levels)`` tries per level and chain, over the
     levels from ``begin`` on; the last level has what that leaves. The trace says which sizes were used.
 
+    As published (:meth:`paper`), it has one state a chain and tries one child at a time on the variance-preserving
+    path, to a posterior mean; its 25 first noises and 10 levels need a budget of about 500 NFE.
+
     Args:
-        preset: "default", or "paper": the published settings, one state a chain and one child at a time on the
-            variance-preserving path, to a posterior mean. Options given beside it win over them.
         particles: chains per picture.
         initial: number of noises of which a chain starts from the best; 0 for as many as a third of the budget pays
             for. Their latents are held in memory at once.
@@ -63,7 +62,10 @@ class RBF(PathSearchConfig):
     )
 
     younger: ClassVar[tuple[str, ...]] = (*PathSearchConfig.younger, "preset")
-    preset: Literal["default", "paper"] = "default"
+    published: ClassVar[dict[str, Any]] = {  # arXiv 2503.19385, section 5
+        "path": "vp", "kernel": "em", "tail_steps": 0, "particles": 2, "initial": 25, "beam": 1, "chunk": 1,
+    }  # fmt: skip
+
     particles: int = 2
     initial: int = 4
     beam: int = 4
@@ -75,19 +77,6 @@ class RBF(PathSearchConfig):
     threshold: float | None = None
     leftover: Literal["next", "spread"] = "next"
     cap: int = -1
-
-    @classmethod
-    def paper(cls, **options: Any) -> Self:
-        """Return the published form; its 25 first noises and 10 levels need a budget of about 500 NFE."""
-        return cls(preset="paper", **options)
-
-    def __post_init__(self) -> None:
-        if self.preset == "paper":
-            defaults = {field.name: field.default for field in fields(self)}
-            for option, published in PAPER.items():
-                if getattr(self, option) == defaults[option]:
-                    object.__setattr__(self, option, published)
-        super().__post_init__()
 
     def validate(self) -> None:
         super().validate()

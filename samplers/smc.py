@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import PathSearchConfig
 from diffaccel.samplers.search.particles import Particle
+from diffaccel.samplers.search.published import PublishedForm
 from diffaccel.samplers.search.resampling import effective_size, softmax, systematic, uniform
 
 # Accumulated log weight of a particle with the rewards r_0 ... r_k, times the temperature. At the end it is r(x0) for
@@ -22,9 +23,11 @@ POTENTIALS: dict[str, Callable[[list[float]], float]] = {
     "last": lambda rewards: 0.0,
 }
 
+INTERVAL = 0.2  # share of the levels between two resamplings, as published
+
 
 @dataclass(frozen=True, kw_only=True)
-class SMC(PathSearchConfig):
+class SMC(PublishedForm, PathSearchConfig):
     """Feynman-Kac steering (Singhal et al., arXiv 2501.06848; Wu et al., arXiv 2306.17775).
 
     ``N = floor(budget / (stages + tail))`` particles follow the path's kernel. At every level the potential is added to
@@ -36,6 +39,11 @@ class SMC(PathSearchConfig):
     ``guide c^2 alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature``, which is about the best for 1, and
     the weights are multiplied by ``p(x' | x) / q(x' | x)``, a ratio of Gaussians of one covariance, so that the target
     stays the same. Steps without noise, as those of the tail, are not guided.
+
+    ``score_from``, ``score_to`` and ``score_every`` are the published range and interval: elsewhere nothing is weighed
+    or resampled. As published (:meth:`paper`) they are 0.2, 0.8 and a fifth of the levels, with the potential "max",
+    a resampling at every one of these, and the temperature 0.1, which is for rewards with a standard deviation of about
+    1.
 
     Args:
         temperature: of the target, in units of the reward. A good start is the size of a difference that matters,
@@ -50,6 +58,11 @@ class SMC(PathSearchConfig):
     citation: ClassVar[str] = (
         "A General Framework for Inference-time Scaling and Steering of Diffusion Models, arXiv 2501.06848"
     )
+
+    younger: ClassVar[tuple[str, ...]] = (*PathSearchConfig.younger, "preset")
+    published: ClassVar[dict[str, Any]] = {  # arXiv 2501.06848, section 4: steps 20, 40, 60 and 80 of 100
+        "temperature": 0.1, "potential": "max", "resample": 1.0, "score_from": 0.2, "score_to": 0.8,
+    }  # fmt: skip
 
     temperature: float = 1.0
     potential: Literal["difference", "max", "sum", "last"] = "difference"
@@ -74,6 +87,8 @@ class SMC(PathSearchConfig):
         self.check_budget(
             search, 2 * nfe, f"2 particles of {search.plan.stages} levels and {search.plan.tail_nfe} steps"
         )
+        if self.preset == "paper" and self.score_every == 1:
+            search.every = max(1, round(INTERVAL * search.plan.stages))
         search.used = {"particles": search.budget // nfe}
         return [smc(search, search.budget // nfe, self)]
 
@@ -109,7 +124,9 @@ def smc(search: Search, count: int, config: SMC) -> Chain:
             states = yield [search.propose(p, 0, chain=i, score=search.scores(stage + 1)) for i, p in enumerate(states)]
     samples = yield from _finish_once(search, states)
     rewards = [p.reward for p in samples]
-    search.note(samples=rewards, weights=_weights(rewards, resampled, config.temperature, log_ratios))
+    weights = _weights(rewards, resampled, config.temperature, log_ratios)
+    search.note(samples=rewards, weights=weights)
+    search.log_weights = beside_rewards(samples, weights, config.temperature)
     return search.ranked(samples)
 
 
@@ -122,6 +139,21 @@ def _weights(
     """
     differences = [p - (r if math.isfinite(r) else 0.0) for p, r in zip(potentials, resampled, strict=True)]
     return softmax([d / temperature + log_ratio for d, log_ratio in zip(differences, log_ratios, strict=True)])
+
+
+def beside_rewards(samples: list[Particle], weights: list[float], temperature: float) -> dict[int, float]:
+    """Return ``log w - r / temperature`` of every sample, ``w`` the sum over its repeats.
+
+    With it a draw by ``exp(r / t)`` follows ``p(x0) exp(r(x0) / t)`` for any ``t``.
+    """
+    total: dict[int, float] = {}
+    reward_of = {p.number: p.reward for p in samples}
+    for particle, weight in zip(samples, weights, strict=True):
+        total[particle.number] = total.get(particle.number, 0.0) + weight
+    return {
+        number: (math.log(weight) if weight > 0 else -math.inf) - max(reward_of[number], -1e300) / temperature
+        for number, weight in total.items()
+    }
 
 
 def _finish_once(search: Search, states: list[Particle]) -> Chain:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search.budget import shares
 from diffaccel.samplers.search.chains import Chain, Search
-from diffaccel.samplers.search.config import SearchConfig
 from diffaccel.samplers.search.particles import Key
 from diffaccel.samplers.search.plan import at_level, descend
+from diffaccel.samplers.search.published import PublishedForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoP(SearchConfig):
+class SoP(PublishedForm):
     """Search over paths (Ma et al., arXiv 2501.09732, section 3.2).
 
     Each chain denoises K noises to the level ``seed_level`` by ``walk`` deterministic steps and keeps the best by
@@ -24,8 +24,12 @@ class SoP(SearchConfig):
     ``walk K particles (ceil(seed_level / (backward - forward)) + 1)`` predictions, from which K follows, at least 2;
     what does not divide is spread over the rounds.
 
+    As published (:meth:`paper`, ``top="all"``) there are ``particles`` first noises, and of all ways back of a round
+    the best ``particles`` go on, whatever they come from.
+
     Args:
-        particles: chains per picture.
+        particles: chains per picture, each of which keeps one sample; with ``top="all"`` the samples that are kept.
+        top: a "chain" keeps its own best, or the best of "all" are kept.
         walk: deterministic steps of one denoising.
         seed_level: level at which the first denoising ends.
         forward, backward: distance in level by which noise is added, and removed.
@@ -36,7 +40,11 @@ class SoP(SearchConfig):
         "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps, arXiv 2501.09732"
     )
 
+    younger: ClassVar[tuple[str, ...]] = (*PublishedForm.younger, "preset", "top")
+    published: ClassVar[dict[str, Any]] = {"top": "all"}
+
     particles: int = 2
+    top: Literal["chain", "all"] = "chain"
     walk: int = 4
     seed_level: float = 0.12
     forward: float = 0.78
@@ -57,37 +65,47 @@ class SoP(SearchConfig):
         return math.ceil(round(self.seed_level / (self.backward - self.forward), 6))
 
     def chains(self, search: Search) -> list[Chain]:
-        nfe = self.walk * self.particles * (self.rounds + 1)  # of one candidate in every chain and round
-        if search.budget < 2 * nfe:
+        n, together = self.particles, self.top == "all"
+        least = self.walk * n * (2 * (self.rounds + 1) - together)  # two candidates in every chain and round
+        if search.budget < least:
             raise DiffAccelError(
-                f"SoP: a budget of {search.budget} NFE is too small for {self.particles} chains of {self.rounds + 1} "
-                f"rounds, each with 2 ways of {self.walk} steps to choose from. Give at least {2 * nfe}."
+                f"SoP: a budget of {search.budget} NFE is too small for {n} chains of {self.rounds + 1} "
+                f"rounds, each with 2 ways of {self.walk} steps to choose from. Give at least {least}."
             )
-        ways = shares(search.budget // self.walk, self.particles, self.rounds + 1)
+        total = search.budget // self.walk
+        if together:
+            ways = [[n, *shares(total - n, 1, self.rounds)[0]]]
+        else:
+            ways = shares(total, n, self.rounds + 1)
         search.used = {"ways": ways}
-        return [sop(search, chain, counts, self) for chain, counts in enumerate(ways)]
+        return [sop(search, chain, counts, self, n if together else 1) for chain, counts in enumerate(ways)]
 
 
-def sop(search: Search, chain: int, counts: list[int], config: SoP) -> Chain:
-    """Run one chain with so many candidates in each round (arXiv 2501.09732, section 3.2).
+def sop(search: Search, chain: int, counts: list[int], config: SoP, kept: int) -> Chain:
+    """Run one chain with so many candidates in each round, the best ``kept`` of them (arXiv 2501.09732, section 3.2).
 
     Noise: ``x' = (alpha'/alpha) x + sqrt(sigma'^2 - (alpha'/alpha)^2 sigma^2) z``; then ``walk`` steps of
-    ``x' = x + (sigma' - sigma) v``, and ``x = argmax_i r(x0_i)``.
+    ``x' = x + (sigma' - sigma) v``, and ``x = argmax_i r(x0_i)``. Candidates take the kept samples in turns.
     """
     path, top, level, walk = search.plan.path, search.plan.sigmas[0], config.seed_level, config.walk
-    states = yield [search.start(chain, i, score=walk == 1) for i in range(counts[0])]
+    chosen = counts[0] > kept  # whether there is something to choose from, and so to score
+    states = yield [search.start(chain, i, score=walk == 1 and chosen) for i in range(counts[0])]
     for number in range(config.rounds + 1):
         if number > 0:
             noised = min(at_level(path, level + config.forward), top)
             level = level - (config.backward - config.forward) if number < config.rounds else 0.0
             keys = [Key(chain, number * (walk + 1), i) for i in range(counts[number])]
-            states = yield [search.renoise(states[0], noised, key, score=walk == 1) for key in keys]
+            chosen, parents = True, states
+            states = yield [
+                search.renoise(parents[i % len(parents)], noised, key, score=walk == 1) for i, key in enumerate(keys)
+            ]
         *between, bottom = descend(path, states[0].sigma, level, walk)
         for i, sigma in enumerate(between, 2):
-            states = yield [search.step(state, sigma, score=i == walk) for state in states]
-        best = max(states, key=lambda p: p.reward)
-        search.note(chain=chain, way=number, tried=counts[number], reward=best.reward)
+            states = yield [search.step(state, sigma, score=i == walk and chosen) for state in states]
+        if chosen:
+            best = search.ranked(states, kept)
+            search.note(chain=chain, way=number, tried=counts[number], reward=best[0].reward)
         if number < config.rounds:
-            states = yield [search.step(best, bottom, predict=False)]
+            states = yield [search.step(state, bottom, predict=False) for state in (best if chosen else states)]
     samples = yield [search.end(state) for state in states]
     return search.ranked(samples)

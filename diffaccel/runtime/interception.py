@@ -32,6 +32,8 @@ from diffaccel.modules.stand_in import (
 )
 from diffaccel.modules.step_output import NetworkOutput, StepOutput
 
+NOISING = ("add_noise", "scale_noise")  # methods of schedulers by which pipelines begin at an image
+
 
 @dataclass(eq=False)
 class Recording:
@@ -46,6 +48,7 @@ class Recording:
         latents: ``sample`` of the scheduler's step.
         denoised: the last clean sample where the scheduler's step returns one besides the latents; set by the loop.
         step_arguments: further arguments of the scheduler's step, such as ``eta``.
+        noised: clean latents and the noise that the scheduler added to them, where it did; of an image to begin at.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -57,6 +60,13 @@ class Recording:
     timestep: Any = None
     denoised: Tensor | None = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
+    noised: tuple[Tensor, Tensor] | None = None
+
+    def note_noise(self, arguments: dict[str, Any]) -> None:
+        """Take over the arguments of the scheduler's ``add_noise`` or ``scale_noise``, by name."""
+        clean, noise = arguments.get("original_samples", arguments.get("sample")), arguments.get("noise")
+        if isinstance(clean, Tensor) and isinstance(noise, Tensor):
+            self.noised = clean, noise
 
     def note_step(self, arguments: dict[str, Any]) -> None:
         """Take over the arguments of ``scheduler.step``, by name."""
@@ -119,7 +129,7 @@ class _Substitutes:
         ]
         self.is_installed = False
         self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, *PICTURE_ENCODERS])
-        self.restore_scheduler = attributes_of(self.scheduler, ["step"])
+        self.restore_scheduler = attributes_of(self.scheduler, ["step", *NOISING])
         for name, network in self.networks.items():
             if type(network) is StandIn:  # its class is the network's
                 raise DiffAccelError(
@@ -139,6 +149,10 @@ class _Substitutes:
         for name, network in self.networks.items():  # past DiffusionPipeline.__setattr__, which changes pipe.config
             object.__setattr__(pipe, name, _recorder(network, self.recording, self.family))
         self.scheduler.step = functools.wraps(self.original_step)(step)
+        if self.recording.latents is None:
+            for name in NOISING:
+                if hasattr(self.scheduler, name):
+                    setattr(self.scheduler, name, _noted(getattr(self.scheduler, name), self.recording))
         if "encode_prompt" in self.methods:
             object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, self.device))
         if self.recording.latents is None and self.memo.has_pictures():  # afterwards the VAE decodes
@@ -158,6 +172,18 @@ class _Substitutes:
         """Put back the networks alone."""
         for name, network in self.networks.items():
             object.__setattr__(self.pipe, name, network)
+
+
+def _noted(method: Callable[..., Any], recording: Recording) -> Callable[..., Any]:
+    """Return a scheduler's method that also records what noise is added to."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        recording.note_noise(by_name(signature.bind(*args, **kwargs)))
+        return method(*args, **kwargs)
+
+    return noted
 
 
 def _recorder(network: Any, recording: Recording, family: Family) -> StandIn:

@@ -228,6 +228,7 @@ def make_session(opening: Opening, recording: Recording, generator: Any) -> Sess
         latents=latents,
         timesteps=pipe.scheduler.timesteps[schedules.start_index(pipe.scheduler, recording.timestep) :],
         step_arguments=recording.step_arguments,
+        noised=recording.noised,
         read_schedule=schedule,
         positional=recording.positional,
         returns=recording.returns,

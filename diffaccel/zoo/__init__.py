@@ -21,7 +21,7 @@ from diffaccel.errors import DiffAccelError, unknown
 if TYPE_CHECKING:
     from diffaccel.zoo.vocabulary import Vocabulary
 
-__all__ = ["DEFAULT", "call_defaults", "card", "names", "path", "vocabulary_of"]
+__all__ = ["DEFAULT", "call_defaults", "card", "name_of", "names", "path", "vocabulary_of"]
 
 DEFAULT = "emoji-flux"
 _ROOT = Path(str(files(__name__)))
@@ -58,6 +58,17 @@ def _packed(name: str) -> Path:
     if name not in names():
         raise unknown("zoo model", name, names())
     return _ROOT / name
+
+
+def name_of(model: str) -> str:
+    """Return the zoo's name of a model that is given by its name or by its folder; "" for any other model."""
+    if model in names():
+        return model
+    if not model or not Path(model).is_dir():
+        return ""
+    folder = Path(model).resolve()
+    likely = [name for name in names() if folder.name.startswith(f"{name}-")]  # folders carry a digest
+    return next((name for name in likely if path(name).resolve() == folder), "")
 
 
 def call_defaults(name: str) -> dict[str, Any]:

@@ -14,10 +14,10 @@ from diffaccel.samplers.drafts.clock import Spending
 from diffaccel.samplers.drafts.engine import DraftSearch, Interrupted, Recipe, too_small, warm_up
 from diffaccel.samplers.rewards import Reward
 from diffaccel.samplers.search import report
+from diffaccel.samplers.search.beginning import check_starts_at_noise
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import (
     SearchConfig,
-    check_starts_at_noise,
     make_scorer,
     make_searches,
     warn_of_a_constant_reward,
@@ -97,6 +97,8 @@ class Drafts(SearchConfig):
                 "Drafts.shared: the processes of a launch do not share the drafts of one picture. Give each process "
                 "pictures of its own."
             )
+        why = "drafts hand back the best that is finished"
+        self.refuse_without_effect("another method, such as 'bon'", why, draw=0.0, population=False)
         if (self.finish or 1) > self.drafts:
             raise DiffAccelError(
                 f"Drafts.finish is {self.finish}, and a round has {self.drafts} drafts; the budget may pay for one "

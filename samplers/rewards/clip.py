@@ -70,9 +70,8 @@ def default(model: str) -> str:
     Raises:
         DiffAccelError: for any other model: a CLIP trained on other pictures says nothing about these.
     """
-    for name, clip_name in DEFAULTS.items():
-        if model == name or (model and Path(model).is_dir() and Path(model).resolve() == zoo.path(name).resolve()):
-            return clip_name
+    if clip_name := DEFAULTS.get(zoo.name_of(model)):
+        return clip_name
     got = f"'{model}'" if model else "this model"
     raise DiffAccelError(
         f"The reward 'clip' names no CLIP, and only {', '.join(DEFAULTS)} has one of its own, not {got}. "

@@ -50,7 +50,9 @@ class Search:
         rewards: lowest and highest reward so far; None before the first.
         climb: ``(NFE, reward, whether it is a sample)`` of every scored particle that became the best so far.
         own: reward of the call's own noise, the first that was scored of it.
-        first, every: of the searched levels those are scored that lie ``every`` apart from ``first`` on, and the last.
+        first, until, every: of the searched levels those are scored that lie ``every`` apart from ``first`` on, up to
+            ``until``, None for all, and the last.
+        log_weights: of samples, by number, what they weigh beside their rewards; 0 for those not in it.
         used: sizes that the method derived from its options and the budget, JSON-ready.
     """
 
@@ -67,13 +69,16 @@ class Search:
     rewards: tuple[float, float] | None = None
     climb: list[tuple[int, float, bool]] = field(default_factory=list)
     own: float | None = None
+    log_weights: dict[int, float] = field(default_factory=dict)
     used: dict[str, Any] = field(default_factory=dict)
     first: int = 0
+    until: int | None = None
     every: int = 1
 
     def scores(self, stage: int) -> bool:
         """Return whether predictions at a searched level are scored and chosen by."""
-        is_due = stage >= self.first and (stage - self.first) % self.every == 0
+        until = self.plan.stages if self.until is None else self.until
+        is_due = self.first <= stage <= until and (stage - self.first) % self.every == 0
         return is_due or stage == self.plan.stages - 1
 
     def start(self, chain: int, attempt: int = 0, *, score: bool = True) -> Transition:

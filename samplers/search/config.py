@@ -14,13 +14,15 @@ from diffaccel.config import Level, Machine, SamplerConfig
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import rewards
 from diffaccel.samplers.search import noise, report
+from diffaccel.samplers.search.beginning import image_of
 from diffaccel.samplers.search.budget import shares
 from diffaccel.samplers.search.chains import Chain, RunningChain, Search
 from diffaccel.samplers.search.engine import Engine
 from diffaccel.samplers.search.identity import identity
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import KernelName, PathName, ScaleName, SearchPlan, make_plan
-from diffaccel.samplers.search.preview import preview_decoder
+from diffaccel.samplers.search.population import ALL, handed_back, images_a_search
+from diffaccel.samplers.search.preview import model_name, preview_decoder
 from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog
 from diffaccel.samplers.search.scoring import PictureScorer
@@ -43,9 +45,13 @@ class SearchConfig(SamplerConfig):
         reward_device: device on which pictures are decoded and scored, "" for the pipeline's device. On another one
             scoring overlaps with the next predictions.
         preview: cheaper decoder for scores on the way, while samples themselves are always decoded in full: "linear", a
-            map from latents to colours fitted to the pipeline's VAE; a folder of a diffusers ``AutoencoderTiny``; or a
-            function from latents to pixels in [-1, 1].
-        keep: number of a picture's samples that are kept beside the best.
+            map from latents to colours fitted to the pipeline's VAE; "tiny", the small decoder of an embedded model; a
+            folder of a diffusers ``AutoencoderTiny``; or a function from latents to pixels in [-1, 1].
+        keep: number of a picture's samples that are kept beside what comes back.
+        draw: temperature T of a draw by ``exp(r / T)`` among all finished samples, which comes back instead of the best
+            one; 0 for the best.
+        population: whether the images of one prompt (``num_images_per_prompt``) are the best samples, or draws, of one
+            search with the budgets of all of them; otherwise each is the best of its own.
         folder: where a search writes its trace, its plot and the kept samples, and from which it is resumed after a
             kill.
         shared: whether all processes of an ``accelerate launch`` work on the same call.
@@ -53,7 +59,11 @@ class SearchConfig(SamplerConfig):
 
     searches: ClassVar[bool] = True
     shares_calls: ClassVar[bool] = True  # all processes of a launch may make one call together
-    younger: ClassVar[tuple[str, ...]] = ("preview",)  # options left out of records where they have their default
+    younger: ClassVar[tuple[str, ...]] = (
+        "preview",
+        "draw",
+        "population",
+    )  # options left out of records where they have their default
     judges_pairs: ClassVar[bool] = False  # can use a reward that compares pictures and does not score them
     keeps_rows: ClassVar[bool] = False
 
@@ -63,12 +73,14 @@ class SearchConfig(SamplerConfig):
     reward_device: str = ""
     preview: Any = None
     keep: int = 0
+    draw: float = 0.0
+    population: bool = False
     folder: str = ""
     shared: bool = False
 
     def validate(self) -> None:
         super().validate()
-        self.require_at_least(budget=1, keep=0, guide=0)
+        self.require_at_least(budget=1, keep=0, guide=0, draw=0)
         if self.state != "float32":
             raise DiffAccelError(
                 f"{type(self).__name__}.state is '{self.state}'; a search keeps its states in 'float32'."
@@ -153,10 +165,11 @@ class PathSearchConfig(SearchConfig):
             where the sample is a posterior mean.
         score_from: share of the searched levels before the first that is scored and chosen by: near noise ``r(x0)``
             says little of the sample, and decoding costs as much as anywhere.
-        score_every: of those after it every so many are scored, and the last. Between them all states go on.
+        score_to: share of the searched levels after which none is scored but the last one.
+        score_every: of those between them every so many are scored. At levels without a score all states go on.
     """
 
-    younger: ClassVar[tuple[str, ...]] = (*SearchConfig.younger, "score_from", "score_every")
+    younger: ClassVar[tuple[str, ...]] = (*SearchConfig.younger, "score_from", "score_to", "score_every")
 
     path: PathName = "native"
     kernel: KernelName = "cps"
@@ -165,6 +178,7 @@ class PathSearchConfig(SearchConfig):
     stages: int | None = None
     tail_steps: int | None = None
     score_from: float = 0.0
+    score_to: float = 1.0
     score_every: int = 1
 
     def validate(self) -> None:
@@ -173,6 +187,11 @@ class PathSearchConfig(SearchConfig):
         if self.score_from >= 1:
             raise DiffAccelError(
                 f"{type(self).__name__}.score_from is {self.score_from}; it is a share of the levels, below 1."
+            )
+        if not self.score_from <= self.score_to <= 1:
+            raise DiffAccelError(
+                f"{type(self).__name__}.score_to is {self.score_to}; it is a share of the levels, from score_from "
+                f"({self.score_from:g}) to 1."
             )
         if self.path != "vp":
             why = f"the path '{self.path}' has the call's own levels, to the end"
@@ -196,8 +215,8 @@ class PathSearchConfig(SearchConfig):
         options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
         return make_plan(session.schedule, path=self.path, kernel=self.kernel, **options)
 
-    def tries(self, search: Search, chains: int) -> list[list[int]]:
-        """Return how many states each chain may try at each level.
+    def tries(self, search: Search, chains: int, *, one_noise: bool = False) -> list[list[int]]:
+        """Return how many states each chain may try at each level; with ``one_noise`` one at the first.
 
         All of ``budget - tail`` is spent, as evenly as whole tries go.
 
@@ -206,12 +225,14 @@ class PathSearchConfig(SearchConfig):
                 :meth:`check_budget` does.
         """
         plan = search.plan
+        levels = plan.stages - one_noise
         self.check_budget(
-            search, chains * (2 * plan.stages + plan.tail_nfe),
-            f"{chains} chains of 2 tries, which is the least to choose from, at {plan.stages} levels, and "
-            f"{plan.tail_nfe} steps of the tail",
+            search, chains * (2 * levels + one_noise + plan.tail_nfe),
+            f"{chains} chains of 2 tries, which is the least to choose from, at {levels} levels, and "
+            f"{plan.tail_nfe + one_noise} predictions of the {'first noise and the ' * one_noise}tail",
         )  # fmt: skip
-        return shares(search.budget - chains * plan.tail_nfe, chains, plan.stages)
+        counts = shares(search.budget - chains * (plan.tail_nfe + one_noise), chains, levels)
+        return [[1, *count] for count in counts] if one_noise else counts
 
     def check_budget(self, search: Search, minimum: int, why: str) -> None:
         """Raise for a budget below ``minimum``, or a plan without fresh noise, whose children would all be equal."""
@@ -228,9 +249,9 @@ class PathSearchConfig(SearchConfig):
 
 def run(config: SearchConfig, session: Session) -> Sampling:
     """Search for every row of the call in parallel, and return the best sample of each."""
-    check_starts_at_noise(config, session)
-    plan, scorer = config.plan(session), make_scorer(config, session)
-    searches = make_searches(config, session, plan)
+    image = image_of(config, session)
+    plan, scorer, images = config.plan(session), make_scorer(config, session), images_a_search(config, session)
+    searches = make_searches(config, session, plan, images)
     chains = [RunningChain(search, i, policy) for search in searches for i, policy in enumerate(config.chains(search))]
     processes = SearchProcesses.of_launch(session.device) if config.shared or session.shared else SearchProcesses()
     folder = Path(config.folder) if config.folder else session.folder
@@ -239,11 +260,12 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     engine = Engine(
         session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
         overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
+        image=image,
     )  # fmt: skip
     interrupted = yield from engine.run(chains)
-    results = _results(searches)
+    results = _results(config, searches, images, interrupted=interrupted)
     warn_of_a_constant_reward(searches, scorer)
-    x0 = engine.latents([(search, samples[0]) for search, samples in results.items()])
+    x0 = engine.latents([(search, sample) for search, samples in results.items() for sample in samples[:images]])
     session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
     session.report["search_seconds"] = scorer.watch.report()
     if log.rounds:
@@ -258,30 +280,34 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     return x
 
 
-def check_starts_at_noise(config: SearchConfig, session: Session) -> None:
-    """Raise for a call that begins at an image."""
-    if len(session.timesteps) < len(getattr(session.scheduler, "timesteps", ())):
-        raise DiffAccelError(
-            f"{type(config).__name__} searches from pure noise, and this call begins in the middle of its noise "
-            "levels, at an image: other noise would lose it. Call the pipeline with strength=1.0, or without a search."
-        )
-
-
-def make_searches(config: SearchConfig, session: Session, plan: SearchPlan) -> list[Search]:
-    """Make one search for each row of the call, with its own prompt and seed."""
+def make_searches(config: SearchConfig, session: Session, plan: SearchPlan, images: int = 1) -> list[Search]:
+    """Make one search for every ``images`` rows of the call, with the prompt and seed of the first."""
     seeds = noise.seeds(session.generator, len(session.x))
-    first, every = int(getattr(config, "score_from", 0) * plan.stages), getattr(config, "score_every", 1)
+    shares_of_levels = getattr(config, "score_from", 0.0), getattr(config, "score_to", 1.0)
+    first, until = (int(share * plan.stages) for share in shares_of_levels)
+    every = getattr(config, "score_every", 1)
+    keep = ALL if config.draw else config.keep + images - 1
+    rows = list(enumerate(zip(session.prompts, seeds, strict=True)))[::images]
     return [
-        Search(row, prompt, seed, plan, config.budget, config.keep, first=first, every=every)
-        for row, (prompt, seed) in enumerate(zip(session.prompts, seeds, strict=True))
+        Search(row, prompt, seed, plan, config.budget * images, keep, first=first, until=until, every=every)
+        for row, (prompt, seed) in rows
     ]
 
 
-def _results(searches: Sequence[Search]) -> dict[Search, list[Particle]]:
-    """Return each search's samples, best first; of an interrupted one without samples, its best state."""
+def _results(
+    config: SearchConfig, searches: Sequence[Search], images: int, *, interrupted: bool
+) -> dict[Search, list[Particle]]:
+    """Return what each search hands back, images first; of an interrupted one without samples, its best state."""
     results = {search: search.samples or [search.best] for search in searches if search.best is not None}
     if len(results) < len(searches):
         raise DiffAccelError("The search was stopped before anything was scored. Let it run longer.")
+    for search, samples in results.items():
+        if interrupted:  # as many images as were asked for, of whatever there is
+            results[search] = [*samples, *samples[:1] * images][: max(images, len(samples))]
+        elif config.draw or images > 1:
+            results[search] = handed_back(search, samples, images, config.draw)
+        search.samples = search.samples and results[search][: config.keep + images]
+        results[search] = results[search][: config.keep + images]
     return results
 
 
@@ -298,7 +324,7 @@ def warn_of_a_constant_reward(searches: Sequence[Search], scorer: PictureScorer)
 def make_scorer(config: SearchConfig, session: Session) -> PictureScorer:
     """Return the scorer of one call: the config's reward, on its device, with the pipeline's decoder."""
     device = torch.device(config.reward_device) if config.reward_device else session.device
-    model = str(getattr(session.pipe.config, "_name_or_path", "") or getattr(session.pipe, "name_or_path", ""))
+    model = model_name(session.pipe)
     cache = vars(config).setdefault("_rewards", {})  # a network is loaded once per config, not once per call
     if (device, model) not in cache:
         cache[device, model] = rewards.resolve(config.reward, device=device, model=model)

@@ -45,6 +45,7 @@ class Engine:
             alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature, c^2)``, which is the best to first order for data
             of unit variance and ``guide = 1``, and each particle is told ``log p / q``. Predictions, and transitions
             without noise, stay as they are.
+        image: clean latents of every row that first states are noise on; None for pure noise.
 
     Attributes:
         nfe_before: predictions of this process that an earlier one of the same search made, and this one need not.
@@ -61,8 +62,10 @@ class Engine:
         overlap: bool = False,
         guide: float = 0.0,
         temperature: float | None = None,
+        image: Tensor | None = None,
     ) -> None:
         self.session, self.scorer, self.guide, self.overlap = session, scorer, guide, overlap
+        self.image = image
         self.reward_log, self.processes = reward_log or RewardLog(), processes or SearchProcesses()
         self.rows = rows or max(1, min(4096, MAX_ELEMENTS // session.x[0].numel()))
         self.weighed = temperature is not None and guide > 0
@@ -269,13 +272,21 @@ class Engine:
         return self.twist * bcast(_levels(slopes), gradients) * c * c * gradients
 
     def _starts(self, rows: list[Row]) -> Tensor:
-        """Make first states: the call's own latents for the first attempt of chain 0, noise for the others."""
-        like, start = self.session.x, rows[0][0].plan.start
+        """Make first states: the call's own latents for the first attempt of chain 0, fresh noise for the others.
+
+        Those of a call that begins at an image are ``alpha x0 + sigma eps`` of the image.
+        """
+        like, start, path = self.session.x, rows[0][0].plan.start, self.session.path
         keys = [(search.seed, transition.key) for search, transition in rows]
-        state = noise.normal(keys, like.shape[1:], like) * self.initial_std
+        state = noise.normal(keys, like.shape[1:], like)
+        if self.image is None:
+            state = state * self.initial_std
+        else:
+            begin = self.session.sigmas[0]
+            state = path.alpha(begin) * self.image[[search.row for search, _ in rows]] + path.sigma(begin) * state
         own = [i for i, (_, transition) in enumerate(rows) if transition.key.chain == transition.key.attempt == 0]
         state[own] = like[[rows[i][0].row for i in own]]
-        return state if start is None else state * (start / self.initial_std)
+        return state if start is None or self.image is not None else state * (start / self.initial_std)
 
     def _velocities(self, rows: list[Row], x: Tensor) -> Events:
         """Predict ``v`` at the states ``x``; it is zero for rows without a prediction."""

@@ -60,7 +60,18 @@ def draw(rewards: Sequence[float], temperature: float, seed: int, chain: int, st
     """Draw an index from ``softmax(r / temperature)``; temperature 0 takes the first of the highest rewards."""
     if temperature == 0:
         return max(range(len(rewards)), key=lambda i: rewards[i])
-    weights, u = softmax([reward / temperature for reward in rewards]), uniform(seed, chain, stage)
+    return _drawn([reward / temperature for reward in rewards], uniform(seed, chain, stage))
+
+
+def draw_weighted(logits: Sequence[float], seed: int, key: Key) -> int:
+    """Draw an index from ``softmax(logits)`` by a random number of its own key."""
+    generator = torch.Generator("cpu").manual_seed(seed_of(seed, key))
+    return _drawn(logits, float(torch.rand((), generator=generator, dtype=torch.float64, device="cpu")))
+
+
+def _drawn(logits: Sequence[float], u: float) -> int:
+    """Return the first index at which the summed weights pass ``u``."""
+    weights = softmax(logits)
     for i, weight in enumerate(weights):
         u -= weight
         if u < 0:

@@ -22,6 +22,7 @@ from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
 # Options that no result depends on: how many rows go into a call, where work is done, which files are left; and how
 # pictures are decoded, which rewards of latents do not see.
 NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave", "preview"}
+ON_CALLS = {"population"}  # for several images of a prompt: tests/samplers/search/test_population.py
 ON_PIPELINES = {"state", "guidance_stop"}  # of the driver, which rounds by it, and has guidance
 ELSEWHERE = {"bottleneck", "drafts", "superdiff"}  # whose rules have options of their own: tests/samplers/NAME
 LEVELS = torch.tensor([1.0, 0.9, 0.75, 0.55, 0.35, 0.15, 0.0])
@@ -33,24 +34,28 @@ def total(x0: Tensor) -> Tensor:
 
 REWARD = latent_reward(total, differentiable=True)
 OTHER = latent_reward(lambda x0: -total(x0), differentiable=True)
-SEARCH = {"reward": ({}, OTHER), "budget": ({}, 90), "guide": ({}, 0.1), "keep": ({}, 1)}
+SEARCH = {"reward": ({}, OTHER), "budget": ({}, 90), "guide": ({}, 0.1), "keep": ({}, 1), "draw": ({}, 1e6)}
 PATH = {
     "path": ({}, "linear"), "kernel": ({"path": "linear", "norm": 0.5}, "em"),
     "scale": ({"path": "linear", "norm": 0.5}, "sine"), "norm": ({}, 0.5), "stages": ({"path": "vp"}, 5),
-    "tail_steps": ({"path": "vp"}, 3), "score_from": ({}, 0.4), "score_every": ({}, 3),
+    "tail_steps": ({"path": "vp"}, 3), "score_from": ({}, 0.4), "score_to": ({}, 0.4), "score_every": ({}, 3),
 }  # fmt: skip
 RULE = {"rule": "threshold", "threshold": 0.0}
+ONE_NOISE = {"preset": ({}, "paper"), "one_noise": ({}, True)}
 ONE = {"beam": 1, "chunk": 1}
 # for every option: options beside which it has another value than its default, and that value
 EFFECTS: dict[str, dict[str, tuple[dict[str, Any], Any]]] = {
     "ancestral": {"eta": ({}, 0.5)},
     "bon": SEARCH,
     "sop": SEARCH | {
+        "preset": ({}, "paper"), "top": ({}, "all"),
         "particles": ({}, 1), "walk": ({}, 2), "seed_level": ({}, 0.1), "forward": ({}, 0.7), "backward": ({}, 0.84),
     },
-    "smc": SEARCH | PATH | {"temperature": ({}, 0.05), "potential": ({}, "sum"), "resample": ({}, 1.0)},
-    "svdd": SEARCH | PATH | {"particles": ({}, 1), "temperature": ({}, 5.0)},
-    "code": SEARCH | PATH | {"particles": ({}, 1), "block": ({}, 3)},
+    "smc": SEARCH | PATH | {
+        "preset": ({}, "paper"), "temperature": ({}, 0.05), "potential": ({}, "sum"), "resample": ({}, 1.0),
+    },
+    "svdd": SEARCH | PATH | ONE_NOISE | {"particles": ({}, 1), "temperature": ({}, 5.0)},
+    "code": SEARCH | PATH | ONE_NOISE | {"particles": ({}, 1), "block": ({}, 3)},
     "rbf": SEARCH | PATH | {
         "preset": ({"budget": 90}, "paper"),
         "particles": ({}, 1), "initial": ({}, 2), "beam": ({"budget": 120}, 1), "begin": ({}, 0.4),
@@ -92,7 +97,7 @@ def test_every_option_changes_the_result(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ELSEWHERE])
 def test_no_option_is_forgotten(name: str) -> None:
     options = {field.name for field in fields(CONFIGS[name])}
-    assert options == EFFECTS.get(name, {}).keys() | (options & NEUTRAL) | ON_PIPELINES
+    assert options == EFFECTS.get(name, {}).keys() | (options & (NEUTRAL | ON_CALLS)) | ON_PIPELINES
     assert not EFFECTS.get(name, {}).keys() & NEUTRAL
 
 

@@ -197,16 +197,6 @@ def test_a_reward_of_texts_and_a_call_of_embeddings() -> None:
     assert bool(torch.isfinite(pipe(**kwargs).images).all())
 
 
-@pytest.mark.parametrize("family", ["flux", "sd"])
-def test_a_call_that_begins_at_an_image_is_refused(family: str) -> None:
-    pipe = tiny_variants.img2img(family)
-    kwargs = {**tiny.call_kwargs(family, steps=6), "image": tiny_variants.picture(32)}
-    diffaccel.accelerate(pipe, SVDD(reward=reward(), budget=24, particles=2))
-    with pytest.raises(DiffAccelError, match=r"begins in the middle of its noise levels.*strength=1\.0"):
-        pipe(**kwargs, strength=0.5)
-    assert bool(torch.isfinite(pipe(**kwargs, strength=1.0).images).all())
-
-
 def test_inpainting_by_blending_is_refused() -> None:
     pipe = tiny_variants.inpaint("sd3")
     kwargs = {"image": tiny_variants.picture(32), "mask_image": tiny_variants.hole(32), "strength": 1.0}

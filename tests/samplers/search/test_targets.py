@@ -38,12 +38,12 @@ def quadratic(x: Tensor) -> Tensor:
 
 
 def search(
-    reward: Any, potential: Any, resample: float = 0.5, kernel: Any = "cps", guide: float = 0.0
+    reward: Any, potential: Any, resample: float = 0.5, kernel: Any = "cps", guide: float = 0.0, **levels_of: Any
 ) -> tuple[Found, SearchPlan]:
     config = SMC(
         reward=latent_reward(reward, differentiable=True), budget=PARTICLES * (len(LEVELS) - 1), guide=guide,
         temperature=POTENTIALS[potential], potential=potential, resample=resample, path="linear", kernel=kernel,
-        scale="square", norm=1.5,
+        scale="square", norm=1.5, **levels_of,
     )  # fmt: skip
     here = stand_in(torch.full((1, 1, 1, 1), 0.3), LEVELS)
     levels = config.plan(here)
@@ -86,9 +86,10 @@ def test_particles_of_a_linear_reward_follow_the_tilted_gaussian(potential: Any,
 
 
 @pytest.mark.parametrize("potential", POTENTIALS)
-def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any) -> None:
+@pytest.mark.parametrize("range_and_interval", [{}, {"score_from": 0.3, "score_to": 0.7, "score_every": 2}])
+def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any, range_and_interval: Any) -> None:
     """``r = x - k x^2 / 2`` adds ``k / t`` to the precision; the mean reward under it is known."""
-    run, levels = search(quadratic, potential)
+    run, levels = search(quadratic, potential, **range_and_interval)
     mean, variance = moments(levels)
     temperature = POTENTIALS[potential]
     precision = 1 / variance + 2 / temperature
