@@ -147,10 +147,12 @@ class Pred:
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Progress counted in predictions instead of steps; the reply is whether the user interrupts the run."""
+    """Progress in predictions; the reply is whether the user interrupts. ``best`` makes what a callback is shown."""
 
     done: int
     total: int
+    best: Callable[[], dict[str, Any] | None] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,8 +346,7 @@ class Session:
             if self.conds[0].arguments.get("latents") is not None:
                 raise DiffAccelError(
                     f"`latents` were passed for {size_text(self.height, self.width)}; it also works at "
-                    f"{size_text(height, width)}. "
-                    "Leave `latents` out and pass a `generator`."
+                    f"{size_text(height, width)}. Leave `latents` out and pass a `generator`."
                 )
             self.family.check_size(self.pipe, height, width)
             sibling = self.reopen(**self.family.resized(self.conds[0].arguments, height, width))
@@ -364,8 +365,7 @@ class Session:
         if other.latents.shape != self.latents.shape:
             raise DiffAccelError(
                 f"The added conditioning has latents of shape {tuple(other.latents.shape)}, the call "
-                f"{tuple(self.latents.shape)}. "
-                "Give both the same batch size and resolution."
+                f"{tuple(self.latents.shape)}. Give both the same batch size and resolution."
             )
         self.conds.append(other.conds[0])
         return len(self.conds) - 1

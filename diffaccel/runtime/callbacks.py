@@ -74,6 +74,11 @@ class Callback:
             return latents_now if was_edited() else None
         return _like(latents_now, latents() if shown is None else shown)
 
+    def show(self, session: Session, index: int, timestep: Tensor, latents: Tensor, more: dict[str, Any]) -> None:
+        """Call the function between steps, with latents that are not the loop's: what it returns has no effect."""
+        offered = {n: latents if n == "latents" else self._tensor(session, n) for n in self.inputs}
+        self.function(session.pipe, index, timestep, offered | more)
+
     def _tensor(self, session: Session, name: str) -> Any:
         """Return a tensor of the conditioning that the function asks for."""
         family, cond = session.family, session.conds[0]

@@ -73,7 +73,11 @@ class Native(Predictor):
             return latents
         if isinstance(event, Progress):
             bar.total, bar.n = event.total, event.done
+            if event.note and hasattr(bar, "set_postfix_str"):
+                bar.set_postfix_str(event.note, refresh=False)
             bar.refresh()
+            if self.callback is not None and event.best is not None:
+                self._show_best(event, event.best)
             return self._is_interrupted
         if isinstance(event, Decode):
             return self._decode(event)
@@ -92,6 +96,17 @@ class Native(Predictor):
         return bool(getattr(self.session.pipe, "_interrupt", False))
 
     # -- the other events ------------------------------------------------------------------------------------------
+
+    def _show_best(self, event: Progress, best: Callable[[], dict[str, Any] | None]) -> None:
+        """Call the pipeline's callback with the best so far, at the step that the share of the budget comes to."""
+        shown = best()
+        if shown is None or self.callback is None:
+            return
+        index = min(len(self.timesteps) - 1, len(self.timesteps) * event.done // max(event.total, 1))
+        rows = self.session.family.to_network(shown.pop("x0").to(self.dtype))
+        latents = self.session.family.wrap(rows, self.session.conds[0].arguments)
+        shown |= {"nfe": event.done, "budget": event.total}
+        self.callback.show(self.session, index, self.timesteps[index], latents, shown)
 
     def _decode(self, event: Decode) -> Tensor:
         session = event.at or self.session

@@ -99,6 +99,8 @@ class Drafts(SearchConfig):
             )
         why = "drafts hand back the best that is finished"
         self.refuse_without_effect("another method, such as 'bon'", why, draw=0.0, population=False)
+        why = "drafts are shown to no callback"
+        self.refuse_without_effect("another method, such as 'bon'", why, watch=False)
         if (self.finish or 1) > self.drafts:
             raise DiffAccelError(
                 f"Drafts.finish is {self.finish}, and a round has {self.drafts} drafts; the budget may pay for one "

@@ -52,6 +52,9 @@ class SearchConfig(SamplerConfig):
             one; 0 for the best.
         population: whether the images of one prompt (``num_images_per_prompt``) are the best samples, or draws, of one
             search with the budgets of all of them; otherwise each is the best of its own.
+        watch: whether the pipeline's ``callback_on_step_end`` is also called after every round: ``latents`` are clean
+            ones of the best of every picture so far, ``preview`` these decoded, ``(B, 3, H, W)`` in [0, 1], and
+            ``rewards``, ``nfe`` and ``budget`` tell the rest. What it returns then has no effect.
         folder: where a search writes its trace, its plot and the kept samples, and from which it is resumed after a
             kill.
         shared: whether all processes of an ``accelerate launch`` work on the same call.
@@ -59,11 +62,8 @@ class SearchConfig(SamplerConfig):
 
     searches: ClassVar[bool] = True
     shares_calls: ClassVar[bool] = True  # all processes of a launch may make one call together
-    younger: ClassVar[tuple[str, ...]] = (
-        "preview",
-        "draw",
-        "population",
-    )  # options left out of records where they have their default
+    # options left out of records where they have their default
+    younger: ClassVar[tuple[str, ...]] = ("preview", "draw", "population", "watch")
     judges_pairs: ClassVar[bool] = False  # can use a reward that compares pictures and does not score them
     keeps_rows: ClassVar[bool] = False
 
@@ -75,6 +75,7 @@ class SearchConfig(SamplerConfig):
     keep: int = 0
     draw: float = 0.0
     population: bool = False
+    watch: bool = False
     folder: str = ""
     shared: bool = False
 
@@ -260,7 +261,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     engine = Engine(
         session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
         overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
-        image=image,
+        image=image, watched=config.watch,
     )  # fmt: skip
     interrupted = yield from engine.run(chains)
     results = _results(config, searches, images, interrupted=interrupted)

@@ -21,6 +21,7 @@ from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog, numbers
 from diffaccel.samplers.search.scoring import PictureScorer
 from diffaccel.samplers.search.stream_places import StreamPlaces
+from diffaccel.samplers.search.watching import best_so_far, note_of
 from diffaccel.session import Eval, Progress, Session, bcast
 
 Events = Generator[Any, Any, Any]
@@ -46,6 +47,7 @@ class Engine:
             of unit variance and ``guide = 1``, and each particle is told ``log p / q``. Predictions, and transitions
             without noise, stay as they are.
         image: clean latents of every row that first states are noise on; None for pure noise.
+        watched: whether the pipeline's callback sees the best so far after every round.
 
     Attributes:
         nfe_before: predictions of this process that an earlier one of the same search made, and this one need not.
@@ -63,9 +65,10 @@ class Engine:
         guide: float = 0.0,
         temperature: float | None = None,
         image: Tensor | None = None,
+        watched: bool = False,
     ) -> None:
         self.session, self.scorer, self.guide, self.overlap = session, scorer, guide, overlap
-        self.image = image
+        self.image, self.watched = image, watched
         self.reward_log, self.processes = reward_log or RewardLog(), processes or SearchProcesses()
         self.rows = rows or max(1, min(4096, MAX_ELEMENTS // session.x[0].numel()))
         self.weighed = temperature is not None and guide > 0
@@ -103,7 +106,8 @@ class Engine:
                 if not running:
                     continue
                 turns.append((running, (yield from self._round(running))))
-                if (yield Progress(sum(search.ledger.nfe for search in searches), total)):
+                done = sum(search.ledger.nfe for search in searches)
+                if (yield Progress(done, total, self._shown(searches), note_of(searches))):
                     for _, settle in turns:  # what is predicted already still counts
                         settle()
                     return True
@@ -146,6 +150,13 @@ class Engine:
                 chain.advance(states)
 
         return settle
+
+    def _shown(self, searches: Sequence[Search]) -> Callable[[], dict[str, Any] | None] | None:
+        """Return what makes the best so far for a callback; None of it where a search has none, or not its latents."""
+        if not self.watched:
+            return None
+
+        return lambda: best_so_far(searches, self.latents, self.scorer)
 
     def _particle(self, transition: Transition) -> Particle:
         particle = Particle.from_transition(transition, next(self._numbers))

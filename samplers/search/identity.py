@@ -13,7 +13,14 @@ from diffaccel.samplers.search.chains import Search
 from diffaccel.samplers.search.plan import SearchPlan
 from diffaccel.session import Session
 
-NEUTRAL_OPTIONS = ("max_batch", "reward_device", "keep", "folder", "shared")  # no decision of a search depends on them
+NEUTRAL_OPTIONS = (
+    "max_batch",
+    "reward_device",
+    "keep",
+    "folder",
+    "shared",
+    "watch",
+)  # no decision of a search depends on them
 # of a call: its prompts and its generator, which have entries of their own, and what happens after the search
 NEUTRAL_ARGUMENTS = (
     "prompt", "generator", "output_type", "return_dict", "callback", "callback_steps", "callback_on_step_end",

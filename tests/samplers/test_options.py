@@ -21,7 +21,7 @@ from diffaccel.samplers import RBF, SMC, SVDD, Ancestral, BoN, CoDe, SoP
 
 # Options that no result depends on: how many rows go into a call, where work is done, which files are left; and how
 # pictures are decoded, which rewards of latents do not see.
-NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave", "preview"}
+NEUTRAL = {"max_batch", "reward_device", "folder", "shared", "wave", "preview", "watch"}
 ON_CALLS = {"population"}  # for several images of a prompt: tests/samplers/search/test_population.py
 ON_PIPELINES = {"state", "guidance_stop"}  # of the driver, which rounds by it, and has guidance
 ELSEWHERE = {"bottleneck", "drafts", "superdiff"}  # whose rules have options of their own: tests/samplers/NAME
