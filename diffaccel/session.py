@@ -356,11 +356,7 @@ class Session:
         return self._siblings[height, width]
 
     def add_cond(self, **arguments: Any) -> int:
-        """Add a conditioning for the same latents: that of the call with ``arguments`` (say ``prompt=``) replaced.
-
-        Returns:
-            The handle to pass as ``Eval.cond``.
-        """
+        """Add the call's conditioning with ``arguments`` (say ``prompt=``) replaced; return its ``Eval.cond``."""
         other = self.reopen(fresh_text=True, **arguments)
         if other.latents.shape != self.latents.shape:
             raise DiffAccelError(

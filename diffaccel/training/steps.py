@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffaccel.training.shards import local
+
 # cuDNN's attention, PyTorch's first choice on Hopper, is left out: its gradients of a FLUX transformer under autocast
 # were hundreds of times too large or not finite where other kernels agreed (torch 2.11, H200, bfloat16)
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -23,8 +25,6 @@ def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Compute networks in ``dtype`` in the block (float32: as they are), by attention kernels with right gradients."""
     with sdpa_kernel(_KERNELS), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         yield
-
-from diffaccel.training.shards import local
 
 
 def is_over_for_all(over: bool, size: int, device: torch.device) -> bool:
