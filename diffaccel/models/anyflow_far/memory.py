@@ -119,6 +119,11 @@ class LayerEvaluation:
     evaluation: Evaluation
     layer: int
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return the attention of the layer; what is compiled around it is the same for all layers and places."""
+        return self.evaluation.attend(self.layer, query, key, value)
+
 
 class RingProcessor:
     """Computes a block's self-attention by the evaluation that the block was given for its cache."""
@@ -128,7 +133,7 @@ class RingProcessor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         parts = (attn.norm_q(query), attn.norm_k(key), value)
         heads = [part.to(hidden_states.dtype).unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in parts]
-        seen = kv_cache.evaluation.attend(kv_cache.layer, *heads)
+        seen = kv_cache.attend(*heads)
         out = seen.transpose(1, 2).flatten(2).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))
 

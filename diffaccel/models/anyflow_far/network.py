@@ -30,7 +30,7 @@ def evaluate(
         text: embedded prompts ``(B, L, text channels)``.
     """
     embed = model.far_patch_embedding if place.compressed else model.patch_embedding
-    x = embed(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # (B, T n, d)
+    x = embed(latents.transpose(1, 2)).flatten(2).transpose(1, 2).contiguous()  # (B, T n, d)
     time, rows, text, _ = model.condition_embedder(level[:, None], next_level[:, None], text, None, far_cfg=_ONE_ROW)
     rows = rows.unflatten(2, (6, -1))  # (B, 1, 6, d)
     evaluation = memory.evaluation(place)

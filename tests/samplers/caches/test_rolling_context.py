@@ -7,6 +7,7 @@ import copy
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
@@ -102,6 +103,18 @@ def test_other_sizes_and_copies_have_memory_of_their_own():
     other = copy.deepcopy(pipe)
     diffaccel.remove(pipe)
     assert torch.equal(draw(other), first)
+
+
+@pytest.mark.slow
+def test_blocks_compile_around_the_ring():
+    pipe = diffaccel.accelerate(tiny_chunked(), RollingContext(window=6))
+    short, long = (draw(pipe, frames, num_inference_steps=1) for frames in (7, 13))
+    counter = CompileCounter()
+    pipe.transformer.compile_repeated_blocks(backend=counter)
+    torch.testing.assert_close(draw(pipe, 7, num_inference_steps=1), short, **CLOSE)
+    compiled = counter.frame_count  # by the shapes of chunks, whatever their places in the ring
+    torch.testing.assert_close(draw(pipe, 13, num_inference_steps=1), long, **CLOSE)
+    assert counter.frame_count - compiled <= 5 < compiled  # far chunks of two frames come first in the long one
 
 
 @pytest.mark.slow
