@@ -147,6 +147,11 @@ class RollingCalls:
         network = self._network
         batch, _, _, height, width = latents.shape
         weight = network.patch_embedding.weight
+        if weight.device != latents.device:
+            raise DiffAccelError(
+                f"The network's weights are on {weight.device} and latents on {latents.device}: sequential and group "
+                "offload move weights while the network runs, where no ring can stay. Use enable_model_cpu_offload()."
+            )
         kept = self.engine
         if kept is not None:
             cache = kept.memory.cache

@@ -152,6 +152,15 @@ def test_other_methods_of_calls_and_compiled_networks_are_refused():
         diffaccel.accelerate(pipe, RollingContext())
 
 
+def test_weights_that_are_elsewhere_are_named(monkeypatch):
+    pipe = tiny_chunked(num_layers=1)
+    monkeypatch.setattr(type(pipe), "_execution_device", torch.device("cpu"))
+    diffaccel.accelerate(pipe, RollingContext())
+    pipe.transformer.patch_embedding.to_empty(device="meta")  # as sequential offload leaves it
+    with pytest.raises(DiffAccelError, match=r"weights are on meta and latents on cpu.*enable_model_cpu_offload\(\)"):
+        draw(pipe)
+
+
 @pytest.mark.parametrize(("options", "sentence"), [({"window": 0}, "window is 0"), ({"chunk": -1}, "chunk is -1")])
 def test_options_are_checked(options, sentence):
     with pytest.raises(DiffAccelError, match=sentence):
