@@ -110,7 +110,7 @@ def measure(bed: Bed, way: str, turns: int, reference: torch.Tensor | None) -> t
     if bed.device.type == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     if told:
-        row |= {"ring_gib": told["bytes"] / 2**30, "graphs": told["graphs"], "evaluations": told["evaluations"]}
+        row |= {"ring_gib": told["bytes"] / 2**30, "graphs": told["captures"], "evaluations": told["evaluations"]}
     plain = latents if reference is None else reference
     row["difference"] = float((latents.float() - plain.float()).abs().mean() / plain.float().abs().mean())
     return row, plain

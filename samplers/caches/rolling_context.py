@@ -44,7 +44,7 @@ class RollingContext(Config):
     name: ClassVar[str] = "rolling_context"
     touches: ClassVar[Touches] = "blocks"
     citation: ClassVar[str] = "Long-Context Autoregressive Video Modeling with FAR, arXiv 2503.19325; 2605.13724"
-    command: ClassVar[str] = "diffaccel explain rolling_context"
+    command: ClassVar[str] = 'diffaccel sample "a cat" --model ANYFLOW_FOLDER --frames 81 --method rolling_context'
     watches_calls: ClassVar[bool] = True
     conflicts: ClassVar[tuple[str, ...]] = (
         "euler", "heun", "dpmpp2m", "ancestral", "rbf", "bon", "drafts", "smc", "svdd", "code", "sop", "bottleneck",
@@ -192,7 +192,7 @@ class RollingCalls:
         if (engine := self.engine) is not None:
             self.stats = {
                 "context_frames": engine.count, "evaluations": engine.evaluations, "bytes": engine.bytes,
-                "graphs": engine.captures, "window": self.window.far + self.window.whole,
+                "captures": engine.captures, "window": self.window.far + self.window.whole,
             }  # fmt: skip
 
     def remove(self) -> None:

@@ -36,12 +36,12 @@ def test_graphs_draw_what_eager_evaluations_draw(compiled):
     diffaccel.accelerate(pipe, RollingContext(window=6))
     for _ in range(2):
         captured = drawn(pipe)
-        graphs = diffaccel.summary(pipe).reports["rolling_context"]["graphs"]
+        graphs = diffaccel.summary(pipe).reports["rolling_context"]["captures"]
         assert graphs > 0
         error = float((captured.float() - eager.float()).abs().mean() / eager.float().abs().mean())
         assert error == 0 if not compiled else error < 0.1
     drawn(pipe)
-    assert diffaccel.summary(pipe).reports["rolling_context"]["graphs"] == graphs
+    assert diffaccel.summary(pipe).reports["rolling_context"]["captures"] == graphs
 
 
 def test_a_thousand_frames_have_the_memory_of_a_few():
