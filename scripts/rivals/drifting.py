@@ -76,7 +76,8 @@ def spaces(encoder: classifier.Classifier, x: Tensor) -> list[Tensor]:
     for layer in encoder.body:
         x = layer(x)
         if isinstance(layer, nn.MaxPool2d):
-            found += [F.adaptive_avg_pool2d(x, 3).flatten(1), torch.cat([x.mean((2, 3)), x.std((2, 3))], 1)]
+            spread = (x.var((2, 3)) + 1e-6).sqrt()  # with a slope where a map is constant
+            found += [F.adaptive_avg_pool2d(x, 3).flatten(1), torch.cat([x.mean((2, 3)), spread], 1)]
     return [*found, x]
 
 

@@ -19,7 +19,7 @@ from scripts.rivals import drifting, fashion, lcm, meanflow
 from scripts.rivals import recipe as recipes
 from scripts.rivals.bed import Bed
 from scripts.rivals.dmd2 import DMD2Run
-from scripts.zoo.fashion import data, job, unet
+from scripts.zoo.fashion import classifier, data, job, unet
 from scripts.zoo.fashion import recipe as fashion_recipes
 
 MEAN, STD = -0.3, 0.9
@@ -125,6 +125,14 @@ def test_drifting_finds_place_and_width_of_a_gaussian() -> None:
         drifting.distance([x], [real]).backward()
         optimizer.step()
     assert float((place.detach() - 3).abs().max()) < 0.1 and float((width.detach() - 0.5).abs().max()) < 0.05
+
+
+def test_features_of_a_constant_picture_have_a_slope() -> None:
+    encoder = classifier.build(fashion_recipes.TINY, 0).requires_grad_(False)
+    x = torch.zeros(3, 1, 32, 32, requires_grad=True)
+    torch.stack([part.sum() for part in drifting.spaces(encoder, x)]).sum().backward()
+    assert bool(torch.isfinite(x.grad).all())
+    assert [part.shape[1] for part in drifting.spaces(encoder, x)] == [49, 36, 8, 72, 16, 72, 16, 8]
 
 
 def test_the_fixed_point_of_consistency_is_the_teachers_trajectory() -> None:
