@@ -115,10 +115,10 @@ def table(rows: list[dict[str, Any]], plain: dict[str, Tensor], baseline: str) -
         for row in rows:
             column = row["columns"][name]
             versus = told(column[f"over {baseline}"]) if f"over {baseline}" in column else ""
-            spread = statistics.stdev(column["dB of seeds"]) if len(row["seeds"]) > 1 else math.nan
+            spread = f" (sd {statistics.stdev(column['dB of seeds']):.2f})" if len(row["seeds"]) > 1 else ""
             lines.append(
                 f"| W{row['bits']}A{row['bits']} | {row['way']} | {row['steps']} | {len(row['seeds'])} | "
-                f"{row['early_norm']:.4f} | {row['distance']:.5f} | {column['dB']:.2f} (sd {spread:.2f}) | "
+                f"{row['early_norm']:.4f} | {row['distance']:.5f} | {column['dB']:.2f}{spread} | "
                 f"{told(column['over full precision'])} | {versus} |"
             )
     return "\n".join(lines)
