@@ -125,7 +125,7 @@ def table(rows: list[dict[str, Any]], plain: dict[str, Tensor], baseline: str) -
 
 
 def plot(logs: dict[tuple[int, str], list[list[dict[str, float]]]], title: str, file: Path) -> None:
-    """Draw training loss, norm of gradients and held-out distance of every way; a line is the mean over seeds.
+    """Draw training loss, norm of gradients and held-out distance of every way; a line is a seed.
 
     Args:
         logs: of the seeds, by bits and way.
