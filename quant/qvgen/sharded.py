@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from diffaccel.errors import DiffAccelError, first_line
@@ -50,7 +51,7 @@ class ShardedQATRun(QATRun):
                 "accelerate launch or torchrun with two processes or more, or leave it whole (QATRun)."
             )
         network = super().prepared()
-        mesh = torch.distributed.init_device_mesh(self.device.type, (torch.distributed.get_world_size(),))
+        mesh = init_device_mesh(self.device.type, (torch.distributed.get_world_size(),))
         whole = {p for _, layer in fake_layers(network) for name, p in layer.named_parameters() if name in WHOLE}
         whole |= {p for p in network.parameters() if not p.requires_grad}
         for block in _blocks(network):
@@ -103,7 +104,7 @@ class ShardedQATRun(QATRun):
         if self.processes.rank == 0:
             shutil.rmtree(self.folder / name, ignore_errors=True)
         torch.distributed.barrier()
-        dcp.save(self._tensors(), checkpoint_id=self.folder / name)
+        state_dict_saver.save(self._tensors(), checkpoint_id=self.folder / name)
         if self.processes.rank == 0:
             ranks = {layer: fake.rank for layer, fake in fake_layers(self.student)}
             moments = [key for key in self._tensors() if key.startswith("moment.")]
@@ -132,8 +133,9 @@ class ShardedQATRun(QATRun):
         if reason:
             raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
         for name, layer in fake_layers(self.student):
-            rank, kind = ranks[name], {"dtype": torch.float32, "device": self.device}
-            left, right = torch.zeros(layer.out_features, rank, **kind), torch.zeros(rank, layer.in_features, **kind)
+            rank = ranks[name]
+            left = torch.zeros(layer.out_features, rank, dtype=torch.float32, device=self.device)
+            right = torch.zeros(rank, layer.in_features, dtype=torch.float32, device=self.device)
             layer.set_side(left if rank else None, right if rank else None)
         self.optimizer.renew()
         for p in (p for group in grouped(self.student).values() for p in group.values()):
@@ -141,7 +143,7 @@ class ShardedQATRun(QATRun):
             self.optimizer.adam.state[p] = {"step": step, **{key: torch.zeros_like(p) for key in MOMENTS}}
         tensors = {key: t for key, t in self._tensors().items() if not key.startswith("moment.") or key in moments}
         try:
-            dcp.load(tensors, checkpoint_id=folder)
+            state_dict_loader.load(tensors, checkpoint_id=folder)
         except Exception as error:
             raise DiffAccelError(
                 f"'{folder}' is damaged ({first_line(error, 90)}). Remove '{self.checkpoint}' to begin anew."
@@ -177,8 +179,9 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
         paths = facts_of(network).blocks
     except DiffAccelError:
         return []
-    parts = [getattr(network, path, None) for path in paths]
     blocks: list[nn.Module] = []
-    for part in parts:
-        blocks += list(part) if isinstance(part, nn.ModuleList) else [part] * (part is not None)
+    for path in paths:
+        part: Any = getattr(network, path, None)
+        if part is not None:
+            blocks += list(part) if isinstance(part, nn.ModuleList) else [part]
     return blocks
