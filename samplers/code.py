@@ -18,7 +18,7 @@ class CoDe(PublishedForm, PathSearchConfig):
     each block so that the budget is spent, at least 2. At every ``block``-th level all of them continue from the one
     with the highest ``r(x0)``. Latents ``(B, C, H, W)``.
 
-    As published (:meth:`paper`) it is one chain from one first noise, which is not scored.
+    As published (``paper()``) it is one chain from one first noise, which is not scored.
 
     Args:
         particles: chains per picture.

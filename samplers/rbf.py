@@ -34,7 +34,7 @@ class RBF(PublishedForm, PathSearchConfig):
     The budget is split equally: ``Q = floor((budget - tail - first) / levels)`` tries per level and chain, over the
     levels from ``begin`` on; the last level has what that leaves. The trace says which sizes were used.
 
-    As published (:meth:`paper`), it has one state a chain and tries one child at a time on the variance-preserving
+    As published (``paper()``), it has one state a chain and tries one child at a time on the variance-preserving
     path, to a posterior mean; its 25 first noises and 10 levels need a budget of about 500 NFE.
 
     Args:

@@ -41,7 +41,7 @@ class SMC(PublishedForm, PathSearchConfig):
     stays the same. Steps without noise, as those of the tail, are not guided.
 
     ``score_from``, ``score_to`` and ``score_every`` are the published range and interval: elsewhere nothing is weighed
-    or resampled. As published (:meth:`paper`) they are 0.2, 0.8 and a fifth of the levels, with the potential "max",
+    or resampled. As published (``paper()``) they are 0.2, 0.8 and a fifth of the levels, with the potential "max",
     a resampling at every one of these, and the temperature 0.1, which is for rewards with a standard deviation of about
     1.
 

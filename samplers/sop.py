@@ -24,7 +24,7 @@ class SoP(PublishedForm):
     ``walk K particles (ceil(seed_level / (backward - forward)) + 1)`` predictions, from which K follows, at least 2;
     what does not divide is spread over the rounds.
 
-    As published (:meth:`paper`, ``top="all"``) there are ``particles`` first noises, and of all ways back of a round
+    As published (``paper()``, ``top="all"``) there are ``particles`` first noises, and of all ways back of a round
     the best ``particles`` go on, whatever they come from.
 
     Args:

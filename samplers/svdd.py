@@ -19,7 +19,7 @@ class SVDD(PublishedForm, PathSearchConfig):
     that the whole budget is spent, at least 2. It continues from ``argmax r(x0')``, or from one drawn from
     ``softmax(r / temperature)``. Latents ``(B, C, H, W)``.
 
-    As published (:meth:`paper`) it is one chain from one first noise, which is not scored.
+    As published (``paper()``) it is one chain from one first noise, which is not scored.
 
     Args:
         particles: chains per picture.
