@@ -18,7 +18,7 @@ from diffaccel.samplers.rewards import identity
 from diffaccel.samplers.rewards.reward import Reward
 
 # Model of the zoo: its CLIP for rewards. The zoo's judge is not among them: it is kept for evaluation.
-DEFAULTS = {"emoji-flux": "emoji-clip-reward"}
+DEFAULTS = {"emoji-flux": "emoji-clip-reward", "emoji-flux-1step": "emoji-clip-reward"}
 SYNTAX = "clip:/folder (open_clip layout) or clip:ARCHITECTURE:/file"
 _CACHED_TEXTS = 4096
 _BATCH_SIZE = 256
@@ -74,7 +74,7 @@ def default(model: str) -> str:
         return clip_name
     got = f"'{model}'" if model else "this model"
     raise DiffAccelError(
-        f"The reward 'clip' names no CLIP, and only {', '.join(DEFAULTS)} has one of its own, not {got}. "
+        f"The reward 'clip' names no CLIP, and only {' and '.join(DEFAULTS)} have one of their own, not {got}. "
         f"Say which: {SYNTAX}."
     )
 
@@ -140,5 +140,6 @@ def _spec(clip_name: str) -> str:
     if ":" in clip_name:
         return f"open_clip:{clip_name}"
     if "/" not in clip_name and not Path(clip_name).is_dir():
-        raise unknown("CLIP", clip_name, [*DEFAULTS.values(), *SYNTAX.split(" or ")])  # the judge is not offered
+        offered = [*dict.fromkeys(DEFAULTS.values()), *SYNTAX.split(" or ")]  # without the judge
+        raise unknown("CLIP", clip_name, offered)
     return f"open_clip:local-dir:{clip_name}"

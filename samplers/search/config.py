@@ -45,7 +45,7 @@ class SearchConfig(SamplerConfig):
         reward_device: device on which pictures are decoded and scored, "" for the pipeline's device. On another one
             scoring overlaps with the next predictions.
         preview: cheaper decoder for scores on the way, while samples themselves are always decoded in full: "linear", a
-            map from latents to colours fitted to the pipeline's VAE; "tiny", the small decoder of an embedded model; a
+            map from latents to colours fitted to the pipeline's VAE; a
             folder of a diffusers ``AutoencoderTiny``; or a function from latents to pixels in [-1, 1].
         keep: number of a picture's samples that are kept beside what comes back.
         draw: temperature T of a draw by ``exp(r / T)`` among all finished samples, which comes back instead of the best

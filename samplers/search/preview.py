@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffaccel import zoo
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval.uncertainty.intervals import spearman
 from diffaccel.session import Session
 
 Decoder = Callable[[Tensor], Tensor]  # from clean latents (R, C, H, W) to pixels (R, 3, H', W') in [-1, 1]
 PICTURES, RIDGE = 64, 1e-4  # pictures that the linear map is fitted on, and its penalty
-EMBEDDED = {"emoji-flux": "emoji-preview"}  # a model of the zoo: its small decoder
 AGREES, ROWS = 0.95, 8  # least rank correlation with the full decoder's rewards, over at least so many
 
 logger = logging.getLogger(__name__)
@@ -38,13 +36,12 @@ def preview_decoder(preview: Any, session: Session, device: torch.device) -> Pre
 
     Args:
         preview: None or "" for none; "full" for the pipeline's own by this way; "linear" for a linear map fitted to the
-            pipeline's VAE; "tiny" for the small decoder that an embedded model has; a folder of a diffusers
-            ``AutoencoderTiny``; or a callable or module from latents to pixels in [-1, 1].
+            pipeline's VAE; a folder of a diffusers ``AutoencoderTiny``; or a callable or module from latents to pixels
+            in [-1, 1].
         device: where it decodes.
 
     Raises:
-        DiffAccelError: for videos, a folder that holds no such model, a model without a small decoder, and a VAE that
-            the map cannot be fitted to.
+        DiffAccelError: for videos, a folder that holds no such model, and a VAE that the map cannot be fitted to.
     """
     if preview is None or preview == "":
         return None
@@ -55,31 +52,14 @@ def preview_decoder(preview: Any, session: Session, device: torch.device) -> Pre
     if preview == "linear":
         return Preview(fit_linear(session, device))
     if isinstance(preview, str):
-        folder = embedded(session.pipe) if preview == "tiny" else Path(preview)
-        return Preview(_tiny(folder, session, device))
+        return Preview(_tiny(Path(preview), session, device))
     if isinstance(preview, nn.Module):
         return Preview(_of_module(preview, session, device))
     if callable(preview):
         return Preview(preview)
     raise DiffAccelError(
-        f"preview is {type(preview).__name__}; it must be 'tiny', 'linear', 'full', a folder of an AutoencoderTiny, or "
+        f"preview is {type(preview).__name__}; it must be 'linear', 'full', a folder of an AutoencoderTiny, or "
         "a function from latents to pixels in [-1, 1]."
-    )
-
-
-def embedded(pipe: Any) -> Path:
-    """Return the folder of the small decoder that belongs to an embedded model.
-
-    Raises:
-        DiffAccelError: for any other model.
-    """
-    model = model_name(pipe)
-    if name := EMBEDDED.get(zoo.name_of(model)):
-        return zoo.path(name)
-    raise DiffAccelError(
-        f"preview is 'tiny', and only {', '.join(EMBEDDED)} has a small decoder of its own, not "
-        f"{repr(model) if model else 'this model'}. Give a folder of a diffusers AutoencoderTiny made for its latents, "
-        "or 'linear'."
     )
 
 
@@ -94,7 +74,7 @@ def _tiny(folder: Path, session: Session, device: torch.device) -> Decoder:
     if not (folder / "config.json").is_file():
         raise DiffAccelError(
             f"preview is '{folder}', which is no folder of a diffusers AutoencoderTiny (it has no config.json), nor "
-            "'tiny', 'linear' or 'full'."
+            "'linear' or 'full'."
         )
     try:
         model = AutoencoderTiny.from_pretrained(folder, local_files_only=True)

@@ -136,7 +136,10 @@ def test_the_zoos_model_has_its_own_by_name_and_by_folder(reward):
 
 @pytest.mark.parametrize("model", ["", "black-forest-labs/FLUX.1-dev", "/nowhere"])
 def test_another_model_has_none_until_it_is_named(model):
-    with pytest.raises(DiffAccelError, match=r"names no CLIP, and only emoji-flux has one .* clip:/folder \(open_clip"):
+    with pytest.raises(
+        DiffAccelError,
+        match=r"names no CLIP, and only emoji-flux and emoji-flux-1step have one .* clip:/folder \(open_clip",
+    ):
         resolve("clip + compress", device="cpu", model=model)
 
 
