@@ -58,8 +58,9 @@ def _other_values(config: Config) -> list[Config]:
             choices = [not value]
         elif isinstance(value, int | float):
             choices = [value + 1, value / 2, value // 2]
-        elif value is None and float in typing.get_args(hint):
-            choices = [0.5]
+        elif value is None:
+            samples: dict[Any, Any] = {float: 0.5, int: 8, bool: True}
+            choices = [samples[kind] for kind in typing.get_args(hint) if kind in samples]
         for choice in choices:
             try:
                 other = dataclasses.replace(config, **{field.name: choice})

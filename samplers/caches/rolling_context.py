@@ -83,8 +83,8 @@ class RollingContext(Config):
         """
         if not any(cls.__name__ == PIPELINE for cls in type(pipe).__mro__):
             raise DiffAccelError(
-                f"'{self.name}' keeps the context of a video that is drawn chunk by chunk, and {type(pipe).__name__} "
-                f"draws none. Pass diffusers' {PIPELINE}."
+                f"'{self.name}' keeps the context of a video drawn chunk by chunk, by {PIPELINE}, and "
+                f"{type(pipe).__name__} draws none. Pass diffusers' {PIPELINE}."
             )
         network = pipe.transformer
         if uncompiled(network) is not network or getattr(network, "_compiled_call_impl", None) is not None:

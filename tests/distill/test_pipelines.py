@@ -88,7 +88,7 @@ def test_a_student_is_saved_loaded_and_draws_in_one_call(family: str, tmp_path: 
     of_loaded, of_made = (
         made("a", generator=torch.Generator().manual_seed(3), **call).images for made in (pipe, student(run))
     )
-    torch.testing.assert_close(of_loaded, of_made, rtol=0, atol=0)
+    torch.testing.assert_close(of_loaded, of_made, rtol=1e-4, atol=1e-5)  # sums differ by where weights lie in memory
     session = teacher._session(0)
     z = session.family.spatial(pipe, session.latents, session.height, session.width)
     assert pipe.scheduler.config.s == pytest.approx(float(teacher.coefficients(torch.tensor([2.5 / 3.5]))[1]), rel=1e-5)

@@ -115,8 +115,8 @@ def test_the_best_of_many_is_never_worse_than_the_call_itself(family: str) -> No
         assert picture["rewards"][0] == pytest.approx(best[i], abs=1e-6) == picture["reward"]
         assert len(picture["rewards"]) == 8
         assert picture["rewards"] == sorted(picture["rewards"], reverse=True)
-        assert min(abs(s - plain[i]) for s in picture["rewards"]) < 1e-6, "the call's own sample is one of them"
-        assert best[i] >= plain[i] - 1e-6
+        assert min(abs(s - plain[i]) for s in picture["rewards"]) < 1e-5, "the call's own sample is one of them"
+        assert best[i] >= plain[i] - 1e-5
 
 
 def test_the_first_noise_is_the_call_s_own() -> None:
