@@ -202,6 +202,7 @@ def action_to_frame(made: NextFrameSampler, changes: int) -> dict[str, float]:
     or, where rounds are not given up, when it returns.
     """
     full(made)
+    made.warm_up(poll=made.latency is not None)
     device, draw = made.engine.x.device, random.Random(0)
     frame = timed(lambda: (made.step(1), wait(device)), 20) / 1000
     waits, action = [], 1

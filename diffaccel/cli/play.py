@@ -52,6 +52,7 @@ def run(argv: list[str]) -> int:
     from aiohttp import web
 
     session = PlaySession(*open_sampler(options))
+    session.sampler.warm_up(poll=True)
     session.next_picture()  # its errors come now
     app = make_app(session, options.fps, options.host, options.port)
     told = f"http://{_bracketed(options.host)}:{options.port}"

@@ -93,7 +93,7 @@ class NextFrameSampler:
         most = min(MOST_DRAFTS, self.window - 1) if draft == "auto" else draft
         self.model, self.steps, self.latency, self.fan_out = model, steps, latency, fan_out
         self.engine = FrameEngine(model, settings, most, seeds, branches=fan_out)
-        self._draft, self._most, self._is_running = draft, most, False
+        self._draft, self._most, self._is_running, self._before = draft, most, False, 0
         self.step_seconds: dict[int, float] = {}  # by number of drafts, as measured for draft="auto"
         self._watch = LatencyWatch(latency, steps)
         self.stats = RolloutStats(latency_asked=latency)
@@ -147,6 +147,15 @@ class NextFrameSampler:
             self.step_seconds = self._measure_steps()
             self._watch.tell_of_steps(self.step_seconds[1])
         self._begin_counts()
+
+    def warm_up(self, poll: bool = False) -> int:
+        """Record the graphs of all rounds, with ``poll`` of those that :meth:`step` polls in; return their number."""
+        self._check_begun()
+        counts, kept, state = range(1, self._most + 1), (self.stats, self._before), self.state_dict()
+        made = self.engine.warm_up(counts if self._draft == "auto" else [self._draft], poll or self.latency is not None)
+        self.load_state_dict(state)
+        self.stats, self._before = kept
+        return made
 
     def step(self, action: Action, poll: Callable[[], Action] | None = None) -> Tensor:
         """Return the next frame ``(B, C, H, W)``, drawn under an action: an integer, or one for each video.

@@ -6,6 +6,7 @@ written by the first evaluation of the next round ("merged"): one evaluation les
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -177,6 +178,27 @@ class FrameEngine:
                 self._launch_step(k, m if k == 0 else 0, n, branches)
         self._drafted = actions[:, :n]
         return self.x[:, :n]
+
+    @torch.no_grad()
+    def warm_up(self, counts: Sequence[int], by_steps: bool) -> int:
+        """Record the graphs of rounds of so many frames, and of all choices, whatever they write; return their number.
+
+        Args:
+            counts: of frames of a round.
+            by_steps: whether rounds may be given up between steps, so that a step is a graph.
+        """
+        if self._backend is None:
+            return 0
+        state, evaluations, captures = self.state_dict(), self.evaluations, self.captures
+        kinds = [*((n, False) for n in counts), *[(self.branches, True)] * bool(self.branches)]
+        for (n, branches), m in itertools.product(kinds, range(self.most + 1)):  # none after a round that was given up
+            self.count, self.pending = self.count - self.pending, 0
+            self._take(torch.zeros_like(self.context[:, :m]), torch.zeros_like(self._context_actions[:, :m]))
+            actions = torch.zeros(self.batch, n, dtype=torch.int64, device="cpu")
+            self.draft(actions, (lambda k, m=m: max(m, 1)) if by_steps and not branches else None, branches)  # type: ignore[misc]
+        self.load_state_dict(state)
+        self.evaluations = evaluations
+        return self.captures - captures
 
     def put(self, frames: Tensor, actions: Tensor) -> None:
         """Set drafts ``(B, n, C, H, W)`` of a round that another engine drew, and the actions that they were under."""

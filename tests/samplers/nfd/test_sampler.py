@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.capture.graphs import BACKENDS
 from diffaccel.samplers.nfd.sampler import NextFrameSampler
+from tests.support.replayed_calls import ReplayedCalls
 from tests.support.worlds import tiny_world
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -282,3 +284,23 @@ def test_an_action_and_a_state_of_a_wrong_kind_are_told():
     with pytest.raises(DiffAccelError, match="The state lacks parts of a video"):
         made.load_state_dict({})
     made.step(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"latency": 1e6}, {"merged": False}, {"fan_out": 2}])
+def test_after_a_warm_up_nothing_is_recorded_and_the_video_is_the_same(options, monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cpu", ReplayedCalls)
+    warm, plain = sampler(3, capture=True, **options), sampler(3, capture=False, **options)
+    assert warm.warm_up(poll=True) > 0
+    for made in (warm, plain):
+        made.step(1)
+    assert warm.warm_up(poll=True) == 0  # inside of a round, which goes on
+    recorded = warm.engine.captures
+    for i in range(20):
+        action, other = i % 3, (i * i) % 4
+        if options.get("fan_out") and i % 5 == 0:
+            for made in (warm, plain):
+                made.prepare([action, 3])
+        frames = [made.step(action, poll=lambda other=other: other) for made in (warm, plain)]
+        torch.testing.assert_close(*frames, rtol=0, atol=0)
+    assert warm.engine.captures == recorded and warm.stats.discarded == plain.stats.discarded
+    assert plain.warm_up() == 0
