@@ -4,7 +4,8 @@
 >>> from diffusers import FluxPipeline
 >>> pipe = FluxPipeline.from_pretrained(diffaccel.zoo.path("emoji-flux"))
 
-``emoji-flux`` is a complete text-to-image ``FluxPipeline``. ``emoji-clip-reward`` and ``emoji-clip-judge`` are two
+``emoji-flux`` is a complete text-to-image ``FluxPipeline``, ``emoji-flux-1step`` its student of one network call, and
+``coinrun-nfd`` a world model. ``emoji-clip-reward`` and ``emoji-clip-judge`` are two
 CLIPs in open_clip layout: ``open_clip.create_model_and_transforms(f"local-dir:{path(...)}")``. The first may be a
 reward in search and tuning; the second only judges, and is used in neither.
 """
