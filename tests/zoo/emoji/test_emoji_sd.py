@@ -33,6 +33,7 @@ def done(world, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_steps_and_a_repeated_command(done, world, monkeypatch, tmp_path) -> None:
     work, out = done
     steps = [json.loads(line)["step"] for line in (work / "unet.jsonl").read_text().splitlines()]
@@ -49,6 +50,7 @@ def test_two_steps_and_a_repeated_command(done, world, monkeypatch, tmp_path) ->
     assert (received / "card.json").is_file() and (received / "NOTICE").is_file()
 
 
+@pytest.mark.slow
 def test_packed_without_what_the_base_has_and_unpacked_as_a_pipeline(done, tmp_path) -> None:
     from diffusers import FluxPipeline, StableDiffusionPipeline
 
@@ -76,6 +78,7 @@ def test_packed_without_what_the_base_has_and_unpacked_as_a_pipeline(done, tmp_p
         packing.unpack(model, tmp_path / "other", base=tmp_path / "no base")
 
 
+@pytest.mark.slow
 def test_a_lost_machine_goes_on_from_the_packed_weights(done, tmp_path) -> None:
     restored, packed = tmp_path / "work", done[0] / "zoo"
     if not (packed / export.BASE).exists():
@@ -129,6 +132,7 @@ def test_the_acceptance_table_of_real_pictures(world) -> None:
     assert passed["recognisable by eye in the grid, of 24"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_the_accept_stage_measures_the_packed_model(done, world, monkeypatch) -> None:
     monkeypatch.setattr(accept, "load", lambda folder: world)
