@@ -22,10 +22,17 @@ from diffaccel.training.checkpoint import load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
 from diffaccel.training.shards import load_shards, local, read_state, save_shards, shared_as, whole
-from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
+from diffaccel.training.steps import (
+    BAD_STEPS,
+    average_gradients,
+    clip_or_zero,
+    computing,
+    is_over_for_all,
+    nothing_learnt,
+    write_entry,
+)
 
 VERSION = "2"
-_BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
 
 
 class LearningRun:
@@ -196,7 +203,7 @@ class LearningRun:
         means = {key: round(float(torch.stack(values).mean()), 6) for key, values in self._window.items()}
         self._window = {}
         self._write({"step": self.step, "pictures": self.pictures, "seconds": round(self.seconds, 1), **means})
-        if self._bad_steps >= _BAD_STEPS:
+        if self._bad_steps >= BAD_STEPS:
             self._end_bad()
 
     @property
@@ -206,11 +213,7 @@ class LearningRun:
 
     def _end_bad(self) -> None:
         """Raise because nothing is learnt any more."""
-        kept = f"The checkpoint before them is kept in '{self.checkpoint}'" if self.checkpoint.exists() else ""
-        raise DiffAccelError(
-            f"The last {self._bad_steps} gradients were not finite, so that nothing is learnt any more. "
-            f"{kept or 'There is no checkpoint from before them'}; take another folder with a smaller lr, or another c."
-        )
+        raise nothing_learnt(self._bad_steps, self.checkpoint, "a smaller lr, or another c")
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.processes.rank == 0:

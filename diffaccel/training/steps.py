@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffaccel.errors import DiffAccelError
 from diffaccel.training.shards import local
+
+BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
 
 # cuDNN's attention, PyTorch's first choice on Hopper, is left out: its gradients of a FLUX transformer under autocast
 # were hundreds of times too large or not finite where other kernels agreed (torch 2.11, H200, bfloat16)
@@ -71,6 +74,20 @@ def _clip_shared(parameters: Sequence[nn.Parameter], largest: float) -> Tensor:
     norm = square.sqrt()
     torch._foreach_mul_(parts, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def nothing_learnt(steps: int, checkpoint: Path, advice: str) -> DiffAccelError:
+    """Return the error of a run whose last ``steps`` gradients were not finite.
+
+    Args:
+        checkpoint: of the run; it is told whether there is one.
+        advice: what to take beside another folder.
+    """
+    kept = f"The checkpoint before them is kept in '{checkpoint}'" if checkpoint.exists() else ""
+    return DiffAccelError(
+        f"The last {steps} gradients were not finite, so that nothing is learnt any more. "
+        f"{kept or 'There is no checkpoint from before them'}; take another folder with {advice}."
+    )
 
 
 def write_entry(folder: Path, entry: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -24,9 +24,15 @@ from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.prepare import convert, prepare_qat
 from diffaccel.training.loop import Deadline, step_seed
-from diffaccel.training.steps import average_gradients, clip_or_zero, computing, is_over_for_all, write_entry
-
-_BAD_STEPS = 50  # without a finite gradient in a row, after which a run ends
+from diffaccel.training.steps import (
+    BAD_STEPS,
+    average_gradients,
+    clip_or_zero,
+    computing,
+    is_over_for_all,
+    nothing_learnt,
+    write_entry,
+)
 
 
 class QATRun:
@@ -229,15 +235,11 @@ class QATRun:
         point = self.config.schedule.at(self.step)
         place = {"step": self.step, "seconds": round(self.seconds, 1), "rank": point.rank, "gate": round(point.gate, 3)}
         self._write({**place, **{key: round(value, 8) for key, value in means.items()}})
-        if float(self._bad) >= _BAD_STEPS:
+        if float(self._bad) >= BAD_STEPS:
             self._end_bad()
 
     def _end_bad(self) -> None:
-        kept = f"The checkpoint before them is kept in '{self.checkpoint}'" if self.checkpoint.exists() else ""
-        raise DiffAccelError(
-            f"The last {int(self._bad)} gradients were not finite, so that nothing is learnt any more. "
-            f"{kept or 'There is no checkpoint from before them'}; take another folder with a smaller lr or clip_lr."
-        )
+        raise nothing_learnt(int(self._bad), self.checkpoint, "a smaller lr or clip_lr")
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.processes.rank == 0:

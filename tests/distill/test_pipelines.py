@@ -18,6 +18,7 @@ from diffaccel.distill.student import PROVENANCE, save, scheduler_of, student
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.distill.train import distil
 from diffaccel.errors import DiffAccelError
+from diffaccel.families import network
 
 OPTIONS = SIM(steps=2, batch=2, lr=1e-3, ema_pictures=0)
 
@@ -85,9 +86,10 @@ def test_a_student_is_saved_loaded_and_draws_in_one_call(family: str, tmp_path: 
     size = {k: teacher.arguments[k] for k in ("height", "width", "max_sequence_length") if k in teacher.arguments}
     off = {"true_cfg_scale": 1.0} if family == "flux" else {"guidance_scale": 1.0}
     call = {**size, **off, "num_inference_steps": 7, "output_type": "latent"}
-    of_loaded, of_made = (
-        made("a", generator=torch.Generator().manual_seed(3), **call).images for made in (pipe, student(run))
-    )
+    own = student(run)
+    for loaded, kept in zip(*(network(made).parameters() for made in (pipe, own)), strict=True):
+        assert torch.equal(loaded, kept)
+    of_loaded, of_made = (made("a", generator=torch.Generator().manual_seed(3), **call).images for made in (pipe, own))
     torch.testing.assert_close(of_loaded, of_made, rtol=1e-4, atol=1e-5)  # sums differ by where weights lie in memory
     session = teacher._session(0)
     z = session.family.spatial(pipe, session.latents, session.height, session.width)

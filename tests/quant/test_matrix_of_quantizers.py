@@ -52,8 +52,8 @@ class QuantizedCase(matrix.Case):
 
     @property
     def close(self) -> dict[str, float]:
-        """A sum of another order may take an activation to its next code."""
-        return {"rtol": 1e-2, "atol": 1e-2}
+        """A sum of another order may take an activation of 4 bits to its next code."""
+        return {"rtol": 1e-2, "atol": 1e-2} if self.quantizer.name == "qvgen" else super().close
 
     def make(self, place: bool = True) -> Any:
         pipe = super().make(place)

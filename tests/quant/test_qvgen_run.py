@@ -181,7 +181,7 @@ def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def test_gradients_that_are_not_finite_end_a_run(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("diffaccel.quant.qvgen.run._BAD_STEPS", 4)
+    monkeypatch.setattr("diffaccel.quant.qvgen.run.BAD_STEPS", 4)
     run = make(tmp_path, replace(SMALL, rank=0, steps=200, log_seconds=0.0))
     run.turn()
     run.save()
