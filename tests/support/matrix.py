@@ -75,7 +75,7 @@ REFUSES = {  # by method and family: a part of the sentence
     "superdiff": CLIPPED,
     "fused-blocks": NOT_FUSED,
     "nfd-1": dict.fromkeys(FAMILIES, "drafts the frames of a world model"),
-    "rolling-context": dict.fromkeys(FAMILIES, "keeps the context of a video that is drawn chunk by chunk"),
+    "rolling-context": dict.fromkeys(FAMILIES, "keeps the context of a video drawn chunk by chunk"),
 }
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
