@@ -177,6 +177,7 @@ def test_summary_tells_the_last_run() -> None:
     json.dumps(diffaccel.summary(pipe).to_dict())
 
 
+@pytest.mark.slow
 def test_load_opens_folders_and_names_what_it_cannot_find(tmp_path) -> None:
     pipe = tiny.make("flux")
     pipe.save_pretrained(tmp_path / "model")

@@ -88,6 +88,7 @@ def sd_call(pipe: Any) -> torch.Tensor:
     return pipe(**tiny.call_kwargs("sd", batch=1, steps=2)).images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["compress + 0.1*compress:50", brightness], ids=["named", "function"])
 def test_a_search_is_copied_also_after_a_call(reward: Any) -> None:
     pipe = diffaccel.accelerate(tiny.make("sd"), BoN(reward=reward, budget=4))

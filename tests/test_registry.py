@@ -102,6 +102,7 @@ def test_a_plugin_registers_a_method_that_runs(install: Install) -> None:
     diffaccel.remove(pipe)
 
 
+@pytest.mark.slow
 def test_an_installed_plugin_is_found_by_a_fresh_interpreter_without_importing_it(install: Install) -> None:
     site = install("acme_halfway", {"acme-halfway": "acme_halfway:Halfway"}, "acme_halfway", SAMPLER)
     script = (

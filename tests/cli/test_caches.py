@@ -9,6 +9,7 @@ from diffaccel.runs.variant import parse
 from diffaccel.samplers import Euler, Spectrum, TaylorSeer
 
 
+@pytest.mark.slow
 def test_a_cache_is_a_method_beside_a_sampler(run, models, tmp_path):
     words = ["sample", "a cat", "two cats", "--model", str(models / "flux"), "--steps", "6", "--size", "32"]
     cache = ["--method", "taylorseer", "--taylorseer.real_steps", "[0,1,3]", "--taylorseer.payload=last"]

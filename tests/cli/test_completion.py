@@ -77,6 +77,7 @@ def test_every_command_and_option_is_there(commands):
     assert {option.name for option in described["eval", "fid"].options} >= {"--extractor", "--json"}
 
 
+@pytest.mark.slow
 def test_it_loads_no_torch(tmp_path):
     code = "import sys; from diffaccel.cli import main; main(['completion', 'bash']); print('torch' in sys.modules)"
     assert source_tree.python("-c", code, cwd=tmp_path).stdout.endswith("False\n")

@@ -140,6 +140,7 @@ def test_help_names_what_it_cannot_read(run, plugin, monkeypatch, capsys):
     assert "options of --sampler gone (diffaccel explain gone)\n" in shown and "--gone." not in shown
 
 
+@pytest.mark.slow
 def test_help_of_sample_loads_nothing_heavy(tmp_path):
     code = """
 import sys

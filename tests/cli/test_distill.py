@@ -47,6 +47,7 @@ def test_a_student_is_made_and_a_new_process_draws_with_it(
     assert done.stdout.strip() == "SIMOneStepScheduler"
 
 
+@pytest.mark.slow
 def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +138,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(
     assert text in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from diffaccel.runs.lock import FolderLock
 
@@ -155,6 +157,7 @@ def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: p
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "student"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_as_one(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

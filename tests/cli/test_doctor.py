@@ -37,6 +37,7 @@ def row(report: dict, section: str, name: str) -> dict:
     return next(row for row in report[section] if row["name"] == name)
 
 
+@pytest.mark.slow
 @on_cpu
 def test_what_a_cpu_can_do(report):
     assert report["device"] == "cpu" and report["gpus"] == [] and report["no_gpu"]
@@ -168,6 +169,7 @@ def test_a_plugin_that_cannot_be_imported_is_a_row(monkeypatch):
     assert found["level"] == "unsupported" and "cannot be imported" in found["reason"]
 
 
+@pytest.mark.slow
 def test_a_machine_without_torch_is_told_so(tmp_path):
     """Every check that needs it is a row with its reason."""
     code = """
@@ -182,6 +184,7 @@ sys.exit(main(["doctor", "--json"]))
     assert found["no_gpu"] and {m["level"] for m in found["methods"]} == {"unsupported"}
 
 
+@pytest.mark.slow
 def test_wrong_results_are_no_support(monkeypatch):
     check = doctor_host.tried("x", lambda: doctor_compute._attend(lambda q, k, v: 2 * q, "cpu"))
     assert check.works is False and "% off" in check.detail
@@ -261,6 +264,7 @@ def examined(run, monkeypatch):
     return lambda model: run("doctor", "--json", "--model", model)
 
 
+@pytest.mark.slow
 def test_a_model_and_its_family(examined, models):
     found = examined(models / "flux").json["model"]
     assert found["pipeline"] == "FluxPipeline" and found["family"] == "flux" and found["bytes"] > 0
@@ -283,6 +287,7 @@ def flux(models, tmp_path):
     return shutil.copytree(models / "flux", tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_a_family_is_rehearsed(examined, flux):
     found = examined(index(flux, _class_name="AuraFlowPipeline")).json["model"]
     assert found["family"] is None and found["note"].startswith("none")
@@ -293,11 +298,13 @@ def test_a_pipeline_without_a_family_is_rehearsed(examined, flux):
     assert fits["euler"] is True and fits["scheduler"] is True and "own call" in reasons["scheduler"]
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_another_diffusers(examined, flux):
     found = examined(index(flux, _class_name="TomorrowPipeline")).json["model"]
     assert "has no class TomorrowPipeline" in found["note"]
 
 
+@pytest.mark.slow
 def test_a_schedule_that_cannot_be_followed_says_why(examined, flux):
     (flux / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
@@ -306,6 +313,7 @@ def test_a_schedule_that_cannot_be_followed_says_why(examined, flux):
     assert methods["euler"]["fits"] is False and "invert_sigmas" in methods["euler"]["reason"]
 
 
+@pytest.mark.slow
 def test_a_method_may_say_which_models_it_fits(monkeypatch, models):
     model = doctor_model.read(str(models / "flux"))
 
@@ -319,6 +327,7 @@ def test_a_method_may_say_which_models_it_fits(monkeypatch, models):
     assert doctor_model.fit(model)["methods"][0]["fits"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "missing", "shard", "class"])
 def test_damaged_parts_are_rows(examined, flux, damage):
     weights = flux / "transformer" / "diffusion_pytorch_model.safetensors"

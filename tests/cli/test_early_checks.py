@@ -24,6 +24,7 @@ print(*sorted({{"torch", "diffusers", "transformers", "numpy"}} & set(sys.module
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "output", "loaded"),
     [

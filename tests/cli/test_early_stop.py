@@ -44,6 +44,7 @@ def pixels(folder):
     return [image["pixels_sha256"] for image in json.loads((folder / "run.json").read_text())["images"]]
 
 
+@pytest.mark.slow
 def test_equivalence_ends_a_run(draw, root, run, tmp_path):
     rule = "ssim within 0.5"
     made = draw("close", "dpmpp2m:steps=3,size=32", *until(root, rule)).json
@@ -68,6 +69,7 @@ def test_equivalence_ends_a_run(draw, root, run, tmp_path):
     assert nfe["value"] == pytest.approx(3)  # of a picture, whatever share of the run is looked at
 
 
+@pytest.mark.slow
 def test_a_proven_difference_ends_it_too(draw, root):
     made = draw("far", "plain:steps=1,size=32", *until(root, "ssim within 0.0001 and latent_error within 9"))
     assert made.status == 2 and "--latents" in made.err
@@ -76,6 +78,7 @@ def test_a_proven_difference_ends_it_too(draw, root):
     assert made["until"]["sentence"] == "difference in ssim proven after 16 prompts"
 
 
+@pytest.mark.slow
 def test_without_a_proof_all_pictures_are_drawn(draw, root):
     """Forty equal pictures leave room for ruined ones of a share above the tolerance."""
     made = draw("same", "euler:steps=3,size=32", *until(root, "ssim within 0.1")).json
@@ -87,6 +90,7 @@ def test_without_a_proof_all_pictures_are_drawn(draw, root):
     assert again["finished"] == made["finished"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_without_the_rule(draw, root, tmp_path):
     accel = "dpmpp2m:steps=3,size=32"
     draw("whole", accel)
@@ -97,11 +101,13 @@ def test_a_stopped_run_goes_on_without_the_rule(draw, root, tmp_path):
     assert looked["until"]["images"] == 16 and len(looked["images"]) == COUNT
 
 
+@pytest.mark.slow
 def test_looks_fall_on_whole_chunks(draw, root):
     made = draw("odd", "dpmpp2m:steps=3,size=32", *until(root, "ssim within 0.5", "17"), batch=8).json
     assert len(made["images"]) == 24 and "looks at 24, 40" in made["until"]["rule"]
 
 
+@pytest.mark.slow
 def test_a_damaged_picture_is_made_again(draw, root, tmp_path):
     accel, rule = "dpmpp2m:steps=3,size=32", until(root, "ssim within 0.5")
     draw("hurt", accel, *rule)
@@ -159,6 +165,7 @@ def test_bad_input(draw, root, tmp_path, words, message):
     assert done.status == 2 and message in done.err and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.slow
 def test_the_level_is_shared_by_conditions(root):
     from diffaccel.runs.request import Request
 

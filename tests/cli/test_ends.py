@@ -16,6 +16,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.processes import join
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_ends_a_run_as_ctrl_c_does(sample, monkeypatch, tmp_path, name):
     import diffaccel.runs.generate as generate
@@ -41,6 +42,7 @@ def test_a_signal_ends_a_run_as_ctrl_c_does(sample, monkeypatch, tmp_path, name)
     assert done.status == 128 + number and "Stopped. Finished images stay" in done.err and done.err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
 def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()

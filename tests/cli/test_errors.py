@@ -173,6 +173,7 @@ def test_an_output_folder_whose_name_is_no_utf8(sample, tmp_path):
     assert json.loads((tmp_path / name / "run.json").read_text())["command"][-1] == name
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     write, calls = write_png, []
 

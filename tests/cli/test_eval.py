@@ -56,6 +56,7 @@ def compare(run, made):
     return call
 
 
+@pytest.mark.slow
 def test_runs_know_their_pictures(made):
     record = json.loads((made / "fewer" / "run.json").read_text())
     assert [image["prompt"] for image in record["images"]] == PROMPTS.split("\n")[:3]

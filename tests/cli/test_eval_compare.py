@@ -73,6 +73,7 @@ def test_lpips_computes_on_the_device(run, drawn, monkeypatch):
     assert "LPIPS of alex.pth on meta." in done.err
 
 
+@pytest.mark.slow
 def test_videos(run, tmp_path):
     videos = [torch.stack([made_runs.blocks(10 * i + t) for t in range(5)]) for i in range(4)]
     made_runs.of_videos(tmp_path / "base", videos, ["v"] * 4)

@@ -48,6 +48,7 @@ def test_what_lacks_names_its_files_and_places(run, places):
     assert f"  {places / 'alexnet-owt-7be5be79.pth'}\n" in text and "no   tf-fid" in text and "yes  tiny" in text
 
 
+@pytest.mark.slow
 def test_weights_that_appear_are_found_and_their_digest_looked_at(run, places, monkeypatch):
     known = weights.KNOWN["inception"]
     file = random_inception.save(places / known.files[0])

@@ -142,6 +142,7 @@ def test_conventions_of_the_score(run, sets):
     assert score["detail"]["truncated"] == 0 and len(score["detail"]["weights_sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_numbered_pictures_meet_their_prompts(run, sets, tmp_path):
     for numbers, folder in ((range(12), "plain"), ([*range(11), 12], "gap")):
         (tmp_path / folder).mkdir()

@@ -73,6 +73,7 @@ def test_a_distance_says_everything_that_decides_it(run, sets):
     assert values(run("eval", "fid", sets / "a", sets / "a", "--json"))[row["key"]] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_library(run, sets):
     tiny, clip = extractor("tiny"), extractor("emoji-clip-judge")
     x, y = (extract(open_source(sets / name), tiny, cache=sets / ".kept").values for name in ("many", "more"))
@@ -135,6 +136,7 @@ def test_sets_of_one_name_are_told_apart(run, sets, tmp_path):
     assert {row["run"] for row in done.json["metrics"]} == {str(sets / "a"), str(tmp_path / "a")}
 
 
+@pytest.mark.slow
 def test_a_zip_and_an_npz_are_the_folder(run, sets, tmp_path):
     pixels = np.stack([np.asarray(Image.open(file)) for file in sorted((sets / "a").iterdir())])
     np.savez(tmp_path / "a.npz", pixels)
@@ -269,6 +271,7 @@ def test_adms_file_is_its_statistics_for_fid_and_its_images_elsewhere(run, sets,
     assert direct == stored
 
 
+@pytest.mark.slow
 def test_weights_are_fetched_when_that_is_allowed(run, sets, inception, tmp_path, monkeypatch):
     sha = sha256(inception)
     known = weights.WeightFile(files=("fetched.pth",), url=inception.as_uri(), sha256=sha[:8])

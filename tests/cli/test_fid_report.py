@@ -70,6 +70,7 @@ def sd(tmp_path_factory, models):
     return out, words
 
 
+@pytest.mark.slow
 def test_every_network_is_loaded_once(sd):
     assert sorted(LOADED) == ["emoji-clip-judge", "emoji-clip-reward", "tiny"]
 
@@ -94,6 +95,7 @@ def test_what_cannot_run_is_in_all_three_files(sd):
         assert "Could not run" in text and "plain:steps=2,size=36x36" in text and "multiples of 8" in text
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on(sd, capsys):
     """Nothing is drawn or timed again but what is missing: here a run, half of it, and the report itself."""
     out, words = sd
@@ -113,6 +115,7 @@ def test_the_same_command_goes_on(sd, capsys):
     assert old["sections"]["equal_time"] == new["sections"]["equal_time"]  # measured once, kept
 
 
+@pytest.mark.slow
 def test_a_gate_fails_what_could_not_run(sd, capsys):
     _, words = sd
     status = fid_report.main([str(word) for word in [*words, "--fail-if", "nfe>100"]])

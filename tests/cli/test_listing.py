@@ -100,6 +100,7 @@ def test_explain_a_method(run, name):
     assert all(part in shown for part in options) and "arXiv" in shown
 
 
+@pytest.mark.slow
 def test_explained_python_runs(models, monkeypatch, tmp_path):
     import diffaccel
 

@@ -102,6 +102,7 @@ def test_two_processes_make_the_same_files(start, sample, tmp_path):
 
 EVAL = ("eval", "run", "--prompts", "p.txt", "--batch", 2, "--latents", "--device", "cpu")
 WAY = ("--accel", "ancestral:steps=2,size=32")
+PROCESSES = 3
 
 
 @pytest.fixture
@@ -119,14 +120,13 @@ def evaluate(run, models, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_eval_run_makes_the_same_files_by_several_processes(start, evaluate, tmp_path, size):
-    process = start(*WAY, "--out", "shared", "--json", launcher=(*LAUNCH, str(size), "-m"), command=EVAL)
+def test_eval_run_makes_the_same_files_by_several_processes(start, evaluate, tmp_path):
+    process = start(*WAY, "--out", "shared", "--json", launcher=(*LAUNCH, str(PROCESSES), "-m"), command=EVAL)
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     shared, whole = json.loads(out), evaluate(*WAY, "--out", "whole")
     assert len(whole["images"]) == 20 and all("latents_sha256" in image for image in whole["images"])
-    assert shared["processes"] == size and shared["images"] == whole["images"]
+    assert shared["processes"] == PROCESSES and shared["images"] == whole["images"]
     assert files(tmp_path / "shared") == files(tmp_path / "whole")
 
 
@@ -145,8 +145,7 @@ def test_eval_run_goes_on_after_a_kill_at_any_chunk(start, evaluate, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
-def test_an_early_stop_is_the_same_by_several_processes(start, evaluate, tmp_path, size):
+def test_an_early_stop_is_the_same_by_several_processes(start, evaluate, tmp_path):
     """Ranks agree on when to stop, also where one of them has no chunk before a look."""
     evaluate("--accel", "plain:steps=2,size=32", "--out", "base")
     rule = (
@@ -159,7 +158,7 @@ def test_an_early_stop_is_the_same_by_several_processes(start, evaluate, tmp_pat
         "--looks",
         "16,18",
     )
-    process = start(*rule, "--out", "shared", "--json", launcher=(*LAUNCH, str(size), "-m"), command=EVAL)
+    process = start(*rule, "--out", "shared", "--json", launcher=(*LAUNCH, str(PROCESSES), "-m"), command=EVAL)
     out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     shared, alone = json.loads(out), evaluate(*rule, "--out", "alone")

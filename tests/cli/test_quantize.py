@@ -28,6 +28,7 @@ def draw(pipe: FluxPipeline) -> torch.Tensor:
     return tiny_more.result(pipe(**tiny.call_kwargs("flux"))).clone()
 
 
+@pytest.mark.slow
 def test_the_folder_is_what_accelerate_computes(model: Path, tmp_path: Path, capsys) -> None:
     words = ["--method", "w8a8", "--w8a8.dtype", "fp8", "--w8a8.modulation", "keep", "--device", "cpu"]
     assert cli.main(["quantize", str(model), *words, "--json", "--out", str(tmp_path / "out")]) == 0
@@ -38,6 +39,7 @@ def test_the_folder_is_what_accelerate_computes(model: Path, tmp_path: Path, cap
     assert torch.equal(draw(diffaccel.load(tmp_path / "out")), expected)
 
 
+@pytest.mark.slow
 def test_a_scan_and_the_other_schema(tmp_path: Path, capsys) -> None:
     tiny.make("sd").save_pretrained(tmp_path / "sd")
     words = [

@@ -38,6 +38,7 @@ def weights(out: Path) -> bytes:
     return (out / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_while_it_measures_and_while_it_saves(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
     assert cli.main(command(model, tmp_path / "whole", "--json")) == 0
@@ -75,6 +76,7 @@ def test_killed_while_it_measures_and_while_it_saves(model: Path, tmp_path: Path
     assert cli.main(other) == 2 and "other options (weight_bits)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_folder_draws_and_its_plan_is_a_method(model: Path, tmp_path: Path, capsys) -> None:
     assert cli.main(command(model, tmp_path / "out")) == 0
     loaded = diffaccel.load(tmp_path / "out")

@@ -71,6 +71,7 @@ def test_a_latency_that_is_not_met_is_told(rollout, caplog):
     assert done.json["latency_asked"] == 1e6 and 0 < done.json["latency_p99"] < 1e6 and not done.err
 
 
+@pytest.mark.slow
 def test_a_model_begins_with_its_own_frames(run, tmp_path, monkeypatch):
     model = tiny_world(torch.float32)
     model.save_pretrained(tmp_path)

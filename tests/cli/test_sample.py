@@ -51,6 +51,7 @@ def test_an_image_depends_on_its_own_seed_alone(sample):
     assert len(set(pixels(many))) == 4
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_and_of_stdin_are_those_of_the_command_line(sample, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red apple\n\n  two cats\n")
     words = sample("a red apple", "two cats", "--num", 2, "--out", "words", "--json").json

@@ -115,6 +115,7 @@ def test_a_video_cut_short_is_no_file(tmp_path, monkeypatch):
 # -- video pipelines --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "fps"), [("wan", 16), ("hunyuan", 24), ("cogvideox", 8)])
 def test_videos_and_record(sample, tmp_path, model, fps):
     count = 9 if model == "cogvideox" else 5
@@ -134,6 +135,7 @@ def test_videos_and_record(sample, tmp_path, model, fps):
     assert "2 videos in run: 00000.mp4 ... 00001.mp4" in shown and "s a video" in shown
 
 
+@pytest.mark.slow
 def test_no_sampler_is_the_stock_pipeline_and_the_record_tells_how(sample, models):
     made = video(sample, "--out", "a", "--guidance", 3, "--fps", 4)
     pipe = diffaccel.load(models / "wan")
@@ -168,11 +170,13 @@ def test_a_sampler_on_video(sample):
     assert made["settings"]["methods"][0]["name"] == "heun" and made["cost"]["nfe"] == 3
 
 
+@pytest.mark.slow
 def test_a_video_depends_on_its_own_seed_alone(sample):
     many = video(sample, "--num", 3, "--seed", 7, "--out", "many")
     assert pixels(video(sample, "--seed", 9, "--out", "one")) == [pixels(many)[2]]
 
 
+@pytest.mark.slow
 def test_finished_and_damaged_videos(sample, tmp_path, monkeypatch):
     command = ("--num", 4, "--batch", 2, "--out", "a")
     first = video(sample, *command)
@@ -188,6 +192,7 @@ def test_finished_and_damaged_videos(sample, tmp_path, monkeypatch):
     assert video(sample, *command)["images"] == first["images"]
 
 
+@pytest.mark.slow
 def test_resuming_does_not_ask_that_an_encoder_repeats_itself(sample, tmp_path, monkeypatch):
     """Other bytes of a new encoder for the missing videos; those that are there stay as they are."""
     command = ("--num", 2, "--out", "a")
@@ -225,6 +230,7 @@ def test_stopped_and_killed_runs_continue(start, models, run, tmp_path, monkeypa
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     write, calls = write_mp4, []
 
@@ -252,6 +258,7 @@ def test_not_a_number(sample, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_videos_of_others_are_left_alone(sample, tmp_path):
     (tmp_path / "a").mkdir()
     write_mp4(tmp_path / "a" / "00003.mp4", Clip(noise(), 8))

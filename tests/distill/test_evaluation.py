@@ -76,6 +76,7 @@ def flux_call() -> dict[str, Any]:
     return {**call, "true_cfg_scale": 2.0, "negative_prompt": "blue"}
 
 
+@pytest.mark.slow
 def test_pictures_are_compared_with_the_teachers_which_are_drawn_once(tmp_path: Path) -> None:
     pipe, call = tiny.make("flux"), flux_call()
     config = SIM(steps=2, batch=2, student_steps=2, ema_pictures=0)
@@ -108,6 +109,7 @@ def test_a_student_like_its_teacher_has_no_distance(tmp_path: Path) -> None:
     assert values["fd"] == values["judge_less_teacher"] == values["judge_low"] == values["judge_high"] == 0
 
 
+@pytest.mark.slow
 def test_evaluations_are_counted_in_drawings_and_go_on_with_the_run(tmp_path: Path) -> None:
     pipe, call = tiny.make("flux"), flux_call()
     config, seen = SIM(steps=4, batch=2, ema_pictures=0), []  # type: ignore[var-annotated]

@@ -74,6 +74,7 @@ def test_the_network_is_asked_as_its_pipeline_asks_it(family: str) -> None:
             torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_student_is_saved_loaded_and_draws_in_one_call(family: str, tmp_path: Path) -> None:
     teacher = teacher_of(family, guidance=True)
@@ -216,6 +217,7 @@ def test_a_student_keeps_the_switches_of_its_pipeline(tmp_path: Path) -> None:
     assert pipe.config.expand_timesteps and student(run).config.expand_timesteps
 
 
+@pytest.mark.slow
 def test_another_prompt_or_size_is_not_the_run_of_a_checkpoint(tmp_path: Path) -> None:
     pipe = tiny.make("sd")
     for prompts, changes, text in (

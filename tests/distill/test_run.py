@@ -86,6 +86,7 @@ def test_one_network_at_a_time_has_the_same_gradient(tmp_path: Path, options: di
         torch.testing.assert_close(one_at_a_time, joint, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_a_linear_generator_finds_the_data(tmp_path: Path) -> None:
     """With the closed-form score of what it draws as the assistant, in all spaces of the family."""
     teacher = gaussian_teacher(-0.3, 0.9)

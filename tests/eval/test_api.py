@@ -46,6 +46,7 @@ def test_functions_are_called_with_the_same_prompts_and_seeds():
     assert found.row("seconds", "brighter") is not None and found.row("nfe", "brighter") is None
 
 
+@pytest.mark.slow
 def test_sides_of_one_pipeline(pipe, tmp_path):
     """A config, a variant's word, a run's folder and a pipeline with methods on it are the same way to draw."""
     prompts = ["a cat", "a fish", "a house"]

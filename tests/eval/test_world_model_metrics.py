@@ -56,6 +56,7 @@ def test_the_mean_difference_of_frames():
     assert world_model.mean_difference(2 * clip).tolist() == [2.0]
 
 
+@pytest.mark.slow
 def test_actions_are_read_from_the_frames_that_show_them():
     """A network trained on a small world reads its actions; shown other ones, it does not find those told."""
     torch.manual_seed(0)

@@ -233,6 +233,7 @@ def test_text_tokens_are_the_pipelines_default(pipeline: str, cls: str, beside: 
 # -- looking them up --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_facts_are_seen_through_compile_and_subclasses():
     network = networks.make("UNet2DModel")
 

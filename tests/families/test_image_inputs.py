@@ -245,6 +245,7 @@ def test_such_an_edit_is_also_found_where_noise_has_no_step_index(scheduler: str
         under(pipe, Heun(), lambda: variants.inpaint_kwargs("sdxl", strength=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sdxl9", "fill"])
 def test_heun_fills_where_the_mask_goes_through_the_network(case: str) -> None:
     pipe = variants.inpaint(case)

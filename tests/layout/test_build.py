@@ -85,6 +85,7 @@ def contents(wheel: Path) -> set[str]:
         return {re.sub(r"^diffaccel-[^/]*\.dist-info", "info", name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "direct"])
 def test_wheel_holds_the_package_and_nothing_else(built, checkout, kind):
     info = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE", "licenses/NOTICE"}
@@ -156,14 +157,9 @@ def origins(interpreter: Path, checkout: Path, cwd: Path) -> dict[str, Path]:
     return {name: Path(file) for name, file in json.loads(out).items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "where"),
-    [
-        ("wheel-env", "elsewhere"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("wheel-env", "root"), ("editable-env", "root"))),
-        pytest.param("editable-env", "elsewhere", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["elsewhere", "root"])
+@pytest.mark.parametrize("kind", ["wheel-env", "editable-env"])
 def test_installed_package_imports_from_anywhere(pythons, checkout, tmp_path, kind, where):
     """From the repository root the tree's own files win, else the installed ones; never a mixture."""
     found = origins(pythons[kind], checkout, checkout if where == "root" else tmp_path)

@@ -125,6 +125,7 @@ CACHES = [Spectrum(real_steps=PATTERN), TaylorSeer(interval=2), SeaCache(), SeaC
 CACHES += [FirstBlockCache(threshold=0.3), FirstBlockCache.paper()]
 
 
+@pytest.mark.slow
 @captures
 @pytest.mark.parametrize("cache", CACHES, ids=repr)
 def test_below_a_cache_blocks_are_captured_and_pictures_are_those_of_the_cache(cache: Any) -> None:
@@ -153,6 +154,7 @@ def test_below_a_cache_on_a_unet_the_whole_network_is_captured(family: str) -> N
     assert told(pipe)["replays"] == 2 * len(PATTERN) - 2 and told(pipe)["graphs"] == 1
 
 
+@pytest.mark.slow
 @captures
 @pytest.mark.parametrize("family", ["flux", "sd"])
 def test_capture_is_last_also_when_a_cache_comes_later_or_goes(family: str) -> None:
@@ -188,6 +190,7 @@ def test_a_method_that_fails_leaves_the_graphs_on() -> None:
     assert [m["name"] for m in diffaccel.summary(compiled).methods] == ["capture"]
 
 
+@pytest.mark.slow
 @captures
 def test_a_preset_that_drops_a_cache_keeps_capture_last(tmp_path: Path) -> None:
     pipe = make("flux")
@@ -228,6 +231,7 @@ def test_compiled_blocks_below_a_cache() -> None:
 # -- what users change -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @captures
 def test_adapters_and_their_scales_are_recorded_again() -> None:
     case = matrix.Case("flux", Capture())

@@ -92,6 +92,7 @@ def test_several_pictures_and_projections_in_one() -> None:
     assert torch.equal(draw(pipe), fused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "quantizer", [W8A8(), W8A8(dtype="fp8"), W4A8(), W8A8(skip=("transformer_blocks.0",))], ids=str
 )
@@ -184,6 +185,7 @@ def test_copies_and_pickles_keep_it_and_are_freed_apart() -> None:
     assert isinstance(vars(network.transformer_blocks[0])["forward"], Forward)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_those_without_it_and_compile_once_a_kind() -> None:
     graphs: list[int] = []
 
@@ -214,6 +216,7 @@ def test_below_a_step_cache(first: bool) -> None:
     assert not any("forward" in vars(module) for module in pipe.transformer.modules())
 
 
+@pytest.mark.slow
 def test_below_capture_whatever_comes_first(replayed_calls: type[ReplayedCalls]) -> None:
     pipe = make()
     stock = draw(pipe)
@@ -254,6 +257,7 @@ def test_another_tool_on_the_blocks() -> None:
     assert torch.equal(draw(pipe), stock) and isinstance(vars(block)["forward"], Doubled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level", "sequential"])
 @pytest.mark.parametrize("family", ["flux", "wan"])
 def test_below_the_hooks_of_offloading_whatever_comes_and_goes_first(family: str, kind: str) -> None:

@@ -97,6 +97,7 @@ def test_a_row_of_the_contract_matrix(name: str) -> None:
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", MANY)
 @pytest.mark.parametrize("family", ORDERS)
 def test_adapters_before_after_swapped_and_unloaded(family: str, quantizer: str) -> None:
@@ -142,6 +143,7 @@ def test_fusing_is_refused_before_anything_changes(family: str) -> None:
     fused.unfuse_lora()  # after removal it is the network's own again
 
 
+@pytest.mark.slow
 def test_adapters_on_a_loaded_model_and_in_its_dtype(tmp_path) -> None:
     case = matrix.Case("flux", W8A8())
     case.wrap(case.make().to(torch.bfloat16)).save_pretrained(tmp_path)

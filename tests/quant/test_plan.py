@@ -25,6 +25,7 @@ def share(network: Any, method: Any) -> float:
     return after / plain
 
 
+@pytest.mark.slow
 def test_flux_and_wan_at_8_and_4_bits() -> None:
     with torch.device("meta"):
         flux = FluxTransformer2DModel(guidance_embeds=True)

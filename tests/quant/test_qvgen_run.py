@@ -52,6 +52,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", (1, 2, 3, 5))
 def test_a_killed_run_goes_on_to_the_same_bits(made: int, whole: QATRun, tmp_path: Path) -> None:
     """Killed inside of phases, at their ends, and after the side branch is gone."""
@@ -147,6 +148,7 @@ def test_a_deadline_stops_a_run_and_the_teacher_stays(tmp_path: Path) -> None:
     assert same(before, weights(run.model.network)) and all(p.grad is None for p in run.model.network.parameters())
 
 
+@pytest.mark.slow
 def test_memory_is_saved_without_a_change(tmp_path: Path) -> None:
     losses = []
     for flag in (False, True):
@@ -165,6 +167,7 @@ def test_memory_is_saved_without_a_change(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_other_checkpoints_are_refused(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.turn()

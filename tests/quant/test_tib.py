@@ -132,6 +132,7 @@ def _adapter(network: Any, name: str, seed: int) -> None:
             p.data = torch.randn(p.shape, generator=draw)
 
 
+@pytest.mark.slow
 def test_adapters_on_modulation() -> None:
     case, pipe = made()
     plain = case.make()
@@ -177,6 +178,7 @@ def test_weights_changed_in_place_and_casts() -> None:
     assert torch.equal(case.call(pipe), case.call(plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["device", "host"])
 def test_weights_changed_by_writes_that_are_not_counted(weights: str) -> None:
     """Through ``.data``, all numbers or one, and through a view that was taken while they were in their place."""

@@ -30,6 +30,7 @@ def test_full_rank_is_exact_up_to_rounding_and_removal_to_the_bit(family: str) -
     assert torch.equal(case.call(diffaccel.remove(pipe)), expected)
 
 
+@pytest.mark.slow
 def test_the_error_falls_with_the_rank_and_stays_below_its_bound() -> None:
     errors = []
     for rank in (2, 12):
@@ -51,6 +52,7 @@ def test_the_error_falls_with_the_rank_and_stays_below_its_bound() -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 2
 
 
+@pytest.mark.slow
 def test_another_schedule_needs_nothing() -> None:
     case = matrix.Case("wan", TIB(rank=4096))
     plain, pipe = case.make(), case.wrap(case.make())

@@ -185,6 +185,7 @@ def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
     assert continued["images"] == sampling.generate_run(request, tmp_path / "whole", pipe=pipe)["images"]
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_search_that_goes_on_says_what_was_made_before(pipes, tmp_path, monkeypatch):
     """NFE are those of the whole search; the rest is of the process that ended it, and the summary says so."""
     monkeypatch.setattr(engine, "STORING_SHARE", math.inf)

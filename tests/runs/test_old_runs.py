@@ -56,6 +56,7 @@ def without_results(images: list[dict]) -> list[dict]:
     return [{key: value for key, value in image.items() if key not in RESULT} for image in images]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_is_completed(tmp_path, capsys):
     """Only the missing picture is made, and it is that of a run from the start."""
     folder, whole = copied("half", tmp_path), read(DATA / "plain")

@@ -85,6 +85,7 @@ class Negate(Config):
         return pipe.unet.register_forward_hook(lambda module, args, out: (-out[0],))
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_accelerate_or_remove_leaves_all_or_nothing() -> None:
     modules = [compose, call_class, guard, contextlib]
     pipe, stock, kept_alive = make(Small), draw(make(Small)), []

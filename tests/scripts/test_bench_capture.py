@@ -14,6 +14,7 @@ from tests.support.replayed_calls import replayed_calls
 __all__ = ["replayed_calls"]  # a fixture
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("replayed_calls")
 def test_rows_and_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "--case", "tiny", "--device", "cpu", "--steps", "2", "--repeats", "1", "--out", str(tmp_path)]

@@ -29,6 +29,7 @@ def made(tmp_path_factory):
     return root / "out", run_demo(root / "out", progress=False, **arguments), arguments
 
 
+@pytest.mark.slow
 def test_files_and_record(made):
     out, record, _ = made
     assert json.loads((out / "record.json").read_text()) == record
@@ -56,6 +57,7 @@ def test_page_stands_alone(made):
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
 
 
+@pytest.mark.slow
 def test_a_second_call_uses_what_is_there(made, monkeypatch):
     out, record, arguments = made
     before = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
@@ -79,6 +81,7 @@ def test_the_page_shows_one_ratio_with_its_range(made):
     assert labels == [["time", *heads[2:]], *[heads[1:]] * (len(rows) - 1)]
 
 
+@pytest.mark.slow
 def test_every_variant_is_warm_before_it_is_timed(made, tmp_path, monkeypatch):
     calls = []
     generate = demo.generate_run
@@ -149,6 +152,7 @@ def test_sentences_say_what_the_numbers_say():
     assert sentence.startswith("small is a model of its own") and "1 instead of 28" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("emoji-flux-1step" not in zoo.names(), reason="no student is in this checkout")
 def test_the_models_students_are_columns_that_draw_as_their_cards_say(tmp_path):
     *_, student = default_variants("emoji-flux", 2, 1)

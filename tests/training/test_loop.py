@@ -71,6 +71,7 @@ def test_ema_is_the_weighted_sum_of_what_it_saw():
     assert module.weight.item() == 5.0 and ema.shadow[0].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_model_learns_and_the_log_counts(tmp_path):
     run = _train(_run(tmp_path, _plan(samples=4000, log_seconds=0.0)))
     entries = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]

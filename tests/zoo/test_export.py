@@ -113,6 +113,7 @@ def zoo(work, tmp_path_factory):
     return zoo
 
 
+@pytest.mark.slow
 def test_everything_that_must_go_with_the_weights_is_there(zoo):
     for name in (export.PIPELINE, *export.CLIPS):
         files = {p.name for p in (zoo / name).iterdir()}

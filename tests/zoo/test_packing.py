@@ -74,6 +74,7 @@ def test_kept_files_are_bit_equal(flux_folder, tmp_path):
     assert all(torch.equal(old[key], new[key]) for key in old)
 
 
+@pytest.mark.slow
 def test_stock_pipeline_loads_the_unpacked_folder_and_draws_the_same_picture(packed, flux_folder, tmp_path):
     from diffusers import FluxPipeline
 

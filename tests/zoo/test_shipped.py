@@ -67,6 +67,7 @@ def test_golden_picture(pipe):
     torch.testing.assert_close(values, torch.tensor(golden["values"]), rtol=0, atol=golden["tolerance"])
 
 
+@pytest.mark.slow
 def test_errors_as_large_as_packings_leave_pictures_alone(pipe):
     """The bf16 originals do not ship: errors of packing's law, uniform within half a step, stand in for its own."""
     g = torch.Generator().manual_seed(0)
@@ -107,6 +108,7 @@ def test_sizes(pipe, size):
     assert _draw(pipe, "red apple, noto", size, steps=1).shape == (1, 3, size, size)
 
 
+@pytest.mark.slow
 def test_the_stock_default_of_512_text_tokens_draws_the_same_thing(pipe):
     short, long = (_draw(pipe, "red apple, noto", steps=4, length=length) for length in (32, 512))
     assert short.shape == long.shape
@@ -115,6 +117,7 @@ def test_the_stock_default_of_512_text_tokens_draws_the_same_thing(pipe):
     assert (short - long).abs().mean() < 0.5 * (short - other).abs().mean()
 
 
+@pytest.mark.slow
 def test_colour_words_are_obeyed(pipe):
     from scripts.zoo.emoji import checks
     from scripts.zoo.emoji.world import COLOURS
@@ -127,6 +130,7 @@ def test_colour_words_are_obeyed(pipe):
     assert good >= 9, good
 
 
+@pytest.mark.slow
 def test_number_words_are_obeyed(pipe):
     from scripts.zoo.emoji import checks
 

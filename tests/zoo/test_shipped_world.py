@@ -19,6 +19,7 @@ def test_card_and_notices():
     assert sum(entry["size"] for entry in packing.read_manifest(zoo._ROOT / WORLD)["packed"].values()) <= 8e6
 
 
+@pytest.mark.slow
 def test_the_next_frame_is_the_game_s():
     """The last frame of each beginning, drawn from the ones before it and its action."""
     pipe = diffaccel.load(WORLD)

@@ -78,6 +78,7 @@ def test_what_each_step_compares(kind, size):
         assert torch.equal(target, _images(index, 64))
 
 
+@pytest.mark.slow
 def test_autoencoder_trains_saves_its_latent_scale_and_resumes(tmp_path):
     def train(seconds):
         return vae.train(_images, 70, tmp_path, VAE_RECIPE, deadline=Deadline(seconds), device="cpu")
@@ -154,6 +155,7 @@ def test_unknown_recipe():
         recipe_flow.get("ful")
 
 
+@pytest.mark.slow
 def test_flow_starts_at_zero_trains_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(flow, "vocabulary_of", lambda work: 12)
 

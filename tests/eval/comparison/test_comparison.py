@@ -74,6 +74,7 @@ def test_degradations_show_in_their_order(runs, tiny):
     assert strong.interval.low > 0 and "both sides paired" in strong.interval.method
 
 
+@pytest.mark.slow
 def test_a_reference_gives_paired_differences(runs, tiny):
     reference = open_source(runs["reference"].path)
     found = compare_runs(runs["base"], [runs["strong"]], Measures(extractors=[tiny], reference=reference))
@@ -83,6 +84,7 @@ def test_a_reference_gives_paired_differences(runs, tiny):
     assert strong.delta_interval.low > 0 and strong.gate_value == strong.delta
 
 
+@pytest.mark.slow
 def test_features_are_kept_and_found_again(runs, tiny, tmp_path):
     source = runs["base"].source
     first = extract(source, tiny, cache=tmp_path, batch=7)
@@ -143,6 +145,7 @@ def test_names(tiny, tmp_path):
         tiny(torch.zeros(1, 3, 8, 8))
 
 
+@pytest.mark.slow
 def test_prompts_must_be_known(runs, judge):
     plain = {name: open_run(Path(runs[name].path)) for name in ("base", "strong")}
     with pytest.raises(DiffAccelError, match="prompts of 'base' are not known"):

@@ -31,6 +31,7 @@ def judge():
     return as_clip(extractor("emoji-clip-judge"))
 
 
+@pytest.mark.slow
 def test_a_clip_gives_cmmd_and_says_that_it_is_not_the_papers(sets, judge):
     found = compare_runs(sets["base"], [sets["darker"]], Measures(extractors=[judge]))
     row = found.row("cmmd", "darker")

@@ -45,6 +45,7 @@ def judge():
     return as_clip(extractor("emoji-clip-judge"))
 
 
+@pytest.mark.slow
 def test_clip_i_is_the_cosine_to_the_pair(sets, judge):
     found = compare_runs(sets["base"], [sets["same"], sets["brighter"]], Measures(others=sets["other"], clips=[judge]))
     same, brighter = found.row("clip_i", "same"), found.row("clip_i", "brighter")

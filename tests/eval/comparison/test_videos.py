@@ -57,6 +57,7 @@ def compared(sets):
     return compare_runs(sets["base"], [sets["same"], sets["drifting"]], Measures(others=sets["other"]))
 
 
+@pytest.mark.slow
 def test_a_folder_of_videos_is_a_run(sets):
     run = open_run(sets["base"].path)
     assert run.is_video and len(run) == 4 and run.prompts is None
@@ -95,6 +96,7 @@ def test_flicker_is_read_as_a_difference(sets, compared):
     assert row.delta_interval.low > 0 and row.better == "lower"
 
 
+@pytest.mark.slow
 def test_the_distance_by_a_network(sets):
     network = networks.Network("colours", colours, SAMPLING, "0123")
     found = compare_runs(sets["base"], [sets["drifting"]], Measures(others=sets["other"], video=network))
@@ -125,6 +127,7 @@ def test_networks_of_videos_by_their_words(tmp_path):
             networks.of_videos(spec, SAMPLING, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_what_videos_cannot_be_measured_by(sets, tmp_path):
     with pytest.raises(DiffAccelError, match="hold videos, and tiny go with pictures"):
         compare_runs(sets["base"], [sets["same"]], Measures(extractors=[extractor("tiny")]))

@@ -79,6 +79,7 @@ def test_infinity_of_exact_rows() -> None:
     assert found == infinity(x, REFERENCE, seed=3) != infinity(x, REFERENCE, seed=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "shift"), [(SCALE, SHIFT), (1.0, 0.0)])
 def test_difference_covers_what_it_says(scale: float, shift: float) -> None:
     """The mean difference at this number of images, from independent draws, lies in nine of ten intervals at least."""

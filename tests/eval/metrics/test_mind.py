@@ -52,6 +52,7 @@ def test_equal_sizes_are_the_paper_s_sum() -> None:
     assert mind(x, y, projections=100, seed=5) != mind(x, y, projections=100, seed=4)
 
 
+@pytest.mark.slow
 def test_it_sees_what_two_moments_do_not() -> None:
     """Signs against Gaussians: equal means and covariances, and projections along an axis differ."""
     x, y = draw(4000, 2), draw(4000, 2, seed=1).sign()

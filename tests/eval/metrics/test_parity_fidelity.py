@@ -27,6 +27,7 @@ def made(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_one_run_of_every_metric(made, capsys):
     theirs = pytest.importorskip("torch_fidelity").calculate_metrics(
         input1=str(made / "a"), input2=str(made / "b"), fid=True, kid=True, isc=True, prc=True, cuda=False,

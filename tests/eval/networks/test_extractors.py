@@ -158,6 +158,7 @@ def inception_file(tmp_path_factory) -> Path:
     return random_inception.save(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
+@pytest.mark.slow
 def test_only_verified_weights_are_called_fid(inception_file, monkeypatch):
     sha = sha256(inception_file)
     with pytest.raises(DiffAccelError, match=rf"sha256 {sha}, and the published .* 6726825d.*--allow-unknown-weights"):
@@ -205,6 +206,7 @@ def test_pooling_leaves_the_padding_out(inception_file):
     assert pooled[0][0, 0, 3, 3] == ramp[0, 0, 4, 4]
 
 
+@pytest.mark.slow
 def test_taps_and_the_logits_of_one_pass(inception_file):
     def build(tap: str) -> Extractor:
         return extractor(f"inception:{inception_file}", allow_unknown_weights=True, tap=tap)
@@ -227,6 +229,7 @@ def test_taps_and_the_logits_of_one_pass(inception_file):
         spatial.logits(features)
 
 
+@pytest.mark.slow
 def test_protocols_are_different_numbers(inception_file):
     """And none resizes twice: at 299 pixels only the scale of pytorch-fid differs."""
     found = {

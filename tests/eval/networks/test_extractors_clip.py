@@ -131,6 +131,7 @@ def judge():
     return as_clip(extractor("emoji-clip-judge"))
 
 
+@pytest.mark.slow
 def test_the_zoos_clip_reads_pictures_and_texts(judge):
     assert judge.key == "FD-clip[emoji-clip-judge]" and "emoji-clip-judge" in clips()
     folder = f"local-dir:{zoo.path('emoji-clip-judge')}"

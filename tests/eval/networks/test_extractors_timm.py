@@ -55,6 +55,7 @@ def dinov2_file(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_dinov2_is_the_class_token_at_224(dinov2_file, tmp_path):
     images = pixels(2, 3, 100, 140)
     pil, fast = (extractor(f"dinov2:{dinov2_file}", protocol=p) for p in ("dgm-dinov2", "edm2-dinov2"))

@@ -68,6 +68,7 @@ def test_only_the_convolutions_are_needed_and_the_weights_stay_as_they_are(alex:
     assert all(torch.equal(alex[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_is_found_and_named(
     alex: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

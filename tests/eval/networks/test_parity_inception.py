@@ -78,6 +78,7 @@ def test_clean_fids_features(file):
     assert apart(found(x), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_image_alone(file):
     x, network = images(4), ours(file)
     together = network(x)

@@ -308,6 +308,7 @@ def test_a_tokenizer_in_the_folder_is_used(small_transformers_clip: tuple[Any, P
     assert clip.truncated(["a cat " * 5, "a cat " * 6]) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_clip_is_refused(small_transformers_clip: tuple[Any, Path]) -> None:
     _, folder = small_transformers_clip
     config = json.loads((folder / "config.json").read_text())
@@ -355,6 +356,7 @@ def test_image_reward_goes_through_its_package(
         scorer("image-reward", tmp_path)
 
 
+@pytest.mark.slow
 def test_networks_are_imported_only_when_asked_for() -> None:
     heavy = "{'open_clip', 'transformers', 'timm', 'torchmetrics', 'torchvision', 'ImageReward'}"
     ours = "diffaccel.eval.networks.scorers, diffaccel.eval.networks.lpips"

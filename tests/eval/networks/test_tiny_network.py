@@ -127,6 +127,7 @@ SLOW_KINDS = ("noise", "blur", "jpeg", "desaturation", "patch shuffle")
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW_KINDS)) for kind in check_tiny.LEVELS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_distance_grows_with_every_degradation(features, held_out, kind, monkeypatch):
     monkeypatch.setattr(check_tiny, "LEVELS", {kind: check_tiny.LEVELS[kind]})

@@ -205,6 +205,7 @@ def test_the_judge_never_chooses(runs, judge):
         )
 
 
+@pytest.mark.slow
 def test_turns_of_sides(tmp_path):
     found = api.compare(
         "plain", "heun", model=tiny.make("flux"), prompts=PROMPTS[:2], steps=2, size=(32, 32), turns=6,

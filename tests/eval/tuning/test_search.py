@@ -125,6 +125,7 @@ class Stopped(BaseException):
     """A kill."""
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_measurement_changes_nothing(tuned, tmp_path):
     """Stopped in every fifth measurement and gone on with another bed: the same plans, and nothing drawn twice."""
     search, chosen, certificates = tuned

@@ -81,6 +81,7 @@ def test_the_bootstrap_does_not_depend_on_its_block(monkeypatch: pytest.MonkeyPa
     assert bootstrap_mean(x, draws=64) == whole
 
 
+@pytest.mark.slow
 def test_coverage_of_the_mean_with_and_without_clusters() -> None:
     rng = np.random.default_rng(4)
     plain = [bootstrap_mean(rng.exponential(size=60), draws=400, seed=s) for s in range(600)]

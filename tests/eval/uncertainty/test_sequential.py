@@ -63,6 +63,7 @@ def test_the_mean_is_rarely_left_out_at_any_time(name: str) -> None:
     assert max(level_missed.values()) <= (0.05 + 0.015) * LEVEL_RUNS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "tolerance"),
     [
@@ -80,6 +81,7 @@ def test_runs_that_differ_by_the_tolerance_are_rarely_called_equivalent(draw: Dr
     assert counts["different"] <= (0.05 + 0.025) * VERDICT_RUNS
 
 
+@pytest.mark.slow
 def test_seeds_of_one_prompt_are_no_independent_pairs() -> None:
     def draw(rng: np.random.Generator, n: int) -> np.ndarray:
         return 0.2 + np.repeat(rng.choice([-0.5, 0.5], n // 4), 4) + rng.uniform(-0.1, 0.1, n)

@@ -46,6 +46,7 @@ def quantized_layers(network: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLayer)}
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_unet(sd: tuple[MixDQ, Path]) -> None:
     config, folder = sd
     plan = config.read()
@@ -64,6 +65,7 @@ def test_a_plan_of_a_unet(sd: tuple[MixDQ, Path]) -> None:
     assert read_plan(folder / "plan.json").layers == plan.layers and len(saved["layers"]) == len(plan.layers)
 
 
+@pytest.mark.slow
 def test_put_on_saved_loaded_and_taken_off(sd: tuple[MixDQ, Path], tmp_path: Path) -> None:
     config, pipe = sd[0], bed.pipeline("sd")
     stock = bed.draw(pipe, "sd")
@@ -244,6 +246,7 @@ def test_a_bit_is_worth_six_decibels(bits: int) -> None:
     assert calls.noise_ratio(rounded) == pytest.approx(6.02 * bits + 6.02, abs=0.6)  # signal 1/3 over noise step^2/12
 
 
+@pytest.mark.slow
 def test_calibration_is_told_and_read_back(sd: tuple[MixDQ, Path]) -> None:
     values = json.loads((sd[1] / "calibration.json").read_text())
     ranges = CalibratedRanges.from_dict(values)
@@ -292,6 +295,7 @@ def test_foreign_and_damaged_plans_are_named(sd: tuple[MixDQ, Path], tmp_path: P
         diffaccel.accelerate(bed.pipeline("sd"), MixDQ())
 
 
+@pytest.mark.slow
 def test_bad_options_and_calls_are_named(tmp_path: Path) -> None:
     for make_config, words in (
         (lambda: MixDQ(weight_bits=1.5), "from 2 to 8"),

@@ -142,6 +142,7 @@ def test_errors_of_a_call() -> None:
         call(pipe, "sdxl")
 
 
+@pytest.mark.slow
 def test_a_plan_is_what_the_call_does() -> None:
     pipe, config = tiny.make("flux"), RULES["speed"]
     kwargs = {k: v for k, v in tiny.call_kwargs("flux", size=64).items() if k not in ("generator", "output_type")}
@@ -162,6 +163,7 @@ def test_a_plan_is_what_the_call_does() -> None:
 # -- late guidance stop ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
 def test_guidance_stops_after_a_share_of_the_steps(family: str) -> None:
     """From step ceil(f n) on the network sees the positive branch alone; 1 is the plain call to the bit."""

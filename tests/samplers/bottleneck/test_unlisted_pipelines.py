@@ -29,6 +29,7 @@ def call(pipe: Any, name: str, **changes: Any) -> torch.Tensor:
     ).clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_stages(name: str) -> None:
     pipe = others.make(name)

@@ -120,6 +120,7 @@ def test_branches_and_chunks_have_histories_of_their_own() -> None:
     torch.testing.assert_close(draw(pipe, "flux", batch=1), both[:1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_call_size_and_prompt_begins_anew() -> None:
     pipe = make("flux")
     first = {size: draw(pipe, "flux", steps=1, size=size) for size in (32, 48)}
@@ -151,6 +152,7 @@ def test_every_payload_goes_with_every_decision(payload: Any) -> None:
         diffaccel.remove(pipe)
 
 
+@pytest.mark.slow
 def test_one_cache_at_a_time_and_errors_that_say_so() -> None:
     pipe = diffaccel.accelerate(make("flux"), Spectrum())
     with pytest.raises(DiffAccelError, match="'spectrum' and 'seacache' cannot be active together"):
@@ -178,7 +180,8 @@ def test_a_network_outside_of_a_driven_call_is_plain() -> None:
         assert torch.equal(network(**inputs)[0], plain)
 
 
-@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
 def test_compiled_blocks(order: str) -> None:
     torch.compiler.reset()
     expected = draw(diffaccel.accelerate(make("flux"), Spectrum(real_steps=PATTERN)), "flux", guided=False)
@@ -218,6 +221,7 @@ def test_a_callback_that_changes_the_prompt_begins_a_new_history() -> None:
     assert counts(pipe)["real_steps"] == {"cond": [0, 3]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("emoji-flux" not in zoo.names(), reason="no trained weights are in this checkout")
 def test_a_trained_model_skips_as_told_and_stays_close() -> None:
     pipe = diffaccel.load("emoji-flux")
@@ -241,6 +245,7 @@ def pickled(pipe: Any) -> Any:
     return pickle.loads(pickle.dumps(pipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
 def test_a_copy_has_a_cache_of_its_own(duplicate: Any) -> None:
     pipe = make("flux")

@@ -42,6 +42,7 @@ def test_one_sample_is_euler_with_the_cache() -> None:
     assert not torch.equal(expected, stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [CACHE, Spectrum(warmup=2), FirstBlockCache(real_steps=(0, 1, 3))])
 def test_a_sample_does_not_depend_on_those_beside_it(cache: Any) -> None:
     """Waves, and rows of a network call, change how samples share calls and nothing else."""
@@ -63,6 +64,7 @@ def test_a_cache_with_real_steps_only_is_the_search_without_it() -> None:
     assert torch.equal(drawn(pipe, config, TaylorSeer(interval=1)), drawn(pipe, config))
 
 
+@pytest.mark.slow
 def test_a_killed_search_is_resumed_to_the_bit(tmp_path: Path) -> None:
     """Samples that were on their way are drawn again from noise, since their history is gone; rewards are not."""
     pipe, rounds = tiny.make("flux"), []

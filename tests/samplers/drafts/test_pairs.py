@@ -67,6 +67,7 @@ def test_a_judge_with_scores_gives_ratings() -> None:
         assert picture["reward"] == round(picture["reward"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judge", [Judge, ScoringJudge])
 def test_a_killed_search_asks_nothing_twice(judge: Any, tmp_path: Path) -> None:
     whole = search(of_brightness(reward=judge()), call(folder=tmp_path / "whole"))

@@ -59,7 +59,7 @@ def test_any_acceleration_draws_drafts(draft: str) -> None:
         assert cost["caches"]["skipped_calls"] > 0, "the cache was told its steps"
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["flux", *(pytest.param(f, marks=pytest.mark.slow) for f in ("sd3", "sd", "sdxl"))])
 def test_a_draft_in_full_is_finished_as_the_plain_call_of_its_seed(family: str) -> None:
     """To the bit, with one row in a network call: the call's own noise, and that of another draft."""
     latents: list[Tensor] = []
@@ -104,6 +104,7 @@ def test_the_best_draft_is_not_worse_than_the_call_s_own_sample() -> None:
         assert picture["reward"] >= picture["own"]
 
 
+@pytest.mark.slow
 def test_a_cache_on_the_pipeline_stays_for_the_finish() -> None:
     pipe = tiny.make("flux")
     diffaccel.accelerate(
@@ -142,6 +143,7 @@ def test_a_draft_that_excludes_what_is_on_the_pipeline() -> None:
         drawn(pipe)
 
 
+@pytest.mark.slow
 def test_a_draft_that_fails_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.make("flux")
     stock = drawn(pipe)

@@ -205,6 +205,7 @@ def killed(config: Any, folder: Path, calls: int) -> None:
         search(config, call(folder=folder), before=before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_a_killed_search_ends_as_one_that_was_not(share: float, tmp_path: Path) -> None:
     config = Drafts(reward=latent_reward(total), budget=100, drafts=4, draft="x", keep=1)

@@ -159,6 +159,7 @@ def test_saved_and_loaded(tmp_path):
         NextFramePipeline.from_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_kept_between_calls_follows_the_pipeline():
     plain, pipe = tiny_pipeline(), diffaccel.accelerate(tiny_pipeline(), NFD(draft=1))
     other = tiny_world(torch.float32)
@@ -197,6 +198,7 @@ def test_copies_draw_alone():
     assert torch.equal(draw(pipe), expected) and not torch.equal(draw(other), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_draws_the_same():
     pipe = tiny_pipeline()
     expected = draw(pipe)

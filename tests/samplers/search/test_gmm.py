@@ -30,6 +30,7 @@ def test_the_bed_is_the_mixture_in_closed_form() -> None:
     torch.testing.assert_close(bed.velocity(x, several.reshape(-1, 1, 1, 1)), each, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bench.REWARDS)
 def test_at_equal_nfe(name: str) -> None:
     """Chunks make rollover climb: one child at a time rushes through the levels and falls far behind, and

@@ -153,6 +153,7 @@ def test_levels_that_cannot_be() -> None:
 # -- seconds -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_search_are_told_by_part() -> None:
     _, report = searched(SEARCHES[0])
     seconds = report["search_seconds"]

@@ -130,6 +130,7 @@ def test_particles_that_nobody_weighs_follow_the_kernels(kernel: Any) -> None:
     assert abs(found[1] - variance) < 4 * variance * (2 / PARTICLES) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_without_resampling_weights_are_those_of_importance_sampling(potential: Any) -> None:
     run, _ = search(linear, potential, 0.0)

@@ -70,6 +70,7 @@ def test_the_error_of_mixtures_halves_at_four_times_the_steps(path: Path, steps:
     assert 1.7 <= rms(path, steps, config) / rms(path, 4 * steps, config) <= 2.5
 
 
+@pytest.mark.slow
 def test_any_adapted_drift_keeps_the_estimator() -> None:
     """Weights of an average steer the state, and not what its densities are."""
     config = SuperDiff(op="average", data_std=1.5, weights=(0.9, 0.1))

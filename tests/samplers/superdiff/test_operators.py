@@ -194,6 +194,7 @@ def test_the_product_has_its_moments_and_the_sum_of_scores_has_not(path: Path) -
     assert mean < 0.5
 
 
+@pytest.mark.slow
 def test_a_negative_exponent_divides() -> None:
     """N(1, .25)^2 / N(-1, 1)^.5 is N(1.133, .133)."""
     config = SuperDiff(op="product", weights=(2.0, -0.5), particles=500, data_std=0.5)
@@ -216,6 +217,7 @@ def test_langevin_moves_come_nearer_to_the_product() -> None:
     assert abs(moved - 0.6) < abs(plain - 0.6)
 
 
+@pytest.mark.slow
 def test_guidance_with_particles_follows_the_tilted_density() -> None:
     """``q_u^(1-w) q^w`` with ``w = 2`` of N(0, 1) and N(1, 1) is N(2, 1): by weights, also of one prompt."""
     null, prompted = gaussian(0.0, 1.0, 1), gaussian(1.0, 1.0, 1)
@@ -229,6 +231,7 @@ def test_guidance_with_particles_follows_the_tilted_density() -> None:
 # -- logic -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dombi_and_has_the_moments_of_the_harmonic_mean() -> None:
     """Of N(+-1, .5) at hardness 1 the variance is .225, by numerical integration."""
     pair = [Mixture((1.0,), ((m,),), (0.5**0.5,)) for m in (1.0, -1.0)]

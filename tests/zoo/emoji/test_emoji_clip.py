@@ -202,6 +202,7 @@ def test_equal_pictures_are_no_negatives_and_parts_of_the_scenes_are_left_out(sc
     assert torch.equal(first, first.sort(descending=True).values)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_learned_and_its_false_twins_told_apart(scenes, shared, work):
     from transformers import CLIPTokenizer
 
