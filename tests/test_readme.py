@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # many processes
 LONG_PAGES = (
-    "bottleneck", "caches", "distill", "doctor", "drafts", "eval", "families", "features", "fused", "mixdq", "quantize", "qvgen",
-    "sample", "samplers", "search", "superdiff", "tib", "tune", "worlds",
+    "bottleneck", "caches", "distill", "doctor", "drafts", "eval", "families", "features", "fused", "mixdq", "quantize",
+    "qvgen", "sample", "samplers", "search", "superdiff", "tib", "tune", "worlds",
 )  # fmt: skip
 LONG = {"README.md", *(f"docs/{name}.md" for name in LONG_PAGES)}
 LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}
