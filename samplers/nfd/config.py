@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
-
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from diffaccel.config import Config, Level, Machine, Touches
 from diffaccel.errors import DiffAccelError
-from diffaccel.models.next_frame.pipeline import NextFramePipeline, draw_plainly
-from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
+if TYPE_CHECKING:
+    from diffaccel.samplers.nfd.drafting import Drafting
+
+PIPELINE = "NextFramePipeline"
 PAPER_DRAFTS = 2  # the paper's accessible text says that N is fixed, and not what it is; two is the least that drafts
-OF_A_CALL = ("context_noise", "shift", "rule")  # settings that a pipeline's scheduler and config give
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class NFD(Config):
     @classmethod
     def fits(cls, pipeline: str, family: Any) -> tuple[bool | None, str]:
         """Return whether a pipeline is a world model."""
-        if pipeline == NextFramePipeline.__name__:
+        if pipeline == PIPELINE:
             return True, "drafts its frames"
         return False, "drafts the frames of a world model"
 
@@ -92,67 +90,15 @@ class NFD(Config):
             DiffAccelError: for a pipeline that is no world model, for more drafts than its window has room for, and
                 where graphs are asked for without a CUDA device.
         """
-        if not isinstance(pipe, NextFramePipeline):
+        if not any(cls.__name__ == PIPELINE for cls in type(pipe).__mro__):
             raise DiffAccelError(
                 f"'{self.name}' drafts the frames of a world model, and {type(pipe).__name__} is none. Pass a "
                 "NextFramePipeline; a video that is drawn chunk by chunk without actions takes 'rolling_context'."
             )
-        handle = Drafting(pipe, self)
+        from diffaccel.samplers.nfd.drafting import Drafting  # with it come the networks of diffusers
+
+        options = {name: getattr(self, name) for name in ("draft", "capture", "latency", "merged")}
+        handle = Drafting(pipe, options)
         handle.sampler(4, (0,))  # its errors come now, and not in a call
         pipe.draw_frames = handle
         return handle
-
-
-@dataclass(eq=False)
-class Drafting:
-    """Draws the frames of a pipeline's calls until removal; see :class:`FrameSource`.
-
-    Attributes:
-        samplers: by steps and number of videos; a sampler's graphs serve all calls of its kind.
-        stats: of the last call.
-    """
-
-    pipe: NextFramePipeline
-    config: NFD
-    samplers: dict[tuple[int, int], NextFrameSampler] = field(default_factory=dict)
-    stats: dict[str, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what copies have: no samplers, whose memory and graphs belong to one network."""
-        return {**vars(self), "samplers": {}}
-
-    def __call__(
-        self, pipe: NextFramePipeline, frames: Tensor, given: Tensor, actions: Tensor, steps: int, seeds: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Any] | None]:
-        """Return the frames that follow, and the counts of the rollout."""
-        sampler = self.sampler(steps, seeds)
-        sampler.reset(frames, given, seeds=seeds)
-        rollout = sampler.rollout(actions)
-        self.stats = rollout.stats.to_dict()
-        return rollout.frames, self.stats
-
-    def sampler(self, steps: int, seeds: Sequence[int]) -> NextFrameSampler:
-        """Return the sampler for calls of this kind."""
-        network, settings = self.pipe.transformer, self.pipe.settings(steps)
-        weight = network.proj_in.weight
-        kept = self.samplers.get((steps, len(seeds)))
-        if kept is not None and kept.model is network:
-            cache, had = kept.engine.cache, kept.engine.settings
-            is_same = (cache.dtype, cache.device) == (weight.dtype, weight.device)
-            if is_same and all(getattr(had, name) == getattr(settings, name) for name in OF_A_CALL):
-                return kept
-        self.samplers[steps, len(seeds)] = NextFrameSampler(
-            self.pipe.transformer, steps, draft=self.config.draft, context_noise=settings.context_noise,
-            shift=settings.shift, rule=settings.rule, capture=self.config.capture, latency=self.config.latency,
-            merged=self.config.merged, seeds=seeds,
-        )  # fmt: skip
-        return self.samplers[steps, len(seeds)]
-
-    def remove(self) -> None:
-        """Let the pipeline draw as before."""
-        self.pipe.draw_frames = draw_plainly
-        self.samplers.clear()
-
-    def report(self) -> dict[str, Any] | None:
-        """Return the counts of the last call."""
-        return self.stats

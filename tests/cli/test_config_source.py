@@ -154,3 +154,10 @@ except SystemExit as stop:
     shown = tree.python("-c", code, cwd=tmp_path).stdout
     assert all(f"options of --{option_of(name)} {name} " in shown for name in registry.METHODS)
     assert "  --rbf.path (native|vp|linear, default native)\n" in shown
+
+
+@pytest.mark.slow
+def test_configs_of_samplers_load_no_networks(tmp_path):
+    """Those of diffusers take seconds, and ``explain`` needs none of them."""
+    code = "import sys, diffaccel.samplers; sys.exit(' '.join({'diffusers', 'transformers'} & set(sys.modules)) or 0)"
+    tree.python("-c", code, cwd=tmp_path)
