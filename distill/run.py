@@ -20,6 +20,7 @@ from diffaccel.distill.teacher import Teacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
 from diffaccel.training.shards import shard
+from diffaccel.training.steps import backward
 
 
 class Distillation(LearningRun):
@@ -86,7 +87,7 @@ class Distillation(LearningRun):
             draw = Draw.new(self.teacher, config.assistant_law, config, random, self.device, share)
             with self.autocast():
                 loss = assistant_loss(self.teacher, self.generator, self.assistant, draw, config)
-            loss.backward()
+            backward(loss)
             self._update("assistant", self.assistant)
             self._note({"assistant": loss.detach()})
         draw = Draw.new(self.teacher, config.generator_law, config, random, self.device, share)

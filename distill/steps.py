@@ -16,6 +16,7 @@ from diffaccel.distill.losses import generator_loss, sample_weight
 from diffaccel.distill.options import Matching
 from diffaccel.distill.parameterization import clean, scale, target
 from diffaccel.distill.teacher import Teacher
+from diffaccel.training.steps import backward
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _all_networks_at_once(
         of_assistant = teacher.ask(assistant, x_t, draw.sigma, draw.group)
         of_teacher = guided(teacher, x_t, draw.sigma, draw.group)
     loss, shown = matching_loss(teacher, x0, x_t, of_assistant, of_teacher, draw, config)
-    loss.backward()
+    backward(loss)
     return shown
 
 

@@ -28,6 +28,7 @@ from diffaccel.distill.segments import Segments
 from diffaccel.distill.teacher import Teacher
 from diffaccel.processes import Processes
 from diffaccel.training.loop import step_seed
+from diffaccel.training.steps import backward
 
 _METER_SEED = 7919
 
@@ -87,7 +88,7 @@ class TrajectoryRun(LearningRun):
         place = order[:, self.step % self.config.grid]
         with self.autocast():
             loss, distance = self.loss(points, place, group, self.config.segments_at(self.step))
-        loss.backward()
+        backward(loss)
         self._update("generator", self.generator)
         for average in self.averages.values():
             average.update()

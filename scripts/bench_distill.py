@@ -23,6 +23,7 @@ from diffaccel import processes
 from diffaccel.distill import SIM, Distillation, NetworkTeacher
 from diffaccel.files import write_json
 from diffaccel.record import describe_device
+from diffaccel.training.steps import computing
 from scripts.timing import timed
 
 LARGE = {
@@ -56,7 +57,7 @@ def forward_seconds(teacher: NetworkTeacher, batch: int, count: int, device: tor
     x, sigma = torch.randn(batch, 1, 32, 32, device=device), torch.full((batch,), 0.5)
 
     def call() -> None:
-        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), computing(device, dtype):
             teacher.ask(teacher.network, x, sigma, 0)
 
     return timed(call, count, device) / 1000

@@ -43,6 +43,7 @@ from diffaccel.quant.low_bit.linear import LowBitLinear
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.run import QATRun
 from diffaccel.quant.swap import quantize_networks
+from diffaccel.training.steps import backward, computing
 from scripts.bench_quant import DEVICE, Timer, flux_inputs, flux_network, normal
 
 FLUX = ((4608, 3072, 3072), (4608, 3072, 9216), (4608, 3072, 12288), (4608, 12288, 3072), (4608, 15360, 3072))
@@ -217,11 +218,11 @@ def plain_step(teacher: NetworkTeacher) -> Callable[[], None]:
     def step() -> None:
         x = torch.randn(1, *teacher.shape, device=DEVICE)
         sigma = torch.rand(1)
-        with torch.autocast("cuda", torch.bfloat16):
+        with computing(torch.device(DEVICE), torch.bfloat16):
             with torch.no_grad():
                 followed = teacher.ask(teacher.network, x, sigma, 0)
             loss = (teacher.ask(student, x, sigma, 0) - followed).square().mean()
-        loss.backward()
+        backward(loss)
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)

@@ -26,7 +26,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import STATE_VERSION, load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
-from diffaccel.training.steps import average_gradients, clip_or_zero, is_over_for_all
+from diffaccel.training.steps import average_gradients, backward, clip_or_zero, is_over_for_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ class TrainingRun:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        backward(loss)
         average_gradients(self.parameters, self.size)
         _, finite = clip_or_zero(self.parameters, self.plan.clip)
         self.optimizer.step()

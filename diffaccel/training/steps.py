@@ -24,10 +24,26 @@ _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 @contextmanager
-def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Compute networks in ``dtype`` in the block (float32: as they are), by attention kernels with right gradients."""
-    with sdpa_kernel(_KERNELS), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+def differentiable_attention() -> Iterator[None]:
+    """Compute attention in the block by kernels with right gradients; precisions are left as they are."""
+    with sdpa_kernel(_KERNELS):
         yield
+
+
+@contextmanager
+def computing(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Compute networks in ``dtype`` in the block (float32: as they are), by attention kernels with right gradients.
+
+    This is the one place that switches autocast on: whatever trains computes in this block.
+    """
+    with differentiable_attention(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        yield
+
+
+def backward(loss: Tensor) -> None:
+    """Add the gradients of a scalar; activations that are computed again on the way meet the kernels of their first."""
+    with differentiable_attention():
+        loss.backward()
 
 
 def is_over_for_all(over: bool, size: int, device: torch.device) -> bool:

@@ -27,6 +27,7 @@ from diffaccel.training.loop import Deadline, step_seed
 from diffaccel.training.steps import (
     BAD_STEPS,
     average_gradients,
+    backward,
     clip_or_zero,
     computing,
     is_over_for_all,
@@ -180,7 +181,7 @@ class QATRun:
         share = (self.processes.rank, self.processes.size)
         batch = NoisyBatch.new(self.model, self.samples, self.config, self._random, self.device, share)
         loss = self.loss(batch)
-        loss.backward()
+        backward(loss)
         norm = self._update()
         self._note({"loss": loss.detach(), "norm": norm})
         self.step += 1

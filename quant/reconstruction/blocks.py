@@ -24,6 +24,7 @@ from diffaccel.quant.options import QuantizationOptions
 from diffaccel.quant.reconstruction.calls import Call, block_calls, block_outputs, copied, tensors_of
 from diffaccel.quant.reconstruction.layer import LEARNED, LearnedLinear
 from diffaccel.quant.swap import QuantizedNetworks, quantize_networks
+from diffaccel.training.steps import backward, differentiable_attention
 
 RATE = 1e-2
 PENALTY_FROM, PENALTY_TO = 0.01, 1000.0  # of the error of round-to-nearest, for each weight
@@ -171,7 +172,8 @@ def learn_rounding(
     for step in range(iterations):
         place = int(torch.randint(len(inputs), (1,), generator=draw, device="cpu"))
         args, kwargs = copied(inputs[place])
-        made = tensors_of(block(*args, **kwargs))
+        with differentiable_attention():
+            made = tensors_of(block(*args, **kwargs))
         loss = torch.stack(
             [(one.float() - other.float()).square().sum() for one, other in zip(made, targets[place], strict=True)]
         ).sum()
@@ -181,7 +183,7 @@ def learn_rounding(
             weight = unit * PENALTY_FROM * (PENALTY_TO / PENALTY_FROM) ** progress
             loss = loss + weight * torch.stack([layer.rounding.penalty(beta) for layer in layers]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        backward(loss)
         optimizer.step()
     flip_codes(block, layers, inputs, targets)
 

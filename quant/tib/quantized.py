@@ -22,6 +22,7 @@ from torch import Tensor
 
 from diffaccel.modules.temporal.program import Fetch, Program
 from diffaccel.quant.learned_rounding import SoftRounding, nearest
+from diffaccel.training.steps import backward, differentiable_attention
 
 Method = Literal["auto", "tiar", "cache", "nearest"]
 Features = list[dict[int, Tensor]]
@@ -197,7 +198,7 @@ class TemporalQuantizer:
         exact: Features, weights: dict[int, Tensor],
     ) -> None:  # fmt: skip
         """Learn the rounding of all weights of the block together, against its features in full precision."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), differentiable_attention():
             rounding = {key: SoftRounding(weight.clone(), self.bits) for key, weight in weights.items()}
             targets = [{n: value.clone() for n, value in values.items()} for values in exact]
             own = {place: tensor.clone() for place, tensor in tensors.items()}
@@ -227,7 +228,7 @@ class TemporalQuantizer:
                     weight = unit * PENALTY_FROM * (PENALTY_TO / PENALTY_FROM) ** progress
                     loss = loss + weight * sum(r.penalty(beta) for r in rounding.values())
                 optimizer.zero_grad()
-                loss.backward()
+                backward(loss)
                 optimizer.step()
             tenth = max(1, self.iterations // 10)
             self.losses = [

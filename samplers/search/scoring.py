@@ -10,6 +10,7 @@ from torch import Tensor
 from diffaccel.samplers.rewards.reward import Reward
 from diffaccel.samplers.search.preview import ROWS, Preview, warn_of_disagreement
 from diffaccel.samplers.search.stopwatch import Stopwatch
+from diffaccel.training.steps import differentiable_attention
 
 MAX_PIXELS = 2**24  # decoded together
 MAX_FRAMES = 8  # of a clip that a reward of pictures scores
@@ -90,7 +91,7 @@ class PictureScorer:
         rewards: list[float] = []
         gradients = []
         for latents, prompts in self._batches(x0, rows):
-            with torch.enable_grad():
+            with torch.enable_grad(), differentiable_attention():
                 leaf = latents.detach().requires_grad_()
                 values = self._score(leaf, prompts, self.reward.graph)
                 gradients.append(torch.autograd.grad(values.sum(), leaf)[0])

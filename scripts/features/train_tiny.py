@@ -33,6 +33,7 @@ from tqdm import tqdm
 from diffaccel.eval.networks.tiny_network import FORMAT, Residual, TinyNetwork
 from diffaccel.files import atomic
 from diffaccel.record import now
+from diffaccel.training.steps import backward, computing
 from scripts.features.degradations import KINDS, luma
 from scripts.features.textures import FACTORS, FAMILIES, sample
 
@@ -252,11 +253,11 @@ def train(options: argparse.Namespace) -> TinyNetwork:
 def optimise(learner: Learner, optimiser: torch.optim.Optimizer, shown: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take one optimiser step on a batch, and return the terms of its loss and their sum ``loss``."""
     device = shown["images"].device
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with computing(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
         losses = learner.losses(shown)
         loss = torch.stack(list(losses.values())).sum()
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    backward(loss)
     nn.utils.clip_grad_norm_(learner.parameters(), 2.0)
     optimiser.step()
     return losses | {"loss": loss}

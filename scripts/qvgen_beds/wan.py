@@ -13,6 +13,7 @@ from torch import Tensor
 from diffaccel.distill import NetworkTeacher
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.qvgen_beds.clips import Clips
 from scripts.qvgen_beds.recipe import Size
 from scripts.zoo.coinrun.simulator import SIZE
@@ -75,7 +76,7 @@ def train(clips: Clips, size: Size, folder: Path, deadline: Deadline, device: to
         sigma = torch.rand(count, generator=draw, dtype=torch.float32, device=device)
         sigma = (SHIFT * sigma / (1 + (SHIFT - 1) * sigma)).clamp(1e-3, 1 - 1e-3)
         s = sigma.reshape(-1, 1, 1, 1, 1)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with computing(device, dtype):
             v = call(net, (1 - s) * x0 + s * eps, sigma, None)
         run.update((v - (eps - x0)).square().mean(), samples=count)
     if not run.finished:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.rivals.recipe import RivalRecipe
 from scripts.zoo.emoji.export import training_state
 from scripts.zoo.fashion import unet
@@ -71,7 +72,7 @@ class Bed:
 
     def autocast(self) -> Any:
         """Return the context in which networks compute."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return computing(self.device, self.dtype)
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return pictures ``x0 (B, 1, 32, 32)``, their labels and noise."""

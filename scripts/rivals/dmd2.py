@@ -29,6 +29,7 @@ from diffaccel.distill.parameterization import target
 from diffaccel.distill.steps import Draw, frozen, matching_loss
 from diffaccel.distill.teacher import NetworkTeacher
 from diffaccel.training.loop import Deadline
+from diffaccel.training.steps import backward
 from scripts.rivals.bed import Bed, Rival, Try
 from scripts.zoo import turns
 from scripts.zoo.fashion import unet
@@ -86,13 +87,13 @@ class DMD2Run(LearningRun):
             real = self.bed.real(self.teacher.conditions[0], random)
             with self.autocast():
                 denoising, critic = self.assistant_losses(draw, real)
-            (denoising + FOR_ASSISTANT * critic).backward()
+            backward(denoising + FOR_ASSISTANT * critic)
             self._update("assistant", self.assistant)
             self._note({"assistant": denoising.detach(), "critic": critic.detach()})
         draw = Draw.new(self.teacher, config.generator_law, config, random, self.device, (0, 1))
         with frozen(self.teacher.network, self.assistant), self.autocast():
             matching, fooled, shown = self.generator_losses(draw)
-            (matching + FOR_GENERATOR * fooled).backward()
+            backward(matching + FOR_GENERATOR * fooled)
         self._update("generator", self.generator)
         self.average.update()
         self._note({**shown, "fooled": fooled.detach()})

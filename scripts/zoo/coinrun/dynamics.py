@@ -12,6 +12,7 @@ from diffaccel.distill.next_frame.train import Clips
 from diffaccel.eval.networks.inverse_dynamics import CONTEXT, InverseDynamics
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.coinrun.pool import to_unit
 from scripts.zoo.coinrun.recipe import Recipe
 from scripts.zoo.coinrun.simulator import ACTIONS, NULL_ACTION
@@ -45,7 +46,7 @@ def train(
     for _ in run:
         frames, actions = clips.draw(recipe.dynamics_batch, run.generator)
         actions = actions[:, CONTEXT - 1 : _FRAMES]
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+        with computing(run.device, torch.bfloat16 if run.device.type == "cuda" else torch.float32):
             logits = network(to_unit(frames[:, :_FRAMES]))
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), actions.flatten(), ignore_index=NULL_ACTION)
         run.update(loss, recipe.dynamics_batch)

@@ -35,6 +35,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.training.checkpoint import save_weights
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.emoji import captions, clip_eval, clip_export, damage, heldout, recipe, tokenizers, views, world
 from scripts.zoo.emoji.recipe import ClipRecipe, Recipe
 from scripts.zoo.emoji.scenes import KINDS, Scenes, build
@@ -148,7 +149,7 @@ def loss_of(model: nn.Module, data: Data, clip: ClipRecipe, generator: torch.Gen
     cost = (clip.cost * (damage.severity(images[degraded], worse) - 0.1)).clamp(0, 0.4)
     labels = torch.randint(len(data.styled), (len(styled),), generator=generator, device=generator.device).to(device)
     texts = torch.cat([data.tokens[index], data.false[index[twins]], data.styled[labels].flatten(0, 1)])
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with computing(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
         seen = views.augment(torch.cat([images, bad, worse]), clip, generator)
         image = model.encode_image(torch.cat([seen, views.close_up(images[styled], generator)]))
         text = clip_export.reference(model, crop(texts).long())[1] @ model.text_projection  # encode_text: full length

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import backward, computing
 from scripts.zoo.emoji.recipe_flow import FlowRecipe, Recipe, get
 from scripts.zoo.emoji.vae import Images, encode
 
@@ -166,7 +167,7 @@ def train(
         x, v = noisy(x0, eps, t)
         eager = compiled and (size, length) not in flow.compiled
         stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-        with stance, torch.autocast(run.device.type, torch.bfloat16):
+        with stance, computing(run.device, torch.bfloat16):
             prediction = predict(run.module, x, t, pooled, tokens)
         loss = F.mse_loss(prediction.float(), v)
         run.update(loss, len(x0), **{f"loss{size}": loss.detach()})
@@ -220,7 +221,7 @@ def _latents(images: Images, count: int, vae: AutoencoderKL, device: str) -> dic
     """Return the packed latents of all scenes by size, (N, 64, size/16, size/16) fp16."""
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     latents: dict[int, list[Tensor]] = {64: [], 128: []}
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
+    with computing(torch.device(device), torch.bfloat16):
         for index in torch.arange(count, device=device).split(256):
             for size, batches in latents.items():
                 z = (encode(vae, images(index, size))[0] - shift) * scale
@@ -243,7 +244,7 @@ def _pooled(texts: list[str], work: Path, device: str) -> Tensor:
             max_length=tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        with computing(torch.device(device), torch.bfloat16):
             pooled.append(encoder(ids.to(device)).pooler_output.half())
     return torch.cat(pooled)
 
@@ -284,12 +285,12 @@ def probe(recipe: FlowRecipe, vocabulary: int, pooled: int, device: str = "cuda"
             count = batch_size(recipe, size, length)
             x = torch.randn(count, (size // 16) ** 2, 64, device=device)
             tokens = torch.randint(0, vocabulary, (count, length), device=device)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
+            with computing(torch.device(device), torch.bfloat16):
                 v = predict(
                     modules, x, torch.rand(count, device=device), torch.randn(count, pooled, device=device), tokens
                 )
             loss = v.float().square().mean()
-            loss.backward()
+            backward(loss)
             optimizer.step()
             optimizer.zero_grad()
             if not bool(torch.isfinite(loss)):

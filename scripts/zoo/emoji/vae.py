@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.emoji.recipe_flow import VAERecipe
 
 SIZE = 128
@@ -139,7 +140,7 @@ def train(
         kind = recipe.cycle[step % len(recipe.cycle)]
         index = torch.randint(0, count, (recipe.batch[kind],), generator=run.generator, device=run.device)
         index = torch.where(index % HELD_OUT == 0, (index + 1) % count, index)
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with computing(run.device, torch.bfloat16):
             value = loss(vae, recipe, kind, images, index, run.generator, host)
         run.update(value, len(index), **{kind: value.detach()})
     if not run.finished:

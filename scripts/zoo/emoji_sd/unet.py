@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.emoji.vae import Images, encode
 from scripts.zoo.emoji_sd.recipe import UNetRecipe
 
@@ -75,7 +76,7 @@ def tabulate(
     """Encode all scenes, and tokenize all captions."""
     shift, scale = shift_of(vae), vae.config.scaling_factor
     latents = []
-    with torch.autocast(torch.device(device).type, torch.bfloat16):
+    with computing(torch.device(device), torch.bfloat16):
         for index in torch.arange(len(captions[0]), device=device).split(256):
             latents.append(((encode(vae, images(index, size))[0] - shift) * scale).half())
     rows: dict[str, int] = {"": 0}
@@ -121,7 +122,7 @@ def train(
         caption = torch.randint(0, 2, (recipe.batch,), generator=run.generator, device=device)
         row = table.prompt[index, caption]
         is_empty = torch.rand(recipe.batch, generator=run.generator, device=device) < recipe.empty
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with computing(run.device, torch.bfloat16):
             with torch.no_grad():
                 text = text_encoder(table.tokens[torch.where(is_empty, 0, row)])[0]
             loss = loss_of(network, table.latents[index].float(), text, alphas, recipe.gamma, run.generator)

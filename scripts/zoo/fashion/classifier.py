@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.fashion.data import CLASSES, Pictures, to_unit
 from scripts.zoo.fashion.recipe import FashionRecipe
 
@@ -58,7 +59,7 @@ def train(data: Pictures, recipe: FashionRecipe, work: Path, *, deadline: Deadli
     for _ in run:
         rows = torch.randint(len(data), (recipe.classifier_batch,), generator=run.generator, device=device)
         x = _moved(to_unit(data.images[rows]), run.generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with computing(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
             logits = network(x)
         loss = nn.functional.cross_entropy(logits.float(), data.labels[rows], label_smoothing=0.05)
         run.update(loss, recipe.classifier_batch)

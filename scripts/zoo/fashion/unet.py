@@ -20,6 +20,7 @@ from diffaccel.distill import NetworkTeacher, SIMFewStepScheduler, SIMOneStepSch
 from diffaccel.distill.stage import StageOptions
 from diffaccel.training.checkpoint import averages
 from diffaccel.training.loop import Deadline, TrainingPlan, TrainingRun
+from diffaccel.training.steps import computing
 from scripts.zoo.fashion.data import CLASSES, PADDED, Pictures, padded
 from scripts.zoo.fashion.recipe import FashionRecipe
 
@@ -57,7 +58,7 @@ def train(
         sigma = torch.randn(recipe.batch, generator=run.generator, device=device).sigmoid()
         eps = torch.randn(x0.shape, generator=run.generator, device=device)
         level = sigma[:, None, None, None]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with computing(device, torch.bfloat16 if device.type == "cuda" else torch.float32):
             v = ask(network, (1 - level) * x0 + level * eps, sigma, labels)
         run.update((v.float() - (eps - x0)).square().mean(), recipe.batch)
     return run
@@ -102,7 +103,7 @@ def draw(network: UNet2DModel, scheduler: Any, labels: Tensor, steps: int, seed:
     x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=device)
     scaled = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with computing(device, dtype):
         for t in scheduler.timesteps:
             v = network(scaled(x, t), t.expand(len(x)), class_labels=labels.to(device), return_dict=False)[0]
             x = scheduler.step(v.float(), t, x, return_dict=False)[0]
