@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,3 +26,23 @@ def timed(function: Callable[[], Any], repeats: int, device: torch.device | None
         function()
     wait(device)
     return 1000 * (time.perf_counter() - start) / repeats
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], turns: int, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds of every call in each of ``turns`` rounds of all of them, after one that warms up.
+
+    Every other round goes backwards, so that none always follows the same one.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name in list(calls) if turn % 2 else list(calls)[::-1]:
+            wait(device)
+            start = time.perf_counter()
+            calls[name]()
+            wait(device)
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds

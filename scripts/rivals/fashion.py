@@ -24,6 +24,7 @@ import torch
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
 from diffaccel.training.loop import Deadline
+from scripts.rivals import methods
 from scripts.rivals import recipe as recipes
 from scripts.rivals.bed import Bed, Rival, Try
 from scripts.rivals.dmd2 import DMD2
@@ -77,6 +78,7 @@ class Job:
         )
         self.data, self.report = options.data, options.report or self.work / "report.json"
         self.seconds, self.lr = options.seconds or fashion.student_seconds, options.lr
+        self.at_a_time = options.at_a_time
         self.deadline = Deadline(max(60 * options.minutes - _SCORE_SECONDS, 1.0))
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -170,12 +172,15 @@ class Job:
         if sheets:
             score.sheet(self.out / "rivals.png", sheets)
         made = {
-            "device": self._device_name, "pictures": self.bed.fashion.pictures, "floor": round(self.scorer.floor, 4),
+            "device": self._device_name, "at_a_time": self.at_a_time, "pictures": self.bed.fashion.pictures,
+            "floor": round(self.scorer.floor, 4),
             "teacher_fd": of_teacher, "teacher_seconds": self._teacher_seconds(), "rivals": rows,
             "students": report.get("students", {}), "teacher": report.get("teacher", {}),
         }  # fmt: skip
+        made["methods"] = methods.means(made)
         write_json(self.out / "rivals.json", made)
         self.bed.tell(table(made))
+        self.bed.tell(methods.shown(made["methods"], self.at_a_time))
 
     @property
     def _device_name(self) -> str:
@@ -226,6 +231,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/fashion"), help="folder of scripts.zoo.fashion.fetch")
     parser.add_argument("--report", type=Path, help="report.json of the job's students (default: WORK/report.json)")
     parser.add_argument("--seconds", type=float, help="of each rival, tries included (default: those of a student)")
+    parser.add_argument(
+        "--at-a-time", type=int, default=1, help="runs that shared the device in training, for the record"
+    )
     parser.add_argument("--lr", type=float, help="learning rate, without tries")
     stages.run(Job, parser.parse_args(), STAGES)
 

@@ -41,6 +41,7 @@ STAGES = ("student", "score")
 JUDGE = "emoji-clip-judge"
 _EXPORT_SECONDS = 30  # kept at the end of a call
 _LOOKS = 10  # evaluations of a run
+_LOOK_SECONDS = 4.0  # of one of them, the teacher's pictures included; they are no turns
 
 
 def base_pipeline() -> Any:
@@ -107,13 +108,19 @@ class Job:
         """Folder of the run."""
         return self.work / f"student-{self.steps}step-{self.seed}"
 
+    @property
+    def packed(self) -> Path:
+        """Folder of the run's packed model: jobs of several runs share a work folder, and do not meet in it."""
+        return self.folder / "packed"
+
     def _spread(self, count: int) -> list[str]:
         texts = self.held_out
         return [texts[row * len(texts) // count] for row in range(count)]
 
     def student(self) -> None:
         """Distil, or go on with it, until the deadline."""
-        seconds = max(self.deadline.left(), 1.0) if self.last else self.recipe.seconds
+        left = self.deadline.left() - _LOOKS * _LOOK_SECONDS
+        seconds = max(left, 1.0) if self.last else self.recipe.seconds
         trial = partial(self._run, count=1_000_000)
         count = turns.planned(self.folder / "turns.json", seconds, trial, self.recipe.turns)
         run = self._run(self.folder, count, self.tell)
@@ -152,7 +159,7 @@ class Job:
         own = student(self.finished).to(self.device)
         own.set_progress_bar_config(disable=True)
         rows.append(self._row(report, "student", self._draw(own, texts, self.steps, 1.0), texts, judge, reference))
-        packed = export.unpacked(export.pack(self.finished, self.work / "packed", {})[0], self.work / "unpacked")
+        packed = export.unpacked(export.pack(self.finished, self.packed, {})[0], self.folder / "unpacked")
         drawn = self._draw(packed.to(self.device), texts, self.steps, 1.0)
         rows.append(self._row(report, "student, packed", drawn, texts, judge, reference))
         self._sheet(rows)
@@ -192,7 +199,7 @@ class Job:
             return
         report = self.out / "report.json"
         quality = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-        packed, size = export.pack(self.finished, self.work / "packed", quality)
+        packed, size = export.pack(self.finished, self.packed, quality)
         fits = "fits" if size <= export.LARGEST else "is too large"
         self.tell(f"export: {packed.name} {size / 1e6:.2f} MB packed, which {fits}")
         for part in export.send(packed, self.out):

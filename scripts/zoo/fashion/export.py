@@ -87,8 +87,8 @@ def unpacked(packed: Path, folder: Path) -> UNet2DModel:
     return UNet2DModel.from_pretrained(plain / "unet", torch_dtype=torch.float32).eval()
 
 
-def send(work: Path, models: Path, out: Path) -> list[Path]:
-    """Write packed models and the averages that training can go on from, as parts of one tar."""
+def send(averages: Path, models: Path, out: Path) -> list[Path]:
+    """Write packed models and a folder of averages that training can go on from, as parts of one tar."""
     for old in out.glob(f"{ARCHIVE}.*"):
         old.unlink()
     with tempfile.TemporaryDirectory() as scratch:
@@ -96,7 +96,7 @@ def send(work: Path, models: Path, out: Path) -> list[Path]:
         with tarfile.open(tar, "w") as archive:
             for model in sorted(models.glob("*/")):
                 archive.add(model, arcname=model.name)
-            for file in sorted((work / "averages").glob("*.safetensors")):
+            for file in sorted(averages.glob("*.safetensors")):
                 archive.add(file, arcname=f"averages/{file.name}")
         return split(tar, out)
 

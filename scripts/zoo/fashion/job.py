@@ -54,7 +54,10 @@ class Job:
         reserved = _EXPORT_SECONDS + (options.score_seconds if "score" in options.stages else 0)
         self.deadline = Deadline(max(60 * options.minutes - reserved, 1.0))
         self.tell = partial(print, flush=True)
-        for folder in (self.work, self.out):
+        self.seconds, self.every = options.seconds or self.recipe.student_seconds, options.evaluate
+        self._scratch = tempfile.TemporaryDirectory()  # jobs that share a work folder do not meet in it
+        self.packed = Path(self._scratch.name) / "packed"
+        for folder in (self.work, self.out, self.packed):
             folder.mkdir(parents=True, exist_ok=True)
         if options.resume and not (self.work / f"{unet.NAME}.safetensors").exists():
             self._restore(options.resume)
@@ -100,7 +103,7 @@ class Job:
         if not self.last:
             return self.recipe.teacher
         before = training_state(self.work / f"{unet.NAME}.safetensors")["seconds"]
-        later = self.recipe.student_seconds * len(self.students) if "student" in self.stages else 0.0
+        later = self.seconds * len(self.students) if "student" in self.stages else 0.0
         later = min(later, self.deadline.left() / 2)
         return replace(self.recipe.teacher, seconds=before + max(self.deadline.left() - later, 1.0), samples=math.inf)
 
@@ -115,11 +118,11 @@ class Job:
                 self.tell(f"student: no time is left for {one.name}; run the job again")
                 return
             left = max(self.deadline.left(), 1.0) / (len(self.students) - number)
-            seconds = left if self.last else self.recipe.student_seconds
+            seconds = left if self.last else self.seconds
             count = students.turns_of(one, teacher, self.recipe, self.work, seconds, self.dtype)
             whole = students.distil(
                 one, teacher, self.recipe, self.work, count=count, deadline=self.deadline, dtype=self.dtype,
-                look=partial(self._look, one, count), tell=self.tell,
+                look=partial(self._look, one, count), every=self.every, tell=self.tell,
             )  # fmt: skip
             self.tell(f"student: {one.name} {'is finished' if whole else 'goes on in the next call'}")
 
@@ -156,7 +159,7 @@ class Job:
             self._write(report)
         score.sheet(self.out / "grid.png", rows)
         self.pack(report)
-        for model in sorted((self.work / "packed").glob(f"{export.MODEL}*/")):
+        for model in sorted(self.packed.glob(f"{export.MODEL}*/")):
             self._score_packed(scorer, model, report)
         self.tell(json.dumps(report))
 
@@ -194,7 +197,7 @@ class Job:
         teacher = unet.load(self.work, self.recipe, self.device)
         if teacher is None:
             return
-        folder = self.work / "packed"
+        folder = self.packed
         judge = classifier.load(self.work, self.recipe, torch.device("cpu"))
         common = {key: report[key] for key in ("pictures", "floor", "classifier_accuracy") if key in report}
         quality = {**common, "teacher": report.get("teacher", {})}
@@ -214,14 +217,13 @@ class Job:
         """Write all that must leave the machine: models, curves, progress."""
         file = self.out / "report.json"
         self.pack(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
-        folder = self.work / "averages"
+        folder = self.packed.with_name("averages")
         folder.mkdir(exist_ok=True)
         for stage, prefix in _PREFIX.items():
             checkpoint = self.work / f"{stage}.safetensors"
             if checkpoint.is_file():
                 save_file(averages(checkpoint, prefix), folder / f"{stage}.safetensors")
-        (self.work / "packed").mkdir(exist_ok=True)
-        for part in export.send(self.work, self.work / "packed", self.out):
+        for part in export.send(folder, self.packed, self.out):
             self.tell(f"export: {part} {part.stat().st_size / 1e6:.1f} MB")
         self._write_curves()
 
@@ -259,6 +261,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="time of this call, the score's included")
     parser.add_argument("--data", type=Path, default=Path("data/fashion"), help="folder of scripts.zoo.fashion.fetch")
     parser.add_argument("--students", default="sim:0", help="PRESET[xSTEPS[-last]][:SEED], several with commas")
+    parser.add_argument("--seconds", type=float, help="of each student (default: those of the recipe)")
+    parser.add_argument(
+        "--evaluate", type=int, default=0, metavar="N", help="drawings between evaluations of a student"
+    )
     parser.add_argument("--last", action="store_true", help="end the stages with this call")
     parser.add_argument("--resume", type=Path, help="results of another machine, for a work folder without a teacher")
     parser.add_argument("--score-seconds", type=float, default=150, help="kept for the score where it is a stage")

@@ -28,7 +28,7 @@ _LOOKS = 12  # evaluations of a run
 _TWO_STAGES = "tscd-sim"  # sim that begins with a student of trajectories, both within the seconds of one student
 _KNOWN = (*PRESETS, TSCD.name, _TWO_STAGES)
 _CHECKPOINT = "checkpoint.safetensors"
-_FIRST = 0.25  # share of the seconds that the first of two stages gets
+FIRST = 0.25  # share of the seconds that the first of two stages gets
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def turns_of(
     """Return the number of turns of a run, measured once for so many seconds and kept for calls that resume it."""
     later = seconds
     if student.first is not None:
-        later = (1 - _FIRST) * seconds
-        _planned(student.first, student.first_folder(work), network, recipe, _FIRST * seconds, dtype)
+        later = (1 - FIRST) * seconds
+        _planned(student.first, student.first_folder(work), network, recipe, FIRST * seconds, dtype)
     return _planned(student, student.folder(work), network, recipe, later, dtype)
 
 
@@ -118,18 +118,24 @@ def distil(
     dtype: torch.dtype,
     look: Callable[[UNet2DModel], dict[str, float]],
     tell: Callable[[str], None],
+    every: int = 0,
 ) -> bool:
     """Distil a student, or go on with it; return whether all its turns are made.
 
     Args:
         look: at a network that draws, from time to time; its numbers stand in the log beside the run's meter.
+        every: drawings between looks; 0 for a number of looks a run.
     """
+
+    def steps_between(turns: int) -> int:
+        return max(1, round(every / recipe.student_batch) if every else turns // _LOOKS)
+
     begin = None
     if student.first is not None:
         folder = student.first_folder(work)
         first = student.first.config(recipe, int(json.loads((folder / "turns.json").read_text())["turns"]))
         run = run_of(teacher_of(network, first.batch), first, folder, seed=student.seed, dtype=dtype, tell=tell)
-        if not run.run(deadline, max(1, first.steps // _LOOKS), lambda run: {**run.meter(), **look(run.generator)}):
+        if not run.run(deadline, steps_between(first.steps), lambda run: {**run.meter(), **look(run.generator)}):
             return False
         begin = _averaged(folder, recipe, network.device)
     config = student.config(recipe, count)
@@ -141,8 +147,7 @@ def distil(
         return True
     if config.risk:
         tell(f"note: {config.risk}")
-    every = max(1, count // _LOOKS)
-    return run.run(deadline, every, lambda run: {**run.meter(), **look(run.generator)})
+    return run.run(deadline, steps_between(count), lambda run: {**run.meter(), **look(run.generator)})
 
 
 def load(student: Student, recipe: FashionRecipe, work: Path, device: torch.device) -> UNet2DModel | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,13 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics.frechet import Moments, distance, distance_of_features, gaussian
 from diffaccel.eval.metrics.frechet_influence import influence
-from diffaccel.eval.metrics.frechet_intervals import difference, distance_interval, infinity, infinity_difference
+from diffaccel.eval.metrics.frechet_intervals import (
+    difference,
+    distance_interval,
+    infinity,
+    infinity_difference,
+    ratio,
+)
 from diffaccel.eval.uncertainty.intervals import Interval
 
 D, N = 16, 500
@@ -116,6 +124,26 @@ def test_pairing_narrows_the_interval() -> None:
 
 def width(found: list[Interval]) -> float:
     return sum(interval.high - interval.low for interval in found) / len(found)
+
+
+@pytest.mark.slow
+def test_ratio_covers_what_it_says() -> None:
+    """The mean logarithm of the ratio, from independent draws, lies in nine of ten intervals, which tell it from 1."""
+    runs = [pair(seed) for seed in range(60)]
+    found = [ratio(a, b, REFERENCE) for a, b in runs[:30]]
+    values = [math.log(by_singular_values(a) / by_singular_values(b)) for a, b in runs[30:]]
+    assert sum(covered(interval, math.exp(sum(values) / 30)) for interval in found) >= 27
+    assert all(interval.significant and interval.high < 1 for interval in found)
+
+
+def test_ratio_of_two_runs_is_that_of_their_distances() -> None:
+    a, b = pair(0)
+    found, other, same = ratio(a, b, REFERENCE), ratio(b, a, REFERENCE), ratio(a, a, REFERENCE)
+    assert found.value == pytest.approx(by_singular_values(a) / by_singular_values(b), rel=1e-8)
+    assert (1 / other.value, 1 / other.high) == pytest.approx((found.value, found.low), rel=0.02)
+    assert (same.value, same.low, same.high, same.significant) == (1, 1, 1, False)
+    with pytest.raises(DiffAccelError, match="have no ratio"):
+        ratio(a, b, a)
 
 
 def test_a_run_and_itself_differ_by_nothing() -> None:

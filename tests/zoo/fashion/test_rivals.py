@@ -15,7 +15,7 @@ from diffaccel.distill import SIM
 from diffaccel.distill.steps import Draw, frozen
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json
-from scripts.rivals import drifting, fashion, lcm, meanflow
+from scripts.rivals import drifting, fashion, lcm, meanflow, methods
 from scripts.rivals import recipe as recipes
 from scripts.rivals.bed import Bed
 from scripts.rivals.dmd2 import DMD2Run
@@ -273,3 +273,19 @@ def test_the_table_has_the_nearest_first() -> None:
     lines = fashion.table(made).splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["meanflow-0", "sim-1step-0", "lcm-0", "teacher,"]
     assert "none" in lines[2] and "3.0" in lines[3] and lines[0] == "cpu, 40 pictures each, floor 0.1"
+
+
+def test_means_of_methods_charge_the_teacher_to_what_begins_with_it() -> None:
+    row = {"ratio": 1.5, "obeyed": 0.9, "turns": 7}
+    made = {
+        "floor": 0.5, "teacher_fd": 1.0, "teacher_seconds": 30.0,
+        "rivals": {f"meanflow-{seed}": {**row, "fd": fd, "seconds": 10.0 + seed, "teacher": False}
+                   for seed, fd in ((0, 1.0), (1, 2.0))},
+        "students": {"sim-1step-0": {**row, "fd": 0.75, "seconds": 9.0}},
+    }  # fmt: skip
+    found = methods.means(made)
+    assert list(found) == ["sim-1step", "meanflow"]
+    assert found["meanflow"]["fd_range"] == [1.0, 2.0] and found["meanflow"]["ratio"] == 2.0
+    assert found["meanflow"]["seconds"] == found["meanflow"]["seconds_with_teacher"] == 10.5
+    assert found["sim-1step"]["ratio"] == 0.5 and found["sim-1step"]["seconds_with_teacher"] == 39.0
+    assert "| meanflow | 2 | 1.500 | 1.000 to 2.000 |" in methods.shown(found, 4)
