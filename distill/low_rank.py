@@ -48,3 +48,26 @@ def restrict(network: nn.Module, rank: int, seed: int) -> nn.Module:
             f"rank is {rank}, but no matrix of {type(network).__name__} is larger. Take a smaller one, or 0 for any."
         )
     return network
+
+
+@torch.no_grad()
+def begin_as(restricted: nn.Module, network: nn.Module) -> nn.Module:
+    """Let a network of :func:`restrict` begin as near to another one of its kind as its rank allows; return it.
+
+    Changes are the leading singular directions of the difference; what learns as a whole is copied.
+    """
+    for key, weight in network.named_parameters():
+        path, _, leaf = key.rpartition(".")
+        module = restricted.get_submodule(path)
+        if not parametrize.is_parametrized(module, leaf):
+            getattr(module, leaf).copy_(weight)
+            continue
+        held = module.parametrizations[leaf]  # type: ignore[index, union-attr]
+        change, original = held[0], held.original
+        difference = (weight.float().to(original.device) - original).flatten(1)
+        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        rank, columns = change.down.shape
+        size = (columns / rank) ** 0.5  # of a row of ``down``, as it begins without
+        change.down.copy_(size * v[:rank])
+        change.up.copy_(u[:, :rank] * s[:rank] / size)
+    return restricted

@@ -12,7 +12,7 @@ from torch import nn
 from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import learner
 from diffaccel.distill.learning import LearningRun, decay_of
-from diffaccel.distill.low_rank import restrict
+from diffaccel.distill.low_rank import begin_as, restrict
 from diffaccel.distill.meter import converged
 from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
@@ -27,7 +27,8 @@ class Distillation(LearningRun):
     """One run; :meth:`run` makes its steps.
 
     Args:
-        begin: network that the generator begins as, such as an earlier stage's student; the teacher's by default.
+        begin: network that the generator begins as, such as an earlier stage's student; the teacher's by default. With
+            a rank it begins as near to it as a change of the teacher of that rank comes.
         sharded: share out the weights of all three networks among the processes, instead of a copy each. The teacher
             stays as it is, and a copy of its network is shared out.
         folder, device, dtype, tell: as those of every ``LearningRun``.
@@ -64,11 +65,13 @@ class Distillation(LearningRun):
         self.assistant = learner(source.network)
         if sharded:
             shard(self.assistant, place)  # one after another: each is whole for a moment
-        generator = learner(begin or source.network)
+        generator = learner(source.network if begin is None or config.rank else begin)
         if sharded:
             shard(generator, place)
         if config.rank:
             restrict(generator, config.rank, seed)
+            if begin is not None:
+                begin_as(generator, begin)
         networks = {"generator": generator, "assistant": self.assistant}
         rates = {
             "generator": (config.lr, config.momentum),

@@ -9,7 +9,8 @@ import tiny
 import torch
 from distill_toys import Velocity, small_teacher
 
-from diffaccel.distill.low_rank import restrict
+from diffaccel.distill.learner import learner
+from diffaccel.distill.low_rank import begin_as, restrict
 from diffaccel.distill.run import Distillation
 from diffaccel.distill.sim import SIM
 from diffaccel.distill.student import student
@@ -37,6 +38,27 @@ def test_a_restricted_network_begins_as_it_was_and_learns_changes_of_its_rank(tm
     assert all(torch.equal(a, b) for a, b in zip(before.values(), matrices(run.teacher.network).values(), strict=True))
     free = torch.linalg.matrix_rank(run.assistant.layers[2].weight - before["2"], atol=1e-5)  # type: ignore[index]
     assert int(free) > RANK
+
+
+def test_a_run_goes_on_from_a_student_of_its_rank_as_a_change_of_the_teacher(tmp_path: Path) -> None:
+    first = Distillation(small_teacher(), SMALL, tmp_path / "first")
+    assert first.run()
+    begin = learner(first.teacher.network)
+    begin.load_state_dict({**begin.state_dict(), **first.weights()})
+    run = Distillation(small_teacher(), SMALL, tmp_path / "second", begin=begin)
+    for name, weight in run.weights().items():
+        torch.testing.assert_close(weight, first.weights()[name], rtol=1e-5, atol=1e-5)
+    teacher = matrices(run.teacher.network)["2"]
+    far = learner(first.teacher.network)
+    far.layers[2].weight.data += 1.0 + torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    near = begin_as(restrict(learner(first.teacher.network), RANK, 0), far)
+    u, s, v = torch.linalg.svd(matrices(far)["2"] - teacher)
+    expected = teacher + (u[:, :RANK] * s[:RANK]) @ v[:RANK]
+    torch.testing.assert_close(near.layers[2].weight, expected, rtol=1e-4, atol=1e-4)
+    assert run.run()
+    assert int(torch.linalg.matrix_rank(matrices(run.generator)["2"] - teacher, atol=1e-5)) <= RANK
+    with pytest.raises(DiffAccelError, match="began with another network"):
+        Distillation(small_teacher(), SMALL, tmp_path / "second")
 
 
 def test_a_rank_that_no_matrix_has_is_refused() -> None:

@@ -36,8 +36,12 @@ def packed_base() -> Path:
     return Path(zoo.__file__).parent / BASE
 
 
-def pack(run: Distillation, models: Path, quality: dict[str, Any]) -> tuple[Path, int]:
-    """Pack a run's student into ``models / "emoji-flux-Nstep"`` with its card; return the folder, and packed bytes."""
+def pack(run: Distillation, models: Path, quality: dict[str, Any], begin: str | None = None) -> tuple[Path, int]:
+    """Pack a run's student into ``models / "emoji-flux-Nstep"`` with its card; return the folder, and packed bytes.
+
+    Args:
+        begin: the student that the run began as, for the card; None for the teacher.
+    """
     from diffusers import FluxPipeline
 
     steps = run.config.student_steps
@@ -61,7 +65,7 @@ def pack(run: Distillation, models: Path, quality: dict[str, Any]) -> tuple[Path
         "name": out.name, "title": f"emoji-flux in {steps} network call{'s' * (steps > 1)}", "base": BASE,
         "pipeline": "FluxPipeline", "defaults": defaults, "bytes": {"packed": size},
         "training": {"options": run.config.to_dict(), "turns": run.step, "drawings": run.pictures,
-                     "seconds": round(run.seconds, 1)},
+                     "seconds": round(run.seconds, 1), **({"begun_as": begin} if begin else {})},
         **{key: base[key] for key in ("licence", "attribution", "data") if key in base}, "quality": quality,
     }  # fmt: skip
     write_json(out / zoo.CARD, {**facts, **accepted(quality, size)})
@@ -92,7 +96,8 @@ def readme(card: dict[str, Any]) -> str:
     lines = [
         f"# {card['name']}", "",
         f"{card['title']}: distilled from {card['base']} by score implicit matching (arXiv 2410.16794), without data, "
-        f"in {training['turns']} turns and {training['seconds']:.0f} s on one NVIDIA H200. State: "
+        f"in {training['turns']} turns and {training['seconds']:.0f} s on one NVIDIA H200"
+        f"{', begun as ' + training['begun_as'] if 'begun_as' in training else ''}. State: "
         f"**{card['state']}**.", "",
         "![16 prompts a row: the teacher at 28, 8, 4, 2 and 1 steps, the student, the packed student](grid.png)",
         "", CAPTION, "", "```python", "import diffaccel", "", f'pipe = diffaccel.load("{card["name"]}")',

@@ -58,7 +58,7 @@ class Job:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.recipe = recipes.get(options.recipe)
-        self.steps, self.last, self.seed = options.steps, options.last, options.seed
+        self.steps, self.last, self.seed, self.begins = options.steps, options.last, options.seed, options.begin
         changes = dict(text.partition("=")[::2] for text in options.set)
         self.changes = {"student_steps": options.steps, **self.recipe.options, **parse_fields(SIM, changes)}
         self._config(1_000_000)  # names an option that is unknown or of no effect
@@ -101,7 +101,19 @@ class Job:
         config = self._config(count)
         texts = prompts.build(vocabulary, self.recipe.prompts, self.held_out)
         teacher = PipelineTeacher(self.pipe, texts, config.batch, self.arguments)
-        return Distillation(teacher, config, folder, seed=self.seed, device=self.device, dtype=self.dtype, tell=tell)
+        return Distillation(
+            teacher, config, folder, seed=self.seed, device=self.device, dtype=self.dtype, tell=tell, begin=self.begin
+        )
+
+    @cached_property
+    def begin(self) -> Any:
+        """Network of the installed student that the run begins as; None for the teacher's."""
+        if self.begins is None:
+            return None
+        from diffusers import FluxTransformer2DModel
+
+        folder = zoo.path(self.begins) / "transformer"
+        return FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32).to(self.device)
 
     @property
     def folder(self) -> Path:
@@ -159,7 +171,7 @@ class Job:
         own = student(self.finished).to(self.device)
         own.set_progress_bar_config(disable=True)
         rows.append(self._row(report, "student", self._draw(own, texts, self.steps, 1.0), texts, judge, reference))
-        packed = export.unpacked(export.pack(self.finished, self.packed, {})[0], self.folder / "unpacked")
+        packed = export.unpacked(export.pack(self.finished, self.packed, {}, self.begins)[0], self.folder / "unpacked")
         drawn = self._draw(packed.to(self.device), texts, self.steps, 1.0)
         rows.append(self._row(report, "student, packed", drawn, texts, judge, reference))
         self._sheet(rows)
@@ -199,7 +211,7 @@ class Job:
             return
         report = self.out / "report.json"
         quality = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-        packed, size = export.pack(self.finished, self.packed, quality)
+        packed, size = export.pack(self.finished, self.packed, quality, self.begins)
         fits = "fits" if size <= export.LARGEST else "is too large"
         self.tell(f"export: {packed.name} {size / 1e6:.2f} MB packed, which {fits}")
         for part in export.send(packed, self.out):
@@ -213,6 +225,7 @@ def main() -> None:
     stages.add_options(parser, STAGES)
     parser.add_argument("--minutes", type=float, default=9.0, help="time of this call, the score's included")
     parser.add_argument("--steps", type=int, default=1, help="network calls of the student")
+    parser.add_argument("--begin", metavar="MODEL", help=f"installed student of {BASE} that it begins as")
     parser.add_argument("--last", action="store_true", help="plan a run that begins for what is left of this call")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="an option of the method")
     parser.add_argument("--score-seconds", type=float, default=120, help="kept for the score where it is a stage")

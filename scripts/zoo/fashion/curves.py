@@ -5,7 +5,7 @@
 ``WORK`` is a folder of ``scripts.zoo.fashion.job`` with its classifier and its finished teacher. Both ways draw the
 same number of pictures from the same seed; of the two stages the first has a quarter. Every N pictures the averaged
 network draws in one call, and the distance of what it draws to the training set is kept. The same command goes on where
-it was stopped; processes with a seed each may share WORK, and a last call with all seeds joins them. OUT gets
+it was stopped; processes with a seed or a way each may share WORK, and a last call with all of them joins them. OUT gets
 ``fashion-curves_KIND.json`` and ``.png``.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
 from diffaccel.record import describe_device, now, versions
 from diffaccel.training.loop import Deadline
@@ -64,7 +64,7 @@ class Curves:
 
     def train(self) -> bool:
         """Train all ways, or go on with them; return whether they are finished."""
-        for one in [Student.parse(f"{way}:{seed}") for seed in self.seeds for way in WAYS]:
+        for one in [Student.parse(f"{way}:{seed}") for seed in self.seeds for way in self.options.ways.split(",")]:
             first, count = self._turns(one)
             for folder, number in ((one.first_folder(self.folder), first), (one.folder(self.folder), count)):
                 if number:
@@ -176,11 +176,15 @@ def main() -> None:
     add("--every", type=int, default=50_000, help="pictures between evaluations")
     add("--looked", type=int, default=5000, help="pictures drawn for an evaluation")
     add("--seeds", default="0")
+    add("--ways", default=",".join(WAYS), help="to train in this call; the record has both")
     add("--minutes", type=float, default=9.0, help="of this call")
     add("--kind", default="cpu", help="name of the machine, for the record's name")
     add("--device", help="default: cuda if there is one")
     options = parser.parse_args()
     try:
+        for way in options.ways.split(","):
+            if way not in WAYS:
+                raise unknown("way", way, WAYS)
         curves = Curves(options)
         curves.train()
         made = curves.record()
