@@ -240,9 +240,8 @@ def ratio(
         first, second = (own / between(gaussian(x), side.whole) for x, own in parts)
         return first - second
 
-    logarithm = influence_interval(math.log(of_a / of_b), influences, len(a), held=side.held, seed=seed)
-    ends = {name: math.exp(getattr(logarithm, name)) for name in ("value", "low", "high")}
-    return replace(logarithm, **ends, null=1.0)
+    log = influence_interval(math.log(of_a / of_b), influences, len(a), held=side.held, seed=seed)
+    return replace(log, value=math.exp(log.value), low=math.exp(log.low), high=math.exp(log.high), null=1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@
 ``WORK`` is a folder of ``scripts.zoo.fashion.job`` with its classifier and its finished teacher. Both ways draw the
 same number of pictures from the same seed; of the two stages the first has a quarter. Every N pictures the averaged
 network draws in one call, and the distance of what it draws to the training set is kept. The same command goes on where
-it was stopped; processes with a seed or a way each may share WORK, and a last call with all of them joins them. OUT gets
-``fashion-curves_KIND.json`` and ``.png``.
+it was stopped; processes with a seed or a way each may share WORK, and a last call with all of them joins them. OUT
+gets ``fashion-curves_KIND.json`` and ``.png``.
 """
 
 from __future__ import annotations
