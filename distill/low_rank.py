@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -62,10 +64,10 @@ def begin_as(restricted: nn.Module, network: nn.Module) -> nn.Module:
         if not parametrize.is_parametrized(module, leaf):
             getattr(module, leaf).copy_(weight)
             continue
-        held = module.parametrizations[leaf]  # type: ignore[index, union-attr]
+        held: Any = module.parametrizations[leaf]  # type: ignore[index]
         change, original = held[0], held.original
         difference = (weight.float().to(original.device) - original).flatten(1)
-        u, s, v = torch.linalg.svd(difference, full_matrices=False)
+        u, s, v = torch.linalg.svd(difference.cpu(), full_matrices=False)  # as exact on every machine
         rank, columns = change.down.shape
         size = (columns / rank) ** 0.5  # of a row of ``down``, as it begins without
         change.down.copy_(size * v[:rank])
