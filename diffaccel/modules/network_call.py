@@ -107,6 +107,7 @@ class NetworkCall:
         noise_share: the part of noise in the latents, ``sigma / (alpha + sigma)`` in [0, 1], a scalar or one per row;
             None where the noise levels cannot be read.
         spatial: makes the latents of this call in the layout ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
+        stage: index of the stage, of a sampler that changes the resolution.
     """
 
     step: int
@@ -118,6 +119,7 @@ class NetworkCall:
     tally: Tally
     noise_share: Tensor | None = None
     spatial: Callable[[], Tensor] | None = None
+    stage: int = 0
 
 
 _CURRENT: ContextVar[NetworkCall | None] = ContextVar("diffaccel_network_call", default=None)

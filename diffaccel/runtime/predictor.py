@@ -210,7 +210,7 @@ class Predictor:
         call = NetworkCall(
             step, steps, sigma, timestep, context, self._trajectory, self._tally,
             noise_share=self._noise_share(session, sigma) if self._tally.names else None,
-            spatial=lambda: family.spatial(session.pipe, x, session.height, session.width),
+            spatial=lambda: family.spatial(session.pipe, x, session.height, session.width), stage=self._stage,
         )  # fmt: skip
         with cache_context, telling(call), self._tally.timed():
             out = denoiser(*positional, **arguments)[0]

@@ -55,7 +55,8 @@ class Bottleneck(SamplerConfig):
             only those from its start on are made.
         tolerance: share of a frequency's power that may be missing when a grid is left (``speed``); larger is faster.
         spectrum: (A, beta) of the power ``A w^-beta`` of clean latents; None for that of the pipeline's VAE.
-        switches: shares of the steps after which the stages end (``selflift-zero``, ``lightx2v``).
+        switches: shares of the steps after which the stages end (``selflift-zero``, ``lightx2v``; ``speed``, where they
+            take the place of ``tolerance``).
         lift: share of places that go through pixels, and their least and greatest weight (``selflift-zero``).
         noise: "shared": all sizes have the call's own noise, small ones its low frequencies, so that a picture stays
             near the one that the seed gives without stages; "fresh": new noise at each size, as published.
@@ -170,6 +171,8 @@ class Bottleneck(SamplerConfig):
                 raise DiffAccelError(f"{name} is {options[name]}; each must be {words}.")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise DiffAccelError(f"tolerance is {self.tolerance}; it must be in (0, 1), such as 0.01.")
+        if self.preset == "speed" and self.switches and (self.tolerance or self.spectrum):
+            raise DiffAccelError("switches say when the stages end, in the place of tolerance and spectrum. Pass either.")
         if self.starts is not None and self.starts[0] != 1:
             raise DiffAccelError(f"starts is {self.starts}; the first stage begins at 1, pure noise.")
         if self.count == "truncated" and (self.strength_space == "sigma" or self.stage_end == "handoff"):
@@ -209,9 +212,10 @@ class Bottleneck(SamplerConfig):
         resize, weights = options.get("resize", "bilinear"), options.get("lift", (0.0, 0.0, 0.0))
         handover = Handover(KINDS[preset], resize, weights, shares)
         if preset == "speed":
-            return rules.spectral(
-                target, scales, options["spectrum"] or session.spectrum, options["tolerance"]
-            ), handover
+            if options["switches"] is not None:
+                return rules.expanded(target, scales, rules.bounds(total, options["switches"])), handover
+            spectrum = options["spectrum"] or session.spectrum
+            return rules.spectral(target, scales, spectrum, options["tolerance"]), handover
         if preset == "bottleneck":
             return self._renoised(session, target, options), handover
         rule = rules.switched if preset == "selflift-zero" else rules.reshifted

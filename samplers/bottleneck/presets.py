@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "noise": "shared",
         "resize": "bilinear",
     },
-    "speed": {"scales": (0.5, 1.0), "tolerance": 0.01, "spectrum": None, "noise": "shared"},
+    "speed": {"scales": (0.5, 1.0), "tolerance": 0.01, "spectrum": None, "switches": None, "noise": "shared"},
     "selflift-zero": {
         "scales": (0.5, 1.0), "switches": (0.75,), "lift": (0.35, 0.5, 1.0), "noise": "shared", "resize": "bicubic",
     },

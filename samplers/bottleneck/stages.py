@@ -93,12 +93,20 @@ def spectral(target: Target, scales: Sequence[float], spectrum: tuple[float, flo
     """
     own = target.levels.tolist()
     nyquist = min(target.size) / target.latent / 2
-    sizes = [target.scaled(scale) for scale in scales]
     leaves = [leaving_level(spectrum, scale * nyquist, tolerance) for scale in scales[:-1]]
-    ends = [next(place for place, level in enumerate(own) if level <= leave) for leave in leaves] + [len(own) - 1]
+    ends = [next(place for place, level in enumerate(own) if level <= leave) for leave in leaves]
+    return expanded(target, scales, [0, *ends, len(own) - 1])
+
+
+def expanded(target: Target, scales: Sequence[float], places: Sequence[int]) -> list[Stage]:
+    """Return growing stages of :func:`spectral`, from each of some places to the next; those without steps are none.
+
+    The same state stands higher on a larger grid, at the first level of its stage.
+    """
+    own = target.levels.tolist()
     stages: list[Stage] = []
     first = 0
-    for size, last in zip(sizes, ends, strict=True):
+    for size, last in zip(map(target.scaled, scales), places[1:], strict=True):
         if last <= first:
             continue
         stage = _part(target, size, first, last)
@@ -115,21 +123,30 @@ def switched(target: Target, scales: Sequence[float], switches: Sequence[float])
 
     Each stage has a step at least.
     """
-    total, later = len(target.levels) - 1, len(scales) - 1
-    if total < len(scales):
+    places = bounds(len(target.levels) - 1, switches)
+    return [
+        _part(target, target.scaled(scale), first, last)
+        for scale, (first, last) in zip(scales, pairwise(places), strict=True)
+    ]
+
+
+def bounds(total: int, switches: Sequence[float]) -> list[int]:
+    """Return the steps at which stages begin, and the last one's end, from shares of ``total`` steps.
+
+    Raises:
+        DiffAccelError: for fewer steps than stages, and shares that do not grow.
+    """
+    later = len(switches)
+    if total <= later:
         raise DiffAccelError(
-            f"{total} steps do not fill {len(scales)} stages. Pass num_inference_steps={len(scales)} or more."
+            f"{total} steps do not fill {later + 1} stages. Pass num_inference_steps={later + 1} or more."
         )
     if any(after <= before for before, after in pairwise(switches)):
         raise DiffAccelError(f"switches is {tuple(switches)}; shares of the steps must grow, as (0.3, 0.6).")
-    bounds = [0]
+    places = [0]
     for index, share in enumerate(switches):
-        bounds.append(min(max(round(share * total), bounds[-1] + 1), total - (later - index)))
-    bounds.append(total)
-    return [
-        _part(target, target.scaled(scale), first, last)
-        for scale, (first, last) in zip(scales, pairwise(bounds), strict=True)
-    ]
+        places.append(min(max(round(share * total), places[-1] + 1), total - (later - index)))
+    return [*places, total]
 
 
 def reshifted(target: Target, scales: Sequence[float], switches: Sequence[float]) -> list[Stage]:

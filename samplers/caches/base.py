@@ -17,7 +17,7 @@ from diffaccel.modules.block_stack import BlockStack, OutputStack, Stacks
 from diffaccel.modules.network_call import NetworkCall
 from diffaccel.modules.stand_in import uncompiled
 from diffaccel.modules.step_cache.cache import StepCache, Target
-from diffaccel.modules.step_cache.decisions import Decision, FixedSteps
+from diffaccel.modules.step_cache.decisions import Decision, FixedSteps, StageSteps
 from diffaccel.modules.step_cache.forecasts import Chebyshev, Differences, Forecast, Last
 
 Payload = Literal["last", "linear", "newton", "taylor", "chebyshev"]
@@ -33,7 +33,8 @@ class CacheConfig(Config):
 
     Args:
         real_steps: numbers of the steps that are real, a pattern chosen beforehand, in the place of the method's own
-            decision; None for that. A step without enough history is real anyway.
+            decision; None for that. A step without enough history is real anyway. Every stage of a sampler with stages
+            has this pattern; in a list with several zeros each begins the next stage's, as a run's record has it.
         payload: what a skipped step returns: what the latest real step added ("last"), its extrapolation from two
             ("linear"), from ``order + 1`` real steps by the polynomial through them ("newton") or by differences
             ("taylor"), or a ridge regression over the latest ``history`` of them ("chebyshev").
@@ -77,6 +78,11 @@ class CacheConfig(Config):
             raise DiffAccelError(
                 f"{type(self).__name__}.real_steps is {self.real_steps}; give numbers of steps from 0 on, at least one."
             )
+        if self.real_steps is not None and self.real_steps.count(0) > 1 and self.real_steps[0]:
+            raise DiffAccelError(
+                f"{type(self).__name__}.real_steps is {self.real_steps}; each 0 begins the steps of a stage, so that it "
+                "must begin with one."
+            )
 
     def require(self, **limits: tuple[float, float]) -> None:
         """Raise for a field outside of its (least, most)."""
@@ -112,7 +118,7 @@ class CacheConfig(Config):
         """
         decide: Callable[[], Decision] = self.decision
         if self.real_steps is not None:
-            decide = functools.partial(FixedSteps, frozenset(self.real_steps))
+            decide = functools.partial(_fixed, self.real_steps)
         target: Target = "residual" if self.payload in RESIDUALS else "output"
         stacks = [self._stack(network, decide, target) for network in families.networks(pipe)]
         if not stacks:
@@ -146,3 +152,8 @@ class CacheConfig(Config):
             )
         cache = StepCache(decide, self.forecast(), target, self.look)
         return BlockStack(cache, blocks, facts.hidden_output, self.probes)
+
+
+def _fixed(real_steps: tuple[int, ...]) -> Decision:
+    """Return the decision of a pattern: one for all stages, or with several zeros one for each."""
+    return StageSteps.of(real_steps) if real_steps.count(0) > 1 else FixedSteps(frozenset(real_steps))

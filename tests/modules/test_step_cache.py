@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffaccel.errors import DiffAccelError
 from diffaccel.modules.network_call import NetworkCall, Tally
 from diffaccel.modules.step_cache.cache import StepCache
-from diffaccel.modules.step_cache.decisions import Decision, EveryNth, FixedSteps, GrowingWindow, Place
+from diffaccel.modules.step_cache.decisions import Decision, EveryNth, FixedSteps, GrowingWindow, Place, StageSteps
 from diffaccel.modules.step_cache.forecasts import Chebyshev, Differences, Last
 from diffaccel.modules.step_cache.indicators import ChangeBound, filtered, frequency_gain
 
@@ -50,6 +51,14 @@ def test_every_nth_and_fixed_patterns() -> None:
     assert real_steps(EveryNth(4, 3), 12) == [0, 1, 2, 6, 10]
     assert real_steps(EveryNth(1, 1), 5) == [0, 1, 2, 3, 4]
     assert real_steps(FixedSteps(frozenset({0, 3, 9})), 8) == [0, 3]
+
+
+def test_a_list_with_several_zeros_has_a_pattern_for_each_stage() -> None:
+    decision = StageSteps.of([0, 1, 4, 0, 2])
+    asked = [[decision.is_real(Place(step, 5, stage=stage), torch.Tensor) for step in range(5)] for stage in (0, 1)]
+    assert asked == [[True, True, False, False, True], [True, False, True, False, False]]
+    with pytest.raises(DiffAccelError, match="real_steps has steps of 2 stages, and the call has more"):
+        decision.is_real(Place(0, 5, stage=2), torch.Tensor)
 
 
 # -- forecasts ---------------------------------------------------------------------------------------------------------

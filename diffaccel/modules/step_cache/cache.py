@@ -89,7 +89,7 @@ class StepCache:
             self._clear()
             self._trajectory = call.trajectory
         stream = self._stream(call)
-        progress = Place(call.step, call.steps, stream.skipped, len(stream.real_steps))
+        progress = Place(call.step, call.steps, stream.skipped, len(stream.real_steps), call.stage)
 
         def look() -> Tensor:
             if self.look is None:

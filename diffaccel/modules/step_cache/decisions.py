@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
+
+from diffaccel.errors import DiffAccelError
 
 
 @dataclass
@@ -16,12 +19,14 @@ class Place:
         step, steps: the step and their number, within the stage.
         skipped: number of steps skipped since the last real one.
         real: number of real steps before this one.
+        stage: index of the stage.
     """
 
     step: int
     steps: int
     skipped: int = 0
     real: int = 0
+    stage: int = 0
 
 
 Look = Callable[[], Tensor]
@@ -47,6 +52,31 @@ class FixedSteps(Decision):
 
     def is_real(self, at: Place, look: Look) -> bool:
         return at.step in self.real_steps
+
+
+@dataclass
+class StageSteps(Decision):
+    """Real at the given steps of each stage, which are counted from its beginning.
+
+    Raises:
+        DiffAccelError: in a stage for which no steps are given.
+    """
+
+    stages: tuple[frozenset[int], ...]
+
+    @classmethod
+    def of(cls, real_steps: Sequence[int]) -> StageSteps:
+        """Return the decision of a list in which every 0 begins a stage, as records have it."""
+        begins = [*(place for place, step in enumerate(real_steps) if step == 0), len(real_steps)]
+        return cls(tuple(frozenset(real_steps[first:last]) for first, last in pairwise(begins)))
+
+    def is_real(self, at: Place, look: Look) -> bool:
+        if at.stage >= len(self.stages):
+            raise DiffAccelError(
+                f"real_steps has steps of {len(self.stages)} stages, and the call has more. Give a list for each stage, "
+                "every one from its step 0 on, or one list for all."
+            )
+        return at.step in self.stages[at.stage]
 
 
 @dataclass

@@ -69,6 +69,7 @@ def test_every_option_changes_the_picture(pipe, preset: str) -> None:
         ({"preset": "speed", "scales": (0.5, 0.75)}, "numbers in (0, 1], the last of them 1"),
         ({"preset": "speed", "scales": ()}, "numbers in (0, 1], the last of them 1"),
         ({"preset": "speed", "tolerance": 1.0}, "tolerance is 1.0; it must be in (0, 1)"),
+        ({"preset": "speed", "switches": (0.5,), "tolerance": 0.1}, "in the place of tolerance and spectrum"),
         ({"preset": "speed", "spectrum": (0.0, 1.0)}, "spectrum is (0.0, 1.0); each must be above 0"),
         ({"preset": "bottleneck", "scales": (0.5, 1.0)}, "begins and ends at 1"),
         ({"preset": "bottleneck", "stage_steps": (6, 0, 8)}, "stage_steps is (6, 0, 8); each must be 1 or more"),

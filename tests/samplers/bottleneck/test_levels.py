@@ -89,6 +89,14 @@ def test_hand_over_steps(levels, size, spectrum, tolerance: float, leaves: tuple
         assert torch.equal(after.levels[1:], levels.double()[after.own])
 
 
+def test_stages_that_end_where_they_are_told_are_those_of_the_tolerance() -> None:
+    call = target(1024, 1024, flux_levels(50))
+    by_spectrum = rules.spectral(call, (0.5, 0.75, 1.0), FLUX, 0.05)
+    told = rules.expanded(call, (0.5, 0.75, 1.0), rules.bounds(50, (0.56, 0.68)))
+    for one, other in zip(by_spectrum, told, strict=True):
+        assert (one.size, one.own) == (other.size, other.own) and torch.equal(one.levels, other.levels)
+
+
 def test_power_at_the_nyquist_frequencies() -> None:
     assert [band_power(FLUX, w) for w in (32, 64)] == pytest.approx([0.267, 0.071], abs=1e-3)
     assert [band_power(WAN, w) for w in (22.5, 15)] == pytest.approx([0.116, 0.311], abs=1e-3)

@@ -12,7 +12,7 @@ import torch
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers import Bottleneck, Euler, Heun, Scheduler
+from diffaccel.samplers import Bottleneck, Euler, Heun, Scheduler, TaylorSeer
 from diffaccel.session import Pred
 from tests.support.small_pipelines import Drifting, draw, make
 
@@ -70,6 +70,23 @@ def test_stages(family: str, rule: str) -> None:
     assert torch.equal(call(pipe, family), drawn)
     torch.testing.assert_close(call(pipe, family, batch=1), drawn[:1], rtol=1e-3, atol=1e-3)
     assert torch.equal(call(diffaccel.remove(pipe), family), stock)
+
+
+def test_a_pattern_of_real_steps_is_made_stage_by_stage() -> None:
+    """The steps that a run's record has are those that were asked for, and every step real is no cache."""
+    pipe = tiny.make("flux")
+    told = Bottleneck(preset="speed", switches=(0.5,))
+    stages = call(diffaccel.accelerate(pipe, told), "flux", steps=6)
+    diffaccel.accelerate(diffaccel.remove(pipe), told, TaylorSeer(real_steps=(0, 1, 2, 0, 1, 2)))
+    assert torch.equal(call(pipe, "flux", steps=6), stages)
+    diffaccel.accelerate(diffaccel.remove(pipe), told, TaylorSeer(real_steps=(0, 2, 0, 1), payload="last"))
+    call(pipe, "flux", steps=6)
+    run = diffaccel.summary(pipe).last_run
+    assert run["caches"]["real_steps"]["cond"] == [0, 2, 0, 1]
+    assert set(run["nfe_by_resolution"].values()) == {6}  # of two pictures
+    diffaccel.remove(pipe)
+    with pytest.raises(DiffAccelError, match="must begin with one"):
+        TaylorSeer(real_steps=(1, 0, 2, 0))
 
 
 def test_a_second_size_is_a_fresh_call_of_it() -> None:
