@@ -7,11 +7,17 @@ seconds have a meaning. The prediction of every row is written before anything i
 real steps. It is compared with the measured ratio of the denoising loops; so is the ratio that single forwards, timed
 at each size, give: what is missing there is the cost of the engine. A cache's real steps are those of a rule that looks
 at no data, so that they are known beforehand. Eager first, then with ``compile_repeated_blocks``.
+
+``--pattern FILE`` measures plain steps and the pattern of a record of ``scripts.bench_pattern`` alone, and raises where
+the run made other real steps. ``--peers`` adds caches of other packages as they come, and SPEED's rule with its own
+tolerances and fresh noise: of caches that look at data random weights decide the steps, which are counted afterwards,
+so that their seconds say what a skipped step costs and nothing of how many may be skipped.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -22,12 +28,12 @@ import torch
 
 import diffaccel
 from diffaccel import record
-from diffaccel.errors import size_text
+from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.files import write_json
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from diffaccel.samplers import Bottleneck
-from scripts import big_models
+from scripts import big_models, stage_patterns
 
 SPEED = "bottleneck:preset=speed,tolerance={},scales={}"
 MIX = "bottleneck+spectrum:bottleneck.preset=speed,bottleneck.tolerance={},bottleneck.scales={},spectrum.warmup=2"
@@ -37,19 +43,23 @@ STAGED = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.05, THREE), "bottlene
           MIX.format(0.05, TWO), MIX.format(0.05, THREE))  # fmt: skip
 FEW = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.2, TWO), "bottleneck:preset=selflift-zero,switches=[0.75]")
 WAN = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.01, THREE), CACHED, MIX.format(0.01, THREE))
+PEERS = (
+    "euler+cache_dit:cache_dit.first_blocks={}", "euler+diffusers_cache", "euler+diffusers_cache:diffusers_cache.kind=taylorseer",
+    "bottleneck:preset=speed,noise=fresh", "bottleneck:preset=speed,noise=fresh,tolerance=0.05",
+)  # fmt: skip
 ROWS = {"flux": STAGED, "flux-8-steps": FEW, "wan": WAN, "small": STAGED, "small-8-steps": FEW}
 
 
 class Bench:
     """One pipeline, its call, and the rows."""
 
-    def __init__(self, model: str, device: torch.device) -> None:
+    def __init__(self, model: str, device: torch.device, rows: tuple[str, ...] | None = None) -> None:
         self.device = device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.pipe, self.arguments = big_models.make(model, device, dtype)
         self.size = big_models.MODELS[model][0]
         request = Request(model=model, size=(self.size["height"], self.size["width"]), prompts=("x",))
-        self.methods = {text: parse(text).of(request).methods for text in ROWS[model]}
+        self.methods = {text: parse(text).of(request).methods for text in rows or ROWS[model]}
         self.plans = {text: self.plan(methods) for text, methods in self.methods.items()}
 
     def plan(self, methods: tuple[Any, ...]) -> dict[str, Any]:
@@ -68,6 +78,8 @@ class Bench:
             self.wait()
             whole = time.perf_counter() - start
             run = diffaccel.summary(self.pipe).last_run or {}
+            if any(config.name == "cache_dit" for config in methods):
+                run["caches"] = counted_by_cache_dit(self.pipe, run["steps"])
         finally:
             diffaccel.remove(self.pipe)
         return run["seconds"], whole, run
@@ -122,7 +134,7 @@ class Bench:
             for text, methods in self.methods.items():
                 taken[text].append(self.run(methods))
         plain = median(loop for loop, _, _ in taken["euler"])
-        rows = {}
+        rows, plain_call, decoder = {}, median(call for _, call, _ in taken["euler"]), self.decoding()
         for text, runs in taken.items():
             loop, call = median(run[0] for run in runs), median(run[1] for run in runs)
             costs = {
@@ -130,18 +142,39 @@ class Bench:
                 "call": call,
                 "caches": runs[-1][2]["caches"],
                 "nfe": runs[-1][2]["nfe_by_resolution"],
+                "whole_speed": (plain_call + decoder) / (call + decoder),
             }
             rows[text] = costs | compared(plain / loop, loop, costs["caches"], self.plans[text], forwards)
-        return {"forwards": {size_text(*size): seconds for size, seconds in forwards.items()}, "rows": rows}
+        sizes_text = {size_text(*size): seconds for size, seconds in forwards.items()}
+        return {"forwards": sizes_text, "decoder": decoder, "rows": rows}
 
 
 def real_steps(stages: list[dict[str, Any]], caches: dict[str, Any]) -> list[int]:
-    """Return how many steps of every stage were real; a stage counts its steps from 0, and its first is real."""
+    """Return how many steps of every stage were real; a stage counts its steps from 0, and its first is real.
+
+    Of a cache of another package in a call without stages, by the number of calls that were real.
+    """
     patterns = caches.get("real_steps")
-    if not patterns:
-        return [stage["steps"] for stage in stages]
-    begins = "".join("|" if step == 0 else "." for step in next(iter(patterns.values())))
-    return [1 + len(others) for others in begins.split("|")[1:]]
+    if patterns:
+        return [len(part) for part in stage_patterns.by_stage(next(iter(patterns.values())))]
+    if caches.get("real_calls") and len(stages) == 1:
+        return [caches["real_calls"]]
+    return [stage["steps"] for stage in stages]
+
+
+def counted_by_cache_dit(pipe: Any, steps: int) -> dict[str, Any]:
+    """Return the real and skipped steps of a run, as cache-dit leaves them on the network that it is on."""
+    skipped = len(pipe.transformer._cached_steps)
+    return {"methods": ["cache_dit"], "real_calls": steps - skipped, "skipped_calls": skipped}
+
+
+def check_pattern(pattern: list[dict[str, Any]], stages: list[dict[str, Any]], caches: dict[str, Any]) -> None:
+    """Raise where a run did not make the stages and real steps of a pattern."""
+    steps = [stage["steps"] for stage in stages]
+    patterns = caches.get("real_steps")
+    real = stage_patterns.by_stage(next(iter(patterns.values()))) if patterns else [list(range(n)) for n in steps]
+    if steps != [stage["steps"] for stage in pattern] or real != [stage["real"] for stage in pattern]:
+        raise DiffAccelError(f"The run made the real steps {real} of {steps}, which are not those of the pattern.")
 
 
 def compared(
@@ -160,6 +193,7 @@ def compared(
         "speed": speed, "by_flops": by_flops, "by_forwards": by_forwards,
         "of_flops": speed / by_flops, "of_forwards": speed / by_forwards,
         "skipped_ms": 1000 * (loop - seconds) / (steps - sum(real)) if steps > sum(real) else None,
+        "real_ms": 1000 * seconds / sum(real),
     }  # fmt: skip
 
 
@@ -169,17 +203,33 @@ def plain_steps(plan: dict[str, Any]) -> float:
     return plan["plain_tflop"] / (full["tflop"] / full["steps"])
 
 
+def rows_of(model: str, pattern: Path | None, peers: bool) -> tuple[str, ...]:
+    """Return the variants to measure on a model, plain steps first."""
+    steps = big_models.MODELS[model][1]
+    rows = ROWS[model] if pattern is None else ("euler", stage_patterns.read(pattern, model, steps).name)
+    if not peers:
+        return rows
+    others = [text.format(1 if model.startswith("small") else 8) for text in PEERS]  # 8 is cache-dit's own default
+    if importlib.util.find_spec("cache_dit") is None:
+        print("cache-dit is not installed, so that it has no row: pip install cache-dit", flush=True)
+        others = others[1:]
+    if model == "wan":  # diffusers' taylorseer hooks nothing there by default
+        others = [text for text in others if "taylorseer" not in text]
+    return (*(rows if pattern else rows[:1]), *others)
+
+
 def shown(values: dict[str, Any]) -> str:
     """Return the table of a record."""
     head = ["", "row", "real steps", "predicted by FLOPs", "by forwards", "measured", "of FLOPs", "of forwards",
-            "loop, s", "call with decoder, s", "a skipped step, ms"]  # fmt: skip
+            "loop, s", "call with decoder, s", "measured", "a real step, ms", "a skipped step, ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for way, measured in values["ways"].items():
         for text, row in measured["rows"].items():
             skipped = "" if row["skipped_ms"] is None else f"{row['skipped_ms']:.1f}"
             cells = [way, text, ", ".join(row["real"]), f"{row['by_flops']:.2f}", f"{row['by_forwards']:.2f}",
                      f"{row['speed']:.2f}", f"{row['of_flops']:.3f}", f"{row['of_forwards']:.3f}", f"{row['loop']:.2f}",
-                     f"{row['call'] + measured['decoder']:.2f}", skipped]  # fmt: skip
+                     f"{row['call'] + measured['decoder']:.2f}", f"{row['whole_speed']:.2f}", f"{row['real_ms']:.1f}",
+                     skipped]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -192,16 +242,20 @@ def main() -> None:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--turns", type=int, default=2)
     add("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    add("--pattern", type=Path, metavar="FILE", help="plain steps and the pattern of this record alone")
+    add("--peers", action="store_true", help="and caches of other packages; cache-dit where it is installed")
     add("--kind", default=None, help="name of the machine, for the record")
     add("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     device = torch.device(args.device)
-    bench = Bench(args.model, device)
+    rows = rows_of(args.model, args.pattern, args.peers)
+    bench = Bench(args.model, device, rows)
     values: dict[str, Any] = {
         "model": args.model, "kind": args.kind, "device": record.describe_device(device), "versions": record.versions(),
         "date": time.strftime("%Y-%m-%d"), "turns": args.turns, "plans": bench.plans, "ways": {},
     }  # fmt: skip
-    file = args.out / f"bench_stages_{args.model}_{args.kind or 'cpu'}.json"
+    suffix = ("_pattern" if args.pattern else "") + ("_peers" if args.peers else "")
+    file = args.out / f"bench_stages_{args.model}{suffix}_{args.kind or 'cpu'}.json"
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(file, values)
     print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
@@ -209,8 +263,11 @@ def main() -> None:
         if way == "compiled":
             torch._dynamo.config.cache_size_limit = 64
             bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
-        values["ways"][way] = {**bench.measure(args.turns), "decoder": bench.decoding()}
+        values["ways"][way] = bench.measure(args.turns)
         write_json(file, values)
+        if args.pattern:
+            pattern = stage_patterns.described(parse(rows[1]))
+            check_pattern(pattern, bench.plans[rows[1]]["stages"], values["ways"][way]["rows"][rows[1]]["caches"])
         print(shown({"ways": {way: values["ways"][way]}}), flush=True)
 
 

@@ -33,6 +33,8 @@ class CacheDiT(Config):
         warmup: number of real steps at the start.
         most_skips: maximum number of skipped steps in a row; 0 for no limit.
         order: of the Taylor forecast; 0 takes the last residual.
+        two_calls: a step makes two network calls, one a guidance branch, which have histories of their own; None for
+            what cache-dit knows of the pipeline. FLUX with ``true_cfg_scale`` needs True.
     """
 
     name: ClassVar[str] = "cache_dit"
@@ -49,6 +51,7 @@ class CacheDiT(Config):
     warmup: int = 8
     most_skips: int = 0
     order: int = 0
+    two_calls: bool | None = None
 
     @classmethod
     def paper(cls) -> Self:
@@ -99,6 +102,7 @@ class CacheDiT(Config):
             residual_diff_threshold=self.threshold,
             max_warmup_steps=self.warmup,
             max_continuous_cached_steps=self.most_skips or -1,
+            enable_separate_cfg=self.two_calls,
         )
         try:
             _as_stock(pipe, lambda: cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator))
@@ -125,11 +129,17 @@ class CacheDiT(Config):
 
 
 class _OnClass:
-    """Takes cache-dit off a pipeline, and off its networks the ``forward`` that it leaves on the instance."""
+    """Takes cache-dit off a pipeline, and off its networks what it leaves there.
+
+    That is a ``forward`` on the instance, and another order of its modules, by which a cache of diffusers would take
+    a later block for the first one.
+    """
 
     def __init__(self, pipe: Any, disable: Callable[[Any], None]) -> None:
         self.pipe, self.disable, self.is_on = pipe, disable, True
-        self.restores = [attributes_of(uncompiled(network), ["forward"]) for network in families.networks(pipe)]
+        networks = [uncompiled(network) for network in families.networks(pipe)]
+        self.networks = [(network, list(network._modules)) for network in networks]
+        self.restores = [attributes_of(network, ["forward"]) for network in networks]
 
     def remove(self) -> None:
         """Disable the cache; may be called twice."""
@@ -138,6 +148,9 @@ class _OnClass:
             _as_stock(self.pipe, lambda: self.disable(self.pipe))
             for restore in self.restores:
                 restore()
+            for network, names in self.networks:
+                for name in names:  # each to the end
+                    network._modules[name] = network._modules.pop(name)
 
 
 def _as_stock(pipe: Any, function: Callable[[], Any]) -> None:

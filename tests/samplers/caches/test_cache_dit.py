@@ -13,7 +13,7 @@ import torch
 import diffaccel
 from diffaccel.config import Machine
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers import BoN, CacheDiT, Euler, Heun, Spectrum
+from diffaccel.samplers import BoN, CacheDiT, DiffusersCache, Euler, Heun, Spectrum
 
 STEPS = 6
 installed = pytest.mark.skipif(importlib.util.find_spec("cache_dit") is None, reason="cache-dit is not installed")
@@ -53,6 +53,23 @@ def test_a_threshold_of_0_is_the_plain_pipeline() -> None:
     pipe = tiny.make("flux")
     stock = drawn(pipe)
     assert torch.equal(drawn(diffaccel.accelerate(pipe, CacheDiT(first_blocks=1, warmup=1, threshold=0.0))), stock)
+    diffaccel.remove(pipe)
+
+
+@installed
+def test_a_cache_of_diffusers_works_after_it_and_branches_are_apart() -> None:
+    pipe = tiny.make("flux")
+    diffaccel.accelerate(pipe, Euler(), DiffusersCache())
+    expected = drawn(pipe)
+    diffaccel.remove(pipe)
+    apart = CacheDiT(first_blocks=1, warmup=2, threshold=10.0, two_calls=True)
+    diffaccel.accelerate(pipe, apart)
+    drawn(pipe)
+    skipped = list(range(2, STEPS))
+    assert pipe.transformer._cached_steps == pipe.transformer._cfg_cached_steps == skipped
+    diffaccel.remove(pipe)
+    diffaccel.accelerate(pipe, Euler(), DiffusersCache())
+    assert torch.equal(drawn(pipe), expected)
     diffaccel.remove(pipe)
 
 
