@@ -8,6 +8,10 @@ FLOPs only in large batches. The prompts of this batch are encoded once and its 
 for all. A variant is compared, picture by picture, with the plain sampler at the least number of steps that takes at
 least as long. Scores of every picture go to a file of their own as soon as they are measured, from which the command
 goes on after a stop; ``--table FILE`` makes record and table of it again.
+
+``--sets presets caches mixes peers`` takes the options of ``scripts.equal_seconds_grid``: with few prompts to choose,
+then ``--variants-from`` that file of scores, with ``--skip``, to report what was not beaten within its family on other
+prompts. A variant that cannot run here is named and left out. Where each stands: ``python -m scripts.pareto_front``.
 """
 
 from __future__ import annotations
@@ -24,8 +28,10 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel import record
+from diffaccel.errors import first_line
 from diffaccel.eval.metrics import paired
 from diffaccel.eval.metrics.clip_score import clip_score
+from diffaccel.eval.networks import lpips
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from diffaccel.eval.sets import prompts
 from diffaccel.eval.uncertainty import intervals
@@ -34,11 +40,24 @@ from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
+from scripts import pareto_front
+from scripts.equal_seconds_grid import SETS
 
 JUDGE = "emoji-clip-judge"
-SCORES = ("ssim", "psnr", "judge")
+SCORES = ("ssim", "psnr", "judge", "lpips")  # the last where its weights are given
 PLAIN = "euler:steps={}"
-CHOICES = ("out", "table", "variants", "plain", "turns", "kind", "timing_batch")  # options that change no picture
+CHOICES = (
+    "out",
+    "table",
+    "variants",
+    "sets",
+    "variants_from",
+    "choose_by",
+    "plain",
+    "turns",
+    "kind",
+    "timing_batch",
+)  # options that change no picture
 
 
 class Bench:
@@ -54,6 +73,7 @@ class Bench:
             torch._dynamo.config.cache_size_limit = 64
             self.pipe.transformer.compile_repeated_blocks(dynamic=False)  # whole blocks: caches skip them
         self.judge = as_clip(extractor(JUDGE, device=self.device))
+        self.lpips = None if args.lpips is None else lpips.load(args.lpips, device=self.device)
         self.texts = list(prompts.read(args.prompts).texts)[args.skip : args.skip + args.count]
         self.base: Tensor | None = None
 
@@ -113,6 +133,8 @@ class Bench:
             "psnr": torch.cat([paired.psnr(drawn, base).clamp(max=60).cpu() for drawn, base in parts]),
             "judge": clip_score(features, self.judge.texts(self.texts)),
         }
+        if self.lpips is not None:
+            scores["lpips"] = torch.cat([self.lpips(drawn, base).cpu() for drawn, base in parts])
         row = {"variant": text, "pictures_in_a_call": min(self.args.batch, len(self.texts))}
         row |= {"nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
         return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
@@ -123,10 +145,14 @@ class Bench:
         encoded = self.encode()
         rows = len(encoded["prompt_embeds"])
         for turn in range(self.args.turns + 1):
-            for text in variants if turn % 2 else variants[::-1]:
-                self._put_on(text)
+            for text in [text for text in (variants if turn % 2 else variants[::-1]) if text in seconds]:
                 try:
+                    self._put_on(text)
                     loop, whole = self.seconds(text, encoded)
+                except Exception as error:  # a method of another package, or one that is not installed
+                    print(f"left out: {text}: {first_line(error)}", flush=True)
+                    del seconds[text]
+                    continue
                 finally:
                     diffaccel.remove(self.pipe)
                 if turn:
@@ -144,6 +170,11 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
+def scores_of(row: dict[str, Any]) -> list[str]:
+    """Return the scores that a row has."""
+    return [name for name in SCORES if name in row]
+
+
 def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return differences to the plain sampler with the fewest steps that take at least as long, with intervals."""
     if row["seconds"] is None or row in plain:
@@ -153,7 +184,7 @@ def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] 
         return None
     rival = min(slower, key=lambda other: other["seconds"]["loop"])
     leads = {}
-    for name in SCORES:
+    for name in scores_of(row):
         lead = intervals.paired_difference(row[name], rival[name]).interval
         leads[name] = [round(value, 4) for value in (lead.value, lead.low, lead.high)]
     return {"rival": rival["variant"], **leads}
@@ -165,7 +196,7 @@ def summarised(pictures: dict[str, Any]) -> dict[str, Any]:
     plain = [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
     summaries = []
     for row in rows:
-        means = {name: round(sum(row[name]) / len(row[name]), 4) for name in SCORES}
+        means = {name: round(sum(row[name]) / len(row[name]), 4) for name in scores_of(row)}
         kept = {key: value for key, value in row.items() if key not in SCORES}
         summaries.append({**kept, "pictures": len(row["ssim"]), "means": means, "equal_seconds": compare(row, plain)})
     return {**pictures, "rows": summaries}
@@ -204,6 +235,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--turns", type=int, default=9, help="0 measures no time")
     add("--plain", type=int, nargs="+", default=[50, 28, 20, 14, 10, 8, 6], help="steps of the plain sampler; 50 first")
     add("--variants", nargs="*", default=[])
+    add("--sets", nargs="+", default=[], choices=list(SETS), help="variants of scripts.equal_seconds_grid")
+    add("--variants-from", type=Path, metavar="FILE", help="those of a *_pictures.json that none of their family beats")
+    add("--choose-by", default="ssim", choices=SCORES, help="score by which --variants-from chooses")
+    add("--lpips", metavar="FILE", help="weights of LPIPS, which is measured too")
     add("--compile", action="store_true")
     add("--device", default="auto")
     add("--dtype", default="auto")
@@ -232,12 +267,14 @@ def main() -> None:
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if before.get("options") == values["options"]:
         values["rows"] = before["rows"]
-    variants = [PLAIN.format(steps) for steps in args.plain] + args.variants
+    variants = list(dict.fromkeys([*map(PLAIN.format, args.plain), *args.variants, *asked(args)]))
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
     seconds = bench.time(variants) if args.turns else before.get("seconds", {})
     values["seconds"] = seconds  # kept at once: after a stop --turns 0 goes on with them
     write_json(file, values)
     for text in variants:
+        if args.turns and text not in seconds:
+            continue  # it cannot run here
         if text not in rows or bench.base is None:
             rows[text] = bench.measure(text)
         rows[text]["seconds"] = seconds.get(text)
@@ -245,6 +282,16 @@ def main() -> None:
         write_json(file, values)
         print(shown(summarised({"rows": [rows[text]]})["rows"][0]), flush=True)
     finish(values, args.out)
+
+
+def asked(args: argparse.Namespace) -> list[str]:
+    """Return the variants of whole sets, and those that a file of scores leaves to report."""
+    variants = [text for name in args.sets for text in SETS[name]]
+    if args.variants_from:
+        rows = json.loads(args.variants_from.read_text(encoding="utf-8"))["rows"]
+        others = [row for row in rows if row["seconds"] and pareto_front.family(row["variant"]) != "euler"]
+        variants += pareto_front.unbeaten(others, args.choose_by)
+    return variants
 
 
 def name_of(values: dict[str, Any]) -> str:

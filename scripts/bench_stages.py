@@ -44,7 +44,8 @@ STAGED = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.05, THREE), "bottlene
 FEW = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.2, TWO), "bottleneck:preset=selflift-zero,switches=[0.75]")
 WAN = ("euler", SPEED.format(0.05, TWO), SPEED.format(0.01, THREE), CACHED, MIX.format(0.01, THREE))
 PEERS = (
-    "euler+cache_dit:cache_dit.first_blocks={}", "euler+diffusers_cache", "euler+diffusers_cache:diffusers_cache.kind=taylorseer",
+    "euler+cache_dit:cache_dit.first_blocks={},cache_dit.two_calls=false",  # one network call a step
+    "euler+diffusers_cache", "euler+diffusers_cache:diffusers_cache.kind=taylorseer",
     "bottleneck:preset=speed,noise=fresh", "bottleneck:preset=speed,noise=fresh,tolerance=0.05",
 )  # fmt: skip
 ROWS = {"flux": STAGED, "flux-8-steps": FEW, "wan": WAN, "small": STAGED, "small-8-steps": FEW}

@@ -30,7 +30,7 @@ def stage_steps(variant: Variant) -> list[tuple[float, int]]:
     """Return the scale and the number of steps of every stage that a variant names.
 
     Raises:
-        DiffAccelError: for a variant without a number of steps, and stages whose end another model would place elsewhere.
+        DiffAccelError: for a variant without a number of steps, and stages that end elsewhere on another model.
     """
     steps = variant.call.get("steps")
     if steps is None:
@@ -77,9 +77,7 @@ def described(variant: Variant) -> list[dict[str, Any]]:
             f"'{variant.name}' has real steps {parts} for stages of {[steps for _, steps in stages]} steps. Give each "
             "stage a list from its step 0 on."
         )
-    return [
-        {"scale": scale, "steps": steps, "real": part} for (scale, steps), part in zip(stages, parts, strict=True)
-    ]
+    return [{"scale": scale, "steps": steps, "real": part} for (scale, steps), part in zip(stages, parts, strict=True)]
 
 
 def read(path: Path, target: str, steps: int) -> Variant:
@@ -98,5 +96,7 @@ def read(path: Path, target: str, steps: int) -> Variant:
         )
     pattern = parse(chosen["variant"])
     if pattern.call["steps"] != steps:
-        raise DiffAccelError(f"The pattern in '{path}' has {pattern.call['steps']} steps, and '{target}' makes {steps}.")
+        raise DiffAccelError(
+            f"The pattern in '{path}' has {pattern.call['steps']} steps, and '{target}' makes {steps}."
+        )
     return pattern

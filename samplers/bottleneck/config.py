@@ -172,7 +172,9 @@ class Bottleneck(SamplerConfig):
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise DiffAccelError(f"tolerance is {self.tolerance}; it must be in (0, 1), such as 0.01.")
         if self.preset == "speed" and self.switches and (self.tolerance or self.spectrum):
-            raise DiffAccelError("switches say when the stages end, in the place of tolerance and spectrum. Pass either.")
+            raise DiffAccelError(
+                "switches say when the stages end, in the place of tolerance and spectrum. Pass either."
+            )
         if self.starts is not None and self.starts[0] != 1:
             raise DiffAccelError(f"starts is {self.starts}; the first stage begins at 1, pure noise.")
         if self.count == "truncated" and (self.strength_space == "sigma" or self.stage_end == "handoff"):

@@ -80,8 +80,8 @@ class CacheConfig(Config):
             )
         if self.real_steps is not None and self.real_steps.count(0) > 1 and self.real_steps[0]:
             raise DiffAccelError(
-                f"{type(self).__name__}.real_steps is {self.real_steps}; each 0 begins the steps of a stage, so that it "
-                "must begin with one."
+                f"{type(self).__name__}.real_steps is {self.real_steps}; each 0 begins the steps of a stage, so "
+                "that it must begin with one."
             )
 
     def require(self, **limits: tuple[float, float]) -> None:

@@ -73,8 +73,8 @@ class StageSteps(Decision):
     def is_real(self, at: Place, look: Look) -> bool:
         if at.stage >= len(self.stages):
             raise DiffAccelError(
-                f"real_steps has steps of {len(self.stages)} stages, and the call has more. Give a list for each stage, "
-                "every one from its step 0 on, or one list for all."
+                f"real_steps has steps of {len(self.stages)} stages, and the call has more. Give each stage a list "
+                "from its step 0 on, or one list for all."
             )
         return at.step in self.stages[at.stage]
 
