@@ -43,6 +43,7 @@ class CacheDiT(Config):
         "spectrum", "seacache", "firstblock", "taylorseer", "diffusers_cache", "bottleneck", "heun", "bon", "rbf",
         "smc", "svdd", "code", "sop", "drafts",
     )  # fmt: skip
+    added: ClassVar[tuple[str, ...]] = ("two_calls",)
     citation: ClassVar[str] = "cache-dit, github.com/vipshop/cache-dit; TaylorSeer, arXiv 2503.06923"
 
     threshold: float = 0.08

@@ -25,3 +25,6 @@ def test_the_promises_of_a_few_tunings_hold():
     rows = {row["way"]: row for row in bench_tuner.simulate(5)}
     assert rows["tuner"]["holds"] == 5
     assert rows["tuner"]["of best"] > rows["methods as they come"]["of best"]
+    value, low, high = rows["methods as they come"]["tuner faster"]
+    assert value == pytest.approx(rows["tuner"]["speed"] / rows["methods as they come"]["speed"])
+    assert low < value < high and "tuner faster" not in rows["tuner"]
