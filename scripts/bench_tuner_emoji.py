@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--truth", type=int, default=200, help="prompts that no search saw")
     add("--model", default="emoji-flux")
     add("--prompts", default="emoji-1000")
-    add("--size", type=int, default=64)
+    add("--size", type=int, default=128)
     add("--batch", type=int, default=8, help="pictures in a call")
     add("--device", default="auto")
     add("--dtype", default="auto")
