@@ -200,9 +200,25 @@ def compared(
         "real": [f"{size_text(*stage['size'])}: {count} of {stage['steps']}" for count, stage in counts],
         "speed": speed, "by_flops": by_flops, "by_forwards": by_forwards,
         "of_flops": speed / by_flops, "of_forwards": speed / by_forwards,
-        "skipped_ms": 1000 * (loop - seconds) / (steps - sum(real)) if steps > sum(real) else None,
-        "real_ms": 1000 * seconds / sum(real),
+        **step_times(loop, seconds, steps, sum(real), caches),
     }  # fmt: skip
+
+
+def step_times(loop: float, forwards: float, steps: int, real: int, caches: dict[str, Any]) -> dict[str, float | None]:
+    """Return milliseconds of a real and of a skipped step, and of all that is neither: changes of size, the sampler.
+
+    A cache that is told its steps has timed them, and the rest is what the loop takes beside them. Without such times a
+    real step takes what single forwards do, and a skipped one what the loop takes beside these.
+    """
+    timed = caches.get("skipped_calls") and "skipped_seconds" in caches
+    if timed:
+        own, skipped = caches["real_seconds"], caches["skipped_seconds"]
+        return {"real_ms": 1000 * own / caches["real_calls"], "skipped_ms": 1000 * skipped / caches["skipped_calls"],
+                "rest_ms": 1000 * (loop - own - skipped)}  # fmt: skip
+    left = 1000 * (loop - forwards)
+    if steps == real:
+        return {"real_ms": 1000 * forwards / real, "skipped_ms": None, "rest_ms": left}
+    return {"real_ms": 1000 * forwards / real, "skipped_ms": left / (steps - real), "rest_ms": None}
 
 
 def plain_steps(plan: dict[str, Any]) -> float:
@@ -229,7 +245,8 @@ def rows_of(model: str, pattern: Path | None, peers: bool) -> tuple[str, ...]:
 def shown(values: dict[str, Any]) -> str:
     """Return the table of a record."""
     head = ["", "row", "real steps", "predicted by FLOPs", "by forwards", "measured", "of FLOPs", "of forwards",
-            "loop, s", "call with decoder, s", "measured", "a real step, ms", "a skipped step, ms"]  # fmt: skip
+            "loop, s", "call with decoder, s", "measured", "a real step, ms", "a skipped step, ms",
+            "the rest, ms"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for way, measured in values["ways"].items():
         for text, row in measured["rows"].items():
@@ -237,7 +254,7 @@ def shown(values: dict[str, Any]) -> str:
             cells = [way, text, ", ".join(row["real"]), f"{row['by_flops']:.2f}", f"{row['by_forwards']:.2f}",
                      f"{row['speed']:.2f}", f"{row['of_flops']:.3f}", f"{row['of_forwards']:.3f}", f"{row['loop']:.2f}",
                      f"{row['call'] + measured['decoder']:.2f}", f"{row['whole_speed']:.2f}", f"{row['real_ms']:.1f}",
-                     skipped]  # fmt: skip
+                     skipped, "" if row["rest_ms"] is None else f"{row['rest_ms']:.0f}"]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -29,6 +29,15 @@ def test_a_run_s_real_steps_become_a_pattern_with_stages():
         bench_stages.check_pattern(stages, planned, {"real_steps": {"cond": [0, 1, 4, 0, 2]}})
 
 
+def test_a_step_s_milliseconds_are_those_that_the_cache_timed():
+    caches = {"real_calls": 2, "skipped_calls": 4, "real_seconds": 0.2, "skipped_seconds": 0.02}
+    told = bench_stages.step_times(0.3, 0.25, 6, 2, caches)
+    assert told == pytest.approx({"real_ms": 100, "skipped_ms": 5, "rest_ms": 80})
+    told = bench_stages.step_times(0.3, 0.25, 6, 2, {"real_calls": 2, "skipped_calls": 4})
+    assert (told["real_ms"], told["skipped_ms"], told["rest_ms"]) == (125, pytest.approx(12.5), None)
+    assert bench_stages.step_times(0.3, 0.25, 6, 6, {})["rest_ms"] == pytest.approx(50)
+
+
 def test_what_is_no_pattern_is_refused(tmp_path: Path):
     for text, message in (
         ("euler", "names no number of steps"),
