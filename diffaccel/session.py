@@ -213,6 +213,7 @@ class Session:
         positional: names of the network's arguments that the pipeline passes by position.
         returns: ``return_dict`` as the pipeline passes it to its network, where it does.
         noised: the clean latents and the noise that the pipeline mixed for its first step, of an image to begin at.
+        prepared: results of the pipeline's methods that the family asks for, by which inpainting keeps its image.
         scalar_time: whether the pipeline passes its network one time for all rows, a tensor without axes.
         reopen: probes the call again with changed arguments; ``fresh_text=True`` encodes its prompts anew.
         stock_levels: whether noise levels are kept on the scheduler's device, for equality to the bit.
@@ -240,6 +241,7 @@ class Session:
     positional: tuple[str, ...] = ()
     returns: dict[str, Any] = field(default_factory=dict)
     noised: tuple[Tensor, Tensor] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
     scalar_time: bool = False
     stock_levels: bool = False
     folder: FilePath | None = None

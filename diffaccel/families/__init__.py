@@ -28,12 +28,30 @@ FAMILIES = {
     "DDIMPipeline": "pixels:Pixels",
 }
 
+# those that searches follow; other samplers run in the own loop of the pipeline, or are told by watching it
+INPAINTING = {
+    "StableDiffusionInpaintPipeline": "inpaint:SDInpaint",
+    "StableDiffusionXLInpaintPipeline": "inpaint:SDXLInpaint",
+    "StableDiffusion3InpaintPipeline": "inpaint:SD3Inpaint",
+    "FluxInpaintPipeline": "inpaint:FluxInpaint",
+    "FluxFillPipeline": "inpaint:FluxFill",
+}
+
 
 def find(pipe: Any) -> Family | None:
     """Return the family of a pipeline or None; a subclass belongs to the family of its nearest listed base."""
+    return _listed(pipe, FAMILIES)
+
+
+def find_for_search(pipe: Any) -> Family | None:
+    """Return the family by which a search follows a pipeline or None: :func:`find`, or one of inpainting."""
+    return _listed(pipe, FAMILIES) or _listed(pipe, INPAINTING)
+
+
+def _listed(pipe: Any, families: dict[str, str]) -> Family | None:
     for cls in type(pipe).__mro__:
-        if cls.__name__ in FAMILIES:
-            module, _, name = FAMILIES[cls.__name__].partition(":")
+        if cls.__name__ in families:
+            module, _, name = families[cls.__name__].partition(":")
             return getattr(import_module(f"diffaccel.families.{module}"), name)()
     return None
 

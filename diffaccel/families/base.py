@@ -33,6 +33,7 @@ class Family(Guided):
         rounds: whether it rounds these down to what it can draw; else it fails on other ones later.
         has_sizes: whether a call chooses the size of its picture.
         draws_pixels: whether :meth:`decode` and :meth:`encode` work between steps.
+        prepares: the pipeline's methods whose results tell what region of an image it keeps, where it keeps one.
         fps: frame rate of the videos that a video model was trained on.
     """
 
@@ -46,6 +47,7 @@ class Family(Guided):
     rounds: ClassVar[bool] = False
     has_sizes: ClassVar[bool] = True
     draws_pixels: ClassVar[bool] = True
+    prepares: ClassVar[tuple[str, ...]] = ()
     fps: ClassVar[float] = 16.0
 
     # -- network -------------------------------------------------------------------------------------------------
@@ -159,6 +161,20 @@ class Family(Guided):
     def of_call(self, pipe: Any, call: Callable[..., Any], arguments: dict[str, Any], memo: TextMemo) -> Family:
         """Return the family of a call with other arguments: this one, where nothing of it depends on them."""
         return self
+
+    # -- inpainting ----------------------------------------------------------------------------------------------
+
+    def kept_region(self, pipe: Any, prepared: dict[str, Any], latents: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return what the pipeline puts back into its ``latents`` after every step; None where it puts nothing back.
+
+        Args:
+            prepared: results of the methods :attr:`prepares`, by name.
+
+        Returns:
+            The mask, 1 where the picture is drawn anew; the image's clean latents; and the call's own noise, by which
+            these are brought to the level of a step. One row per sample, in the layout of ``latents``.
+        """
+        return None
 
     # -- decode --------------------------------------------------------------------------------------------------
 

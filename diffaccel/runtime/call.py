@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
-from diffaccel.families import find
+from diffaccel.families import find, find_for_search
 from diffaccel.families.base import Family
 from diffaccel.families.generic import Generic, Outdated, identify
 from diffaccel.families.generic.memory import CallMemory
@@ -106,7 +106,7 @@ def _follow(
 ) -> tuple[Any, Stats]:
     """Run the call in the native driver, or the sampler in the stock loop; call ``begin`` before the first step."""
     drive = functools.partial(_drive, pipe, config, call, arguments, extras, begin)
-    family, memo = find(pipe), TextMemo()
+    family, memo = (find_for_search if config.searches else find)(pipe), TextMemo()
     if family is not None:
         return drive(family, memo)
     is_stock_rule = getattr(config, "is_stock_rule", False)

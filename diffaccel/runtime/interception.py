@@ -49,6 +49,7 @@ class Recording:
         denoised: the last clean sample where the scheduler's step returns one besides the latents; set by the loop.
         step_arguments: further arguments of the scheduler's step, such as ``eta``.
         noised: clean latents and the noise that the scheduler added to them, where it did; of an image to begin at.
+        prepared: results of the pipeline's methods that the family asks for, by name.
     """
 
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +62,7 @@ class Recording:
     denoised: Tensor | None = None
     step_arguments: dict[str, Any] = field(default_factory=dict)
     noised: tuple[Tensor, Tensor] | None = None
+    prepared: dict[str, Any] = field(default_factory=dict)
 
     def note_noise(self, arguments: dict[str, Any]) -> None:
         """Take over the arguments of the scheduler's ``add_noise`` or ``scale_noise``, by name."""
@@ -107,6 +109,8 @@ def intercept(
             return (latents, denoised)
 
         substitutes.install(later_step)
+        if family.prepares:  # it mixes the result with its image at the next level: with itself nothing changes
+            substitutes.answer_noising(latents)
         if hasattr(type(pipe), "interrupt"):  # the rest of the loop is skipped, or at least changes nothing
             substitutes.restore_networks()
         return later_step(**kwargs)
@@ -128,7 +132,7 @@ class _Substitutes:
             name for name in ("encode_prompt", "progress_bar") if name not in pipe.__dict__ and hasattr(pipe, name)
         ]
         self.is_installed = False
-        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, *PICTURE_ENCODERS])
+        self.restore_pipe = attributes_of(pipe, [*self.networks, *self.methods, *family.prepares, *PICTURE_ENCODERS])
         self.restore_scheduler = attributes_of(self.scheduler, ["step", *NOISING])
         for name, network in self.networks.items():
             if type(network) is StandIn:  # its class is the network's
@@ -153,6 +157,8 @@ class _Substitutes:
             for name in NOISING:
                 if hasattr(self.scheduler, name):
                     setattr(self.scheduler, name, _noted(getattr(self.scheduler, name), self.recording))
+            for name in filter(functools.partial(hasattr, pipe), self.family.prepares):
+                object.__setattr__(pipe, name, _kept(getattr(pipe, name), self.recording.prepared, name))
         if "encode_prompt" in self.methods:
             object.__setattr__(pipe, "encode_prompt", self.memo.wrap(pipe.encode_prompt, self.device))
         if self.recording.latents is None and self.memo.has_pictures():  # afterwards the VAE decodes
@@ -167,6 +173,11 @@ class _Substitutes:
             self.restore_pipe()
             self.restore_scheduler()
             self.is_installed = False
+
+    def answer_noising(self, latents: Any) -> None:
+        """Make the scheduler answer with ``latents`` whatever it is to add noise to."""
+        for name in filter(functools.partial(hasattr, self.scheduler), NOISING):
+            setattr(self.scheduler, name, lambda *args, **kwargs: latents)
 
     def restore_networks(self) -> None:
         """Put back the networks alone."""
@@ -184,6 +195,17 @@ def _noted(method: Callable[..., Any], recording: Recording) -> Callable[..., An
         return method(*args, **kwargs)
 
     return noted
+
+
+def _kept(method: Callable[..., Any], results: dict[str, Any], name: str) -> Callable[..., Any]:
+    """Return a pipeline's method that also keeps its result."""
+
+    @functools.wraps(method)
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        results[name] = method(*args, **kwargs)
+        return results[name]
+
+    return kept
 
 
 def _recorder(network: Any, recording: Recording, family: Family) -> StandIn:

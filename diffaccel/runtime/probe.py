@@ -229,6 +229,7 @@ def make_session(opening: Opening, recording: Recording, generator: Any) -> Sess
         timesteps=pipe.scheduler.timesteps[schedules.start_index(pipe.scheduler, recording.timestep) :],
         step_arguments=recording.step_arguments,
         noised=recording.noised,
+        prepared=recording.prepared,
         read_schedule=schedule,
         positional=recording.positional,
         returns=recording.returns,
@@ -251,18 +252,18 @@ def open_session(pipe: Any, **arguments: Any) -> Iterator[Session]:
     Raises:
         DiffAccelError: for a pipeline of no family that cannot be identified, or options that a sampler cannot follow.
     """
-    from diffaccel.families import FAMILIES, find
+    from diffaccel.families import FAMILIES, INPAINTING, find_for_search
     from diffaccel.families.generic import identify
     from diffaccel.families.generic.watching import NotIdentified
 
     call, memo = stock_call(type(pipe)), TextMemo()
     call_arguments = arguments_of(call, pipe, (), arguments)
     try:
-        family = find(pipe) or alone(pipe, lambda: identify(pipe, call, call_arguments, memo))
+        family = find_for_search(pipe) or alone(pipe, lambda: identify(pipe, call, call_arguments, memo))
     except NotIdentified as refusal:
         raise DiffAccelError(
             f"No family for {type(pipe).__name__}, and none can be made from its call: {refusal} "
-            f"Supported pipelines: {', '.join(sorted(FAMILIES))}."
+            f"Supported pipelines: {', '.join(sorted({**FAMILIES, **INPAINTING}))}."
         ) from refusal
     check_call(family, pipe, call_arguments)
     device = device_of(pipe)

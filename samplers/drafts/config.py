@@ -14,7 +14,7 @@ from diffaccel.samplers.drafts.clock import Spending
 from diffaccel.samplers.drafts.engine import DraftSearch, Interrupted, Recipe, too_small, warm_up
 from diffaccel.samplers.rewards import Reward
 from diffaccel.samplers.search import report
-from diffaccel.samplers.search.beginning import check_starts_at_noise
+from diffaccel.samplers.search.beginning import image_of
 from diffaccel.samplers.search.chains import Chain, Search
 from diffaccel.samplers.search.config import (
     SearchConfig,
@@ -24,7 +24,9 @@ from diffaccel.samplers.search.config import (
 )
 from diffaccel.samplers.search.engine import MAX_ELEMENTS
 from diffaccel.samplers.search.identity import identity
+from diffaccel.samplers.search.kept_region import KeptRegion
 from diffaccel.samplers.search.reward_log import RewardLog
+from diffaccel.samplers.search.states import FirstStates
 from diffaccel.session import Sampling, Session, Step
 
 SHARE = 0.3  # of the steps that a finish makes: 15 of 50 (arXiv 2607.04461)
@@ -154,7 +156,7 @@ def paper_draft(steps: int) -> str:
 
 def run(config: Drafts, session: Session) -> Sampling:
     """Search for every row of the call together, and return the best finished sample of each."""
-    check_starts_at_noise(config, session)
+    first = FirstStates(session, image_of(config, session), KeptRegion.of(session))
     if session.shared:
         raise DiffAccelError("Drafts of one call are not shared among the processes of a launch. Leave `shared` out.")
     plan, scorer = config.plan(session), make_scorer(config, session)
@@ -163,7 +165,8 @@ def run(config: Drafts, session: Session) -> Sampling:
     folder = Path(config.folder) if config.folder else session.folder
     header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
     account = Spending(searches, config.seconds * len(searches))
-    search = DraftSearch(session, searches, recipe, scorer, RewardLog(folder, header, keep=config.keep), account)
+    log = RewardLog(folder, header, keep=config.keep)
+    search = DraftSearch(session, searches, recipe, scorer, log, account, first)
     interrupted = False
     try:
         if config.seconds:

@@ -20,6 +20,7 @@ from diffaccel.samplers.search.chains import Ledger, Search
 from diffaccel.samplers.search.particles import Key, Particle
 from diffaccel.samplers.search.reward_log import RewardLog
 from diffaccel.samplers.search.scoring import PictureScorer
+from diffaccel.samplers.search.states import FirstStates
 from diffaccel.session import Draft, Lent, Progress, Session
 
 Events = Generator[Any, Any, Any]
@@ -62,6 +63,7 @@ class DraftSearch:
         scorer: decodes and scores.
         log: where the judge's answers are stored.
         account: the budget, and what a round and the finish cost.
+        first: where drafts begin, and the region of an image that is kept in all.
 
     Attributes:
         rounds: number of rounds so far.
@@ -77,13 +79,14 @@ class DraftSearch:
         scorer: PictureScorer,
         log: RewardLog,
         account: Spending,
+        first: FirstStates,
     ) -> None:
+        self.first = first
         self.session, self.searches, self.recipe, self.account = session, searches, recipe, account
         self.judging = Judging(scorer, log)
         self.rounds = self.redrawn = self.nfe_before = 0
         self.target = session.sigmas[len(session.sigmas) - 1 - recipe.resume]
         self.rankings: dict[Search, Ranking] = {search: self._ranking() for search in searches}
-        self.std = noise.initial_std(session)
 
     def _ranking(self) -> Ranking:
         if not self.judging.compares:
@@ -183,10 +186,7 @@ class DraftSearch:
 
     def _draw_batch(self, batch: Sequence[Drafted], wanted: Sequence[Drafted]) -> Events:
         lent: Lent = yield Draft(self.recipe.acceleration)
-        rows = [draft.search.row for draft in batch]
-        keys = [(draft.search.seed, Key(draft.index, 1, 0)) for draft in batch]
-        generators = [torch.Generator("cpu").manual_seed(noise.seed_of(*key)) for key in keys]
-        view = RowsSession.over(self.session, rows, generators, self._first_states(batch))
+        view = self._view(batch)
         with self.judging.scorer.watch.part("network"):
             drawn: Drawn = yield from draw(view, lent, self.target, "draft")
         for row, draft in enumerate(batch):
@@ -204,13 +204,16 @@ class DraftSearch:
             self.account.finish = float(self.recipe.finish * (len(levels_from(self.session, drawn.sigma)) - 1))
         yield from self._progress()
 
-    def _first_states(self, drafts: Sequence[Drafted]) -> Tensor:
-        """Return the noise that drafts begin at; that of number 0 is the call's own."""
-        like = self.session.x
-        states = noise.normal([(draft.search.seed, draft.key) for draft in drafts], like.shape[1:], like) * self.std
-        own = [row for row, draft in enumerate(drafts) if draft.index == 0]
-        states[own] = like[[drafts[row].search.row for row in own]]
-        return states
+    def _view(self, drafts: Sequence[Drafted], states: Tensor | None = None) -> RowsSession:
+        """Return the session of drafts at ``states``, or where they begin; number 0 has the call's own noise."""
+        rows = [draft.search.row for draft in drafts]
+        fresh = [(draft.search.seed, Key(draft.index, 1, 0)) for draft in drafts]
+        generators = [torch.Generator("cpu").manual_seed(noise.seed_of(*key)) for key in fresh]
+        keys = [(draft.search.seed, draft.key) for draft in drafts]
+        x = self.first.draw(keys, rows) if states is None else states
+        view = RowsSession.over(self.session, rows, generators, x)
+        view.kept, view.eps = self.first.kept, self.first.eps(keys, rows)
+        return view
 
     def _progress(self) -> Events:
         nfe = sum(self._nfe)
@@ -246,7 +249,7 @@ class DraftSearch:
         states = torch.stack([draft.state for draft in batch])  # type: ignore[misc]
         sigma: Any = batch[0].sigma
         with self.judging.scorer.watch.part("network"):
-            x = yield from finish(self.session, states, sigma, [draft.search.row for draft in batch])
+            x = yield from finish(self._view(batch, states), sigma)
         pictures = self.judging.scorer.pixels(x) if self.judging.compares else [None] * len(batch)
         for draft, sample, picture in zip(batch, x, pictures, strict=True):
             draft.x, draft.picture = sample, picture
@@ -299,8 +302,9 @@ def warm_up(search: DraftSearch) -> Events:
     for _ in range(2):
         spare = [replace(s, seed=s.seed ^ 1, ledger=Ledger(), log=[], climb=[], used={}) for s in search.searches]
         trial = DraftSearch(
-            search.session, spare, search.recipe, search.judging.scorer, RewardLog(), Spending(spare, account.seconds)
-        )
+            search.session, spare, search.recipe, search.judging.scorer, RewardLog(),
+            Spending(spare, account.seconds), search.first,
+        )  # fmt: skip
         trial.account.begin()
         yield from trial.round()
         trial.account.round = trial.account.spent

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search import noise
+from diffaccel.samplers.search.kept_region import KeptRegion
 from diffaccel.session import Decode, Encode, Eval, Lent, Sampling, Session, Stages, Step, StreamPlace
 
 Events = Generator[Any, Any, Any]
@@ -44,12 +45,16 @@ class RowsSession(Session):
         rows: for every row of ``x`` the row of the call that it belongs to.
         generators: one for every row.
         sizes: views of the same rows by their height and width.
+        kept: the region of its image that the call keeps, or None.
+        eps: noise of that region in every row.
     """
 
     base: Any = None
     rows: Sequence[int] = ()
     generators: list[torch.Generator] = field(default_factory=list)
     sizes: dict[tuple[int, int], RowsSession] = field(default_factory=dict)
+    kept: KeptRegion | None = None
+    eps: Tensor | None = None
 
     @classmethod
     def over(cls, base: Session, rows: Sequence[int], generators: list[torch.Generator], x: Tensor) -> RowsSession:
@@ -61,6 +66,10 @@ class RowsSession(Session):
         view = cls(**values, base=base, rows=rows, generators=generators)
         view.__dict__["x"] = x  # the cached property
         return view
+
+    def put_back(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Return states of the rows at ``sigma`` with the kept region in them."""
+        return x if self.kept is None else self.kept.put_back(x, sigma, self.eps, self.rows)
 
     def at(self, height: int, width: int) -> Session:
         """Return the view of the same rows at another resolution; its noise is fresh, from the rows' generators."""
@@ -104,7 +113,7 @@ def draw(view: RowsSession, lent: Lent, target: Tensor, stream: str) -> Events:
             reply = yield followed.ask(event)
             followed.nfe += not reply.skipped
         elif isinstance(event, Step):
-            followed.steps, reply = followed.steps + 1, event.x
+            followed.steps, reply = followed.steps + 1, view.put_back(event.x, event.sigma)
         elif isinstance(event, Stages):
             followed.ends, reply = list(accumulate(len(levels) - 1 for _, levels in event.parts)), None
         elif isinstance(event, Decode | Encode):
@@ -114,7 +123,7 @@ def draw(view: RowsSession, lent: Lent, target: Tensor, stream: str) -> Events:
     kept = followed.kept
     if kept is None or sample.shape != view.x.shape:
         raise _unsuited(lent, "it has no state of the call's own size from which the call's own steps could go on")
-    return Drawn(sample, kept.x, kept.sigma, followed.nfe)
+    return Drawn(view.put_back(sample, view.sigmas[-1]), kept.x, kept.sigma, followed.nfe)
 
 
 @dataclass(eq=False)
@@ -155,12 +164,16 @@ def _unsuited(lent: Lent, why: str) -> DiffAccelError:
     return DiffAccelError(f"'{name}' cannot draw drafts: {why}. Use another draft.")
 
 
-def finish(session: Session, x: Tensor, sigma: Tensor, rows: Sequence[int]) -> Events:
-    """Go on from states ``x`` at ``sigma`` by the call's own steps, ``x' = x + (sigma' - sigma) v``; return samples."""
-    levels = levels_from(session, sigma)
+def finish(view: RowsSession, sigma: Tensor) -> Events:
+    """Go on from a view's states at ``sigma`` by the call's own steps, ``x' = x + (sigma' - sigma) v``.
+
+    Returns:
+        The samples.
+    """
+    levels, x = levels_from(view.base, sigma), view.x
     for step, (level, below) in enumerate(pairwise(levels)):
-        pred = yield Eval(x, level, rows=list(rows), place=StreamPlace("finish", step, len(levels) - 1))
-        x = x + (below - level) * pred.v
+        pred = yield Eval(x, level, rows=list(view.rows), place=StreamPlace("finish", step, len(levels) - 1))
+        x = view.put_back(x + (below - level) * pred.v, below)
     return x
 
 
@@ -199,6 +212,12 @@ def _lent_steps(view: RowsSession, lent: Lent) -> Sampling:
         sampling = lent.loop.sample(view)
         return sampling
     base = view.base.reopen(num_inference_steps=lent.steps)
+    if base.sigmas[0] != view.sigmas[0]:  # an image-to-image call rounds its share of the steps
+        raise DiffAccelError(
+            f"Drafts of {lent.steps} steps by '{lent.loop.name}' would begin at the noise level "
+            f"{float(base.sigmas[0]):.4g}, and the call begins at {float(view.sigmas[0]):.4g}. Leave 'steps' out of "
+            "the draft, or the other sampler."
+        )
     sampling = lent.loop.sample(RowsSession.over(base, view.rows, view.generators, view.x))
     return sampling
 

@@ -16,12 +16,6 @@ def begins_at_image(session: Session) -> bool:
     return len(session.timesteps) < len(getattr(session.scheduler, "timesteps", ()))
 
 
-def check_starts_at_noise(config: SamplerConfig, session: Session) -> None:
-    """Raise for a call that begins at an image."""
-    if begins_at_image(session):
-        raise _refusal(config, "other noise would lose it")
-
-
 def image_of(config: SamplerConfig, session: Session) -> Tensor | None:
     """Return the clean latents ``(B, C, H, W)`` that the call begins at with noise on them; None for pure noise.
 

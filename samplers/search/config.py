@@ -19,6 +19,7 @@ from diffaccel.samplers.search.budget import shares
 from diffaccel.samplers.search.chains import Chain, RunningChain, Search
 from diffaccel.samplers.search.engine import Engine
 from diffaccel.samplers.search.identity import identity
+from diffaccel.samplers.search.kept_region import KeptRegion
 from diffaccel.samplers.search.particles import Particle
 from diffaccel.samplers.search.plan import KernelName, PathName, ScaleName, SearchPlan, make_plan
 from diffaccel.samplers.search.population import ALL, handed_back, images_a_search
@@ -26,6 +27,7 @@ from diffaccel.samplers.search.preview import model_name, preview_decoder
 from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog
 from diffaccel.samplers.search.scoring import PictureScorer
+from diffaccel.samplers.search.states import FirstStates
 from diffaccel.session import Sampling, Session, Step
 
 logger = logging.getLogger(__name__)
@@ -250,7 +252,7 @@ class PathSearchConfig(SearchConfig):
 
 def run(config: SearchConfig, session: Session) -> Sampling:
     """Search for every row of the call in parallel, and return the best sample of each."""
-    image = image_of(config, session)
+    first = FirstStates(session, image_of(config, session), KeptRegion.of(session))
     plan, scorer, images = config.plan(session), make_scorer(config, session), images_a_search(config, session)
     searches = make_searches(config, session, plan, images)
     chains = [RunningChain(search, i, policy) for search in searches for i, policy in enumerate(config.chains(search))]
@@ -261,7 +263,7 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     engine = Engine(
         session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
         overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
-        image=image, watched=config.watch,
+        first=first, watched=config.watch,
     )  # fmt: skip
     interrupted = yield from engine.run(chains)
     results = _results(config, searches, images, interrupted=interrupted)

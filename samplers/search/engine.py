@@ -14,18 +14,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from diffaccel.samplers.search import noise
 from diffaccel.samplers.search.chains import RunningChain, Search
 from diffaccel.samplers.search.particles import Particle, Pool, Slot, Transition
 from diffaccel.samplers.search.processes import SearchProcesses
 from diffaccel.samplers.search.reward_log import RewardLog, numbers
 from diffaccel.samplers.search.scoring import PictureScorer
+from diffaccel.samplers.search.states import FirstStates, Row, StateMaker, levels
 from diffaccel.samplers.search.stream_places import StreamPlaces
 from diffaccel.samplers.search.watching import best_so_far, note_of
 from diffaccel.session import Eval, Progress, Session, bcast
 
 Events = Generator[Any, Any, Any]
-Row = tuple[Search, Transition]  # one row of a round: a transition, and the search that asks for it
 MAX_ELEMENTS = 2**22  # of latents in one network call, where the caller does not limit its rows
 STORING_SHARE = 0.05  # of a search's time, at most, that goes into storing latents for a resumed one
 
@@ -46,7 +45,7 @@ class Engine:
             alpha' / (alpha'^2 + sigma'^2) grad r(x0) / temperature, c^2)``, which is the best to first order for data
             of unit variance and ``guide = 1``, and each particle is told ``log p / q``. Predictions, and transitions
             without noise, stay as they are.
-        image: clean latents of every row that first states are noise on; None for pure noise.
+        first: where first states come from, and the region of an image that is kept in all; None for pure noise.
         watched: whether the pipeline's callback sees the best so far after every round.
 
     Attributes:
@@ -64,16 +63,18 @@ class Engine:
         overlap: bool = False,
         guide: float = 0.0,
         temperature: float | None = None,
-        image: Tensor | None = None,
+        first: FirstStates | None = None,
         watched: bool = False,
     ) -> None:
         self.session, self.scorer, self.guide, self.overlap = session, scorer, guide, overlap
-        self.image, self.watched = image, watched
+        self.watched = watched
         self.reward_log, self.processes = reward_log or RewardLog(), processes or SearchProcesses()
         self.rows = rows or max(1, min(4096, MAX_ELEMENTS // session.x[0].numel()))
         self.weighed = temperature is not None and guide > 0
-        self.twist = guide / (temperature or 1.0)
-        self.pool = Pool(session.x, 2 + self.weighed)
+        first = first or FirstStates(session)
+        self.kept = first.kept
+        self.pool = Pool(session.x, 2 + self.weighed + (self.kept is not None))
+        self.states = StateMaker(first, self.pool, guide / (temperature or 1.0) if self.weighed else None)
         self.nfe_before = 0
         self._numbers = itertools.count()
         self._first_numbers: list[int] = []  # of the particles of every round that has begun
@@ -84,7 +85,6 @@ class Engine:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="scorer")
         self._stream: Any = None
         self._places = StreamPlaces() if session.beside else None
-        self.initial_std = noise.initial_std(session)
 
     def run(self, chains: Sequence[RunningChain]) -> Events:
         """Run until every chain has ended or the user interrupts; yield events, return whether it was interrupted."""
@@ -170,13 +170,14 @@ class Engine:
             A function that waits for the rewards of all rows; NaN for those that are not scored.
         """
         own = rows[self.processes.part(len(rows), self.rows)]
-        x, log_ratios = self._states(own)
+        x, eps, log_ratios = self.states.make(own)
         v = yield from self._velocities(own, x)
         scored = [i for i, (_, transition) in enumerate(own) if transition.score and score]
         if self.guide:  # scored again where the reward is known: its gradient is not
             latents, ready, scored = self._guided(own, x, v)
         else:
             latents, ready = [x, v], self._score(own, scored, x, v)
+        latents = latents if eps is None else [*latents, eps]
         slots = self.pool.put(*self.processes.gather(latents, len(rows), self.rows))
         if self.weighed:
             log_ratios = self.processes.gather_numbers(log_ratios, x.device, len(rows), self.rows)
@@ -194,8 +195,18 @@ class Engine:
         return wait
 
     def _x0(self, rows: list[Row], x: Tensor, v: Tensor) -> Tensor:
-        """Return the clean latents of each row; of one without a prediction, ``x`` itself."""
-        return x - bcast(_levels([transition.sigma if transition.predict else 0.0 for _, transition in rows]), x) * v
+        """Return the clean latents of each row, the kept region in them; of one without a prediction, ``x`` itself."""
+        sigmas = [transition.sigma if transition.predict else 0.0 for _, transition in rows]
+        return self._clean(x, v, sigmas, [search.row for search, _ in rows])
+
+    def _clean(self, x: Tensor, v: Tensor, sigmas: list[float], rows: list[int]) -> Tensor:
+        """Return ``x - sigma v`` with the kept region in it; samples, whose sigma is 0, have it already."""
+        x0 = x - bcast(levels(sigmas), x) * v
+        places = [i for i, sigma in enumerate(sigmas) if sigma > 0]
+        if self.kept is not None and places:
+            zero = levels(0.0)
+            x0[places] = self.kept.put_back(x0[places], zero, None, [rows[i] for i in places])
+        return x0
 
     def _score(self, rows: list[Row], scored: list[int], x: Tensor, v: Tensor) -> Future[list[float]]:
         """Score ``x0`` of the rows ``scored``."""
@@ -222,7 +233,7 @@ class Engine:
         ready = _known([reward for _, reward in scored]), [i for i, _ in scored]
         if self.weighed:
             return [x, v, gradients], *ready
-        per_sigma = _levels([1 / transition.sigma if transition.predict else 0.0 for _, transition in rows])
+        per_sigma = levels([1 / transition.sigma if transition.predict else 0.0 for _, transition in rows])
         return [x, v - self.guide * bcast(per_sigma, x) * gradients], *ready
 
     def _deferred_scoring(self, x0: Tensor, rows: list[int], ends: list[bool]) -> Callable[[], list[float]]:
@@ -246,67 +257,14 @@ class Engine:
 
         return score
 
-    def _states(self, rows: list[Row]) -> tuple[Tensor, list[float]]:
-        """Compute ``a x + b v + c z`` of every row, ``(R, C, H, W)``, and its ``log p / q`` under guidance."""
-        like = self.session.x
-        out, log_ratios = like.new_empty(len(rows), *like.shape[1:]), [0.0] * len(rows)
-        starts = [i for i, (_, transition) in enumerate(rows) if transition.parent is None]
-        if starts:
-            out[starts] = self._starts([rows[i] for i in starts])
-        children = [i for i, (_, transition) in enumerate(rows) if transition.parent is not None]
-        if not children:
-            return out, log_ratios
-        transitions = [rows[i][1] for i in children]
-        x, v, *gradients = self.pool.get([transition.parent.slot for transition in transitions])  # type: ignore[misc,union-attr]
-        columns = zip(*(transition.coefficients for transition in transitions), strict=True)
-        a, b, c = (bcast(_levels(column), x) for column in columns)
-        state = a * x + b * v
-        if any(transition.coefficients.c for transition in transitions):
-            keys = [(rows[i][0].seed, rows[i][1].key) for i in children]
-            z = noise.normal(keys, like.shape[1:], like)
-            state += c * z
-            if gradients:
-                shift = self._twist(transitions, c, gradients[0])
-                state += shift
-                for i, log_ratio in zip(children, _log_ratios(shift, c, z), strict=True):
-                    log_ratios[i] = log_ratio
-        if len(children) == len(rows):
-            return state, log_ratios
-        out[children] = state
-        return out, log_ratios
-
-    def _twist(self, transitions: list[Transition], c: Tensor, gradients: Tensor) -> Tensor:
-        """Return by how much guidance moves the mean of each transition; by nothing where it has no noise."""
-        path = self.session.path
-        alphas = [float(path.alpha(transition.sigma)) for transition in transitions]
-        slopes = [a / (a * a + t.sigma**2) for a, t in zip(alphas, transitions, strict=True)]
-        return self.twist * bcast(_levels(slopes), gradients) * c * c * gradients
-
-    def _starts(self, rows: list[Row]) -> Tensor:
-        """Make first states: the call's own latents for the first attempt of chain 0, fresh noise for the others.
-
-        Those of a call that begins at an image are ``alpha x0 + sigma eps`` of the image.
-        """
-        like, start, path = self.session.x, rows[0][0].plan.start, self.session.path
-        keys = [(search.seed, transition.key) for search, transition in rows]
-        state = noise.normal(keys, like.shape[1:], like)
-        if self.image is None:
-            state = state * self.initial_std
-        else:
-            begin = self.session.sigmas[0]
-            state = path.alpha(begin) * self.image[[search.row for search, _ in rows]] + path.sigma(begin) * state
-        own = [i for i, (_, transition) in enumerate(rows) if transition.key.chain == transition.key.attempt == 0]
-        state[own] = like[[rows[i][0].row for i in own]]
-        return state if start is None or self.image is not None else state * (start / self.initial_std)
-
     def _velocities(self, rows: list[Row], x: Tensor) -> Events:
         """Predict ``v`` at the states ``x``; it is zero for rows without a prediction."""
         v = torch.zeros_like(x)
         places = [i for i, (_, transition) in enumerate(rows) if transition.predict]
         for begin in range(0, len(places), self.rows):
             batch = places[begin : begin + self.rows]
-            levels = [rows[i][1].sigma for i in batch]
-            sigma = _levels(levels[0] if len(set(levels)) == 1 else levels)
+            sigmas = [rows[i][1].sigma for i in batch]
+            sigma = levels(sigmas[0] if len(set(sigmas)) == 1 else sigmas)
             whole = len(batch) == len(x)
             place = None if self._places is None else self._places.of([rows[i] for i in batch])
             with self.scorer.watch.part("network"):
@@ -321,7 +279,7 @@ class Engine:
     def latents(self, particles: Sequence[tuple[Search, Particle]]) -> Tensor:
         """Return ``x0`` of particles, ``(R, C, H, W)``; of samples, the samples themselves."""
         x, v, *_ = self.pool.get([particle.slot for _, particle in particles])  # type: ignore[misc]
-        return x - bcast(_levels([0.0 if p.end else p.sigma for _, p in particles]), x) * v
+        return self._clean(x, v, [0.0 if p.end else p.sigma for _, p in particles], [s.row for s, _ in particles])
 
     def _restore(self) -> dict[int, Slot]:
         """Take over the latents that are stored beside the log: a slot by the number of its particle."""
@@ -376,14 +334,3 @@ def _known(rewards: list[float]) -> Future[list[float]]:
     ready: Future[list[float]] = Future()
     ready.set_result(rewards)
     return ready
-
-
-def _log_ratios(shift: Tensor, c: Tensor, z: Tensor) -> list[float]:
-    """Return ``log N(x'; m, c^2) / N(x'; m + shift, c^2)`` of every row, for ``x' = m + shift + c z``."""
-    ratio = torch.where(c > 0, shift / c, 0.0).double()
-    return (-0.5 * ratio * ratio - ratio * z).flatten(1).sum(1).tolist()
-
-
-def _levels(numbers: float | Sequence[float]) -> Tensor:
-    """Return noise levels or coefficients in fp32 on the CPU, whatever torch's defaults are."""
-    return torch.tensor(numbers, dtype=torch.float32, device="cpu")

@@ -99,7 +99,7 @@ def fit(model: Model) -> dict[str, Any]:
     }
 
 
-def _family(pipeline: str) -> Any:
+def _family(pipeline: str, *, for_search: bool = False) -> Any:
     """Find the family of a pipeline class from its name, as for an open pipeline."""
     import diffusers
 
@@ -108,7 +108,7 @@ def _family(pipeline: str) -> Any:
     if pipeline not in families.FAMILIES and not hasattr(diffusers, pipeline):
         raise DiffAccelError(f"diffusers {diffusers.__version__} has no class {pipeline}; the pipeline brings its own")
     cls = type(pipeline, (), {}) if pipeline in families.FAMILIES else getattr(diffusers, pipeline)
-    return families.find(object.__new__(cls))
+    return (families.find_for_search if for_search else families.find)(object.__new__(cls))
 
 
 def _component(model: Model, name: str) -> str:
@@ -184,6 +184,8 @@ def _sampler_fit(config: Any, model: Model, pipeline: str, family: Any) -> tuple
         next(config.sample(session))
     except _BeyondRehearsalError:
         _ = session.schedule  # raises for a schedule that diffaccel cannot read
+    if family is None and config.searches:
+        family = _family(pipeline, for_search=True)
     if family is not None:
         return True, f"runs its own loop over {pipeline}"
     try:

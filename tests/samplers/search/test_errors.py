@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import tiny
 import tiny_more
-import tiny_variants
 import torch
 from analytic import BIMODAL
 from search_bed import Found, found, latent_reward, plan, play, stand_in
@@ -195,14 +194,6 @@ def test_a_reward_of_texts_and_a_call_of_embeddings() -> None:
     diffaccel.remove(pipe)
     diffaccel.accelerate(pipe, SVDD(reward=reward(), budget=20, particles=1))
     assert bool(torch.isfinite(pipe(**kwargs).images).all())
-
-
-def test_inpainting_by_blending_is_refused() -> None:
-    pipe = tiny_variants.inpaint("sd3")
-    kwargs = {"image": tiny_variants.picture(32), "mask_image": tiny_variants.hole(32), "strength": 1.0}
-    diffaccel.accelerate(pipe, SVDD(reward=reward(), budget=24, particles=2))
-    with pytest.raises(DiffAccelError, match="StableDiffusion3InpaintPipeline"):
-        pipe(**tiny.call_kwargs("sd3"), **kwargs)
 
 
 def test_a_scheduler_that_clips_is_refused() -> None:

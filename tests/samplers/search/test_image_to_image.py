@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, Drafts, SoP
+from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
 from diffaccel.samplers.search.beginning import image_of
 
 FAMILIES = ["flux", "sd3", "sd", "sdxl"]
@@ -106,8 +106,6 @@ def test_what_cannot_begin_at_an_image() -> None:
         session.noised = session.noised[0] + 1, session.noised[1]
         with pytest.raises(DiffAccelError, match="cannot be told"):
             image_of(BoN(), session)
-    with pytest.raises(DiffAccelError, match="Drafts searches from pure noise, and this call begins in the middle"):
-        searched(pipe, Drafts(reward=reward(), budget=40), **arguments("sd"))
     text = tiny.make("sd")
     with diffaccel.open_session(text, **tiny.call_kwargs("sd")) as session:
         assert image_of(BoN(), session) is None
