@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ class Flux(Family):
     """FLUX.1; a token packs a 2x2 patch of latents, channel order (c, dy, dx), and the network's time is sigma."""
 
     name = "flux"
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
-    row_args = (
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline", "FluxImg2ImgPipeline")
+    row_args: ClassVar[tuple[str, ...]] = (
         "encoder_hidden_states", "pooled_projections", "guidance", "joint_attention_kwargs.ip_adapter_image_embeds",
     )  # fmt: skip
     shared_args = ("txt_ids", "img_ids", "joint_attention_kwargs", "controlnet_blocks_repeat")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -15,8 +15,12 @@ class SD3(Family):
     """Stable Diffusion 3; the network's time is ``1000 sigma``. Skip-layer guidance, tied to steps, is refused."""
 
     name = "sd3"
-    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
-    row_args = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs.ip_adapter_image_embeds")
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    row_args: ClassVar[tuple[str, ...]] = (
+        "encoder_hidden_states",
+        "pooled_projections",
+        "joint_attention_kwargs.ip_adapter_image_embeds",
+    )
     shared_args = ("joint_attention_kwargs",)
     callback_args = {  # noqa: RUF012
         "prompt_embeds": "encoder_hidden_states", "pooled_prompt_embeds": "pooled_projections",

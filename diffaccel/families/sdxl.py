@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class SDXL(SD):
 
     name = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
-    row_args = (
+    row_args: ClassVar[tuple[str, ...]] = (
         "encoder_hidden_states", "timestep_cond", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids",
         "added_cond_kwargs.image_embeds",
     )  # fmt: skip

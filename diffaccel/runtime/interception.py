@@ -109,8 +109,8 @@ def intercept(
             return (latents, denoised)
 
         substitutes.install(later_step)
-        if family.prepares:  # it mixes the result with its image at the next level: with itself nothing changes
-            substitutes.answer_noising(latents)
+        if family.prepares:  # what it lays its image into is the end already, where the image has no noise
+            substitutes.add_no_noise()
         if hasattr(type(pipe), "interrupt"):  # the rest of the loop is skipped, or at least changes nothing
             substitutes.restore_networks()
         return later_step(**kwargs)
@@ -174,10 +174,10 @@ class _Substitutes:
             self.restore_scheduler()
             self.is_installed = False
 
-    def answer_noising(self, latents: Any) -> None:
-        """Make the scheduler answer with ``latents`` whatever it is to add noise to."""
+    def add_no_noise(self) -> None:
+        """Make the scheduler leave as it is what it is to add noise to, the first argument."""
         for name in filter(functools.partial(hasattr, self.scheduler), NOISING):
-            setattr(self.scheduler, name, lambda *args, **kwargs: latents)
+            setattr(self.scheduler, name, lambda clean, *args, **kwargs: clean)
 
     def restore_networks(self) -> None:
         """Put back the networks alone."""

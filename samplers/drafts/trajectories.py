@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.search import noise
+from diffaccel.samplers.search.beginning import begins_at_image
 from diffaccel.samplers.search.kept_region import KeptRegion
 from diffaccel.session import Decode, Encode, Eval, Lent, Sampling, Session, Stages, Step, StreamPlace
 
@@ -77,6 +78,11 @@ class RowsSession(Session):
             return self
         if (height, width) not in self.sizes:
             base = self.base.at(height, width)
+            if begins_at_image(base):
+                raise DiffAccelError(
+                    "Drafts at another resolution begin at pure noise, and this call begins at an image. Use a draft "
+                    "that keeps the resolution, such as 'steps:N', or call the pipeline with strength=1.0."
+                )
             like = base.x[:1].expand(len(self.rows), *base.x.shape[1:])
             sibling = RowsSession.over(
                 base, self.rows, self.generators, self.randn_like(like) * noise.initial_std(base)

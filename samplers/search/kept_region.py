@@ -41,8 +41,8 @@ class KeptRegion:
         parts = family.kept_region(pipe, session.prepared, session.latents) if session.prepared else None
         if parts is None:
             return None
-        spatial = [family.spatial(pipe, part, session.height, session.width).to(session.x) for part in parts]
-        return cls(*spatial, session)
+        mask, clean, noise = (family.spatial(pipe, part, session.height, session.width).to(session.x) for part in parts)
+        return cls(mask, clean, noise, session)
 
     def put_back(self, x: Tensor, sigma: Tensor, noise: Tensor | None, rows: Sequence[int]) -> Tensor:
         """Return states ``(R, C, H, W)`` at ``sigma``, scalar or one per row, with the kept region in them.

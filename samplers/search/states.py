@@ -96,8 +96,8 @@ class StateMaker:
             keys = [(rows[i][0].seed, rows[i][1].key) for i in starts]
             call_rows = [rows[i][0].row for i in starts]
             x[starts] = self.first.draw(keys, call_rows, rows[starts[0]][0].plan.start)
-            if eps is not None:
-                eps[starts] = self.first.eps(keys, call_rows)
+            if eps is not None and (first_eps := self.first.eps(keys, call_rows)) is not None:
+                eps[starts] = first_eps
         children = [i for i, (_, transition) in enumerate(rows) if transition.parent is not None]
         if not children:
             return States(x, eps, log_ratios)
@@ -105,7 +105,7 @@ class StateMaker:
         if len(children) == len(rows):
             return made
         x[children] = made.x
-        if eps is not None:
+        if eps is not None and made.eps is not None:
             eps[children] = made.eps
         for i, log_ratio in zip(children, made.log_ratios, strict=True):
             log_ratios[i] = log_ratio

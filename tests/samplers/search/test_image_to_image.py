@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, SoP
+from diffaccel.samplers import RBF, SMC, SVDD, BoN, CoDe, Drafts, SoP
 from diffaccel.samplers.search.beginning import image_of
 
 FAMILIES = ["flux", "sd3", "sd", "sdxl"]
@@ -106,6 +106,9 @@ def test_what_cannot_begin_at_an_image() -> None:
         session.noised = session.noised[0] + 1, session.noised[1]
         with pytest.raises(DiffAccelError, match="cannot be told"):
             image_of(BoN(), session)
+    resized = "bottleneck:preset=lightx2v,scales=[0.5,1.0],switches=[0.5]"
+    with pytest.raises(DiffAccelError, match="at another resolution begin at pure noise"):
+        searched(pipe, Drafts(reward=reward(), budget=40, draft=resized), **tiny_variants.img2img_kwargs("sd", 64))
     text = tiny.make("sd")
     with diffaccel.open_session(text, **tiny.call_kwargs("sd")) as session:
         assert image_of(BoN(), session) is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import tiny_variants
 import torch
 from PIL import Image
@@ -84,14 +85,18 @@ def test_one_sample_is_the_call_without_a_search_to_the_bit(case: str, strength:
     assert (set(vars(pipe)), set(vars(pipe.scheduler))) == before
 
 
+QUICK = [
+    RBF(budget=24, initial=2), SoP(budget=40, particles=1),
+    SVDD.paper(budget=16, tail_steps=0, path="vp", stages=3), Drafts(budget=40, drafts=3, draft="steps:2"),
+]  # fmt: skip
+OTHERS = [
+    BoN(budget=12, wave=2), RBF(budget=24, initial=2, path="vp", stages=4, kernel="em"), SVDD(budget=24, particles=2),
+    CoDe(budget=24, particles=2), SMC(budget=16, path="linear"), Drafts(budget=60, drafts=3, draft="heun"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "config",
-    [
-        BoN(budget=12, wave=2), RBF(budget=24, initial=2), RBF(budget=24, initial=2, path="vp", stages=4, kernel="em"),
-        SVDD(budget=24, particles=2), CoDe(budget=24, particles=2), SoP(budget=40, particles=1),
-        SMC(budget=16, path="linear"), SVDD.paper(budget=16, tail_steps=0, path="vp", stages=3),
-        Drafts(budget=40, drafts=3, draft="steps:2"), Drafts(budget=60, drafts=3, draft="heun"),
-    ],
+    "config", [*QUICK, *(pytest.param(config, marks=pytest.mark.slow) for config in OTHERS)],
     ids=lambda config: f"{config.name}-{getattr(config, 'path', getattr(config, 'draft', ''))}",
 )  # fmt: skip
 def test_every_search_keeps_what_the_plain_call_keeps(config: Any) -> None:
@@ -109,10 +114,11 @@ def test_every_search_keeps_what_the_plain_call_keeps(config: Any) -> None:
     assert run["report"]["search"]["pictures"][0]["nfe"] <= config.budget
 
 
-@pytest.mark.parametrize("case", ["sd3", "sdxl", OLD])
+@pytest.mark.parametrize("case", [pytest.param("sd3", marks=pytest.mark.slow), "sdxl", OLD])
 def test_a_search_keeps_the_picture_outside_of_the_hole(case: str) -> None:
-    """Also in batches of one row, guided by the reward's gradient, and on a variance-exploding path."""
+    """Also in batches of one row, guided by the reward's gradient, on a variance-exploding and a preserving path."""
     pipe, call = make(case), arguments(case, output_type="latent")
+    pipe.scheduler = tiny.ddim() if case == "sdxl" else pipe.scheduler
     kept = kept_of(pipe, **arguments(case))
     soft = latent_reward(lambda x0: -(x0 - 1).square().flatten(1).mean(1), differentiable=True)
     config = SMC(reward=soft, budget=12, guide=0.5, temperature=1.0, max_batch=1)
