@@ -27,7 +27,7 @@ SAMPLE = "sample"  # the kind of that record
 PARTS = {"text?": NUMBER, "network?": NUMBER, "decode?": NUMBER}
 COST = {
     "seconds": NUMBER, "peak_memory": (NUMBER, None), "nfe?": NUMBER, "forwards?": NUMBER, "calls?": NUMBER,
-    "parts?": PARTS, "steps?": [NUMBER], "resumed?": {"nfe": COUNT},
+    "joules?": NUMBER, "parts?": PARTS, "steps?": [NUMBER], "resumed?": {"nfe": COUNT},
 }  # fmt: skip
 IMAGE = {
     "id": COUNT, "prompt": (str, None), "seed": COUNT, "file": FILE_NAME, "sha256": str, "latents?": FILE_NAME,

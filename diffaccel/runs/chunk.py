@@ -12,6 +12,7 @@ from diffaccel.families import find
 from diffaccel.files import Clip
 from diffaccel.modules.guard import alone
 from diffaccel.runs.call_arguments import call_parameters, class_labels, source_of
+from diffaccel.runs.energy import joules
 from diffaccel.runs.request import Item
 
 if TYPE_CHECKING:
@@ -55,13 +56,18 @@ def _generate_chunk(
     generators = [torch.Generator().manual_seed(item.seed) for item in chunk]
     if pipe.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(pipe.device)
+    joules_before = joules(pipe.device)
     with measure(pipe) as profile, warnings.catch_warnings():
         # diffusers' only sign of not-a-number in a picture, which it then draws black
         warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
         output = compose.call(pipe, {**arguments, "generator": generators}, folder=folder, shared=shared)
+    joules_after = joules(pipe.device)
     frames = getattr(output, "frames", None)
     images = output.images if frames is None else [Clip(list(clip), fps) for clip in frames]
-    return images, _cost(pipe, arguments, profile), profile
+    cost = _cost(pipe, arguments, profile)
+    if joules_before is not None and joules_after is not None:
+        cost["joules"] = joules_after - joules_before
+    return images, cost, profile
 
 
 def _subject_arguments(pipe: Any, chunk: list[Item]) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def _cost(pipe: Any, arguments: dict[str, Any], profile: Profile) -> dict[str, A
 
     Seconds, whole, by part and by network call; NFE (a guided prediction counts once), rows through the network and
     network calls; peak memory in bytes; with a cache on the network its real and skipped calls and their seconds; with
-    captured networks their graphs.
+    captured networks their graphs. Joules, which only the caller can read, are added by it.
     Of a search that goes on where an earlier process was stopped NFE are those of the whole search, and "resumed" has
     those of them that the earlier process made: the rest is of this process alone.
     """

@@ -9,7 +9,7 @@ from typing import Any
 def total_cost(costs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the cost of a run from those of its chunks: sums, the highest peak, the median time of each step."""
     peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"] is not None]
-    counts = [key for key in ("nfe", "forwards", "calls") if all(key in cost for cost in costs)]
+    counts = [key for key in ("nfe", "forwards", "calls", "joules") if all(key in cost for cost in costs)]
     resumed = [cost["resumed"]["nfe"] for cost in costs if "resumed" in cost]
     return {
         "seconds": round(sum(cost["seconds"] for cost in costs), 3),

@@ -109,6 +109,8 @@ def _summary(record: dict[str, Any], variant: str) -> str:
     """Return how many pictures were drawn, by which variant and at what cost; and what ``--until`` proved."""
     cost, count = record["cost"], len(record["images"])
     cost_text = f"{cost['seconds'] / count:.3f} s and {cost['nfe'] / count:g} NFE each"
+    if "joules" in cost:
+        cost_text += f", {cost['joules'] / count:.3g} J"
     text = f"{count} pictures in {record['out']} by {variant}: {cost_text}"
     if before := drawn_before(record, "picture"):
         text += f"\n{before}"

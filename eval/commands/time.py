@@ -70,12 +70,22 @@ def _measure(options: Any) -> dict[str, Any]:
 
 
 def _print(timing: dict[str, Any], batch: int) -> None:
-    """Print a line for every variant: seconds a picture, and the ratio to the baseline."""
+    """Print a line for every variant: seconds a picture, the ratio to the baseline, and energy where it was read."""
     terminal.write(f"{timing['device']['name']}, {timing['turns']} turns, {batch} a call")
     for entry in timing["variants"]:
         ratio = entry.get("ratio")
         text = "baseline" if ratio is None else _ratio_text(ratio)
-        terminal.write(f"  {entry['name']:<28}{entry['seconds_per_image']:9.4f} s a picture   {text}")
+        energy = "" if entry.get("energy_joules") is None else f"   {_energy_text(entry)}"
+        terminal.write(f"  {entry['name']:<28}{entry['seconds_per_image']:9.4f} s a picture   {text}{energy}")
+
+
+def _energy_text(entry: dict[str, Any]) -> str:
+    """Return joules a picture and, over the baseline's, their ratio with its interval."""
+    text, ratio = f"{entry['energy_joules']:.3f} J", entry.get("energy_ratio")
+    if ratio is None:
+        return text
+    ends = "" if ratio["low"] is None else f", {ratio['low']:.2f} to {ratio['high']:.2f}"
+    return f"{text} ({ratio['value']:.2f}x{ends})"
 
 
 def _ratio_text(ratio: dict[str, Any]) -> str:

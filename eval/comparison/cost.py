@@ -7,6 +7,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from diffaccel.eval.comparison.cost_row import LABELS, cost_row, part_of_a_search
+from diffaccel.eval.comparison.resources import resource_rows
 from diffaccel.eval.comparison.row import Row, Section, missing
 from diffaccel.eval.comparison.verdict import NOT_SHOWN
 from diffaccel.eval.sets.run import Run
@@ -15,11 +17,6 @@ from diffaccel.runs.request import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
-LABELS = {
-    "nfe": "NFE", "forwards": "rows through the network", "speedup": "speed-up", "peak_memory": "peak memory",
-    "first_call": "first call", "set_up": "set-up",
-}  # fmt: skip
-ONCE = ("first_call", "set_up")  # measured once, whatever the number of turns or pictures
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
     "forwards": "rows through the network a picture",
@@ -37,7 +34,7 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
     cost_rows: list[Row] = []
     for run in (baseline, *runs):
         cost_rows += _counted_rows(run, baseline)
-        measured = [*_speed_rows(run, baseline, entries), *_resource_rows(run, baseline, entries)]
+        measured = [*_speed_rows(run, baseline, entries), *resource_rows(run, baseline, entries)]
         for row in measured:
             row.detail["batch"] = images if run.name in entries else run.record.get("settings", {}).get("batch")
         cost_rows += measured
@@ -53,45 +50,15 @@ def _counted_rows(run: Run, baseline: Run) -> list[Row]:
     for metric, description in COUNTED.items():
         if metric not in cost:
             continue
-        if metric == "forwards" and (why := _part_of_a_search(run)):
+        if metric == "forwards" and (why := part_of_a_search(run)):
             counted.append(missing(metric, LABELS[metric], "cost", run.name, "lower", why))
             continue
-        row = _row(metric, run, cost[metric] / len(run), detail={"what": description})
-        is_whole = metric == "nfe" or not _part_of_a_search(baseline)
+        row = cost_row(metric, run, cost[metric] / len(run), detail={"what": description})
+        is_whole = metric == "nfe" or not part_of_a_search(baseline)
         if run is not baseline and base_cost and metric in base_cost and is_whole:
             row.delta = cost[metric] / len(run) - base_cost[metric] / len(baseline)
         counted.append(row)
     return counted
-
-
-def _resource_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
-    """Return peak memory, energy, first call and set-up, from turns or else from the runs themselves.
-
-    There is a difference to the baseline where both come from the same source.
-    """
-    entry, base_entry = entries.get(run.name), entries.get(baseline.name)
-    if entry is None and (why := _part_of_a_search(run)):
-        return [missing("peak_memory", LABELS["peak_memory"], "cost", run.name, "lower", why)]
-    if entry is None:
-        entry = run.record.get("cost") or {}
-        is_comparable = base_entry is None and not _part_of_a_search(baseline)
-        base_entry = baseline.record.get("cost") or {} if is_comparable else {}
-    scope = "" if run.record.get("device", {}).get("type") == "cuda" else "of the whole process"
-    resources = []
-    for metric, key, unit, scale, source in (
-        ("peak_memory", "peak_memory", "GiB", 2.0**30, scope),
-        ("energy", "energy_joules", "J", 1.0, "NVML"),
-        ("first_call", "first_call_seconds", "s", 1.0, "the first of all its calls, a whole batch"),
-        ("set_up", "set_up_seconds", "s", 1.0, "once: putting the methods on, with weights converted and calibrated"),
-    ):
-        if entry.get(key) is None:
-            continue
-        row = _row(metric, run, entry[key] / scale, unit=unit, detail={"from": source})
-        row.n = 1 if metric in ONCE else entry.get("turns", row.n)
-        if run is not baseline and base_entry is not None and base_entry.get(key) is not None:
-            row.delta = (entry[key] - base_entry[key]) / scale
-        resources.append(row)
-    return resources
 
 
 def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
@@ -101,23 +68,23 @@ def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     cost, base_cost = run.record.get("cost"), baseline.record.get("cost")
     if not cost:
         return []
-    if why := _part_of_a_search(run):
+    if why := part_of_a_search(run):
         absent = [missing("seconds", "seconds", "cost", run.name, "lower", why)]
         is_compared = run is not baseline and not entries
         return [*absent, *([missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why)] * is_compared)]
     detail = {"from": OWN}
-    speed_rows = [_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=detail)]
-    if run is not baseline and not entries and (why := _part_of_a_search(baseline)):
+    speed_rows = [cost_row("seconds", run, cost["seconds"] / len(run), unit="s", detail=detail)]
+    if run is not baseline and not entries and (why := part_of_a_search(baseline)):
         speed_rows.append(missing("speedup", LABELS["speedup"], "cost", run.name, "higher", f"{baseline.name}: {why}"))
     elif run is not baseline and base_cost and not entries and _same_machine(run, baseline):
         ratio = base_cost["seconds"] / len(baseline) / (cost["seconds"] / len(run))
-        speed_rows.append(_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
+        speed_rows.append(cost_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
     return speed_rows
 
 
 def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     entry = entries[run.name]
-    seconds = _row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
+    seconds = cost_row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
     seconds.n = entry["turns"]
     images = median(entry["seconds"]) / entry["seconds_per_image"]
     if interval := median_ratio(entry["seconds"], [images] * len(entry["seconds"])).interval:
@@ -131,31 +98,13 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
     # the timing's own ratios are to its first variant, which may be another one than this baseline's
     ratio = median_ratio(base_entry["seconds"], entry["seconds"])
     detail = {"from": TURNS, "turns": entry["turns"], "significant": ratio.to_dict()["significant"]}
-    speedup = _row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
+    speedup = cost_row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
     speedup.interval, speedup.n = ratio.interval, entry["turns"]
     return [seconds, speedup]
 
 
-def _part_of_a_search(run: Run) -> str:
-    """Return why a run's own times, rows and memory are those of a part: it ends a search that was stopped; or ""."""
-    resumed = (run.record.get("cost") or {}).get("resumed")
-    if resumed is None:
-        return ""
-    return (
-        f"a search went on that had been stopped after {resumed['nfe']} of its NFE: what the process before took is "
-        "not in the record"
-    )
-
-
 def _same_machine(run: Run, baseline: Run) -> bool:
     return run.record.get("device") == baseline.record.get("device")
-
-
-def _row(metric: str, run: Run, value: float, *, better: Any = "lower", unit: str = "", detail: Any = None) -> Row:
-    return Row(
-        metric=metric, key=LABELS.get(metric, metric), family="cost", run=run.name, better=better,
-        value=float(value), unit=unit, n=len(run), detail=detail or {},
-    )  # fmt: skip
 
 
 def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -> Section | None:
@@ -166,7 +115,7 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
     entries, images = _entries_by_run(timing, (baseline, *runs)), (timing or {}).get("images_a_call", 1)
     lines, data = [], {}
     for run in (baseline, *runs):
-        if run.name not in entries and (why := _part_of_a_search(run)):
+        if run.name not in entries and (why := part_of_a_search(run)):
             lines.append((run.name, *[""] * (len(PARTS) + 5), "", why))
             continue
         split = _time_split(run, entries.get(run.name), images)

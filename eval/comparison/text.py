@@ -83,7 +83,9 @@ def verdicts(comparison: Comparison) -> list[dict[str, str]]:
         else:
             parts += [_fidelity_text(row) for row in fidelity if row.metric in ("lpips", "ssim", "psnr")]
         parts += [
-            _change_text(row) for row in comparison.rows if row.run == run.name and row.delta_interval is not None
+            _change_text(row)
+            for row in comparison.rows
+            if row.run == run.name and row.family != "cost" and row.delta_interval is not None
         ]
         sentences.append({"run": run.name, "text": ", ".join(filter(None, parts))})
     return sentences

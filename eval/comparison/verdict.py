@@ -23,6 +23,7 @@ EXPLAINED = (
     f"{NOT_SHOWN}: neither. A distance to the baseline's own pictures is no quality and has no word."
 )
 COUNTED = ("nfe", "forwards", "flops")  # numbers without uncertainty
+RATIOS = ("speedup", "energy_ratio")  # to the baseline's
 
 
 def word(row: Row) -> str:
@@ -105,14 +106,15 @@ def ends(row: Row, interval: Mapping[str, Any] | None, sign: str = "") -> str:
 
 
 def _word_of_cost(row: Row) -> str:
-    if row["metric"] == "speedup":
+    if row["metric"] in RATIOS:
         interval = row.get("interval")
         if interval is None:
             return "" if row.get("value") is None else NOT_SHOWN
-        if interval["low"] <= 1 <= interval["high"]:
-            return NOT_SHOWN
-        return BETTER if interval["low"] > 1 else WORSE
-    delta = row.get("delta")
+        return word_of_difference(interval["low"] - 1, interval["high"] - 1, row["better"])
+    delta, apart = row.get("delta"), row.get("delta_interval")
+    if apart is not None:
+        shown = word_of_difference(apart["low"], apart["high"], row["better"])
+        return SAME if apart["low"] == apart["high"] == 0 else shown
     if row["metric"] not in COUNTED or delta is None:
         return ""
     return SAME if delta == 0 else BETTER if (delta > 0) == (row["better"] == "higher") else WORSE

@@ -12,12 +12,13 @@ from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report import tables
 from diffaccel.eval.report.names import clean, split_key
 from diffaccel.eval.report.names import latex_text as escaped
-from diffaccel.eval.report.summary import Cell, RunSummary, main_keys, rows_of, summaries
+from diffaccel.eval.report.summary import Cell, RunSummary, cell, main_keys, rows_of, summaries
 
 COLUMNS = (
     "run", "metric", "key", "family", "better", "verdict", "value", "low", "high", "delta", "delta_low", "delta_high",
     "floor", "floor_low", "floor_high", "n", "m", "unit", "identical", "missing",
 )  # fmt: skip
+IN_TURNS = ("energy_ratio", "energy", "peak_memory")  # costs of the LaTeX table beside the speed-up
 _FORMULAS = ("=", "+", "-", "@")  # with these a spreadsheet would take a text for a formula
 
 
@@ -59,13 +60,17 @@ def _csv_cell(value: Any) -> str:
 
 
 def latex_text(report: Mapping[str, Any]) -> str:
-    """Return a table of the runs: speed-up and main measures with their intervals, the baseline first.
+    """Return a table of the runs: speed-up, main measures, energy and memory with their intervals, the baseline first.
+
+    Energy and memory are there where turns were read for them.
 
     Needs the packages ``booktabs`` and, for names beyond ASCII, ``inputenc`` in UTF-8.
     """
     keys, runs = main_keys(report), summaries(report)
     first = {row["key"]: row for row in reversed(report["metrics"])}
-    heads = ["Run", r"Speed-up $\uparrow$", *(_head(key, tables.arrow(first[key])) for key in keys), "Verdict"]
+    costs = [key for key, row in first.items() if row["metric"] in IN_TURNS and row.get("interval")]
+    arrows = {key: tables.arrow(first[key]) for key in (*keys, *costs)}
+    heads = ["Run", r"Speed-up $\uparrow$", *(_head(key, arrow) for key, arrow in arrows.items()), "Verdict"]
     base = rows_of(report, report["baseline"])
     lines = [
         r"% needs \usepackage{booktabs}",
@@ -73,12 +78,15 @@ def latex_text(report: Mapping[str, Any]) -> str:
         r"\centering",
         f"\\caption{{Against {escaped(report['baseline'])}: {escaped(tables.counted(report))}. Differences to the "
         r"baseline where there are some, else values; in brackets 95\,\% intervals.}",
-        f"\\begin{{tabular}}{{l{'r' * (len(keys) + 1)}l}}",
+        f"\\begin{{tabular}}{{l{'r' * (len(arrows) + 1)}l}}",
         r"\toprule",
         f"{' & '.join(heads)} \\\\",
         r"\midrule",
-        " & ".join([escaped(report["baseline"]), "1", *(_base_cell(base.get(key)) for key in keys), ""]) + r" \\",
-        *(_line(run) for run in runs),
+        " & ".join(
+            [escaped(report["baseline"]), "1", *(_base_cell(base.get(key)) for key in keys), *_costs(base, costs), ""]
+        )
+        + r" \\",
+        *(_line(run, _costs(rows_of(report, run.run), costs)) for run in runs),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
@@ -96,9 +104,15 @@ def _base_cell(row: Row | None) -> str:
     return _signed(verdict.number(row, row.get("value"))) if row else ""
 
 
-def _line(run: RunSummary) -> str:
+def _line(run: RunSummary, costs: list[str]) -> str:
     speed = run.speed.value + _small(run.speed.interval)
-    return " & ".join([escaped(run.run), speed, *(_cell(cell) for cell in run.cells), run.word]) + r" \\"
+    return " & ".join([escaped(run.run), speed, *(_cell(cell) for cell in run.cells), *costs, run.word]) + r" \\"
+
+
+def _costs(rows: Mapping[str, Row], keys: list[str]) -> list[str]:
+    """Return the cells of energy and memory; the baseline's ratio to itself is left empty."""
+    cells = [cell(rows.get(key), key) for key in keys]
+    return [f"{escaped(one.value)}{_small(one.interval)}" for one in cells]
 
 
 def _cell(cell: Cell) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import MappingProxyType
 from typing import Any
 
@@ -20,9 +20,11 @@ from diffaccel import record
 from diffaccel.compose import accelerate, remove, summary
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty.intervals import median_ratio
+from diffaccel.eval.uncertainty.turns import energy_ratio
 from diffaccel.files import COUNT, NUMBER, misfit
 from diffaccel.runs.call_arguments import call_arguments, frame_rate
 from diffaccel.runs.chunk import generate_chunk
+from diffaccel.runs.energy import joules
 from diffaccel.runs.request import WAY, Request
 from diffaccel.runs.variant import Variant
 
@@ -31,7 +33,8 @@ WARM_UP = 3
 _ENTRY = {
     "name": str, "folder": str, "turns": COUNT, "seconds": [NUMBER], "seconds_per_image": NUMBER,
     "first_call_seconds": NUMBER, "set_up_seconds?": (NUMBER, None), "parts": record.PARTS, "steps": [NUMBER],
-    "peak_memory?": (NUMBER, None), "energy_joules?": (NUMBER, None), "drawn?": dict,
+    "peak_memory?": (NUMBER, None), "peaks?": ([NUMBER], None), "energy_joules?": (NUMBER, None),
+    "joules?": ([NUMBER], None), "drawn?": dict,
 }  # fmt: skip
 _TIMING = {"images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}
 AfterCall = Callable[[list[Any], list[str | None]], None]  # must have finished when it returns, on a GPU as well
@@ -62,8 +65,9 @@ def take_turns(
 
     Returns:
         JSON-ready: ``variants``, a dict each with ``seconds`` of every turn, ``seconds_per_image`` (median), ``parts``,
-        ``steps``, ``nfe``, ``peak_memory``, ``energy_joules`` a picture (None where NVML gives none) and, but for the
-        first, ``ratio`` with its 95 % interval, null for fewer than 6 turns.
+        ``steps``, ``nfe``, ``peak_memory`` (highest) and ``peaks`` of every turn in bytes, ``energy_joules`` a picture
+        (mean) and ``joules`` of every turn (None where NVML gives none) and, but for the first, ``ratio`` of times and
+        ``energy_ratio`` with their 95 % intervals, null for fewer than 6 turns.
 
     Raises:
         DiffAccelError: for fewer than two variants or turns, two of one name, or a pipeline with methods on it.
@@ -147,14 +151,14 @@ def one_call(pipe: Any, request: Request, after_call: AfterCall | None = None) -
     set_up = time.perf_counter() - start
     try:
         arguments = call_arguments(pipe, request)
-        joules_before = _joules(pipe.device)
+        joules_before = joules(pipe.device)
         chunk = request.chunks()[0]
         pictures, cost, _ = generate_chunk(pipe, chunk, arguments, frame_rate(pipe, request))
         if after_call is not None:
             start = time.perf_counter()
             after_call(pictures, [item.prompt for item in chunk])
             cost["seconds"] += time.perf_counter() - start
-        joules_after = _joules(pipe.device)
+        joules_after = joules(pipe.device)
         cost["set_up"] = set_up
     finally:
         remove(pipe)
@@ -170,7 +174,8 @@ def _drawn_settings(request: Request, pipe: Any) -> dict[str, Any]:
 def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> dict[str, Any]:
     """Summarise the calls of one variant; all but the baseline have a ratio of the baseline's seconds to their own."""
     costs, seconds = calls["costs"], calls["seconds"]
-    joules = [value for value in calls["joules"] if value is not None]
+    used = None if None in calls["joules"] else calls["joules"]
+    peaks = [cost["peak_memory"] for cost in costs if cost["peak_memory"]]
     entry = {
         "turns": len(seconds),
         "seconds": seconds,
@@ -180,11 +185,15 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
         "parts": {part: round(median(cost["parts"][part] for cost in costs), 5) for part in costs[0]["parts"]},
         "steps": [round(median(times), 6) for times in zip(*(cost["steps"] for cost in costs), strict=False)],
         "nfe": costs[0]["nfe"] / images,
-        "peak_memory": max((cost["peak_memory"] or 0 for cost in costs), default=0) or None,
-        "energy_joules": median(joules) / images if joules else None,
+        "peak_memory": max(peaks, default=None),
+        "peaks": peaks if len(peaks) == len(costs) else None,
+        "energy_joules": fmean(used) / images if used else None,
+        "joules": used,
     }
     if calls is not base_calls:
         entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
+        if (ratio := energy_ratio(used, base_calls["joules"])) is not None:
+            entry["energy_ratio"] = ratio.to_dict()
     return entry
 
 
@@ -192,17 +201,3 @@ def _wait(device: Any) -> None:
     """Wait until the device has finished everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _joules(device: Any) -> float | None:
-    """Return the energy that the GPU has used so far, by NVML; None where there is none or it has no counter."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except Exception:  # not installed, or a card that has no counter
-        return None
