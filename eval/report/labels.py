@@ -83,6 +83,19 @@ def _candidates(dot: dict[str, Any]) -> Iterator[Place]:
         for line in (up, down):
             ends = (x, line + (4 if line < y else -10)) if away else None
             yield x, line, "middle", ends
+        if away == 28:
+            yield from _beside_bars(dot)
+
+
+def _beside_bars(dot: dict[str, Any]) -> Iterator[Place]:
+    """Yield places just beyond the ends of the error bars, which lead to their dot by themselves."""
+    if dot.get("x_bar"):
+        yield dot["x_bar"][1] + GAP, dot["y"] + 4, "start", None
+        yield dot["x_bar"][0] - GAP, dot["y"] + 4, "end", None
+    if dot.get("y_bar"):
+        for line in (dot["y_bar"][0] - GAP, dot["y_bar"][1] + GAP + 9):
+            for offset, anchor in ((0, "middle"), (-4, "start"), (4, "end")):
+                yield dot["x"] + offset, line, anchor, None
 
 
 def _box_of_name(label: str, place: Place) -> Box:

@@ -12,7 +12,7 @@ from diffaccel.eval.comparison import verdict
 from diffaccel.eval.report import call_times, charts, tables
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import shell_line, short_names, split_key
-from diffaccel.eval.report.summary import headline, main_keys, summaries, things_of
+from diffaccel.eval.report.summary import headline, how_to_read, main_keys, summaries, things_of
 from diffaccel.terminal import printable
 
 TEMPLATES = files(__name__.rpartition(".")[0])
@@ -41,6 +41,7 @@ def html_text(report: Mapping[str, Any], pictures: Mapping[str, Any] | None = No
         headline=headline(report),
         counted=tables.counted(report),
         summaries=summaries(report),
+        how_to_read=how_to_read(report),
         main_keys=main_keys(report),
         names=short_names(row["key"] for row in report["metrics"]),
         first_plots=charts.first_plots(report),

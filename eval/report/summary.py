@@ -113,6 +113,34 @@ def headline(report: Mapping[str, Any]) -> str:
     return f"{speed}; quality {counts} of {len(words)} runs"
 
 
+def how_to_read(report: Mapping[str, Any]) -> str:
+    """Return what the first screen's columns and words mean, of those that it has."""
+    first = {row["key"]: row for row in reversed(report["metrics"]) if row["run"] != report["baseline"]}
+    names = short_names(row["key"] for row in report["metrics"])
+    columns: dict[str, list[str]] = {}
+    for key in main_keys(report):
+        arrow = "↓" if first[key]["better"] == "lower" else "↑"
+        columns.setdefault(_kind_of_column(first[key], things_of(report)), []).append(f"{names[key]} {arrow}")
+    shown = {word for run in summaries(report) for word in (run.word, *(c.word for c in run.cells))}
+    proven = [word for word in (verdict.BETTER, verdict.WORSE) if word in shown]
+    texts = ["Small print: 95 % intervals", *(f"{', '.join(heads)}: {kind}" for kind, heads in columns.items())]
+    if proven:
+        texts.append(f"{', '.join(proven)}: the interval leaves out 0")
+    if verdict.SAME in shown:
+        texts.append(f"{verdict.SAME}: the interval holds 0, within what other seeds do")
+    if verdict.NOT_SHOWN in shown:
+        texts.append(f"{verdict.NOT_SHOWN}: not proven either way")
+    return clean(". ".join(texts) + ".")
+
+
+def _kind_of_column(row: Row, things: str) -> str:
+    """Return what a main measure is compared with."""
+    if row["metric"] in DISTANCES:
+        equal = {"ssim": ", 1 is equal", "lpips": ", 0 is equal"}.get(row["metric"], "")
+        return f"to the baseline's {things}{equal}"
+    return "change from the baseline" if row.get("delta") is not None else f"distance between sets of {things}"
+
+
 def verdicts(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """Return the verdicts as ``report.json`` has them: run, word and sentence."""
     return [{"run": run.run, "word": run.word, "text": run.sentence} for run in summaries(report)]

@@ -111,3 +111,11 @@ def test_differences_stand_around_the_baseline_with_the_noise_of_seeds_as_a_band
     top, height = plot.band
     assert top < base["y"] < top + height and "difference to the baseline" in plot.y_title
     assert charts.quality_plot({"metrics": rows[:2], "baseline": "base"}, "SSIM", charts.WIDE) is None  # no times
+
+
+def test_a_dot_between_error_bars_has_its_name_at_the_end_of_its_own():
+    bars = {"x_bar": (80.0, 120.0), "y_bar": (80.0, 160.0)}
+    walls = [{"x": x, "y": 100.0, "name": "", "x_bar": None, "y_bar": (0.0, 165.0)} for x in (60.0, 140.0)]
+    dot = {"x": 100.0, "y": 100.0, "name": "a-name-of-a-run", **bars}
+    labels.place_names([*walls, dot], (0.0, 0.0, 300.0, 200.0))
+    assert dot["anchor"] == "middle" and dot["label_y"] == 160 + labels.GAP + 9 and dot["leader"] is None

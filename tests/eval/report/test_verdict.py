@@ -98,3 +98,12 @@ def test_an_interval_that_excludes_zero_is_printed_so() -> None:
     assert verdict.ends(row, {"low": -0.1148, "high": -0.0044}, "+") == "-0.11 to -0.004"
     assert verdict.ends(row, {"low": -0.1148, "high": 0.0044}, "+") == "-0.11 to +0.00"
     assert verdict.ends(row, {"low": 0.0, "high": 0.0}) == "0.00 to 0.00"
+
+
+def test_the_first_screen_explains_its_own_columns_and_words_alone():
+    ssim = row("ssim", "fast", 0.9, family="fidelity", key="SSIM")
+    told = summary.how_to_read(report(score("fast", -1.0, -2.0, -0.5), ssim, speedup("fast", 2.0)))
+    assert "clip_score ↑: change from the baseline. SSIM ↑: to the baseline's pictures, 1 is equal." in told
+    assert "worse: the interval leaves out 0" in told and "better" not in told and "same" not in told
+    told = summary.how_to_read(report(score("fast", 0.1, -0.2, 0.5), score("slow", 1.0, 0.5, 2.0)))
+    assert "better: the interval leaves out 0. not shown: not proven either way." in told and "SSIM" not in told
