@@ -33,6 +33,7 @@ from diffaccel import record
 from diffaccel.eval.comparison import row as comparison_row
 from diffaccel.eval.uncertainty.intervals import bootstrap_mean, median_ratio, wilson
 from diffaccel.eval.uncertainty.sequential import Sequential
+from diffaccel.eval.uncertainty.turns import TICK, energy_ratio, least_turns, mean_of_turns
 from scripts.coverage_of_features import FEW, Row, distances, extrapolations, holds, shares
 
 Array = NDArray[np.float64]
@@ -129,11 +130,33 @@ def ratios(scale: float) -> Iterator[Row]:
                 interval = median_ratio(a, b).interval
                 covered += interval is not None and interval.low <= 2.0 <= interval.high
             yield _share_row(name, turns, covered, repeats)
+    yield from _energies(repeats)
     for share in (0.5, 0.8):
         for n in (10, 30, 100):
             wins = generator("wins", share, n).binomial(n, share, repeats)
             covered = sum(wilson(int(k), n).low <= share <= wilson(int(k), n).high for k in wins)
             yield _share_row(f"wins, {share:.0%} of pairs", n, covered, repeats)
+
+
+def _energies(repeats: int) -> Iterator[Row]:
+    """Yield the coverage of energy, read from a counter of ticks: a call's length in ticks, and 3 % of noise."""
+    for base, own in ((1.6, 0.7), (2.3, 1.2), (9.7, 2.3), (40.4, 20.1)):
+        for turns in COUNTS["turns"]:
+            if turns < least_turns(own * TICK):
+                continue
+            draw, means, held = generator("energy", base, own, turns), 0, 0
+            for _ in range(repeats):
+                a, b = (
+                    np.floor(draw.random(turns) + ticks) * np.exp(0.03 * draw.normal(size=turns))
+                    for ticks in (own, base)
+                )
+                mean, ratio = mean_of_turns(b), energy_ratio(list(a), list(b), own * TICK)
+                means += mean is not None and mean.low <= base * math.exp(0.03**2 / 2) <= mean.high
+                interval = None if ratio is None else ratio.interval
+                held += interval is not None and interval.low <= own / base <= interval.high
+            yield {"number": "energy", **_share_row(f"calls of {base} ticks", turns, means, repeats)}
+            name = f"calls of {own} to {base} ticks"
+            yield {"number": "energy over the baseline's", **_share_row(name, turns, held, repeats)}
 
 
 def _share_row(name: str, n: int, covered: int, repeats: int) -> Row:

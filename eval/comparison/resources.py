@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 from diffaccel.eval.comparison.cost_row import LABELS, cost_row, part_of_a_search
 from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty.intervals import LEAST_TURNS, Interval
-from diffaccel.eval.uncertainty.turns import energy_ratio, mean_difference, mean_of_turns, range_of_turns
+from diffaccel.eval.uncertainty.turns import energy_ratio, least_turns, mean_difference, mean_of_turns, range_of_turns
 
 GIB = 2.0**30
 Entry = Mapping[str, Any]  # of a variant in a timing, or the cost in a run's record
@@ -101,9 +102,11 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     used = entry.get("joules")
     row = cost_row("energy", run, joules, unit="J")
     row.n = entry.get("turns", row.n)
-    row.detail["from"] = f"NVML, {_turns_note(used, entry)}"
+    shorter = min(_call_seconds(one) for one in (entry, base_entry) if one is not None)
+    row.detail["from"] = f"NVML, {_turns_note(used, entry, _call_seconds(entry))}"
     images = sum(used) / len(used) / joules if used and joules > 0 else 1.0  # in a call
-    row.interval = mean_of_turns([value / images for value in used]) if used else None
+    if used:
+        row.interval = mean_of_turns([value / images for value in used], least_turns(_call_seconds(entry)))
     rows = [row]
     if base_entry is None or base_entry.get("energy_joules") is None:
         return rows
@@ -111,8 +114,8 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     base_used = base_entry.get("joules")
     if used and base_used and len(used) == len(base_used):
         row.delta_interval = _per_picture(mean_difference(used, base_used), images)
-        if (ratio := energy_ratio(used, base_used)) is not None:
-            detail = {"from": f"NVML, {_turns_note(used, entry)}", "turns": len(used)}
+        if (ratio := energy_ratio(used, base_used, shorter)) is not None:
+            detail = {"from": f"NVML, {_turns_note(used, entry, shorter)}", "turns": len(used)}
             rows.append(cost_row("energy_ratio", run, ratio.value, unit="x", detail=detail))
             rows[1].interval, rows[1].n = ratio.interval, len(used)
     return rows
@@ -126,11 +129,18 @@ def _per_picture(interval: Interval | None, images: float) -> Interval | None:
     return replace(interval, **ends)
 
 
-def _turns_note(used: Sequence[float] | None, entry: Entry) -> str:
+def _turns_note(used: Sequence[float] | None, entry: Entry, seconds: float) -> str:
     if used is None:
         return "without its turns: no interval" if "turns" in entry else "the run itself, not in turns"
-    too_few = f", too few for an interval ({LEAST_TURNS})" if len(used) < LEAST_TURNS else ""
-    return f"mean of {len(used)} turns{too_few}"
+    least = least_turns(seconds)
+    why = f", too few for an interval ({least}{' of so short calls' if least > LEAST_TURNS else ''})"
+    return f"mean of {len(used)} turns{why if len(used) < least else ''}"
+
+
+def _call_seconds(entry: Entry) -> float:
+    """Return the median seconds of a call; 0 where there are no turns."""
+    seconds = entry.get("seconds")
+    return median(seconds) if isinstance(seconds, list) and seconds else 0.0
 
 
 def _rows_of_one_call(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:

@@ -67,7 +67,7 @@ def take_turns(
         JSON-ready: ``variants``, a dict each with ``seconds`` of every turn, ``seconds_per_image`` (median), ``parts``,
         ``steps``, ``nfe``, ``peak_memory`` (highest) and ``peaks`` of every turn in bytes, ``energy_joules`` a picture
         (mean) and ``joules`` of every turn (None where NVML gives none) and, but for the first, ``ratio`` of times and
-        ``energy_ratio`` with their 95 % intervals, null for fewer than 6 turns.
+        ``energy_ratio`` with their 95 % intervals, null for too few turns.
 
     Raises:
         DiffAccelError: for fewer than two variants or turns, two of one name, or a pipeline with methods on it.
@@ -192,7 +192,8 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
     }
     if calls is not base_calls:
         entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
-        if (ratio := energy_ratio(used, base_calls["joules"])) is not None:
+        shorter = min(median(seconds), median(base_calls["seconds"]))
+        if (ratio := energy_ratio(used, base_calls["joules"], shorter)) is not None:
             entry["energy_ratio"] = ratio.to_dict()
     return entry
 

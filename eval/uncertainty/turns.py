@@ -16,13 +16,24 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty.intervals import LEAST_FOR_VERDICT, LEAST_TURNS, Array, Interval, Ratio, Values, finite
 from diffaccel.eval.uncertainty.student import student_quantile
 
+TICK = 0.1  # seconds between two readings of NVML's counter that differ, at most
+LONG = 20 * TICK  # of calls whose readings are good enough for few turns
 _QUANTILE = 0.975  # of two-sided 95 % intervals
 
 
-def mean_of_turns(values: Values) -> Interval | None:
-    """Compute the mean of what cannot be negative, with Student's 95 % interval; None for fewer than 6 turns."""
+def least_turns(seconds: float) -> int:
+    """Return how many turns an interval of energy needs: 6, and 10 for calls of fewer than 20 ticks of the counter.
+
+    Simulated, intervals of 6 shorter calls cover as little as 86 %, since all six may be wrong by the same part of a
+    tick (``docs/results/coverage_cpu.json``).
+    """
+    return LEAST_TURNS if seconds >= LONG else LEAST_FOR_VERDICT
+
+
+def mean_of_turns(values: Values, least: int = LEAST_TURNS) -> Interval | None:
+    """Compute the mean of what is not negative, with Student's 95 % interval; None for fewer than ``least`` turns."""
     x = finite(values, "turns")
-    if len(x) < LEAST_TURNS:
+    if len(x) < least:
         return None
     mean, half = float(x.mean()), _half_width(x)
     return Interval(mean, max(0.0, mean - half), mean + half, method=f"mean of {len(x)} turns, Student's t")
@@ -42,8 +53,8 @@ def mean_difference(a: Values, b: Values) -> Interval | None:
     return Interval(mean, mean - half, mean + half, method=method, null=0.0)
 
 
-def ratio_of_means(a: Values, b: Values) -> Ratio:
-    """Compute ``r = mean(a) / mean(b)`` over turns with its 95 % interval, none for fewer than 6 turns.
+def ratio_of_means(a: Values, b: Values, least: int = LEAST_TURNS) -> Ratio:
+    """Compute ``r = mean(a) / mean(b)`` over turns with its 95 % interval, none for fewer than ``least`` turns.
 
     The interval goes from ``r exp(-h)`` to ``r exp(h)`` with ``h = t sd(e) / sqrt(n)`` of the relative residuals
     ``e = (a - r b) / mean(a)``: the ratio estimator's variance (Cochran 1977, section 6.4) on the logarithm. What moves
@@ -60,8 +71,8 @@ def ratio_of_means(a: Values, b: Values) -> Ratio:
             f"A ratio of means needs values of 0 or more, not all 0; the means are {x.mean():g} and {y.mean():g}."
         )
     n, value = len(x), float(x.mean() / y.mean())
-    if n < LEAST_TURNS:
-        return Ratio(value, None, f"ratio of means of {n} turns; an interval needs {LEAST_TURNS}")
+    if n < least:
+        return Ratio(value, None, f"ratio of means of {n} turns; an interval needs {least}")
     half = _half_width((x - value * y) / x.mean())
     method = f"ratio of means of {n} turns, Student's t"
     return Ratio(
@@ -69,11 +80,16 @@ def ratio_of_means(a: Values, b: Values) -> Ratio:
     )
 
 
-def energy_ratio(own: Sequence[float] | None, base: Sequence[float] | None) -> Ratio | None:
-    """Return the energy of a way over that of the baseline; None where one was not measured, or read as nothing."""
+def energy_ratio(own: Sequence[float] | None, base: Sequence[float] | None, seconds: float) -> Ratio | None:
+    """Return the energy of a way over that of the baseline; None where one was not measured, or read as nothing.
+
+    Args:
+        own, base: joules of every turn.
+        seconds: of the shorter of the two calls.
+    """
     if not own or not base or sum(own) <= 0 or sum(base) <= 0:
         return None
-    return ratio_of_means(own, base)
+    return ratio_of_means(own, base, least_turns(seconds))
 
 
 def range_of_turns(values: Values, *, null: float | None = None) -> Interval | None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
-import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,59 +11,18 @@ import torch
 from diffaccel.cli.play import make_app
 from diffaccel.cli.play_session import PlaySession
 from diffaccel.samplers import NextFrameSampler
+from scripts.browser import Page, find_browser, opened
 from tests.support.worlds import tiny_world
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium"),
+    pytest.mark.skipif(find_browser() is None, reason="no Chromium"),
     pytest.mark.skipif(importlib.util.find_spec("aiohttp") is None, reason="aiohttp is not installed"),
 ]
 
 
-class Page:
-    """A page of a browser, over its debugging protocol."""
-
-    def __init__(self, socket: Any) -> None:
-        self.socket, self.number = socket, 0
-
-    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        self.number += 1
-        await self.socket.send_str(json.dumps({"id": self.number, "method": method, "params": parameters}))
-        while (answer := json.loads((await self.socket.receive()).data)).get("id") != self.number:
-            pass
-        return answer["result"]
-
-    async def value(self, expression: str) -> Any:
-        return (await self.call("Runtime.evaluate", expression=expression))["result"].get("value")
-
-    async def until(self, expression: str) -> None:
-        for _ in range(300):
-            if await self.value(expression):
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"{expression} did not become true: {await self.value('document.body.innerText')}")
-
-
-async def opened(client: Any, profile: Path, address: str) -> tuple[Any, str]:
-    """Start the browser on a page; return its process and the address of the page's debugging socket."""
-    process = await asyncio.create_subprocess_exec(
-        str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
-        f"--user-data-dir={profile}", address, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    for _ in range(600):
-        if (told := profile / "DevToolsActivePort").is_file() and (port := told.read_text().split("\n")[0]):
-            async with client.get(f"http://127.0.0.1:{port}/json") as answer:
-                for page in await answer.json():
-                    if page["type"] == "page" and page["url"].startswith(address):
-                        return process, page["webSocketDebuggerUrl"]
-        await asyncio.sleep(0.1)
-    process.kill()
-    raise AssertionError("the browser did not open the page")
-
-
-def test_keys_choose_the_action(tmp_path):
-    from aiohttp import ClientSession, web
+def test_keys_choose_the_action():
+    from aiohttp import web
     from aiohttp.test_utils import unused_port
 
     sampler = NextFrameSampler(tiny_world(torch.float32, num_actions=9), 1, draft=1)
@@ -80,14 +35,8 @@ def test_keys_choose_the_action(tmp_path):
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
         try:
-            async with ClientSession() as client:
-                process, address = await opened(client, tmp_path, f"http://127.0.0.1:{port}/")
-                try:
-                    async with client.ws_connect(address, max_msg_size=0) as socket:
-                        await play(Page(socket))
-                finally:
-                    process.kill()
-                    await process.wait()
+            async with opened(f"http://127.0.0.1:{port}/") as page:
+                await play(page)
         finally:
             await runner.cleanup()
 
@@ -98,10 +47,10 @@ def test_keys_choose_the_action(tmp_path):
         await page.value("window.screen_ = document.getElementById('screen')")
         assert not await page.value(blank)
         for key, action in (("ArrowRight", 7), ("3", 3)):
-            await page.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+            await page.key(key)
             await page.until(f"document.getElementById('action').textContent === '{action}'")
             assert game.action == action
-            await page.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+            await page.key(key, "keyUp")
             await page.until("document.getElementById('action').textContent === '4'")
         await page.until("Number(document.getElementById('latency').textContent) > 0")
         await page.until("Number(document.getElementById('fps').textContent) > 0")

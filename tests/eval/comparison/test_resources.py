@@ -31,19 +31,19 @@ JOULES = {
 }
 
 
-def entry(name, joules, peaks, count):
+def entry(name, joules, peaks, count, seconds):
     return {
-        "name": name, "folder": name, "turns": count, "seconds": [1.0] * count, "seconds_per_image": 0.5,
+        "name": name, "folder": name, "turns": count, "seconds": [seconds] * count, "seconds_per_image": seconds / 2,
         "first_call_seconds": 2.0, "set_up_seconds": 0.1, "parts": {}, "steps": [0.1],
         "peak_memory": max(peaks[:count]), "peaks": peaks[:count],
         "energy_joules": sum(joules[:count]) / count / 2, "joules": joules[:count],
     }  # fmt: skip
 
 
-def timing_of(count):
+def timing_of(count, seconds=1.0):
     variants = [
-        entry("base", JOULES["base"], [4 * GIB] * 10, count),
-        entry("fast", JOULES["fast"], [3 * GIB] * 9 + [2 * GIB], count),
+        entry("base", JOULES["base"], [4 * GIB] * 10, count, seconds),
+        entry("fast", JOULES["fast"], [3 * GIB] * 9 + [2 * GIB], count, seconds),
     ]
     return {"images_a_call": 2, "turns": count, "device": {"type": "cuda"}, "variants": variants}
 
@@ -85,12 +85,14 @@ def test_peak_memory_has_the_range_of_its_turns(runs):
     assert verdict.word(fast.to_dict()) == "better"
 
 
-def test_few_turns_say_so_and_six_give_a_ratio_only(runs):
+def test_few_turns_say_so_and_six_long_ones_give_a_ratio_only(runs):
     rows = rows_of(runs, timing_of(5))
     assert all(rows[metric, "fast"].interval is None for metric in ("energy", "energy_ratio", "peak_memory"))
-    assert "5 turns, too few for an interval (6)" in rows["energy", "fast"].detail["from"]
+    assert "5 turns, too few for an interval (10 of so short calls)" in rows["energy", "fast"].detail["from"]
     assert verdict.word(rows["energy_ratio", "fast"].to_dict()) == verdict.NOT_SHOWN
-    rows = rows_of(runs, timing_of(6))
+    assert rows_of(runs, timing_of(6))["energy", "fast"].interval is None
+    assert "(6)" in rows_of(runs, timing_of(5, 3.0))["energy", "fast"].detail["from"]
+    rows = rows_of(runs, timing_of(6, 3.0))
     assert rows["energy_ratio", "fast"].interval and rows["energy", "fast"].interval
     assert rows["energy", "fast"].delta_interval is None  # differences need ten
 
@@ -148,7 +150,7 @@ def test_every_form_of_the_report_has_the_same_ends(runs):
 
 def test_turns_read_a_meter_around_every_call(monkeypatch):
     readings = iter(range(0, 10**6, 7))
-    call_cost = {"seconds": 1.0, "parts": {"network": 1.0}, "steps": [], "nfe": 2, "peak_memory": GIB}
+    call_cost = {"seconds": 3.0, "parts": {"network": 1.0}, "steps": [], "nfe": 2, "peak_memory": GIB}
     monkeypatch.setattr(turns, "joules", lambda device: float(next(readings)))
     monkeypatch.setattr(turns, "generate_chunk", lambda *call: ([], dict(call_cost), None))
     request = Request(prompts=("a cat",), num=2, batch=2, steps=1, size=(32, 32), model="flux")

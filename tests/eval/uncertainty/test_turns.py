@@ -42,7 +42,9 @@ def test_the_ratio_of_means_ignores_what_both_share_and_agrees_with_the_logarith
     assert found is not None and logs is not None and found.significant
     assert math.log(found.high / found.low) == pytest.approx(math.log(logs.high / logs.low), rel=0.03)
     assert ratio_of_means(own[:5], base[:5]).interval is None and "needs 6" in ratio_of_means(own[:5], base[:5]).method
-    assert energy_ratio([0.0] * 6, list(base[:6])) is None and energy_ratio(None, [1.0]) is None
+    assert energy_ratio([0.0] * 6, list(base[:6]), 3.0) is None and energy_ratio(None, [1.0], 3.0) is None
+    few = list(own[:6]), list(base[:6])
+    assert energy_ratio(*few, 3.0).interval and energy_ratio(*few, 1.0).interval is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("own", "base"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([0.0, 0.0], [1.0, 2.0])])
@@ -56,7 +58,7 @@ def test_readings_of_a_slow_counter_cover_the_energy_that_was_used() -> None:
     draw, covered, ratios = np.random.default_rng(1), 0, 0
     for _ in range(400):
         base, own = (np.floor(draw.random(12) + length) for length in (1.6, 0.7))
-        mean, ratio = mean_of_turns(base), energy_ratio(list(own), list(base))
+        mean, ratio = mean_of_turns(base), energy_ratio(list(own), list(base), 0.07)
         covered += mean is not None and mean.low <= 1.6 <= mean.high
         ratios += (
             ratio is not None and ratio.interval is not None and ratio.interval.low <= 0.7 / 1.6 <= ratio.interval.high
