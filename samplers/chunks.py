@@ -55,12 +55,16 @@ class ChunkSampler:
         self.engine = ChunkEngine(model, sizes, len(seeds), height, width, capture)
         self.noise = FrameNoise(tuple(seeds), self.engine.memory.cache.device)
         self._text: Tensor | None = None
-        self._pending: tuple[Tensor, Tensor] | None = None  # the latest chunk and its text, not written yet
+        # the latest chunk, its text and the number of its first frame: not written yet
+        self._pending: tuple[Tensor, Tensor, int] | None = None
 
     @property
     def frames(self) -> int:
         """Number of latent frames of the video so far."""
-        return self.engine.count + (0 if self._pending is None else self._pending[0].shape[1])
+        if self._pending is None:
+            return self.engine.count
+        chunk, _, first = self._pending
+        return first + chunk.shape[1]
 
     def reset(self, text: Tensor, latents: Tensor | None = None) -> None:
         """Begin a video.
@@ -70,26 +74,37 @@ class ChunkSampler:
             latents: clean latent frames ``(B, T, C, H, W)`` that the video begins with: whole chunks; None for none.
         """
         text = self._as_text(text)
+        latents = None if latents is None else self._as_frames(latents)
+        self._text = self._pending = None  # there is no video until its first frames are here
         self.engine.begin()
-        self._text, self._pending = text, None
-        if latents is None:
-            return
+        begin = 0
+        while latents is not None and begin < latents.shape[1]:
+            self._write_pending()
+            end = begin + self._size()
+            self._pending = latents[:, begin:end], text, begin
+            begin = end
+        self._text = text
+
+    def _as_frames(self, latents: Any) -> Tensor:
+        """Return a copy of latent frames ``(B, T, C, H, W)`` for every row, or raise for what is no beginning."""
         if not isinstance(latents, Tensor) or latents.ndim != 5 or not latents.is_floating_point():
             raise DiffAccelError("latents must be a tensor of floats (batch, latent frames, channels, height, width).")
         if not bool(torch.isfinite(latents).all()):
             raise DiffAccelError("latents hold NaN or infinite values; they must be finite.")
-        length = latents.shape[1]
+        rows, _, *frame = self.engine.shape
+        batch, length, *got = latents.shape
+        if batch not in (1, rows) or got != frame:
+            raise DiffAccelError(
+                f"latents are {tuple(latents.shape)}; they must be ({_rows(rows)}, latent frames, "
+                f"{', '.join(map(str, frame))}), as (batch, latent frames, channels, height, width)."
+            )
         if length < self.first or (length - self.first) % self.chunk:
             raise DiffAccelError(
                 f"latents are {length} frames; give {self.first}, {self.first + self.chunk}, "
                 f"{self.first + 2 * self.chunk}, ... of them: whole chunks."
             )
-        begin = 0
-        while begin < length:
-            self._write_pending()
-            end = begin + self._size()
-            self._pending = latents[:, begin:end].expand(self.engine.batch, -1, -1, -1, -1), text
-            begin = end
+        cache = self.engine.memory.cache
+        return latents.to(cache.device, cache.dtype).expand(rows, -1, -1, -1, -1).clone()  # callers may reuse theirs
 
     @torch.no_grad()
     def step(self, text: Tensor | None = None) -> Tensor:
@@ -115,7 +130,7 @@ class ChunkSampler:
             velocity = self.engine.velocity(x, begin, end, self._text)
             x = x + (next_level - level) * velocity
         drawn = x.to(cache.dtype)
-        self._pending = drawn, self._text
+        self._pending = drawn, self._text, self.engine.count
         return drawn.clone()
 
     def chunks(self, count: int) -> Iterator[Tensor]:
@@ -128,10 +143,12 @@ class ChunkSampler:
         return self.chunk if self.frames else self.first
 
     def _write_pending(self) -> None:
+        """Let the engine have the latest chunk; what an interrupt leaves undone is done by the next call."""
         if self._pending is not None:
-            chunk, text = self._pending
-            self._pending = None  # counted by the engine from here on
-            self.engine.keep(chunk.to(self.engine.memory.cache.dtype), text)
+            chunk, text, first = self._pending
+            if self.engine.count == first:  # else it has it
+                self.engine.keep(chunk, text)
+            self._pending = None
 
     def _as_text(self, text: Any) -> Tensor:
         """Return embedded prompts for every row."""
@@ -139,12 +156,19 @@ class ChunkSampler:
         rows = self.engine.batch
         if (
             not isinstance(text, Tensor) or text.ndim != 3 or text.shape[0] not in (1, rows)
-            or text.shape[2] != channels or not text.is_floating_point()
+            or text.shape[1] == 0 or text.shape[2] != channels or not text.is_floating_point()
         ):  # fmt: skip
             got = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
             raise DiffAccelError(
-                f"text is {got}; it must be embedded prompts ({rows} or 1, tokens, {channels}), such as the pipeline's "
+                f"text is {got}; it must be embedded prompts ({_rows(rows)}, tokens, {channels}), such as the pipeline's "
                 "encode_prompt returns."
             )
         cache = self.engine.memory.cache
-        return text.to(cache.device, cache.dtype).expand(rows, -1, -1)
+        if not bool(torch.isfinite(text).all()):
+            raise DiffAccelError("text holds NaN or infinite values; they must be finite.")
+        return text.to(cache.device, cache.dtype).expand(rows, -1, -1).clone()  # callers may reuse theirs
+
+
+def _rows(rows: int) -> str:
+    """Return the numbers of rows that are right, for a message."""
+    return "1" if rows == 1 else f"{rows} or 1"

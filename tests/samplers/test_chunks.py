@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.models.anyflow_far import engine
 from diffaccel.models.next_frame.noise import FrameNoise
 from diffaccel.samplers import ChunkSampler
 from tests.support.chunked import SIZE, TEXT, draw, numbers, tiny_chunked, tiny_network
@@ -23,7 +24,9 @@ def noise(frames: int, seeds: tuple[int, ...] = (5,)) -> torch.Tensor:
 
 
 def sampler(model=None, **options):
-    return ChunkSampler(model or tiny_network(), SIZE, SIZE, 2, **{"seeds": (5,), **options})
+    return ChunkSampler(
+        model or tiny_network(), **{"height": SIZE, "width": SIZE, "steps": 2, "seeds": (5,), **options}
+    )
 
 
 @pytest.mark.slow
@@ -79,6 +82,9 @@ def test_memory_stays_where_it_is():
         ({"chunk": True}, "chunk is True"),
         ({"seeds": ()}, "seeds is"),
         ({"shift": 0.0}, "shift is 0"),
+        ({"shift": float("nan")}, "shift is nan; it must be a positive number"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ({"height": "4"}, "height is '4'; it must be a whole number"),
         ({"capture": True}, "capture=True records CUDA graphs"),
     ],
 )
@@ -91,7 +97,7 @@ def test_wrong_input_is_refused():
     made = sampler(tiny_network(num_layers=1))
     with pytest.raises(DiffAccelError, match="no video yet"):
         made.step()
-    for text in ("a cat", numbers(1, 3, TEXT + 1), numbers(2, 3, TEXT), numbers(3, TEXT)):
+    for text in ("a cat", numbers(1, 0, TEXT), numbers(1, 3, TEXT + 1), numbers(2, 3, TEXT), numbers(3, TEXT)):
         with pytest.raises(DiffAccelError, match="it must be embedded prompts"):
             made.reset(text)
     for frames in (2, 4):
@@ -99,6 +105,48 @@ def test_wrong_input_is_refused():
             made.reset(PROMPT, numbers(1, frames, 4, SIZE, SIZE))
     with pytest.raises(DiffAccelError, match="NaN or infinite"):
         made.reset(PROMPT, torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
-    made.reset(PROMPT, numbers(1, 1, 4, 2 * SIZE, SIZE))
-    with pytest.raises(DiffAccelError, match="A chunk is"):
-        made.step()
+    with pytest.raises(DiffAccelError, match="text holds NaN"):
+        made.reset(torch.full((1, 3, TEXT), torch.nan))
+
+
+def test_a_chunk_that_an_interrupt_cut_off_is_made_again_to_the_same_bits(monkeypatch):
+    made = sampler(tiny_network(num_layers=1))
+    made.reset(PROMPT)
+    whole = torch.cat(list(made.chunks(4)), 1)
+    real, left = engine.evaluate, [0]
+
+    def evaluate(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    for evaluations in (10, 12):  # before and after the first chunk that leaves the full resolution is written
+        made.reset(PROMPT)
+        left[0], chunks = evaluations, []
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                chunks.append(made.step())
+        while len(chunks) < 4:
+            chunks.append(made.step())
+        assert torch.equal(torch.cat(chunks, 1), whole), f"interrupted in evaluation {evaluations}"
+
+
+def test_a_beginning_that_does_not_fit_is_refused_at_once_and_leaves_the_video_as_it_is():
+    made = sampler(tiny_network(num_layers=1))
+    made.reset(PROMPT)
+    made.step()
+    for latents in (numbers(1, 1, 4, 2 * SIZE, SIZE), numbers(2, 1, 4, SIZE, SIZE), numbers(1, 3, 5, SIZE, SIZE)):
+        with pytest.raises(DiffAccelError, match=r"they must be \(1, latent frames, 4, 4, 4\)"):
+            made.reset(PROMPT, latents)
+    assert made.frames == 1 and made.step().shape[1] == 2
+
+
+def test_latents_and_texts_that_the_caller_reuses_are_copies():
+    made, text, latents = sampler(tiny_network(num_layers=1)), PROMPT.clone(), numbers(1, 1, 4, SIZE, SIZE)
+    made.reset(PROMPT, latents)
+    expected = torch.cat(list(made.chunks(2)), 1)
+    made.reset(text, latents)
+    text.zero_(), latents.zero_()
+    assert torch.equal(torch.cat(list(made.chunks(2)), 1), expected)

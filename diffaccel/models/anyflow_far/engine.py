@@ -57,7 +57,8 @@ def chunk_window(model: Any, window: int | None, chunk: int | None, whose: str) 
     chunk = max(own) if chunk is None else chunk
     limit = model.config.full_chunk_limit
     whole = (limit - 1) * chunk
-    far = max(sum(own[:-limit]), chunk) if window is None else window - whole
+    # longer chunks than the network's own have its ring at least, shorter ones fill what they leave of the window
+    far = max(sum(own[:-limit]), sum(own[:-1]) - whole, chunk) if window is None else window - whole
     if far < chunk:
         raise DiffAccelError(
             f"{whose}: window is {window} latent frames, and the network looks back at {limit - 1} whole chunks of up "
@@ -146,21 +147,25 @@ class ChunkEngine:
 
     @torch.no_grad()
     def keep(self, latents: Tensor, text: Tensor) -> None:
-        """Decide on the next chunk, ``(B, T, C, H, W)`` and clean, and write what later ones see of the context."""
+        """Decide on the next chunk, ``(B, T, C, H, W)`` and clean, and write what later ones see of the context.
+
+        Frames are counted at the end: a call that was interrupted is made again with the same chunk, to the same bits.
+        """
         self._check(latents, text)
         level = torch.zeros(self.batch, dtype=torch.float32, device=self.memory.cache.device)
-        self.recent.append(latents.detach().clone())
-        self.count += latents.shape[1]
-        if len(self.recent) == self.model.config.full_chunk_limit:
-            far, cache = self.recent.pop(0), self.memory.cache
-            ring = min(cache.count + far.shape[1], cache.places)
-            self._run(ChunkPlace("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
-            cache.note(far.shape[1])
-        begin, first = 0, self.count - sum(chunk.shape[1] for chunk in self.recent)
-        for chunk in self.recent:
+        recent, count = [*self.recent, latents.detach().clone()], self.count + latents.shape[1]
+        if len(recent) == self.model.config.full_chunk_limit:
+            far, cache = recent.pop(0), self.memory.cache
+            if cache.count < count - sum(chunk.shape[1] for chunk in recent):  # else it was noted before an interrupt
+                ring = min(cache.count + far.shape[1], cache.places)
+                self._run(ChunkPlace("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
+                cache.note(far.shape[1])
+        begin, first = 0, count - sum(chunk.shape[1] for chunk in recent)
+        for chunk in recent:
             frames = chunk.shape[1]
             self._run(ChunkPlace("whole", frames, begin, self._seen()), chunk, first, level, level, text)
             begin, first = begin + frames * self.memory.grid.whole_tokens, first + frames
+        self.recent, self.count = recent, count
 
     def _seen(self) -> int:
         """Return the number of the ring's frames."""

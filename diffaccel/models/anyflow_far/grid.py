@@ -60,6 +60,9 @@ class ChunkGrid:
         config = model.config
         self.model = model
         (_, p, q), (_, far_p, far_q) = config.patch_size, config.compressed_patch_size
+        for name, value in (("height", height), ("width", width)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise DiffAccelError(f"{name} is {value!r}; it must be a whole number, of latent frames.")
         if height % p or width % q or height < far_p or width < far_q:
             raise DiffAccelError(
                 f"Latent frames are {size_text(height, width)}; they must be a multiple of the patch "

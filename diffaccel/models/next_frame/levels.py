@@ -6,6 +6,7 @@ With ``x_t = (1-t) x0 + t e`` and ``v = e - x0``: Euler's step is ``x_s = x_t + 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -17,10 +18,10 @@ StepRule = Literal["euler", "consistency"]
 
 def levels(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     """Return ``steps + 1`` levels from 1 to 0: ``s u / (1 + (s - 1) u)`` of an even grid ``u``, with the shift s."""
-    if steps < 1:
-        raise DiffAccelError(f"steps is {steps}; it must be 1 or more.")
-    if shift <= 0:
-        raise DiffAccelError(f"shift is {shift}; it must be positive: 1 for an even grid.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise DiffAccelError(f"steps is {steps!r}; it must be a whole number, 1 or more.")
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise DiffAccelError(f"shift is {shift!r}; it must be a positive number: 1 for an even grid.")
     grid = [1 - k / steps for k in range(steps + 1)]
     return tuple(shift * u / (1 + (shift - 1) * u) for u in grid)
 
