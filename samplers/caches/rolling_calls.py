@@ -20,9 +20,10 @@ PARTS = ("_forward_inference", "_forward_cache")  # of the network's forward: a 
 class RollingCalls:
     """Keeps the context of a pipeline's calls until removal.
 
-    Attributes:
-        engine: memory and graphs of the latest call, which serve the next one of its kind.
-        stats: of the latest call.
+        Attributes:
+    _REMOVED = "'rolling_context' was removed while a call of the pipeline was running. Remove it after the call."
+            engine: memory and graphs of the latest call, which serve the next one of its kind.
+            stats: of the latest call.
     """
 
     def __init__(self, window: ChunkWindow, capture: bool | None) -> None:
@@ -61,7 +62,11 @@ class RollingCalls:
     @contextlib.contextmanager
     def during(self, pipe: Any, label: Any) -> Iterator[None]:
         """Take the network's evaluations of one pipeline call."""
-        network = pipe.transformer
+        outer = self.engine, self._network, self._is_begun
+        is_within = isinstance(pipe.transformer, _Caller)  # a callback of a call draws another video
+        network = self._network if is_within else pipe.transformer
+        if network is None:
+            raise DiffAccelError(_REMOVED)
         restores = [attributes_of(network, list(PARTS)), attributes_of(pipe, ["transformer"])]
 
         def restore() -> None:
@@ -69,6 +74,8 @@ class RollingCalls:
                 part()
 
         self._network, self._is_begun = network, False
+        if is_within:
+            self.engine = None  # the outer call's context stays as it is
         with restored(pipe, restore):
             vars(network)[PARTS[0]], vars(network)[PARTS[1]] = self._velocity, self._keep
             vars(pipe)["transformer"] = _Caller(network)
@@ -76,12 +83,16 @@ class RollingCalls:
                 yield
             finally:
                 self._count()
+                if is_within:
+                    self.engine, self._network, self._is_begun = outer
 
     def _begun(self, latents: Tensor) -> ChunkEngine:
         """Return the memory of this call, which its first evaluation makes or clears."""
         if self._is_begun and self.engine is not None:
             return self.engine
         network = self._network
+        if network is None:
+            raise DiffAccelError(_REMOVED)
         batch, _, _, height, width = latents.shape
         weight = network.patch_embedding.weight
         if weight.device != latents.device:
@@ -110,7 +121,8 @@ class RollingCalls:
     ) -> tuple[Tensor, Any]:  # fmt: skip
         """Answer the network's evaluation of a chunk, which the pipeline asks for as a tuple."""
         engine = self._begun(hidden_states)
-        velocity = engine.velocity(hidden_states, timestep[:, 0], r_timestep[:, 0], encoder_hidden_states)
+        text = _for_rows(encoder_hidden_states, len(hidden_states))
+        velocity = engine.velocity(hidden_states, timestep[:, 0], r_timestep[:, 0], text)
         return velocity.clone(), kv_cache
 
     def _keep(
@@ -121,7 +133,7 @@ class RollingCalls:
     ) -> tuple[None, Any]:  # fmt: skip
         """Answer the network's evaluation of the whole context: of that, only the latest chunk is new."""
         engine = self._begun(hidden_states)
-        engine.keep(hidden_states[:, -chunk_partition[-1] :], encoder_hidden_states)
+        engine.keep(hidden_states[:, -chunk_partition[-1] :], _for_rows(encoder_hidden_states, len(hidden_states)))
         return None, kv_cache
 
     def _count(self) -> None:
@@ -139,6 +151,11 @@ class RollingCalls:
     def report(self) -> dict[str, Any] | None:
         """Return the counts of the latest call."""
         return self.stats
+
+
+def _for_rows(text: Tensor, rows: int) -> Tensor:
+    """Return embedded prompts ``(B, L, channels)`` for all rows: one prompt counts for all, as in the stock call."""
+    return text.expand(rows, -1, -1) if text.shape[0] == 1 else text
 
 
 class _NoLayers:

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounter
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.quant import W8A8
-from diffaccel.samplers import NFD, Euler, RollingContext
-from tests.support.chunked import TEXT, draw, numbers, tiny_chunked
+from diffaccel.samplers import NFD, ChunkSampler, Euler, RollingContext
+from tests.support.chunked import TEXT, draw, numbers, tiny_chunked, tiny_network
 from tests.support.replayed_calls import replayed_calls  # noqa: F401
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -166,3 +166,38 @@ def test_weights_that_are_elsewhere_are_named(monkeypatch):
 def test_options_are_checked(options, sentence):
     with pytest.raises(DiffAccelError, match=sentence):
         RollingContext(**options)
+
+
+def test_one_prompt_counts_for_all_videos_of_a_call():
+    both = [torch.Generator().manual_seed(seed) for seed in (2, 3)]
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    video = draw(pipe, 5, num_inference_steps=1, num_videos_per_prompt=2, generator=both)
+    one = draw(pipe, 5, num_inference_steps=1, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(video[1:], one, **CLOSE)
+
+
+def test_a_callback_may_draw_another_video_and_a_removal_within_a_call_is_named():
+    pipe = diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext())
+    expected, other = draw(pipe, 7, num_inference_steps=1), draw(pipe, 5, num_inference_steps=1)
+    drawn = []
+
+    def look(pipe, step, timestep, values):
+        if not drawn:
+            drawn.append(draw(pipe, 5, num_inference_steps=1))
+        return values
+
+    video = draw(pipe, 7, num_inference_steps=1, callback_on_step_end=look)
+    assert torch.equal(drawn[0], other) and torch.equal(video, expected)
+
+    def remove(pipe, step, timestep, values):
+        diffaccel.remove(pipe)
+        return values
+
+    with pytest.raises(DiffAccelError, match="was removed while a call of the pipeline was running"):
+        draw(pipe, 7, num_inference_steps=1, callback_on_step_end=remove)
+
+
+def test_chunks_of_another_length_look_back_as_far_as_the_network_does():
+    for chunk, window in ((None, 7), (1, 7), (2, 7), (3, 9)):
+        made = ChunkSampler(tiny_network(num_layers=1), 4, 4, chunk=chunk)
+        assert made.engine.window.far + made.engine.window.whole == window
