@@ -93,8 +93,9 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
-            finite = _is_finite(value)
-            if not finite or not _fits(value, hints[field.name]):
+            finite, fits = _is_finite(value), _fits(value, hints[field.name])
+            if not finite or not fits:
+                finite = finite and not _spells_infinite(value)
                 kind = _describe(hints[field.name]) + ("" if finite else ", and finite")
                 raise DiffAccelError(
                     f"{type(self).__name__}.{field.name} is {shortened(repr(value), 100)}; it must be {kind}."
@@ -221,6 +222,14 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_finite, value.values()))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _spells_infinite(value: Any) -> bool:
+    """Return whether a text, as a shell gives it, is of a number that is not finite."""
+    try:
+        return isinstance(value, str) and not math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _fits(value: Any, hint: Any) -> bool:

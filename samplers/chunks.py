@@ -160,8 +160,8 @@ class ChunkSampler:
         ):  # fmt: skip
             got = tuple(text.shape) if isinstance(text, Tensor) else type(text).__name__
             raise DiffAccelError(
-                f"text is {got}; it must be embedded prompts ({_rows(rows)}, tokens, {channels}), such as the pipeline's "
-                "encode_prompt returns."
+                f"text is {got}; it must be embedded prompts ({_rows(rows)}, tokens, {channels}), such as the "
+                "pipeline's encode_prompt returns."
             )
         cache = self.engine.memory.cache
         if not bool(torch.isfinite(text).all()):

@@ -164,6 +164,7 @@ def test_every_kind_of_field_survives_json() -> None:
         ({"pair": (1.0,)}, "Everything.pair is (1.0,); it must be tuple[float, float]."),
         ({"maybe": "no"}, "Everything.maybe is 'no'; it must be float | None."),
         ({"share": math.nan}, "Everything.share is nan; it must be float, and finite."),
+        ({"share": "nan"}, "Everything.share is 'nan'; it must be float, and finite."),
         (
             {"share": 10**400},
             f"Everything.share is {repr(10**400)[:60]} ... (321 more characters) ... {'0' * 20}; it must be float.",

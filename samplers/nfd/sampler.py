@@ -193,8 +193,8 @@ class NextFrameSampler:
             raise DiffAccelError(f"prepare is for one video, and this sampler draws {self.engine.batch}.")
         if not 1 <= len(set(choices)) == len(choices) <= self.fan_out:
             raise DiffAccelError(
-                f"prepare got {len(choices)} actions; give 1 to {self.fan_out} different ones, or make the sampler "
-                f"with fan_out={max(len(choices), 1)}."
+                f"prepare got {len(choices)} actions of a sampler with fan_out={self.fan_out}. Give different ones, up "
+                f"to that many, or make the sampler with fan_out={max(len(choices), 1)}."
             )
         row = check_actions(choices, self.model.null_action, "actions")
         with self._timed():

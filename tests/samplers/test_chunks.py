@@ -148,5 +148,6 @@ def test_latents_and_texts_that_the_caller_reuses_are_copies():
     made.reset(PROMPT, latents)
     expected = torch.cat(list(made.chunks(2)), 1)
     made.reset(text, latents)
-    text.zero_(), latents.zero_()
+    text.zero_()
+    latents.zero_()
     assert torch.equal(torch.cat(list(made.chunks(2)), 1), expected)

@@ -93,7 +93,7 @@ def extractor(
         if kind == "open_clip":
             return clip(*_name_and_path(spec, rest), **options)
         return clip_folder(zoo.path(spec), name=spec, **options)
-    raise unknown("extractor", spec, [*SPECS, *clips()])
+    raise unknown("extractor", spec, list(dict.fromkeys([*SPECS, *clips()])))
 
 
 def as_clip(candidate: Extractor) -> ClipExtractor:
