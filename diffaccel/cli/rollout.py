@@ -108,7 +108,9 @@ def stream(options: Any, given: list[int] | None, actions: int) -> list[int]:
         return held_actions(100 if options.frames is None else options.frames, actions, hold, options.seed)
     count = len(given) if options.frames is None else options.frames
     if not 1 <= count <= len(given):
-        raise DiffAccelError(f"--frames is {count}, and {len(given)} actions are given. Give 1 to {len(given)}.")
+        raise DiffAccelError(
+            f"--frames is {count}, and --actions has {len(given)}. Give 1 to {len(given)}, or leave it out."
+        )
     check_actions(given, actions, "--actions")
     return given[:count]
 

@@ -151,11 +151,13 @@ class NextFrameSampler:
     def warm_up(self, poll: bool = False) -> int:
         """Record the graphs of all rounds, with ``poll`` of those that :meth:`step` polls in; return their number."""
         self._check_begun()
-        counts, kept, state = range(1, self._most + 1), (self.stats, self._before), self.state_dict()
-        made = self.engine.warm_up(counts if self._draft == "auto" else [self._draft], poll or self.latency is not None)
-        self.load_state_dict(state)
-        self.stats, self._before = kept
-        return made
+        kept, state = (self.stats, self._before), self.state_dict()
+        counts = range(1, self._most + 1) if self._draft == "auto" else [self._draft]
+        try:
+            return self.engine.warm_up(counts, poll or self.latency is not None)
+        finally:
+            self.load_state_dict(state)
+            self.stats, self._before = kept
 
     def step(self, action: Action, poll: Callable[[], Action] | None = None) -> Tensor:
         """Return the next frame ``(B, C, H, W)``, drawn under an action: an integer, or one for each video.
@@ -338,10 +340,9 @@ class NextFrameSampler:
     def _drafts_now(self) -> int:
         if self._draft != "auto":
             return self._draft
-        if not self.step_seconds:  # a state was loaded, and no video begun
-            return 1
         latency = None if self.latency is None else self.latency / 1000
-        return best_drafts(self.step_seconds, self.held.repeats, self.steps, latency)
+        known = bool(self.step_seconds)  # else a state was loaded, and no video begun
+        return best_drafts(self.step_seconds, self.held.repeats, self.steps, latency) if known else 1
 
     def _note(self, row: Tensor) -> None:
         if self._action is not None:
@@ -349,9 +350,8 @@ class NextFrameSampler:
 
     def _measure_steps(self) -> dict[int, float]:
         """Return the seconds of one step for each number of drafts that is tried: 1, 2, 4, ... and the most."""
-        counts = sorted({1 << k for k in range(self._most.bit_length())} | {self._most})
         seconds = {}
-        for count in counts:
+        for count in sorted({1 << k for k in range(self._most.bit_length())} | {self._most}):
             row = torch.zeros(self.engine.batch, count, dtype=torch.int64, device="cpu")
             times = []
             for _ in range(3):

@@ -191,13 +191,16 @@ class FrameEngine:
             return 0
         state, evaluations, captures = self.state_dict(), self.evaluations, self.captures
         kinds = [*((n, False) for n in counts), *[(self.branches, True)] * bool(self.branches)]
-        for (n, branches), m in itertools.product(kinds, range(self.most + 1)):  # none after a round that was given up
-            self.count, self.pending = self.count - self.pending, 0
-            self._take(torch.zeros_like(self.context[:, :m]), torch.zeros_like(self._context_actions[:, :m]))
-            actions = torch.zeros(self.batch, n, dtype=torch.int64, device="cpu")
-            self.draft(actions, (lambda k, m=m: max(m, 1)) if by_steps and not branches else None, branches)  # type: ignore[misc]
-        self.load_state_dict(state)
-        self.evaluations = evaluations
+        try:
+            for (n, branches), m in itertools.product(kinds, range(self.most + 1)):  # none: a round was given up
+                self.count, self.pending = self.count - self.pending, 0
+                self._take(torch.zeros_like(self.context[:, :m]), torch.zeros_like(self._context_actions[:, :m]))
+                actions = torch.zeros(self.batch, n, dtype=torch.int64, device="cpu")
+                poll = (lambda k, m=m: max(m, 1)) if by_steps and not branches else None  # type: ignore[misc]
+                self.draft(actions, poll, branches)
+        finally:  # the video goes on, also where memory for graphs ran out
+            self.load_state_dict(state)
+            self.evaluations = evaluations
         return self.captures - captures
 
     def put(self, frames: Tensor, actions: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffaccel.errors import DiffAccelError
 from diffaccel.modules.capture.graphs import BACKENDS
 from diffaccel.samplers.nfd.sampler import NextFrameSampler
-from tests.support.replayed_calls import ReplayedCalls
+from tests.support.replayed_calls import ReplayedCalls, replayed_calls  # noqa: F401
 from tests.support.worlds import tiny_world
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -304,3 +304,16 @@ def test_after_a_warm_up_nothing_is_recorded_and_the_video_is_the_same(options, 
         torch.testing.assert_close(*frames, rtol=0, atol=0)
     assert warm.engine.captures == recorded and warm.stats.discarded == plain.stats.discarded
     assert plain.warm_up() == 0
+
+
+def test_a_warm_up_that_fails_leaves_the_video_as_it_is(replayed_calls):  # noqa: F811
+    warm, plain = sampler(3, capture=True), sampler(3, capture=False)
+    for made in (warm, plain):
+        made.step(1)
+    replayed_calls.fails = MemoryError
+    with pytest.raises(MemoryError, match="on purpose"):
+        warm.warm_up()
+    replayed_calls.fails = None
+    for action in (1, 1, 1, 2):
+        assert torch.equal(warm.step(action), plain.step(action))
+    assert warm.stats.accepted == plain.stats.accepted == 5
