@@ -44,7 +44,8 @@ def open_student(folder: str | Path, teacher: PipelineTeacher, config: StageOpti
         known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         drawn = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         made_of = known["teacher_weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        theirs = [tuple(map(float, level[:2])) for level in drawn.get("levels") or [(drawn["a"], drawn["s"])]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffAccelError(
             f"'{folder}' is no student to begin with ({first_line(error, 90)}). Give the folder 'student' of a run of "
             "diffaccel distill."
@@ -54,28 +55,53 @@ def open_student(folder: str | Path, teacher: PipelineTeacher, config: StageOpti
             f"The student in '{folder}' is of another teacher, or of one with other weights ({known.get('teacher')}). "
             "Begin with a student of this teacher."
         )
-    _check_levels(folder, drawn, known.get("options", {}), teacher, config)
-    name = next(name for name, part in teacher.pipe.components.items() if part is teacher.network)
-    device = next(teacher.network.parameters()).device
+    _check_levels(folder, theirs, drawn.get("start"), known.get("options"), teacher, config)
+    return EarlierStudent(_network(folder, teacher), {key: known[key] for key in _KEPT if key in known})
+
+
+def _network(folder: Path, teacher: PipelineTeacher) -> nn.Module:
+    """Return the denoiser of a student's folder, whole and finite, on the teacher's device; no pickle is opened."""
+    part = folder / next(name for name, part in teacher.pipe.components.items() if part is teacher.network)
     kind: Any = type(teacher.network)
-    network = kind.from_pretrained(folder / name, torch_dtype=torch.float32).to(device)
-    return EarlierStudent(network, {key: known[key] for key in _KEPT if key in known})
+    try:
+        if not part.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        network, told = kind.from_pretrained(
+            part, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise _unreadable(part, first_line(error, 120)) from error
+    if missing := told["missing_keys"]:
+        raise _unreadable(part, f"it lacks the weight '{missing[0]}'")
+    if quantized := [name for name, p in network.named_parameters() if not p.is_floating_point()]:
+        raise _unreadable(part, f"the weight '{quantized[0]}' is quantized; begin with the student before that")
+    if bad := [name for name, p in network.named_parameters() if not bool(torch.isfinite(p).all())]:
+        raise _unreadable(part, f"the weight '{bad[0]}' holds NaN or infinite values")
+    network.to(next(teacher.network.parameters()).device)
+    return network  # type: ignore[no-any-return]
+
+
+def _unreadable(part: Path, reason: str) -> DiffAccelError:
+    return DiffAccelError(
+        f"'{part}' has no network to begin with: {reason.rstrip('.')}. Repeat the command that wrote the student, or "
+        "give another."
+    )
 
 
 def _check_levels(
-    folder: Path, drawn: dict[str, Any], options: dict[str, Any], teacher: PipelineTeacher, config: StageOptions
-) -> None:
+    folder: Path, theirs: list[tuple[float, ...]], start: Any, options: Any, teacher: PipelineTeacher,
+    config: StageOptions,
+) -> None:  # fmt: skip
     """Raise where a student draws from another input than the stage's: all levels, or the first on a trajectory."""
     own = [level[:2] for level in scheduler_of(teacher, config).levels]
-    theirs = [level[:2] for level in drawn.get("levels") or [(drawn.get("a", 0.0), drawn.get("s", 0.0))]]
     if not config.fresh_noise:
         own, theirs = own[:1], theirs[:1]
-    same = len(own) == len(theirs) and drawn.get("start") == config.start
+    same = len(own) == len(theirs) and start == config.start
     same = same and torch.allclose(torch.tensor(own).double(), torch.tensor(theirs).double(), rtol=1e-4, atol=1e-6)
     if not same:
-        ratio = options.get("noise_ratio", "unknown")
+        ratio = options.get("noise_ratio", "unknown") if isinstance(options, dict) else "unknown"
         raise DiffAccelError(
             f"The student in '{folder}' draws in {len(theirs)} calls from noise_ratio {ratio} with start "
-            f"'{drawn.get('start')}', this stage in {len(own)} from {config.noise_ratio:g} with '{config.start}'. "
+            f"'{start}', this stage in {len(own)} from {config.noise_ratio:g} with '{config.start}'. "
             f"Take --{config.name}.noise-ratio {ratio}, and as many calls."
         )

@@ -117,7 +117,7 @@ def _open(options: argparse.Namespace) -> Any:
     from diffaccel.runs.loading import load, pick_device, pick_dtype
 
     device = pick_device(options.device)
-    pipe = load(options.model, torch_dtype=pick_dtype(options.dtype, device)).to(device)
+    pipe = load(options.model, dtype=pick_dtype(options.dtype, device)).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

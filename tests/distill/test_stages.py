@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import diffaccel
 from diffaccel.distill import SIM, TSCD, PipelineTeacher, TrajectoryRun, TrajectoryScheduler
@@ -114,3 +116,34 @@ def test_levels_beyond_those_of_the_training_are_refused() -> None:
     with pytest.raises(DiffAccelError, match=r"noise_ratio is 1000, but .* was trained up to"):
         scheduler_of(teacher, options())
     assert PipelineTeacher(tiny.make("flux"), TEXTS, 2, call_of("flux")).largest_ratio == float("inf")
+
+
+def _truncate(network: Path) -> None:
+    weights = network / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+
+
+def _change(network: Path, spoil: bool) -> None:
+    weights = network / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensor = tensors.pop("proj_out.bias")
+    save_file({**tensors, "proj_out.bias": tensor.fill_(torch.nan)} if spoil else tensors, weights)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: shutil.rmtree(folder / "transformer"), "there is no such folder"),
+        (lambda folder: _truncate(folder / "transformer"), "no network to begin with"),
+        (lambda folder: _change(folder / "transformer", False), "it lacks the weight 'proj_out.bias'"),
+        (lambda folder: _change(folder / "transformer", True), "'proj_out.bias' holds NaN or infinite values"),
+        (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[]"), "is no student to begin"),
+    ],
+    ids=["gone", "cut off", "a weight missing", "nan", "scheduler"],
+)
+def test_a_damaged_student_is_named(saved: Path, tmp_path: Path, damage: Any, sentence: str) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "student"))
+    damage(folder)
+    teacher = PipelineTeacher(tiny.make("flux"), TEXTS, 2, call_of("flux"))
+    with pytest.raises(DiffAccelError, match=sentence):
+        open_student(folder, teacher, options())
