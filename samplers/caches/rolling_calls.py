@@ -14,16 +14,16 @@ from diffaccel.models.next_frame.engine import backend_for
 from diffaccel.modules.guard import attributes_of, restored
 from diffaccel.modules.stand_in import StandIn, uncompiled
 
+_REMOVED = "'rolling_context' was removed while a call of the pipeline was running. Remove it after the call."
 PARTS = ("_forward_inference", "_forward_cache")  # of the network's forward: a chunk's velocity, and the context
 
 
 class RollingCalls:
     """Keeps the context of a pipeline's calls until removal.
 
-        Attributes:
-    _REMOVED = "'rolling_context' was removed while a call of the pipeline was running. Remove it after the call."
+    Attributes:
             engine: memory and graphs of the latest call, which serve the next one of its kind.
-            stats: of the latest call.
+        stats: of the latest call.
     """
 
     def __init__(self, window: ChunkWindow, capture: bool | None) -> None:
