@@ -78,7 +78,7 @@ def _network(folder: Path, teacher: PipelineTeacher) -> nn.Module:
     if bad := [name for name, p in network.named_parameters() if not bool(torch.isfinite(p).all())]:
         raise _unreadable(part, f"the weight '{bad[0]}' holds NaN or infinite values")
     network.to(next(teacher.network.parameters()).device)
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def _unreadable(part: Path, reason: str) -> DiffAccelError:

@@ -196,7 +196,7 @@ class FrameEngine:
                 self.count, self.pending = self.count - self.pending, 0
                 self._take(torch.zeros_like(self.context[:, :m]), torch.zeros_like(self._context_actions[:, :m]))
                 actions = torch.zeros(self.batch, n, dtype=torch.int64, device="cpu")
-                poll = (lambda k, m=m: max(m, 1)) if by_steps and not branches else None  # type: ignore[misc]
+                poll = (lambda k, m=m: max(m, 1)) if by_steps and not branches else None
                 self.draft(actions, poll, branches)
         finally:  # the video goes on, also where memory for graphs ran out
             self.load_state_dict(state)
