@@ -71,6 +71,8 @@ def run(argv: list[str]) -> int:
     for name in ("evaluate", "evaluate_prompts"):
         if getattr(options, name) < 0:
             raise DiffAccelError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 0.")
+    if options.judge not in (None, "none") and not options.evaluate:
+        raise DiffAccelError(f"--judge is {options.judge}, but no pictures are drawn for it. Add --evaluate N.")
     if options.sharded and options.evaluate and _judge(options) != "none":
         raise DiffAccelError("--sharded draws no pictures for a judge while it trains. Add --judge none.")
     check_writable(options.out)
@@ -137,6 +139,8 @@ def alone(out: Path, rank: int) -> Iterator[None]:
             lock.acquire()
         yield
     except OSError as error:
+        if error.errno is None:  # a library's own, such as of a model that it cannot read
+            raise
         raise unwritable(out, error) from error
     finally:
         lock.release()

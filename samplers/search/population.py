@@ -27,7 +27,8 @@ def images_a_search(config: object, session: Session) -> int:
     if count < 2:
         raise DiffAccelError(
             f"{type(config).__name__}.population returns several samples of one search, and this call asks for one "
-            "image of each prompt. Call the pipeline with num_images_per_prompt=2 or more, or leave population out."
+            "image of each prompt. Call the pipeline with num_images_per_prompt=2 or more, or leave population "
+            "out; diffaccel sample makes a search of every image."
         )
     return count
 

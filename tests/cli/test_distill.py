@@ -115,6 +115,7 @@ def test_a_student_of_trajectories_is_what_sim_begins_with(
         (["--rbf.budget", "1"], "--rbf.budget is no option of 'sim'"),
         (["--sim.floor", "7"], "SIM.floor"),
         (["--sharded", "--evaluate", "2"], "Add --judge none"),
+        (["--judge", "tiny"], "Add --evaluate N"),
         (["--method", "tscd", "--preset", "sid"], "'tscd' has no presets"),
         (["--method", "tscd", "--tscd.segments", "2,4"], "the numbers must fall"),
         (["--method", "tscd", "--sim.steps", "4"], "--sim.steps is no option of 'tscd'"),
