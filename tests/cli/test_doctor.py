@@ -96,6 +96,7 @@ def test_why_a_kernel_refused_is_told(monkeypatch):
     assert check.detail == "Flash attention only supports gpu architectures in the range [sm80, sm121]."
 
 
+@pytest.mark.slow
 def test_the_report_is_one_json_object(run, monkeypatch, report):
     monkeypatch.setattr(doctor, "examine", lambda full: report)
     done = run("doctor", "--json")

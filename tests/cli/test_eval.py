@@ -67,6 +67,7 @@ def test_runs_know_their_pictures(made):
     assert noise[0] == noise[1] and len(set(noise[0])) == 3
 
 
+@pytest.mark.slow
 def test_a_record_without_pictures_is_one_sentence(made, tmp_path):
     values = json.loads((made / "fewer" / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(values | {"images": []}))

@@ -126,6 +126,7 @@ def test_runs_have_latents_and_prompts(run, models, tmp_path):
 # -- clip -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_conventions_of_the_score(run, sets):
     done = run("eval", "clip", sets / "a", "--prompts", sets / "prompts.txt", "--pairs", sets / "b", "--json")
     found, clip = rows(done), as_clip(extractor("emoji-clip-judge"))

@@ -92,6 +92,7 @@ def test_values_are_those_of_the_library(run, sets):
     assert list(shares.values())[:2] == [1, 1]
 
 
+@pytest.mark.slow
 def test_an_interval_and_the_limit_of_many_images(run, sets):
     done = run("eval", "fid", sets / "many", sets / "more", *kept(sets), "--infinity", "--json")
     plain, limit = done.json["metrics"]

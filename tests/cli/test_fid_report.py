@@ -75,6 +75,7 @@ def test_every_network_is_loaded_once(sd):
     assert sorted(LOADED) == ["emoji-clip-judge", "emoji-clip-reward", "tiny"]
 
 
+@pytest.mark.slow
 def test_a_report_on_a_folder(sd):
     out, _ = sd
     made = json.loads((out / "report.json").read_text())

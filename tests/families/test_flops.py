@@ -156,6 +156,7 @@ def test_text_defaults_to_what_the_pipeline_passes():
     assert flops(network, **size) == flops(network, **size, text=512)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_and_a_subclass_count_alike():
     network = networks.make("UNet2DModel")
 

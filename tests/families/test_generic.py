@@ -403,7 +403,7 @@ def test_the_fallback_says_why_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 class _Branch:
     """A sampler that the stock driver cannot serve."""
 
-    name, state, max_batch, touches = "branch", "float32", 0, "loop"
+    name, state, max_batch, touches, searches = "branch", "float32", 0, "loop", False
 
     def sample(self, session: Any) -> Any:
         yield Eval(session.x, session.sigmas[0], branch="negative")

@@ -93,6 +93,7 @@ def test_wheel_holds_the_package_and_nothing_else(built, checkout, kind):
     assert built[kind].stat().st_size < WHEEL_LIMIT
 
 
+@pytest.mark.slow
 def test_sdist_holds_what_a_wheel_is_made_from(built, checkout):
     with tarfile.open(built["sdist"]) as archive:
         members = archive.getmembers()
@@ -184,6 +185,7 @@ def test_tests_run_without_installing(pythons, checkout, safe_path):
     assert "1 passed" in tree.run(pythons["bare-env"], *command, cwd=checkout, PYTHONSAFEPATH=safe_path).stdout
 
 
+@pytest.mark.slow
 def test_command_line_runs_without_installing(pythons, checkout, tmp_path):
     assert "usage" in tree.run(pythons["bare-env"], "-m", "diffaccel", "--help", cwd=checkout).stdout.lower()
     script = pythons["wheel-env"].with_name("diffaccel")

@@ -180,6 +180,7 @@ def test_with_samplers_and_caches(loop: Any) -> None:
     assert torch.equal(draw(pipe, "flux"), draw(make("flux"), "flux"))
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_have_layers_of_their_own() -> None:
     pipe = diffaccel.accelerate(make("flux"), W8A8())
     expected, stock = draw(pipe, "flux"), draw(make("flux"), "flux")

@@ -163,6 +163,7 @@ def test_threads_are_put_back(pipes, tmp_path):
     assert made["settings"]["threads"] == before + 1 and torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished(pipes, tmp_path):
     """Ctrl-C in the third call, and the next run makes that chunk and no other."""
     pipe, calls = pipes["flux"], []

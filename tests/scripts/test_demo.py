@@ -49,6 +49,7 @@ def test_files_and_record(made):
     assert Image.open(out / "contact_sheet.png").width > len(CHOSEN) * 128
 
 
+@pytest.mark.slow
 def test_page_stands_alone(made):
     text = (made[0] / "index.html").read_text()
     assert text.count("data:image/png;base64,") == len(CHOSEN) * len(PROMPTS)

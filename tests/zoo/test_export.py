@@ -131,6 +131,7 @@ def test_everything_that_must_go_with_the_weights_is_there(zoo):
     assert "| label, top 1 | 0.1 | >= 0.55 |  | no |" in readme and "CC-BY 4.0" in readme
 
 
+@pytest.mark.slow
 def test_stock_pipeline_draws_what_the_work_folder_draws(work, zoo, tmp_path):
     from diffusers import FluxPipeline
 

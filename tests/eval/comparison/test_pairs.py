@@ -235,6 +235,7 @@ def test_runs_of_different_pictures_share_pairs_only_when_asked(sets, tmp_path):
         compare_runs(sets["base"], [nothing], Measures(allow_mixed_n=True))
 
 
+@pytest.mark.slow
 def test_a_short_name_that_two_rows_share_is_no_gate(sets, judge):
     found = compare_runs(sets["base"], [sets["same"]], Measures(clips=[judge]))
     row = found.row("clip_score", "same")

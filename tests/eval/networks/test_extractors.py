@@ -178,6 +178,7 @@ def test_only_verified_weights_are_called_fid(inception_file, monkeypatch):
     assert extractor(f"inception:{inception_file}").official
 
 
+@pytest.mark.slow
 def test_the_network_is_the_published_one(inception_file, tmp_path):
     network = InceptionNetwork()
     state = network.state_dict()

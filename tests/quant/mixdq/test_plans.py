@@ -88,6 +88,7 @@ def test_put_on_saved_loaded_and_taken_off(sd: tuple[MixDQ, Path], tmp_path: Pat
     assert torch.equal(bed.draw(diffaccel.remove(pipe), "sd"), stock) and not quantized_layers(pipe.unet)
 
 
+@pytest.mark.slow
 def test_the_file_has_the_size_that_the_plan_says(sd: tuple[MixDQ, Path], tmp_path: Path) -> None:
     config, pipe = sd[0], bed.pipeline("sd")
     diffaccel.accelerate(pipe, replace(config, originals="drop"))
@@ -330,6 +331,7 @@ def test_another_scheduler_than_the_calibrated_one_is_told_of(sd: tuple[MixDQ, P
     assert "calibrated with EulerDiscreteScheduler, and this pipeline has DDIMScheduler" in caplog.text
 
 
+@pytest.mark.slow
 def test_projections_that_were_joined_before(tmp_path: Path) -> None:
     """Keys and values in one linear have one stored product of both; joining quantized ones is refused."""
     pipe = bed.pipeline("sd")

@@ -221,6 +221,7 @@ def test_one_batch_can_be_learned_and_its_false_twins_told_apart(scenes, shared,
     assert found[-1]["false_image"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", clip.NAMES)
 def test_folders_load_in_open_clip_offline_and_agree(name, work, scenes):
     import open_clip
