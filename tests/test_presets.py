@@ -56,6 +56,7 @@ def drawn(pipe, **changes):
     return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changes}).images
 
 
+@pytest.mark.slow
 def test_its_methods_and_steps_are_a_call_s_own(pipe, file):
     stock = {steps: drawn(pipe, num_inference_steps=steps) for steps in (2, 3, 4)}
     expected = drawn(diffaccel.accelerate(pipe, "dpmpp2m"), num_inference_steps=2)

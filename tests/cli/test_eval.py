@@ -149,6 +149,7 @@ def test_the_report(compare, made, tmp_path):
     assert page.count("data:image/webp") == page.count('alt="') == 9 + 6 and "FID" not in page + done.out
 
 
+@pytest.mark.slow
 def test_timing_decides_the_ratio(compare, made, run, models, tmp_path):
     words = [
         "plain:steps=3,size=32",

@@ -109,6 +109,7 @@ def test_any_container_pairs_by_name(run, sets, tmp_path):
         assert found["psnr"]["n"] == 3 and list(found) == ["psnr"]
 
 
+@pytest.mark.slow
 def test_runs_have_latents_and_prompts(run, models, tmp_path):
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     common = ("--prompts", tmp_path / "p.txt", "--model", models / "flux", "--threads", 1, "--latents")

@@ -62,6 +62,7 @@ def values(done) -> dict[str, float]:
     return {row["key"]: row["value"] for row in done.json["metrics"]}
 
 
+@pytest.mark.slow
 def test_a_distance_says_everything_that_decides_it(run, sets):
     done = run("eval", "fid", sets / "a", sets / "b", "--json")
     (row,) = done.json["metrics"]
@@ -112,6 +113,7 @@ def test_text_has_a_line_a_number_and_notes_on_stderr(run, sets):
     assert done.out.count("\n") == 1 and done.err.startswith("warning: 12 images give a singular")
 
 
+@pytest.mark.slow
 def test_json_in_a_file(run, sets, tmp_path):
     file = tmp_path / "deep" / "out.json"
     done = run("eval", "fid", sets / "a", sets / "b", "--json", file)
@@ -122,6 +124,7 @@ def test_json_in_a_file(run, sets, tmp_path):
     assert refused.status == 2 and "ends with .json" in refused.err
 
 
+@pytest.mark.slow
 def test_different_numbers_of_images_stay_apart(run, sets):
     refused = run("eval", "fid", sets / "a", sets / "many", sets / "more", *kept(sets))
     assert refused.status == 2 and "('a' 12, 'many' 100)" in refused.err and "--allow-mixed-n" in refused.err
@@ -160,6 +163,7 @@ def test_features_are_kept(run, sets, tmp_path, monkeypatch):
 # -- statistics -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_statistics_stand_for_a_set(run, sets, tmp_path):
     made = run("eval", "stats", sets / "b", "-o", tmp_path / "b.npz", "--json")
     assert made.json["n"] == 12 and made.json["protocol"] == "own" and made.json["dim"] == 192
@@ -175,6 +179,7 @@ def test_statistics_stand_for_a_set(run, sets, tmp_path):
     assert beyond.status == 2 and "not statistics" in beyond.err
 
 
+@pytest.mark.slow
 def test_foreign_statistics_are_assumed_to_fit_and_said_so(run, sets, tmp_path):
     moments = Moments.of(extract(open_source(sets / "b"), extractor("tiny")).values)
     arrays = {"mu": moments.mean.numpy(), "sigma": moments.covariance.numpy()}
@@ -200,6 +205,7 @@ def test_statistics_of_any_network_compare_without_it(run, tmp_path):
     assert any("an unknown network" in text for text in done.json["warnings"])
 
 
+@pytest.mark.slow
 def test_clean_fids_features_are_a_set(run, sets, tmp_path):
     np.savez(tmp_path / "kid.npz", feats=extract(open_source(sets / "b"), extractor("tiny")).values.numpy())
     (expected,) = values(run("eval", "kid", sets / "a", sets / "b", "--json")).values()

@@ -40,6 +40,7 @@ def embedded(monkeypatch, tmp_path):
     monkeypatch.setattr(zoo, "__file__", str(tmp_path / "__init__.py"))
 
 
+@pytest.mark.slow
 def test_list_names_every_method_and_model(run, embedded):
     found = run("list", "--json").json
     kinds = {m["name"]: m["kind"] for m in found["methods"]}

@@ -83,6 +83,7 @@ def test_the_name_of_a_file_is_not_drawn(sample, tmp_path):
     assert mistyped.status == 2 and "no file 'promts.txt'" in mistyped.err and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_no_sampler_is_the_stock_pipeline_and_euler_equals_it(sample, models):
     stock = sample("two cats", "--guidance", 3, "--out", "stock", "--json").json
     euler = sample("two cats", "--guidance", 3, "--out", "euler", "--sampler", "euler", "--json").json
@@ -143,6 +144,7 @@ def test_finished_run_is_not_made_again(sample, monkeypatch):
     assert sample("two cats", "--out", "a", "--json").json == {**first, "drawn": 0}
 
 
+@pytest.mark.slow
 def test_only_missing_and_damaged_chunks_are_made_again(sample, tmp_path):
     command = ("two cats", "--num", 6, "--batch", 2, "--sampler", "ancestral", "--out", "a", "--json")
     first = sample(*command).json

@@ -302,6 +302,7 @@ def test_pixart_draws_at_its_own_sizes(sample):
     assert Image.open("a/00000.png").size == (32, 32) and made["call"]["use_resolution_binning"] is False
 
 
+@pytest.mark.slow
 def test_classes_by_number_and_name(sample, models):
     command = ("--num", 2, "--seed", 3, "--batch", 4, "--json")
     made = sample("dit", "--class", 1, "--class", "White Shark", *command, "--out", "a", size=None).json

@@ -36,6 +36,7 @@ def test_the_default_model_and_its_defaults(run, embedded):
     assert shorter["cost"]["forwards"] == 2 and shorter["call"]["max_sequence_length"] == 24
 
 
+@pytest.mark.slow
 def test_damaged_caches_are_made_again(run, embedded, monkeypatch):
     first = run("sample", "two cats", "--out", "a", "--json").json
     weights = zoo.path() / "transformer" / "diffusion_pytorch_model.safetensors"

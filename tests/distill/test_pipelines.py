@@ -181,6 +181,7 @@ def test_published_settings_are_refused_before_training_where_no_student_can_be_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_teacher_of_16_bits_learns_by_default_and_its_student_keeps_the_dtype_of_each_weight(tmp_path: Path) -> None:
     pipe = tiny.make("flux").to(torch.bfloat16)
     pipe.transformer.proj_out.float()

@@ -67,6 +67,7 @@ def _published(folder, clips):
     return _consistency(folder, clips, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [_forcing, _consistency, _published])
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, train):
     whole = train(tmp_path / "whole", DotClips(8))

@@ -50,6 +50,7 @@ def launched(present: bool, launcher: str) -> Any:
     return pytest.param(present, launcher, id=f"{present}-{launcher}", marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("present", "launcher"), [launched(present, launcher) for present in (True, False) for launcher in LAUNCHERS]
 )

@@ -83,6 +83,7 @@ def test_checkpointed_gradients_are_the_same():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same():
     torch.compiler.reset()
     model = tiny_world()

@@ -413,6 +413,7 @@ class FSDPModule:
 # -- copies, summary, records ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @captures
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_a_copy_has_graphs_of_its_own(duplicate: Callable[[Any], Any]) -> None:

@@ -80,6 +80,7 @@ def test_blocks_of_other_families(family: str, dtype: torch.dtype) -> None:
         diffaccel.remove(pipe)
 
 
+@pytest.mark.slow
 def test_several_pictures_and_projections_in_one() -> None:
     pipe = make(torch.bfloat16)
     stock = [draw(pipe, **tiny.call_kwargs("flux", batch=batch, seed=5)) for batch in (1, 2)]

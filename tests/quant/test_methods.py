@@ -274,6 +274,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
     assert_same_bits(cls.from_pretrained(tmp_path).state_dict(), network.state_dict())
 
 
+@pytest.mark.slow
 def test_offloading_by_layers_comes_after() -> None:
     from accelerate import cpu_offload
 

@@ -162,6 +162,7 @@ def test_weights_that_two_layers_share_stay(caplog: pytest.LogCaptureFixture) ->
     assert "cut to the size of 1 small layers" in caplog.text
 
 
+@pytest.mark.slow
 def test_without_training_on_a_pipeline_and_off_again(tmp_path: Path) -> None:
     pipe = tiny.make("flux")
     stock = pipe(**tiny.call_kwargs("flux")).images.clone()

@@ -93,6 +93,7 @@ def test_the_side_branch_leaves_the_network_the_optimiser_and_the_file(tmp_path:
     assert not [key for key in run.result().state_dict() if "side_" in key]
 
 
+@pytest.mark.slow
 def test_without_a_side_branch_it_is_plain_lsq(tmp_path: Path) -> None:
     """The same draws, losses and AdamW, written out."""
     config = replace(SMALL, rank=0)
@@ -126,6 +127,7 @@ def test_without_a_side_branch_it_is_plain_lsq(tmp_path: Path) -> None:
     assert same(weights(net), weights(run.student))
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_teacher_has_every_share_is_distillation(tmp_path: Path, monkeypatch: Any) -> None:
     config = replace(SMALL, recipe="dsa", rank=0)
     monkeypatch.setattr("diffaccel.quant.qvgen.run.teacher_share", lambda u, alpha: torch.ones_like(u))
@@ -141,6 +143,7 @@ def test_the_second_recipe_follows_the_data(tmp_path: Path) -> None:
     assert run.run() and all(not z.requires_grad and (z == 8).all() for z in zeros)
 
 
+@pytest.mark.slow
 def test_a_deadline_stops_a_run_and_the_teacher_stays(tmp_path: Path) -> None:
     run = make(tmp_path)
     before = weights(run.model.network)

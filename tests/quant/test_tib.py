@@ -51,6 +51,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # -- equal to the bit --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype"), FAMILIES)
 def test_two_schedules_batches_and_prompts_in_one_process(family: str, dtype: torch.dtype) -> None:
     case = matrix.Case(family, TIB())
@@ -318,6 +319,7 @@ def test_an_interrupt_while_weights_come_back_loses_none(monkeypatch: pytest.Mon
     assert rest.parameter.data_ptr() == host.data_ptr() and torch.equal(case.call(pipe), expected)
 
 
+@pytest.mark.slow
 def test_copies_and_pickles() -> None:
     case, pipe = made()
     expected = case.call(pipe)

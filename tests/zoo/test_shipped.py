@@ -87,6 +87,7 @@ def test_errors_as_large_as_packings_leave_pictures_alone(pipe):
     assert psnr >= 40, psnr
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch(pipe):
     together = _draw(pipe, ["red apple, noto", "blue cat face, twemoji"], steps=2)
     alone = _draw(pipe, "blue cat face, twemoji", steps=2, seed=1)

@@ -101,6 +101,7 @@ def test_a_value_is_beyond_noise_where_its_interval_and_the_floors_are_apart():
     assert row(0.7, 0.02, 0.8, None).within_noise is None
 
 
+@pytest.mark.slow
 def test_few_carriers_of_a_spread_are_counted_and_one_alone_gives_no_interval(tmp_path):
     texts, pictures = [f"thing {i}" for i in range(40)], [made_runs.blocks(i) // 2 for i in range(40)]
     base = made_runs.of_images(tmp_path / "base", pictures, texts)

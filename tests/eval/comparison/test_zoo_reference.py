@@ -34,6 +34,7 @@ def projected(clip_name, label, device):
     return Extractor(name="p", key="FD-p", dim=192, weights_sha256="", official=False, network=network)
 
 
+@pytest.mark.slow
 def test_the_shipped_statistics_are_the_default_reference(runs, monkeypatch):
     monkeypatch.setattr(zoo_reference, "_as_statistics_were_made", projected)
     base, dark = runs

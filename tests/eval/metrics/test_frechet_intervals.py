@@ -42,6 +42,7 @@ def covered(interval: Interval, truth: float) -> bool:
     return interval.low <= truth <= interval.high
 
 
+@pytest.mark.slow
 def test_bias_of_equal_gaussians() -> None:
     """``(d/n)(1 + (d+1)/4)``; the term after it is of order ``d^3/n^2``."""
     reference = Moments.from_covariance(torch.zeros(D), torch.eye(D))

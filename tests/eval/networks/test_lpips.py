@@ -35,6 +35,7 @@ def alex() -> dict[str, Tensor]:
     return backbone("alex").state_dict()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("net", "size"), [("alex", (64, 64)), ("alex", (31, 75)), ("vgg", (32, 48))])
 def test_parity_with_torchmetrics(net: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = pytest.importorskip("torchmetrics.functional.image.lpips")

@@ -76,6 +76,7 @@ def test_budgets_and_prompts():
         sizes_of(0, 1.2, 100)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tuned_for_is_refused_before_anything_is_drawn(pipe, tmp_path, capsys):
     for rule, match in (
         ("fd>3", "Unknown metric of a tuning 'fd'"),

@@ -221,6 +221,7 @@ def test_ties_are_half_a_win_in_both_directions() -> None:
     assert same.wins.value == 0.5 and same.ties == 4 and not same.interval.significant
 
 
+@pytest.mark.slow
 def test_win_rate_of_clusters_covers_and_that_of_pairs_does_not() -> None:
     rng = np.random.default_rng(6)
     whole, blind = [], []

@@ -48,6 +48,7 @@ def draw(pipe, config: Bottleneck, steps: int = 6) -> torch.Tensor:
         diffaccel.remove(pipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", list(BASE))
 def test_every_option_changes_the_picture(pipe, preset: str) -> None:
     base = draw(pipe, Bottleneck(preset=preset, **BASE[preset]))

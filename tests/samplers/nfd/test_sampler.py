@@ -286,6 +286,7 @@ def test_an_action_and_a_state_of_a_wrong_kind_are_told():
     made.step(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"latency": 1e6}, {"merged": False}, {"fan_out": 2}])
 def test_after_a_warm_up_nothing_is_recorded_and_the_video_is_the_same(options, monkeypatch):
     monkeypatch.setitem(BACKENDS, "cpu", ReplayedCalls)

@@ -154,6 +154,7 @@ def test_a_vqa_reward_may_be_a_term(folder):
     assert torch.allclose(total(pictures(), PROMPTS), 10 * vqa + size, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_folders_that_hold_no_such_model_are_refused(tmp_path):
     with pytest.raises(weights.MissingWeights, match=r"config\.json") as caught:
         resolve(f"vqa:{tmp_path}", device="cpu")

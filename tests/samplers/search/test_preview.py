@@ -97,6 +97,7 @@ def test_a_folder_of_a_tiny_autoencoder(tmp_path: Path) -> None:
         searched(replace(SEARCHES[0], preview=str(tmp_path / "none")))
 
 
+@pytest.mark.slow
 def test_a_decoder_of_shuffled_channels_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with diffaccel.open_session(tiny.make("flux"), **tiny.call_kwargs("flux", steps=4)) as session:
         full = session.decoder()

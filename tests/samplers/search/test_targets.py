@@ -85,6 +85,7 @@ def test_particles_of_a_linear_reward_follow_the_tilted_gaussian(potential: Any,
     assert abs(got_variance - variance) < 4 * variance * (2 / effective) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("range_and_interval", [{}, {"score_from": 0.3, "score_to": 0.7, "score_every": 2}])
 def test_particles_of_a_quadratic_reward_follow_theirs(potential: Any, range_and_interval: Any) -> None:
@@ -119,6 +120,7 @@ def test_guided_particles_follow_the_same_target(guide: float, reward: Any, kern
     assert effective_size(weights) > PARTICLES / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["cps", "em"])
 def test_particles_that_nobody_weighs_follow_the_kernels(kernel: Any) -> None:
     """A sampled run is within its statistical error of the recursion."""

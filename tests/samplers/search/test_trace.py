@@ -243,6 +243,7 @@ def test_another_search_s_trace_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "rewards.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_rewards_are_not_those_of_another_call(tmp_path: Path) -> None:
     """Nor of other weights, nor of a reward of the same name: what a value depends on is in the log's header."""
 

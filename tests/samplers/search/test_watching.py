@@ -55,6 +55,7 @@ def test_the_callback_sees_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> N
         Drafts(watch=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [BoN(budget=12, wave=1), BoN(budget=12, wave=1, draw=0.3)], ids=["best", "drawn"])
 def test_prompts_of_one_call_share_a_folder_and_are_resumed(
     config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,7 @@ def test_any_adapted_drift_keeps_the_estimator() -> None:
     assert 1.7 <= rms(VP_PATH, 64, config) / rms(VP_PATH, 256, config) <= 2.6
 
 
+@pytest.mark.slow
 def test_guidance_is_a_drift_like_any_other() -> None:
     null = Mixture((0.5, 0.5), ((0.0, 1.0), (0.0, -1.0)), (1.6, 1.6))
     errors = []

@@ -72,6 +72,7 @@ def test_every_operator_draws_and_leaves_the_pipeline_as_it_was(op: Any) -> None
     assert SuperDiff.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.slow
 def test_a_row_depends_on_its_own_seed_alone() -> None:
     for config in (SuperDiff(), SuperDiff(op="product", particles=3)):
         both, _ = made("sd", config)

@@ -59,6 +59,7 @@ def test_the_same_generator_state_gives_the_same_words():
     assert len(set(many(PAIR))) == 4 * 5  # two orders with and without a relation, five templates
 
 
+@pytest.mark.slow
 def test_captions_follow_the_templates():
     for facts in (CAT, PAIR, Facts(labels=("cat",), colours=(2,), style="fluent 3d", count=3)):
         for text in many(facts):

@@ -93,6 +93,7 @@ def test_a_lost_machine_goes_on_from_the_packed_weights(done, tmp_path) -> None:
     assert max(errors) < 0.02
 
 
+@pytest.mark.slow
 def test_the_full_recipe_is_within_its_budget() -> None:
     base = job.base_pipeline()
     with torch.device("meta"):
