@@ -7,9 +7,10 @@ opens a model of the zoo, a folder or a hub id.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffaccel.former import install
+from diffaccel.lazy import lazily
 
 if TYPE_CHECKING:
     from diffaccel.compose import accelerate, remove, set_quality, summary
@@ -34,12 +35,7 @@ _LAZY = {
 install()  # module names of version 0.1
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'diffaccel' has no attribute '{name}'")
+__getattr__ = lazily(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

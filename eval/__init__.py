@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if "." not in __name__:
     raise ImportError("'eval' is a folder of diffaccel: import diffaccel.eval instead")
+
+from diffaccel.lazy import lazily
 
 if TYPE_CHECKING:
     from diffaccel.eval.api import compare
@@ -17,12 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "compare":  # loads torch
-        from diffaccel.eval.api import compare
-
-        return compare
-    raise AttributeError(f"module 'diffaccel.eval' has no attribute '{name}'")
+__getattr__ = lazily(__name__, {"compare": "diffaccel.eval.api"})  # which loads torch
 
 
 def __dir__() -> list[str]:

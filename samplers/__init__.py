@@ -3,8 +3,9 @@
 if "." not in __name__:
     raise ImportError("'samplers' is a folder of diffaccel: import diffaccel.samplers instead")
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from diffaccel.lazy import lazily
 from diffaccel.samplers.ancestral import Ancestral
 from diffaccel.samplers.bon import BoN
 from diffaccel.samplers.bottleneck.config import Bottleneck
@@ -43,12 +44,7 @@ _LAZY = {  # with these come the networks of diffusers, which take seconds to im
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'diffaccel.samplers' has no attribute '{name}'")
+__getattr__ = lazily(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -5,7 +5,9 @@ Methods that act on a network as a whole are imported from here: ``from diffacce
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from diffaccel.lazy import lazily
 
 if TYPE_CHECKING:
     from diffaccel.modules.capture.config import Capture
@@ -16,12 +18,7 @@ __all__ = ["Capture", "FusedBlocks"]
 _LAZY = {"Capture": "diffaccel.modules.capture.config", "FusedBlocks": "diffaccel.modules.fused.config"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        from importlib import import_module
-
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'diffaccel.modules' has no attribute '{name}'")
+__getattr__ = lazily(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

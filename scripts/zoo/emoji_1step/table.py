@@ -101,7 +101,7 @@ class Table:
         self.students = [student_of(number, options.work, options.seed) for number in sorted(set(steps))]
         self.teachers = [Row(number) for number in sorted({*self.recipe.teacher_steps, *steps}, reverse=True)]
         self.scratch = tempfile.TemporaryDirectory()
-        self._open: dict[str, tuple[str, Any]] = {}
+        self._open: dict[tuple[str, torch.dtype], Any] = {}
 
     @staticmethod
     def _prompts(count: int) -> list[str]:
@@ -117,15 +117,15 @@ class Table:
         """Return the pipeline of a row, as users load it."""
         import diffaccel
 
-        key, kept = row.identity, self._open.get(str(dtype) + row.identity)
-        if kept is None:
-            folder = zoo.path(BASE) if row.packed is None else Path(self.scratch.name) / key
+        key = row.identity, dtype
+        if key not in self._open:
+            folder = zoo.path(BASE) if row.packed is None else Path(self.scratch.name) / row.identity
             if row.packed is not None and not folder.is_dir():
                 export.unpacked(row.packed, folder)
             pipe = diffaccel.load(folder, dtype=dtype).to(self.device)
             pipe.set_progress_bar_config(disable=True)
-            kept = self._open[str(dtype) + key] = (key, pipe)
-        return kept[1]
+            self._open[key] = pipe
+        return self._open[key]
 
     def measured(self, row: Row) -> dict[str, Tensor]:
         """Return features ``(N, d)``, cosines ``(N,)`` to prompts, and the first pictures; kept from call to call."""
