@@ -30,6 +30,7 @@ import diffaccel
 from diffaccel import record
 from diffaccel.errors import DiffAccelError, first_line, size_text
 from diffaccel.files import write_json
+from diffaccel.modules import Capture
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from diffaccel.samplers import Bottleneck
@@ -49,6 +50,7 @@ PEERS = (
     "bottleneck:preset=speed,noise=fresh", "bottleneck:preset=speed,noise=fresh,tolerance=0.05",
 )  # fmt: skip
 OF_OTHERS = ("euler+cache_dit", "euler+diffusers_cache")
+WAYS = ("eager", "captured", "compiled")  # in this order: what is compiled stays so
 ROWS = {"flux": STAGED, "flux-8-steps": FEW, "wan": WAN, "small": STAGED, "small-8-steps": FEW}
 
 
@@ -63,6 +65,7 @@ class Bench:
         request = Request(model=model, size=(self.size["height"], self.size["width"]), prompts=("x",))
         self.methods = {text: parse(text).of(request).methods for text in rows or ROWS[model]}
         self.plans = {text: self.plan(methods) for text, methods in self.methods.items()}
+        self.last: tuple[Capture, ...] = ()  # what every row of a way has in common
 
     def plan(self, methods: tuple[Any, ...]) -> dict[str, Any]:
         """Return the stages of a row, their sizes, steps and FLOPs."""
@@ -70,15 +73,13 @@ class Bench:
         call = {key: value for key, value in self.arguments.items() if key != "output_type"}
         return Bottleneck.plan(self.pipe, config=staged, **call).to_dict()
 
-    def run(self, methods: tuple[Any, ...], **changes: Any) -> tuple[float, float, dict[str, Any]]:
+    def run(self, methods: tuple[Any, ...]) -> tuple[float, float, dict[str, Any]]:
         """Return the seconds of one loop, those of the call without encoders and decoder, and the cost of the run."""
-        diffaccel.accelerate(self.pipe, *methods)
+        diffaccel.accelerate(self.pipe, *methods, *self.last)
         try:
-            self.wait()
-            start = time.perf_counter()
-            self.pipe(**{**self.arguments, **changes}, generator=torch.Generator().manual_seed(0))
-            self.wait()
-            whole = time.perf_counter() - start
+            if self.last:  # graphs live as long as the methods are on: a call before fills them
+                self.call()
+            whole = self.call()
             run = diffaccel.summary(self.pipe).last_run or {}
             if any(config.name == "cache_dit" for config in methods):
                 run["caches"] = counted_by_cache_dit(self.pipe, run["steps"])
@@ -86,10 +87,20 @@ class Bench:
             diffaccel.remove(self.pipe)
         return run["seconds"], whole, run
 
+    def call(self) -> float:
+        """Return the seconds of one call."""
+        self.wait()
+        start = time.perf_counter()
+        self.pipe(**self.arguments, generator=torch.Generator().manual_seed(0))
+        self.wait()
+        return time.perf_counter() - start
+
     def forward(self, size: tuple[int, int]) -> float:
-        """Return the median seconds of one network call at a size, in a plain loop of eight steps."""
+        """Return the median seconds of one network call at a size, in a plain loop of twelve steps."""
         network, seconds = self.pipe.transformer, []
-        plain = network.forward
+        if self.last:
+            diffaccel.accelerate(self.pipe, *self.last)
+        plain, own = network.forward, vars(network).get("forward")
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.wait()
@@ -101,10 +112,13 @@ class Bench:
 
         network.forward = timed
         try:
-            self.pipe(**{**self.arguments, "height": size[0], "width": size[1], "num_inference_steps": 8})
+            self.pipe(**{**self.arguments, "height": size[0], "width": size[1], "num_inference_steps": 12})
         finally:
             del network.forward
-        return median(seconds[2:])
+            if own is not None:
+                network.forward = own
+            diffaccel.remove(self.pipe)
+        return median(seconds[4:])
 
     def decoding(self) -> float:
         """Return the seconds of the decoder, which every row has alike."""
@@ -126,7 +140,8 @@ class Bench:
         """Return the seconds of single forwards at each size, and those of every row, in turns."""
         sizes = sorted({tuple(stage["size"]) for plan in self.plans.values() for stage in plan["stages"]})
         start = time.perf_counter()
-        forwards = {size: self.forward(size) for size in sizes}
+        for size in sizes:
+            self.forward(size)  # compiles, warms up
         print(f"  set-up and forwards {time.perf_counter() - start:.1f} s", flush=True)
         taken: dict[str, list[tuple[float, float, dict[str, Any]]]] = {text: [] for text in self.methods}
         for text, methods in self.methods.items():
@@ -138,9 +153,13 @@ class Bench:
                     raise
                 print(f"  left out: {text}: {first_line(error)}", flush=True)
                 del taken[text]
-        for _ in range(turns):
+        singles: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
+        for _ in range(turns):  # single forwards take their turn: eager launches depend on what else the host does
+            for size in sizes:
+                singles[size].append(self.forward(size))
             for text in taken:
                 taken[text].append(self.run(self.methods[text]))
+        forwards = {size: median(values) for size, values in singles.items()}
         plain = median(loop for loop, _, _ in taken["euler"])
         rows, plain_call, decoder = {}, median(call for _, call, _ in taken["euler"]), self.decoding()
         for text, runs in taken.items():
@@ -260,13 +279,13 @@ def shown(values: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Predict, measure eager and compiled, print."""
+    """Predict, measure way by way, print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", choices=sorted(ROWS), default="flux")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--turns", type=int, default=2)
-    add("--ways", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--pattern", type=Path, metavar="FILE", help="plain steps and the pattern of this record alone")
     add("--peers", action="store_true", help="and caches of other packages; cache-dit where it is installed")
     add("--kind", default=None, help="name of the machine, for the record")
@@ -284,7 +303,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(file, values)
     print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
-    for way in args.ways:
+    for way in (way for way in WAYS if way in args.ways and (way != "captured" or device.type == "cuda")):
+        bench.last = (Capture(),) if way == "captured" else ()
         if way == "compiled":
             torch._dynamo.config.cache_size_limit = 64
             bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
