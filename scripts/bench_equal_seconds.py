@@ -29,7 +29,8 @@ from torch import Tensor
 import diffaccel
 from diffaccel import record
 from diffaccel.errors import first_line
-from diffaccel.eval.metrics import paired
+from diffaccel.eval.comparison import zoo_reference
+from diffaccel.eval.metrics import frechet_intervals, paired
 from diffaccel.eval.metrics.clip_score import clip_score
 from diffaccel.eval.networks import lpips
 from diffaccel.eval.networks.extractors import as_clip, extractor
@@ -45,6 +46,7 @@ from scripts.equal_seconds_grid import SETS
 
 JUDGE = "emoji-clip-judge"
 SCORES = ("ssim", "psnr", "judge", "lpips")  # the last where its weights are given
+LEAST_DISTANCE = 200  # pictures, below which a distance of sets has no interval that holds
 PLAIN = "euler:steps={}"
 CHOICES = (
     "out",
@@ -76,6 +78,8 @@ class Bench:
         self.lpips = None if args.lpips is None else lpips.load(args.lpips, device=self.device)
         self.texts = list(prompts.read(args.prompts).texts)[args.skip : args.skip + args.count]
         self.base: Tensor | None = None
+        self.reference = zoo_reference.shipped(args.model, args.size, device=self.device)
+        self.features: dict[str, Tensor] = {}  # of what every variant drew, for the distance to the reference
 
     def call(self, text: str, begin: int) -> Tensor:
         """Draw one batch of pictures by a variant that is on."""
@@ -135,9 +139,21 @@ class Bench:
         }
         if self.lpips is not None:
             scores["lpips"] = torch.cat([self.lpips(drawn, base).cpu() for drawn, base in parts])
-        row = {"variant": text, "pictures_in_a_call": min(self.args.batch, len(self.texts))}
+        distance = {}
+        if self.reference is not None and len(images) >= LEAST_DISTANCE:
+            own = torch.cat([self.reference.extractor(drawn).cpu() for drawn, _ in parts])
+            self.features[text] = own
+            distance = {"fd": ends(frechet_intervals.distance_interval(own, self.reference.moments))}
+        row = {"variant": text, **distance, "pictures_in_a_call": min(self.args.batch, len(self.texts))}
         row |= {"nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
         return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
+
+    def distance_lead(self, text: str, rival: str) -> list[float] | None:
+        """Return by how much a variant is farther from the reference than its rival, where both were drawn just now."""
+        if self.reference is None or not {text, rival} <= self.features.keys():
+            return None
+        own, other = self.features[text], self.features[rival]
+        return ends(frechet_intervals.difference(own, other, self.reference.moments))
 
     def time(self, variants: list[str]) -> dict[str, dict[str, float]]:
         """Return median seconds a picture of every variant, in turns on one batch; each is warmed up by one call."""
@@ -170,6 +186,11 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
+def ends(interval: intervals.Interval) -> list[float]:
+    """Return the value of an interval and its ends, rounded."""
+    return [round(value, 4) for value in (interval.value, interval.low, interval.high)]
+
+
 def scores_of(row: dict[str, Any]) -> list[str]:
     """Return the scores that a row has."""
     return [name for name in SCORES if name in row]
@@ -186,7 +207,9 @@ def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] 
     leads = {}
     for name in scores_of(row):
         lead = intervals.paired_difference(row[name], rival[name]).interval
-        leads[name] = [round(value, 4) for value in (lead.value, lead.low, lead.high)]
+        leads[name] = ends(lead)
+    if row.get("fd_lead"):
+        leads["fd"] = row["fd_lead"]
     return {"rival": rival["variant"], **leads}
 
 
@@ -204,18 +227,21 @@ def summarised(pictures: dict[str, Any]) -> dict[str, Any]:
 
 def shown(row: dict[str, Any]) -> str:
     """Return a row of the record as a line of the table."""
+    distance = "{:.1f} ({:.1f} to {:.1f})".format(*row["fd"]) if row.get("fd") else ""
     times = ["", ""] if row["seconds"] is None else [f"{1000 * row['seconds'][part]:.2f}" for part in ("loop", "whole")]
     means, against = row["means"], row["equal_seconds"]
-    cells = [row["variant"], *times, f"{means['ssim']:.4f}", f"{means['psnr']:.2f}", f"{means['judge']:.2f}"]
+    cells = [row["variant"], *times, f"{means['ssim']:.4f}", f"{means['psnr']:.2f}", f"{means['judge']:.2f}", distance]
     if against is None:
-        return "| " + " | ".join([*cells, "", "", ""]) + " |"
+        return "| " + " | ".join([*cells, "", "", "", ""]) + " |"
     leads = ["{:+.4f} ({:+.4f} to {:+.4f})".format(*against[name]) for name in ("ssim", "judge")]
+    leads.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*against["fd"]) if "fd" in against else "")
     return "| " + " | ".join([*cells, against["rival"].partition(":")[2], *leads]) + " |"
 
 
 HEAD = (
-    "| variant | ms a picture, loop | call | SSIM | PSNR | judge | at equal seconds | SSIM against it | judge |\n"
-    + "|---" * 9
+    "| variant | ms a picture, loop | call | SSIM | PSNR | judge | FD | at equal seconds | SSIM against it | judge "
+    + "| FD |\n"
+    + "|---" * 11
     + "|"
 )
 
@@ -281,6 +307,10 @@ def main() -> None:
         values["rows"] = list(rows.values())
         write_json(file, values)
         print(shown(summarised({"rows": [rows[text]]})["rows"][0]), flush=True)
+    for row in summarised(values)["rows"] if bench.features else []:
+        if row["equal_seconds"] and (apart := bench.distance_lead(row["variant"], row["equal_seconds"]["rival"])):
+            rows[row["variant"]]["fd_lead"] = apart
+    write_json(file, values)
     finish(values, args.out)
 
 

@@ -53,11 +53,18 @@ def find(baseline: Run, *, device: Any = "cpu") -> ShippedStatistics | None:
     model = baseline.record.get("settings", {}).get("model")
     if model not in SHIPPED or baseline.is_video or len(baseline) < FEWEST:
         return None
-    clip_name, label = SHIPPED[model]
     sizes = list(baseline.source.sizes)
     side = sizes[0][0]
+    return shipped(model, side, device=device) if sizes == [(side, side)] else None
+
+
+def shipped(model: str, side: int, *, device: Any = "cpu") -> ShippedStatistics | None:
+    """Return the statistics that ship for square pictures of a zoo model of this side; None where there are none."""
+    if model not in SHIPPED:
+        return None
+    clip_name, label = SHIPPED[model]
     file = zoo.path(clip_name) / _FILE.format(side)
-    if sizes != [(side, side)] or not file.is_file():
+    if not file.is_file():
         return None
     statistics = statistics_files.read(file)
     made = _made_of(file)
