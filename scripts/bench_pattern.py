@@ -5,13 +5,15 @@
 Candidates for a large model are listed beforehand, the fastest first. Their pictures on ``emoji-flux`` are judged
 against those of as many plain steps, prompt by prompt; the first one that surely loses no more than ``--most`` per cent
 of the judge's score, by the end of its 95 % interval, is chosen. Its loss is then measured again on prompts that had no
-part in the choice. ``scripts.bench_stages --pattern FILE`` replays it on the large model: with the same steps, at the
-same scales, with the same real steps.
+part in the choice. Models are searched one by one: a record of the same options keeps the others. Then
+``scripts.bench_stages --pattern FILE`` replays the pattern on the large model: with the same steps, at the same scales,
+with the same real steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -154,11 +156,16 @@ def main(argv: list[str] | None = None) -> int:
         "judge_weights_sha256": bench.judge.weights_sha256, "date": time.strftime("%Y-%m-%d"), "targets": {},
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"bench_pattern_{bench.args.model}_{args.kind or 'cpu'}.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if all(before.get(key) == values[key] for key in ("options", "most", "choose", "versions", "judge_weights_sha256")):
+        values["targets"] = before["targets"]
     print("| model | candidate | real steps | loss of the judge | pictures |\n|---|---|---|---|---|", flush=True)
     for target in args.targets:
         values["targets"][target] = search(target, judged, others, args.most)
-        write_json(args.out / f"bench_pattern_{bench.args.model}_{args.kind or 'cpu'}.json", values)
-    return int(not all(entry["chosen"] and entry["chosen"]["holds"] for entry in values["targets"].values()))
+        write_json(file, values)
+    found = [values["targets"][target]["chosen"] for target in args.targets]
+    return int(not all(chosen and chosen["holds"] for chosen in found))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ real steps. It is compared with the measured ratio of the denoising loops; so is
 at each size, give: what is missing there is the cost of the engine. A cache's real steps are those of a rule that looks
 at no data, so that they are known beforehand. Eager first, then with ``compile_repeated_blocks``.
 
-``--pattern FILE`` measures plain steps and the pattern of a record of ``scripts.bench_pattern`` alone, and raises where
-the run made other real steps. ``--peers`` adds caches of other packages as they come, and SPEED's rule with its own
-tolerances and fresh noise: of caches that look at data random weights decide the steps, which are counted afterwards,
-so that their seconds say what a skipped step costs and nothing of how many may be skipped.
+``--pattern FILE`` measures plain steps and the pattern of a record of ``scripts.bench_pattern``, and raises where the
+run made other real steps; the model's other rows come with it by ``--stages``. ``--peers`` adds caches of other
+packages as they come, and SPEED's rule with its own tolerances and fresh noise: of caches that look at data random
+weights decide the steps, which are counted afterwards, so that their seconds say what a skipped step costs and nothing
+of how many may be skipped.
 """
 
 from __future__ import annotations
@@ -246,10 +247,10 @@ def plain_steps(plan: dict[str, Any]) -> float:
     return plan["plain_tflop"] / (full["tflop"] / full["steps"])
 
 
-def rows_of(model: str, pattern: Path | None, peers: bool) -> tuple[str, ...]:
+def rows_of(model: str, pattern: str | None, peers: bool, stages: bool = False) -> tuple[str, ...]:
     """Return the variants to measure on a model, plain steps first."""
-    steps = big_models.MODELS[model][1]
-    rows = ROWS[model] if pattern is None else ("euler", stage_patterns.read(pattern, model, steps).name)
+    rows = ROWS[model] if stages or not (pattern or peers) else ("euler",)
+    rows += (pattern,) if pattern else ()
     if not peers:
         return rows
     others = [text.format(1 if model.startswith("small") else 8) for text in PEERS]  # 8 is cache-dit's own default
@@ -258,7 +259,7 @@ def rows_of(model: str, pattern: Path | None, peers: bool) -> tuple[str, ...]:
         others = others[1:]
     if model == "wan":  # diffusers' taylorseer hooks nothing there by default
         others = [text for text in others if "taylorseer" not in text]
-    return (*(rows if pattern else rows[:1]), *others)
+    return (*rows, *others)
 
 
 def shown(values: dict[str, Any]) -> str:
@@ -287,12 +288,14 @@ def main() -> None:
     add("--turns", type=int, default=2)
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--pattern", type=Path, metavar="FILE", help="plain steps and the pattern of this record alone")
+    add("--stages", action="store_true", help="with --pattern or --peers: the model's other rows too")
     add("--peers", action="store_true", help="and caches of other packages; cache-dit where it is installed")
     add("--kind", default=None, help="name of the machine, for the record")
     add("--out", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     device = torch.device(args.device)
-    rows = rows_of(args.model, args.pattern, args.peers)
+    told = stage_patterns.read(args.pattern, args.model, big_models.MODELS[args.model][1]) if args.pattern else None
+    rows = rows_of(args.model, told and told.name, args.peers, args.stages)
     bench = Bench(args.model, device, rows)
     values: dict[str, Any] = {
         "model": args.model, "kind": args.kind, "device": record.describe_device(device), "versions": record.versions(),
@@ -310,9 +313,9 @@ def main() -> None:
             bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
         values["ways"][way] = bench.measure(args.turns)
         write_json(file, values)
-        if args.pattern:
-            pattern = stage_patterns.described(parse(rows[1]))
-            check_pattern(pattern, bench.plans[rows[1]]["stages"], values["ways"][way]["rows"][rows[1]]["caches"])
+        if told:
+            run = values["ways"][way]["rows"][told.name]
+            check_pattern(stage_patterns.described(told), bench.plans[told.name]["stages"], run["caches"])
         print(shown({"ways": {way: values["ways"][way]}}), flush=True)
 
 
