@@ -5,7 +5,7 @@
 Every row draws samples of ``n`` from a population that is known, and counts how often the interval of the package's own
 function holds what it estimates. Populations are normal, skewed, and our own: the pairs of 1,000 prompts of a report
 (``--report``), and features with the covariance of the 2,578 icons that emoji-flux was trained on. Parts named by
-``--part`` take the place of those in a record that lies in ``--out`` already.
+``--part`` take the place of those in a record that lies in ``--out`` already, row by row.
 
 ``carriers`` is the number of values of a sample that carry the population's spread, ``n`` over its kurtosis: of
 failures it is ``n`` times their rate, and of sets of features the median over samples. Below 5 of them most samples
@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,29 +30,24 @@ from numpy.typing import NDArray
 
 from diffaccel import record
 from diffaccel.eval.comparison import row as comparison_row
-from diffaccel.eval.uncertainty.intervals import bootstrap_mean, median_ratio, wilson
+from diffaccel.eval.uncertainty.intervals import bootstrap_mean
 from diffaccel.eval.uncertainty.sequential import Sequential
-from diffaccel.eval.uncertainty.turns import TICK, energy_ratio, least_turns, mean_of_turns
-from scripts.coverage_of_features import FEW, Row, distances, extrapolations, holds, shares
+from scripts.coverage_of_features import FEW, Row, distances, extrapolations, generator, holds, shares
+from scripts.coverage_of_turns import ratios
 
 Array = NDArray[np.float64]
 REPORT = Path("docs/results/report_emoji-flux_steps/report.json")
-COUNTS = {"mean": (10, 30, 100, 300, 1000), "failures": (30, 100, 300, 1000), "turns": (6, 10, 20)}
+COUNTS = {"mean": (10, 30, 100, 300, 1000), "failures": (30, 100, 300, 1000)}
 LOOKS = {"64 to 1000": (64, 128, 256, 512, 1000), "16 and 32": (16, 32)}
 HEADS = {
     "means": ("population", "n", "carriers", "coverage", "promised", "holds"),
-    "ratios": ("population", "turns", "coverage", "holds"),
+    "ratios": ("number", "population", "turns", "coverage", "holds"),
     "distances": ("number", "features", "population", "n", "carriers", "coverage", "promised", "holds"),
     "extrapolation": ("number", "features", "population", "n", "carriers", "coverage", "promised", "holds"),
     "shares": ("number", "features", "population", "n", "coverage", "holds"),
     "early stop": ("population", "looks", "false", "holds", "tolerance", "pictures until proven equal", "proven"),
     "A against A": ("number", "population", "n", "beyond noise", "holds"),
 }
-
-
-def generator(*names: object) -> np.random.Generator:
-    """Return a generator whose seed is made from names, so that every row stands alone."""
-    return np.random.default_rng(zlib.crc32(json.dumps(names).encode()))
 
 
 # -- populations ------------------------------------------------------------------------------------------------------
@@ -100,8 +94,9 @@ def means(populations: dict[str, Array], scale: float) -> Iterator[Row]:
         for times in (5, 10):
             failures = 0.01 * draw.normal(size=400_000) - (draw.random(400_000) < times / n)
             cases.append((f"failures, n x rate = {times}", failures, n))
+    yield from _of_prompts(populations, scale)
     for name, values, n in cases:
-        repeats = max(50, int(scale * (1000 if n <= 100 else 300)))
+        repeats = max(50, int(scale * 750))
         draw, truth, covered = generator("means", name, n), float(values.mean()), 0
         for seed in range(repeats):
             interval = bootstrap_mean(values[draw.integers(0, len(values), n)], seed=seed)
@@ -113,55 +108,23 @@ def means(populations: dict[str, Array], scale: float) -> Iterator[Row]:
         }  # fmt: skip
 
 
-def ratios(scale: float) -> Iterator[Row]:
-    """Yield the coverage of ratios of times that were measured in turns, and of shares of wins."""
-    repeats = max(50, int(scale * 2000))
-    noise: dict[str, Callable[[np.random.Generator, int], Array]] = {
-        "normal, 3 %": lambda draw, n: 0.03 * draw.normal(size=n),
-        "skewed, exponential 10 %": lambda draw, n: 0.1 * draw.exponential(size=n),
-        "a call of ten takes twice as long": lambda draw, n: 0.01 * draw.normal(size=n) + 0.69 * (draw.random(n) < 0.1),
-    }
-    for name, sample in noise.items():
-        for turns in COUNTS["turns"]:
-            draw, covered = generator("ratios", name, turns), 0
-            for _ in range(repeats):
-                drift = np.exp(draw.normal(size=turns))  # of the machine, alike for both
-                a, b = (seconds * drift * np.exp(sample(draw, turns)) for seconds in (2.0, 1.0))
-                interval = median_ratio(a, b).interval
-                covered += interval is not None and interval.low <= 2.0 <= interval.high
-            yield _share_row(name, turns, covered, repeats)
-    yield from _energies(repeats)
-    for share in (0.5, 0.8):
+def _of_prompts(populations: dict[str, Array], scale: float) -> Iterator[Row]:
+    """Yield the coverage of means over prompts with four seeds each, half of whose variance is the prompts' own."""
+    repeats = max(50, int(scale * 750))
+    for name in ("normal", "exponential"):
+        values = populations[name] - populations[name].mean()
+        few = carriers(values[:50_000] + values[50_000:200_000].reshape(3, -1).mean(0), 1)
         for n in (10, 30, 100):
-            wins = generator("wins", share, n).binomial(n, share, repeats)
-            covered = sum(wilson(int(k), n).low <= share <= wilson(int(k), n).high for k in wins)
-            yield _share_row(f"wins, {share:.0%} of pairs", n, covered, repeats)
-
-
-def _energies(repeats: int) -> Iterator[Row]:
-    """Yield the coverage of energy, read from a counter of ticks: a call's length in ticks, and 3 % of noise."""
-    for base, own in ((1.6, 0.7), (2.3, 1.2), (9.7, 2.3), (40.4, 20.1)):
-        for turns in COUNTS["turns"]:
-            if turns < least_turns(own * TICK):
-                continue
-            draw, means, held = generator("energy", base, own, turns), 0, 0
-            for _ in range(repeats):
-                a, b = (
-                    np.floor(draw.random(turns) + ticks) * np.exp(0.03 * draw.normal(size=turns))
-                    for ticks in (own, base)
-                )
-                mean, ratio = mean_of_turns(b), energy_ratio(list(a), list(b), own * TICK)
-                means += mean is not None and mean.low <= base * math.exp(0.03**2 / 2) <= mean.high
-                interval = None if ratio is None else ratio.interval
-                held += interval is not None and interval.low <= own / base <= interval.high
-            yield {"number": "energy", **_share_row(f"calls of {base} ticks", turns, means, repeats)}
-            name = f"calls of {own} to {base} ticks"
-            yield {"number": "energy over the baseline's", **_share_row(name, turns, held, repeats)}
-
-
-def _share_row(name: str, n: int, covered: int, repeats: int) -> Row:
-    coverage = covered / repeats
-    return {"population": name, "turns": n, "coverage": coverage, "holds": holds(coverage, repeats), "repeats": repeats}
+            draw, covered, labels = generator("prompts", name, n), 0, np.repeat(np.arange(n), 4).tolist()
+            for seed in range(repeats):
+                own, seeds = (values[draw.integers(0, len(values), count)] for count in (n, 4 * n))
+                interval = bootstrap_mean(np.repeat(own, 4) + seeds, clusters=labels, seed=seed)
+                covered += interval.low <= 0 <= interval.high
+            yield {
+                "number": "means over prompts of four seeds", "population": name, "n": n, "carriers": round(few * n, 1),
+                "coverage": covered / repeats, "promised": few * n >= FEW, "holds": holds(covered / repeats, repeats),
+                "repeats": repeats,
+            }  # fmt: skip
 
 
 def early_stop(pairs: dict[str, Array], scale: float) -> Iterator[Row]:
@@ -253,11 +216,9 @@ def summary(tables: dict[str, list[Row]]) -> str:
         share = next(head for head in ("coverage", "false", "beyond noise") if head in rows[0])
         kinds: dict[str, list[Row]] = {}
         for row in rows:
-            kind = row.get("number") or {"means": "means and differences", "ratios": "ratios of times"}.get(part, part)
+            kind = row.get("number") or {"means": "means and differences"}.get(part, part)
             if "promised" in row:
                 kind += "" if row["promised"] else f", fewer than {FEW} carriers: not promised"
-            if row["population"].startswith("wins"):
-                kind = "shares of wins"
             kinds.setdefault(f"{kind}: {share}", []).append(row)
         for kind, group in kinds.items():
             counts = [row.get("n") or row.get("turns") for row in group]
@@ -277,9 +238,23 @@ def _cell(value: Any, head: str) -> str:
     return "" if value is None else str(value)
 
 
-def _earlier(file: Path) -> dict[str, list[Row]]:
-    """Return the parts of a record that is there already."""
-    return dict(json.loads(file.read_text())["tables"]) if file.exists() else {}
+def _with_earlier(file: Path, tables: dict[str, list[Row]], *, whole: bool) -> dict[str, list[Row]]:
+    """Return the parts of a record that is there already, with those of ``tables`` in their place.
+
+    Rows of a part that was not simulated as a whole take the place of the same rows alone.
+    """
+    earlier = dict(json.loads(file.read_text())["tables"]) if file.exists() else {}
+    if whole:
+        return earlier | tables
+    for part, rows in tables.items():
+        new = {_identity(row): row for row in rows}
+        kept = [new.pop(_identity(row), row) for row in earlier.get(part, ())]
+        earlier[part] = [*kept, *new.values()]
+    return earlier
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("number", "population", "n", "turns", "looks"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -287,6 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", type=Path, default=REPORT, help="report.json with the values of every pair")
     parser.add_argument("--part", action="append", choices=HEADS, help="only this part; several")
+    parser.add_argument("--number", action="append", help="of distances, only numbers that begin so; several")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many repeats; 0.05 for a try")
     parser.add_argument("--out", type=Path, help="folder for the JSON record")
     options = parser.parse_args(argv)
@@ -295,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "means": lambda: means({**closed_forms(), **pairs}, options.scale),
         "ratios": lambda: ratios(options.scale),
-        "distances": lambda: distances(options.scale),
+        "distances": lambda: distances(options.scale, tuple(options.number or ("",))),
         "extrapolation": lambda: extrapolations(options.scale),
         "shares": lambda: shares(options.scale),
         "early stop": lambda: early_stop(pairs, options.scale),
@@ -312,9 +288,10 @@ def main(argv: list[str] | None = None) -> None:
             print(row, file=sys.stderr, flush=True)
         print(f"## {part}\n\n{table(part, tables[part])}\n", flush=True)
         if options.out:
-            report.finish(tables=_earlier(options.out / "coverage_cpu.json") | tables)
-            report.save(options.out / "coverage_cpu.json")
-    record_tables = _earlier(options.out / "coverage_cpu.json") if options.out else tables
+            file = options.out / "coverage_cpu.json"
+            report.finish(tables=_with_earlier(file, {part: tables[part]}, whole=not options.number))
+            report.save(file)
+    record_tables = _with_earlier(options.out / "coverage_cpu.json", {}, whole=True) if options.out else tables
     print(f"## summary\n\n{summary(record_tables)}")
 
 

@@ -3,7 +3,7 @@
     python -m scripts.bench_play --device cpu --threads 2 --out docs/results
 
 Numbers of steps take turns of some frames each, under actions that are held for a while, after the window is full. A
-row has the median frames a second over turns with the 95 % interval of Student's t of logarithms, the share of the
+row has the median frames a second over turns with the 95 % interval of order statistics, the share of the
 threads' time that the process got (1 is a machine of its own; less means that other work slowed it), and the load
 average when the measurement began and ended.
 """

@@ -88,8 +88,7 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
     seconds.n = entry["turns"]
     images = median(entry["seconds"]) / entry["seconds_per_image"]
     if interval := median_ratio(entry["seconds"], [images] * len(entry["seconds"])).interval:
-        method = f"median of {entry['turns']} turns, Student's t of logarithms"
-        seconds.interval = replace(interval, method=method, null=None)
+        seconds.interval = replace(interval, null=None)
     if run is baseline or (base_entry := entries.get(baseline.name)) is None:
         return [seconds]
     if entry is base_entry:

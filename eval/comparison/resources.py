@@ -16,7 +16,14 @@ from diffaccel.eval.comparison.cost_row import LABELS, cost_row, part_of_a_searc
 from diffaccel.eval.comparison.row import Row, missing
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty.intervals import LEAST_TURNS, Interval
-from diffaccel.eval.uncertainty.turns import energy_ratio, least_turns, mean_difference, mean_of_turns, range_of_turns
+from diffaccel.eval.uncertainty.turns import (
+    energy_ratio,
+    mean_difference,
+    mean_of_turns,
+    of_ticks,
+    range_of_turns,
+    too_short,
+)
 
 GIB = 2.0**30
 Entry = Mapping[str, Any]  # of a variant in a timing, or the cost in a run's record
@@ -105,15 +112,16 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     shorter = min(_call_seconds(one) for one in (entry, base_entry) if one is not None)
     row.detail["from"] = f"NVML, {_turns_note(used, entry, _call_seconds(entry))}"
     images = sum(used) / len(used) / joules if used and joules > 0 else 1.0  # in a call
-    if used:
-        row.interval = mean_of_turns([value / images for value in used], least_turns(_call_seconds(entry)))
+    if used and not too_short(_call_seconds(entry)):
+        row.interval = mean_of_turns([value / images for value in used], of_ticks(_call_seconds(entry)))
     rows = [row]
     if base_entry is None or base_entry.get("energy_joules") is None:
         return rows
     row.delta = joules - base_entry["energy_joules"]
     base_used = base_entry.get("joules")
     if used and base_used and len(used) == len(base_used):
-        row.delta_interval = _per_picture(mean_difference(used, base_used), images)
+        if not too_short(shorter):
+            row.delta_interval = _per_picture(mean_difference(used, base_used, of_ticks(shorter)), images)
         if (ratio := energy_ratio(used, base_used, shorter)) is not None:
             detail = {"from": f"NVML, {_turns_note(used, entry, shorter)}", "turns": len(used)}
             rows.append(cost_row("energy_ratio", run, ratio.value, unit="x", detail=detail))
@@ -132,9 +140,8 @@ def _per_picture(interval: Interval | None, images: float) -> Interval | None:
 def _turns_note(used: Sequence[float] | None, entry: Entry, seconds: float) -> str:
     if used is None:
         return "without its turns: no interval" if "turns" in entry else "the run itself, not in turns"
-    least = least_turns(seconds)
-    why = f", too few for an interval ({least}{' of so short calls' if least > LEAST_TURNS else ''})"
-    return f"mean of {len(used)} turns{why if len(used) < least else ''}"
+    why = f"too few for an interval ({LEAST_TURNS})" if len(used) < LEAST_TURNS else too_short(seconds)
+    return f"mean of {len(used)} turns{', ' if why else ''}{why}"
 
 
 def _call_seconds(entry: Entry) -> float:

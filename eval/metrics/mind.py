@@ -14,6 +14,8 @@ from diffaccel.eval.uncertainty.influence import influence_interval
 from diffaccel.eval.uncertainty.intervals import Interval
 
 LEAST = 4  # rows of an interval, whose halves have a spread
+# chosen by simulation: without it 95 % intervals of skewed features cover 88 to 93 %, and all they miss is above them
+_TAIL = 0.1
 _CHUNK = 64  # directions projected and sorted at a time
 
 
@@ -52,7 +54,9 @@ def mind_interval(
 ) -> Interval:
     """Compute MIND with a 95 % interval over the rows of ``x``; directions are held fixed, and so is ``y``.
 
-    With ``pairs``, the rows of ``y`` that belong to rows of ``x`` move with them.
+    With ``pairs``, the rows of ``y`` that belong to rows of ``x`` move with them. Influences grow with the square of a
+    feature: where features are skewed, few rows carry the spread and the upper end lies further
+    (:func:`diffaccel.eval.uncertainty.influence.influence_interval`).
     """
     checked(x, "x", least=LEAST)
     x, y = checked_pair(x, y, ("x", "y"))
@@ -69,7 +73,7 @@ def mind_interval(
 
     value = mind(x, y, projections=projections, seed=seed)
     held = "both sides paired" if pairs else "reference fixed"
-    return influence_interval(value, influences, len(x), held=held, positive=value)
+    return influence_interval(value, influences, len(x), held=held, positive=value, tail=_TAIL)
 
 
 def mind_difference(a: Tensor, b: Tensor, y: Tensor, *, projections: int = 1000, seed: int = 0) -> Interval:

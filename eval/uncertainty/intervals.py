@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty import studentised
-from diffaccel.eval.uncertainty.student import student_quantile
+from diffaccel.eval.uncertainty.median import median_ends
 
 Array = NDArray[np.float64]
 Values = Tensor | Sequence[float] | NDArray[Any]
@@ -210,13 +210,13 @@ class Ratio:
         }
 
 
-def median_ratio(a: Values, b: Values, *, level: float = 0.95) -> Ratio:
-    """Compute the median of ``a / b`` over turns, with Student's interval of the mean logarithm of the ratio.
+def median_ratio(a: Values, b: Values) -> Ratio:
+    """Compute the median of ``a / b`` over turns, with the 95 % interval of a median (:func:`median_ends`).
 
-    For timings taken in turns (A B A B ...): a machine that slows down slows both timings of a turn. The interval goes
-    from ``exp(mean - h)`` to ``exp(mean + h)`` with ``h = t sd / sqrt(n)`` of the logarithms, and is widened to hold
-    the median where a skewed turn moves the mean away from it. The ratio is ``significant`` when the interval excludes
-    1. Fewer than 6 turns have no interval.
+    For timings taken in turns (A B A B ...): a machine that slows down slows both timings of a turn. The interval
+    is of the ratios' logarithms, so that it turns with the ratio, and holds for skewed times: Student's, of the mean
+    logarithm, leaves the median out the more often the more turns there are. The ratio is ``significant`` when the
+    interval excludes 1. Fewer than 6 turns have no interval.
 
     Raises:
         DiffAccelError: for different lengths, fewer than 2 turns, or values that are not positive.
@@ -230,14 +230,13 @@ def median_ratio(a: Values, b: Values, *, level: float = 0.95) -> Ratio:
         ratios = x / y
     if not (np.isfinite(ratios).all() and ratios.all()):
         raise DiffAccelError(f"Timings from {min(x.min(), y.min()):g} to {max(x.max(), y.max()):g} have no ratio.")
-    tail, n, value = _tail(level), len(x), float(np.median(ratios))
-    if n < LEAST_TURNS:
+    n, value = len(x), float(np.median(ratios))
+    ends = median_ends(np.log(ratios))
+    if ends is None:
         return Ratio(value, None, f"median of {n} turns; an interval needs {LEAST_TURNS}")
-    logs = np.sort(np.log(ratios))
-    mean, half = float(logs.mean()), student_quantile(1 - tail, n - 1) * float(logs.std(ddof=1)) / math.sqrt(n)
-    low, high = min(math.exp(mean - half), value), max(math.exp(mean + half), value)
-    method = f"median of {n} turns, Student's t of log ratios"
-    return Ratio(value, Interval(value, low, high, level, method, null=1.0), method)
+    low, high = min(math.exp(ends[0]), value), max(math.exp(ends[1]), value)  # round-off never leaves the median out
+    method = f"median of {n} turns, order statistics"
+    return Ratio(value, Interval(value, low, high, method=method, null=1.0), method)
 
 
 def spearman(x: Values, y: Values) -> float:

@@ -2,7 +2,9 @@
 
 A counter of energy moves in ticks that may be longer than a call: one reading is then wrong by up to a tick, while
 their mean over calls that begin at any moment of a tick is right. So energy has means where times have medians, and a
-reading of zero is a reading. A peak of memory mostly is the same in every turn; else the range says by how much.
+reading of zero is a reading. Readings that agree say nothing of the part of a tick that they miss: an interval takes
+their variance to be at least that of a tick, and calls of few ticks have none. A peak of memory mostly is the same in
+every turn; else the range says by how much.
 """
 
 from __future__ import annotations
@@ -10,55 +12,71 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.uncertainty.intervals import LEAST_FOR_VERDICT, LEAST_TURNS, Array, Interval, Ratio, Values, finite
 from diffaccel.eval.uncertainty.student import student_quantile
 
 TICK = 0.1  # seconds between two readings of NVML's counter that differ, at most
-LONG = 20 * TICK  # of calls whose readings are good enough for few turns
+LONG = 20 * TICK  # of calls whose readings are good enough for an interval
+TICK_VARIANCE = 1 / 12  # of a reading around the truth, in squared ticks: that of a uniform error of one tick
 _QUANTILE = 0.975  # of two-sided 95 % intervals
 
 
-def least_turns(seconds: float) -> int:
-    """Return how many turns an interval of energy needs: 6, and 10 for calls of fewer than 20 ticks of the counter.
+def too_short(seconds: float) -> str:
+    """Return why the energy of calls has no interval, those of fewer than 20 ticks of the counter; "" of longer ones.
 
-    Simulated, intervals of 6 shorter calls cover as little as 86 %, since all six may be wrong by the same part of a
-    tick (``docs/results/coverage_cpu.json``).
+    Simulated, intervals of shorter calls cover from 47 to 100 %: all turns may be wrong by the same part of a tick, and
+    what would hold that part is wider than the noise (``docs/results/coverage_cpu.json``).
     """
-    return LEAST_TURNS if seconds >= LONG else LEAST_FOR_VERDICT
+    return "" if seconds >= LONG else f"no interval, since calls under {LONG:g} s are short beside the meter's tick"
 
 
-def mean_of_turns(values: Values, least: int = LEAST_TURNS) -> Interval | None:
-    """Compute the mean of what is not negative, with Student's 95 % interval; None for fewer than ``least`` turns."""
+def of_ticks(seconds: float) -> float:
+    """Return the least relative variance of the reading of a call, from the counter's resolution."""
+    return TICK_VARIANCE * (TICK / seconds) ** 2
+
+
+def mean_of_turns(values: Values, resolution: float = 0.0) -> Interval | None:
+    """Compute the mean of what is not negative, with Student's 95 % interval; None for fewer than 6 turns.
+
+    Args:
+        values: (n,), one a turn.
+        resolution: least relative variance of a value, as :func:`of_ticks` gives it.
+    """
     x = finite(values, "turns")
-    if len(x) < least:
+    if len(x) < LEAST_TURNS:
         return None
-    mean, half = float(x.mean()), _half_width(x)
+    mean = float(x.mean())
+    half = _half_width(x, resolution * mean * mean)
     return Interval(mean, max(0.0, mean - half), mean + half, method=f"mean of {len(x)} turns, Student's t")
 
 
-def mean_difference(a: Values, b: Values) -> Interval | None:
+def mean_difference(a: Values, b: Values, resolution: float = 0.0) -> Interval | None:
     """Compute the mean of ``a - b`` over turns with Student's 95 % interval; None for fewer than 10 turns.
+
+    Args:
+        a, b: (n,), one a turn.
+        resolution: least relative variance of a value, as :func:`of_ticks` gives it.
 
     Raises:
         DiffAccelError: for different numbers of turns.
     """
-    difference = np.subtract(*_paired(a, b))
+    x, y = _paired(a, b)
+    difference = x - y
     if len(difference) < LEAST_FOR_VERDICT:
         return None
-    mean, half = float(difference.mean()), _half_width(difference)
+    least = resolution * float(x.mean() ** 2 + y.mean() ** 2)
+    mean, half = float(difference.mean()), _half_width(difference, least)
     method = f"paired over {len(difference)} turns, Student's t"
     return Interval(mean, mean - half, mean + half, method=method, null=0.0)
 
 
-def ratio_of_means(a: Values, b: Values, least: int = LEAST_TURNS) -> Ratio:
-    """Compute ``r = mean(a) / mean(b)`` over turns with its 95 % interval, none for fewer than ``least`` turns.
+def ratio_of_means(a: Values, b: Values, resolution: float = 0.0) -> Ratio:
+    """Compute ``r = mean(a) / mean(b)`` over turns with its 95 % interval, none for fewer than 6 turns.
 
     The interval goes from ``r exp(-h)`` to ``r exp(h)`` with ``h = t sd(e) / sqrt(n)`` of the relative residuals
     ``e = (a - r b) / mean(a)``: the ratio estimator's variance (Cochran 1977, section 6.4) on the logarithm. What moves
-    both readings of a turn alike leaves it narrow.
+    both readings of a turn alike leaves it narrow, down to the ``resolution`` of both (:func:`of_ticks`).
 
     Raises:
         DiffAccelError: for different numbers of turns, fewer than 2, negative values, or a mean of zero.
@@ -71,9 +89,9 @@ def ratio_of_means(a: Values, b: Values, least: int = LEAST_TURNS) -> Ratio:
             f"A ratio of means needs values of 0 or more, not all 0; the means are {x.mean():g} and {y.mean():g}."
         )
     n, value = len(x), float(x.mean() / y.mean())
-    if n < least:
-        return Ratio(value, None, f"ratio of means of {n} turns; an interval needs {least}")
-    half = _half_width((x - value * y) / x.mean())
+    if n < LEAST_TURNS:
+        return Ratio(value, None, f"ratio of means of {n} turns; an interval needs {LEAST_TURNS}")
+    half = _half_width((x - value * y) / x.mean(), 2 * resolution)
     method = f"ratio of means of {n} turns, Student's t"
     return Ratio(
         value, Interval(value, value * math.exp(-half), value * math.exp(half), 0.95, method, null=1.0), method
@@ -89,7 +107,10 @@ def energy_ratio(own: Sequence[float] | None, base: Sequence[float] | None, seco
     """
     if not own or not base or sum(own) <= 0 or sum(base) <= 0:
         return None
-    return ratio_of_means(own, base, least_turns(seconds))
+    if why := too_short(seconds):
+        ratio = ratio_of_means(own, base)
+        return Ratio(ratio.value, None, f"ratio of means of {len(own)} turns; {why}")
+    return ratio_of_means(own, base, of_ticks(seconds))
 
 
 def range_of_turns(values: Values, *, null: float | None = None) -> Interval | None:
@@ -111,8 +132,9 @@ def range_of_turns(values: Values, *, null: float | None = None) -> Interval | N
     return Interval(high, low, high, 1 - 2.0 ** (1 - n), method, null=null)
 
 
-def _half_width(x: Array) -> float:
-    return student_quantile(_QUANTILE, len(x) - 1) * float(x.std(ddof=1)) / math.sqrt(len(x))
+def _half_width(x: Array, least: float = 0.0) -> float:
+    """Return half of Student's interval of a mean, of values whose variance is at least ``least``."""
+    return student_quantile(_QUANTILE, len(x) - 1) * math.sqrt(max(float(x.var(ddof=1)), least) / len(x))
 
 
 def _paired(a: Values, b: Values) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """Measure the pipeline: the acceptance table, a grid of 24 fixed prompts, and CPU latency.
 
     python -m scripts.zoo.emoji.score --data data/emoji --out OUT [--count 128]    # of the shipped models, judge too
+    python -m scripts.zoo.emoji.score --data data/emoji --out OUT --judge-only     # minutes on one core
 
 Pictures are measured by the judge, a CLIP that the pipeline does not use, and by pixel checks, beside real pictures and
 real pictures that went through the autoencoder. ``grid.png`` includes failures.
@@ -166,7 +167,7 @@ def _row(check: str, target: str, value: float | None, passed: bool | None, **ex
     } | rounded
 
 
-def _judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
+def judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
     """Return the rows about the judge itself, from the metrics of its training (clip_eval)."""
     floor = metrics["fd_identity"]
     return [
@@ -327,7 +328,7 @@ def score(
     settings = {"size": recipe.default_size, "steps": recipe.default_steps, "guidance": recipe.default_guidance}
     grid(pipe, out / "grid.png", **settings)
     report = measure(pipe, Judge(judge_folder, device), world, count=count, **settings)
-    report["acceptance"] = _judge_rows(judge_metrics) + report["acceptance"]
+    report["acceptance"] = judge_rows(judge_metrics) + report["acceptance"]
     if loss is not None:
         report["acceptance"].append(_row(LOSS, "<= 0.11", loss, loss <= 0.11))
     if device == "cpu":
@@ -353,6 +354,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--out", type=Path, required=True, help="report.json and grid.png are written here")
     parser.add_argument("--count", type=int, default=128, help="pictures a check, at most")
+    parser.add_argument("--judge-only", action="store_true", help="measure the judge alone, and write judge.json")
     options = parser.parse_args()
     pipe = FluxPipeline.from_pretrained(zoo.path("emoji-flux"), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -365,6 +367,11 @@ def main() -> None:
     with torch.no_grad():
         model, sets = Judge(judge, pipe.device.type).model, heldout.build(whole_world, device=pipe.device)
         judge_metrics = clip_eval.evaluate(model, pipe.tokenizer, sets, shared)
+    if options.judge_only:
+        rows, device = judge_rows(judge_metrics), describe_device(pipe.device)
+        write_json(options.out / "judge.json", {"device": device, "acceptance": rows, "quality": judge_metrics})
+        print("\n".join(f"{row['check']}: {row['value']} ({row['target']})" for row in rows))
+        return
     # The training loss and the count by eye cannot be measured here: they are taken from the card.
     card = zoo.card("emoji-flux")
     recorded = {row["check"]: row["value"] for row in card["acceptance"]}
