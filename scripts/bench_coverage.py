@@ -32,7 +32,7 @@ from diffaccel import record
 from diffaccel.eval.comparison import row as comparison_row
 from diffaccel.eval.uncertainty.intervals import bootstrap_mean
 from diffaccel.eval.uncertainty.sequential import Sequential
-from scripts.coverage_of_features import FEW, Row, distances, extrapolations, generator, holds, shares
+from scripts.coverage_of_features import FEATURES, FEW, Row, distances, extrapolations, generator, holds, shares
 from scripts.coverage_of_turns import ratios
 
 Array = NDArray[np.float64]
@@ -263,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--report", type=Path, default=REPORT, help="report.json with the values of every pair")
     parser.add_argument("--part", action="append", choices=HEADS, help="only this part; several")
     parser.add_argument("--number", action="append", help="of distances, only numbers that begin so; several")
+    parser.add_argument("--population", action="append", choices=FEATURES, help="of distances, only these features")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many repeats; 0.05 for a try")
     parser.add_argument("--out", type=Path, help="folder for the JSON record")
     options = parser.parse_args(argv)
@@ -271,7 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "means": lambda: means({**closed_forms(), **pairs}, options.scale),
         "ratios": lambda: ratios(options.scale),
-        "distances": lambda: distances(options.scale, tuple(options.number or ("",))),
+        "distances": lambda: distances(
+            options.scale, tuple(options.number or ("",)), options.population or tuple(FEATURES)
+        ),
         "extrapolation": lambda: extrapolations(options.scale),
         "shares": lambda: shares(options.scale),
         "early stop": lambda: early_stop(pairs, options.scale),
@@ -289,7 +292,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"## {part}\n\n{table(part, tables[part])}\n", flush=True)
         if options.out:
             file = options.out / "coverage_cpu.json"
-            report.finish(tables=_with_earlier(file, {part: tables[part]}, whole=not options.number))
+            report.finish(
+                tables=_with_earlier(file, {part: tables[part]}, whole=not (options.number or options.population))
+            )
             report.save(file)
     record_tables = _with_earlier(options.out / "coverage_cpu.json", {}, whole=True) if options.out else tables
     print(f"## summary\n\n{summary(record_tables)}")

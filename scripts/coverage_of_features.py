@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,19 +67,22 @@ class Population:
 Estimates = Callable[[torch.Tensor, torch.Tensor], dict[str, Interval]]  # of a run and its baseline, by number
 
 
-def distances(scale: float, begins: tuple[str, ...] = ("",)) -> Iterator[Row]:
+def distances(
+    scale: float, begins: tuple[str, ...] = ("",), populations: Sequence[str] = tuple(FEATURES)
+) -> Iterator[Row]:
     """Yield the coverage of distances of sets of features: of their mean at this number of pictures.
 
     Args:
         scale: times as many samples.
         begins: only numbers whose names begin with one of these.
+        populations: names of the populations.
     """
-    for name in FEATURES:
+    for name in populations:
         population = Population(name)
         reference = population.features(population.latents(500))
         for n, repeats in SIZES.items():
             yield from _coverage(population, _distances_to(reference, begins), n, max(30, int(scale * repeats)))
-    for n in (30, 100) if "FVD".startswith(begins) else ():  # as few as videos are
+    for n in (30, 100) if "FVD".startswith(begins) and "normal" in populations else ():  # as few as videos are
         population = Population("normal")
         yield from _coverage(population, _few_clips, n, max(30, int(scale * 750)))
 
