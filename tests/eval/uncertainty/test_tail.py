@@ -1,0 +1,26 @@
+"""The upper end of a positive number whose influences have heavy tails."""
+
+import math
+
+import pytest
+import torch
+
+from diffaccel.eval.uncertainty.influence import influence_interval
+
+
+def interval(rows: torch.Tensor, tail: float):
+    return influence_interval(2.0, lambda kept: rows[kept], len(rows), held="", positive=2.0, tail=tail)
+
+
+def test_the_upper_end_lies_further_by_the_logarithm_of_the_kurtosis() -> None:
+    rows = torch.zeros(200, dtype=torch.float64)
+    rows[::50] = torch.tensor([4.0, -3.0, 5.0, 2.0], dtype=torch.float64)
+    plain, wide = interval(rows, 0.0), interval(rows, 0.1)
+    assert plain.carriers is not None and wide.low == plain.low and wide.value == plain.value
+    further = 1 + 0.1 * math.log(200 / plain.carriers / 5)
+    assert further > 1.2 and math.log(wide.high / 2) == pytest.approx(further * math.log(plain.high / 2))
+
+
+def test_light_tails_change_nothing() -> None:
+    rows = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert interval(rows, 0.1) == interval(rows, 0.0)
