@@ -270,4 +270,7 @@ def _advice(value: Any, hint: Any) -> str:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    if any(typing.get_origin(option) is Literal for option in options):
+        return " or ".join(_describe(option) for option in options if option is not type(None)) + ", or None"
     return str(hint).replace("typing.", "") if typing.get_args(hint) else str(getattr(hint, "__name__", hint))

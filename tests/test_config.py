@@ -34,6 +34,7 @@ class Everything(Config):
     sizes: tuple[int, ...] = ()
     pair: tuple[float, float] = (0.0, 1.0)
     maybe: float | None = None
+    maybe_mode: Literal["a", "b"] | None = None
     stages: tuple[int, ...] | None = None
     words: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -159,6 +160,7 @@ def test_every_kind_of_field_survives_json() -> None:
         ({"share": False}, "Everything.share is False; it must be float."),
         ({"switch": 1}, "Everything.switch is 1; it must be bool."),
         ({"mode": "slow"}, "Everything.mode is 'slow'; it must be one of 'fast', 'exact'."),
+        ({"maybe_mode": "slow"}, "Everything.maybe_mode is 'slow'; it must be one of 'a', 'b', or None."),
         ({"sizes": [1]}, "Everything.sizes is [1]; it must be tuple[int, ...]."),
         ({"sizes": (1, "2")}, "Everything.sizes is (1, '2'); it must be tuple[int, ...]."),
         ({"pair": (1.0,)}, "Everything.pair is (1.0,); it must be tuple[float, float]."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -144,8 +145,13 @@ def reach(cls: type[Any], pipe: Any, speedup: float, arguments: dict[str, Any]) 
     """Return the plan of the least tolerance whose predicted speed is at least ``speedup``.
 
     Raises:
-        DiffAccelError: where no tolerance reaches it, with the best that can be had.
+        DiffAccelError: where no tolerance reaches it, with the best that can be had, and for what is no speed.
     """
+    is_number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
+    if not is_number or not 1 <= speedup < math.inf:
+        raise DiffAccelError(
+            f"target_speedup is {speedup!r}; it must be a number from 1, the speed of all steps at full size, such as 1.3."
+        )
     with _opened(pipe, arguments) as session:
         best: ResolutionPlan | None = None
         for tolerance in TOLERANCES:

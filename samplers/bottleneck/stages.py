@@ -89,12 +89,14 @@ def _part(target: Target, size: Size, first: int, last: int) -> Stage:
 def spectral(target: Target, scales: Sequence[float], spectrum: tuple[float, float], tolerance: float) -> list[Stage]:
     """Return growing stages; each is left at the first level at which its grid is too coarse (arXiv 2605.18736).
 
-    The call's own levels are kept, but for the first one of a larger grid, where the same state stands higher.
+    The call's own levels are kept, but for the first one of a larger grid, where the same state stands higher. The
+    last step is always one of the full size, also where so few steps are made that a smaller grid could hold it.
     """
     own = target.levels.tolist()
     nyquist = min(target.size) / target.latent / 2
     leaves = [leaving_level(spectrum, scale * nyquist, tolerance) for scale in scales[:-1]]
-    ends = [next(place for place, level in enumerate(own) if level <= leave) for leave in leaves]
+    last_step = len(own) - 2
+    ends = [min(next(place for place, level in enumerate(own) if level <= leave), last_step) for leave in leaves]
     return expanded(target, scales, [0, *ends, len(own) - 1])
 
 

@@ -177,3 +177,12 @@ def test_a_schedule_shifted_by_one_more_at_each_switch() -> None:
     u = torch.linspace(1, 0, 51, dtype=torch.float64)
     assert high.levels.tolist() == pytest.approx(shift(u, 6.0)[25:].tolist())
     assert high.noised_to == float(levels[24])  # of the step just made, not the level that it led to
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("scales", [(0.5, 1.0), (0.5, 0.75, 1.0)])
+def test_the_last_step_has_the_full_size_however_few_steps_are_made(steps: int, scales: tuple[float, ...]) -> None:
+    """A grid that could hold the state to the end would hand the decoder a small one."""
+    stages = rules.spectral(target(1024, 1024, flux_levels(steps)), scales, FLUX, 0.9)
+    assert stages[-1].size == (1024, 1024) and sum(stage.steps for stage in stages) == steps
+    assert float(stages[-1].levels[-1]) == 0

@@ -177,6 +177,12 @@ def test_a_plan_is_what_the_call_does() -> None:
         Bottleneck.plan(pipe, target_speedup=50, **kwargs)
 
 
+@pytest.mark.parametrize("speed", [0.5, -1, float("nan"), float("inf"), True, "1.3"])
+def test_a_target_that_is_no_speed_is_refused(speed: object) -> None:
+    with pytest.raises(DiffAccelError, match=r"target_speedup is .*; it must be a number from 1"):
+        Bottleneck.plan(None, target_speedup=speed)
+
+
 # -- late guidance stop ------------------------------------------------------------------------------------------------
 
 
