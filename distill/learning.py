@@ -31,6 +31,7 @@ from diffaccel.training.steps import (
     nothing_learnt,
     write_entry,
 )
+from diffaccel.training.stops import StopBetweenSteps
 
 VERSION = "2"
 
@@ -124,31 +125,34 @@ class LearningRun:
                 shared out; the first one's numbers are logged. The averaged weights are in the generator while it
                 looks. Training goes on to the same bits as without.
 
+        A single process that is interrupted ends its step and writes a checkpoint first.
+
         Raises:
             DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
         """
         last = saved = logged = time.monotonic()
-        while self.step < self.config.steps and not self._is_over(deadline):
-            self.turn()
-            self.step += 1
-            now = time.monotonic()
-            self.seconds, last = self.seconds + now - last, now
-            if now - logged >= self.config.log_seconds:
-                self._log()
-                logged = now
-            looks = self.processes.rank == 0 or self.sharded  # a part of the weights is nothing to look at
-            if every and self.step % every == 0 and evaluate is not None and looks:
-                with self.average:
-                    values = evaluate(self)
-                self._write({"step": self.step, "pictures": self.pictures, **values})
-                last = time.monotonic()
-            if now - saved >= self.config.save_seconds:
-                self.save()
-                saved = now
-        self._log()
-        if self._bad_steps:
-            self._end_bad()
-        self.save()
+        with StopBetweenSteps(self.processes.size == 1) as stop:
+            while self.step < self.config.steps and not stop.asked and not self._is_over(deadline):
+                self.turn()
+                self.step += 1
+                now = time.monotonic()
+                self.seconds, last = self.seconds + now - last, now
+                if now - logged >= self.config.log_seconds:
+                    self._log()
+                    logged = now
+                looks = self.processes.rank == 0 or self.sharded  # a part of the weights is nothing to look at
+                if every and self.step % every == 0 and evaluate is not None and looks:
+                    with self.average:
+                        values = evaluate(self)
+                    self._write({"step": self.step, "pictures": self.pictures, **values})
+                    last = time.monotonic()
+                if now - saved >= self.config.save_seconds:
+                    self.save()
+                    saved = now
+            self._log()
+            if self._bad_steps:
+                self._end_bad()
+            self.save()
         return self.step >= self.config.steps
 
     def _is_over(self, deadline: Deadline | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -118,9 +119,11 @@ def tune(
     pipe = model if is_pipeline(model) else None
     if pipe is not None and active(pipe) is not None:
         raise DiffAccelError("The pipeline has methods on it already. Call diffaccel.remove(pipe) first.")
-    rule = parse_gate(fail_if or DEFAULT_GATE) if fail_if or seconds is None else None
-    if seconds is not None and not seconds > 0:
-        raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0.")
+    gate = DEFAULT_GATE if fail_if is None and seconds is None else fail_if
+    rule = None if gate is None else parse_gate(gate)
+    for what, value in (("seconds", seconds), ("budget", budget)):  # before the folder keeps them
+        if value is not None and not 0 < value < math.inf:
+            raise DiffAccelError(f"{what} is {value:g} seconds; it must be a finite number above 0.")
     classes = registered(methods)
     pipe, request, subjects = _open(pipe, model, prompts, call)
     plan = TuningPlan(

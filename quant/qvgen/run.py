@@ -34,6 +34,7 @@ from diffaccel.training.steps import (
     nothing_learnt,
     write_entry,
 )
+from diffaccel.training.stops import StopBetweenSteps
 
 
 class QATRun:
@@ -145,29 +146,32 @@ class QATRun:
             deadline: of this process.
             every: number of steps between calls of ``evaluate``, whose numbers the log keeps.
 
+        A single process that is interrupted ends its step and writes a checkpoint first.
+
         Raises:
             DiffAccelError: where the loss stays without a finite gradient; the last good checkpoint is kept.
         """
         last = saved = logged = time.monotonic()
-        while not self.finished and not self._is_over(deadline):
-            self.turn()
-            now = time.monotonic()
-            self.seconds, last = self.seconds + now - last, now
-            if now - logged >= self.config.log_seconds:
-                self._log()
-                logged = now
-            if every and self.step % every == 0 and evaluate is not None:
-                self._write({"step": self.step, **evaluate(self)})
-                last = time.monotonic()
-            if now - saved >= self.config.save_seconds:
-                self.save()
-                saved = now
-        if self.finished:
-            self._renew(self.config.steps)
-        self._log()
-        if float(self._bad):
-            self._end_bad()
-        self.save()
+        with StopBetweenSteps(self.processes.size == 1) as stop:
+            while not self.finished and not stop.asked and not self._is_over(deadline):
+                self.turn()
+                now = time.monotonic()
+                self.seconds, last = self.seconds + now - last, now
+                if now - logged >= self.config.log_seconds:
+                    self._log()
+                    logged = now
+                if every and self.step % every == 0 and evaluate is not None:
+                    self._write({"step": self.step, **evaluate(self)})
+                    last = time.monotonic()
+                if now - saved >= self.config.save_seconds:
+                    self.save()
+                    saved = now
+            if self.finished:
+                self._renew(self.config.steps)
+            self._log()
+            if float(self._bad):
+                self._end_bad()
+            self.save()
         return self.finished
 
     def _is_over(self, deadline: Deadline | None) -> bool:

@@ -150,7 +150,7 @@ def reach(cls: type[Any], pipe: Any, speedup: float, arguments: dict[str, Any]) 
     is_number = isinstance(speedup, int | float) and not isinstance(speedup, bool)
     if not is_number or not 1 <= speedup < math.inf:
         raise DiffAccelError(
-            f"target_speedup is {speedup!r}; it must be a number from 1, the speed of all steps at full size, such as 1.3."
+            f"target_speedup is {speedup!r}; it must be a number from 1, the speed at full size, as 1.3."
         )
     with _opened(pipe, arguments) as session:
         best: ResolutionPlan | None = None

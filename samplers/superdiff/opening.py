@@ -18,11 +18,12 @@ from diffaccel.samplers.superdiff.composition import Densities
 from diffaccel.samplers.superdiff.engine import Superposition
 from diffaccel.samplers.superdiff.regions import masks_of
 from diffaccel.samplers.superdiff.trace import Trace
-from diffaccel.samplers.superdiff.transitions import ReverseKernel, reverse_kernels
+from diffaccel.samplers.superdiff.transitions import ReverseKernel, growth, reverse_kernels
 from diffaccel.session import Session
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 20
+MOST_GROWTH = 2.0  # of the standard deviation at the end; stable steps come to 0.9 to 1.1
 
 
 def superposition(config: Any, session: Session) -> Superposition:
@@ -120,7 +121,15 @@ def _kernels(config: Any, session: Session, sigmas: Tensor) -> list[ReverseKerne
             f"The call begins at noise level {times[0]:g}, pure noise, where an Euler-Maruyama step has no end. Set "
             "first_sigma=0.999, or kernel='matched'."
         )
-    return reverse_kernels(session.path, times, kind, config.data_std)
+    kernels = reverse_kernels(session.path, times, kind, config.data_std)
+    if kind == "euler" and (factor := growth(session.path, times, kernels)) > MOST_GROWTH:
+        logger.warning(
+            "%d Euler-Maruyama steps from noise level %g are unstable: Gaussian data would end %.3g times too wide, so "
+            "the result shows nothing of its prompts. Take more steps, or %s.",
+            len(kernels), times[0], factor,
+            "another op than 'fkc'" if config.op == "fkc" else "kernel='matched'",
+        )  # fmt: skip
+    return kernels
 
 
 def _check_counts(config: Any, count: int, regions: int, size: int) -> None:

@@ -88,6 +88,29 @@ def _kernel(path: Path, t: float, t_next: float, kind: KernelKind, c: float) -> 
     )
 
 
+def growth(path: Path, times: Sequence[float], kernels: Sequence[ReverseKernel], data_std: float = 1.0) -> float:
+    """Return by what factor Gaussian data come out too wide: 1 for steps that follow the path, far above for unstable.
+
+    An Euler-Maruyama step multiplies the state by about ``1 - g^2 dt``: near pure noise on a flow path that is -200 for
+    a step of .2, which later steps only take back where there are enough of them.
+
+    Args:
+        times: those that the kernels were made for.
+        data_std: of the data, per coordinate.
+    """
+    spread, wanted = -1.0, 1.0
+    for kernel, t, t_next in zip(kernels, times, times[1:], strict=False):
+        a, s, b, r = (float(f(u)) for u in (t, t_next) for f in (path.alpha, path.sigma))
+        power = (a * data_std) ** 2 + s * s
+        velocity = (
+            float(path.d_alpha(t)) * a * data_std**2 + float(path.d_sigma(t)) * s
+        ) / power  # E[v|x] = velocity x
+        noise = 0.0 if kernel.is_last else kernel.variance
+        spread = (kernel.of_x + kernel.of_v * velocity) ** 2 * (power if spread < 0 else spread) + noise
+        wanted = (b * data_std) ** 2 + r * r
+    return math.sqrt(spread / wanted)
+
+
 def log_density_step(kernel: ReverseKernel, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     """Return ``log N(y; mu, V) - log k(x|y)``, the change of one model's log-density from ``x`` to ``y``, ``(B,)``."""
     mean = kernel.of_x * x + kernel.of_v * v

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,22 @@ def test_the_optimiser_has_its_rates() -> None:
     assert rates["clip"] == pytest.approx(1e-2 * share) and rates["scales"] == pytest.approx(3e-5 * share)
     assert {g["name"]: g["weight_decay"] > 0 for g in optimizer.adam.param_groups}["matrices"]
     assert sum(g["weight_decay"] > 0 for g in optimizer.adam.param_groups) == 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_its_steps(whole: QATRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C inside of a step: the step is ended, a checkpoint written, and the rest makes the same bits."""
+    broken = make(tmp_path)
+    loss = broken.loss
+
+    def interrupted(batch: Any) -> Tensor:
+        if broken.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(batch)
+
+    monkeypatch.setattr(broken, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    resumed = make(tmp_path)
+    assert resumed.step == 3 and resumed.run()
+    assert same(weights(resumed.student), weights(whole.student))

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffaccel import flow, schedules
 from diffaccel.flow import LINEAR, VE_PATH, Path
 from diffaccel.samplers import SuperDiff
-from diffaccel.samplers.superdiff.transitions import log_density_step, reverse_kernels
+from diffaccel.samplers.superdiff.transitions import growth, log_density_step, reverse_kernels
 
 PATHS = [VP_PATH, VE_PATH, LINEAR]
 
@@ -175,3 +175,22 @@ def test_all_prediction_types_give_one_trajectory() -> None:
         results.append(superpose(SuperDiff(op="or"), [model, B], LINEAR, times, 10).x)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_unstable_euler_maruyama_steps_are_foreseen() -> None:
+    """The growth is that of Gaussian data under the steps themselves."""
+    random = torch.Generator("cpu").manual_seed(0)
+    levels = [0.99, 0.5, 0.2, 0.0]
+    kernels = reverse_kernels(LINEAR, levels, "euler")
+    start = torch.randn(20_000, generator=random, dtype=torch.float64)
+    x = start * (levels[0] ** 2 + (1 - levels[0]) ** 2) ** 0.5
+    for kernel, t in zip(kernels, levels, strict=False):
+        v = (t - (1 - t)) / ((1 - t) ** 2 + t * t) * x  # E[eps - x0 | x]
+        noise = 0.0 if kernel.is_last else kernel.variance**0.5
+        x = kernel.of_x * x + kernel.of_v * v + noise * torch.randn(len(x), generator=random, dtype=torch.float64)
+    assert growth(LINEAR, levels, kernels) == pytest.approx(float(x.std()), rel=0.03) and x.std() > 5
+    fine = torch.linspace(1, 0, 1001, dtype=torch.float64).tolist()
+    fine[0] = 0.9995
+    assert growth(LINEAR, fine, reverse_kernels(LINEAR, fine, "euler")) == pytest.approx(1, abs=0.02)
+    for kind in ("matched", "posterior"):
+        assert growth(LINEAR, levels, reverse_kernels(LINEAR, levels, kind)) == pytest.approx(1, abs=0.5)

@@ -353,3 +353,9 @@ def test_a_prediction_that_is_not_finite_is_named() -> None:
     pipe.transformer.register_forward_hook(spoil)
     with pytest.raises(DiffAccelError, match=r"Step 2 of 4, at noise level .*: component 2 is not finite"):
         call(pipe, "flux")
+
+
+def test_a_call_of_unstable_steps_warns(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), SuperDiff.paper(first_sigma=0.999))
+    call(pipe, "flux", ["a | b"], num_inference_steps=2)
+    assert "2 Euler-Maruyama steps from noise level 0.999 are unstable" in caplog.text

@@ -1,0 +1,27 @@
+"""Limits of a tuning that cannot be are refused before its folder keeps them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffaccel.errors import DiffAccelError
+from diffaccel.eval.tuning import tune
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"budget": -1.0}, "budget is -1 seconds; it must be a finite number above 0"),
+        ({"budget": float("nan")}, "budget is nan"),
+        ({"seconds": float("inf")}, "seconds is inf"),
+        ({"fail_if": ""}, "wants a metric at character 1"),
+    ],
+)
+def test_nothing_is_left_in_the_folder(limits: dict[str, Any], why: str, tmp_path: Path) -> None:
+    """Else the mended command would be refused as another tuning than the folder's."""
+    with pytest.raises(DiffAccelError, match=why):
+        tune("emoji-flux", out=tmp_path / "tune", **limits)
+    assert not (tmp_path / "tune").exists()
