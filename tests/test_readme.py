@@ -1,8 +1,10 @@
 """Every code block of README.md and docs/ runs, in the order of the page, in an empty folder.
 
 Python blocks of one page share a namespace; shell blocks run under ``set -euo pipefail`` with this environment's
-commands first on the path. A block that cannot run here says why in the line above it, ``<!-- no-run: needs a GPU -->``
-(or ``the hub``, or ``the network``); it must still compile, and what it imports from diffaccel must exist.
+commands first on the path, which on all pages but one are forked from a process that has imported the libraries
+(``tests/support/command_server.py``): starting an interpreter for each would take most of the time. A block that
+cannot run here says why in the line above it, ``<!-- no-run: needs a GPU -->`` (or ``the hub``, or ``the network``);
+it must still compile, and what it imports from diffaccel must exist.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import forked_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,6 +33,7 @@ LONG_PAGES = (
     "bottleneck", "caches", "distill", "doctor", "drafts", "eval", "families", "features", "fused", "mixdq", "quantize",
     "qvgen", "sample", "samplers", "search", "superdiff", "tib", "tune", "worlds",
 )  # fmt: skip
+SERVED = {"README.md", *(f"{name}.md" for name in LONG_PAGES if name != "samplers")}  # samplers.md: new interpreters
 LONG = {"README.md", *(f"docs/{name}.md" for name in LONG_PAGES)}
 LANGUAGES = {"python": "python", "py": "python", "bash": "shell", "sh": "shell", "shell": "shell"}
 FENCE = re.compile(r"^\s*(`{3,}|~{3,})\s*([\w+-]*)")
@@ -93,16 +99,29 @@ def compile_only(block: Block) -> None:
             assert not missing, f"{node.module} has no {', '.join(missing)}"
 
 
-def run_page(page: str, page_blocks: list[Block], folder: Path) -> subprocess.CompletedProcess[str]:
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),  # for `python -m scripts.name`
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+    "MPLBACKEND": "agg",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+}
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[dict[str, str]]:
+    """The environment of pages whose commands are forked from a process that has imported the libraries."""
+    with forked_commands(ENVIRONMENT) as env:
+        yield env
+
+
+def run_page(
+    page: str, page_blocks: list[Block], folder: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a page's blocks one after another in one new process."""
-    env = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),  # for `python -m scripts.name`
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "MPLBACKEND": "agg",
-    }
+    env = os.environ | ENVIRONMENT if env is None else env
     return subprocess.run(
-        [sys.executable, "-c", DRIVER],
+        [shutil.which("python", path=env["PATH"]), "-c", DRIVER],
         input=json.dumps([page, [asdict(block) for block in page_blocks if block.no_run is None]]),
         cwd=folder,
         env=env,
@@ -120,7 +139,7 @@ def page_params() -> list[Any]:
 
 
 @pytest.mark.parametrize("page", page_params())
-def test_page(page, tmp_path):
+def test_page(page, tmp_path, request):
     page_blocks = blocks(page.read_text(encoding="utf-8"))
     for block in page_blocks:
         if block.no_run is not None:
@@ -128,7 +147,8 @@ def test_page(page, tmp_path):
             compile_only(block)
     if all(block.no_run is not None for block in page_blocks):
         return
-    done = run_page(str(page), page_blocks, tmp_path)
+    env = request.getfixturevalue("served") if page.name in SERVED else None
+    done = run_page(str(page), page_blocks, tmp_path, env)
     assert done.returncode == 0, done.stdout[-8000:]
 
 
