@@ -169,6 +169,18 @@ def test_convolutions(form: LayerFormat, options: dict[str, Any]) -> None:
     assert float((y - exact).norm() / exact.norm()) < 0.025
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", (W8, W8A16), ids=str)
+def test_convolutions_compile_into_one_graph(form: LayerFormat) -> None:
+    torch.compiler.reset()
+    block = nn.Sequential(QConv2d.of(conv(padding=1), form), nn.SiLU(), QConv2d.of(conv(channels=8, stride=2), form))
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for rows in (9, 12):
+        x = draw(2, 12, rows, 11)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x), rtol=1e-5, atol=1e-5)
+
+
 def test_convolutions_of_codes_are_exact() -> None:
     """With codes as pictures and unit scales, an integer convolution; zeros around are exact."""
     draws = torch.Generator().manual_seed(3)

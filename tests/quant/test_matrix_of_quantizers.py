@@ -71,11 +71,13 @@ def run(contract: str, case: matrix.Case) -> None:
 def cells() -> list[Any]:
     """Return the contracts of one quantizer of each class of layers; of the others those that their format can break.
 
-    Adapters on all of them are below.
+    Adapters on all of them are below. The others' networks are compiled in one family: their layers alone, convolutions
+    too, are in ``test_layers.py``.
     """
     shown = []
     for family, quantizer, contract in itertools.product(FAMILIES, METHODS, CONTRACTS):
-        if quantizer in ("w8a8", "mixdq", "qvgen-rank") or contract in ("stock", "batch", "compiled"):
+        is_shown = contract in ("stock", "batch") or (contract == "compiled" and family == "flux")
+        if is_shown or quantizer in ("w8a8", "mixdq", "qvgen-rank"):
             is_fast = quantizer == "w8a8" and contract != "compiled" and (family == "flux" or contract == "stock")
             shown.append(pytest.param(family, quantizer, contract, marks=[pytest.mark.slow] * (not is_fast)))
     return shown
