@@ -76,14 +76,25 @@ def shares(x: Tensor) -> Tensor:
     return torch.bincount(mode.long(), minlength=MODES) / len(x)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("calls", "match"), [(1, "mixture"), (2, "mixture"), (2, "last")])
-def test_a_student_is_as_near_to_the_data_as_other_data(calls: int, match: str, tmp_path: Path) -> None:
-    """Where the mixture of all calls is matched, it is near; where the last one is, that is."""
-    generator = torch.Generator().manual_seed(1)
+@pytest.fixture(scope="module")
+def taught() -> tuple[NetworkTeacher, float, float]:
+    """Return the teacher, its distance from the data, and how far other data may be from the data."""
+    generator = torch.Generator().manual_seed(2)
     floor = [sliced(data(SAMPLES, generator), data(SAMPLES, generator)) for _ in range(12)]
     limit = sum(floor) / len(floor) + 4 * float(torch.tensor(floor).std())
     teacher = NetworkTeacher(train(), lambda network, x, sigma, _: network(x, sigma), "velocity", (2,))
+    own = sliced(of_teacher(teacher, torch.randn(SAMPLES, 2, generator=generator)), data(SAMPLES, generator))
+    return teacher, own, limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("calls", "match"), [(1, "mixture"), (2, "mixture"), (2, "last")])
+def test_a_student_is_as_near_to_the_data_as_other_data(
+    taught: tuple[NetworkTeacher, float, float], calls: int, match: str, tmp_path: Path
+) -> None:
+    """Where the mixture of all calls is matched, it is near; where the last one is, that is."""
+    teacher, own, limit = taught
+    generator = torch.Generator().manual_seed(1)
     config = SIM(
         steps=3000, student_steps=calls, student_match=match, batch=512, lr=1e-3, flat=0.3, floor=0.02,
         noise_ratio=4.0, ema_pictures=20_000,
@@ -98,7 +109,6 @@ def test_a_student_is_as_near_to_the_data_as_other_data(calls: int, match: str, 
     with torch.no_grad(), run.average:
         drawn = generate(teacher, run.generator, z, 0, config, fresh, turn)
     distance = sliced(drawn, data(SAMPLES, generator))
-    own = sliced(of_teacher(teacher, torch.randn(SAMPLES, 2, generator=generator)), data(SAMPLES, generator))
     print(
         f"{calls} calls, {match}: sliced distance {distance:.4f}, of data {limit:.4f} at most, of the teacher "
         f"{own:.4f}, before {undistilled:.4f}; shares {shares(drawn)}"
