@@ -295,11 +295,11 @@ def main() -> None:
         values["rows"] = before["rows"]
     variants = list(dict.fromkeys([*map(PLAIN.format, args.plain), *args.variants, *asked(args)]))
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
-    seconds = bench.time(variants) if args.turns else before.get("seconds", {})
-    values["seconds"] = seconds  # kept at once: after a stop --turns 0 goes on with them
-    write_json(file, values)
+    seconds = kept_seconds(before, values, variants) or (bench.time(variants) if args.turns else {})
+    values |= {"seconds": seconds, "left_out": [text for text in variants if args.turns and text not in seconds]}
+    write_json(file, values)  # at once: after a stop the command goes on with them
     for text in variants:
-        if args.turns and text not in seconds:
+        if text in values["left_out"]:
             continue  # it cannot run here
         if text not in rows or bench.base is None:
             rows[text] = bench.measure(text)
@@ -312,6 +312,15 @@ def main() -> None:
             rows[row["variant"]]["fd_lead"] = apart
     write_json(file, values)
     finish(values, args.out)
+
+
+def kept_seconds(before: dict[str, Any], values: dict[str, Any], variants: list[str]) -> dict[str, Any]:
+    """Return the times of a run that was stopped, where it measured all of these variants alike; else none."""
+    same = ("options", "kind", "device", "versions", "timing_batch", "turns")
+    known = {*before.get("seconds", {}), *before.get("left_out", [])}
+    if any(before.get(key) != values[key] for key in same) or not known.issuperset(variants):
+        return {}
+    return {text: times for text, times in before["seconds"].items() if text in variants}
 
 
 def asked(args: argparse.Namespace) -> list[str]:

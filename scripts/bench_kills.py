@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the server's torch when it is imported
     rows = []
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         bed = Bed(Path(folder))
         for name in args.only:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from scripts import equal_seconds_grid, pareto_front
-from scripts.bench_equal_seconds import CHOICES, make_parser
+from scripts.bench_equal_seconds import CHOICES, kept_seconds, make_parser
 
 
 def row(text: str, seconds: float, score: list[float]) -> dict[str, Any]:
@@ -73,3 +73,11 @@ def test_every_option_of_the_grid_is_a_variant_of_a_family():
     families = {pareto_front.family(text) for text in texts}
     assert {"speed", "lightx2v", "selflift-zero", "bottleneck", "spectrum", "firstblock", "cache_dit"} <= families
     assert set(CHOICES) <= vars(make_parser().parse_args([])).keys()
+
+
+def test_times_of_a_stopped_comparison_are_kept_only_where_all_variants_had_their_turn():
+    values = {"options": {}, "kind": "k", "device": {}, "versions": {}, "timing_batch": 4, "turns": 1}
+    before = {**values, "seconds": {"euler:steps=4": {"loop": 1.0, "whole": 2.0}}, "left_out": ["euler+absent:steps=4"]}
+    assert kept_seconds(before, values, ["euler:steps=4", "euler+absent:steps=4"]) == before["seconds"]
+    assert kept_seconds(before, values, ["euler:steps=4", "euler:steps=8"]) == {}
+    assert kept_seconds(before, {**values, "turns": 2}, ["euler:steps=4"]) == {} == kept_seconds({}, values, ["a"])

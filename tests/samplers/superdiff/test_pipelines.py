@@ -355,6 +355,7 @@ def test_a_prediction_that_is_not_finite_is_named() -> None:
         call(pipe, "flux")
 
 
+@pytest.mark.slow
 def test_a_call_of_unstable_steps_warns(caplog: pytest.LogCaptureFixture) -> None:
     pipe = diffaccel.accelerate(tiny.make("flux"), SuperDiff.paper(first_sigma=0.999))
     call(pipe, "flux", ["a | b"], num_inference_steps=2)
