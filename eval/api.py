@@ -21,6 +21,7 @@ from diffaccel.eval.sets.candidates import Candidate, is_pipeline
 from diffaccel.eval.sets.candidates import candidate as to_candidate
 from diffaccel.eval.sets.run import Run, open_run
 from diffaccel.eval.timing.turns import take_turns
+from diffaccel.eval.uncertainty.turns import LONG
 from diffaccel.runs import loading
 from diffaccel.runs.request import Request
 
@@ -251,4 +252,4 @@ def _time(plan: ComparisonPlan, progress: Progress) -> dict[str, Any]:
     if len(variants) < len(plan.candidates):
         raise DiffAccelError("Only variants and configs can be timed in turns. Leave turns out, or give only those.")
     pipe = loading.open_plain(plan.request) if plan.host is None else plan.host
-    return take_turns(pipe, plan.request, variants, turns=plan.turns, progress=progress)
+    return take_turns(pipe, plan.request, variants, turns=plan.turns, meter_seconds=LONG, progress=progress)

@@ -53,6 +53,7 @@ def _measure(options: Any) -> dict[str, Any]:
     """Open the model and let its variants take turns."""
     from diffaccel.eval.commands.options import progress_printer
     from diffaccel.eval.timing.turns import take_turns
+    from diffaccel.eval.uncertainty.turns import LONG
     from diffaccel.runs import loading
     from diffaccel.runs.request import Request
     from diffaccel.runs.variant import parse
@@ -65,8 +66,9 @@ def _measure(options: Any) -> dict[str, Any]:
     quiet_libraries(options.json or options.model in zoo.names())
     pipe = loading.open_plain(request)
     return take_turns(
-        pipe, request, variants, turns=options.turns, warm_up=options.warm_up, progress=progress_printer(options)
-    )
+        pipe, request, variants, turns=options.turns, warm_up=options.warm_up, meter_seconds=LONG,
+        progress=progress_printer(options),
+    )  # fmt: skip
 
 
 def _print(timing: dict[str, Any], batch: int) -> None:

@@ -109,11 +109,11 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     used = entry.get("joules")
     row = cost_row("energy", run, joules, unit="J")
     row.n = entry.get("turns", row.n)
-    shorter = min(_call_seconds(one) for one in (entry, base_entry) if one is not None)
-    row.detail["from"] = f"NVML, {_turns_note(used, entry, _call_seconds(entry))}"
+    shorter = min(_metered_seconds(one) for one in (entry, base_entry) if one is not None)
+    row.detail["from"] = f"NVML, {_turns_note(used, entry, _metered_seconds(entry))}"
     images = sum(used) / len(used) / joules if used and joules > 0 else 1.0  # in a call
-    if used and not too_short(_call_seconds(entry)):
-        row.interval = mean_of_turns([value / images for value in used], of_ticks(_call_seconds(entry)))
+    if used and not too_short(_metered_seconds(entry)):
+        row.interval = mean_of_turns([value / images for value in used], of_ticks(_metered_seconds(entry)))
     rows = [row]
     if base_entry is None or base_entry.get("energy_joules") is None:
         return rows
@@ -144,9 +144,11 @@ def _turns_note(used: Sequence[float] | None, entry: Entry, seconds: float) -> s
     return f"mean of {len(used)} turns{', ' if why else ''}{why}"
 
 
-def _call_seconds(entry: Entry) -> float:
-    """Return the median seconds of a call; 0 where there are no turns."""
+def _metered_seconds(entry: Entry) -> float:
+    """Return the seconds that a reading of energy spans: of a call, or of several; 0 where there are no turns."""
     seconds = entry.get("seconds")
+    if entry.get("metered_seconds"):
+        return float(entry["metered_seconds"])
     return median(seconds) if isinstance(seconds, list) and seconds else 0.0
 
 

@@ -29,6 +29,7 @@ from diffaccel.eval.report.workspace import RUNS, Workspace
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.timing import budget, equal_time
 from diffaccel.eval.timing.turns import take_turns
+from diffaccel.eval.uncertainty.turns import LONG
 from diffaccel.runs.variant import Variant
 
 TIMING, BATCH_TIMING, BUDGETS = "timing.json", "timing-batch-{}.json", "equal_time.json"
@@ -127,12 +128,13 @@ def _time(workspace: Workspace, variants: Mapping[str, Variant], batch: int | No
     """Time the baseline and the accelerations in turns, with the report's number of pictures in a call or another."""
     plan, timed = workspace.plan, [workspace.plan.baseline, *variants.values()]
     request = workspace.request if batch is None else replace(workspace.request, batch=batch)
-    return workspace.measure_once(
-        TIMING if batch is None else BATCH_TIMING.format(batch),
-        timed,
-        lambda: take_turns(workspace.pipe, request, timed, turns=plan.turns, progress=workspace.progress),
-        batch,
-    )
+    span = LONG if batch is None else 0.0  # energy is reported of the report's own batch
+
+    def measure() -> dict[str, Any]:
+        progress = workspace.progress
+        return take_turns(workspace.pipe, request, timed, turns=plan.turns, meter_seconds=span, progress=progress)
+
+    return workspace.measure_once(TIMING if batch is None else BATCH_TIMING.format(batch), timed, measure, batch)
 
 
 def _measures(plan: ReportPlan, baseline: Run) -> Measures:

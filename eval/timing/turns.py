@@ -1,8 +1,8 @@
 """Timing in turns: variants alternate on one pipeline, so that other load on the machine meets all of them alike.
 
 Every turn calls each variant once, in alternating order; the speed-up over the first one is the median ratio over turns
-with the interval of Student's t of its logarithms, from 6 turns on. A call is the whole pipeline call: text encoders,
-network, decoder.
+with the interval of order statistics, from 6 turns on. A call is the whole pipeline call: text encoders, network,
+decoder. Where energy is asked for, a call too short for the meter is repeated within its turn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ENTRY = {
     "name": str, "folder": str, "turns": COUNT, "seconds": [NUMBER], "seconds_per_image": NUMBER,
     "first_call_seconds": NUMBER, "set_up_seconds?": (NUMBER, None), "parts": record.PARTS, "steps": [NUMBER],
     "peak_memory?": (NUMBER, None), "peaks?": ([NUMBER], None), "energy_joules?": (NUMBER, None),
-    "joules?": ([NUMBER], None), "drawn?": dict,
+    "joules?": ([NUMBER], None), "metered_seconds?": (NUMBER, None), "drawn?": dict,
 }  # fmt: skip
 _TIMING = {"images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}
 AfterCall = Callable[[list[Any], list[str | None]], None]  # must have finished when it returns, on a GPU as well
@@ -47,6 +47,7 @@ def take_turns(
     *,
     turns: int = 10,
     warm_up: int = WARM_UP,
+    meter_seconds: float = 0.0,
     after_call: Mapping[str, AfterCall] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -59,6 +60,8 @@ def take_turns(
         turns: timed calls of each.
         warm_up: calls of each before the first turn; the first of them is reported as ``first_call_seconds``, and
             putting its methods on as ``set_up_seconds``: converted weights, calibration.
+        meter_seconds: that a reading of energy spans at least, by calls one after the other whose time counts no more
+            than the first's; 20 ticks of the meter give it an interval. Without a meter nothing is repeated.
         after_call: by a variant's name, a function of the pictures and prompts that belongs to its call; its time is
             added.
         progress: called with a line of text before every round of calls.
@@ -66,7 +69,8 @@ def take_turns(
     Returns:
         JSON-ready: ``variants``, a dict each with ``seconds`` of every turn, ``seconds_per_image`` (median), ``parts``,
         ``steps``, ``nfe``, ``peak_memory`` (highest) and ``peaks`` of every turn in bytes, ``energy_joules`` a picture
-        (mean) and ``joules`` of every turn (None where NVML gives none) and, but for the first, ``ratio`` of times and
+        (mean), ``joules`` of a call in every turn (None where NVML gives none), ``metered_seconds`` that these readings
+        span (median) and, but for the first, ``ratio`` of times and
         ``energy_ratio`` with their 95 % intervals, null for too few turns.
 
     Raises:
@@ -80,7 +84,8 @@ def take_turns(
     for turn in range(-warm_up, turns):
         progress(f"warm-up {turn + warm_up + 1} of {warm_up}" if turn < 0 else f"turn {turn + 1} of {turns}")
         for variant in variants if turn % 2 else reversed(variants):
-            cost, joules = one_call(pipe, variant.of(request), after_call.get(variant.name))
+            span = meter_seconds if turn >= 0 else 0.0
+            cost, joules = one_call(pipe, variant.of(request), after_call.get(variant.name), meter_seconds=span)
             variant_calls = calls[variant.name]
             if turn < 0:
                 variant_calls.setdefault("first_call_seconds", cost["seconds"])
@@ -131,17 +136,20 @@ def check_timing(timing: Any, file: str | Path) -> dict[str, Any]:
     return timing
 
 
-def one_call(pipe: Any, request: Request, after_call: AfterCall | None = None) -> tuple[dict[str, Any], float | None]:
+def one_call(
+    pipe: Any, request: Request, after_call: AfterCall | None = None, *, meter_seconds: float = 0.0
+) -> tuple[dict[str, Any], float | None]:
     """Call an open pipeline once, its methods put on for it, and return what the call cost.
 
     Args:
         pipe: without methods.
         request: its first chunk is drawn.
         after_call: belongs to the call, and its time is added.
+        meter_seconds: that the reading of energy spans at least; the call is repeated until then where there is one.
 
     Returns:
         The cost as :func:`diffaccel.runs.generate.generate_chunk` has it, with seconds of putting the methods on as
-        ``set_up``; and joules, None where NVML gives none.
+        ``set_up`` and those that the reading spans as ``metered``; and joules a call, None where NVML gives none.
     """
     request = request.with_model_defaults()
     start = time.perf_counter()
@@ -150,19 +158,29 @@ def one_call(pipe: Any, request: Request, after_call: AfterCall | None = None) -
         _wait(pipe.device)
     set_up = time.perf_counter() - start
     try:
-        arguments = call_arguments(pipe, request)
-        joules_before = joules(pipe.device)
-        chunk = request.chunks()[0]
-        pictures, cost, _ = generate_chunk(pipe, chunk, arguments, frame_rate(pipe, request))
-        if after_call is not None:
-            start = time.perf_counter()
-            after_call(pictures, [item.prompt for item in chunk])
-            cost["seconds"] += time.perf_counter() - start
-        joules_after = joules(pipe.device)
-        cost["set_up"] = set_up
+        arguments, chunk = call_arguments(pipe, request), request.chunks()[0]
+        before, begin, calls = joules(pipe.device), time.perf_counter(), 1
+        cost = _timed_call(pipe, chunk, arguments, request, after_call)
+        while before is not None and time.perf_counter() - begin < meter_seconds:
+            _timed_call(pipe, chunk, arguments, request, after_call)
+            calls += 1
+        after = joules(pipe.device)
+        cost |= {"set_up": set_up, "metered": max(cost["seconds"], time.perf_counter() - begin)}
     finally:
         remove(pipe)
-    return cost, None if joules_before is None or joules_after is None else joules_after - joules_before
+    return cost, None if before is None or after is None else (after - before) / calls
+
+
+def _timed_call(
+    pipe: Any, chunk: Any, arguments: dict[str, Any], request: Request, after_call: AfterCall | None
+) -> dict[str, Any]:
+    """Return the cost of one call, with the time of what belongs to it."""
+    pictures, cost, _ = generate_chunk(pipe, chunk, arguments, frame_rate(pipe, request))
+    if after_call is not None:
+        start = time.perf_counter()
+        after_call(pictures, [item.prompt for item in chunk])
+        cost["seconds"] += time.perf_counter() - start
+    return cost
 
 
 def _drawn_settings(request: Request, pipe: Any) -> dict[str, Any]:
@@ -189,10 +207,11 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
         "peaks": peaks if len(peaks) == len(costs) else None,
         "energy_joules": fmean(used) / images if used else None,
         "joules": used,
+        "metered_seconds": median(cost["metered"] for cost in costs) if used else None,
     }
     if calls is not base_calls:
         entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
-        shorter = min(median(seconds), median(base_calls["seconds"]))
+        shorter = min(median(cost["metered"] for cost in one["costs"]) for one in (calls, base_calls))
         if (ratio := energy_ratio(used, base_calls["joules"], shorter)) is not None:
             entry["energy_ratio"] = ratio.to_dict()
     return entry

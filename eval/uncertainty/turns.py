@@ -23,12 +23,14 @@ _QUANTILE = 0.975  # of two-sided 95 % intervals
 
 
 def too_short(seconds: float) -> str:
-    """Return why the energy of calls has no interval, those of fewer than 20 ticks of the counter; "" of longer ones.
+    """Return why readings of energy have no interval, those of fewer than 20 ticks of the counter; "" of longer ones.
 
     Simulated, intervals of shorter calls cover from 47 to 100 %: all turns may be wrong by the same part of a tick, and
     what would hold that part is wider than the noise (``docs/results/coverage_cpu.json``).
     """
-    return "" if seconds >= LONG else f"no interval, since calls under {LONG:g} s are short beside the meter's tick"
+    return (
+        "" if seconds >= LONG else f"no interval, since readings of under {LONG:g} s are short beside the meter's tick"
+    )
 
 
 def of_ticks(seconds: float) -> float:

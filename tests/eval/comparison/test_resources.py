@@ -94,6 +94,10 @@ def test_few_turns_say_so_and_six_long_ones_give_a_ratio_only(runs):
     assert all(short[metric, "fast"].interval is None for metric in ("energy", "energy_ratio"))
     assert short["energy", "fast"].delta_interval is None
     assert "under 2 s are short beside the meter's tick" in short["energy", "fast"].detail["from"]
+    repeated = timing_of(10)
+    for one in repeated["variants"]:
+        one["metered_seconds"] = 3.0  # of several calls in a turn
+    assert all(rows_of(runs, repeated)[metric, "fast"].interval for metric in ("energy", "energy_ratio"))
     assert "(6)" in rows_of(runs, timing_of(5, 3.0))["energy", "fast"].detail["from"]
     rows = rows_of(runs, timing_of(6, 3.0))
     assert rows["energy_ratio", "fast"].interval and rows["energy", "fast"].interval
@@ -163,6 +167,18 @@ def test_turns_read_a_meter_around_every_call(monkeypatch):
         assert one["joules"] == [7.0] * 6 and one["energy_joules"] == 3.5 and one["peaks"] == [GIB] * 6
     ratio = found["variants"][1]["energy_ratio"]
     assert ratio["value"] == 1 and ratio["low"] < 1 < ratio["high"] and not ratio["significant"]  # of ticks
+
+
+def test_a_short_call_is_repeated_until_the_meter_has_moved_often_enough(monkeypatch):
+    readings, clock = iter((5.0, 12.0)), iter(range(100))  # a second between two looks at the clock
+    cost = {"seconds": 1.0, "parts": {"network": 1.0}, "steps": [], "nfe": 2, "peak_memory": None}
+    drawn = []
+    monkeypatch.setattr(turns, "joules", lambda device: next(readings))
+    monkeypatch.setattr(turns, "time", types.SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(turns, "generate_chunk", lambda *call: drawn.append(call) or ([], dict(cost), None))
+    request = Request(prompts=("a cat",), steps=1, size=(32, 32), model="flux")
+    measured, joules = turns.one_call(tiny.make("flux"), request, meter_seconds=4.0)
+    assert len(drawn) == 4 and joules == 7 / 4 and measured["metered"] == 5 and measured["seconds"] == 1
 
 
 def test_a_run_adds_up_the_energy_of_its_calls(monkeypatch):

@@ -23,11 +23,12 @@ def pipe():
 def test_warm_up_is_not_timed_and_turns_alternate(pipe, monkeypatch):
     calls = []
 
-    def call(pipe, request, after_call=None):
+    def call(pipe, request, after_call=None, meter_seconds=0.0):
         calls.append(request)
         first = sum(one.steps == request.steps for one in calls) <= 3
         seconds = 100.0 if first else float(request.steps)
-        return {"seconds": seconds, "parts": {"network": seconds}, "steps": [], "nfe": 2, "peak_memory": None}, None
+        cost = {"seconds": seconds, "parts": {"network": seconds}, "steps": [], "nfe": 2, "peak_memory": None}
+        return {**cost, "metered": seconds}, None
 
     monkeypatch.setattr(timing, "one_call", call)
     found = timing.take_turns(pipe, REQUEST, [variants.parse(word) for word in WORDS], turns=4, warm_up=3)
