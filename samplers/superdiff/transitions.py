@@ -98,17 +98,14 @@ def growth(path: Path, times: Sequence[float], kernels: Sequence[ReverseKernel],
         times: those that the kernels were made for.
         data_std: of the data, per coordinate.
     """
-    spread, wanted = -1.0, 1.0
+    a, s = (float(f(times[0])) for f in (path.alpha, path.sigma))
+    spread = power = (a * data_std) ** 2 + s * s
     for kernel, t, t_next in zip(kernels, times, times[1:], strict=False):
-        a, s, b, r = (float(f(u)) for u in (t, t_next) for f in (path.alpha, path.sigma))
+        slope = (float(path.d_alpha(t)) * a * data_std**2 + float(path.d_sigma(t)) * s) / power  # E[v|x] = slope x
+        spread = (kernel.of_x + kernel.of_v * slope) ** 2 * spread + (0.0 if kernel.is_last else kernel.variance)
+        a, s = (float(f(t_next)) for f in (path.alpha, path.sigma))
         power = (a * data_std) ** 2 + s * s
-        velocity = (
-            float(path.d_alpha(t)) * a * data_std**2 + float(path.d_sigma(t)) * s
-        ) / power  # E[v|x] = velocity x
-        noise = 0.0 if kernel.is_last else kernel.variance
-        spread = (kernel.of_x + kernel.of_v * velocity) ** 2 * (power if spread < 0 else spread) + noise
-        wanted = (b * data_std) ** 2 + r * r
-    return math.sqrt(spread / wanted)
+    return math.sqrt(spread / power)
 
 
 def log_density_step(kernel: ReverseKernel, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
