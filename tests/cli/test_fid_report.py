@@ -90,6 +90,7 @@ def test_a_report_on_a_folder(sd):
     assert all(answer["why"] or answer["judge"]["n"] == 6 for answer in answers)
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_in_all_three_files(sd):
     out, _ = sd
     for text in text_of(out):

@@ -31,6 +31,7 @@ def run(pipe: Any, family: str, *args: Any, **kwargs: Any) -> torch.Tensor:
     return result(pipe(**{**call_kwargs(family, *args, **kwargs), **extra}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, size, guided", CASES)
 def test_the_own_scheduler_equals_the_stock_call(family: str, size: int, guided: bool) -> None:
     pipe = make(family)
@@ -63,6 +64,7 @@ def _solver(name: str) -> Any:
     return getattr(diffusers, f"{kind}Scheduler")(**tiny.TRAINED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_keeps_its_own_history(name: str) -> None:
     """Multistep, two-stage and stochastic schedulers, twice in a row, on one pipeline."""

@@ -94,6 +94,7 @@ def test_few_steps(name: str, steps: int, native_only: list[Generic]) -> None:
 HALF = [name for name in others.NAMES if name not in ("mochi", "kandinsky5")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HALF)
 def test_bfloat16(name: str, native_only: list[Generic]) -> None:
     """Mochi rounds its latents between steps, and Kandinsky 5 keeps a part of its network in fp32."""

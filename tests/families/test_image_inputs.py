@@ -277,6 +277,7 @@ def test_inpainting_with_a_vp_scheduler(scheduler: str, strength: float) -> None
     torch.testing.assert_close(under(pipe, Euler(), kwargs), stock, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.3, 1.0])
 @pytest.mark.parametrize("name", variants.MIXTURES)
 def test_mixtures_are_the_stock_call(name: str, strength: float) -> None:
@@ -318,6 +319,7 @@ def test_callbacks_see_the_stock_steps_and_edit(make: str, family: str) -> None:
 # -- ControlNet --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @GUIDED
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("family", variants.CONTROLNET)

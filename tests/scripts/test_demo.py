@@ -67,6 +67,7 @@ def test_a_second_call_uses_what_is_there(made, monkeypatch):
     assert again["variants"] == record["variants"]
 
 
+@pytest.mark.slow
 def test_the_page_shows_one_ratio_with_its_range(made):
     out, record, _ = made
     page = (out / "index.html").read_text()

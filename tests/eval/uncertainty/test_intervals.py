@@ -102,6 +102,7 @@ DRAWS_OF: dict[str, tuple[Callable[[np.random.Generator, int], np.ndarray], floa
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n", "least"),
     [

@@ -58,6 +58,7 @@ def test_one_component_is_the_ancestral_sampler(family: str) -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", ["or", "and", "average", "product", "dombi", "fkc", "mcmc"])
 def test_every_operator_draws_and_leaves_the_pipeline_as_it_was(op: Any) -> None:
     pipe = tiny.make("flux")
