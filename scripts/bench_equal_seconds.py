@@ -143,7 +143,7 @@ class Bench:
         if self.reference is not None and len(images) >= LEAST_DISTANCE:
             own = torch.cat([self.reference.extractor(drawn).cpu() for drawn, _ in parts])
             self.features[text] = own
-            distance = {"fd": ends(frechet_intervals.distance_interval(own, self.reference.moments))}
+            distance = {"fd": pareto_front.ends(frechet_intervals.distance_interval(own, self.reference.moments))}
         row = {"variant": text, **distance, "pictures_in_a_call": min(self.args.batch, len(self.texts))}
         row |= {"nfe": cost["nfe_by_resolution"], "forwards": cost["forwards"], "caches": cost["caches"]}
         return row | {name: [round(v, 4) for v in values.double().tolist()] for name, values in scores.items()}
@@ -153,7 +153,7 @@ class Bench:
         if self.reference is None or not {text, rival} <= self.features.keys():
             return None
         own, other = self.features[text], self.features[rival]
-        return ends(frechet_intervals.difference(own, other, self.reference.moments))
+        return pareto_front.ends(frechet_intervals.difference(own, other, self.reference.moments))
 
     def time(self, variants: list[str]) -> dict[str, dict[str, float]]:
         """Return median seconds a picture of every variant, in turns on one batch; each is warmed up by one call."""
@@ -186,28 +186,33 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def ends(interval: intervals.Interval) -> list[float]:
-    """Return the value of an interval and its ends, rounded."""
-    return [round(value, 4) for value in (interval.value, interval.low, interval.high)]
-
-
 def scores_of(row: dict[str, Any]) -> list[str]:
     """Return the scores that a row has."""
     return [name for name in SCORES if name in row]
 
 
-def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return differences to the plain sampler with the fewest steps that take at least as long, with intervals."""
+def plain_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the plain sampler."""
+    return [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
+
+
+def rival_of(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the plain sampler with the fewest steps that take at least as long; None where there is none."""
     if row["seconds"] is None or row in plain:
         return None
     slower = [other for other in plain if other["seconds"]["loop"] >= row["seconds"]["loop"]]
-    if not slower:
+    return min(slower, key=lambda other: other["seconds"]["loop"], default=None)
+
+
+def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return differences to the plain sampler with the fewest steps that take at least as long, with intervals."""
+    rival = rival_of(row, plain)
+    if rival is None:
         return None
-    rival = min(slower, key=lambda other: other["seconds"]["loop"])
     leads = {}
     for name in scores_of(row):
         lead = intervals.paired_difference(row[name], rival[name]).interval
-        leads[name] = ends(lead)
+        leads[name] = pareto_front.ends(lead)
     if row.get("fd_lead"):
         leads["fd"] = row["fd_lead"]
     return {"rival": rival["variant"], **leads}
@@ -216,7 +221,7 @@ def compare(row: dict[str, Any], plain: list[dict[str, Any]]) -> dict[str, Any] 
 def summarised(pictures: dict[str, Any]) -> dict[str, Any]:
     """Return the record: of every variant the means of its scores, its cost, and the comparison at equal seconds."""
     rows = pictures["rows"]
-    plain = [row for row in rows if row["variant"] == PLAIN.format(row["variant"].rpartition("=")[2])]
+    plain = plain_rows(rows)
     summaries = []
     for row in rows:
         means = {name: round(sum(row[name]) / len(row[name]), 4) for name in scores_of(row)}
@@ -307,9 +312,11 @@ def main() -> None:
         values["rows"] = list(rows.values())
         write_json(file, values)
         print(shown(summarised({"rows": [rows[text]]})["rows"][0]), flush=True)
-    for row in summarised(values)["rows"] if bench.features else []:
-        if row["equal_seconds"] and (apart := bench.distance_lead(row["variant"], row["equal_seconds"]["rival"])):
-            rows[row["variant"]]["fd_lead"] = apart
+    plain = plain_rows(values["rows"])
+    for row in values["rows"]:
+        rival = rival_of(row, plain)
+        if rival and (apart := bench.distance_lead(row["variant"], rival["variant"])):
+            row["fd_lead"] = apart
     write_json(file, values)
     finish(values, args.out)
 

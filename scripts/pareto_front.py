@@ -57,8 +57,12 @@ def verdict(row: dict[str, Any], rows: list[dict[str, Any]], score: str, part: s
 
 
 def _told(word: str, rival: dict[str, Any], interval: Interval) -> dict[str, Any]:
-    ends = [round(value, 4) for value in (interval.value, interval.low, interval.high)]
-    return {"verdict": word, "rival": rival["variant"], "lead": ends}
+    return {"verdict": word, "rival": rival["variant"], "lead": ends(interval)}
+
+
+def ends(interval: Interval) -> list[float]:
+    """Return the value of an interval and its ends, rounded."""
+    return [round(value, 4) for value in (interval.value, interval.low, interval.high)]
 
 
 def family(text: str) -> str:

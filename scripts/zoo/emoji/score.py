@@ -167,7 +167,7 @@ def _row(check: str, target: str, value: float | None, passed: bool | None, **ex
     } | rounded
 
 
-def judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
+def _judge_rows(metrics: dict[str, float]) -> list[dict[str, Any]]:
     """Return the rows about the judge itself, from the metrics of its training (clip_eval)."""
     floor = metrics["fd_identity"]
     return [
@@ -328,7 +328,7 @@ def score(
     settings = {"size": recipe.default_size, "steps": recipe.default_steps, "guidance": recipe.default_guidance}
     grid(pipe, out / "grid.png", **settings)
     report = measure(pipe, Judge(judge_folder, device), world, count=count, **settings)
-    report["acceptance"] = judge_rows(judge_metrics) + report["acceptance"]
+    report["acceptance"] = _judge_rows(judge_metrics) + report["acceptance"]
     if loss is not None:
         report["acceptance"].append(_row(LOSS, "<= 0.11", loss, loss <= 0.11))
     if device == "cpu":
@@ -368,7 +368,7 @@ def main() -> None:
         model, sets = Judge(judge, pipe.device.type).model, heldout.build(whole_world, device=pipe.device)
         judge_metrics = clip_eval.evaluate(model, pipe.tokenizer, sets, shared)
     if options.judge_only:
-        rows, device = judge_rows(judge_metrics), describe_device(pipe.device)
+        rows, device = _judge_rows(judge_metrics), describe_device(pipe.device)
         write_json(options.out / "judge.json", {"device": device, "acceptance": rows, "quality": judge_metrics})
         print("\n".join(f"{row['check']}: {row['value']} ({row['target']})" for row in rows))
         return
