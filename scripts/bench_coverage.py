@@ -5,7 +5,8 @@
 Every row draws samples of ``n`` from a population that is known, and counts how often the interval of the package's own
 function holds what it estimates. Populations are normal, skewed, and our own: the pairs of 1,000 prompts of a report
 (``--report``), and features with the covariance of the 2,578 icons that emoji-flux was trained on. Parts named by
-``--part`` take the place of those in a record that lies in ``--out`` already, row by row.
+``--part`` take the place of those in a record that lies in ``--out`` already, row by row where only some of their rows
+are asked for. Parts may so be simulated side by side, each into a folder of its own, which ``--join`` brings together.
 
 ``carriers`` is the number of values of a sample that carry the population's spread, ``n`` over its kurtosis: of
 failures it is ``n`` times their rate, and of sets of features the median over samples. Below 5 of them most samples
@@ -32,11 +33,12 @@ from diffaccel import record
 from diffaccel.eval.comparison import row as comparison_row
 from diffaccel.eval.uncertainty.intervals import bootstrap_mean
 from diffaccel.eval.uncertainty.sequential import Sequential
-from scripts.coverage_of_features import FEATURES, FEW, Row, distances, extrapolations, generator, holds, shares
+from scripts.coverage_of_features import FEATURES, FEW, Only, Row, distances, extrapolations, generator, holds, shares
 from scripts.coverage_of_turns import ratios
 
 Array = NDArray[np.float64]
 REPORT = Path("docs/results/report_emoji-flux_steps/report.json")
+NAME = "coverage_cpu.json"
 COUNTS = {"mean": (10, 30, 100, 300, 1000), "failures": (30, 100, 300, 1000)}
 LOOKS = {"64 to 1000": (64, 128, 256, 512, 1000), "16 and 32": (16, 32)}
 HEADS = {
@@ -257,26 +259,39 @@ def _identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ("number", "population", "n", "turns", "looks"))
 
 
+def _join(report: record.Record, folder: Path, out: Path) -> None:
+    """Put the rows of a record of another folder in the place of those in ``out``."""
+    tables = json.loads((folder / NAME).read_text())["tables"]
+    report.finish(tables=_with_earlier(out / NAME, tables, whole=False))
+    report.save(out / NAME)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Simulate, print the tables and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--report", type=Path, default=REPORT, help="report.json with the values of every pair")
     parser.add_argument("--part", action="append", choices=HEADS, help="only this part; several")
     parser.add_argument("--number", action="append", help="of distances, only numbers that begin so; several")
-    parser.add_argument("--population", action="append", choices=FEATURES, help="of distances, only these features")
+    of_sets = "of distances, extrapolation and shares, only"
+    parser.add_argument("--population", action="append", choices=FEATURES, help=f"{of_sets} these features; several")
+    parser.add_argument("--pictures", action="append", type=int, help=f"{of_sets} sets of so many pictures; several")
+    parser.add_argument("--join", action="append", type=Path, default=[], help="folder of a record to add; several")
     parser.add_argument("--scale", type=float, default=1.0, help="times as many repeats; 0.05 for a try")
     parser.add_argument("--out", type=Path, help="folder for the JSON record")
     options = parser.parse_args(argv)
+    if options.join and not options.out:
+        parser.error("--join needs --out, the folder of the record that takes the rows.")
     torch.set_num_threads(1)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     pairs = pairs_of_report(options.report)
+    only = Only(tuple(options.number or ("",)), tuple(options.population or FEATURES), tuple(options.pictures or ()))
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "means": lambda: means({**closed_forms(), **pairs}, options.scale),
         "ratios": lambda: ratios(options.scale),
-        "distances": lambda: distances(
-            options.scale, tuple(options.number or ("",)), options.population or tuple(FEATURES)
-        ),
-        "extrapolation": lambda: extrapolations(options.scale),
-        "shares": lambda: shares(options.scale),
+        "distances": lambda: distances(options.scale, only),
+        "extrapolation": lambda: extrapolations(options.scale, only),
+        "shares": lambda: shares(options.scale, only),
         "early stop": lambda: early_stop(pairs, options.scale),
         "A against A": lambda: against_itself(pairs, options.scale),
     }
@@ -284,19 +299,19 @@ def main(argv: list[str] | None = None) -> None:
     report = record.Record(kind="bench_coverage", settings={"scale": options.scale, "few": FEW}, command=command)
     report.device = record.describe_device(torch.device("cpu"))
     tables: dict[str, list[Row]] = {}
-    for part in options.part or parts:
+    for folder in options.join:
+        _join(report, folder, options.out)
+    for part in options.part or ([] if options.join else parts):
         tables[part] = []
         for row in parts[part]():
             tables[part].append(row)
             print(row, file=sys.stderr, flush=True)
         print(f"## {part}\n\n{table(part, tables[part])}\n", flush=True)
         if options.out:
-            file = options.out / "coverage_cpu.json"
-            report.finish(
-                tables=_with_earlier(file, {part: tables[part]}, whole=not (options.number or options.population))
-            )
+            file = options.out / NAME
+            report.finish(tables=_with_earlier(file, {part: tables[part]}, whole=only == Only()))
             report.save(file)
-    record_tables = _with_earlier(options.out / "coverage_cpu.json", {}, whole=True) if options.out else tables
+    record_tables = _with_earlier(options.out / NAME, {}, whole=True) if options.out else tables
     print(f"## summary\n\n{summary(record_tables)}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,15 @@ def holds(coverage: float, repeats: int) -> bool:
 
 
 class Population:
-    """Features of pictures: normal, skewed, or with the covariance of our own, and runs that are paired with them."""
+    """Features of pictures: normal, skewed, or with the covariance of our own, and runs that are paired with them.
 
-    def __init__(self, name: str) -> None:
-        self.draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    Args:
+        name: of the population.
+        case: what its samples are for, so that every row stands alone.
+    """
+
+    def __init__(self, name: str, *case: object) -> None:
+        self.draw = torch.Generator().manual_seed(zlib.crc32(json.dumps((name, *case)).encode()))
         self.name, self.d = name, FEATURES[name]
         self.spread = torch.diag(torch.linspace(0.5, 1.5, self.d, dtype=torch.float64))
         self.mean = torch.zeros(self.d, dtype=torch.float64)
@@ -67,24 +73,33 @@ class Population:
 Estimates = Callable[[torch.Tensor, torch.Tensor], dict[str, Interval]]  # of a run and its baseline, by number
 
 
-def distances(
-    scale: float, begins: tuple[str, ...] = ("",), populations: Sequence[str] = tuple(FEATURES)
-) -> Iterator[Row]:
-    """Yield the coverage of distances of sets of features: of their mean at this number of pictures.
+@dataclass(frozen=True)
+class Only:
+    """The rows that are asked for: numbers whose names begin so, of these populations, with so many pictures."""
 
-    Args:
-        scale: times as many samples.
-        begins: only numbers whose names begin with one of these.
-        populations: names of the populations.
-    """
-    for name in populations:
-        population = Population(name)
+    begins: tuple[str, ...] = ("",)
+    populations: tuple[str, ...] = tuple(FEATURES)
+    pictures: tuple[int, ...] = ()
+
+    def cases(self, sizes: dict[int, int], scale: float) -> Iterator[tuple[str, int, int]]:
+        """Yield population, pictures and number of samples of every case, at a scale of the latter."""
+        for name in self.populations:
+            for n, repeats in sizes.items():
+                if not self.pictures or n in self.pictures:
+                    yield name, n, max(30, int(scale * repeats))
+
+
+def distances(scale: float, only: Only = Only()) -> Iterator[Row]:
+    """Yield the coverage of distances of sets of features: of their mean at this number of pictures."""
+    for name, n, repeats in only.cases(SIZES, scale):
+        population = Population(name, "distances", n)
         reference = population.features(population.latents(500))
-        for n, repeats in SIZES.items():
-            yield from _coverage(population, _distances_to(reference, begins), n, max(30, int(scale * repeats)))
-    for n in (30, 100) if "FVD".startswith(begins) and "normal" in populations else ():  # as few as videos are
-        population = Population("normal")
-        yield from _coverage(population, _few_clips, n, max(30, int(scale * 750)))
+        yield from _coverage(population, _distances_to(reference, only.begins), n, repeats)
+    if not "FVD".startswith(only.begins):
+        return
+    for name, n, repeats in only.cases({30: 750, 100: 750}, scale):  # as few as videos are
+        if name == "normal":
+            yield from _coverage(Population(name, "clips", n), _few_clips, n, repeats)
 
 
 def _distances_to(reference: torch.Tensor, begins: tuple[str, ...]) -> Estimates:
@@ -119,10 +134,10 @@ def _few_clips(run: torch.Tensor, base: torch.Tensor) -> dict[str, Interval]:
     return {"FVD, to the baseline's own": frechet_intervals.distance_interval(run, base, pairs=ids)}
 
 
-def shares(scale: float) -> Iterator[Row]:
+def shares(scale: float, only: Only = Only()) -> Iterator[Row]:
     """Yield the coverage of precision, recall, density and coverage, and of their differences, reference fixed."""
-    for name in ("normal", "skewed", "our own covariance"):
-        population = Population(name)
+    for name, n, repeats in only.cases({100: 750, 200: 750, 1000: 750}, scale):
+        population = Population(name, "shares", n)
         reference = population.features(population.latents(500))
 
         def numbers(run: torch.Tensor, base: torch.Tensor, reference: torch.Tensor = reference) -> dict[str, Interval]:
@@ -137,9 +152,8 @@ def shares(scale: float) -> Iterator[Row]:
             }  # fmt: skip
             return {number: interval for number, interval in shares.items() if interval is not None}
 
-        for n, repeats in {100: 750, 200: 750, 1000: 200}.items():
-            for row in _coverage(population, numbers, n, max(30, int(scale * repeats))):
-                yield {key: value for key, value in row.items() if key not in ("carriers", "promised")}
+        for row in _coverage(population, numbers, n, repeats):
+            yield {key: value for key, value in row.items() if key not in ("carriers", "promised")}
 
 
 def _coverage(population: Population, numbers: Estimates, n: int, repeats: int) -> Iterator[Row]:
@@ -153,11 +167,10 @@ def _coverage(population: Population, numbers: Estimates, n: int, repeats: int) 
         yield _distance_row(number, population, n, of_number, truth)
 
 
-def extrapolations(scale: float) -> Iterator[Row]:
+def extrapolations(scale: float, only: Only = Only()) -> Iterator[Row]:
     """Yield the coverage of distances at infinitely many pictures: of the distance of the populations themselves."""
-    for name in FEATURES:
-        for n in (500, 1000):
-            yield from _infinities(Population(name), n, max(30, int(scale * 750)))
+    for name, n, repeats in only.cases({500: 750, 1000: 750}, scale):
+        yield from _infinities(Population(name, "extrapolation", n), n, repeats)
 
 
 def _infinities(population: Population, n: int, repeats: int) -> Iterator[Row]:
