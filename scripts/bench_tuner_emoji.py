@@ -154,9 +154,10 @@ class Bench:
             diffaccel.remove(self.pipe)
 
     def seconds(self, plans: list[str], turns: int = 6) -> dict[str, Any]:
-        """Return seconds a picture of plans and of the plain pipeline, and their ratio, in turns."""
-        part = Part("held-out", 0, min(self.args.batch, self.args.truth))
-        timed = self.truth.take_turns([parse(plan) for plan in plans], turns, part)
+        """Return seconds a picture of plans and of the plain pipeline, and their ratio, in turns, as a tuning does."""
+        part = Part("held-out", 0, self.sizes.rungs[0])
+        own = self.truth.baseline().name
+        timed = self.truth.take_turns([parse(plan) for plan in plans if plan != own], turns, part)
         return {**timed["plans"], "plain": {"seconds": timed["baseline"]}}
 
     def true_values(self, plan: str) -> dict[str, list[float]]:

@@ -11,7 +11,8 @@ correction needs fourth moments, so it counts by ``K / (K + 10)`` for ``K`` carr
 
 A distance is positive and spreads like itself: its interval is symmetric in the logarithm. Where its influences have
 heavy tails, as those of MIND grow with the square of a feature, most samples have not seen what the spread comes from,
-and the truth lies above: ``tail`` moves the upper end by the logarithm of the influences' kurtosis.
+and the truth lies above: ``tail`` moves the upper end by the logarithm of the influences' kurtosis. Of a difference it
+moves the end on the side of the heavier tail.
 
 Both numbers, the ten and the half, come from simulation: ``python -m scripts.bench_coverage --part distances``.
 """
@@ -61,8 +62,9 @@ def influence_interval(
         held: what of the other side is held fixed or left out, as a report prints it.
         positive: a positive number that differs from ``value`` by a constant, and whose logarithm is symmetric; None
             for a difference, which has no sign and whose null is 0.
-        tail: part by which the upper end of a positive number lies further, in the logarithm, for every factor of e
-            that the influences' kurtosis, ``n`` over their carriers, is above 5.
+        tail: part by which the upper end of a positive number, or of a difference the end on the side of the
+            influences' heavier tail, lies further for every factor of e that their kurtosis, ``n`` over their
+            carriers, is above 5.
         seed: seed of the halves and of the bootstrap.
         level: confidence level.
     """
@@ -77,8 +79,10 @@ def influence_interval(
     shrink = math.sqrt(1 - weight * together)
     outside = (1 - level) / 2
     low, high = (shrink * end for end in studentised.offsets(rows, np.ones(n), draws=DRAWS, seed=seed, tail=outside))
-    if positive is not None and positive > 0:
-        further = 1 + tail * max(0.0, math.log(n / few / _KURTOSIS)) if few else 1.0
+    further = 1 + tail * max(0.0, math.log(n / few / _KURTOSIS)) if few else 1.0
+    if positive is None:
+        low, high = (low, further * high) if (rows**3).sum() >= 0 else (further * low, high)
+    elif positive > 0:
         low, high = (positive * math.expm1(end / positive) for end in (low, further * high))
     method = f"studentised bootstrap of {n} influences, {held}"
     null = 0.0 if positive is None else None
