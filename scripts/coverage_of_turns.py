@@ -56,17 +56,17 @@ def _energies(repeats: int) -> Iterator[Row]:
         for noise in (0.01, 0.03):
             for turns in TURNS:
                 draw, covered = generator("energy", base, own, noise, turns), np.zeros(3)
-                resolution, factor = of_ticks(own * TICK), math.exp(noise**2 / 2)
+                resolutions, factor = (of_ticks(own * TICK), of_ticks(base * TICK)), math.exp(noise**2 / 2)
                 for _ in range(repeats):
                     a, b = (
                         np.floor(draw.random(turns) + ticks) * np.exp(noise * draw.normal(size=turns))
                         for ticks in (own, base)
                     )
-                    ratio = energy_ratio(list(a), list(b), own * TICK)
+                    ratio = energy_ratio(list(a), list(b), (own * TICK, base * TICK))
                     found = (
-                        (mean_of_turns(b, of_ticks(base * TICK)), base * factor),
+                        (mean_of_turns(b, resolutions[1]), base * factor),
                         (None if ratio is None else ratio.interval, own / base),
-                        (mean_difference(a, b, resolution), (own - base) * factor),
+                        (mean_difference(a, b, resolutions), (own - base) * factor),
                     )
                     covered += [x is not None and x.low <= truth <= x.high for x, truth in found]
                 name = f"calls of {own} to {base} ticks, {noise:.0%} of noise"

@@ -109,7 +109,6 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     used = entry.get("joules")
     row = cost_row("energy", run, joules, unit="J")
     row.n = entry.get("turns", row.n)
-    shorter = min(_metered_seconds(one) for one in (entry, base_entry) if one is not None)
     row.detail["from"] = f"NVML, {_turns_note(used, entry, _metered_seconds(entry))}"
     images = sum(used) / len(used) / joules if used and joules > 0 else 1.0  # in a call
     if used and not too_short(_metered_seconds(entry)):
@@ -118,12 +117,13 @@ def _energy_rows(run: Run, entry: Entry, base_entry: Entry | None) -> list[Row]:
     if base_entry is None or base_entry.get("energy_joules") is None:
         return rows
     row.delta = joules - base_entry["energy_joules"]
-    base_used = base_entry.get("joules")
+    base_used, seconds = base_entry.get("joules"), (_metered_seconds(entry), _metered_seconds(base_entry))
     if used and base_used and len(used) == len(base_used):
-        if not too_short(shorter):
-            row.delta_interval = _per_picture(mean_difference(used, base_used, of_ticks(shorter)), images)
-        if (ratio := energy_ratio(used, base_used, shorter)) is not None:
-            detail = {"from": f"NVML, {_turns_note(used, entry, shorter)}", "turns": len(used)}
+        if not too_short(min(seconds)):
+            ticks = (of_ticks(seconds[0]), of_ticks(seconds[1]))
+            row.delta_interval = _per_picture(mean_difference(used, base_used, ticks), images)
+        if (ratio := energy_ratio(used, base_used, seconds)) is not None:
+            detail = {"from": f"NVML, {_turns_note(used, entry, min(seconds))}", "turns": len(used)}
             rows.append(cost_row("energy_ratio", run, ratio.value, unit="x", detail=detail))
             rows[1].interval, rows[1].n = ratio.interval, len(used)
     return rows

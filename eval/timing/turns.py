@@ -207,14 +207,19 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
         "peaks": peaks if len(peaks) == len(costs) else None,
         "energy_joules": fmean(used) / images if used else None,
         "joules": used,
-        "metered_seconds": median(cost["metered"] for cost in costs) if used else None,
+        "metered_seconds": _metered(calls) if used else None,
     }
     if calls is not base_calls:
         entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
-        shorter = min(median(cost["metered"] for cost in one["costs"]) for one in (calls, base_calls))
-        if (ratio := energy_ratio(used, base_calls["joules"], shorter)) is not None:
+        metered = (_metered(calls), _metered(base_calls))
+        if (ratio := energy_ratio(used, base_calls["joules"], metered)) is not None:
             entry["energy_ratio"] = ratio.to_dict()
     return entry
+
+
+def _metered(calls: dict[str, Any]) -> float:
+    """Return the seconds that a reading of energy spans."""
+    return median(cost["metered"] for cost in calls["costs"])
 
 
 def _wait(device: Any) -> None:

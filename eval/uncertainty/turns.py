@@ -53,12 +53,12 @@ def mean_of_turns(values: Values, resolution: float = 0.0) -> Interval | None:
     return Interval(mean, max(0.0, mean - half), mean + half, method=f"mean of {len(x)} turns, Student's t")
 
 
-def mean_difference(a: Values, b: Values, resolution: float = 0.0) -> Interval | None:
+def mean_difference(a: Values, b: Values, resolutions: tuple[float, float] = (0.0, 0.0)) -> Interval | None:
     """Compute the mean of ``a - b`` over turns with Student's 95 % interval; None for fewer than 10 turns.
 
     Args:
         a, b: (n,), one a turn.
-        resolution: least relative variance of a value, as :func:`of_ticks` gives it.
+        resolutions: least relative variance of a value of each, as :func:`of_ticks` gives it.
 
     Raises:
         DiffAccelError: for different numbers of turns.
@@ -67,18 +67,18 @@ def mean_difference(a: Values, b: Values, resolution: float = 0.0) -> Interval |
     difference = x - y
     if len(difference) < LEAST_FOR_VERDICT:
         return None
-    least = resolution * float(x.mean() ** 2 + y.mean() ** 2)
+    least = float(resolutions[0] * x.mean() ** 2 + resolutions[1] * y.mean() ** 2)
     mean, half = float(difference.mean()), _half_width(difference, least)
     method = f"paired over {len(difference)} turns, Student's t"
     return Interval(mean, mean - half, mean + half, method=method, null=0.0)
 
 
-def ratio_of_means(a: Values, b: Values, resolution: float = 0.0) -> Ratio:
+def ratio_of_means(a: Values, b: Values, resolutions: tuple[float, float] = (0.0, 0.0)) -> Ratio:
     """Compute ``r = mean(a) / mean(b)`` over turns with its 95 % interval, none for fewer than 6 turns.
 
     The interval goes from ``r exp(-h)`` to ``r exp(h)`` with ``h = t sd(e) / sqrt(n)`` of the relative residuals
     ``e = (a - r b) / mean(a)``: the ratio estimator's variance (Cochran 1977, section 6.4) on the logarithm. What moves
-    both readings of a turn alike leaves it narrow, down to the ``resolution`` of both (:func:`of_ticks`).
+    both readings of a turn alike leaves it narrow, down to the ``resolutions`` of both (:func:`of_ticks`).
 
     Raises:
         DiffAccelError: for different numbers of turns, fewer than 2, negative values, or a mean of zero.
@@ -93,26 +93,28 @@ def ratio_of_means(a: Values, b: Values, resolution: float = 0.0) -> Ratio:
     n, value = len(x), float(x.mean() / y.mean())
     if n < LEAST_TURNS:
         return Ratio(value, None, f"ratio of means of {n} turns; an interval needs {LEAST_TURNS}")
-    half = _half_width((x - value * y) / x.mean(), 2 * resolution)
+    half = _half_width((x - value * y) / x.mean(), sum(resolutions))
     method = f"ratio of means of {n} turns, Student's t"
     return Ratio(
         value, Interval(value, value * math.exp(-half), value * math.exp(half), 0.95, method, null=1.0), method
     )
 
 
-def energy_ratio(own: Sequence[float] | None, base: Sequence[float] | None, seconds: float) -> Ratio | None:
+def energy_ratio(
+    own: Sequence[float] | None, base: Sequence[float] | None, seconds: tuple[float, float]
+) -> Ratio | None:
     """Return the energy of a way over that of the baseline; None where one was not measured, or read as nothing.
 
     Args:
         own, base: joules of every turn.
-        seconds: of the shorter of the two calls.
+        seconds: of a reading of each.
     """
     if not own or not base or sum(own) <= 0 or sum(base) <= 0:
         return None
-    if why := too_short(seconds):
+    if why := too_short(min(seconds)):
         ratio = ratio_of_means(own, base)
         return Ratio(ratio.value, None, f"ratio of means of {len(own)} turns; {why}")
-    return ratio_of_means(own, base, of_ticks(seconds))
+    return ratio_of_means(own, base, (of_ticks(seconds[0]), of_ticks(seconds[1])))
 
 
 def range_of_turns(values: Values, *, null: float | None = None) -> Interval | None:

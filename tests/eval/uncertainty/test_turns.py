@@ -43,9 +43,9 @@ def test_the_ratio_of_means_ignores_what_both_share_and_agrees_with_the_logarith
     half = student_quantile(0.975, 11) * logs.std(ddof=1) / math.sqrt(12)
     assert math.log(found.high / found.low) == pytest.approx(2 * half, rel=0.03)
     assert ratio_of_means(own[:5], base[:5]).interval is None and "needs 6" in ratio_of_means(own[:5], base[:5]).method
-    assert energy_ratio([0.0] * 6, list(base[:6]), 3.0) is None and energy_ratio(None, [1.0], 3.0) is None
+    assert energy_ratio([0.0] * 6, list(base[:6]), (3.0, 3.0)) is None and energy_ratio(None, [1.0], (3.0, 3.0)) is None
     few = list(own[:6]), list(base[:6])
-    assert energy_ratio(*few, 3.0).interval and energy_ratio(*few, 1.0).interval is None  # type: ignore[union-attr]
+    assert energy_ratio(*few, (3.0, 3.0)).interval and energy_ratio(*few, (3.0, 1.0)).interval is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("own", "base"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([0.0, 0.0], [1.0, 2.0])])
@@ -59,7 +59,7 @@ def test_readings_of_a_slow_counter_cover_the_energy_that_was_used() -> None:
     draw, covered, ratios = np.random.default_rng(1), 0, 0
     for _ in range(400):
         base, own = (np.floor(draw.random(6) + length) for length in (40.1, 20.2))
-        mean, ratio = mean_of_turns(base, of_ticks(4.01)), energy_ratio(list(own), list(base), 2.02)
+        mean, ratio = mean_of_turns(base, of_ticks(4.01)), energy_ratio(list(own), list(base), (2.02, 4.01))
         covered += mean is not None and mean.low <= 40.1 <= mean.high
         ratios += (
             ratio is not None
@@ -67,6 +67,17 @@ def test_readings_of_a_slow_counter_cover_the_energy_that_was_used() -> None:
             and ratio.interval.low <= 20.2 / 40.1 <= ratio.interval.high
         )
     assert covered / 400 >= 0.92 and ratios / 400 >= 0.92
+
+
+def test_each_side_has_the_tick_of_its_own_length() -> None:
+    """Ten readings that agree: a long call beside a short one adds next to nothing to the interval."""
+    own, base = [20.0] * 10, [200.0] * 10
+    short, long = of_ticks(2.0), of_ticks(20.0)
+    half = student_quantile(0.975, 9) / math.sqrt(10)
+    ratio, apart = energy_ratio(own, base, (2.0, 20.0)), mean_difference(own, base, (short, long))
+    assert ratio is not None and ratio.interval is not None and apart is not None
+    assert math.log(ratio.interval.high / 0.1) == pytest.approx(half * math.sqrt(short + long))
+    assert apart.high + 180 == pytest.approx(half * math.sqrt(short * 20**2 + long * 200**2))
 
 
 def test_a_range_holds_the_median_as_often_as_it_says() -> None:
