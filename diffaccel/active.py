@@ -160,6 +160,31 @@ def put_back(pipe: Any, aside: list[Applied]) -> None:
             applied.handle = applied.config.apply(pipe)
 
 
+def methods_on(state: Active | None) -> list[Applied]:
+    """Return the methods that are on the networks now, in the order in which they must be put on."""
+    on_networks = [applied for applied in state.applied if applied.handle is not None] if state is not None else []
+    return sorted(on_networks, key=lambda applied: ORDER.index(applied.config.touches))
+
+
+def turn_back(pipe: Any, state: Active | None, was_on: list[Applied], leaving: list[Any]) -> None:
+    """Undo a change of methods that did not come to its end, wherever it was cut off.
+
+    A method that was being taken off is taken off whole before it is put on again, as are the graphs over it.
+
+    Args:
+        state: of the moment; its methods that were not on before go.
+        was_on: what :func:`methods_on` returned before the change.
+        leaving: configs that the change takes off.
+    """
+    for applied in reversed(state.applied if state is not None else ()):
+        if applied not in was_on:
+            applied.remove()
+    for applied in reversed(was_on):
+        if applied.config in leaving or applied.config.touches == "graphs":
+            applied.remove()
+    put_back(pipe, was_on)
+
+
 @contextlib.contextmanager
 def watched(pipe: Any, state: Active | None) -> Iterator[None]:
     """Tell the methods on the networks that watch pipeline calls that this block is one, and which loop makes it."""

@@ -24,10 +24,12 @@ from diffaccel.active import (
     Summary,
     active,
     as_loop,
+    methods_on,
     needs_steps,
     owns_calls,
     put_back,
     take_graphs,
+    turn_back,
     watched,
 )  # fmt: skip
 from diffaccel.config import ORDER
@@ -174,8 +176,9 @@ def _switch(pipe: Any, name: str) -> None:
             f"diffaccel.remove(pipe), and accelerate with another preset."
         )
     kept = tuple(applied for applied in before.applied if applied.config not in leaving)
-    aside = take_graphs(kept if any(config.touches != "loop" for config in leaving) else ())
+    was_on = methods_on(before)
     try:
+        aside = take_graphs(kept if any(config.touches != "loop" for config in leaving) else ())
         for applied in reversed(before.applied):
             if applied not in kept:
                 applied.remove()
@@ -183,13 +186,9 @@ def _switch(pipe: Any, name: str) -> None:
         _update(pipe, applied=kept, loop=loop, point=point)
         _add(pipe, coming, None, None)
         put_back(pipe, aside)
-    except BaseException:  # nothing half-done: what was on before is put on again
-        _update(pipe, applied=kept, loop=before.loop, point=before.point)
-        for config in leaving:
-            if config.touches != "loop":
-                applied = Applied(config, config.apply(pipe))
-                _update(pipe, applied=(*_state(pipe).applied, applied))
-        put_back(pipe, aside)
+    except BaseException:  # nothing half-done: what was on before is put on again, and nothing else
+        turn_back(pipe, _state(pipe), was_on, leaving)
+        _set(pipe, before)
         raise
 
 
@@ -201,13 +200,14 @@ def _add(pipe: Any, new_configs: list[Any], on_busy: OnBusy | None, preset: Pres
         for config in filter(needs_steps, new_configs):
             raise _keeps_steps(config.name, before.loop)
     on_network = [config for config in new_configs if config.touches not in ("loop", "graphs")]
-    aside = take_graphs(before.applied if before and on_network else ())
+    was_on = methods_on(before)
     try:
+        aside = take_graphs(before.applied if before and on_network else ())
         _add_in_order(pipe, new_configs, on_busy, preset, before)
         put_back(pipe, aside)
     except BaseException:
         _take_off(pipe, before)
-        put_back(pipe, aside)
+        turn_back(pipe, before, was_on, [])
         raise
 
 

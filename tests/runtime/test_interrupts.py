@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import tiny
 import torch
 
 import diffaccel
-from diffaccel import compose
+from diffaccel import active, compose, presets
 from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError
 from diffaccel.families.generic import stand_ins, watching
@@ -115,6 +116,70 @@ def test_an_interrupt_at_any_line_of_accelerate_or_remove_leaves_all_or_nothing(
         draw(pipe)
         diffaccel.remove(pipe)
         assert restored(), line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shade(Config):
+    """Another one, with an option."""
+
+    name: ClassVar[str] = "shade"
+    touches: ClassVar[Any] = "blocks"
+    amount: float = 2.0
+
+    def apply(self, pipe: Any) -> Any:
+        return pipe.unet.register_forward_hook(lambda module, args, out: (out[0] * self.amount,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graphs(Config):
+    """One that stands over the others."""
+
+    name: ClassVar[str] = "graphs"
+    touches: ClassVar[Any] = "graphs"
+
+    def apply(self, pipe: Any) -> Any:
+        return pipe.unet.register_forward_hook(lambda module, args, out: (out[0] + 0.1,))
+
+
+POINTS = {"fast": (Shade(), Negate(), DPMpp2M()), "balanced": (Shade(amount=0.5), Euler()), "baseline": ()}
+
+
+def with_quality(name: str) -> Any:
+    """Return a pipeline at a point of a preset, with graphs over its methods."""
+    pipe = make(Small)
+    points = {point: presets.PresetPoint(point, methods) for point, methods in POINTS.items()}
+    diffaccel.accelerate(pipe, presets.Preset("preset.json", points, "fast", presets.architecture(pipe)), Graphs())
+    return diffaccel.set_quality(pipe, name)
+
+
+def check_switches(every: int) -> None:
+    """Interrupt switches at every so many lines: the pipeline is at the one point or the other, with all methods."""
+    modules, stock, kept_alive = [compose, active, guard, contextlib], draw(make(Small)), []
+    expected = {name: draw(with_quality(name)) for name in POINTS}
+    for before, after in (("fast", "balanced"), ("balanced", "baseline"), ("baseline", "fast")):
+        pipe = with_quality(before)
+        lines = visits(modules, lambda p=pipe, name=after: diffaccel.set_quality(p, name))
+        assert len(lines) > 40
+        for line in lines[::every]:
+            pipe = with_quality(before)
+            switch = functools.partial(diffaccel.set_quality, pipe, after)
+            kept_alive.append(interrupt(modules, line, switch))
+            point = compose.active(pipe).point.name
+            assert isinstance(kept_alive[-1], Interrupted) and point in (before, after), line
+            methods = {method["name"] for method in diffaccel.summary(pipe).methods}
+            assert methods == {"graphs", *(config.name for config in POINTS[point])}, line
+            assert torch.equal(draw(pipe), expected[point]), line
+            diffaccel.remove(pipe)
+            assert type(pipe) is Small and torch.equal(draw(pipe), stock), line
+
+
+def test_an_interrupted_switch_of_quality_leaves_one_point_or_the_other() -> None:
+    check_switches(every=37)
+
+
+@pytest.mark.slow
+def test_a_switch_of_quality_interrupted_at_many_lines_leaves_one_point_or_the_other() -> None:
+    check_switches(every=4)
 
 
 @pytest.mark.slow
