@@ -135,8 +135,8 @@ def alone(out: Path, rank: int) -> Iterator[None]:
     try:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()  # before anything is removed: it may be what another run is writing
             remove_leftovers(out, r"checkpoint\.(?:safetensors|json)")
-            lock.acquire()
         yield
     except OSError as error:
         if error.errno is None:  # a library's own, such as of a model that it cannot read

@@ -14,8 +14,9 @@ from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import remove_leftovers
 from diffaccel.runs.folder import check_writable, unwritable
-from diffaccel.runs.lock import FolderLock
+from diffaccel.runs.lock import NAME, FolderLock
 from diffaccel.runs.variant import parse_size
+from diffaccel.runs.whole_folder import clear
 
 FOLDER, SAVED = "plan", "saved"  # of the work inside --out; the file that says that the model beside it is whole
 
@@ -34,12 +35,15 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keep other runs from the folder, and name one that cannot be written."""
+def alone(out: Path, overwrite: bool = False) -> Iterator[None]:
+    """Keep other runs from the folder, name one that cannot be written, and throw away what is in it if asked to."""
     lock = FolderLock(out)
     try:
-        (out / FOLDER).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        if overwrite:
+            clear(out, keep=(NAME,))
+        (out / FOLDER).mkdir(exist_ok=True)
         remove_leftovers(out / FOLDER, r"\w+\." + re.escape("json"))
         yield
     except OSError as error:

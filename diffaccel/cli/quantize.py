@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from diffaccel.cli.sample import methods, split_method_options
 from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
 from diffaccel.runs.call_arguments import call_parameters
-from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.request import DTYPES
+from diffaccel.runs.whole_folder import check_free, whole_folder
 
 _EXAMPLES = """examples:
   diffaccel quantize --method w8a8 --out out/emoji-w8a8
@@ -84,7 +83,7 @@ def run(argv: list[str]) -> int:
         raise DiffAccelError(
             f"--export {options.export} has no form for the mixed precision of '{config.name}'. Leave it out."
         )
-    planned.check_out(options.out, options.overwrite) if worker else _check_out(options.out, options.overwrite)
+    (planned.check_out if worker else check_free)(options.out, options.overwrite)
     _check_kept(options, config)
     from diffaccel.runs.loading import quiet_libraries
 
@@ -94,9 +93,7 @@ def run(argv: list[str]) -> int:
         return 0
     texts = planned.calibration_prompts(options.model, options.prompts, config.samples)
     pipe, arguments = planned.open_for_plan(options)
-    if options.overwrite:
-        throw_away(options.out)
-    with planned.alone(options.out):
+    with planned.alone(options.out, options.overwrite):
         config, plan = planned.make_plan(worker, options, config, pipe, texts, arguments)
         _finish(options, config, pipe, plan)
         write_json(options.out / planned.FOLDER / planned.SAVED, {"method": config.name})
@@ -127,10 +124,12 @@ def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = Non
     if options.scan is not None and "generator" not in call_parameters(pipe):
         raise DiffAccelError(f"--scan draws from a prompt, which {type(pipe).__name__} does not. Leave it out.")
     scans = _scan(pipe, config, options.scan, options.steps or 4) if options.scan is not None else None
-    result = {
-        **quantize(pipe, config, options.out, options.export, plan is None and options.overwrite),
-        "model": options.model,
-    }
+    if plan is None:
+        with whole_folder(options.out, options.overwrite) as folder:
+            result = quantize(pipe, config, folder, options.export)
+    else:  # beside its plan
+        result = quantize(pipe, config, options.out, options.export)
+    result |= {"out": str(options.out), "model": options.model}
     if scans is not None:
         result["scan"] = {"layers": [vars(layer) for layer in scans.layers], "skip": list(scans.skips())}
     if plan is not None:
@@ -150,12 +149,8 @@ def _finish(options: argparse.Namespace, config: Any, pipe: Any, plan: Any = Non
     terminal.write(f"{options.model} by {config.name}: {options.out}")
 
 
-def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers", overwrite: bool = False) -> dict[str, Any]:
-    """Quantize a pipeline in place, save it to ``out``, and return what was done.
-
-    Args:
-        overwrite: throw away what is in ``out``, when nothing but the saving is left to do.
-    """
+def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers") -> dict[str, Any]:
+    """Quantize a pipeline in place, save it to ``out``, and return what was done."""
     from diffaccel.compose import accelerate
     from diffaccel.quant.export import export_compressed_tensors
     from diffaccel.quant.layer import QuantizedLayer
@@ -165,8 +160,6 @@ def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers", overw
     start = time.perf_counter()
     accelerate(pipe, replace(config, originals="drop"))
     seconds = time.perf_counter() - start
-    if overwrite:
-        throw_away(out)
     if export == "diffusers":
         pipe.save_pretrained(out)
     else:
@@ -182,7 +175,7 @@ def quantize(pipe: Any, config: Any, out: Path, export: str = "diffusers", overw
         }
         for network, size in zip(networks, before, strict=True)
     ]
-    return {"method": config.to_dict(), "networks": rows, "seconds": seconds, "out": str(out)}
+    return {"method": config.to_dict(), "networks": rows, "seconds": seconds}
 
 
 def _scan(pipe: Any, config: Any, prompt: str, steps: int) -> Any:
@@ -200,13 +193,6 @@ def _bytes(network: Any) -> int:
     return sum(p.numel() * p.element_size() for p in network.parameters())
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raise unless the folder can be written and is empty, or may be thrown away."""
-    check_writable(out)
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
-
-
 def _check_kept(options: argparse.Namespace, config: Any) -> None:
     """Raise where the folder that is to be thrown away has what the command reads."""
     if not options.overwrite:
@@ -217,12 +203,3 @@ def _check_kept(options: argparse.Namespace, config: Any) -> None:
         path = Path(source).resolve() if source and Path(source).exists() else None
         if path is not None and out in (path, *path.parents):
             raise DiffAccelError(f"--overwrite would throw away {name}, '{source}', which is read. Give another --out.")
-
-
-def throw_away(out: Path) -> None:
-    """Remove the folder of an earlier model, where there is one."""
-    try:
-        if out.is_dir():
-            shutil.rmtree(out)
-    except OSError as error:
-        raise unwritable(out, error) from error

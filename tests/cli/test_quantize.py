@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -116,6 +117,20 @@ def test_nothing_is_thrown_away_for_a_command_that_fails(method: str, model: Pat
         assert cli.main(["quantize", str(model), *words, "--prompts", str(out / "kept.txt")]) == 2
         assert "would throw away --prompts" in capsys.readouterr().err
     assert (out / "kept.txt").exists()
+
+
+def test_nothing_is_thrown_away_for_a_model_that_cannot_be_saved(
+    model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(pipe: FluxPipeline, folder: Path) -> None:
+        (folder / "vae").mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FluxPipeline, "save_pretrained", save)
+    (tmp_path / "kept.txt").write_text("mine")
+    assert cli.main(["quantize", str(model), "--device", "cpu", "--out", str(tmp_path), "--overwrite"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
 def test_a_model_is_not_thrown_away_for_itself(model: Path, capsys) -> None:
