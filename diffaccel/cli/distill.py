@@ -12,8 +12,8 @@ from diffaccel import registry, terminal, zoo
 from diffaccel.cli.sample import split_method_options
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import remove_leftovers
+from diffaccel.folder_lock import FolderLock
 from diffaccel.runs.folder import check_writable, unwritable
-from diffaccel.runs.lock import FolderLock
 from diffaccel.runs.variant import parse_fields, parse_size
 
 OUT = Path("out") / "distill"

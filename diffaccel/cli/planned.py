@@ -13,8 +13,8 @@ from typing import Any
 from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import remove_leftovers
+from diffaccel.folder_lock import NAME, FolderLock
 from diffaccel.runs.folder import check_writable, unwritable
-from diffaccel.runs.lock import NAME, FolderLock
 from diffaccel.runs.variant import parse_size
 from diffaccel.runs.whole_folder import clear
 

@@ -33,8 +33,8 @@ from diffaccel.files import (
     write_png,
     write_tensor,
 )
+from diffaccel.folder_lock import FolderLock
 from diffaccel.runs.cost import total_cost, without_steps
-from diffaccel.runs.lock import FolderLock
 from diffaccel.runs.request import Item
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ SEARCH = "search"  # subfolder where searches leave their traces, one folder for
 _MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
 _TRACE = re.compile(
-    r"rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|density\.json|density\.png|\d{3,}-\d+_.*\.png"
+    r"\.lock|rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|density\.json|density\.png|\d{3,}-\d+_.*\.png"
 )
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffaccel import folder_lock
 from diffaccel.errors import DiffAccelError
-from diffaccel.runs import lock
 from diffaccel.runs.folder import check_writable, unwritable
 
 PARTIAL = ".partial"  # subfolder of what is being written; what an unfinished run left has one
@@ -19,7 +19,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     """Raise unless a folder can be written and is empty, of a save that was killed, or may be thrown away."""
     check_writable(out)
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not overwrite and PARTIAL not in names and names - {lock.NAME}:
+    if not overwrite and PARTIAL not in names and names - {folder_lock.NAME}:
         raise DiffAccelError(f"'{out}' is not empty. Give another --out, or --overwrite to throw it away.")
 
 
@@ -33,7 +33,7 @@ def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         DiffAccelError: for a folder that cannot be written, that another run writes, or that is not free.
     """
     is_new = not out.exists()
-    own = lock.FolderLock(out)
+    own = folder_lock.FolderLock(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         own.acquire()
@@ -47,7 +47,7 @@ def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if overwrite:
-            clear(out, keep=(PARTIAL, lock.NAME))
+            clear(out, keep=(PARTIAL, folder_lock.NAME))
         for path in sorted(partial.iterdir(), key=lambda path: (path.name in _LAST, path.name)):
             _remove(out / path.name)
             path.rename(out / path.name)

@@ -63,6 +63,8 @@ class Native(Predictor):
                     event = sampling.send(reply)
         except StopIteration as stop:
             return stop.value
+        finally:
+            sampling.close()  # it may hold a folder, and a traceback may hold it
 
     def _answer(self, event: Event, bar: Any) -> Any:
         """Return what the sampler receives for one event."""

@@ -26,9 +26,9 @@ from diffaccel.eval.tuning.result import Tuned, preset_values
 from diffaccel.eval.tuning.rule import COST, Promise
 from diffaccel.eval.tuning.sizes import default_budget, sizes_of, split
 from diffaccel.eval.tuning.space import TuningSpace, registered
+from diffaccel.folder_lock import FolderLock
 from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import call_arguments, source_of
-from diffaccel.runs.lock import FolderLock
 from diffaccel.runs.request import Request
 
 PRESET, PICTURES, DEFAULT_GATE, NEAREST = "preset.json", "pictures", "ssim<0.9", "ssim<0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,32 +166,32 @@ def run(config: Drafts, session: Session) -> Sampling:
     folder = Path(config.folder) if config.folder else session.folder
     header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
     account = Spending(searches, config.seconds * len(searches))
-    log = RewardLog(folder, header, keep=config.keep)
-    search = DraftSearch(session, searches, recipe, scorer, log, account, first)
-    interrupted = False
-    try:
-        if config.seconds:
-            yield from _measure(config, search)
-        results = yield from search.run()
-    except Interrupted:
-        results, interrupted = search.best_drafts(), True
-    if config.seconds and not interrupted:
-        _costs(config)[_kind_of_call(session)] = account.latest, account.finish
-    for found, samples in results.items():
-        found.samples = [sample for sample, _ in samples[: config.keep + 1]]
-    if scorer.reward.scores:
-        warn_of_a_constant_reward(searches, scorer)
-    session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
-    session.report["search_seconds"] = scorer.watch.report()
-    if search.nfe_before:
-        session.report["resumed"] = {"rounds": search.rounds, "nfe": search.nfe_before}
-    if folder is not None:
-        flat = [(found, pair) for found, samples in results.items() for pair in samples[: config.keep + 1]]
-        latents = torch.stack([x for _, (_, x) in flat])
-        report.write(folder, session.report["search"], scorer, [(f, sample) for f, (sample, _) in flat], latents)
-    x0 = torch.stack([results[found][0][1] for found in searches])
-    x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
-    return x
+    with contextlib.closing(RewardLog(folder, header, keep=config.keep)) as log:
+        search = DraftSearch(session, searches, recipe, scorer, log, account, first)
+        interrupted = False
+        try:
+            if config.seconds:
+                yield from _measure(config, search)
+            results = yield from search.run()
+        except Interrupted:
+            results, interrupted = search.best_drafts(), True
+        if config.seconds and not interrupted:
+            _costs(config)[_kind_of_call(session)] = account.latest, account.finish
+        for found, samples in results.items():
+            found.samples = [sample for sample, _ in samples[: config.keep + 1]]
+        if scorer.reward.scores:
+            warn_of_a_constant_reward(searches, scorer)
+        session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
+        session.report["search_seconds"] = scorer.watch.report()
+        if search.nfe_before:
+            session.report["resumed"] = {"rounds": search.rounds, "nfe": search.nfe_before}
+        if folder is not None:
+            flat = [(found, pair) for found, samples in results.items() for pair in samples[: config.keep + 1]]
+            latents = torch.stack([x for _, (_, x) in flat])
+            report.write(folder, session.report["search"], scorer, [(f, sample) for f, (sample, _) in flat], latents)
+        x0 = torch.stack([results[found][0][1] for found in searches])
+        x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
+        return x
 
 
 def _measure(config: Drafts, search: DraftSearch) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -259,28 +260,28 @@ def run(config: SearchConfig, session: Session) -> Sampling:
     processes = SearchProcesses.of_launch(session.device) if config.shared or session.shared else SearchProcesses()
     folder = Path(config.folder) if config.folder else session.folder
     header = None if folder is None else identity(config, session, searches, plan, scorer.reward)
-    log = RewardLog(folder, header, processes=processes, keep=config.keep)
-    engine = Engine(
-        session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
-        overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
-        first=first, watched=config.watch,
-    )  # fmt: skip
-    interrupted = yield from engine.run(chains)
-    results = _results(config, searches, images, interrupted=interrupted)
-    warn_of_a_constant_reward(searches, scorer)
-    x0 = engine.latents([(search, sample) for search, samples in results.items() for sample in samples[:images]])
-    session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
-    session.report["search_seconds"] = scorer.watch.report()
-    if log.rounds:
-        session.report["resumed"] = {"rounds": len(log.rounds), "nfe": engine.nfe_before}
-    if folder is not None:
-        flat = [(search, sample) for search, samples in results.items() for sample in samples]
-        if processes.rank == 0:
-            report.write(folder, session.report["search"], scorer, flat, engine.latents(flat))
-        if not interrupted:
-            engine.store_results([sample for _, sample in flat], config.keep)
-    x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
-    return x
+    with contextlib.closing(RewardLog(folder, header, processes=processes, keep=config.keep)) as log:
+        engine = Engine(
+            session, scorer, reward_log=log, processes=processes, rows=config.max_batch,
+            overlap=scorer.elsewhere(session.device), guide=config.guide, temperature=config.target_temperature,
+            first=first, watched=config.watch,
+        )  # fmt: skip
+        interrupted = yield from engine.run(chains)
+        results = _results(config, searches, images, interrupted=interrupted)
+        warn_of_a_constant_reward(searches, scorer)
+        x0 = engine.latents([(search, sample) for search, samples in results.items() for sample in samples[:images]])
+        session.report["search"] = report.make_report(config, plan, searches, interrupted=interrupted)
+        session.report["search_seconds"] = scorer.watch.report()
+        if log.rounds:
+            session.report["resumed"] = {"rounds": len(log.rounds), "nfe": engine.nfe_before}
+        if folder is not None:
+            flat = [(search, sample) for search, samples in results.items() for sample in samples]
+            if processes.rank == 0:
+                report.write(folder, session.report["search"], scorer, flat, engine.latents(flat))
+            if not interrupted:
+                engine.store_results([sample for _, sample in flat], config.keep)
+        x = yield Step(x0, torch.tensor(plan.tail[-1], dtype=torch.float32, device="cpu"))
+        return x
 
 
 def make_searches(config: SearchConfig, session: Session, plan: SearchPlan, images: int = 1) -> list[Search]:

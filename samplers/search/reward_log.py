@@ -20,6 +20,7 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import COUNT, misfit, remove_leftovers, write_text
+from diffaccel.folder_lock import FolderLock
 from diffaccel.samplers.search import stored_latents
 from diffaccel.samplers.search.chains import RunningChain
 from diffaccel.samplers.search.identity import differing
@@ -38,7 +39,7 @@ _FILES = rf"{re.escape(NAME)}|{re.escape(stored_latents.NAME)}|trace\.json|rewar
 
 
 class RewardLog:
-    """Rewards by round. Without a folder nothing is stored.
+    """Rewards by round, in a folder that is this search's alone until :meth:`close`. Without one nothing is stored.
 
     Args:
         folder: where ``rewards.jsonl`` is: a header that identifies the search, then one line per round.
@@ -53,7 +54,8 @@ class RewardLog:
         latents: those that belong to the first of these rounds; None where there are none.
 
     Raises:
-        DiffAccelError: for the file of another search, naming what differs, and for a damaged line before the last.
+        DiffAccelError: for the file of another search, naming what differs, for a damaged line before the last, and
+            for a folder that another search is writing.
     """
 
     def __init__(
@@ -70,11 +72,26 @@ class RewardLog:
         self.rounds: list[list[dict[str, Any]]] = []
         self.latents: StoredLatents | None = None
         self._digest = hashlib.sha256()
+        self._lock: FolderLock | None = None
         if folder is None or self.file is None:
             return
+        try:
+            self._open(folder, self.file, header, processes, keep)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(
+        self, folder: Path, file: Path, header: dict[str, Any] | None, processes: SearchProcesses, keep: int
+    ) -> None:
+        """Take the folder, and read what it holds."""
+        if self.writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder)
+            self._lock.acquire()
         header = json.loads(json.dumps({"format": FORMAT, **(header or {})}))
-        read = self.writes and self.file.is_file()
-        text = processes.share(self.file.read_text(encoding="utf-8", errors="replace") if read else "")
+        read = self.writes and file.is_file()
+        text = processes.share(file.read_text(encoding="utf-8", errors="replace") if read else "")
         lines = self._whole_lines(text)
         if lines:
             self._read(lines, header)
@@ -89,6 +106,11 @@ class RewardLog:
             self.latents = latents
         self._digest.update(complete.encode())
 
+    def close(self) -> None:
+        """Give the folder back; it may be called again."""
+        if self._lock is not None:
+            self._lock.release()
+
     def _whole_lines(self, text: str) -> list[str]:
         """Return the lines of the file without an end that a kill or a power failure left unreadable."""
         lines = text.split("\n")[:-1]
@@ -97,8 +119,7 @@ class RewardLog:
         return lines
 
     def _begin(self, folder: Path, text: str | None) -> None:
-        """Make the folder, write the log's ``text`` unless None, and remove what a killed search was just writing."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the log's ``text`` unless None, and remove what a killed search was just writing."""
         remove_leftovers(folder, _FILES)
         if text is not None and self.file is not None:
             write_text(self.file, text)

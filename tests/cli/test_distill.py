@@ -141,7 +141,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(
 
 @pytest.mark.slow
 def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from diffaccel.runs.lock import FolderLock
+    from diffaccel.folder_lock import FolderLock
 
     out = tmp_path / "run"
     out.mkdir()

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffaccel import folder_lock as lock
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.sets.run import open_run
 from diffaccel.files import write_tensor
-from diffaccel.runs import lock
 from diffaccel.runs.folder import RunFolder
 from diffaccel.runs.request import Request
 
@@ -127,7 +127,7 @@ def test_a_run_that_comes_first_is_found_when_the_folder_is_prepared(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from diffaccel.runs.lock import FolderLock
+from diffaccel.folder_lock import FolderLock
 FolderLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)

@@ -11,7 +11,7 @@ import pytest
 
 from diffaccel.cli import distill, planned
 from diffaccel.errors import DiffAccelError
-from diffaccel.runs.lock import FolderLock
+from diffaccel.folder_lock import FolderLock
 from diffaccel.runs.whole_folder import PARTIAL, check_free, whole_folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -185,17 +186,23 @@ LINE = json.dumps({"round": [{"row": 0, "chain": 1, "rewards": [0.5, None]}]}).e
 GARBAGE = [b"\0" * 9, b"\xff\xfe", b"[]", b'{"row": 0}', b'{"round": [{"row": 0, "chain": 0, "rewards": ["x"]}]}']
 
 
+def opened(folder: Path) -> RewardLog:
+    """Return the log of a search that has ended."""
+    with contextlib.closing(RewardLog(folder)) as log:
+        return log
+
+
 @pytest.mark.parametrize("end", [b"\n", b"", b"\n\0\0\n{"])
 @pytest.mark.parametrize("garbage", GARBAGE)
 def test_a_damaged_end_is_dropped_with_a_warning_and_another_line_is_a_sentence(
     garbage: bytes, end: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    file = RewardLog(tmp_path).file
+    file = opened(tmp_path).file
     header = file.read_bytes()
     assert not caplog.records
     file.write_bytes(header + LINE + garbage + end)
-    assert len(RewardLog(tmp_path).rounds) == 1
+    assert len(opened(tmp_path).rounds) == 1
     assert file.read_bytes() == header + LINE
     assert [record.getMessage() for record in caplog.records] == [
         f"The end of '{file}' is damaged; what is missing there is computed again."
@@ -206,13 +213,13 @@ def test_a_damaged_end_is_dropped_with_a_warning_and_another_line_is_a_sentence(
         RewardLog(tmp_path)
     assert file.read_bytes() == damaged
     file.write_bytes(b"\0" * 99 + end)
-    assert not RewardLog(tmp_path).rounds and file.read_bytes() == header
+    assert not opened(tmp_path).rounds and file.read_bytes() == header
 
 
 def test_of_several_processes_all_have_what_the_first_one_read(tmp_path: Path) -> None:
     """And no line that it wrote since then, or that a slower disk does not show yet."""
     here, there = tmp_path / "here", tmp_path / "there"
-    first = RewardLog(here)
+    first = opened(here)
     with first.file.open("ab") as file:
         file.write(LINE)
     answers = [first.file.read_text(), None]

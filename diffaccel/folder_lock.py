@@ -55,7 +55,7 @@ class FolderLock:
                     return
                 raise DiffAccelError(
                     f"'{self.path.parent}' is being written by another run{f' ({owner})' if owner else ''}. Wait "
-                    "until it has ended, or choose another folder with --out."
+                    "until it has ended, or choose another folder, by --out or folder=."
                 ) from None
             if not self._is_current(file):  # the last owner removed the file after it was opened here
                 os.close(file)
