@@ -28,7 +28,7 @@ def config(kind: Any, folder: Path | None, before: Any = lambda: None) -> Any:
         return x0.flatten(1).mean(1)
 
     reward = latent_reward(score, identity="the mean of a row")
-    return kind(reward=reward, budget=12, folder="" if folder is None else str(folder))
+    return kind(reward=reward, budget=20, folder="" if folder is None else str(folder))
 
 
 def draw(kind: Any, folder: Path | None, before: Any = lambda: None, network: Any = None) -> Tensor:
