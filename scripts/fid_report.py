@@ -79,7 +79,7 @@ def plan_of(options: Any) -> ReportPlan:
         device=options.device, threads=options.threads,
     )  # fmt: skip
     texts = requests.load_texts(options.prompts, options.first)
-    request = requests.with_texts(request, texts, loading.pipeline_class(options.model))
+    request = requests.with_texts(request, texts, loading.pipeline_class(options.model), options.first)
     zoo_with_prompts = options.model in zoo.names() and bool(request.prompts)
     return ReportPlan(
         request=request, baseline=parse(options.baseline),

@@ -82,7 +82,7 @@ def _request(options: Any, variant: Variant) -> Request:
         device=options.device, threads=options.threads, latents=options.latents,
     )  # fmt: skip
     texts = requests.load_texts(options.prompts, options.first)
-    return variant.of(requests.with_texts(request, texts, loading.pipeline_class(options.model)))
+    return variant.of(requests.with_texts(request, texts, loading.pipeline_class(options.model), options.first))
 
 
 def _stopping_rule(options: Any, request: Request) -> Early | None:

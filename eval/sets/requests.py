@@ -31,20 +31,26 @@ def load_texts(prompts: str | Sequence[str] | None, first: int | None = None) ->
     return tuple(prompts)[:first]
 
 
-def with_texts(request: Request, texts: Sequence[str], pipeline: Any) -> Request:
+def with_texts(request: Request, texts: Sequence[str], pipeline: Any, first: int | None = None) -> Request:
     """Return ``request`` with the texts as what the pipeline takes: prompts, classes, or nothing.
 
     Args:
         request: everything else; its ``num`` counts the pictures of a pipeline that draws from noise alone.
-        texts: none takes the first 100 of ``emoji-1000`` for a pipeline that draws from text.
+        texts: none takes the first ones of ``emoji-1000`` for a pipeline that draws from text.
         pipeline: an open one, a class, or None where it is not known: then texts are prompts.
+        first: how many of ``emoji-1000``, where no texts are given; None for 100.
 
     Raises:
-        DiffAccelError: for texts and a pipeline that takes none, or no class for one that needs it.
+        DiffAccelError: for texts, or a number of them, and a pipeline that takes none; no class for one that needs it.
     """
     source = "text" if pipeline is None else source_of(pipeline)
     if source == "text":
-        texts = texts or load_texts(DEFAULT_SET, DEFAULT_FIRST)
+        texts = texts or load_texts(DEFAULT_SET, first or DEFAULT_FIRST)
+    elif source == "nothing" and first is not None and not texts:
+        raise DiffAccelError(
+            f"first is {first}, a number of prompts, and '{request.model}' draws from noise alone. Give num, the "
+            "number of its pictures."
+        )
     if source == "class":
         request = replace(request, classes=tuple(texts), prompts=())
     else:
