@@ -201,8 +201,13 @@ def active(pipe: Any) -> Active | None:
 
 
 def _is_value(handle: Any) -> bool:
-    """Return whether a handle is data: of a class that can be found by its name, without functions in it."""
+    """Return whether a handle is data: of a class that can be found by its name, without functions in it.
+
+    A handle whose class says ``copies = False`` is of a method that leaves functions on the network itself.
+    """
     cls = type(handle)
+    if not getattr(cls, "copies", True):
+        return False
     named: Any = sys.modules.get(cls.__module__)
     for part in cls.__qualname__.split("."):
         named = getattr(named, part, None)

@@ -23,7 +23,7 @@ from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import VE_PATH
 from diffaccel.runtime.probe import open_session
-from diffaccel.samplers import BoN, Euler, Heun, Scheduler, rewards
+from diffaccel.samplers import BoN, DiffusersCache, Euler, Heun, Scheduler, rewards
 from tests.support.small_pipelines import Small, draw, make
 
 
@@ -157,6 +157,14 @@ def in_another_process(pipe: Any, results: Any) -> None:
     wrapped = sd_call(pipe)
     diffaccel.remove(pipe)
     results.put((wrapped.numpy(), sd_call(pipe).numpy()))
+
+
+def test_a_copy_under_hooks_of_diffusers_is_refused_and_one_after_them_is_whole() -> None:
+    """They are closures over the network: under them a copy's blocks would be those of the original."""
+    pipe = diffaccel.accelerate(tiny.make("flux"), DiffusersCache())
+    with pytest.raises(DiffAccelError, match=r"'diffusers_cache' .* could not be freed of.*copy, and accelerate both"):
+        copy.deepcopy(pipe)
+    copy.deepcopy(diffaccel.remove(pipe))
 
 
 @pytest.mark.slow

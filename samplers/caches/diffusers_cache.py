@@ -191,6 +191,8 @@ class _Cache:
 class _Enabled:
     """Disables the caches of all networks of a pipeline."""
 
+    copies: ClassVar[bool] = False  # diffusers' hooks are closures over this very network: a copy would call it
+
     def __init__(self, caches: list[_Cache]) -> None:
         self.caches = caches
 
