@@ -96,7 +96,7 @@ def plan_of(options: Any) -> ReportPlan:
 def run(argv: list[str]) -> int:
     """Make the report; return 5 where ``--fail-if`` holds, or an acceleration that was asked for could not run."""
     options = make_parser().parse(argv)
-    rule = gate.parse(options.fail_if) if options.fail_if else None
+    rule = None if options.fail_if is None else gate.parse(options.fail_if)
     quiet_libraries(options.json or options.model in zoo.names())
 
     def progress(text: str) -> None:

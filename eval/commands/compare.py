@@ -110,7 +110,7 @@ def run_compare(argv: list[str]) -> int:
     from diffaccel.runs import loading
 
     device = loading.pick_device(options.device)
-    rule = gate.parse(options.fail_if) if options.fail_if else None
+    rule = None if options.fail_if is None else gate.parse(options.fail_if)
     timings = [_read_timing(path) for path in options.timing or ()]
     baseline, runs = open_run(options.baseline), [open_run(path) for path in options.runs]  # before networks are read
     distances = _distances(options, device)
@@ -146,7 +146,7 @@ def _measures(
 
     sampling = FrameSampling(frames=options.clip_frames, stride=options.clip_stride, resolution=options.clip_size)
     return Measures.load(
-        others=open_run(options.other_seeds) if options.other_seeds else None, baseline=baseline,
+        others=None if options.other_seeds is None else open_run(options.other_seeds), baseline=baseline,
         extractors=options.extractor, protocol=options.protocol, clips=options.clip or (),
         reference=options.reference, device=options.device,
         scorers=[by_spec.scorer(name, device) for name in options.scorer or ()],
@@ -234,8 +234,8 @@ def run_diff(argv: list[str]) -> int:
         description="What changed between two reports, beyond the intervals of the old one.",
         epilog="example:\n  diffaccel eval diff before/report.json after/report.json",
     )
-    parser.add_argument("old", metavar="OLD", help="report.json")
-    parser.add_argument("new", metavar="NEW", help="report.json")
+    parser.add_argument("old", metavar="OLD", help="report.json, or its folder")
+    parser.add_argument("new", metavar="NEW", help="report.json, or its folder")
     parser.add_argument("--json", action="store_true", help="print the changes as one JSON object")
     options = parser.parse(argv)
     from diffaccel.eval.report import changes

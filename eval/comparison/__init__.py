@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
@@ -24,6 +25,7 @@ from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.paired_scores import cluster_labels
 from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.comparison.row import Estimate, Section
+from diffaccel.eval.comparison.verdict import ONE_COLOUR
 from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.sets.run import Pairs, Run, cut_to_shortest, pair, pair_by_prompt
@@ -88,8 +90,12 @@ def _check(baseline: Run, runs: Sequence[Run], measures: Measures) -> tuple[Run,
     if not runs:
         raise DiffAccelError("There is no run to compare with the baseline. Give at least one.")
     if len(set(names)) < len(names):
-        raise DiffAccelError(f"Two runs are called {next(n for n in names if names.count(n) > 1)!r}. Rename a folder.")
+        name = next(n for n in names if names.count(n) > 1)
+        folders = {run.path.resolve() for run in (baseline, *runs) if run.name == name}
+        fix = "Rename a folder." if len(folders) > 1 else f"They are one folder, {folders.pop()}: give it once."
+        raise DiffAccelError(f"Two runs are called {name!r}. {fix}")
     baseline, cut_runs, others, notes = cut_to_shortest(baseline, runs, measures.others)
+    checks.check_other_seeds(baseline, others)
     checks.check_same_kind(baseline, [*cut_runs, *([others] if others is not None else [])])
     if baseline.is_video:
         checks.check_no_picture_networks(measures.extractors, measures.clips, measures.scorers, measures.reference)
@@ -111,8 +117,11 @@ def _measure_pictures(
         floors = _floors(baseline, other_pairs, fidelity.measure(baseline, others, other_pairs, distances))
     for run in comparison.runs:
         progress(f"{run.name}: pairs")
-        for distance, values in fidelity.measure(baseline, run, comparison.pairs[run.name], distances):
-            _add_distance(comparison, run, distance, values, floors)
+        measured = fidelity.measure(baseline, run, comparison.pairs[run.name], (*distances, fidelity.BLANK))
+        for distance, values in measured:
+            if distance is not fidelity.BLANK:
+                _add_distance(comparison, run, distance, values, floors)
+        _note_blank_pictures(comparison, run, next(values for d, values in measured if d is fidelity.BLANK))
 
 
 def _measure_videos(
@@ -127,10 +136,11 @@ def _measure_videos(
         floors = _floors(baseline, other_pairs, values)
     for run in comparison.runs:
         progress(f"{run.name}: pairs of videos")
-        measured = videos.measure(baseline, run, comparison.pairs[run.name], distances)
+        *measured, (_, blank) = videos.measure(baseline, run, comparison.pairs[run.name], (*distances, fidelity.BLANK))
         for distance, curves in measured:
             _add_distance(comparison, run, distance, videos.video_values(distance, curves), floors)
             comparison.curves.setdefault(distance.key, {})[run.name] = videos.mean_curve(distance, curves)
+        _note_blank_pictures(comparison, run, torch.stack([curve.min() for curve in blank]))
         comparison.rows += videos.drift_rows(run, measured, comparison.clusters(run.name))
     comparison.add(*videos.flicker_rows(baseline, comparison.runs, comparison.pairs, others))
 
@@ -142,6 +152,21 @@ def _add_distance(
     floor = floors.get(distance.metric)
     comparison.rows.append(fidelity.row(run, distance, values, clusters=comparison.clusters(run.name), floor=floor))
     comparison.values.setdefault(distance.key, {})[run.name] = values
+
+
+def _note_blank_pictures(comparison: Comparison, run: Run, is_blank: Tensor) -> None:
+    """Say of a run's rows and in the warnings how many pictures show nothing, while the baseline's do."""
+    places = [j for (_, j), blank in zip(comparison.pairs[run.name], is_blank.tolist(), strict=True) if blank]
+    if not places:
+        return
+    for row in comparison.rows:
+        if row.run == run.name and row.family == "fidelity":
+            row.detail[ONE_COLOUR] = len(places)
+    things = "videos" if run.is_video else "pictures"
+    comparison.warnings.append(
+        f"{run.name}: {len(places)} of {len(is_blank)} {things} are of one colour and the baseline's are not, such as "
+        f"'{run.pictures[places[0]].id}': so a run looks that met NaN. Scores of networks say nothing of them."
+    )
 
 
 def _floors(baseline: Run, pairs: Pairs, measured: Sequence[tuple[Distance, Tensor]]) -> dict[str, Estimate]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.eval.comparison.row import Row, Section, digits, without_lone_carrier
+from diffaccel.eval.comparison.row import Row, Section, digits, within_bounds, without_lone_carrier
 from diffaccel.eval.sets import prompts
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty import intervals
@@ -111,15 +111,18 @@ def _cell(row: Row, values: Tensor, texts: Sequence[str]) -> tuple[str, Any]:
     values, sign, places = values[finite], "+" if row.family == "alignment" else "", digits(row.metric)
     equal = count - len(values)
     more = f", {equal} identical" if equal else ""
-    numbers = {"identical_pairs": equal} if equal else {}
+    numbers: dict[str, Any] = {"identical_pairs": equal} if equal else {}
     if len(set(clusters)) < FEWEST:
         return f"{float(values.mean()):{sign}.{places}f}{more}", {"value": float(values.mean()), **numbers}
     mean = intervals.bootstrap_mean(values, clusters=clusters)
-    interval, note, carriers = without_lone_carrier(mean)
+    interval, note, carriers = without_lone_carrier(
+        within_bounds(row.metric, mean, is_difference=row.family == "alignment")
+    )
     if carriers is not None:
         more = f"{more}, {note}"
         numbers["carried_by"] = carriers
     if interval is None:
         return f"{mean.value:{sign}.{places}f}{more}", {"value": mean.value, **numbers}
-    text = f"{mean.value:{sign}.{places}f} ({mean.low:{sign}.{places}f} to {mean.high:{sign}.{places}f}){more}"
-    return text, {"value": mean.value, "low": mean.low, "high": mean.high, **numbers}
+    numbers |= {"value": interval.value, "low": interval.low, "high": interval.high}
+    value, low, high = (f"{number:{sign}.{places}f}" for number in (interval.value, interval.low, interval.high))
+    return f"{value} ({low} to {high}){more}", numbers

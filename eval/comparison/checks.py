@@ -10,7 +10,8 @@ from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.networks.extractors.base import Extractor
 from diffaccel.eval.networks.scorers import Scorer
-from diffaccel.eval.sets.run import Pairs, Run, same_noise
+from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt, same_noise
+from diffaccel.runs.request import WAY
 
 SAME = ("model", "model_digest", "dtype", "device", "size", "guidance")  # settings that runs should share
 
@@ -23,6 +24,29 @@ def check_same_kind(baseline: Run, runs: Sequence[Run]) -> None:
             raise DiffAccelError(
                 f"'{run.name}' holds {kind[run.is_video]} and '{baseline.name}' {kind[baseline.is_video]}. "
                 "Compare runs of one kind."
+            )
+
+
+def check_other_seeds(baseline: Run, others: Run | None) -> None:
+    """Raise unless a run is the baseline with other seeds: what another way of drawing changes is no chance.
+
+    Settings that only one of the records has, as those of a user's function, are not compared.
+    """
+    if others is None:
+        return
+    pair_by_prompt(baseline, others)
+    shared = {picture.key for picture in baseline.pictures} & {picture.key for picture in others.pictures}
+    if shared:
+        raise DiffAccelError(
+            f"'{others.name}' cannot stand for other seeds: {len(shared)} of its {len(others)} pictures have the "
+            f"prompt and the seed of one of '{baseline.name}'. Draw the baseline with another --seed."
+        )
+    settings, base_settings = (run.record.get("settings", {}) for run in (others, baseline))
+    for key in WAY:
+        if key in settings and key in base_settings and settings[key] != base_settings[key]:
+            raise DiffAccelError(
+                f"'{others.name}' cannot stand for other seeds: it differs from '{baseline.name}' in {key} "
+                f"({base_settings[key]} -> {settings[key]}). Draw the baseline itself with another --seed."
             )
 
 

@@ -17,6 +17,7 @@ from diffaccel.runs.request import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
+EXACT = "counted over these pictures, not estimated"
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
     "forwards": "rows through the network a picture",
@@ -36,9 +37,15 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
         cost_rows += _counted_rows(run, baseline)
         measured = [*_speed_rows(run, baseline, entries), *resource_rows(run, baseline, entries)]
         for row in measured:
-            row.detail["batch"] = images if run.name in entries else run.record.get("settings", {}).get("batch")
+            row.detail["batch"] = images if run.name in entries else _batch_of_run(run)
         cost_rows += measured
     return cost_rows
+
+
+def _batch_of_run(run: Run) -> int | None:
+    """Return how many pictures a call of a run drew at most; a short run never filled its batch."""
+    batch = run.record.get("settings", {}).get("batch")
+    return None if batch is None else min(batch, len(run))
 
 
 def _counted_rows(run: Run, baseline: Run) -> list[Row]:
@@ -53,7 +60,7 @@ def _counted_rows(run: Run, baseline: Run) -> list[Row]:
         if metric == "forwards" and (why := part_of_a_search(run)):
             counted.append(missing(metric, LABELS[metric], "cost", run.name, "lower", why))
             continue
-        row = cost_row(metric, run, cost[metric] / len(run), detail={"what": description})
+        row = cost_row(metric, run, cost[metric] / len(run), detail={"what": description, "from": EXACT})
         is_whole = metric == "nfe" or not part_of_a_search(baseline)
         if run is not baseline and base_cost and metric in base_cost and is_whole:
             row.delta = cost[metric] / len(run) - base_cost[metric] / len(baseline)
@@ -132,9 +139,11 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
     parts = ("text", "network", "decoder", "other", "all", "first call", "one-off", "set-up")
     heads = (*(f"{part}, ms" for part in parts), "calls", "measured")
     note = f"Milliseconds a picture, {images} to a call of the turns. " if entries else "Milliseconds a picture. "
-    note += "The first call is of a whole batch; one-off is what it took beyond a later one: "
-    note += f"compilation, caches; {NOT_SHOWN} where the turns differ by more. Set-up puts the methods on, once: "
-    note += "converted weights, calibration. Calls are of the network, in one call of the pipeline."
+    if entries:
+        note += "The first call is of a whole batch; one-off is what it took beyond a later one: "
+        note += f"compilation, caches; {NOT_SHOWN} where the turns differ by more. Set-up puts the methods on, once: "
+        note += "converted weights, calibration. "
+    note += "Medians or means without intervals. Calls are of the network, in one call of the pipeline."
     return Section(
         key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines), note=note,
         data={"runs": data, "images_a_call": images if entries else None},

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.eval.comparison.paired_scores import mean_estimate
 from diffaccel.eval.comparison.row import Better, Estimate, Row
+from diffaccel.eval.comparison.verdict import ONE_COLOUR
 from diffaccel.eval.images.prefetch import ahead
 from diffaccel.eval.metrics import paired
 from diffaccel.eval.sets.run import Pairs, Run
@@ -41,6 +42,16 @@ BUILT_IN = (
     Distance("psnr", "PSNR", "higher", "dB", paired.psnr),
     Distance("ssim", "SSIM", "higher", "", paired.ssim),
 )
+
+
+def _one_colour(base_images: Tensor, images: Tensor) -> Tensor:
+    """Return 1 for pairs whose second picture is of one colour while the first is not, else 0. (B,)."""
+    spreads = [(x.amax((2, 3)).int() - x.amin((2, 3)).int()).amax(1) for x in (images, base_images)]
+    return ((spreads[0] <= FLAT) & (spreads[1] > FLAT)).double()
+
+
+FLAT = 2  # levels of 255 that a video's compression may leave in a picture of one colour
+BLANK = Distance(ONE_COLOUR, "of one colour", "lower", "", _one_colour)
 
 
 def lpips_distance(network: Lpips) -> Distance:
@@ -114,7 +125,9 @@ def estimate(values: Tensor, clusters: Sequence[Any]) -> Estimate | None:
         return mean
     pooled = -10 * math.log10(float((10 ** (-values / 10)).mean()))
     note = f"{equal} of {len(values)} pairs identical, left out of the mean; {pooled:.2f} dB over the pixels of all"
-    return replace(mean, note=note, detail={"identical_pairs": equal, "pooled": pooled})
+    return replace(
+        mean, note="; ".join(filter(None, (note, mean.note))), detail={"identical_pairs": equal, "pooled": pooled}
+    )
 
 
 def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any], floor: Estimate | None) -> Row:
@@ -133,7 +146,7 @@ def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any]
         unit=distance.unit, n=len(values), m=len(values), detail={**distance.detail, **summary},
     )  # fmt: skip
     if floor is not None:
-        distance_row.floor, distance_row.floor_interval = floor.value, floor.interval
+        distance_row.set_floor(floor)
     equal_value = 0 if distance.better == "lower" else 1
     mean = estimate(values, clusters)
     distance_row.identical = mean is None or bool((values == equal_value).all())
@@ -141,8 +154,8 @@ def row(run: Run, distance: Distance, values: Tensor, *, clusters: Sequence[Any]
         distance_row.detail["identical_pairs"] = len(values)
         return distance_row
     distance_row.value = mean.value
-    if mean.note:
-        distance_row.n = len(values) - mean.detail["identical_pairs"]
-        distance_row.detail |= {**mean.detail, "from": mean.note}
+    distance_row.n = len(values) - mean.detail.get("identical_pairs", 0)
+    distance_row.detail |= mean.detail
+    distance_row.add_note(mean.note)
     distance_row.set_interval("interval", mean.interval)
     return distance_row

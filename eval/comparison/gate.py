@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -42,13 +42,14 @@ class Clause:
         """Return whether ``value`` makes the clause true."""
         return OPERATORS[self.op][0](value, self.number)
 
-    def sentence(self, value: float) -> str:
-        """Return in words how ``value`` compares with the number."""
+    def sentence(self, value: float, *, is_difference: bool = False) -> str:
+        """Return in words how ``value`` compares with the number; a difference to the baseline is called one."""
         word = OPERATORS[self.op][1]
         value_text, limit = f"{value:.6g}", f"{self.number:.6g}"
         if value_text == limit and value != self.number:
             value_text, limit = repr(value), repr(self.number)
-        return f"{self.metric} is {value_text}, {word if self.holds(value) else f'not {word}'} {limit}."
+        name = f"{self.metric}, less the baseline's," if is_difference else self.metric
+        return f"{name} is {value_text}, {word if self.holds(value) else f'not {word}'} {limit}."
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,19 @@ class Gate:
         """Names of the metrics that it needs, each once."""
         return tuple(dict.fromkeys(clause.metric for clause in _clauses(self.condition)))
 
-    def check(self, values: Mapping[str, float | None]) -> tuple[bool, list[str]]:
+    def check(
+        self, values: Mapping[str, float | None], *, reasons: Mapping[str, str] | None = None,
+        differences: Container[str] = (),
+    ) -> tuple[bool, list[str]]:  # fmt: skip
         """Return whether the condition holds, which fails the build, and a sentence on every clause.
 
         Every metric must have a value, also where another clause alone would decide: a gate that could not be
         measured must not look like one that passed. ``inf`` is a value (the PSNR of identical images).
+
+        Args:
+            values: by metric, the number that is compared.
+            reasons: by metric, why it has no value.
+            differences: names of the metrics whose numbers are differences to the baseline.
 
         Raises:
             DiffAccelError: for a metric that is not in ``values``, or has no value there.
@@ -94,11 +103,15 @@ class Gate:
                 raise unknown("metric", name, values)
             value = values[name]
             if value is None or math.isnan(value):
+                why = f" ({reason})" if (reason := (reasons or {}).get(name)) else ""
                 raise DiffAccelError(
-                    f"'{name}' has no value, so '{self.text}' cannot be checked. Measure it, or leave it out."
+                    f"'{name}' has no value{why}, so '{self.text}' cannot be checked. Measure it, or leave it out."
                 )
             numbers[name] = float(value)
-        sentences = [clause.sentence(numbers[clause.metric]) for clause in _clauses(self.condition)]
+        sentences = [
+            clause.sentence(numbers[clause.metric], is_difference=clause.metric in differences)
+            for clause in _clauses(self.condition)
+        ]
         return _holds(self.condition, numbers), sentences
 
 
@@ -123,7 +136,10 @@ def check_runs(gate: Gate | None, comparison: Comparison) -> tuple[bool, list[st
     """
     failed, sentences = False, []
     for run in comparison.runs if gate is not None else ():
-        fails, clauses = gate.check(comparison.gate_values(run.name))  # type: ignore[union-attr]
+        fails, clauses = gate.check(  # type: ignore[union-attr]
+            comparison.gate_values(run.name),
+            reasons=comparison.reasons(run.name), differences=comparison.gate_differences(run.name),
+        )  # fmt: skip
         failed |= fails
         sentences += [f"{run.name}: {'FAILED' if fails else 'passed'}: {sentence}" for sentence in clauses]
     return failed, sentences
@@ -193,6 +209,8 @@ def _parse_clause(tokens: _Tokens) -> Condition:
     op = tokens.advance()
     if tokens.kind != "number":
         raise tokens.error("a number")
+    if not math.isfinite(float(tokens.value)):  # no value lies beyond it: the clause would hold always, or never
+        raise tokens.error("a number below 1.8e308")
     return Clause(metric, op, float(tokens.advance()))
 
 

@@ -12,6 +12,8 @@ from diffaccel.eval.comparison.row import Better, Estimate, Family, Row
 from diffaccel.eval.sets.run import Pairs, Run, pair_by_prompt
 from diffaccel.eval.uncertainty import intervals
 
+ALONE = "one prompt: no interval"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -57,7 +59,7 @@ def rows(
         row = _row(score, run, run_values, clusters)
         row.delta = float((run_values - paired_values).mean())
         if floor is not None:
-            row.floor, row.floor_interval = floor.value, floor.interval
+            row.set_floor(floor, is_difference=True)
         if len(set(clusters)) > 1:
             difference = intervals.paired_difference(run_values, paired_values, clusters=clusters, better=score.better)
             row.set_interval("delta_interval", difference.interval)
@@ -98,7 +100,7 @@ def mean_estimate(values: Tensor, clusters: Sequence[Any], *, null: float | None
         null: the value of "no effect", for a difference.
     """
     if len(set(clusters)) < 2:
-        return Estimate(float(values.mean()))
+        return Estimate(float(values.mean()), note=ALONE)
     interval = replace(intervals.bootstrap_mean(values, clusters=clusters), null=null)
     return Estimate(interval.value, interval)
 
@@ -108,5 +110,7 @@ def _row(score: Score, run: Run, values: Tensor, clusters: Sequence[Any]) -> Row
         metric=score.metric, key=score.key, family=score.family, run=run.name, better=score.better, unit=score.unit,
         value=float(values.mean()), n=len(values), m=len(values), detail=dict(score.detail),
     )  # fmt: skip
-    row.set_interval("interval", mean_estimate(values, clusters).interval)
+    mean = mean_estimate(values, clusters)
+    row.add_note(mean.note)
+    row.set_interval("interval", mean.interval)
     return row

@@ -80,7 +80,9 @@ def _row(metric: str, key: str, run: Run, values: Tensor, clusters: Sequence[Any
         metric=metric, key=key, family="alignment", run=run.name, better="higher", value=float(values.mean()),
         n=len(values), m=len(values), detail=dict(detail),
     )  # fmt: skip
-    row.set_interval("interval", mean_estimate(values, clusters).interval)
+    mean = mean_estimate(values, clusters)
+    row.add_note(mean.note)
+    row.set_interval("interval", mean.interval)
     return row
 
 

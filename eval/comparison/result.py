@@ -66,10 +66,20 @@ class Comparison:
 
     def gate_values(self, run: str) -> dict[str, float | None]:
         """Return the numbers that ``--fail-if`` compares, by full name, and by short name where one row has it."""
+        return {name: row.gate_value for name, row in self._named_rows(run).items()}
+
+    def reasons(self, run: str) -> dict[str, str]:
+        """Return by the same names why there is no number."""
+        return {name: row.missing for name, row in self._named_rows(run).items() if row.missing}
+
+    def gate_differences(self, run: str) -> set[str]:
+        """Return those names whose number is a difference to the baseline."""
+        return {name for name, row in self._named_rows(run).items() if row.delta is not None}
+
+    def _named_rows(self, run: str) -> dict[str, Row]:
         rows = [row for row in self.rows if row.run == run]
         counts = Counter(row.metric for row in rows)
-        by_short_name = {row.metric: row.gate_value for row in rows if counts[row.metric] == 1}
-        return {row.key: row.gate_value for row in rows} | by_short_name
+        return {row.key: row for row in rows} | {row.metric: row for row in rows if counts[row.metric] == 1}
 
     def table(self) -> str:
         """Return verdicts, every metric with its interval, and warnings, as text for a terminal."""

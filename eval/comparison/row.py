@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,6 +17,11 @@ DIGITS = {
     "nfe": 1, "forwards": 1, "first_call": 4, "psnr_drift": 4, "ssim_drift": 5,
 }  # fmt: skip
 
+BOUNDS = {  # of the mean of a metric; others have none
+    "psnr": (0.0, math.inf), "ssim": (-1.0, 1.0), "lpips": (0.0, math.inf), "latent_error": (0.0, math.inf),
+    "clip_i": (-1.0, 1.0), "clip_score": (0.0, 100.0), "clip_score_w2.5": (0.0, 250.0), "flicker": (0.0, 255.0),
+    "precision": (0.0, 1.0), "recall": (0.0, 1.0), "density": (0.0, math.inf), "coverage": (0.0, 1.0),
+}  # fmt: skip
 FEW_CARRIERS = 5  # that carry a spread: a reader must know of fewer
 LEAST_TO_WITHHOLD = 30  # prompts; one alone that carries the spread of so many gives no interval
 BY_PROMPT = ("fidelity", "video", "alignment")  # families whose intervals are over prompts
@@ -36,6 +41,17 @@ def without_lone_carrier(
     if interval.units >= LEAST_TO_WITHHOLD and count == 1:
         return None, f"{note}, too few for an interval", count
     return interval, note, count
+
+
+def within_bounds(metric: str, interval: Interval | None, *, is_difference: bool = False) -> Interval | None:
+    """Cut an interval to the values that a metric, or a difference of two of them, can have at all."""
+    if interval is None or metric not in BOUNDS:
+        return interval
+    least, most = BOUNDS[metric]
+    if is_difference:
+        least, most = least - most, most - least
+    low, high = min(max(interval.low, least), interval.value), max(min(interval.high, most), interval.value)
+    return replace(interval, low=low, high=high)
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,19 @@ class Row:
         interval, note, count = without_lone_carrier(interval, part)
         if count is not None:
             self.detail["carried_by" if name == "interval" else "delta_carried_by"] = count
-            self.detail["from"] = "; ".join(filter(None, (self.detail.get("from"), note)))
-        setattr(self, name, interval)
+            self.add_note(note)
+        setattr(self, name, within_bounds(self.metric, interval, is_difference=name == "delta_interval"))
+
+    def set_floor(self, floor: Estimate, *, is_difference: bool = False) -> None:
+        """Set what other seeds of the baseline do: a value of the metric, or a difference of two."""
+        self.floor = floor.value
+        self.floor_interval = within_bounds(self.metric, floor.interval, is_difference=is_difference)
+
+    def add_note(self, note: str) -> None:
+        """Add to what ``detail`` says of where the number comes from; once, and nothing for ""."""
+        notes = [*filter(None, self.detail.get("from", "").split("; ")), *filter(None, [note])]
+        if notes:
+            self.detail["from"] = "; ".join(dict.fromkeys(notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as JSON-ready values: a missing or infinite number is null."""

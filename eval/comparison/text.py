@@ -19,7 +19,7 @@ FAMILIES = {
     "distribution": "Distribution",
     "cost": "Cost of a picture",
 }
-HEADS = ("run", "metric", "value", "interval", "difference", "other seeds", "n")
+HEADS = ("run", "metric", "value", "interval", "difference", "other seeds", "n", "note")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _line(row: Row) -> Line:
     delta = number(row.delta, "+")
     if row.delta is not None and row.delta_interval is not None:
         delta += f" ({number(row.delta_interval.low, '+')} to {number(row.delta_interval.high, '+')})"
-    note = row.missing or row.detail.get("from", "")
+    note = "; ".join(filter(None, (row.missing or row.detail.get("from", ""), "" if row.missing else row.too_few)))
     sign = "+" if row.floor_interval is not None and row.floor_interval.null == 0 else ""
     floor = number(row.floor, sign)
     if row.floor_interval is not None:
@@ -125,11 +125,12 @@ def plain(comparison: Comparison) -> str:
             (
                 line.run,
                 f"{line.metric} {line.arrow}",
-                line.value or line.note,
+                line.value,
                 line.interval,
                 line.delta,
                 line.floor,
                 line.n,
+                line.note,
             )
             for line in group
         ]

@@ -22,6 +22,7 @@ EXPLAINED = (
     f"{SAME}: every picture is equal to the bit, or the interval holds 0 and stays inside what other seeds do. "
     f"{NOT_SHOWN}: neither. A distance to the baseline's own pictures is no quality and has no word."
 )
+ONE_COLOUR = "one_colour"  # in a row's detail: pictures that show nothing, as a run draws that broke down
 COUNTED = ("nfe", "forwards", "flops")  # numbers without uncertainty
 RATIOS = ("speedup", "energy_ratio")  # to the baseline's
 
@@ -76,9 +77,17 @@ def run_word(rows: Sequence[Row]) -> str:
     if any(row.get("identical") and row["metric"] == "psnr" for row in rows):
         return SAME
     words = {word(row) for row in rows if row["family"] not in ("cost", "fidelity")} - {""}
+    if any((row.get("detail") or {}).get(ONE_COLOUR) for row in rows):
+        return WORSE if WORSE in words else NOT_SHOWN  # a network may well like a blank picture
     if {BETTER, WORSE} <= words:
         return MIXED
     return next((w for w in (WORSE, BETTER, NOT_SHOWN, SAME) if w in words), NOT_SHOWN)
+
+
+def ruined_text(row: Row, things: str) -> str:
+    """Return how many of a row's pictures are of one colour, where their pairs in the baseline are not; "" for none."""
+    count = (row.get("detail") or {}).get(ONE_COLOUR)
+    return f"{count} of its {things} of one colour, which the baseline's are not" if count else ""
 
 
 def number(row: Row, value: float | None, sign: str = "") -> str:

@@ -77,6 +77,8 @@ def drift_rows(run: Run, measured: FrameCurves, clusters: Sequence[object]) -> l
         if len({label for _, label in labelled}) > 1:
             values, labels = zip(*labelled, strict=True)
             row.set_interval("interval", intervals.bootstrap_mean(values, clusters=labels))
+        elif labelled:
+            row.add_note(paired_scores.ALONE)
         rows.append(row)
     return rows
 

@@ -84,7 +84,13 @@ def _interval(
     def influences(rows: Tensor) -> Tensor:
         return _influences(a, reference, kernel, rows, partners)
 
-    return influence_interval(value, influences, len(a), held=held, positive=positive, level=level)
+    interval = influence_interval(value, influences, len(a), held=held, positive=positive, level=level)
+    if not len(pairs) == len(a) == len(reference):
+        return interval
+    # a row that is equal to its partner moves nothing, and one alone that is not has no other to be told apart from
+    moving = sum(not torch.equal(a[i], reference[j]) for i, j in pairs)
+    few = min(interval.carriers or moving, moving)
+    return replace(interval, carriers=float(few)) if moving else interval
 
 
 def _difference(a: Tensor, b: Tensor, reference: Tensor, kernel: Kernel, level: float, *, place: int) -> Interval:

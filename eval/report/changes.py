@@ -31,13 +31,14 @@ _REPORT = {
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Read a ``report.json``.
+    """Read a ``report.json``, or that of a folder.
 
     Raises:
         DiffAccelError: for any other file.
     """
+    file = Path(path).expanduser()
     try:
-        report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        report = json.loads((file / "report.json" if file.is_dir() else file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffAccelError(f"The report '{path}' cannot be read ({error}).") from error
     if not isinstance(report, dict) or not isinstance(report.get("metrics"), list):

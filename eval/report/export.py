@@ -16,7 +16,7 @@ from diffaccel.eval.report.summary import Cell, RunSummary, cell, main_keys, row
 
 COLUMNS = (
     "run", "metric", "key", "family", "better", "verdict", "value", "low", "high", "delta", "delta_low", "delta_high",
-    "floor", "floor_low", "floor_high", "n", "m", "unit", "identical", "missing",
+    "floor", "floor_low", "floor_high", "n", "m", "unit", "identical", "missing", "note",
 )  # fmt: skip
 IN_TURNS = ("energy_ratio", "energy", "peak_memory")  # costs of the LaTeX table beside the speed-up
 _FORMULAS = ("=", "+", "-", "@")  # with these a spreadsheet would take a text for a formula
@@ -45,6 +45,7 @@ def _values(row: Row) -> dict[str, Any]:
         "verdict": verdict.word(row), "low": interval.get("low"), "high": interval.get("high"),
         "delta_low": delta.get("low"), "delta_high": delta.get("high"),
         "floor": floor, "floor_low": low, "floor_high": high,
+        "note": "" if row.get("missing") else cell(row, row["key"]).note,
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from diffaccel import zoo
 from diffaccel.eval.comparison.row import Row
 
 TERA = 1e12
-WHAT = "the network's products, attention and convolutions, two operations a multiply-add"
+WHAT = "counted, not estimated: the network's products, attention and convolutions, two operations a multiply-add"
 WHOLE = ("euler", "heun", "dpmpp2m", "ancestral", "scheduler", "bon")  # methods that run the whole network at full size
 
 

@@ -68,6 +68,11 @@ def bracketed(value: str, interval: str) -> str:
     return f"{value} ({interval})" if interval else value
 
 
+def counted_things(count: int, things: str) -> str:
+    """Return a number of things in words: "2 pictures", "1 picture"."""
+    return f"{count} {things.removesuffix('s') if count == 1 else things}"
+
+
 def things_of(report: Mapping[str, Any]) -> str:
     """Return what the runs hold: "videos" or "pictures"."""
     return "videos" if any(row["family"] == "video" for row in report["metrics"]) else "pictures"
@@ -103,14 +108,26 @@ def summaries(report: Mapping[str, Any]) -> list[RunSummary]:
 def headline(report: Mapping[str, Any]) -> str:
     """Return in a few words how much faster the runs are, and how many are better, worse or the same."""
     summary = summaries(report)
-    speeds = [row["value"] for row in report["metrics"] if row["metric"] == "speedup" and row.get("value")]
-    low, high = (f"{end:.2f}x" for end in (min(speeds), max(speeds))) if speeds else ("", "")
-    speed = f"{low} to {high} as fast" if low != high else f"{low} as fast" if low else "Speed not measured"
+    speed = _speed_headline([row for row in report["metrics"] if row["metric"] == "speedup" and row.get("value")])
     if len(summary) == 1:
-        return f"{speed}, quality {summary[0].word}"
+        return f"{speed.removesuffix(',')}, quality {summary[0].word}"
     words = [run.word for run in summary]
     counts = ", ".join(f"{w} in {words.count(w)}" for w in verdict.WORDS if w in words)
-    return f"{speed}; quality {counts} of {len(words)} runs"
+    return f"{speed.removesuffix(',')}; quality {counts} of {len(words)} runs"
+
+
+def _speed_headline(rows: Sequence[Row]) -> str:
+    """Return how fast runs are in a few words, which never say more than the intervals of their speed-ups."""
+    if not rows:
+        return "Speed not measured"
+    unproven = [row for row in rows if row.get("interval") and verdict.word(row) == verdict.NOT_SHOWN]
+    if len(unproven) == len(rows):
+        return "Speed-up not shown"
+    speeds = [row["value"] for row in rows if row not in unproven]
+    low, high = (f"{end:.2f}x" for end in (min(speeds), max(speeds)))
+    guess = ", without an interval," if not any(row.get("interval") for row in rows) else ""
+    speed = f"{low} to {high} as fast" if low != high else f"{low} as fast"
+    return f"{speed}{guess}" + (f", not shown in {len(unproven)}" if unproven else "")
 
 
 def how_to_read(report: Mapping[str, Any]) -> str:
@@ -174,13 +191,13 @@ def count_text(row: Row) -> str:
     units = (row.get("delta_interval") or row.get("interval") or {}).get("units")
     if units and row["family"] in BY_PROMPT:
         return f"{units} prompts"
-    return f"{row['n']} pictures" if row.get("n") else ""
+    return counted_things(row["n"], "pictures") if row.get("n") else ""
 
 
 def note_text(row: Row) -> str:
     """Return why a number is missing, or where it comes from; "" for none."""
     detail = row.get("detail") or {}
-    batch = f"{detail['batch']} pictures in a call" if detail.get("batch") else ""
+    batch = f"{counted_things(detail['batch'], 'pictures')} in a call" if detail.get("batch") else ""
     return clean("; ".join(filter(None, (row.get("missing") or detail.get("from"), batch))))
 
 
@@ -213,7 +230,8 @@ def _quality_texts(rows: Mapping[str, Row], main: Sequence[Row], names: Mapping[
     """Return what a sentence says of quality: differences by their verdicts, then the distance to the baseline."""
     if any(row.get("identical") and row["metric"] == "psnr" for row in rows.values()):
         return [f"pixel for pixel the baseline's {things}"]
-    texts = []
+    ruined = next((text for row in rows.values() if (text := verdict.ruined_text(row, things))), "")
+    texts = [ruined] if ruined else []
     differences = [row for row in main if row.get("delta_interval")]
     for word in (verdict.BETTER, verdict.SAME, verdict.WORSE, verdict.NOT_SHOWN):
         group = [row for row in differences if verdict.word(row) == word]

@@ -10,8 +10,18 @@ from diffaccel.eval.comparison import verdict
 from diffaccel.eval.comparison.text import FAMILIES
 from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.names import clean
-from diffaccel.eval.report.summary import Cell, cell, count_text, noise_text, note_text, rows_of, things_of
+from diffaccel.eval.report.summary import (
+    Cell,
+    cell,
+    count_text,
+    counted_things,
+    noise_text,
+    note_text,
+    rows_of,
+    things_of,
+)
 
+MOST_NOTES = 6  # of single runs below a table
 FULL_HEADS = ("run", "metric", "value", "95 % interval", "difference", "verdict", "other seeds", "n", "note")
 
 GROUPS = {
@@ -104,12 +114,21 @@ def _full_line(row: Row) -> tuple[str, ...]:
 
 
 def _notes(keys: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
-    """Return the notes that all runs of a metric share, each with the metrics that have it."""
+    """Return notes on metrics, each with the metrics that have it, and their runs where not all runs have it.
+
+    Notes of single runs are left to the table of every number where there are more than :data:`MOST_NOTES`.
+    """
     notes: dict[str, list[str]] = {}
+    single: dict[str, list[str]] = {}
     for key in keys:
-        if note := _shared([row for row in rows if row["key"] == key and row.get("value") is not None], note_text):
-            notes.setdefault(note, []).append(key)
-    return list(notes.items())
+        by_run = {row["run"]: note_text(row) for row in rows if row["key"] == key and row.get("value") is not None}
+        for note in dict.fromkeys(by_run.values()):
+            runs = [run for run, text in by_run.items() if text == note]
+            if note and len(runs) == len(by_run):
+                notes.setdefault(note, []).append(key)
+            elif note:
+                single.setdefault(note, []).append(f"{key} of {' and '.join(runs)}")
+    return [*notes.items(), *(single.items() if len(single) <= MOST_NOTES else ())]
 
 
 def _shared(rows: Sequence[Row], text_of: Any) -> str:
@@ -124,5 +143,10 @@ def counted(report: Mapping[str, Any]) -> str:
     things = things_of(report)
     device = clean((base.get("device") or {}).get("name") or "")
     prompts = next((count_text(row) for row in report["metrics"] if "prompts" in count_text(row)), "")
-    parts = [f"{base['images']} {things} a run", f"of {prompts}" if prompts else "", device, report["made"][:10]]
+    counts = sorted({run["images"] for run in report["runs"]})
+    if len(counts) > 1:  # of which the prompts of one run say nothing
+        images, prompts = f"{counts[0]} to {counted_things(counts[-1], things)}", ""
+    else:
+        images = counted_things(base["images"], things)
+    parts = [f"{images} a run", f"of {prompts}" if prompts else "", device, report["made"][:10]]
     return ", ".join(filter(None, [" ".join(filter(None, parts[:2])), *parts[2:]]))

@@ -48,7 +48,8 @@ def runs(tmp_path_factory) -> dict[str, Run]:
 
 
 def with_prompts(run: Run) -> Run:
-    pictures = [Picture(p.id, p.file, WORDS[i % len(WORDS)], i) for i, p in enumerate(run.pictures)]
+    first = COUNT * (run.name == "other")  # seed
+    pictures = [Picture(p.id, p.file, WORDS[i % len(WORDS)], first + i) for i, p in enumerate(run.pictures)]
     return Run(run.name, run.path, tuple(pictures))
 
 

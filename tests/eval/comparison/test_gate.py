@@ -110,3 +110,17 @@ def test_a_metric_without_a_value_is_never_a_pass() -> None:
 def test_errors_say_where(text: str, message: str) -> None:
     with pytest.raises(DiffAccelError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["", " ", "x<1e400", "x<-1e999 or y>0"])
+def test_a_gate_that_could_never_fail_is_refused(text: str) -> None:
+    with pytest.raises(DiffAccelError, match="wants a"):
+        parse(text)
+
+
+def test_a_gate_says_why_a_number_is_missing_and_what_is_a_difference() -> None:
+    gate = parse("fd>3 or nfe>3")
+    with pytest.raises(DiffAccelError, match=r"'fd' has no value \(too few pictures\)"):
+        gate.check({"fd": None, "nfe": 1.0}, reasons={"fd": "too few pictures"})
+    said = gate.check({"fd": 1.0, "nfe": -2.0}, differences={"nfe"})[1]
+    assert said == ["fd is 1, not above 3.", "nfe, less the baseline's, is -2, not above 3."]

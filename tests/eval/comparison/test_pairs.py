@@ -12,11 +12,14 @@ import torch
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import categories, compare_runs
 from diffaccel.eval.comparison.measures import Measures
-from diffaccel.eval.comparison.row import Row
+from diffaccel.eval.comparison.row import Row, within_bounds
+from diffaccel.eval.comparison.verdict import word
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from diffaccel.eval.networks.scorers import Scorer
+from diffaccel.eval.report import contents
 from diffaccel.eval.sets import prompts
 from diffaccel.eval.uncertainty import intervals
+from diffaccel.eval.uncertainty.intervals import Interval
 from tests.support import made_runs
 
 WORDS = [f"thing {i // 2}" for i in range(24)]  # two pictures of each prompt
@@ -37,7 +40,10 @@ def sets(tmp_path_factory):
         "brighter": changed,
         "other": [made_runs.blocks(99 + i) for i in range(24)],
     }
-    return {name: made_runs.of_images(root / name, images, WORDS) for name, images in made.items()}
+    return {
+        name: made_runs.of_images(root / name, images, WORDS, first_seed=24 * (name == "other"))
+        for name, images in made.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -149,10 +155,14 @@ def test_no_verdict_of_fewer_than_ten_prompts(tmp_path, count, verdict):
 def test_one_prompt_gets_no_verdict(tmp_path):
     pictures = [made_runs.blocks(i) for i in range(2)]
     base, run, other = (
-        made_runs.of_images(tmp_path / name, [picture // k for picture in pictures], ["thing"] * 2)
-        for k, name in ((2, "base"), (3, "run"), (4, "other"))
+        made_runs.of_images(tmp_path / name, [picture // k for picture in pictures], ["thing"] * 2, first_seed=seed)
+        for k, name, seed in ((2, "base", 0), (3, "run", 0), (4, "other", 2))
     )
-    row = compare_runs(base, [run], Measures(others=other)).row("ssim", "run")
+    result = compare_runs(base, [run], Measures(others=other, scorers=[Scorer("brightness", brightness)]))
+    for row in result.rows:  # each says why it has no interval
+        assert (row.interval is None and "one prompt: no interval" in row.detail["from"]) or row.family == "cost"
+    assert "one prompt: no interval" in result.table()
+    row = result.row("ssim", "run")
     assert row.within_noise is None and row.too_few == "too few prompts (n = 1) for a verdict"
 
 
@@ -250,3 +260,47 @@ def test_pictures_beside_videos_are_refused(sets, tmp_path):
     with pytest.raises(DiffAccelError, match="'video' holds videos and 'base' pictures"):
         compare_runs(sets["base"], [video])
     assert not Path(video.path / ".features").exists()
+
+
+def test_no_interval_leaves_the_values_that_a_metric_can_have(tmp_path):
+    """Two prompts give the widest intervals: those of SSIM and its floor end at -1 and 1 all the same."""
+    pictures, texts = [made_runs.blocks(i) for i in range(2)], ["ab 1", "ab 2"]
+    base = made_runs.of_images(tmp_path / "base", pictures, texts)
+    run = made_runs.of_images(tmp_path / "run", [pictures[0], 255 - pictures[1]], texts)
+    other = made_runs.of_images(tmp_path / "other", [pictures[0], pictures[0]], texts, first_seed=2)
+    row = compare_runs(base, [run], Measures(others=other)).row("ssim", "run")
+    assert (row.interval.low, row.interval.high) == (row.floor_interval.low, row.floor_interval.high) == (-1.0, 1.0)
+    wide = Interval(40.0, -900.0, 1000.0)
+    assert within_bounds("clip_score", wide) == Interval(40.0, 0.0, 100.0)
+    assert within_bounds("clip_score", wide, is_difference=True) == Interval(40.0, -100.0, 100.0)
+    assert within_bounds("brightness", wide) == wide and within_bounds("ssim", None) is None
+
+
+def test_pictures_of_one_colour_are_named_and_never_better(tmp_path):
+    pictures, texts = [made_runs.blocks(i) for i in range(12)], [f"thing {i}" for i in range(12)]
+    broken = [torch.zeros_like(picture) if i % 2 else picture for i, picture in enumerate(pictures)]
+    base = made_runs.of_images(tmp_path / "base", [*pictures[:11], torch.zeros_like(pictures[0])], texts)
+    run = made_runs.of_images(tmp_path / "run", broken, texts)
+    darkness = Scorer("darkness", lambda images, _: -brightness(images, _))
+    report = contents(result := compare_runs(base, [run], Measures(scorers=[darkness])))
+    assert (
+        word(next(row for row in report["metrics"] if row["metric"] == "darkness" and row["run"] == "run")) == "better"
+    )
+    assert report["verdicts"][0]["word"] == "not shown"
+    assert "5 of its pictures of one colour" in report["verdicts"][0]["text"]
+    assert "run: 5 of 12 pictures are of one colour" in result.warnings[0] and "'00001'" in result.warnings[0]
+    whole = compare_runs(base, [made_runs.of_images(tmp_path / "whole", [p // 2 for p in pictures], texts)])
+    assert whole.warnings == []
+
+
+def test_other_seeds_must_be_other_seeds_of_the_baseline(tmp_path):
+    pictures, texts = [made_runs.blocks(i) for i in range(3)], [f"thing {i}" for i in range(3)]
+    base = made_runs.of_images(tmp_path / "base", pictures, texts, {"settings": {"steps": 8}})
+    twin = made_runs.of_images(tmp_path / "twin", pictures, texts, {"settings": {"steps": 8}})
+    fewer = made_runs.of_images(tmp_path / "fewer", pictures, texts, {"settings": {"steps": 4}}, first_seed=3)
+    with pytest.raises(DiffAccelError, match="3 of its 3 pictures have the prompt and the seed of one of 'base'"):
+        compare_runs(base, [twin], Measures(others=twin))
+    with pytest.raises(DiffAccelError, match=r"it differs from 'base' in steps \(8 -> 4\)"):
+        compare_runs(base, [twin], Measures(others=fewer))
+    with pytest.raises(DiffAccelError, match="They are one folder"):
+        compare_runs(base, [base])

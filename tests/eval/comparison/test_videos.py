@@ -39,7 +39,10 @@ def sets(tmp_path_factory):
     base = [grey([60, 60, 60, 60, 60, 60]), grey([20, 40, 60, 80, 100, 120])] * 2
     drifting = [v + torch.arange(6, dtype=torch.uint8).view(-1, 1, 1, 1) * 4 for v in base]
     made = {"base": base, "same": base, "drifting": drifting, "other": [v + 40 for v in base]}
-    return {name: made_runs.of_videos(root / name, some, PROMPTS) for name, some in made.items()}
+    return {
+        name: made_runs.of_videos(root / name, some, PROMPTS, first_seed=9 * (name == "other"))
+        for name, some in made.items()
+    }
 
 
 @functools.cache

@@ -189,6 +189,19 @@ def test_gaussian_kernel_is_the_plain_sum(unbiased: bool, monkeypatch: pytest.Mo
     assert gaussian_mmd2(x, y, sigma=3, unbiased=unbiased) == pytest.approx(expected, rel=1e-9)
 
 
+def test_one_row_that_differs_is_no_certain_distance() -> None:
+    """The products that one row is in cancel: a distance of exactly 0, which its own interval cannot know."""
+    x = draw(40, 4)
+    y, pairs = x.clone(), [(i, i) for i in range(40)]
+    equal = kid_interval(x, y, pairs=pairs)
+    assert equal.high == pytest.approx(0, abs=1e-12)
+    y[7] = 5.0
+    changed = kid_interval(x, y, pairs=pairs)
+    assert changed.high == pytest.approx(0, abs=1e-12) and changed.carriers == 1
+    y[9] = 5.0
+    assert kid_interval(x, y, pairs=pairs).high > 1e-3 and kid_interval(x, y, pairs=pairs).carriers <= 2
+
+
 def test_gaussian_kernel_of_the_population() -> None:
     d, s, t, sigma, q = 8, 1.0, 1.5, 3.0, 1.28
     truth = expected_mmd2(d, s, t, sigma, q)

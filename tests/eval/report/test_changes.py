@@ -88,7 +88,8 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(
         "Beyond the old report's intervals:\n  fast: ssim, value 0.9000 -> 0.5000, worse"
     )
-    assert main(["eval", "diff", str(files[0]), str(files[0])]) == 0
+    (tmp_path / "report.json").write_text(json.dumps(OLD))
+    assert main(["eval", "diff", str(files[0]), str(tmp_path)]) == 0  # the folder of a report, too
     assert capsys.readouterr().out == "Nothing changed.\n"
     assert main(["eval", "diff", str(files[0]), str(files[1]), "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["beyond"]) == 1

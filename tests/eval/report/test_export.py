@@ -15,7 +15,7 @@ MADE = report(
     score("fast", -1 / 3, -0.5, -0.1, floor=0.1, floor_interval={"low": -0.2, "high": 1e-17}),
     row("psnr", "fast", None, family="fidelity", identical=True, unit="dB", key="PSNR"),
     row("fd", "fast", None, family="distribution", better="lower", key="FD-tiny@1a", missing='too few, "only" 6'),
-    speedup("fast", 1.7512345678901234, 1.73, 1.77),
+    speedup("fast", 1.7512345678901234, 1.73, 1.77) | {"detail": {"from": "6 turns"}},
 )
 
 
@@ -37,6 +37,7 @@ def test_every_number_of_the_report_comes_back_from_the_csv():
             interval = entry.get(f"{prefix}interval") or {"low": None, "high": None}
             assert [number(line[f"{prefix}{end}"]) for end in ("low", "high")] == [interval["low"], interval["high"]]
         assert line["identical"] == str(entry["identical"]).lower() and line["missing"] == (entry["missing"] or "")
+    assert lines[4]["note"] == "6 turns" and lines[3]["note"] == ""  # of the missing there is a column
     assert [line["verdict"] for line in lines] == ["", "worse", "same", "", "better"]
 
 

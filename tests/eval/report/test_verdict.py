@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffaccel.eval.comparison import verdict
-from diffaccel.eval.report import summary
+from diffaccel.eval.report import summary, tables
 from tests.support.report_rows import report, row, score, speedup
 
 SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}
@@ -107,3 +107,33 @@ def test_the_first_screen_explains_its_own_columns_and_words_alone():
     assert "worse: the interval leaves out 0" in told and "better" not in told and "same" not in told
     told = summary.how_to_read(report(score("fast", 0.1, -0.2, 0.5), score("slow", 1.0, 0.5, 2.0)))
     assert "better: the interval leaves out 0. not shown: not proven either way." in told and "SSIM" not in told
+
+
+@pytest.mark.parametrize(
+    ("speeds", "text"),
+    [
+        ([speedup("a", 1.2, 0.9, 1.5)], "Speed-up not shown"),  # whose interval holds 1
+        ([speedup("a", 1.6)], "1.60x as fast, without an interval"),
+        ([speedup("a", 0.5, 0.4, 0.6)], "0.50x as fast"),
+        ([speedup("a", 1.6, 1.5, 1.7), speedup("b", 3.0, 0.9, 4.0)], "1.60x as fast, not shown in 1"),
+    ],
+)
+def test_the_headline_says_no_more_than_the_intervals(speeds, text):
+    assert summary.headline(report(*speeds)).startswith(text + (", " if len(speeds) == 1 else "; "))
+
+
+def test_a_page_of_runs_of_different_counts_says_so():
+    made = report(score("a", -1.0, -2.0, -0.5, units=5))
+    made["runs"][1]["images"] = 5
+    assert tables.counted(made).startswith("5 to 100 pictures a run, ")
+    for run in made["runs"]:
+        run["images"] = 1
+    assert tables.counted(made).startswith("1 picture a run of 5 prompts, ")
+
+
+def test_a_note_of_one_run_is_not_told_of_all():
+    noted = score("a", -1.0, -2.0, -0.5, detail={"from": "4 of 30 carry the spread"})
+    (table,) = tables.metric_tables(report(noted, score("b", -1.0, -2.0, -0.5)))
+    assert table.notes == [("4 of 30 carry the spread", ["clip_score of a"])]
+    (table,) = tables.metric_tables(report(noted, {**noted, "run": "b"}))
+    assert table.notes == [("4 of 30 carry the spread", ["clip_score"])]
