@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from diffaccel.eval.images.names import is_text
 
 STDIN = "-"
 PACKAGED = Path(str(files(__package__) / "prompt_sets"))
+_LINE_END = re.compile(r"\r\n?|\n")  # others, such as U+2028, are part of a prompt
 _PROMPT_KEYS = ("prompt", "text", "caption")
 _CATEGORY_KEYS = ("category", "challenge", "kind", "tag")
 _REQUEST_KEYS = {"seed": "--seed", "negative_prompt": "--negative", "negative": "--negative"}  # of a run, not a prompt
@@ -65,6 +68,11 @@ def read(source: str) -> Prompts:
 def _from_rows(source: str, name: str, read_rows: Callable[[], list[tuple[str, str]]]) -> Prompts:
     try:
         rows = read_rows()
+    except UnicodeDecodeError as error:
+        raise DiffAccelError(
+            f"The prompt file '{source}' is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. "
+            "Save it as UTF-8."
+        ) from error
     except (OSError, ValueError, csv.Error) as error:
         raise DiffAccelError(
             f"The prompt file '{source}' cannot be read as {Path(source).suffix or 'text'} ({error})."
@@ -95,7 +103,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     """Read the prompt and category of every entry of a file."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
-        table = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
+        table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
         return [_row(entry) for entry in table]
     if path.suffix == ".json":
         entries = json.loads(text)
@@ -103,12 +111,12 @@ def _rows(path: Path) -> list[tuple[str, str]]:
             raise ValueError("it must hold a list")
         return [_row(entry) for entry in entries]
     if path.suffix == ".jsonl":
-        return [_row(json.loads(line)) for line in text.splitlines() if line.strip()]
+        return [_row(json.loads(line)) for line in _LINE_END.split(text) if line.strip()]
     return _lines(text)
 
 
 def _lines(text: str) -> list[tuple[str, str]]:
-    return [(line.strip(), "") for line in text.splitlines() if line.strip()]
+    return [(line.strip(), "") for line in _LINE_END.split(text) if line.strip()]
 
 
 def _row(entry: Any) -> tuple[str, str]:
@@ -120,7 +128,9 @@ def _row(entry: Any) -> tuple[str, str]:
     values = {str(key).lower(): value for key, value in entry.items()}
     if wrong := next((key for key in _REQUEST_KEYS if values.get(key) is not None), None):
         raise ValueError(f"'{wrong}' of a single prompt has no effect; take it out, and pass {_REQUEST_KEYS[wrong]}")
-    prompt = next((values[key] for key in _PROMPT_KEYS if key in values), None)
-    if not isinstance(prompt, str):
+    key = next((key for key in _PROMPT_KEYS if key in values), None)
+    if key is None:
         raise ValueError(f"an entry has no {' or '.join(_PROMPT_KEYS)}, but {', '.join(map(str, entry)) or 'nothing'}")
+    if not isinstance(prompt := values[key], str):
+        raise ValueError(f"the {key} of an entry is {json.dumps(prompt)}, which is no text")
     return prompt, str(next((values[key] for key in _CATEGORY_KEYS if key in values), None) or "")

@@ -39,6 +39,7 @@ def test_formats(tmp_path, name):
         ("p.jsonl", '{"prompt": "a", "seed": 3}', "'seed' of a single prompt has no effect.*--seed"),
         ("p.jsonl", '{"prompt": "a", "negative_prompt": "b"}', "--negative"),
         ("p.csv", "a,b\n1,2\n", "has no prompt"),
+        ("p.jsonl", '{"prompt": 3}', "the prompt of an entry is 3, which is no text"),
         ("p.json", '["a\\ud800"]', "Prompt 1 of .* holds half a character"),
     ],
 )
@@ -46,6 +47,26 @@ def test_what_is_none(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(DiffAccelError, match=said):
         prompts.read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "byte"), [("a cat\n".encode("utf-16"), "byte 0 is 0xff"), ("café".encode("latin-1"), "byte 3 is 0xe9")]
+)
+def test_a_file_of_another_encoding_is_told_so(tmp_path, content, byte):
+    (tmp_path / "p.txt").write_bytes(content)
+    with pytest.raises(DiffAccelError, match=rf"is not UTF-8: {byte}. Save it as UTF-8."):
+        prompts.read(str(tmp_path / "p.txt"))
+
+
+def test_a_prompt_ends_where_its_line_or_its_quotes_do(tmp_path):
+    """Separators that only Python's splitlines takes for ends of a line are part of a prompt."""
+    odd = "a cat\u2028and\x85a\x0chat"
+    (tmp_path / "p.txt").write_text(f"{odd}\r\nb\n", newline="")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": odd}, ensure_ascii=False) + "\n")
+    (tmp_path / "p.csv").write_text(f'prompt,kind\n"{odd},\nor two",x\n', newline="")
+    assert prompts.read(str(tmp_path / "p.txt")).texts == (odd, "b")
+    assert prompts.read(str(tmp_path / "p.jsonl")).texts == (odd,)
+    assert prompts.read(str(tmp_path / "p.csv")).texts == (f"{odd},\nor two",)
 
 
 def test_stdin_is_one_prompt_a_line(monkeypatch):
