@@ -93,6 +93,11 @@ def _parse_condition(text: str) -> Tolerance:
         raise DiffAccelError(f"Say whose CLIP score: {', '.join(clip_metrics)}.")
     if metric not in EQUAL and not metric.startswith(f"{CLIP_SCORE}["):
         raise unknown("metric with a tolerance", metric, [*EQUAL, *clip_metrics])
+    if condition.tolerance >= (widest := max(map(abs, condition.bounds))):
+        raise DiffAccelError(
+            f"'{text.strip()}' holds of any two runs: {metric} is never further from its value for equal pictures than "
+            f"{widest:g}. Give a smaller tolerance."
+        )
     return condition
 
 

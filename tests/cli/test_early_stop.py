@@ -138,6 +138,8 @@ def test_rules_are_read(rule, metrics):
         ("ssim within x", "no tolerance"),
         ("ssim within -1", "positive"),
         ("psnr within 3", "Take ssim"),
+        ("ssim within 2", "holds of any two runs.*further .* than 2"),
+        ("lpips within 0.1 and clip_score[emoji-clip-judge] within 100", "holds of any two runs"),
         ("clip_score within 3", r"clip_score\[emoji-clip-judge\]"),
         ("sim within 3", "Did you mean 'ssim'"),
         ("ssim within 0.1 and ssim within 0.2", "twice"),

@@ -121,6 +121,16 @@ def test_many_pictures_are_left_out_of_a_page_that_would_be_too_large(comparison
     assert len(page.of("img")) == 6 + 8 and len((tmp_path / "report.html").read_bytes()) < whole
 
 
+def test_a_phone_shows_what_other_seeds_do(comparison):
+    """Heads of columns are hidden there, so that cells must have what stands in them."""
+    made = report.contents(comparison)
+    for row in made["metrics"]:
+        if row["metric"] == "ssim":
+            row |= {"floor": 0.25, "floor_interval": {"low": 0.125, "high": 0.5}}
+    text = html_text(made)
+    assert text.count('<small class="narrow">other seeds 0.2500 (0.1250 to 0.5000)</small>') == len(comparison.runs)
+
+
 def test_the_full_table_goes_metric_by_metric(comparison):
     comparison.rows += [replace(row, run="another") for row in comparison.rows if row.run == "changed"]
     for table in tables.full_tables(report.contents(comparison)):
