@@ -98,8 +98,16 @@ class Run:
         return {image: i for i, image in enumerate(self.source.ids)}
 
     def image(self, index: int) -> Tensor:
-        """Read the pixels of one picture, uint8 (3, H, W)."""
-        return self.source.image(self._positions[self.pictures[index].id])
+        """Read the pixels of one picture, uint8 (3, H, W).
+
+        Raises:
+            DiffAccelError: for a file that is no whole picture, with the run's name: others have files of that name.
+        """
+        position = self._positions[self.pictures[index].id]
+        try:
+            return self.source.image(position)
+        except DiffAccelError as error:
+            raise DiffAccelError(f"{self.name}: {error}") from error
 
 
 def open_run(path: str | Path) -> Run:

@@ -304,3 +304,12 @@ def test_other_seeds_must_be_other_seeds_of_the_baseline(tmp_path):
         compare_runs(base, [twin], Measures(others=fewer))
     with pytest.raises(DiffAccelError, match="They are one folder"):
         compare_runs(base, [base])
+
+
+def test_a_damaged_picture_is_named_with_its_run(tmp_path):
+    pictures, texts = [made_runs.blocks(i) for i in range(2)], ["a", "b"]
+    base, run = (made_runs.of_images(tmp_path / name, pictures, texts) for name in ("base", "run"))
+    file = run.pictures[1].file
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DiffAccelError, match=r"^run: The image '00001\.png' cannot be read"):
+        compare_runs(base, [run])
