@@ -1,6 +1,6 @@
 """Say which variants of a comparison at equal seconds lie on the front of seconds and score, with intervals.
 
-    python -m scripts.pareto_front docs/results/bench_equal_seconds_emoji-flux_nvidia-h200_pictures.json
+    python -m scripts.pareto_front out/equal/bench_equal_seconds_emoji-flux_nvidia-h200_pictures.json
 
 A variant is *on* the front when it surely scores higher than every one that takes no longer: each paired difference has
 its 95 % interval above zero, which needs no correction, since all must hold. It is *off* when one that takes no longer
