@@ -15,6 +15,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison import compare_runs
 from diffaccel.eval.comparison.measures import Measures
 from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.report import check_folder
 from diffaccel.eval.report import write as write_report
 from diffaccel.eval.sets import requests
 from diffaccel.eval.sets.candidates import Candidate, is_pipeline
@@ -89,6 +90,8 @@ def compare(
         DiffAccelError: for a candidate that is none of these, runs that are not of the same pictures, and whatever the
             model cannot do.
     """
+    if report is not None:
+        check_folder(Path(report))
     values = (baseline, candidate, *more)
     host = _host(model, values)
     candidates = with_unique_names([to_candidate(value, host=host) for value in values])

@@ -35,6 +35,7 @@ from diffaccel.eval.uncertainty.intervals import bootstrap_mean
 from diffaccel.eval.uncertainty.sequential import Sequential
 from scripts.coverage_of_features import FEATURES, FEW, Only, Row, distances, extrapolations, generator, holds, shares
 from scripts.coverage_of_turns import ratios
+from scripts.coverage_of_verdicts import called_same
 
 Array = NDArray[np.float64]
 REPORT = Path("docs/results/report_emoji-flux_steps/report.json")
@@ -49,6 +50,7 @@ HEADS = {
     "shares": ("number", "features", "population", "n", "coverage", "holds"),
     "early stop": ("population", "looks", "false", "holds", "tolerance", "pictures until proven equal", "proven"),
     "A against A": ("number", "population", "n", "beyond noise", "holds"),
+    "same": ("number", "population", "n", "noise", "false", "holds", "no change"),
 }
 
 
@@ -189,6 +191,14 @@ def against_itself(pairs: dict[str, Array], scale: float) -> Iterator[Row]:
                 }  # fmt: skip
 
 
+def seed_changes(pairs: dict[str, Array]) -> dict[str, Array]:
+    """Return what another seed may change in the score of a prompt: normal, heavy-tailed, and as a report's scores."""
+    forms = closed_forms()
+    heavy = forms["lognormal, sigma 1"]
+    scores = {name: x for name, x in pairs.items() if name.startswith("clip_score")}
+    return {"normal": forms["normal"], "lognormal, sigma 1, difference of two": heavy - heavy[::-1], **scores}
+
+
 def _row_of_itself(number: str, population: Array, n: int, draw: np.random.Generator, seed: int) -> comparison_row.Row:
     """Return the row of a comparison of two samples of one population."""
     a, b = (population[draw.integers(0, len(population), n)] for _ in range(2))
@@ -235,7 +245,7 @@ def summary(tables: dict[str, list[Row]]) -> str:
 def _cell(value: Any, head: str) -> str:
     if head in ("holds", "promised"):
         return "yes" if value else "no"
-    if head in ("coverage", "false", "beyond noise", "proven"):
+    if head in ("coverage", "false", "beyond noise", "proven", "no change"):
         return f"{100 * value:.1f} %"
     return "" if value is None else str(value)
 
@@ -256,7 +266,7 @@ def _with_earlier(file: Path, tables: dict[str, list[Row]], *, whole: bool) -> d
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("number", "population", "n", "turns", "looks"))
+    return tuple(row.get(key) for key in ("number", "population", "n", "turns", "looks", "noise"))
 
 
 def _join(report: record.Record, folder: Path, out: Path) -> None:
@@ -294,6 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         "shares": lambda: shares(options.scale, only),
         "early stop": lambda: early_stop(pairs, options.scale),
         "A against A": lambda: against_itself(pairs, options.scale),
+        "same": lambda: called_same(seed_changes(pairs), options.scale),
     }
     command = ["python", "-m", "scripts.bench_coverage", *(sys.argv[1:] if argv is None else argv)]
     report = record.Record(kind="bench_coverage", settings={"scale": options.scale, "few": FEW}, command=command)

@@ -177,6 +177,9 @@ def _check_outputs(options: Any) -> None:
             terminal.check_output(name, path)
     if options.report is not None:
         terminal.check_output("--report", options.report, folder=True)
+        from diffaccel.eval.report import check_folder
+
+        check_folder(options.report)
 
 
 def _write_report(options: Any, report: dict[str, Any]) -> None:

@@ -20,6 +20,12 @@ CACHE = ".features"
 FEWEST = 100  # pictures
 
 
+def too_few_pictures(count: int) -> str:
+    """Return why so many pictures, fewer than :data:`FEWEST`, have no distance of distributions."""
+    verb = "picture is" if count == 1 else "pictures are"
+    return f"{count} {verb} too few to compare distributions; give at least {FEWEST}"
+
+
 def features(run: Run, extractor: Extractor) -> Tensor:
     """Return features (n, d) in the order of the run's pictures; the run's folder keeps them."""
     run_features = extract(run.source, extractor, cache=run.path / CACHE)
@@ -83,7 +89,7 @@ def rows(
     measured_runs = (baseline, *runs) if reference is not None else runs
     smallest = min(*(len(run) for run in (baseline, *runs)), len(reference or baseline))
     if smallest < FEWEST:
-        why = f"{smallest} pictures are too few to compare distributions; give at least {FEWEST}"
+        why = too_few_pictures(smallest)
         return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in measured_runs]
     run_features = {run.name: _placed(features(run, extractor), extractor) for run in (baseline, *runs)}
     if reference is None:

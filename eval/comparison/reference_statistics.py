@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffaccel.eval.comparison.distribution import FEWEST, features
+from diffaccel.eval.comparison.distribution import FEWEST, features, too_few_pictures
 from diffaccel.eval.comparison.printed_distances import FD, feature_row
 from diffaccel.eval.comparison.row import Estimate, Row, missing
 from diffaccel.eval.comparison.zoo_reference import ShippedStatistics
@@ -57,7 +57,7 @@ def rows(
     reference_moments, warnings = load_moments(reference, extractor)
     reference_name = reference.name if isinstance(reference, ShippedStatistics) else Path(reference).stem
     if (fewest := min(map(len, all_runs))) < FEWEST:
-        why = f"{fewest} pictures are too few to compare distributions; give at least {FEWEST}"
+        why = too_few_pictures(fewest)
         return [missing(FD, extractor.key, "distribution", run.name, "lower", why) for run in all_runs], warnings
     base_features = features(baseline, extractor)
     floor = None

@@ -1,30 +1,36 @@
 """Verdicts: one word for a row of ``report.json``, and one for a run.
 
 ``better`` and ``worse``: the 95 % interval of the paired difference to the baseline excludes 0, and the metric's
-direction says which. ``same``: every picture is equal to the bit, or the interval holds 0 and is no wider than what
-other seeds of the baseline do. ``not shown``: none of these is proven, as with fewer than 10 prompts. A distance to the
-baseline's own pictures has no word: being far from them is neither better nor worse.
+direction says which. ``same``: every picture is equal to the bit, or the interval holds 0 and stays inside
+:func:`same_margin`, what other seeds would do to a mean over 1,000 prompts. ``not shown``: none of these is proven, as
+with fewer than 10 prompts. A distance to the baseline's own pictures has no word: being far from them is neither better
+nor worse.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 from diffaccel.eval.comparison.row import BY_PROMPT, digits
 from diffaccel.eval.uncertainty.intervals import too_few
+from diffaccel.eval.uncertainty.student import student_quantile
 
 Row = Mapping[str, Any]  # of report.json
 BETTER, WORSE, SAME, NOT_SHOWN, MIXED = "better", "worse", "same", "not shown", "better and worse"
 WORDS = (BETTER, WORSE, SAME, NOT_SHOWN, MIXED)
 EXPLAINED = (
     f"{BETTER}, {WORSE}: the 95 % interval of the paired difference to the baseline excludes 0. "
-    f"{SAME}: every picture is equal to the bit, or the interval holds 0 and stays inside what other seeds do. "
+    f"{SAME}: every picture is equal to the bit, or the interval holds 0 and stays inside what other seeds would do to "
+    f"a mean over 1,000 prompts. "
     f"{NOT_SHOWN}: neither. A distance to the baseline's own pictures is no quality and has no word."
 )
 ONE_COLOUR = "one_colour"  # in a row's detail: pictures that show nothing, as a run draws that broke down
 COUNTED = ("nfe", "forwards", "flops")  # numbers without uncertainty
 RATIOS = ("speedup", "energy_ratio")  # to the baseline's
+MARGIN_PROMPTS = 1000  # over which other seeds' effect on a mean is the margin of "same"
 
 
 def word(row: Row) -> str:
@@ -39,7 +45,7 @@ def word(row: Row) -> str:
     if few_prompts(row):
         return NOT_SHOWN
     shown = word_of_difference(interval["low"], interval["high"], row["better"])
-    return SAME if shown == NOT_SHOWN and _inside_noise(interval, row) else shown
+    return SAME if shown == NOT_SHOWN and _inside_margin(interval, row) else shown
 
 
 def word_of_difference(low: float, high: float, better: str) -> str:
@@ -70,6 +76,25 @@ def floor(row: Row) -> tuple[float | None, tuple[float, float] | None]:
 def noise_interval(row: Row) -> tuple[float, float] | None:
     """Return the interval of other seeds' difference to the baseline; None where the floor is no difference."""
     return floor(row)[1] if row["family"] in BY_PROMPT and row.get("delta") is not None else None
+
+
+def same_margin(row: Row) -> float | None:
+    """Return how far from 0 a difference may lie and be the same; None where other seeds were not measured.
+
+    It is what other seeds would do to a mean over 1,000 prompts: ``1.96 s / sqrt(1000)``, some 6 % of the deviation
+    ``s`` of what another seed changes in the score of one prompt. So it is a property of the model, and few prompts do
+    not widen it as they widen the interval of other seeds. ``s`` is read from the shorter arm of that interval of ``n``
+    prompts, ``s = arm sqrt(n) / t`` with Student's ``t`` of ``n - 1`` degrees.
+
+    %%NUMBERS%%
+    """
+    value, ends = floor(row)
+    units = (row.get("floor_interval") or {}).get("units")
+    if value is None or ends is None or noise_interval(row) is None or not units or units < 2:
+        return None
+    arm = max(0.0, min(value - ends[0], ends[1] - value))
+    by_chance = student_quantile(0.975, units - 1)
+    return arm * NormalDist().inv_cdf(0.975) / by_chance * math.sqrt(units / MARGIN_PROMPTS)
 
 
 def run_word(rows: Sequence[Row]) -> str:
@@ -129,8 +154,8 @@ def _word_of_cost(row: Row) -> str:
     return SAME if delta == 0 else BETTER if (delta > 0) == (row["better"] == "higher") else WORSE
 
 
-def _inside_noise(interval: Mapping[str, Any], row: Row) -> bool:
+def _inside_margin(interval: Mapping[str, Any], row: Row) -> bool:
     if interval["low"] == interval["high"] == 0:
         return True
-    noise = noise_interval(row)
-    return noise is not None and max(-interval["low"], interval["high"]) <= max(abs(end) for end in noise)
+    margin = same_margin(row)
+    return margin is not None and max(-interval["low"], interval["high"]) <= margin

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.result import Comparison
 from diffaccel.eval.report import by_batch, flops, pictures
 from diffaccel.eval.report.credits import credits_of
@@ -34,6 +35,19 @@ def contents(comparison: Comparison, command: list[str] | None = None) -> dict[s
     return report | {"verdicts": verdicts(report), "credits": credits_of(report)}
 
 
+def check_folder(out: Path) -> None:
+    """Raise for a folder that holds a run: a report among its pictures would be taken for a part of it.
+
+    Raises:
+        DiffAccelError: for a folder with a ``run.json``.
+    """
+    if (out / "run.json").is_file():
+        raise DiffAccelError(
+            f"'{out}' holds a run of its own (run.json), and a report is no part of it. Name another folder, such as "
+            f"'{out.with_name('report')}'."
+        )
+
+
 def write(comparison: Comparison, out: Path, *, command: list[str] | None = None, pairs: int = 8) -> dict[str, Any]:
     """Write the files of a report and return what is in ``report.json``.
 
@@ -42,7 +56,11 @@ def write(comparison: Comparison, out: Path, *, command: list[str] | None = None
         out: the folder; made if need be.
         command: the command line, for the record.
         pairs: number of pairs shown of each run, half of them its worst; fewer where the page would pass 10 MiB.
+
+    Raises:
+        DiffAccelError: for the folder of a run.
     """
+    check_folder(out)
     report = contents(comparison, command)
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out, r"report\.(json|md|html|csv|tex)|pictures\.json")

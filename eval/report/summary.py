@@ -144,7 +144,7 @@ def how_to_read(report: Mapping[str, Any]) -> str:
     if proven:
         texts.append(f"{', '.join(proven)}: the interval leaves out 0")
     if verdict.SAME in shown:
-        texts.append(f"{verdict.SAME}: the interval holds 0, within what other seeds do")
+        texts.append(f"{verdict.SAME}: the interval holds 0, within what other seeds do to 1,000 prompts")
     if verdict.NOT_SHOWN in shown:
         texts.append(f"{verdict.NOT_SHOWN}: not proven either way")
     return clean(". ".join(texts) + ".")

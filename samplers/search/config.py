@@ -113,7 +113,7 @@ class SearchConfig(SamplerConfig):
 
     @classmethod
     def support(cls, machine: Machine) -> tuple[Level, str]:
-        return "fast", "works everywhere, also into a hole: time follows NFE, the budget, and the reward's own cost"
+        return "fast", "works everywhere, inpainting too: time follows NFE, the budget, and the reward's own cost"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options, JSON-ready; a reward that is not text is given by its name."""

@@ -8,7 +8,8 @@ from diffaccel.eval.comparison import verdict
 from diffaccel.eval.report import summary, tables
 from tests.support.report_rows import report, row, score, speedup
 
-SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}
+SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4, "units": 100}}
+FEW_SEEDS = {"floor": -3.2, "floor_interval": {"low": -10.38, "high": 2.1, "units": 10}}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,10 @@ SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}
         (score("x", -0.3, -0.5, -0.1, better="lower"), "better"),
         (score("x", 0.0, -0.1, 0.1), "not shown"),  # nothing says how much is nothing
         (score("x", 0.0, -0.1, 0.1, **SEEDS), "same"),
-        (score("x", 0.0, -0.5, 0.1, **SEEDS), "not shown"),  # more than other seeds do
+        (score("x", 0.0, -0.2, 0.2, **SEEDS), "not shown"),  # inside what other seeds do to 100 prompts, not to 1,000
+        (score("x", -1.27, -3.82, 0.22, units=10, **FEW_SEEDS), "not shown"),  # few prompts widen no margin
+        (score("x", 0.0, -0.1, 0.1, **FEW_SEEDS), "same"),
+        (score("x", 0.0, -0.1, 0.1, floor=0.05, floor_interval={"low": -0.3, "high": 0.4}), "not shown"),  # of how many?
         (score("x", -0.2, -0.3, -0.1, **SEEDS), "worse"),  # proven, if small
         (score("x", 0.0, 0.0, 0.0), "same"),
         (score("x", -3.0, -5.0, -1.0, units=9), "not shown"),
@@ -39,6 +43,18 @@ SEEDS = {"floor": 0.05, "floor_interval": {"low": -0.3, "high": 0.4}}
 )
 def test_words(measured, word):
     assert verdict.word(measured) == word
+
+
+def test_the_margin_of_the_same_is_of_the_deviation_between_seeds_and_not_of_their_number():
+    """Exact: intervals of ``s t / sqrt(n)`` give ``1.96 s / sqrt(1000)`` for every ``n``, by their shorter arm."""
+    for n, t in ((10, 2.262157), (30, 2.045230), (1000, 1.962341)):
+        arm = 3.0 * t / n**0.5
+        for arms in ((arm, arm), (arm, 5 * arm), (5 * arm, arm)):
+            seeds = {"floor": 0.7, "floor_interval": {"low": 0.7 - arms[0], "high": 0.7 + arms[1], "units": n}}
+            margin = verdict.same_margin(score("x", 0.0, -0.1, 0.1, **seeds))
+            assert margin == pytest.approx(1.959964 * 3.0 / 1000**0.5, rel=1e-5)
+    assert verdict.same_margin(score("x", 0.0, -0.1, 0.1)) is None  # no other seeds
+    assert verdict.same_margin(row("ssim", "x", 0.9, family="fidelity", low=0.8, high=0.95, **SEEDS)) is None
 
 
 def one(*rows):
