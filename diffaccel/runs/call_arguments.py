@@ -47,7 +47,8 @@ def check_subjects(pipe: Any, request: Request) -> None:
         raise no_prompt()
     if source == "class" and request.subjects == (None,):
         raise DiffAccelError(
-            f"No class was given. {cls.__name__} draws from classes: pass --class with a number or name."
+            f"No class was given. {cls.__name__} draws from classes: pass --class with a number or name (in eval run "
+            "--prompts, a file of classes; in eval time --prompt)."
         )
 
 

@@ -104,7 +104,7 @@ def parse(text: str) -> Variant:
             options[owner or names[0]][option] = value
         else:
             allowed = [*CALL, *(f"{name}.OPTION" for name in names)]
-            raise unknown(f"setting of the variant '{text}'", key, allowed)
+            raise DiffAccelError(f"In the variant '{text}': {unknown('setting', key, allowed)}")
     methods = []
     for name in names:
         config_class = registry.config_class(name)

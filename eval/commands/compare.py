@@ -119,6 +119,8 @@ def run_compare(argv: list[str]) -> int:
     failed, sentences = gate.check_runs(rule, comparison)
     report = _report(comparison, timings, options.report, ["diffaccel", "eval", "compare", *argv])
     _write_report(options, report)
+    if options.report is not None and not options.json:
+        terminal.write_note(f"The report's page: {options.report / 'report.html'}")
     for sentence in sentences:
         terminal.write_note(sentence)
     return GATE_FAILED if failed else 0

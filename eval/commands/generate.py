@@ -39,6 +39,8 @@ def _parser() -> terminal.Parser:
         "--batch", type=int, default=8, metavar="B", help="pictures in one pipeline call (default 8); changes last bits"
     )
     add("--threads", type=int, default=0, metavar="N", help="CPU threads of each process; changes last bits")
+    add("--frames", type=int, metavar="N", help="frames of each video (default: the model's own)")
+    add("--fps", type=float, metavar="F", help="frames a second of the video (default: the model's own)")
     add("--latents", action="store_true", help="keep what the decoder was given, for the latent error")
     add("--baseline", metavar="RUN", help="with --until: the finished run that this one is compared with")
     add(
@@ -79,7 +81,8 @@ def _request(options: Any, variant: Variant) -> Request:
 
     request = Request(
         model=options.model, num=options.num, seed=options.seed, batch=options.batch, dtype=options.dtype,
-        device=options.device, threads=options.threads, latents=options.latents,
+        device=options.device, threads=options.threads, latents=options.latents, frames=options.frames,
+        fps=options.fps,
     )  # fmt: skip
     texts = requests.load_texts(options.prompts, options.first)
     return variant.of(requests.with_texts(request, texts, loading.pipeline_class(options.model), options.first))
@@ -111,7 +114,8 @@ def _summary(record: dict[str, Any], variant: str) -> str:
     cost_text = f"{cost['seconds'] / count:.3f} s and {cost['nfe'] / count:g} NFE each"
     if "joules" in cost:
         cost_text += f", {cost['joules'] / count:.3g} J"
-    text = f"{count} pictures in {record['out']} by {variant}: {cost_text}"
+    things = "videos" if "frames" in record["images"][0] else "pictures"
+    text = f"{count} {things if count > 1 else things[:-1]} in {record['out']} by {variant}: {cost_text}"
     if before := drawn_before(record, "picture"):
         text += f"\n{before}"
     if until := record.get("until"):

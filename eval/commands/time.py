@@ -7,6 +7,8 @@ from typing import Any
 from diffaccel import terminal, zoo
 from diffaccel.runs.loading import quiet_libraries
 
+PROMPT = "a red apple"
+
 
 def run_time(argv: list[str]) -> int:
     """Run ``eval time`` and return its exit status."""
@@ -35,8 +37,13 @@ def _parser() -> terminal.Parser:
     add = parser.add_argument
     add("variants", nargs="+", metavar="VARIANT", help="plain, plain:steps=8, dpmpp2m:steps=8, or YAML files")
     terminal.add_model_options(parser)
-    add("--prompt", default="a red apple", help="what every call draws")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help=f"what every call draws (default '{PROMPT}'); the class, of a model that draws classes",
+    )
     add("--batch", type=int, default=1, metavar="B", help="pictures in one call (default 1)")
+    add("--frames", type=int, metavar="N", help="frames of each video (default: the model's own)")
     add("--turns", type=int, default=10, metavar="N", help="timed calls of each variant (default 10)")
     add("--warm-up", type=int, default=3, metavar="N", help="calls of each before the first turn (default 3)")
     add(
@@ -52,17 +59,23 @@ def _parser() -> terminal.Parser:
 def _measure(options: Any) -> dict[str, Any]:
     """Open the model and let its variants take turns."""
     from diffaccel.eval.commands.options import progress_printer
+    from diffaccel.eval.sets import requests
     from diffaccel.eval.timing.turns import take_turns
     from diffaccel.eval.uncertainty.turns import LONG
     from diffaccel.runs import loading
+    from diffaccel.runs.call_arguments import source_of
     from diffaccel.runs.request import Request
     from diffaccel.runs.variant import parse
 
     variants = [parse(text) for text in options.variants]
     request = Request(
-        prompts=(options.prompt,), num=options.batch, batch=options.batch, model=options.model, dtype=options.dtype,
-        device=options.device,
-    ).with_model_defaults()  # fmt: skip
+        num=options.batch, batch=options.batch, model=options.model, dtype=options.dtype, device=options.device,
+        frames=options.frames,
+    )  # fmt: skip
+    pipeline = loading.pipeline_class(options.model)
+    default = (PROMPT,) if pipeline is None or source_of(pipeline) == "text" else ()
+    texts = default if options.prompt is None else (options.prompt,)
+    request = requests.with_texts(request, texts, pipeline).with_model_defaults()
     quiet_libraries(options.json or options.model in zoo.names())
     pipe = loading.open_plain(request)
     return take_turns(

@@ -12,7 +12,7 @@ from diffaccel.eval.comparison.resources import resource_rows
 from diffaccel.eval.comparison.row import Row, Section, missing
 from diffaccel.eval.comparison.verdict import NOT_SHOWN
 from diffaccel.eval.sets.run import Run
-from diffaccel.eval.uncertainty.intervals import median_ratio
+from diffaccel.eval.uncertainty.intervals import LEAST_TURNS, median_ratio
 from diffaccel.runs.request import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
@@ -91,7 +91,9 @@ def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
 
 def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     entry = entries[run.name]
-    seconds = cost_row("seconds", run, entry["seconds_per_image"], unit="s", detail={"from": TURNS})
+    seconds = cost_row(
+        "seconds", run, entry["seconds_per_image"], unit="s", detail={"from": _turns_note(entry["turns"])}
+    )
     seconds.n = entry["turns"]
     images = median(entry["seconds"]) / entry["seconds_per_image"]
     if interval := median_ratio(entry["seconds"], [images] * len(entry["seconds"])).interval:
@@ -103,10 +105,19 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
         return [seconds, missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why)]
     # the timing's own ratios are to its first variant, which may be another one than this baseline's
     ratio = median_ratio(base_entry["seconds"], entry["seconds"])
-    detail = {"from": TURNS, "turns": entry["turns"], "significant": ratio.to_dict()["significant"]}
+    detail = {
+        "from": _turns_note(entry["turns"]),
+        "turns": entry["turns"],
+        "significant": ratio.to_dict()["significant"],
+    }
     speedup = cost_row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
     speedup.interval, speedup.n = ratio.interval, entry["turns"]
     return [seconds, speedup]
+
+
+def _turns_note(turns: int) -> str:
+    """Return where times of turns come from, and why so few of them have no interval."""
+    return TURNS if turns >= LEAST_TURNS else f"{TURNS}, too few for an interval ({LEAST_TURNS})"
 
 
 def _same_machine(run: Run, baseline: Run) -> bool:

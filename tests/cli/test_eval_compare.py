@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import diffaccel.eval
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.networks import lpips
 from diffaccel.eval.sets.candidates import draw_function
@@ -102,6 +103,24 @@ def test_videos(run, tmp_path):
 def test_what_does_not_fit_is_refused(run, drawn, words, said):
     done = run("eval", "compare", drawn / "base", drawn / "run", "--device", "cpu", *words)
     assert done.status == 2 and said in done.err and not done.out
+
+
+def test_a_report_is_not_written_into_the_folder_of_a_run(run, drawn, tmp_path):
+    before = sorted(file.name for file in (drawn / "run").iterdir())
+    done = run("eval", "compare", drawn / "base", drawn / "run", "--report", drawn / "run", "--device", "cpu")
+    assert done.status == 2 and "holds a run of its own (run.json)" in done.err and "Name another folder" in done.err
+    assert sorted(file.name for file in (drawn / "run").iterdir()) == before
+    with pytest.raises(DiffAccelError, match="holds a run of its own"):
+        diffaccel.eval.compare(drawn / "base", drawn / "run", report=drawn / "run")
+    done = run("eval", "compare", drawn / "base", drawn / "run", "--report", tmp_path / "report", "--device", "cpu")
+    assert done.status == 0 and f"page: {tmp_path / 'report' / 'report.html'}" in done.err
+
+
+def test_one_picture_is_too_few(run, tmp_path):
+    for name, function in (("one", levels), ("other", brighter)):
+        draw_function(function, Request(prompts=PROMPTS[:1]), tmp_path / name)
+    done = run("eval", "compare", tmp_path / "one", tmp_path / "other", "--device", "cpu")
+    assert done.status == 0 and "1 picture is too few to compare" in done.out
 
 
 def test_a_comparison_reads_as_json(run, drawn):

@@ -248,6 +248,32 @@ def test_a_full_disk_keeps_what_is_finished(sample, tmp_path, monkeypatch):
     assert len(sample(*command).json["images"]) == 3
 
 
+@pytest.mark.slow
+def test_runs_of_videos_are_drawn_timed_and_compared(run, models, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    model, frames = ("--model", models / "wan"), ("--frames", 5)
+    for steps in (1, 2):
+        accel = ("--accel", f"plain:steps={steps},size=32", "--prompts", tmp_path / "prompts.txt", "--threads", 1)
+        done = run("eval", "run", *model, *frames, "--fps", 4, *accel, "--out", tmp_path / str(steps))
+        assert f"2 videos in {tmp_path / str(steps)}" in done.out, done.err
+    variants = ("plain:steps=1,size=32", "plain:steps=2,size=32")
+    timing = ("--turns", 3, "--warm-up", 1, "--out", tmp_path / "timing.json")
+    assert run("eval", "time", *variants, *model, *frames, *timing).status == 0
+    more = ("--timing", tmp_path / "timing.json", "--json")
+    rows = run("eval", "compare", tmp_path / "2", tmp_path / "1", *more).json["metrics"]
+    found = {row["metric"]: row for row in rows if row["run"] == "1"}
+    assert found["ssim"]["value"] < 1 and found["flicker"]["delta"] is not None
+    assert found["speedup"]["interval"] is None and "too few for an interval" in found["speedup"]["detail"]["from"]
+
+
+@pytest.mark.slow
+def test_what_draws_from_noise_or_classes_takes_turns_too(run, models):
+    turns = ("plain:steps=1", "plain:steps=2", "--turns", 2, "--warm-up", 1)
+    assert run("eval", "time", *turns, "--model", models / "ddpm", "--json").json["turns"] == 2
+    assert run("eval", "time", *turns, "--model", models / "dit", "--prompt", "tench", "--json").json["turns"] == 2
+    assert "No class was given" in run("eval", "time", *turns, "--model", models / "dit").err
+
+
 def test_not_a_number(sample, tmp_path, monkeypatch):
     from diffusers import AutoencoderKLWan
 

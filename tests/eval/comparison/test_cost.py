@@ -97,6 +97,15 @@ def test_six_turns_have_an_interval(sides, timing):
     assert row.interval == expected and row.detail["significant"] is True and row.detail["turns"] == 6
 
 
+@pytest.mark.parametrize("turns", [3, 4])
+def test_a_few_turns_say_why_they_have_no_interval(sides, timing, turns):
+    for variant in timing["variants"]:
+        variant |= {"turns": turns, "seconds": [variant["seconds"][0] * (1 + i / 100) for i in range(turns)]}
+    for metric in ("seconds", "speedup"):
+        row = rows_of(*sides, timing)[metric, "fast"]
+        assert row.interval is None and row.detail["from"] == "turns on one machine, too few for an interval (6)"
+
+
 def test_rows_of_turns(sides, timing):
     rows = rows_of(*sides, timing)
     assert rows["seconds", "base"].value == 2.0 and rows["speedup", "fast"].value == 2.0

@@ -24,7 +24,10 @@ FEW_SEEDS = {"floor": -3.2, "floor_interval": {"low": -10.38, "high": 2.1, "unit
         (score("x", 0.0, -0.2, 0.2, **SEEDS), "not shown"),  # inside what other seeds do to 100 prompts, not to 1,000
         (score("x", -1.27, -3.82, 0.22, units=10, **FEW_SEEDS), "not shown"),  # few prompts widen no margin
         (score("x", 0.0, -0.1, 0.1, **FEW_SEEDS), "same"),
-        (score("x", 0.0, -0.1, 0.1, floor=0.05, floor_interval={"low": -0.3, "high": 0.4}), "not shown"),  # of how many?
+        (
+            score("x", 0.0, -0.1, 0.1, floor=0.05, floor_interval={"low": -0.3, "high": 0.4}),
+            "not shown",
+        ),  # of how many?
         (score("x", -0.2, -0.3, -0.1, **SEEDS), "worse"),  # proven, if small
         (score("x", 0.0, 0.0, 0.0), "same"),
         (score("x", -3.0, -5.0, -1.0, units=9), "not shown"),
