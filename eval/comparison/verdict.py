@@ -86,8 +86,8 @@ def same_margin(row: Row) -> float | None:
     not widen it as they widen the interval of other seeds. ``s`` is read from the shorter arm of that interval of ``n``
     prompts, ``s = arm sqrt(n) / t`` with Student's ``t`` of ``n - 1`` degrees.
 
-    Simulated (``python -m scripts.bench_coverage --part same``), a true change of half of what seeds do to ``n`` prompts
-    is called the same in at most 0.8 % of 500 samples at ``n`` = 10, 30 and 100.
+    Simulated (``python -m scripts.bench_coverage --part same``), a true change of half of what seeds do to ``n``
+    prompts is called the same in at most 0.8 % of 500 samples at ``n`` = 10, 30 and 100.
     """
     value, ends = floor(row)
     units = (row.get("floor_interval") or {}).get("units")
