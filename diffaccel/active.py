@@ -140,11 +140,6 @@ def watches_calls(config: Any) -> bool:
     return bool(getattr(config, "watches_calls", False))
 
 
-def owns_calls(config: Any) -> bool:
-    """Return whether a method must stand in the pipeline's calls: a loop, or one that is told of calls."""
-    return config.touches == "loop" or needs_steps(config) or watches_calls(config)
-
-
 def take_graphs(kept: tuple[Applied, ...]) -> list[Applied]:
     """Take graphs off while methods below them come or go, and return them: they are always applied last."""
     aside = [applied for applied in kept if applied.config.touches == "graphs" and applied.handle is not None]

@@ -1,7 +1,8 @@
 """``accelerate``, ``remove``, ``summary``: methods on a pipeline, and off it again.
 
-A loop method changes only the class of the pipeline instance: its ``__call__`` runs the stock call around a loop of its
-own. Other methods change the network and return a handle; graphs are recorded last, and step aside for others.
+Any method changes the class of the pipeline instance, whose ``__call__`` lets one thread at a time pass. A loop method
+changes no more: the stock call runs around a loop of its own. Other methods change the network and return a handle;
+graphs are recorded last, and step aside for others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from diffaccel.active import (
     as_loop,
     methods_on,
     needs_steps,
-    owns_calls,
     put_back,
     take_graphs,
     turn_back,
@@ -218,9 +218,8 @@ def _add_in_order(
         if before is None:
             take_off(pipe)
             _set(pipe, Active(stock_class(type(pipe))))
+            put_on(pipe, _call, _tell, KEY)  # for any method: its calls take turns
         for config in sorted(new_configs, key=lambda config: ORDER.index(config.touches)):
-            if owns_calls(config) and not _state(pipe).owns_calls:
-                put_on(pipe, _call, _tell, KEY)
             if config.touches == "loop":
                 _update(pipe, loop=as_loop(pipe, config))
             else:
@@ -228,8 +227,6 @@ def _add_in_order(
                 _update(pipe, applied=(*_state(pipe).applied, applied))
                 applied.handle = config.apply(pipe)
         if preset is not None:
-            if not _state(pipe).owns_calls:  # its settings change calls
-                put_on(pipe, _call, _tell, KEY)
             _update(pipe, preset=preset, point=preset.point())
         _update(pipe, on_busy=on_busy or _state(pipe).on_busy)
     except BaseException:  # also an interrupt
@@ -256,7 +253,7 @@ def _take_off(pipe: Any, before: Active | None) -> None:
     for applied in sorted(leaving, key=lambda applied: applied.config.touches != "graphs"):
         applied.remove()
     _set(pipe, before)
-    if before is None or not before.owns_calls:  # without a state the class passes calls on, should this be interrupted
+    if before is None:  # without a state the class passes calls on, should this be interrupted
         take_off(pipe)
 
 

@@ -1,0 +1,120 @@
+"""A pipeline with any method takes one call at a time, so that threads draw what one thread draws."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mixdq_bed
+import pytest
+import tiny
+import torch
+
+import diffaccel
+from diffaccel import registry
+from diffaccel.config import Config
+from diffaccel.errors import DiffAccelError
+from tests.support.small_pipelines import Small, draw, make
+
+THREADS = 4
+ON_NETWORKS = [name for name in registry.METHODS if registry.config_class(name).touches != "loop"]
+NOT_HERE = ("cache_dit", "capture", "rolling_context", "nfd")  # want a package, a GPU, another pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halve(Config):
+    """A method that puts no loop on the pipeline."""
+
+    name: ClassVar[str] = "halve"
+    touches: ClassVar[Any] = "blocks"
+
+    def apply(self, pipe: Any) -> Any:
+        return pipe.unet.register_forward_hook(lambda module, args, out: (out[0] / 2,))
+
+
+def in_threads(function: Any) -> list[Any]:
+    """Return ``function(number)`` of all threads, each of which begins when all are there; errors are results."""
+    results: list[Any] = [None] * THREADS
+    gate = threading.Barrier(THREADS)
+
+    def work(number: int) -> None:
+        gate.wait(60)
+        try:
+            results[number] = function(number)
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return results
+
+
+def slowly(pipe: Any) -> Any:
+    """Give a pipeline a network during whose calls other threads run."""
+    forward = pipe.unet.forward
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.005)
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = called
+    return pipe
+
+
+def test_calls_of_a_pipeline_without_a_loop_of_ours_take_turns() -> None:
+    pipe, stock = slowly(make(Small)), draw(make(Small))
+    races = in_threads(lambda _: draw(pipe))
+    assert any(isinstance(result, Exception) or not torch.equal(result, stock) for result in races)  # as in diffusers
+    pipe = diffaccel.accelerate(slowly(make(Small)), Halve())
+    alone = draw(pipe)
+    together = in_threads(lambda _: draw(pipe))
+    assert all(isinstance(result, torch.Tensor) for result in together), together
+    assert all(torch.equal(picture, alone) for picture in together) and not torch.equal(alone, stock)
+    diffaccel.remove(pipe)
+    assert type(pipe) is Small and torch.equal(draw(pipe), stock)
+
+
+def test_a_second_call_of_a_pipeline_without_a_loop_of_ours_can_be_refused() -> None:
+    pipe = diffaccel.accelerate(slowly(make(Small)), Halve(), on_busy="refuse")
+    alone, results = draw(pipe), in_threads(lambda _: draw(pipe))
+    drawn = [result for result in results if isinstance(result, torch.Tensor)]
+    refused = [result for result in results if isinstance(result, DiffAccelError)]
+    assert drawn and refused and len(drawn) + len(refused) == THREADS
+    assert all(torch.equal(picture, alone) for picture in drawn)
+    assert all(str(error).startswith("The pipeline is busy: ") for error in refused)
+
+
+def check_turns(family: str, config: Any) -> None:
+    """Compare pictures of four threads with those of one, and the picture after removal with the stock one."""
+    pipe = tiny.make(family)
+    cls = type(pipe)
+
+    def picture(number: int) -> torch.Tensor:
+        return pipe(**tiny.call_kwargs(family, batch=1, steps=2, seed=number % 2)).images
+
+    stock = picture(0)
+    diffaccel.accelerate(pipe, config)
+    alone = [picture(0), picture(1)] * (THREADS // 2)
+    together = in_threads(picture)
+    assert all(isinstance(result, torch.Tensor) for result in together), together
+    assert all(map(torch.equal, together, alone))
+    diffaccel.remove(pipe)
+    assert type(pipe) is cls and torch.equal(picture(0), stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_NETWORKS)
+def test_calls_of_every_method_that_works_without_a_sampler_take_turns(name: str) -> None:
+    config = mixdq_bed.uniform("flux") if name == "mixdq" else registry.config_class(name)()
+    if name not in NOT_HERE:
+        check_turns("flux", config)
+        return
+    pipe = tiny.make("flux")
+    with pytest.raises(DiffAccelError, match=f"^'{name}' "):
+        diffaccel.accelerate(pipe, config)
+    assert vars(pipe).keys() == vars(tiny.make("flux")).keys() and type(pipe) is type(tiny.make("flux"))
