@@ -161,7 +161,8 @@ class SamplerConfig(Config):
 
     Args:
         state: keep latents in fp32 between steps ("float32"), or round them to the pipeline's dtype after every step
-            as the stock loop does ("stock").
+            as the stock loop does ("stock"). Schedulers of diffusers begin every step at fp32, also in a pipeline of
+            float64; so does "stock", and not "float32", which keeps float64 there.
         max_batch: maximum number of rows in one network call; 0 for no limit.
         guidance_stop: share of the steps after which only the conditional prediction is made: 0.82 saves the
             unconditional one in the last 18 %. 1 never stops, and equals the call without it to the bit. Guidance that

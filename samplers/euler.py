@@ -31,5 +31,5 @@ def euler(session: Session) -> Sampling:
     x = session.x
     for sigma, sigma_next in pairwise(session.sigmas):
         pred = yield Eval(x, sigma)
-        x = yield Step(x + (sigma_next - sigma) * pred.v, sigma_next)
+        x = yield Step(pred.x + (sigma_next - sigma) * pred.v, sigma_next)
     return x

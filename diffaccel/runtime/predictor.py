@@ -93,8 +93,8 @@ class Predictor:
         velocities = self._velocity_in_memory(batch).split([len(request.x) for request in evals])
         self._count(session, len(x))
         return [
-            Pred(session.path, request.x, bcast(request.sigma, request.x), velocity, self._tally.skipped > skipped)
-            for request, velocity in zip(evals, velocities, strict=True)
+            Pred(session.path, x, bcast(request.sigma, x), velocity, self._tally.skipped > skipped)
+            for request, velocity, x in zip(evals, velocities, map(self._stepped, (e.x for e in evals)), strict=True)
         ]
 
     def _velocity_in_memory(self, batch: Batch) -> Tensor:
@@ -154,7 +154,11 @@ class Predictor:
         row_sigma = bcast(sigma, x)
         network_x = family.to_network(schedule.network_input(x, row_sigma).to(family.input_dtype(session)))
         output = self._prediction(network_x, schedule.timestep(sigma), sigma, branch, selection, suffix)
-        return schedule.velocity(family.from_network(output, x), x, row_sigma)
+        return schedule.velocity(family.from_network(output, x), self._stepped(x), row_sigma)
+
+    def _stepped(self, x: Tensor) -> Tensor:
+        """Return the latents that a step begins at: schedulers of diffusers round those in fp64 to fp32 there."""
+        return x.to(torch.float32) if self.state == "stock" and x.dtype == torch.float64 else x
 
     def _prediction(
         self, x: Tensor, timestep: Tensor, sigma: Tensor | None, branch: Branch, selection: RowSelection, suffix: str

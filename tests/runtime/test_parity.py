@@ -43,6 +43,17 @@ def test_euler_in_stock_state_equals_the_stock_call_in_bf16(family: str) -> None
     assert torch.equal(pipe(**tiny.call_kwargs(family)).images, stock)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_euler_in_stock_state_equals_the_stock_call_in_float64(family: str) -> None:
+    """Its scheduler begins every step at fp32, and the network is asked at float64."""
+    pipe = tiny.make(family).to(torch.float64)
+    stock = pipe(**tiny.call_kwargs(family, 64)).images
+    diffaccel.accelerate(pipe, Euler(state="stock"))
+    assert torch.equal(pipe(**tiny.call_kwargs(family, 64)).images, stock) and stock.dtype == torch.float64
+    diffaccel.remove(pipe)
+    assert torch.equal(pipe(**tiny.call_kwargs(family, 64)).images, stock)
+
+
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_euler_equals_the_stock_call_for_other_prediction_types(prediction: str) -> None:
     from diffusers import EulerDiscreteScheduler
