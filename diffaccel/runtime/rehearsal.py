@@ -14,13 +14,20 @@ from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Step
 
+_WORDS = {  # what a sampler is after that asks a session for more than levels and predictions
+    "family": "the layout of the pipeline's latents, for other sizes or for pixels",
+    "at": "other sizes",
+    "conds": "the conditions of the call one by one",
+    "partners": "other pipelines beside this one",
+}
+
 
 class StockSession:
     """The part of a session that a stock loop can provide: initial latents, noise levels, and noise."""
 
-    def __init__(self, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
+    def __init__(self, config: SamplerConfig, pipe: Any, schedule: Schedule, x: Tensor, generator: Any) -> None:
         self.schedule, self.x, self.generator = schedule, x, generator
-        self._pipeline = type(pipe).__name__
+        self._sampler, self._pipeline = config.name, type(pipe).__name__
 
     @property
     def sigmas(self) -> Tensor:
@@ -40,15 +47,16 @@ class StockSession:
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedBySampler(
-            f"The sampler needs the session's '{name}', which needs a pipeline family; {self._pipeline} has none. "
-            f"Supported: {', '.join(sorted(FAMILIES))}."
+            f"'{self._sampler}' needs {_WORDS.get(name, name)}, and in the loop of {self._pipeline} a sampler gets one "
+            "guided prediction at a time, at the call's own size, and nothing else. Use 'euler', 'dpmpp2m', "
+            f"'ancestral' or 'scheduler' there, or '{self._sampler}' on one of {', '.join(sorted(FAMILIES))}."
         )
 
 
 def rehearse(config: SamplerConfig, pipe: Any, schedule: Schedule) -> list[Tensor]:
     """Return the noise levels at which a sampler will ask for predictions, in order."""
     x = torch.zeros(1, 1, 1, 1, dtype=torch.float32, device="cpu")
-    session: Any = StockSession(pipe, schedule, x, torch.Generator("cpu"))
+    session: Any = StockSession(config, pipe, schedule, x, torch.Generator("cpu"))
     sampling = checked_sampling(config, session)
     requested: list[Tensor] = []
     reply: Any = None

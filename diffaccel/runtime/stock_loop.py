@@ -226,7 +226,7 @@ class _Loop:
         is_unchanged = self.returned is not None and _same(sample, self.returned)
         if self.sampling is None:
             x = schedule.from_pipeline(sample.to(wide))
-            session: Any = StockSession(self.pipe, schedule, x, self.generator)
+            session: Any = StockSession(self.config, self.pipe, schedule, x, self.generator)
             self.sampling = checked_sampling(self.config, session)
             return x, next(self.sampling), self.sampling
         if isinstance(self.event, Step):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_variants
 import torch
 import toy
 
@@ -13,7 +14,7 @@ import diffaccel
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.runtime.probe import arguments_of, stock_call
 from diffaccel.runtime.stock_loop import generate_stock
-from diffaccel.samplers import Ancestral, DPMpp2M, Euler, Heun
+from diffaccel.samplers import Ancestral, Bottleneck, DPMpp2M, Euler, Heun
 from diffaccel.session import Eval, Step
 
 
@@ -148,3 +149,13 @@ def test_the_levels_that_a_loop_looks_up_are_those_of_its_entries() -> None:
     pipe = diffaccel.accelerate(toy.make(), Heun())
     pipe(**toy.call_kwargs("two networks", callback_on_step_end=look))
     assert len(seen) == 11 and all(abs(time - 1000 * sigma) < 1e-3 for time, sigma in seen)
+
+
+def test_a_sampler_that_changes_the_size_says_what_inpainting_takes() -> None:
+    pipe = tiny_variants.inpaint("flux")
+    stock = pipe(**tiny_variants.inpaint_kwargs("flux", steps=3)).images
+    diffaccel.accelerate(pipe, Bottleneck())
+    with pytest.raises(UnsupportedBySampler, match=r"^'bottleneck' needs the layout of .* Use 'euler'"):
+        pipe(**tiny_variants.inpaint_kwargs("flux", steps=3))
+    diffaccel.remove(pipe)
+    assert torch.equal(pipe(**tiny_variants.inpaint_kwargs("flux", steps=3)).images, stock)
