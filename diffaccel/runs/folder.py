@@ -8,6 +8,7 @@ in ``run.json``.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import shutil
@@ -49,6 +50,7 @@ _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
 _TRACE = re.compile(
     r"\.lock|rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|density\.json|density\.png|\d{3,}-\d+_.*\.png"
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
 
@@ -62,6 +64,18 @@ def unwritable(path: Path, why: OSError | str) -> DiffAccelError:
     """Return the error for an output folder that cannot be used."""
     text = why if isinstance(why, str) else why.strerror or str(why)
     return DiffAccelError(f"The output folder '{path}' cannot be written ({text}). Choose another with --out.")
+
+
+def _advice_for(error: OSError) -> str:
+    """Return what to do about a file that could not be written."""
+    name = Path(error.filename2 or error.filename or "").name
+    if error.errno in (errno.EISDIR, errno.ENOTEMPTY):
+        return f"Move the folder named {name}, which is in the place of a file"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return f"Move the file named {name}, which is in the place of a folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Make it writable"
+    return "Make room" if error.errno in _FULL else "Mend that"
 
 
 def check_writable(path: Path) -> None:
@@ -125,11 +139,22 @@ class RunFolder:
             changed = record.differences(old["settings"], self.new.settings)
             if changed:
                 raise DiffAccelError(f"'{self.path}' holds another run; differing: {'; '.join(changed[:6])}. {_ADVICE}")
+            self._check_places(foreign)
             return
         if foreign:
             raise DiffAccelError(
                 f"'{self.path}' holds {foreign[0]}, which is no image of this run. Move it, or choose another --out."
             )
+
+    def _check_places(self, names: list[str]) -> None:
+        """Raise for a folder in the place of a file that the run writes."""
+        own = {f"{item.id:05d}" for chunk in self.chunks for item in chunk}
+        for name in names:
+            if name.split(".")[0] in own and (self.path / name).is_dir():
+                raise DiffAccelError(
+                    f"'{self.path}' holds a folder named {name}, where an image of this run belongs. Move it; the same "
+                    "command then continues."
+                )
 
     def old(self) -> dict[str, Any] | None:
         """Return the record that the folder holds, or None."""
@@ -269,8 +294,8 @@ class RunFolder:
             yield
         except OSError as error:
             raise RunFailed(
-                f"'{self.path}' cannot be written ({error.strerror or error}). Make room; finished images stay, "
-                "and the same command continues."
+                f"'{self.path}' cannot be written ({error.strerror or error}). {_advice_for(error)}; finished images "
+                "stay, and the same command continues."
             ) from error
 
     def so_far(self, upto: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.images.open import open_source
 from diffaccel.eval.sets.run import open_run
 from diffaccel.files import write_tensor
-from diffaccel.runs.folder import RunFolder
+from diffaccel.runs.folder import RunFailed, RunFolder
 from diffaccel.runs.request import Request
 
 PICTURE = Image.new("RGB", (4, 4))
@@ -132,6 +133,40 @@ FolderLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
 """
+
+
+def test_a_folder_in_the_place_of_an_image_is_named(tmp_path):
+    """Before the run is drawn; and while it is written, where it came in between."""
+    first = folder_of(tmp_path / "run")
+    first.prepare()
+    (tmp_path / "run" / "00001.png").mkdir()
+    with pytest.raises(
+        DiffAccelError, match=r"a folder named 00001\.png, where an image of this run.*Move it; the same"
+    ):
+        folder_of(tmp_path / "run").check()
+    with pytest.raises(RunFailed, match=r"Is a directory\)\. Move the folder named 00001\.png, which is in the place"):
+        first.add(1, [PICTURE], {}, COST)
+    (tmp_path / "run" / "00001.png").rmdir()
+    (tmp_path / "run" / "00009.png").mkdir()  # of no image of this run
+    folder_of(tmp_path / "run").check()
+    first.add(1, [PICTURE], {}, COST)
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "Make room;"), (errno.EROFS, "Make it writable;"), (errno.EIO, "Mend that;")],
+)
+def test_what_to_do_about_a_failed_write_depends_on_what_failed(tmp_path, monkeypatch, number, advice):
+    def fails(*_):
+        raise OSError(number, os.strerror(number), "x.png")
+
+    monkeypatch.setattr("diffaccel.runs.folder.write_png", fails)
+    first = folder_of(tmp_path)
+    first.prepare()
+    with pytest.raises(
+        RunFailed, match=rf"cannot be written \({os.strerror(number)}\)\. {advice} finished images stay"
+    ):
+        first.add(0, [PICTURE], {}, COST)
 
 
 @pytest.mark.skipif(lock.fcntl is None, reason="no locks on Windows")
