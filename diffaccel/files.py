@@ -240,8 +240,10 @@ def _has_kind(value: Any, kind: Any) -> bool:
     if kind == FILE_NAME:
         return isinstance(value, str) and value == Path(value).name != ".."
     if kind in (NUMBER, COUNT):
-        is_number = isinstance(value, int | float if kind == NUMBER else int) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and (kind == NUMBER or value >= 0)
+        if not isinstance(value, int | float if kind == NUMBER else int) or isinstance(value, bool):
+            return False
+        is_held = abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)
+        return is_held and (kind == NUMBER or value >= 0)
     return isinstance(kind, type) and isinstance(value, kind)
 
 

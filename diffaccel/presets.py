@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import registry
-from diffaccel.errors import DiffAccelError, unknown
+from diffaccel.errors import DiffAccelError, first_line, shortened, unknown
 from diffaccel.families import networks
 from diffaccel.files import COUNT, FILE_NAME, misfit, write_json
 
 FORMAT, KIND, SUFFIX = 1, "diffaccel preset", ".json"
 CALL_ARGUMENTS = {"steps": "num_inference_steps"}  # settings of a point, and the call's arguments that they stand for
 BASELINE = "baseline"
-_POINT = {"methods": [{"name": str}], "call": {"steps?": COUNT}, "certificate?": (dict, None)}
+_SETTINGS = {"size?": ([COUNT], None)}
+_POINT = {"methods": [{"name": str}], "call": {"steps?": COUNT}, "certificate?": ({"settings?": _SETTINGS}, None)}
 _ARCHITECTURE = {"pipeline": str, "networks": [{"component": FILE_NAME, "class": str, "config": dict}]}
 _PRESET = {"kind": str, "format": COUNT, "default": str, "points": dict, "architecture": _ARCHITECTURE}
 
@@ -117,13 +118,14 @@ def read(path: str | Path | Preset) -> Preset:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DiffAccelError(f"There is no preset '{path}'. Make one with diffaccel tune.") from None
-    except (OSError, ValueError) as error:
-        raise DiffAccelError(f"The preset '{path}' cannot be read ({error}). Make it again.") from error
+    except (OSError, ValueError, RecursionError) as error:  # the last one for brackets in many brackets
+        raise DiffAccelError(f"The preset '{path}' cannot be read ({first_line(error)}). Make it again.") from error
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise DiffAccelError(f"'{path}' is no preset of diffaccel. Give a file that diffaccel tune wrote.")
     if isinstance(values.get("format"), int) and values["format"] > FORMAT:
+        newer = shortened(str(values["format"]), 20)
         raise DiffAccelError(
-            f"The preset '{path}' has format {values['format']}, and this diffaccel reads up to {FORMAT}. Update it."
+            f"The preset '{path}' has format {newer}, and this diffaccel reads up to {FORMAT}. Update diffaccel."
         )
     if part := misfit(values, _PRESET) or _misfit_of_points(values):
         raise DiffAccelError(f"The preset '{path}' is damaged: {part} is missing or no such value. Make it again.")
@@ -133,6 +135,8 @@ def read(path: str | Path | Preset) -> Preset:
 
 def _misfit_of_points(values: dict[str, Any]) -> str:
     points = values["points"]
+    if not values["format"]:  # the first one is 1
+        return "format"
     if values["default"] not in points:
         return "default"
     parts = (misfit(point, _POINT, f"points.{name}") for name, point in points.items())
@@ -147,10 +151,15 @@ def _point(source: str, name: str, entry: dict[str, Any]) -> PresetPoint:
         except DiffAccelError as error:
             raise DiffAccelError(
                 f"The point '{name}' of the preset '{source}' uses '{values['name']}', which does not fit this "
-                f"installation: {error} Install the version or the plugin that the preset was made with."
+                f"installation: {error} Correct the file, or install the version or the plugin that it was made with."
             ) from error
     if wrong := entry["call"].keys() - CALL_ARGUMENTS.keys():
         raise unknown(f"call setting in the preset '{source}'", sorted(wrong)[0], CALL_ARGUMENTS)
+    for number, config in enumerate(configs):
+        if config.name in [other.name for other in configs[:number]]:
+            raise DiffAccelError(f"The point '{name}' of the preset '{source}' has '{config.name}' twice. Keep one.")
+    if entry["call"].get("steps") == 0:
+        raise DiffAccelError(f"The point '{name}' of the preset '{source}' has steps 0; it must be 1 or more.")
     return PresetPoint(name, tuple(configs), entry["call"], entry.get("certificate") or {})
 
 

@@ -19,6 +19,7 @@ from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError
 from diffaccel.runs.request import Request
 
+NAN = float("nan")
 CALL = {"prompt": "a cat", "height": 32, "width": 32, "output_type": "latent"}
 
 
@@ -231,6 +232,10 @@ def test_copies_have_the_preset_too(pipe, file):
     assert torch.equal(drawn(pipe), expected)
 
 
+def point(method, **options):
+    return {"fast": {"methods": [{"name": method, **options}], "call": {}}}
+
+
 def test_errors_say_what_is_wrong(pipe, file, values, tmp_path):
     def refused(match, **changes):
         text = {"kind": presets.KIND, "format": presets.FORMAT, **values, **changes}
@@ -239,7 +244,7 @@ def test_errors_say_what_is_wrong(pipe, file, values, tmp_path):
             diffaccel.accelerate(pipe, str(tmp_path / "bad.json"))
         assert compose.active(pipe) is None
 
-    refused("has format 2, and this diffaccel reads up to 1. Update it", format=2)
+    refused("has format 2, and this diffaccel reads up to 1. Update diffaccel", format=2)
     refused("is no preset of diffaccel", kind="other")
     refused("is damaged: default is missing", default="none")
     refused("is damaged: points.fast.methods", points={"fast": {"call": {}}})
@@ -247,6 +252,17 @@ def test_errors_say_what_is_wrong(pipe, file, values, tmp_path):
     refused("The point 'fast' .* uses 'dpmpp3m', .* Did you mean 'dpmpp2m'", points=other)
     other = {"fast": {"methods": [{"name": "euler", "stat": "stock"}], "call": {}}}
     refused("uses 'euler', which does not fit .* 'stat'", points=other)
+    refused("uses 'euler', .* Euler.state is nan; .* Correct the file, or install", points=point("euler", state=NAN))
+    refused("has 'euler' twice. Keep one", points={"fast": {"methods": [{"name": "euler"}] * 2, "call": {}}})
+    refused("has steps 0; it must be 1 or more", points={"fast": {"methods": [], "call": {"steps": 0}}})
+    for steps in (10**400, NAN, True, "4", -1, 2.5, None):  # the first one is more than any float
+        refused(r"is damaged: points\.fast\.call\.steps", points={"fast": {"methods": [], "call": {"steps": steps}}})
+    for part, certificate in (("", 7), ("", "x"), (".settings", "x"), (".settings.size", ["a"])):
+        keys = certificate if not part else {"settings": certificate if part == ".settings" else {"size": certificate}}
+        wrong = {"fast": {"methods": [], "call": {}, "certificate": keys}}
+        refused(r"is damaged: points\.fast\.certificate is missing or no such value", points=wrong)
+    refused("is damaged: format", format=0)
+    refused(r"has format 100.* more characters\) .*000, and this diffaccel reads up to 1", format=10**400)
     refused("Unknown call setting .* 'step'", points={"fast": {"methods": [], "call": {"step": 3}}})
     architecture = json.loads(json.dumps(values["architecture"]))
     architecture["networks"][0]["config"]["num_layers"] = 19
@@ -258,6 +274,12 @@ def test_errors_say_what_is_wrong(pipe, file, values, tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(DiffAccelError, match="cannot be read"):
         presets.read(tmp_path / "bad.json")
+    whole = file.read_text()
+    for text in (*(whole[:end] for end in range(0, len(whole) - 2, 97)), "[" * 100_000, "9" * 5000, "\ufeff" + whole):
+        (tmp_path / "bad.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DiffAccelError, match=r"^The preset '.*bad\.json' cannot be read \(.*\)\. Make it again\.$"):
+            diffaccel.accelerate(pipe, str(tmp_path / "bad.json"))
+        assert compose.active(pipe) is None
     with pytest.raises(DiffAccelError, match=r"There is no preset 'none\.json'. Make one with diffaccel tune"):
         diffaccel.accelerate(pipe, "none.json")
     with pytest.raises(DiffAccelError, match="The pipeline has no preset"):

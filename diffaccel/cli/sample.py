@@ -238,7 +238,7 @@ def note_of_other_settings(point: PresetPoint, request: Request) -> str:
     """Return a sentence where a run is drawn in another way than its point's certificate is of; "" elsewhere."""
     measured = {"steps": point.call.get("steps"), **point.certificate.get("settings", {})}
     size = measured.get("size")
-    measured["size"] = tuple(size) if size else None
+    measured["size"] = tuple(size) if size and len(size) == 2 else None
     for name in ("steps", "size", "guidance", "negative"):
         own = getattr(request, name)
         if name in measured and point.certificate and own != measured[name]:
