@@ -51,6 +51,7 @@ class QuantizedLayer(nn.Module):
     Attributes:
         form: how it is stored and computed.
         compute_dtype: dtype of the layer that it stands for; adapters that are loaded onto it get this dtype.
+        casts: the dtypes that the network was cast to since, in order; each rounds the weights of other layers.
         mode: form of its operations, see :mod:`diffaccel.kernels.dispatch`.
         fast_accumulation: of float8 products.
     """
@@ -60,6 +61,7 @@ class QuantizedLayer(nn.Module):
     weight_scale: nn.Parameter
     weight_multiplier: nn.Parameter
     compute_dtype: torch.dtype
+    casts: tuple[torch.dtype, ...] = ()
     mode: Mode
     fast_accumulation: bool
 
@@ -133,7 +135,9 @@ class QuantizedLayer(nn.Module):
                     parameter.data, self._parameters[name] = data, parameter
                 else:
                     self._parameters[name] = stored_parameter(name, data, self.form)
-        self.compute_dtype = fn(torch.empty((), dtype=self.compute_dtype, device="cpu")).dtype
+        dtype = fn(torch.empty((), dtype=self.compute_dtype, device="cpu")).dtype
+        if dtype != self.compute_dtype:
+            self.compute_dtype, self.casts = dtype, (*self.casts, dtype)
         return self
 
 

@@ -47,7 +47,10 @@ class QuantizedNetwork:
     stored: dict[str, Any]
 
     def remove(self) -> None:
-        """Put the layers back wherever their replacements are now; device and dtype are those of the moment."""
+        """Put the layers back wherever their replacements are now; device and dtype are those of the moment.
+
+        They are rounded by the casts that the network went through, as its other layers were.
+        """
         if self.originals is None:
             raise DiffAccelError(
                 f"'{self.method}' was applied with originals='drop', so that the layers it replaced are gone. Load the "
@@ -58,10 +61,17 @@ class QuantizedNetwork:
             for attribute, child in list(parent._modules.items()):
                 if id(child) in by_layer:
                     layer, original = by_layer[id(child)]
-                    setattr(parent, attribute, original.to(layer.weight.device, layer.compute_dtype))  # type: ignore
+                    setattr(parent, attribute, _cast_like(layer, original))
         forget(self.network, self.stored)
         unguard(self.network)
         detach(self.network)
+
+
+def _cast_like(layer: Any, original: nn.Module) -> nn.Module:
+    """Return a layer on the device and in the dtype of what stood for it, after the same casts."""
+    for dtype in (*layer.casts, layer.compute_dtype):
+        original = original.to(layer.weight.device, dtype)
+    return original
 
 
 @dataclass(eq=False)

@@ -66,6 +66,17 @@ def families_and_methods() -> list[Any]:
     ]  # fmt: skip
 
 
+def test_casts_round_the_original_layers_as_all_others() -> None:
+    pipe, stock = make("flux"), make("flux")
+    diffaccel.accelerate(pipe, METHODS[0])
+    for dtype in (torch.bfloat16, torch.float32):
+        pipe.to(dtype)
+        stock.to(dtype)
+    again, _ = copy.deepcopy(pipe), diffaccel.remove(pipe)
+    for freed in (pipe, diffaccel.remove(again)):
+        assert_same_bits(dict(freed.transformer.state_dict()), dict(stock.transformer.state_dict()))
+
+
 @pytest.mark.parametrize(("family", "method"), families_and_methods())
 def test_near_the_stock_result_and_off_again_to_the_bit(family: str, method: Any) -> None:
     pipe = make(family)
