@@ -19,8 +19,9 @@ from diffaccel.errors import DiffAccelError
 from tests.support.small_pipelines import Small, draw, make
 
 THREADS = 4
-ON_NETWORKS = [name for name in registry.METHODS if registry.config_class(name).touches != "loop"]
-NOT_HERE = ("cache_dit", "capture", "rolling_context", "nfd")  # want a package, a GPU, another pipeline
+KINDS = {name: registry.config_class(name) for name in registry.METHODS}
+ON_NETWORKS = [name for name, cls in KINDS.items() if cls.touches != "loop" and not getattr(cls, "needs_steps", False)]
+NOT_HERE = ("capture", "rolling_context", "nfd")  # want a GPU, or another pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
