@@ -111,6 +111,8 @@ def check_turns(family: str, config: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ON_NETWORKS)
 def test_calls_of_every_method_that_works_without_a_sampler_take_turns(name: str) -> None:
+    if name == "cache_dit":
+        pytest.importorskip("cache_dit")
     config = mixdq_bed.uniform("flux") if name == "mixdq" else registry.config_class(name)()
     if name not in NOT_HERE:
         check_turns("flux", config)

@@ -13,6 +13,7 @@ from diffaccel.eval.uncertainty.student import student_quantile
 Array = NDArray[np.float64]
 FEW = 4  # carriers with which an end is at half of its tail probability
 FLAT = 0.1  # a resample whose standard error is below this share of the sample's has no t of its own
+RARE = 0.1  # share of the clusters below which carriers are rare among the others
 _BLOCK = 1 << 20  # resampled values in memory at once
 
 
@@ -30,11 +31,11 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     wider than without. No end is nearer than Student's: of differences that are symmetric and heavy-tailed, as those of
     a run and its twin, a sample is skewed by chance, and its shorter end would leave out 0 in 10 % of cases.
 
-    A resample that missed what the clusters differ in has a standard error below a tenth of the sample's, or below half
-    of what one carrier alone would give it, ``se / sqrt(K)``, and no meaningful ``t``: it counts as infinite. Were the
-    small noise of other clusters its yardstick, four failures of 1,000 would reach to 2.9 %. Where so many of them lie
-    on one side that the quantile is one of them, that end is at the quantile of the other resamples or at Student's,
-    whichever is wider.
+    A resample that missed what the clusters differ in has a standard error below a tenth of the sample's and no
+    meaningful ``t``: it counts as infinite. Where less than a tenth of the clusters are carriers, the bound is half of
+    what one carrier alone would give it, ``se / sqrt(K)``: were the small noise of the others its yardstick, four
+    failures of 1,000 would reach to 2.9 %. Where so many of them lie on one side that the quantile is one of them, that
+    end is at the quantile of the other resamples or at Student's, whichever is wider.
 
     Args:
         residuals: ``r_c``, (k,), in an order that does not depend on the order of the data.
@@ -59,7 +60,7 @@ def offsets(residuals: Array, counts: Array, *, draws: int, seed: int, tail: flo
     sign = -1.0 if (residuals**3).sum() < 0 else 1.0
     order = np.lexsort((counts, sign * residuals))
     deviations, errors = _resample(sign * residuals[order], counts[order], draws, seed)
-    flat = errors < max(FLAT, 0.5 / math.sqrt(few)) * error
+    flat = errors < (max(FLAT, 0.5 / math.sqrt(few)) if few < RARE * k else FLAT) * error
     infinite = np.where(deviations == 0, 0.0, np.copysign(np.inf, deviations))
     t = np.where(flat, infinite, deviations / np.where(flat, 1.0, errors))
     upper, lower = (max(student, _quantile(sided, flat, 1 - tail, k)) for sided in (t, -t))

@@ -71,7 +71,7 @@ def test_equivalence_ends_a_run(draw, root, run, tmp_path):
 
 @pytest.mark.slow
 def test_a_proven_difference_ends_it_too(draw, root):
-    made = draw("far", "plain:steps=1,size=32", *until(root, "ssim within 0.0001 and latent_error within 9"))
+    made = draw("far", "plain:steps=1,size=32", *until(root, "ssim within 0.0001 and latent_error within 1.9"))
     assert made.status == 2 and "--latents" in made.err
     made = draw("far", "ancestral:steps=3,size=32", *until(root, "ssim within 0.0001")).json
     assert made["until"]["verdict"] == "different" and len(made["images"]) == 16
