@@ -269,11 +269,10 @@ def _identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(key) for key in ("number", "population", "n", "turns", "looks", "noise"))
 
 
-def _join(report: record.Record, folder: Path, out: Path) -> None:
-    """Put the rows of a record of another folder in the place of those in ``out``."""
-    tables = json.loads((folder / NAME).read_text())["tables"]
-    report.finish(tables=_with_earlier(out / NAME, tables, whole=False))
-    report.save(out / NAME)
+def _keep(report: record.Record, file: Path, tables: dict[str, list[Row]], *, whole: bool) -> None:
+    """Save a record with these rows, in the place of the same ones of a record that is there already."""
+    report.finish(tables=_with_earlier(file, tables, whole=whole))
+    report.save(file)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -311,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     report.device = record.describe_device(torch.device("cpu"))
     tables: dict[str, list[Row]] = {}
     for folder in options.join:
-        _join(report, folder, options.out)
+        _keep(report, options.out / NAME, json.loads((folder / NAME).read_text())["tables"], whole=False)
     for part in options.part or ([] if options.join else parts):
         tables[part] = []
         for row in parts[part]():
@@ -319,9 +318,7 @@ def main(argv: list[str] | None = None) -> None:
             print(row, file=sys.stderr, flush=True)
         print(f"## {part}\n\n{table(part, tables[part])}\n", flush=True)
         if options.out:
-            file = options.out / NAME
-            report.finish(tables=_with_earlier(file, {part: tables[part]}, whole=only == Only()))
-            report.save(file)
+            _keep(report, options.out / NAME, {part: tables[part]}, whole=only == Only())
     record_tables = _with_earlier(options.out / NAME, {}, whole=True) if options.out else tables
     print(f"## summary\n\n{summary(record_tables)}")
 

@@ -110,12 +110,14 @@ def _stopping_rule(options: Any, request: Request) -> Early | None:
 
 def _summary(record: dict[str, Any], variant: str) -> str:
     """Return how many pictures were drawn, by which variant and at what cost; and what ``--until`` proved."""
+    from diffaccel.eval.report.summary import counted_things
+
     cost, count = record["cost"], len(record["images"])
     cost_text = f"{cost['seconds'] / count:.3f} s and {cost['nfe'] / count:g} NFE each"
     if "joules" in cost:
         cost_text += f", {cost['joules'] / count:.3g} J"
     things = "videos" if "frames" in record["images"][0] else "pictures"
-    text = f"{count} {things if count > 1 else things[:-1]} in {record['out']} by {variant}: {cost_text}"
+    text = f"{counted_things(count, things)} in {record['out']} by {variant}: {cost_text}"
     if before := drawn_before(record, "picture"):
         text += f"\n{before}"
     if until := record.get("until"):

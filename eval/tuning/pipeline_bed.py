@@ -71,9 +71,7 @@ class PipelineBed:
 
     def call_seconds(self, calls: int = 3) -> float:
         """Return seconds a picture of the baseline: the median of calls after a first one."""
-        request = self._request(self.baseline(), Part("tuning", 0, 1))
-        seconds = [timing.one_call(self.pipe, request)[0]["seconds"] for _ in range(calls + 1)]
-        return median(seconds[1:])
+        return median([self._base_call(Part("tuning", 0, 1)) for _ in range(calls + 1)][1:])
 
     def evaluate(self, plan: Variant, part: Part) -> dict[str, Any]:
         """Draw a plan on a part, and the baseline where it is not drawn yet; time baseline calls beside tuning ones."""
