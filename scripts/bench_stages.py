@@ -12,7 +12,7 @@ at no data, so that they are known beforehand. Eager first, then with ``compile_
 run made other real steps; the model's other rows come with it by ``--stages``. ``--peers`` adds caches of other
 packages as they come, and SPEED's rule with its own tolerances and fresh noise: of caches that look at data random
 weights decide the steps, which are counted afterwards, so that their seconds say what a skipped step costs and nothing
-of how many may be skipped.
+of how many may be skipped. The record is written after each turn, and a run of other ``--ways`` adds to it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -137,8 +138,8 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def measure(self, turns: int) -> dict[str, Any]:
-        """Return the seconds of single forwards at each size, and those of every row, in turns."""
+    def measure(self, turns: int) -> Iterator[dict[str, Any]]:
+        """Yield after each turn the medians so far: seconds of single forwards at each size, and those of every row."""
         sizes = sorted({tuple(stage["size"]) for plan in self.plans.values() for stage in plan["stages"]})
         start = time.perf_counter()
         for size in sizes:
@@ -154,15 +155,21 @@ class Bench:
                     raise
                 print(f"  left out: {text}: {first_line(error)}", flush=True)
                 del taken[text]
+        decoder = self.decoding()
+        print(f"  warm after {time.perf_counter() - start:.1f} s", flush=True)
         singles: dict[tuple[int, int], list[float]] = {size: [] for size in sizes}
         for _ in range(turns):  # single forwards take their turn: eager launches depend on what else the host does
             for size in sizes:
                 singles[size].append(self.forward(size))
             for text in taken:
                 taken[text].append(self.run(self.methods[text]))
+            yield self.medians(singles, taken, decoder)
+
+    def medians(self, singles: dict[Any, list[float]], taken: dict[str, list[Any]], decoder: float) -> dict[str, Any]:
+        """Return the medians of the turns so far, and what they say of every row."""
         forwards = {size: median(values) for size, values in singles.items()}
-        plain = median(loop for loop, _, _ in taken["euler"])
-        rows, plain_call, decoder = {}, median(call for _, call, _ in taken["euler"]), self.decoding()
+        plain, plain_call = (median(run[part] for run in taken["euler"]) for part in (0, 1))
+        rows = {}
         for text, runs in taken.items():
             loop, call = median(run[0] for run in runs), median(run[1] for run in runs)
             costs = {
@@ -174,7 +181,8 @@ class Bench:
             }
             rows[text] = costs | compared(plain / loop, loop, costs["caches"], self.plans[text], forwards)
         sizes_text = {size_text(*size): seconds for size, seconds in forwards.items()}
-        return {"forwards": sizes_text, "decoder": decoder, "rows": rows}
+        turns = len(taken["euler"])
+        return {"turns": turns, "forwards": sizes_text, "decoder": decoder, "rows": rows}
 
 
 def real_steps(stages: list[dict[str, Any]], caches: dict[str, Any]) -> list[int]:
@@ -262,6 +270,14 @@ def rows_of(model: str, pattern: str | None, peers: bool, stages: bool = False) 
     return (*rows, *others)
 
 
+def kept_ways(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the ways of a record that was made of the same rows on the same machine; a new run adds its own."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    same = ("model", "kind", "device", "versions", "plans")
+    now = json.loads(json.dumps(values))
+    return before["ways"] if before and all(before.get(key) == now[key] for key in same) else {}
+
+
 def shown(values: dict[str, Any]) -> str:
     """Return the table of a record."""
     head = ["", "row", "real steps", "predicted by FLOPs", "by forwards", "measured", "of FLOPs", "of forwards",
@@ -304,6 +320,7 @@ def main() -> None:
     suffix = ("_pattern" if args.pattern else "") + ("_peers" if args.peers else "")
     file = args.out / f"bench_stages_{args.model}{suffix}_{args.kind or 'cpu'}.json"
     args.out.mkdir(parents=True, exist_ok=True)
+    values["ways"] = kept_ways(file, values)
     write_json(file, values)
     print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
     for way in (way for way in WAYS if way in args.ways and (way != "captured" or device.type == "cuda")):
@@ -311,8 +328,9 @@ def main() -> None:
         if way == "compiled":
             torch._dynamo.config.cache_size_limit = 64
             bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
-        values["ways"][way] = bench.measure(args.turns)
-        write_json(file, values)
+        for measured in bench.measure(args.turns):
+            values["ways"][way] = measured
+            write_json(file, values)
         if told:
             run = values["ways"][way]["rows"][told.name]
             check_pattern(stage_patterns.described(told), bench.plans[told.name]["stages"], run["caches"])
