@@ -238,7 +238,7 @@ def step_times(loop: float, forwards: float, steps: int, real: int, caches: dict
     A cache that is told its steps has timed them, and the rest is what the loop takes beside them. Without such times a
     real step takes what single forwards do, and a skipped one what the loop takes beside these.
     """
-    timed = caches.get("skipped_calls") and "skipped_seconds" in caches
+    timed = caches.get("skipped_calls") and caches.get("real_calls") and "skipped_seconds" in caches
     if timed:
         own, skipped = caches["real_seconds"], caches["skipped_seconds"]
         return {"real_ms": 1000 * own / caches["real_calls"], "skipped_ms": 1000 * skipped / caches["skipped_calls"],

@@ -5,8 +5,8 @@
     python -m scripts.bench_tuner_emoji --join --kind nvidia-h200 --parts out/tuner --out docs/results
 
 ``near``: a set of ``--real`` real steps is searched by annealing and climbing on one prompt, as arXiv 2606.13496 does
-(``scripts.pattern_annealing``); its seconds are the limit within which the tuner, and the tuner with caches alone, look
-for the plan nearest to the plain pipeline. All draw as many pictures: ``--evaluations``. ``keep``: the tuner promises
+(``scripts.pattern_annealing``); its speed, in turns with the plain pipeline, is the limit at which the tuner, and the
+tuner with caches alone, look for the plan nearest to the plain pipeline. All draw as many pictures: ``--evaluations``. ``keep``: the tuner promises
 ``--fail-if``. Either way plans are drawn on ``--truth`` prompts that no search saw, and timed in turns with each other.
 Each tuning has prompts, pictures and a search of its own. Every way of every tuning is kept in a file a tuning as soon
 as it is measured, so that a command goes on where it was stopped; ``--join`` makes the record and the table of them.
@@ -94,12 +94,12 @@ class Bench:
         first = self.sizes.rungs[0]
         return CountedBed(self.pipe, self.digest, request, {}, folder, metrics, measures, first)
 
-    def search(self, seed: int, way: str, seconds: float | None) -> TuningSearch:
-        """Return the search of a tuning: within seconds, or that keeps the rule."""
+    def search(self, seed: int, way: str, least_speed: float | None) -> TuningSearch:
+        """Return the search of a tuning: at least so fast, or one that keeps the rule."""
         folder = self.args.parts / "work" / f"{self.args.aim}-{seed}-{way.replace(' ', '-')}"
         folder.mkdir(parents=True, exist_ok=True)
-        rule = self.args.fail_if if seconds is None else f"seconds>{seconds:g}"
-        nearness = rule if seconds is None else "ssim<0"
+        rule = self.args.fail_if if least_speed is None else f"speedup<{least_speed:g}"
+        nearness = rule if least_speed is None else "ssim<0"
         metrics = dict.fromkeys((*parse_gate(rule).metrics, *parse_gate(nearness).metrics))
         bed = self.bed(folder / "pictures", tuple(metrics))
         bed.subjects = split(self.texts[:POOL], self.sizes, seed)
@@ -112,16 +112,16 @@ class Bench:
         promise, quality = Promise(parse_gate(rule), own), Promise(parse_gate(nearness), own)
         return TuningSearch(space, bed, promise, quality, journal, self.sizes, seed)
 
-    def tuned(self, seed: int, way: str, seconds: float | None) -> dict[str, Any]:
+    def tuned(self, seed: int, way: str, least_speed: float | None) -> dict[str, Any]:
         """Run a tuning; return its plan, whether it is certified, the pictures it drew, and what lies beside it."""
-        search = self.search(seed, way, seconds)
+        search = self.search(seed, way, least_speed)
         search.run()
-        chosen = choose(search, best_within_time=seconds is not None)
+        chosen = choose(search, best_within_time=least_speed is not None)
         certificates = certify(search, chosen)
         evaluations = int(search.journal.spent())
         passed = [name for name, certificate in certificates.items() if certificate["keeps"]]
         plan = chosen[passed[-1]].variant if passed else search.bed.baseline()
-        told = result.neighbour_rows(search, chosen[passed[-1]]) if passed and seconds is None else []
+        told = result.neighbour_rows(search, chosen[passed[-1]]) if passed and least_speed is None else []
         return {
             "plan": plan.name, "certified": bool(passed), "evaluations": evaluations, "plans": len(search.entries),
             "certificate": certificates[passed[-1]] if passed else None,
@@ -157,7 +157,10 @@ class Bench:
         """Return seconds a picture of plans and of the plain pipeline, and their ratio, in turns, as a tuning does."""
         part = Part("held-out", 0, self.sizes.rungs[0])
         own = self.truth.baseline().name
-        timed = self.truth.take_turns([parse(plan) for plan in plans if plan != own], turns, part)
+        others = [parse(plan) for plan in plans if plan != own]
+        if not others:
+            return {}
+        timed = self.truth.take_turns(others, turns, part)
         return {**timed["plans"], "plain": {"seconds": timed["baseline"]}}
 
     def true_values(self, plan: str) -> dict[str, list[float]]:
@@ -189,7 +192,7 @@ def measure(bench: Bench, seed: int, ways: list[str], file: Path, is_over: Calla
         start = time.perf_counter()
         entry = bench.annealed(seed) if way == ANNEALED else bench.tuned(seed, way, part.get("limit"))
         if way == ANNEALED:
-            part["limit"] = bench.seconds([entry["plan"]])[entry["plan"]]["seconds"]
+            part["limit"] = bench.seconds([entry["plan"]])[entry["plan"]]["ratio"]["value"]
         part["ways"][way] = {**entry, "truth": bench.true_values(entry["plan"])}
         part["ways"][way]["took"] = round(time.perf_counter() - start, 1)
         part.pop("turns", None)

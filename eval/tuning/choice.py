@@ -19,24 +19,31 @@ _TURNS = 4
 
 
 def choose(search: TuningSearch, *, best_within_time: bool = False) -> dict[str, PlanEntry]:
-    """Choose up to three plans by the tuning prompts alone, the safest first.
+    """Choose up to three plans by the tuning prompts alone, the safest first; the last is the one that is aimed at.
 
-    "fast" is the fastest plan that keeps the promise with its whole interval, or with ``best_within_time`` the one that
-    is nearest to the baseline. "balanced" and "quality" are at least as fast as two thirds and a third of its speed-up
-    (of the logarithm), and nearer to the baseline.
+    "fast" is the fastest plan that keeps the promise with its whole interval; "balanced" and "quality" are at least as
+    fast as two thirds and a third of its speed-up (of the logarithm), and nearer to the baseline.
+
+    With ``best_within_time`` the aim is "quality": the plan nearest to the baseline that keeps the promise, its seconds
+    with their interval; those before it have more room to the limits. A single one is "fast" either way.
     """
     shortlist = _keepers(search, best_within_time)
     if not shortlist:
         return {}
-    fast = _nearest_in_time(search, shortlist) if best_within_time else _fastest(search, shortlist)
+    chosen = _within_time(search, shortlist) if best_within_time else _safest_first(search, shortlist)
+    search.journal.once("chosen", lambda: {name: entry.name for name, entry in chosen.items()})
+    return chosen
+
+
+def _safest_first(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> dict[str, PlanEntry]:
+    """Return the fastest plan, and before it slower ones that are nearer to the baseline."""
+    fast = _fastest(search, shortlist)
     chosen = {FAST: fast}
     for name, power in ((BALANCED, 2 / 3), (QUALITY, 1 / 3)):
         safer = _safer(search, fast, fast.ratio**power, list(chosen.values()))
         if safer is not None:
             chosen[name] = safer
-    order = sorted(chosen, key=NAMES.index)
-    search.journal.once("chosen", lambda: {name: chosen[name].name for name in order})
-    return {name: chosen[name] for name in order}
+    return {name: chosen[name] for name in sorted(chosen, key=NAMES.index)}
 
 
 def _fastest(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> PlanEntry:
@@ -47,14 +54,23 @@ def _fastest(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> PlanEntry:
     return max(shortlist, key=lambda entry: plans[entry.name]["ratio"]["value"])
 
 
-def _nearest_in_time(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> PlanEntry:
-    """Return the first plan that keeps the promise with its whole interval of seconds; the fastest where none does."""
+def _within_time(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> dict[str, PlanEntry]:
+    """Return the first plan that keeps the promise with its whole interval of seconds, and safer ones before it."""
     timing = turns_of(search, shortlist, LEAST_TURNS, "shortlist")
+    judged = {}
     for entry in shortlist:
         time = {**timing["plans"][entry.name], "baseline_seconds": timing["baseline"]}
-        if search.promise.judge(with_timing(search.samples(entry), time), seed=search.seed).keeps:
-            return entry
-    return min(shortlist, key=lambda entry: entry.cost)
+        judged[entry.name] = search.promise.judge(with_timing(search.samples(entry), time), seed=search.seed)
+    keepers = [entry for entry in shortlist if judged[entry.name].keeps]
+    if not keepers:
+        return {FAST: max(shortlist, key=lambda entry: judged[entry.name].safe)}
+    front: list[PlanEntry] = []
+    for entry in sorted(keepers, key=lambda entry: -judged[entry.name].safe):
+        if not front or keepers.index(entry) < keepers.index(front[-1]):  # nearer to the baseline
+            front.append(entry)
+    plans = [*front[:-1][:1], *front[1:-1][len(front[1:-1]) // 2 :][:1], front[-1]]
+    names = {1: (FAST,), 2: (FAST, QUALITY), 3: (FAST, BALANCED, QUALITY)}[len(plans)]
+    return dict(zip(names, plans, strict=True))
 
 
 def turns_of(search: TuningSearch, entries: Sequence[PlanEntry], turns: int, key: str) -> dict[str, Any]:
