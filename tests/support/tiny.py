@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from made_once import made_once
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -90,6 +91,7 @@ def _stir(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
+@made_once
 def flux(guidance_embeds: bool = False, **scheduler: Any) -> FluxPipeline:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
@@ -108,6 +110,7 @@ def flux(guidance_embeds: bool = False, **scheduler: Any) -> FluxPipeline:
     )
 
 
+@made_once
 def sd3() -> StableDiffusion3Pipeline:
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
@@ -148,13 +151,21 @@ def _up_to_date(scheduler: Any) -> Any:
 
 
 def sd(scheduler: Any = None, **unet: Any) -> StableDiffusionPipeline:
+    pipe = _sd(**unet)
+    if scheduler is not None:
+        pipe.scheduler = _up_to_date(scheduler)
+    return pipe
+
+
+@made_once
+def _sd(**unet: Any) -> StableDiffusionPipeline:
     torch.manual_seed(0)
     return StableDiffusionPipeline(
         vae=_stir(_vae(4)),
         text_encoder=_stir(CLIPTextModel(_clip_config())),
         tokenizer=clip_tokenizer(),
         unet=_unet(**unet),
-        scheduler=_up_to_date(scheduler or EulerDiscreteScheduler(**TRAINED)),
+        scheduler=_up_to_date(EulerDiscreteScheduler(**TRAINED)),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -162,6 +173,14 @@ def sd(scheduler: Any = None, **unet: Any) -> StableDiffusionPipeline:
 
 
 def sdxl(scheduler: Any = None) -> StableDiffusionXLPipeline:
+    pipe = _sdxl()
+    if scheduler is not None:
+        pipe.scheduler = scheduler
+    return pipe
+
+
+@made_once
+def _sdxl() -> StableDiffusionXLPipeline:
     torch.manual_seed(0)
     unet = _unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=64,
@@ -175,7 +194,7 @@ def sdxl(scheduler: Any = None) -> StableDiffusionXLPipeline:
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet,
-        scheduler=scheduler or EulerDiscreteScheduler(**TRAINED, timestep_spacing="leading", steps_offset=1),
+        scheduler=EulerDiscreteScheduler(**TRAINED, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
     )
 

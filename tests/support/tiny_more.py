@@ -33,6 +33,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from made_once import made_once
 from transformers import CLIPTextModel, LlamaConfig, LlamaModel, LlamaTokenizerFast
 
 VIDEO = ("wan", "wan22", "wan5b", "hunyuan", "cogvideox", "cogvideox15")
@@ -52,6 +53,7 @@ def _wan_transformer(seed: int = 0, **changes: Any) -> WanTransformer3DModel:
     return tiny._stir(WanTransformer3DModel(**{**values, **changes}))
 
 
+@made_once
 def wan(kind: str = "2.1", scheduler: Any = None) -> WanPipeline:
     """2.1, the two networks of "2.2", or "5b" with its time per token."""
     torch.manual_seed(0)
@@ -83,6 +85,7 @@ def llama_tokenizer() -> LlamaTokenizerFast:
     return tokenizer
 
 
+@made_once
 def hunyuan(guidance_embeds: bool = True) -> HunyuanVideoPipeline:
     torch.manual_seed(0)
     transformer = HunyuanVideoTransformer3DModel(
@@ -111,6 +114,7 @@ def hunyuan(guidance_embeds: bool = True) -> HunyuanVideoPipeline:
     )
 
 
+@made_once
 def cogvideox(version: str = "1.0", dpm: bool = False) -> CogVideoXPipeline:
     torch.manual_seed(0)
     later = {"patch_size_t": 2, "patch_bias": False} if version == "1.5" else {}
@@ -138,6 +142,7 @@ def cogvideox(version: str = "1.0", dpm: bool = False) -> CogVideoXPipeline:
     )
 
 
+@made_once
 def pixart(alpha: bool = False, scheduler: Any = None) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
@@ -155,6 +160,7 @@ def pixart(alpha: bool = False, scheduler: Any = None) -> PixArtSigmaPipeline | 
     )
 
 
+@made_once
 def dit(scheduler: Any = None) -> DiTPipeline:
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -181,10 +187,12 @@ def _unet() -> UNet2DModel:
     )  # fmt: skip
 
 
+@made_once
 def ddpm(clip_sample: bool = True) -> DDPMPipeline:
     return DDPMPipeline(unet=_unet(), scheduler=DDPMScheduler(clip_sample=clip_sample))
 
 
+@made_once
 def ddim_pipeline(clip_sample: bool = True) -> DDIMPipeline:
     return DDIMPipeline(unet=_unet(), scheduler=DDIMScheduler(clip_sample=clip_sample))
 

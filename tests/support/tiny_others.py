@@ -8,6 +8,7 @@ import diffusers
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from made_once import made_once
 
 # name: two sides of square pictures
 SIZES = {
@@ -185,6 +186,7 @@ def kandinsky5() -> Any:
     return pipe
 
 
+@made_once
 def make(name: str, guided: bool = True, **changes: Any) -> Any:
     if name == "hunyuan15":
         changes["guided"] = guided

@@ -15,6 +15,7 @@ from diffusers import (
     SD3ControlNetModel,
     SD3Transformer2DModel,
 )
+from made_once import made_once
 from torch import Tensor
 
 IMG2IMG = {
@@ -78,6 +79,7 @@ def img2img(family: str, **kwargs: Any) -> Any:
     return _pipeline(IMG2IMG[family], parts)
 
 
+@made_once
 def inpaint(case: str, **kwargs: Any) -> Any:
     """``sdxl9`` has the mask among its network's channels, ``fill`` too; SD 3 insists on 16 channels."""
     parts = tiny.make(family_of(case), **kwargs).components
@@ -93,6 +95,7 @@ def inpaint(case: str, **kwargs: Any) -> Any:
     return _pipeline(INPAINT[case], parts)
 
 
+@made_once
 def controlnet(family: str) -> Any:
     parts = tiny.make(family).components
     torch.manual_seed(2)
@@ -123,6 +126,7 @@ def mixture(name: str) -> Any:
     return _pipeline(name, (tiny.make("sd") if family == "sd" else controlnet(family)).components)
 
 
+@made_once
 def with_ip_adapter(family: str) -> Any:
     """Make a text-to-image pipeline with one random adapter, attached as ``load_ip_adapter`` attaches it."""
     pipe = tiny.make(family)
