@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,9 +79,13 @@ def room_of(name: str) -> str | None:
     return max((room for room in ROOMS if within(name, room)), key=len, default=None)
 
 
-def imports(file: Path, known: set[str]) -> Iterator[Import]:
+def imports(file: Path, known: set[str]) -> list[Import]:
     """Every module that a file names in an import, or in ``import_module`` with a literal."""
+    return _imports(tree.parse(file), frozenset(known))
 
+
+@functools.cache
+def _imports(module: ast.Module, known: frozenset[str]) -> list[Import]:
     def visit(node: ast.AST, at_start: bool, typing_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -96,11 +101,12 @@ def imports(file: Path, known: set[str]) -> Iterator[Import]:
                 yield Import(str(node.args[0].value), node.lineno, at_start)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             at_start = False
+        for_types = node.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) else []
         for child in ast.iter_child_nodes(node):
-            hidden = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and child in node.body
+            hidden = child in for_types
             yield from visit(child, at_start and not hidden, typing_only or hidden)
 
-    yield from visit(tree.parse(file), True, False)
+    return list(visit(module, True, False))
 
 
 def allowed(importer: str, imported: Import, methods: set[str]) -> bool:
@@ -169,7 +175,7 @@ def private_names_across_rooms(root: Path = tree.ROOT) -> list[str]:
 def _private_definitions(module: ast.Module) -> set[str]:
     """Underscored functions, classes, and names that are assigned to, of a module and on ``self`` in it."""
     names = set()
-    for node in ast.walk(module):
+    for node in tree.nodes(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -180,7 +186,7 @@ def _private_definitions(module: ast.Module) -> set[str]:
 
 
 def _private_uses(module: ast.Module) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(module):
+    for node in tree.nodes(module):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             yield node.attr, node.lineno
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffaccel"):

@@ -47,7 +47,7 @@ def unwanted(module: ast.Module) -> list[int]:
     """Lines with a print or an assert statement."""
     return sorted(
         node.lineno
-        for node in ast.walk(module)
+        for node in tree.nodes(module)
         if isinstance(node, ast.Assert)
         or (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
     )
@@ -61,6 +61,14 @@ def function_lengths(text: str) -> dict[str, int]:
         if token.type not in NO_CODE
         for line in range(token.start[0], token.end[0] + 1)
     }
+    module = ast.parse(text)
+    docstrings = {
+        line
+        for node in tree.nodes(module)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and ast.get_docstring(node) is not None
+        for line in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
     lengths = {}
 
     def visit(node: ast.AST, prefix: str) -> None:
@@ -68,19 +76,12 @@ def function_lengths(text: str) -> dict[str, int]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 name = f"{prefix}{child.name}"
                 if not isinstance(child, ast.ClassDef):
-                    docstrings = {
-                        line
-                        for inner in ast.walk(child)
-                        if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
-                        and ast.get_docstring(inner) is not None
-                        for line in range(inner.body[0].lineno, inner.body[0].end_lineno + 1)
-                    }
                     lengths[name] = len(code & set(range(child.lineno, child.end_lineno + 1)) - docstrings)
                 visit(child, f"{name}.")
-            else:
+            elif not isinstance(child, ast.expr):  # which holds no functions
                 visit(child, prefix)
 
-    visit(ast.parse(text), "")
+    visit(module, "")
     return lengths
 
 

@@ -14,7 +14,7 @@ PLACE = "diffaccel/training/steps.py"
 def strays(module: ast.Module) -> list[int]:
     """Lines that switch autocast on, or differentiate a loss, by themselves."""
     found = []
-    for node in ast.walk(module):
+    for node in tree.nodes(module):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
             on = not any(k.arg == "enabled" and getattr(k.value, "value", True) is False for k in node.keywords)

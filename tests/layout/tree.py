@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -45,7 +46,19 @@ def import_name(file: Path) -> str:
 
 
 def parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+    """The tree of a file, which several checks look at: none may change it."""
+    return _parsed(file.read_text(encoding="utf-8"), str(file))
+
+
+@functools.cache
+def _parsed(text: str, name: str) -> ast.Module:
+    return ast.parse(text, name)
+
+
+@functools.cache
+def nodes(module: ast.Module) -> list[ast.AST]:
+    """All nodes of a module, as ``ast.walk`` gives them."""
+    return list(ast.walk(module))
 
 
 def method_modules(root: Path = ROOT) -> set[str]:
