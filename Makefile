@@ -9,6 +9,8 @@
 # Threads that wait by spinning take the cores from those they wait for, tenfold slower on a busy machine; those that
 # sleep at once are woken late (scripts/bench_threads.py).
 export GOMP_SPINCOUNT ?= 5000
+# Every process of the tests would compile the package, and every worker rewrite each test, anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := test
 .PHONY: setup test test-slow test-all demo lint clean
