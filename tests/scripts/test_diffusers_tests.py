@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.diffusers_tests.__main__ import main
 from scripts.diffusers_tests.outcomes import Comparison, markdown, outcomes_of
 from scripts.diffusers_tests.plugin import digest
 
-ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -90,23 +89,27 @@ def test_digests_tell_every_bit_apart() -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_run(tmp_path: Path) -> None:
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tests run in processes of their own, one for each method; what starts and compares them does not."""
     tests = tmp_path / "checkout" / "tests" / "pipelines"
     tests.mkdir(parents=True)
     (tests / "test_them.py").write_text(TESTS)
     (tmp_path / "checkout" / "setup.py").write_text('setup(\n    version="9.9.9",\n)\n')
     words = ["--diffusers-tests", tmp_path / "checkout", "--folder", tmp_path / "out", "--select", ""]
     words += ["--out", tmp_path / "record.json"]
-    for _ in range(2):  # the second has nothing left to run
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.diffusers_tests", *map(str, words)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "3 tests on the stock pipelines: 2 pass, 0 are skipped, 1 need" in done.stdout
-        assert "| `scheduler` | 2 | 2 | 0 | 0 | 2 of 2 | native 2 |" in done.stdout
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["diffusers_tests", *map(str, words), *more])
+        main()
+        return capsys.readouterr().out
+
+    said = run()
+    assert "3 tests on the stock pipelines: 2 pass, 0 are skipped, 1 need" in said
+    assert "| `scheduler` | 2 | 2 | 0 | 0 | 2 of 2 | native 2 |" in said
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["settings"]["tests_of"] == "9.9.9" and record["methods"]["euler"]["refused"] == 1
-    assert len((tmp_path / "out" / "stock.jsonl").read_text().splitlines()) == 3
+    files = {name: (tmp_path / "out" / f"{name}.jsonl").read_text() for name in ("stock", "scheduler")}
+    assert len(files["stock"].splitlines()) == 3
+    again = run("--methods", "scheduler")  # nothing is left to run
+    assert "| `scheduler` | 2 | 2 | 0 | 0 | 2 of 2 | native 2 |" in again
+    assert files == {name: (tmp_path / "out" / f"{name}.jsonl").read_text() for name in files}
