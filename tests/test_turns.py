@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ import diffaccel
 from diffaccel import registry
 from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError
+from diffaccel.samplers import Euler
 from tests.support.small_pipelines import Small, draw, make
 
 THREADS = 4
@@ -88,6 +91,53 @@ def test_a_second_call_of_a_pipeline_without_a_loop_of_ours_can_be_refused() -> 
     assert drawn and refused and len(drawn) + len(refused) == THREADS
     assert all(torch.equal(picture, alone) for picture in drawn)
     assert all(str(error).startswith("The pipeline is busy: ") for error in refused)
+
+
+def in_child(function: Any) -> bool:
+    """Return whether ``function()`` is true in a forked process, which is given 20 s."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, from Python 3.12 on
+        child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if function() else 1)
+        finally:
+            os._exit(2)  # after an error
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status == 0
+        time.sleep(0.005)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    return False
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_forked_while_another_thread_calls_a_pipeline_can_call_it() -> None:
+    pipe = make(Small)
+    stock, reached, go_on = draw(pipe), threading.Event(), threading.Event()
+    diffaccel.accelerate(pipe, Euler())
+    forward, drawn = pipe.unet.forward, []
+
+    def held(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is other:
+            reached.set()
+            go_on.wait(60)
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = held
+    other = threading.Thread(target=lambda: drawn.append(draw(pipe)))
+    other.start()
+    assert reached.wait(60)
+    try:
+        assert in_child(lambda: torch.equal(draw(pipe), stock))
+        assert in_child(lambda: torch.equal(draw(diffaccel.remove(pipe)), stock))
+    finally:
+        go_on.set()
+        other.join(60)
+    assert torch.equal(drawn[0], stock)  # in this process the call went on undisturbed
 
 
 def check_turns(family: str, config: Any) -> None:

@@ -3,12 +3,15 @@
 A call swaps attributes of objects that the caller keeps: networks and methods of the pipeline, methods of its
 scheduler and VAE, hooks. What restores them is noted here, outside of these objects, before anything is swapped, and
 stays noted until it has run. A restoring that an interrupt cuts off is thus repeated when the call unwinds or, at the
-latest, when the pipeline is called again or freed of its methods.
+latest, when the pipeline is called again or freed of its methods. So is that of a call of another thread in the midst
+of which this process was forked: the child has the changes of that call and not its thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,6 +62,11 @@ class _Guard:
         with self.lock:  # no context manager of our own: an interrupt as it opens would leave the lock closed
             return self._run_and_restore(function)
 
+    def leave_to_child(self) -> None:
+        """Free the lock in a forked process, which has none of the parent's threads but the one that forked."""
+        if self.lock.locked() and self.thread != threading.get_ident():
+            self.lock, self.thread = threading.Lock(), None  # what that call changed is put back by the next one
+
     def _run_and_restore(self, function: Callable[[], Any]) -> Any:
         try:
             self.thread = threading.get_ident()
@@ -86,7 +94,20 @@ _GUARDS: WeakKeyDictionary[Any, _Guard] = WeakKeyDictionary()
 
 
 def _guard(owner: Any) -> _Guard:
+    _watch_forks()
     return _GUARDS.setdefault(owner, _Guard())
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """Free locks in forked processes from now on: the threads that hold them do not exist there."""
+    if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+        os.register_at_fork(after_in_child=_leave_to_child)
+
+
+def _leave_to_child() -> None:
+    for guard in list(_GUARDS.values()):
+        guard.leave_to_child()
 
 
 def alone(pipe: Any, function: Callable[[], Any], *, waits: bool = True) -> Any:
