@@ -50,6 +50,15 @@ class Applied:
             )
         return Applied(self.config, copy.deepcopy(self.handle, memo))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for a pickle, of a method that leaves nothing on the network which has none."""
+        if not getattr(type(self.handle), "copies", True):
+            raise DiffAccelError(
+                f"'{self.config.name}' is on a network of this pipeline by functions that no pickle takes. "
+                "diffaccel.remove(pipe), pickle it, and accelerate both."
+            )
+        return vars(self)
+
 
 @dataclass(frozen=True, eq=False)
 class Active:

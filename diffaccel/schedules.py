@@ -97,6 +97,17 @@ class Schedule:
         entries = tuple(entry - self.entries[index] for entry in self.entries[index:])
         return replace(self, sigmas=self.sigmas[index:], timesteps=self.timesteps[index:], entries=entries, _index={})
 
+    def take_levels(self, levels: Tensor, first: int) -> None:
+        """Replace the levels from number ``first`` on, in place; each keeps its time.
+
+        Args:
+            levels: ``(n + 1,)``, all of them.
+        """
+        for own in (self.sigmas, self.stock_sigmas):
+            own[first:] = levels[first:].to(own)
+        self._index.clear()
+        self.__post_init__()
+
     def entry(self, level: int) -> int:
         """Return the place of a level among the scheduler's own entries, counted from the first of this schedule."""
         return self.entries[level] if self.entries else level

@@ -164,7 +164,11 @@ def test_a_copy_under_hooks_of_diffusers_is_refused_and_one_after_them_is_whole(
     pipe = diffaccel.accelerate(tiny.make("flux"), DiffusersCache())
     with pytest.raises(DiffAccelError, match=r"'diffusers_cache' .* could not be freed of.*copy, and accelerate both"):
         copy.deepcopy(pipe)
+    with pytest.raises(DiffAccelError, match=r"'diffusers_cache' .* no pickle takes.*pickle it, and accelerate both"):
+        pickle.dumps(pipe)
+    assert copy.copy(pipe).transformer is pipe.transformer
     copy.deepcopy(diffaccel.remove(pipe))
+    pickle.dumps(pipe)
 
 
 @pytest.mark.slow

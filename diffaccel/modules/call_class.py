@@ -123,8 +123,8 @@ def _reduced(pipe: Any, facts: CallClass, protocol: Any) -> Any:
     is_made = [isinstance(value, type) and _FACTS in vars(value) for value in (function, *args)]
     function, *args = (stock_class(v) if made else v for v, made in zip((function, *args), is_made, strict=True))
     own = {}
-    if isinstance(state, dict):
-        state = dict(state)  # that of this moment
+    if isinstance(state, dict):  # that of this moment, its methods first: they know why a network has no pickle
+        state = {**{name: state[name] for name in (facts.keeps,) if name in state}, **state}
     elif facts.keeps in vars(pipe):
         own = {facts.keeps: vars(pipe)[facts.keeps]}
     return _rebuilt, (facts, function, args, own), state, *rest

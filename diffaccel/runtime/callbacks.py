@@ -62,7 +62,7 @@ class Callback:
             offered |= {"stage": stage, "resolution": (session.height, session.width)}
         before = dict(offered)  # the function may change the dict
         shown = before.get("latents")
-        was_edited = _edit_detector(shown)
+        was_edited = edit_detector(shown)
         returned = self.function(session.pipe, index, timestep, offered) or {}
         for name, value in returned.items():
             if name != "latents" and value is not before.get(name):
@@ -137,7 +137,7 @@ def _is_taken_by_loop(pipe: Any, name: str) -> bool:
         return True
 
 
-def _edit_detector(shown: Tensor | None) -> Callable[[], bool]:
+def edit_detector(shown: Tensor | None) -> Callable[[], bool]:
     """Return a function that tells whether a tensor was changed in place since.
 
     On a GPU torch's count of in-place changes tells, without waiting for the device. On a CPU the values are compared:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.modules.guard import restored
+from diffaccel.runtime.edited_levels import EditedLevels
 from diffaccel.runtime.predictor import Predictor
 from diffaccel.runtime.row_selection import RowSelection
 from diffaccel.runtime.track import Track
@@ -34,6 +35,8 @@ from diffaccel.session import (
 class Native(Predictor):
     """The native driver: it answers a sampler's events, owns the step counter and calls the pipeline's callback."""
 
+    _levels: EditedLevels | None = None  # of a call with a step callback
+
     def run(self, sampling: Sampling) -> Tensor:
         """Drive a sampler to its end and return the pipeline's own latents, in its layout and dtype."""
         lender = self.session.lender
@@ -50,6 +53,8 @@ class Native(Predictor):
         try:
             event = next(sampling)
             self._scheduler_steps = isinstance(event, Advance)
+            if self.callback is not None and not self._scheduler_steps:
+                self._levels = EditedLevels(self.session)
             if isinstance(event, Stages):
                 self.track = Track(self.session, event.parts)
             if hasattr(pipe, "_num_timesteps"):  # a scheduler of second order has nearly two entries a step
@@ -184,6 +189,8 @@ class Native(Predictor):
             x = x.to(self.dtype).to(x.dtype)
         index = min(self.stats.steps, len(self.timesteps) - 1)
         edited = self._end_step(index, self.timesteps[index], lambda: self._latents_of(session, x))
+        if self._levels is not None and not self.track.has_stages:
+            self._levels.take(self.stats.steps)
         if edited is None:
             return x
         rows = session.family.unwrap(edited, session.conds[0].arguments)

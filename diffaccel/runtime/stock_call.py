@@ -77,8 +77,8 @@ def own_loop_refusal(
 ) -> UnsupportedBySampler | None:
     """Return the error for a call that runs in the pipeline's own loop and was asked for what only the driver does.
 
-    That is to tell methods on the network their steps, and to leave out the unconditional prediction at the end; None
-    where neither was asked for.
+    That is to tell methods on the network their steps, to leave out the unconditional prediction at the end, and to
+    search; None where none of it was asked for.
     """
     why = str(reason).rstrip(".")
     if told:
@@ -91,6 +91,12 @@ def own_loop_refusal(
         return UnsupportedBySampler(
             f"guidance_stop={config.guidance_stop} was asked of a call of {type(pipe).__name__} that only its own loop "
             f"can make: {why}. Leave it out."
+        )
+    if config.searches:
+        return UnsupportedBySampler(
+            f"'{config.name}' predicts many samples at once, and this call of {type(pipe).__name__} runs in the "
+            f"pipeline's own loop alone: {why}. Search with a pipeline without it, or use 'euler', 'dpmpp2m', "
+            "'ancestral' or 'scheduler' here."
         )
     return None
 

@@ -10,6 +10,7 @@ from typing import Any
 from diffaccel.eval.comparison.cost_row import LABELS, cost_row, part_of_a_search
 from diffaccel.eval.comparison.resources import resource_rows
 from diffaccel.eval.comparison.row import Row, Section, missing
+from diffaccel.eval.comparison.text import of_things
 from diffaccel.eval.comparison.verdict import NOT_SHOWN
 from diffaccel.eval.sets.run import Run
 from diffaccel.eval.uncertainty.intervals import LEAST_TURNS, median_ratio
@@ -42,6 +43,10 @@ def rows(baseline: Run, runs: list[Run], timing: dict[str, Any] | None) -> list[
     return cost_rows
 
 
+def _things(run: Run) -> str:
+    return "videos" if run.is_video else "pictures"
+
+
 def _batch_of_run(run: Run) -> int | None:
     """Return how many pictures a call of a run drew at most; a short run never filled its batch."""
     batch = run.record.get("settings", {}).get("batch")
@@ -60,7 +65,8 @@ def _counted_rows(run: Run, baseline: Run) -> list[Row]:
         if metric == "forwards" and (why := part_of_a_search(run)):
             counted.append(missing(metric, LABELS[metric], "cost", run.name, "lower", why))
             continue
-        row = cost_row(metric, run, cost[metric] / len(run), detail={"what": description, "from": EXACT})
+        what, source = (of_things(text, _things(run)) for text in (description, EXACT))
+        row = cost_row(metric, run, cost[metric] / len(run), detail={"what": what, "from": source})
         is_whole = metric == "nfe" or not part_of_a_search(baseline)
         if run is not baseline and base_cost and metric in base_cost and is_whole:
             row.delta = cost[metric] / len(run) - base_cost[metric] / len(baseline)
@@ -156,7 +162,8 @@ def section(baseline: Run, runs: Sequence[Run], timing: dict[str, Any] | None) -
         note += "converted weights, calibration. "
     note += "Medians or means without intervals. Calls are of the network, in one call of the pipeline."
     return Section(
-        key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines), note=note,
+        key=KEY, title="Where the time goes", columns=("run", *heads), rows=tuple(lines),
+        note=of_things(note, _things(baseline)),
         data={"runs": data, "images_a_call": images if entries else None},
     )  # fmt: skip
 

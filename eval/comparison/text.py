@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,15 +38,20 @@ class Line:
     note: str
 
 
+def of_things(text: str, things: str) -> str:
+    """Return a text of ours that speaks of pictures as it is said of ``things``, which are "pictures" or "videos"."""
+    return re.sub(r"\bpicture", things.removesuffix("s"), text)
+
+
 def table(comparison: Comparison) -> list[tuple[str, list[Line]]]:
     """Return lines grouped under the title of their family, metric by metric, each in the order of runs."""
-    groups = []
+    groups, things = [], "videos" if any(row.family == "video" for row in comparison.rows) else "pictures"
     for family, title in FAMILIES.items():
         rows = [row for row in comparison.rows if row.family == family]
         order = {key: position for position, key in enumerate(dict.fromkeys(row.key for row in rows))}
         lines = [_line(row) for row in sorted(rows, key=lambda row: order[row.key])]
         if lines:
-            groups.append((title, lines))
+            groups.append((of_things(title, things), lines))
     return groups
 
 

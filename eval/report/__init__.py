@@ -8,12 +8,13 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.result import Comparison
+from diffaccel.eval.comparison.text import of_things
 from diffaccel.eval.report import by_batch, flops, pictures
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.export import csv_text, latex_text
 from diffaccel.eval.report.markdown import markdown
 from diffaccel.eval.report.page import html_text
-from diffaccel.eval.report.summary import verdicts
+from diffaccel.eval.report.summary import things_of, verdicts
 from diffaccel.files import remove_leftovers, write_json, write_text
 
 LARGEST = 10 * 2**20  # bytes of the page
@@ -32,6 +33,9 @@ def contents(comparison: Comparison, command: list[str] | None = None) -> dict[s
     report["metrics"][place:place] = flops.rows(report)
     if by_batch.KEY not in report["sections"] and (section := by_batch.section_of_rows(report)) is not None:
         report["sections"][by_batch.KEY] = section.to_dict()
+    if (by_batch_section := report["sections"].get(by_batch.KEY)) is not None:  # made of times, which know no videos
+        columns = by_batch_section["columns"]
+        by_batch_section["columns"] = [of_things(column, things_of(report)) for column in columns]
     return report | {"verdicts": verdicts(report), "credits": credits_of(report)}
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffaccel.eval.comparison import verdict
 from diffaccel.eval.comparison.row import BY_PROMPT
+from diffaccel.eval.comparison.text import of_things
 from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.axes import BOTTOM, LEFT, Axes, Plot, padded
 from diffaccel.eval.report.labels import place_names
 from diffaccel.eval.report.names import clean
-from diffaccel.eval.report.summary import main_keys
+from diffaccel.eval.report.summary import main_keys, things_of
 
 PERFECT = {"ssim": 1.0, "latent_error": 0.0, "lpips": 0.0, "clip_i": 1.0}  # values of equal pictures
 WIDE, NARROW, SMALL = (600, 330), (330, 330), (330, 250)  # of the first plot on a screen and a phone, of the others
@@ -70,6 +71,7 @@ def quality_plot(report: Mapping[str, Any], key: str, size: tuple[int, int]) -> 
     differs = any(row.get("delta") is not None for row in rows)
     by_ratio = any(row["metric"] == "speedup" and row.get("value") for row in report["metrics"])
     speed, baseline = RATIO if by_ratio else SECONDS, report["baseline"]
+    speed = replace(speed, title=of_things(speed.title, things_of(report)))
     speeds = _speeds(report, speed)
     points = []
     for row in rows:
@@ -90,7 +92,7 @@ def draw(points: Sequence[Point], row: Row, speed: Speed, size: tuple[int, int],
     xs = [x for point in points for x in (point.x, *(point.x_ends or ()))]
     ys = [y for point in points for y in (point.y, *(point.y_ends or ()))]
     noise = _noise(row) if differs else None
-    log = speed is RATIO
+    log = speed.metric == RATIO.metric
     x_range = (min(xs) / 1.12, max(xs) * 1.25) if log else (0.0, max(xs) * 1.2 or 1.0)
     axes = Axes(x_range, padded(ys, 0.16), *size, log=log)
     front = pareto_front(points, row["better"], speed.better)
@@ -147,7 +149,9 @@ def curves(report: Mapping[str, Any]) -> list[Plot]:
 
 def _speeds(report: Mapping[str, Any], speed: Speed) -> dict[str, tuple[float, Ends | None]]:
     """Return by run its speed and its interval; a ratio of the baseline's is 1."""
-    found: dict[str, tuple[float, Ends | None]] = {report["baseline"]: (1.0, None)} if speed is RATIO else {}
+    found: dict[str, tuple[float, Ends | None]] = (
+        {report["baseline"]: (1.0, None)} if speed.metric == RATIO.metric else {}
+    )
     for row in report["metrics"]:
         if row["metric"] == speed.metric and row.get("value"):
             found[row["run"]] = float(row["value"]), _ends(row.get("interval"))

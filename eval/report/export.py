@@ -12,7 +12,7 @@ from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report import tables
 from diffaccel.eval.report.names import clean, split_key
 from diffaccel.eval.report.names import latex_text as escaped
-from diffaccel.eval.report.summary import Cell, RunSummary, cell, main_keys, rows_of, summaries
+from diffaccel.eval.report.summary import Cell, RunSummary, cell, main_keys, rows_of, summaries, things_of
 
 COLUMNS = (
     "run", "metric", "key", "family", "better", "verdict", "value", "low", "high", "delta", "delta_low", "delta_high",
@@ -27,16 +27,16 @@ def csv_text(report: Mapping[str, Any]) -> str:
 
     A number that is not there is an empty cell. A text that a spreadsheet would take for a formula has ``'`` before it.
     """
-    buffer = io.StringIO()
+    buffer, things = io.StringIO(), things_of(report)
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in report["metrics"]:
-        values = _values(row)
+        values = _values(row, things)
         writer.writerow([_csv_cell(values[column]) for column in COLUMNS])
     return buffer.getvalue()
 
 
-def _values(row: Row) -> dict[str, Any]:
+def _values(row: Row, things: str) -> dict[str, Any]:
     interval, delta = row.get("interval") or {}, row.get("delta_interval") or {}
     floor, floor_ends = verdict.floor(row)
     low, high = floor_ends or (None, None)
@@ -45,7 +45,7 @@ def _values(row: Row) -> dict[str, Any]:
         "verdict": verdict.word(row), "low": interval.get("low"), "high": interval.get("high"),
         "delta_low": delta.get("low"), "delta_high": delta.get("high"),
         "floor": floor, "floor_low": low, "floor_high": high,
-        "note": "" if row.get("missing") else cell(row, row["key"]).note,
+        "note": "" if row.get("missing") else cell(row, row["key"], things).note,
     }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def latex_text(report: Mapping[str, Any]) -> str:
 
     Needs the packages ``booktabs`` and, for names beyond ASCII, ``inputenc`` in UTF-8.
     """
-    keys, runs = main_keys(report), summaries(report)
+    keys, runs, things = main_keys(report), summaries(report), things_of(report)
     first = {row["key"]: row for row in reversed(report["metrics"])}
     costs = [key for key, row in first.items() if row["metric"] in IN_TURNS and row.get("interval")]
     arrows = {key: tables.arrow(first[key]) for key in (*keys, *costs)}
@@ -84,10 +84,16 @@ def latex_text(report: Mapping[str, Any]) -> str:
         f"{' & '.join(heads)} \\\\",
         r"\midrule",
         " & ".join(
-            [escaped(report["baseline"]), "1", *(_base_cell(base.get(key)) for key in keys), *_costs(base, costs), ""]
+            [
+                escaped(report["baseline"]),
+                "1",
+                *(_base_cell(base.get(key)) for key in keys),
+                *_costs(base, costs, things),
+                "",
+            ]
         )
         + r" \\",
-        *(_line(run, _costs(rows_of(report, run.run), costs)) for run in runs),
+        *(_line(run, _costs(rows_of(report, run.run), costs, things)) for run in runs),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",
@@ -110,9 +116,9 @@ def _line(run: RunSummary, costs: list[str]) -> str:
     return " & ".join([escaped(run.run), speed, *(_cell(cell) for cell in run.cells), *costs, run.word]) + r" \\"
 
 
-def _costs(rows: Mapping[str, Row], keys: list[str]) -> list[str]:
+def _costs(rows: Mapping[str, Row], keys: list[str], things: str) -> list[str]:
     """Return the cells of energy and memory; the baseline's ratio to itself is left empty."""
-    cells = [cell(rows.get(key), key) for key in keys]
+    cells = [cell(rows.get(key), key, things) for key in keys]
     return [f"{escaped(one.value)}{_small(one.interval)}" for one in cells]
 
 

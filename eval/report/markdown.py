@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffaccel.eval.comparison import verdict
+from diffaccel.eval.comparison.text import of_things
 from diffaccel.eval.report import tables
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import markdown_text, shell_line
-from diffaccel.eval.report.summary import bracketed, compared_runs, headline, main_keys, summaries
+from diffaccel.eval.report.summary import bracketed, compared_runs, headline, main_keys, summaries, things_of
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -34,7 +35,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         )
         for run in runs
     ]
-    lines += [*_markdown_table(heads, cells), "", verdict.EXPLAINED, ""]
+    lines += [*_markdown_table(heads, cells), "", of_things(verdict.EXPLAINED, things_of(report)), ""]
     lines += [markdown_text(report["reference"]), ""] if report.get("reference") else []
     for table in tables.full_tables(report):
         lines += [f"## {table.title}", "", *_markdown_table(table.heads, table.rows), ""]

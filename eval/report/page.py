@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 from diffaccel.eval.comparison import verdict
+from diffaccel.eval.comparison.text import of_things
 from diffaccel.eval.report import call_times, charts, tables
 from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import shell_line, short_names, split_key
@@ -50,7 +51,7 @@ def html_text(report: Mapping[str, Any], pictures: Mapping[str, Any] | None = No
         galleries=shown.get("galleries") or [],
         metric_tables=tables.metric_tables(report),
         full_tables=tables.full_tables(report),
-        explained=verdict.EXPLAINED,
+        explained=of_things(verdict.EXPLAINED, things_of(report)),
         sections=[(section, _columns(section)) for section in (report.get("sections") or {}).values()],
         curves=charts.curves(report),
         steps=call_times.steps(report),

@@ -100,7 +100,7 @@ def summaries(report: Mapping[str, Any]) -> list[RunSummary]:
         main = [rows[key] for key in keys if key in rows]
         word = verdict.run_word([*main, *(row for row in rows.values() if row["metric"] == "psnr")])
         sentence = ", ".join([_speed_text(speedup), *_quality_texts(rows, main, names, things)])
-        cells = tuple(cell(rows.get(key), key) for key in keys)
+        cells = tuple(cell(rows.get(key), key, things) for key in keys)
         found.append(RunSummary(run, word, _speed_cell(speedup), cells, sentence))
     return found
 
@@ -163,7 +163,7 @@ def verdicts(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return [{"run": run.run, "word": run.word, "text": run.sentence} for run in summaries(report)]
 
 
-def cell(row: Row | None, key: str) -> Cell:
+def cell(row: Row | None, key: str, things: str) -> Cell:
     """Return a row as a cell."""
     if row is None:
         return Cell(key)
@@ -173,7 +173,7 @@ def cell(row: Row | None, key: str) -> Cell:
     interval = "" if row.get("identical") else verdict.ends(row, row.get("interval"))
     delta = verdict.number(row, row.get("delta"), "+")
     delta_interval = verdict.ends(row, row.get("delta_interval"), "+")
-    note = verdict.few_prompts(row) or note_text(row)
+    note = verdict.few_prompts(row) or note_text(row, things)
     return Cell(key, value + unit, interval, delta, delta_interval, verdict.word(row), note)
 
 
@@ -186,18 +186,18 @@ def noise_text(row: Row) -> str:
     return f"{text} ({ends})" if text and ends else text or ends
 
 
-def count_text(row: Row) -> str:
-    """Return how many prompts, or else pictures, stand behind a row."""
+def count_text(row: Row, things: str) -> str:
+    """Return how many prompts, or else pictures or videos, stand behind a row."""
     units = (row.get("delta_interval") or row.get("interval") or {}).get("units")
     if units and row["family"] in BY_PROMPT:
         return f"{units} prompts"
-    return counted_things(row["n"], "pictures") if row.get("n") else ""
+    return counted_things(row["n"], things) if row.get("n") else ""
 
 
-def note_text(row: Row) -> str:
+def note_text(row: Row, things: str) -> str:
     """Return why a number is missing, or where it comes from; "" for none."""
     detail = row.get("detail") or {}
-    batch = f"{counted_things(detail['batch'], 'pictures')} in a call" if detail.get("batch") else ""
+    batch = f"{counted_things(detail['batch'], things)} in a call" if detail.get("batch") else ""
     return clean("; ".join(filter(None, (row.get("missing") or detail.get("from"), batch))))
 
 
@@ -236,7 +236,7 @@ def _quality_texts(rows: Mapping[str, Row], main: Sequence[Row], names: Mapping[
     for word in (verdict.BETTER, verdict.SAME, verdict.WORSE, verdict.NOT_SHOWN):
         group = [row for row in differences if verdict.word(row) == word]
         if group:
-            texts.append(f"{_VERBS[word]} by {' and '.join(_difference_text(row, names) for row in group)}")
+            texts.append(f"{_VERBS[word]} by {' and '.join(_difference_text(row, names, things) for row in group)}")
     distances = [row for row in rows.values() if row["metric"] in DISTANCES and row.get("value") is not None]
     if distances:
         values = ", ".join(_distance_text(row) for row in distances)
@@ -247,9 +247,9 @@ def _quality_texts(rows: Mapping[str, Row], main: Sequence[Row], names: Mapping[
 _VERBS = {verdict.BETTER: "better", verdict.SAME: "same", verdict.WORSE: "worse", verdict.NOT_SHOWN: "no verdict"}
 
 
-def _difference_text(row: Row, names: Mapping[str, str]) -> str:
+def _difference_text(row: Row, names: Mapping[str, str], things: str) -> str:
     interval = verdict.ends(row, row["delta_interval"], "+")
-    reason = verdict.few_prompts(row) or count_text(row)
+    reason = verdict.few_prompts(row) or count_text(row, things)
     return f"{names[row['key']]} ({verdict.number(row, row['delta'], '+')}, {interval}; {reason})"
 
 

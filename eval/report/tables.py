@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffaccel.eval.comparison import verdict
-from diffaccel.eval.comparison.text import FAMILIES
+from diffaccel.eval.comparison.text import FAMILIES, of_things
 from diffaccel.eval.comparison.verdict import Row
 from diffaccel.eval.report.names import clean
 from diffaccel.eval.report.summary import (
@@ -70,7 +70,7 @@ def metric_tables(report: Mapping[str, Any]) -> list[MetricTable]:
 
 
 def _metric_table(report: Mapping[str, Any], title: str, families: Sequence[str]) -> MetricTable:
-    runs = [run["name"] for run in report["runs"]]
+    runs, things = [run["name"] for run in report["runs"]], things_of(report)
     by_run = {run: rows_of(report, run) for run in runs}
     rows = [row for family in families for row in report["metrics"] if row["family"] == family]
     first = {row["key"]: row for row in reversed(rows)}
@@ -80,29 +80,29 @@ def _metric_table(report: Mapping[str, Any], title: str, families: Sequence[str]
         for key in keys
     ]
     lines = [
-        (run, [cell(by_run[run].get(key), key) for key in keys])
+        (run, [cell(by_run[run].get(key), key, things) for key in keys])
         for run in runs
         if any(key in by_run[run] for key in keys)
     ]
-    return MetricTable(title, families[0], heads, lines, _notes(keys, rows))
+    return MetricTable(of_things(title, things), families[0], heads, lines, _notes(keys, rows, things))
 
 
 def full_tables(report: Mapping[str, Any]) -> list[FullTable]:
     """Return every row as text, grouped by family and metric by metric, each in the order of the runs."""
-    tables = []
+    tables, things = [], things_of(report)
     for family, title in FAMILIES.items():
         rows = [row for row in report["metrics"] if row["family"] == family]
         order = {key: place for place, key in enumerate(dict.fromkeys(row["key"] for row in rows))}
-        lines = [_full_line(row) for row in sorted(rows, key=lambda row: order[row["key"]])]
+        lines = [_full_line(row, things) for row in sorted(rows, key=lambda row: order[row["key"]])]
         if lines:
             kept = [i for i, head in enumerate(FULL_HEADS) if i < 3 or any(line[i] for line in lines)]
             heads = tuple(FULL_HEADS[i] for i in kept)
-            tables.append(FullTable(title, heads, [tuple(line[i] for i in kept) for line in lines]))
+            tables.append(FullTable(of_things(title, things), heads, [tuple(line[i] for i in kept) for line in lines]))
     return tables
 
 
-def _full_line(row: Row) -> tuple[str, ...]:
-    text = cell(row, row["key"])
+def _full_line(row: Row, things: str) -> tuple[str, ...]:
+    text = cell(row, row["key"], things)
     counts = str(row.get("n") or "") if row.get("m") in (None, row.get("n")) else f"{row['n']} / {row['m']}"
     note = text.note
     if pairs := (row.get("detail") or {}).get("identical_pairs"):
@@ -113,7 +113,7 @@ def _full_line(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _notes(keys: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+def _notes(keys: Sequence[str], rows: Sequence[Row], things: str) -> list[tuple[str, list[str]]]:
     """Return notes on metrics, each with the metrics that have it, and their runs where not all runs have it.
 
     Notes of single runs are left to the table of every number where there are more than :data:`MOST_NOTES`.
@@ -121,7 +121,8 @@ def _notes(keys: Sequence[str], rows: Sequence[Row]) -> list[tuple[str, list[str
     notes: dict[str, list[str]] = {}
     single: dict[str, list[str]] = {}
     for key in keys:
-        by_run = {row["run"]: note_text(row) for row in rows if row["key"] == key and row.get("value") is not None}
+        shown = [row for row in rows if row["key"] == key and row.get("value") is not None]
+        by_run = {row["run"]: note_text(row, things) for row in shown}
         for note in dict.fromkeys(by_run.values()):
             runs = [run for run, text in by_run.items() if text == note]
             if note and len(runs) == len(by_run):
@@ -138,11 +139,12 @@ def _shared(rows: Sequence[Row], text_of: Any) -> str:
 
 
 def counted(report: Mapping[str, Any]) -> str:
-    """Return in words how many pictures, on which device and when: the line above a report."""
+    """Return in words how many pictures or videos, on which device and when: the line above a report."""
     base = next((run for run in report["runs"] if run["name"] == report["baseline"]), report["runs"][0])
     things = things_of(report)
     device = clean((base.get("device") or {}).get("name") or "")
-    prompts = next((count_text(row) for row in report["metrics"] if "prompts" in count_text(row)), "")
+    texts = (count_text(row, things) for row in report["metrics"])
+    prompts = next((text for text in texts if "prompts" in text), "")
     counts = sorted({run["images"] for run in report["runs"]})
     if len(counts) > 1:  # of which the prompts of one run say nothing
         images, prompts = f"{counts[0]} to {counted_things(counts[-1], things)}", ""

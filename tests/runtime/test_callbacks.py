@@ -259,3 +259,30 @@ def test_latents_of_one_row_are_those_of_all_rows() -> None:
     for sampler in (Euler(), Scheduler()):
         pipe = diffaccel.accelerate(tiny.make("flux"), sampler)
         torch.testing.assert_close(pipe(**tiny.call_kwargs("flux"), callback_on_step_end=first_row).images, stock)
+
+
+@pytest.mark.parametrize(("name", "way"), [("flux", "in place"), ("sdxl", "replaced")])
+def test_a_callback_that_edits_the_noise_levels_of_the_scheduler(name: str, way: str) -> None:
+    def soften(pipe, i, t, kwargs):
+        if i < 2:
+            levels = pipe.scheduler.sigmas
+            changed = torch.cat([levels[: i + 1], 0.8 * levels[i + 1 :]])
+            if way == "in place":
+                levels.copy_(changed)
+            else:
+                pipe.scheduler.sigmas = changed
+        return kwargs
+
+    stock, wrapped = both(name, soften)
+    plain = tiny.make(name)(**tiny.call_kwargs(name, batch=2)).images
+    assert torch.equal(stock, wrapped) and not torch.equal(stock, plain)
+
+
+def test_a_callback_that_leaves_another_number_of_noise_levels() -> None:
+    def cut(pipe, i, t, kwargs):
+        pipe.scheduler.sigmas = pipe.scheduler.sigmas[:2]
+        return kwargs
+
+    pipe = diffaccel.accelerate(tiny.make("flux"), Euler())
+    with pytest.raises(DiffAccelError, match=r"left 2 as pipe.scheduler.sigmas, which were \d+ .*values and not their"):
+        pipe(**tiny.call_kwargs("flux"), callback_on_step_end=cut)

@@ -14,7 +14,7 @@ import diffaccel
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.runtime.probe import arguments_of, stock_call
 from diffaccel.runtime.stock_loop import generate_stock
-from diffaccel.samplers import Ancestral, Bottleneck, DPMpp2M, Euler, Heun
+from diffaccel.samplers import Ancestral, BoN, Bottleneck, DPMpp2M, Euler, Heun
 from diffaccel.session import Eval, Step
 
 
@@ -159,3 +159,12 @@ def test_a_sampler_that_changes_the_size_says_what_inpainting_takes() -> None:
         pipe(**tiny_variants.inpaint_kwargs("flux", steps=3))
     diffaccel.remove(pipe)
     assert torch.equal(pipe(**tiny_variants.inpaint_kwargs("flux", steps=3)).images, stock)
+
+
+def test_a_search_beside_a_controlnet_says_what_stands_in_its_way() -> None:
+    pipe = diffaccel.accelerate(tiny_variants.controlnet("sdxl"), BoN(reward="compress", budget=8))
+    arguments = {**tiny.call_kwargs("sdxl", batch=1), "image": tiny_variants.picture(32, 1)}
+    with pytest.raises(
+        UnsupportedBySampler, match=r"'bon' predicts many.*alone: .*'controlnet'.*Search with a pipeline"
+    ):
+        pipe(**arguments)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from diffaccel.eval.metrics import frechet, video
 from diffaccel.eval.metrics.video import FrameSampling
 from diffaccel.eval.networks import by_spec as networks
 from diffaccel.eval.networks.extractors import extractor
-from diffaccel.eval.report import write
+from diffaccel.eval.report import console, write
 from diffaccel.eval.sets.run import open_run
 from tests.support import made_runs
 
@@ -163,3 +166,18 @@ def test_the_report_of_videos(sets, tmp_path):
     assert "Fidelity over the frames" in page and "4 videos a run" in page and "first, the middle and the last" in page
     assert page.count('class="curve"') == 3  # PSNR of one run that differs, SSIM of both
     assert "pixel for pixel the baseline's videos" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_all_files_of_a_report_speak_of_videos(sets, tmp_path):
+    settings = {"settings": {"prompts": [], "batch": 4}, "device": {"name": "cpu"}}
+    runs = []
+    for name, seconds in (("base", 4.0), ("same", 2.0)):
+        cost = {"seconds": seconds, "nfe": 8, "forwards": 8, "parts": {"network": seconds / 2}, "steps": [0.1] * 8}
+        runs.append(replace(sets[name], record={**settings, "cost": cost}))
+    comparison = compare_runs(runs[0], runs[1:])
+    made = write(comparison, tmp_path / "report", pairs=1)
+    texts = [(tmp_path / "report" / f"report.{ending}").read_text() for ending in ("html", "md", "csv", "tex")]
+    for text in (*texts, console.text(made, io.StringIO()), comparison.table()):
+        assert not re.findall(r".{20}\bpictures?\b.{20}", text)
+    assert "Cost of a video" in texts[1] and "seconds a video" in texts[0] and "4 videos in a call" in texts[2]
