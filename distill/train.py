@@ -77,7 +77,7 @@ def distil(
         teacher, config, folder, seed=seed, device=device, dtype=dtype, processes=launch, tell=tell,
         begin=None if begun is None else begun.network, **({"sharded": True} if sharded else {}),
     )  # fmt: skip
-    every = max(1, round(evaluate_every / config.batch)) if evaluate_every else 0
+    every = evaluation_steps(evaluate_every, config.batch)
 
     def looked(run: LearningRun) -> dict[str, float]:
         return {**run.meter(), **(evaluate(run) if evaluate is not None else {})}
@@ -88,6 +88,11 @@ def distil(
         save(run, Path(folder) / STUDENT, name or type(pipe).__name__, provenance)
     launch.wait()
     return run
+
+
+def evaluation_steps(drawings: int, batch: int) -> int:
+    """Return after how many steps a run is looked at that is to be looked at every so many drawings; 0 for never."""
+    return max(1, round(drawings / batch)) if drawings else 0
 
 
 def run_of(

@@ -44,7 +44,13 @@ def make_parser() -> terminal.Parser:
     add("--size", metavar="N|WxH", help="pixels, as 128 or WIDTHxHEIGHT (default: the model's own)")
     add("--guidance", type=float, metavar="G", help="of the teacher (default: the model's own)")
     add("--negative", metavar="PROMPT", help="negative prompt of the teacher")
-    add("--evaluate", type=int, default=0, metavar="N", help="log the convergence meter and a judge every N drawings")
+    add(
+        "--evaluate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="log a meter and a judge every N drawings (default 0: never)",
+    )
     add("--evaluate-prompts", type=int, default=64, metavar="K", help="pictures of an evaluation (default 64)")
     add("--judge", metavar="NAME", help="network of evaluations, or none (default emoji-clip-judge for emoji-flux)")
     add("--seconds", type=float, metavar="S", help="stop after this time; the same command goes on")
@@ -94,6 +100,8 @@ def run(argv: list[str]) -> int:
     pipe.set_progress_bar_config(disable=True)
     arguments = call_arguments(pipe, request)
     evaluate = _evaluation(options, pipe, texts, arguments, device) if launch.rank == 0 else None
+    if launch.rank == 0:
+        terminal.write_note(looks(options.evaluate, config, "none" if evaluate is None else _judge(options)))
     with alone(options.out, launch.rank):
         done = train(
             pipe, texts, config, options.out, name=options.model, arguments=arguments, seconds=options.seconds,
@@ -106,6 +114,25 @@ def run(argv: list[str]) -> int:
             f"student: {options.out / 'student'}"
         )
     return 0 if done.step >= config.steps else UNFINISHED
+
+
+def looks(every: int, config: Any, judge: str) -> str:
+    """Return in a sentence when a run is looked at while it trains, and by what.
+
+    Args:
+        every: drawings between evaluations; 0 for none.
+        config: options of the method.
+        judge: name of a network, or "none".
+    """
+    from diffaccel.distill.train import evaluation_steps
+
+    drawings = config.steps * config.batch
+    if not every:
+        return "Not looked at while it trains (--evaluate 0): log.jsonl gets losses alone."
+    if (steps := evaluation_steps(every, config.batch)) > config.steps:
+        return f"Never looked at: --evaluate is {every}, and the run ends after {drawings} drawings. Give fewer."
+    what = "the convergence meter" if judge == "none" else f"the convergence meter and the judge {judge}"
+    return f"Looked at after every {steps * config.batch} of {drawings} drawings: log.jsonl gets {what}."
 
 
 def _evaluation(options: Any, pipe: Any, texts: Sequence[str], arguments: dict[str, Any], device: Any) -> Any:

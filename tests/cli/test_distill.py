@@ -14,7 +14,8 @@ import tiny
 from safetensors.torch import load_file
 
 from diffaccel.cli import main
-from diffaccel.cli.distill import UNFINISHED
+from diffaccel.cli.distill import UNFINISHED, looks
+from diffaccel.distill.sim import SIM
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,18 @@ def test_a_run_is_looked_at_and_its_student_of_two_steps_draws(
     draw = ["sample", "a cat", "--size", size, "--steps", "2", "--model", str(tmp_path / "run" / "student")]
     assert main([*draw, "--out", str(tmp_path / "drawn")]) == 0
     assert "2 steps, 2 NFE" in capsys.readouterr().out
+
+
+def test_when_a_run_is_looked_at_is_said_before_it_begins() -> None:
+    config = SIM(steps=10, batch=4, ema_pictures=0)
+    assert looks(0, config, "none") == "Not looked at while it trains (--evaluate 0): log.jsonl gets losses alone."
+    assert looks(50, config, "none") == (
+        "Never looked at: --evaluate is 50, and the run ends after 40 drawings. Give fewer."
+    )
+    assert looks(1, config, "none").startswith("Looked at after every 4 of 40 drawings: log.jsonl gets the convergence")
+    assert looks(9, config, "tiny").startswith("Looked at after every 8 of") and "the judge tiny" in looks(
+        9, config, "tiny"
+    )
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ context anew after every chunk; while the ring holds it all, the results are equ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from diffaccel.models.anyflow_far.network import evaluate
 from diffaccel.models.next_frame.cache import REBASE
 from diffaccel.models.next_frame.engine import backend_for
 from diffaccel.modules.capture.graphs import Graph
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ class ChunkEngine:
         self._text: Tensor | None = None
         self.recent: list[Tensor] = []  # whole chunks, the oldest first
         self.count = self.evaluations = self.captures = 0
+        self._has_told = False
 
     @property
     def bytes(self) -> int:
@@ -122,7 +126,7 @@ class ChunkEngine:
     def begin(self) -> None:
         """Forget all frames; addresses stay."""
         self.memory.cache.clear()
-        self.recent, self.count = [], 0
+        self.recent, self.count, self._has_told = [], 0, False
         if (weights := _weights_of(self.model)) != self._weights:
             self._graphs.clear()  # they read the weights where these were
             self._weights = weights
@@ -158,6 +162,7 @@ class ChunkEngine:
             far, cache = recent.pop(0), self.memory.cache
             if cache.count < count - sum(chunk.shape[1] for chunk in recent):  # else it was noted before an interrupt
                 ring = min(cache.count + far.shape[1], cache.places)
+                self._tell_of_lost_frames(cache.count + far.shape[1], recent)
                 self._run(ChunkPlace("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
                 cache.note(far.shape[1])
         begin, first = 0, count - sum(chunk.shape[1] for chunk in recent)
@@ -166,6 +171,23 @@ class ChunkEngine:
             self._run(ChunkPlace("whole", frames, begin, self._seen()), chunk, first, level, level, text)
             begin, first = begin + frames * self.memory.grid.whole_tokens, first + frames
         self.recent, self.count = recent, count
+
+    def _tell_of_lost_frames(self, far: int, recent: list[Tensor]) -> None:
+        """Log, once, that frames leave the ring which the window would hold if chunks had their full size.
+
+        Args:
+            far: number of compressed frames so far.
+            recent: whole chunks.
+        """
+        places, whole = self.memory.cache.places, sum(chunk.shape[1] for chunk in recent)
+        window = self.window.far + self.window.whole
+        if far > places and places + whole < window and not self._has_told:
+            self._has_told = True
+            longest = max(chunk.shape[1] for chunk in recent)
+            logger.warning(
+                "Chunks of %d latent frames look back at %d and not at the window's %d: the ring was made for chunks "
+                "of %d. Give chunk=%d.", longest, places + whole, window, self.window.chunk, longest,
+            )  # fmt: skip
 
     def _seen(self) -> int:
         """Return the number of the ring's frames."""

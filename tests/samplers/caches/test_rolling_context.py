@@ -201,3 +201,17 @@ def test_chunks_of_another_length_look_back_as_far_as_the_network_does():
     for chunk, window in ((None, 7), (1, 7), (2, 7), (3, 9)):
         made = ChunkSampler(tiny_network(num_layers=1), 4, 4, chunk=chunk)
         assert made.engine.window.far + made.engine.window.whole == window
+
+
+@pytest.mark.slow
+def test_short_chunks_that_a_ring_for_longer_ones_drops_frames_of_are_told_once(caplog) -> None:
+    options = {"frames": 8, "num_inference_steps": 1, "chunk_partition": [1] * 8}
+    stock = draw(tiny_chunked(num_layers=1), **options)
+    drawn = draw(diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext()), **options)
+    (record,) = [one for one in caplog.records if "look back" in one.getMessage()]
+    assert "Chunks of 1 latent frames look back at 5 and not at the window's 7" in record.getMessage()
+    assert record.getMessage().endswith("Give chunk=1.") and not torch.allclose(drawn, stock, atol=1e-4)
+    caplog.clear()
+    drawn = draw(diffaccel.accelerate(tiny_chunked(num_layers=1), RollingContext(chunk=1)), **options)
+    torch.testing.assert_close(drawn, stock, rtol=1e-4, atol=1e-5)
+    assert not caplog.records
