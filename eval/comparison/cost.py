@@ -110,14 +110,15 @@ def _timed_speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[
         why = f"drawn as {baseline.name} is, and timed once for both"
         return [seconds, missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why)]
     # the timing's own ratios are to its first variant, which may be another one than this baseline's
-    ratio = median_ratio(base_entry["seconds"], entry["seconds"])
+    turns = min(len(base_entry["seconds"]), len(entry["seconds"]))  # a slow way is timed in the first ones alone
+    ratio = median_ratio(base_entry["seconds"][:turns], entry["seconds"][:turns])
     detail = {
-        "from": _turns_note(entry["turns"]),
-        "turns": entry["turns"],
+        "from": _turns_note(turns),
+        "turns": turns,
         "significant": ratio.to_dict()["significant"],
     }
     speedup = cost_row("speedup", run, ratio.value, better="higher", unit="x", detail=detail)
-    speedup.interval, speedup.n = ratio.interval, entry["turns"]
+    speedup.interval, speedup.n = ratio.interval, turns
     return [seconds, speedup]
 
 

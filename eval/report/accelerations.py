@@ -56,12 +56,13 @@ def make_report(
         equal_time.check_judge(reward, judge)
     baseline = workspace.draw(plan.baseline)
     others = workspace.draw_other_seeds() if plan.other_seeds else None
-    variants, failures = _working_variants(workspace)
-    runs = {name: workspace.draw(variant) for name, variant in variants.items()}
+    variants, runs, failures = _drawn(workspace)
     if not runs:
         reasons = "; ".join(f"{name}: {why}" for name, why in failures.items())
         raise DiffAccelError(f"None of the accelerations could run, so there is nothing to report. {reasons}")
-    timing, *further = (_time(workspace, variants, batch) for batch in (None, *plan.batches))
+    timing, *further = (
+        _time(workspace, variants, {baseline.name: baseline, **runs}, batch) for batch in (None, *plan.batches)
+    )
     answers: list[equal_time.Answer] = []
     measures = _measures(plan, baseline) if plan.equal_time else None
     if measures is not None:
@@ -89,17 +90,17 @@ def make_report(
 # -- accelerations ----------------------------------------------------------------------------------------------------
 
 
-def _working_variants(workspace: Workspace) -> tuple[dict[str, Variant], dict[str, str]]:
-    """Return by name the accelerations whose first call works, and why the others cannot run."""
+def _drawn(workspace: Workspace) -> tuple[dict[str, Variant], dict[str, Run], dict[str, str]]:
+    """Draw all accelerations; return by name those that work and their runs, and why the others cannot run."""
     tried, failures = accelerations(workspace.plan)
-    working = {}
+    working, runs = {}, {}
     for variant in tried:
-        why = workspace.first_call_error(variant)
-        if why is None:
-            working[variant.name] = variant
+        run = workspace.try_to_draw(variant)
+        if isinstance(run, str):
+            failures[variant.name] = run
         else:
-            failures[variant.name] = why
-    return working, failures
+            working[variant.name], runs[variant.name] = variant, run
+    return working, runs, failures
 
 
 def accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
@@ -124,17 +125,37 @@ def accelerations(plan: ReportPlan) -> tuple[list[Variant], dict[str, str]]:
     return variants, failures
 
 
-def _time(workspace: Workspace, variants: Mapping[str, Variant], batch: int | None = None) -> dict[str, Any]:
-    """Time the baseline and the accelerations in turns, with the report's number of pictures in a call or another."""
+def _time(
+    workspace: Workspace, variants: Mapping[str, Variant], runs: Mapping[str, Run], batch: int | None = None
+) -> dict[str, Any]:
+    """Time the baseline and the accelerations in turns, with the report's number of pictures in a call or another.
+
+    Turns are kept as they are made: a call that was stopped goes on with the next one.
+    """
     plan, timed = workspace.plan, [workspace.plan.baseline, *variants.values()]
     request = workspace.request if batch is None else replace(workspace.request, batch=batch)
     span = LONG if batch is None else 0.0  # energy is reported of the report's own batch
 
-    def measure() -> dict[str, Any]:
-        progress = workspace.progress
-        return take_turns(workspace.pipe, request, timed, turns=plan.turns, meter_seconds=span, progress=progress)
+    name = TIMING if batch is None else BATCH_TIMING.format(batch)
+    part = workspace.part_of(name, timed, batch)
+    expected = {key: seconds for key, run in runs.items() if (seconds := _seconds_of_call(run, request.batch))}
 
-    return workspace.measure_once(TIMING if batch is None else BATCH_TIMING.format(batch), timed, measure, batch)
+    def measure() -> dict[str, Any]:
+        return take_turns(
+            workspace.pipe, request, timed, turns=plan.turns, meter_seconds=span, progress=workspace.progress,
+            spares=True, expected=expected, begun=part.read(), keep=part.keep,
+        )  # fmt: skip
+
+    timing = workspace.measure_once(name, timed, measure, batch)
+    if workspace.is_first:
+        part.remove()
+    return timing
+
+
+def _seconds_of_call(run: Run, batch: int) -> float | None:
+    """Return about how long a call of a run took, for so many pictures."""
+    seconds = (run.record.get("cost") or {}).get("seconds")
+    return None if seconds is None else seconds / len(run) * min(batch, len(run))
 
 
 def _measures(plan: ReportPlan, baseline: Run) -> Measures:
@@ -221,7 +242,9 @@ class _EqualTime:
             options: dict[str, Any] = {"turns": workspace.plan.turns, "progress": workspace.progress}
             budgets = {"fewer": budget.fewer_steps(pipe, request, baseline, variant, self.timing, **options)}
             if self.reward is not None:
-                budgets["many"] = budget.pictures_that_fit(pipe, request, baseline, variant, self.reward, **options)
+                budgets["many"] = budget.pictures_that_fit(
+                    pipe, request, baseline, variant, self.reward, self.timing, **options
+                )
             return budgets
 
         return workspace.measure_once(f"{RUNS}/{variant.folder}.{BUDGETS}", [baseline, variant], measure)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from diffaccel import record, zoo
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.eval.networks.extractors import as_clip, extractor
 from diffaccel.eval.networks.extractors.clip import ClipExtractor
+from diffaccel.eval.report.heartbeat import heartbeat
 from diffaccel.eval.report.plan import ReportPlan
 from diffaccel.eval.sets.run import Run, open_run
+from diffaccel.eval.timing.pace import ANNOUNCED, duration
 from diffaccel.eval.timing.turns import one_call
 from diffaccel.files import write_json
 from diffaccel.processes import join
 from diffaccel.runs import loading
+from diffaccel.runs.folder import RunFailed
 from diffaccel.runs.generate import generate_run
 from diffaccel.runs.loading import quiet_libraries
 from diffaccel.runs.request import Request
@@ -29,6 +33,7 @@ from diffaccel.runs.variant import Variant
 
 RUNS = "runs"
 OTHER_SEEDS = "other-seeds"
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class Workspace:
@@ -45,6 +50,7 @@ class Workspace:
     def __init__(self, plan: ReportPlan, out: Path, progress: Callable[[str], None]) -> None:
         self.plan, self.out = plan, out
         self.processes, device = join(loading.pick_device(plan.request.device))
+        self._prediction_seconds: float | None = None
         self.progress = progress if self.is_first else lambda text: None
         self.request = replace(plan.request, device=str(device) if self.processes.size > 1 else plan.request.device)
 
@@ -87,15 +93,46 @@ class Workspace:
         request = variant.of(request or self.request)
         path = self.out / RUNS / (folder or variant.folder)
         if not _is_finished(path):
-            self.progress(f"{path.name}: {len(request)} pictures")
+            things = "videos" if request.frames else "pictures"
+            expected = self._expected_seconds(request)
+            about = f", about {duration(expected)}" if expected >= ANNOUNCED else ""
+            self.progress(f"{path.name}: {len(request)} {things}{about}")
         quiet_libraries(request.model in zoo.names())
-        generate_run(request, path)
-        return open_run(path)
+        with heartbeat(path.name, self.progress):
+            generate_run(request, path)
+        run = open_run(path)
+        self._note_prediction(run)
+        return run
+
+    def _note_prediction(self, run: Run) -> None:
+        """Keep what a prediction of the first run took, by which those that follow are estimated."""
+        cost = run.record.get("cost") or {}
+        if self._prediction_seconds is None and cost.get("nfe") and cost.get("seconds"):
+            self._prediction_seconds = cost["seconds"] / cost["nfe"]
+
+    def _expected_seconds(self, request: Request) -> float:
+        """Return about how long a search takes, by its budget of predictions; 0 for what is not known."""
+        budgets = [method.budget for method in request.methods if getattr(method, "searches", False)]
+        return (self._prediction_seconds or 0.0) * len(request) * max(budgets, default=0)
 
     def draw_other_seeds(self) -> Run:
         """Draw the baseline with the seeds that follow the report's own."""
         request = replace(self.request, seed=self.request.seed + len(self.request))
         return self.draw(self.plan.baseline, request, f"{self.plan.baseline.folder}-{OTHER_SEEDS}")
+
+    def try_to_draw(self, variant: Variant) -> Run | str:
+        """Return the run of a variant, or why it cannot be drawn: the drawing itself is the trial.
+
+        Several processes agree by a first call of the first one.
+        """
+        if self.processes.size > 1:
+            return self.first_call_error(variant) or self.draw(variant)
+        try:
+            return self.draw(variant)
+        except Exception as error:  # a method may raise anything on a model that it was not made for
+            if any(isinstance(one, OSError) and one.errno in _OF_THE_DISK for one in (error, error.__cause__)):
+                raise
+            return _reason(error.__cause__ or error if isinstance(error, RunFailed) else error)
 
     def first_call_error(self, variant: Variant) -> str | None:
         """Try a first call of a variant and return why it fails; None where it works or its run is finished."""
@@ -104,9 +141,8 @@ class Workspace:
             self.progress(f"{variant.name}: a first call")
             try:
                 one_call(self.pipe, variant.of(self.request))
-            except Exception as error:  # a method may raise anything on a model that it was not made for
-                kind = "" if isinstance(error, DiffAccelError) else f"{type(error).__name__}: "
-                error_text = f"{kind}{first_line(error)}"
+            except Exception as error:
+                error_text = _reason(error)
         return self.processes.share(error_text)
 
     # -- measurements -------------------------------------------------------------------------------------------------
@@ -134,6 +170,10 @@ class Workspace:
                 write_json(path, measurement)
         return self.processes.share(measurement)
 
+    def part_of(self, name: str, variants: Sequence[Variant], batch: int | None = None) -> Part:
+        """Return where a measurement that takes long is kept while it is made; see :meth:`measure_once`."""
+        return Part(self.out / f"{name}.part", self._conditions(variants, batch or self.request.batch))
+
     def _conditions(self, variants: Sequence[Variant], batch: int) -> dict[str, Any]:
         """Return everything that a measurement of variants depends on: request, device, turns, reward."""
         device = loading.pick_device(self.request.device)
@@ -143,6 +183,38 @@ class Workspace:
         settings["prompts"] = settings["prompts"][: request.batch]  # times are of the first chunk
         names = {"ways": [variant.name for variant in variants], "turns": self.plan.turns, "reward": self.plan.reward}
         return {"settings": settings, "device": record.describe_device(device), **names}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What there is of a measurement that is being made, kept beside its file.
+
+    Attributes:
+        path: of the part.
+        conditions: of the measurement; a part made under others is none.
+    """
+
+    path: Path
+    conditions: dict[str, Any]
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the part that is there; None for none."""
+        part = _read_object(self.path)
+        return part if part is not None and part.pop("of", None) == json.loads(json.dumps(self.conditions)) else None
+
+    def keep(self, part: dict[str, Any]) -> None:
+        """Write the part that is made."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {**part, "of": self.conditions})
+
+    def remove(self) -> None:
+        """Remove the part: the measurement is made."""
+        self.path.unlink(missing_ok=True)
+
+
+def _reason(error: BaseException) -> str:
+    """Return in a line why a method cannot run."""
+    return f"{'' if isinstance(error, DiffAccelError) else f'{type(error).__name__}: '}{first_line(error)}"
 
 
 def _is_finished(folder: Path) -> bool:

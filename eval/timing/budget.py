@@ -138,17 +138,37 @@ def pictures_that_fit(
     baseline: Variant,
     accelerated: Variant,
     reward: ClipExtractor,
+    timing: Mapping[str, Any],
     *,
     turns: int = 10,
     progress: Progress = lambda text: None,
 ) -> dict[str, Any]:
     """Measure how many accelerated pictures, each with its reward, take no longer than one of the baseline.
 
+    Where the timing has shown that not even two without a reward fit, nothing is measured and ``reward`` is "".
+
+    Args:
+        pipe: open, without methods.
+        request: its first chunk is what every call draws.
+        baseline, accelerated: with the settings of the report.
+        reward: network that chooses the best picture.
+        timing: of :func:`take_turns`, with both of them.
+        turns: timed calls of each.
+        progress: called with a line of text before every round.
+
     Returns:
         JSON-ready: ``ratio`` of the baseline's time over that of an accelerated call and its rewards, and ``pictures``:
         the whole part of its lower end, so that the time is not exceeded by chance; of the smallest ratio of all turns
         where they are too few for an interval.
     """
+    entries = {entry["name"]: entry for entry in timing["variants"]}
+    known = entries[accelerated.name]["ratio"]
+    at_most = known["high"]
+    if at_most is None:
+        both = (entries[variant.name]["seconds"] for variant in (baseline, accelerated))
+        at_most = max(base / own for base, own in zip(*both, strict=False))  # a slow one has fewer turns
+    if at_most < 2:
+        return {"pictures": 1, "ratio": known, "reward": ""}
     progress(f"{accelerated.name} with its reward against the baseline")
     timed = take_turns(
         pipe, request, [baseline, accelerated], turns=turns, warm_up=1,

@@ -152,7 +152,8 @@ def against_baseline(
     check_judge(reward, judge)
     count, name = budget["pictures"], accelerated.name
     if many is None:
-        why = f"no second picture fits: the baseline takes {_times(budget['ratio'])} as long as one with its reward"
+        one = "one with its reward" if budget["reward"] else "one"
+        why = f"no second picture fits: the baseline takes {_times(budget['ratio'])} as long as {one}"
         return Answer(accelerated=f"{name}, best of several", instead=baseline.name, why=why)
     best = best_by(reward, many, count)
     if best.prompts != baseline.prompts:

@@ -7,6 +7,7 @@ decoder. Where energy is asked for, a call too short for the meter is repeated w
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from diffaccel import record
 from diffaccel.compose import accelerate, remove, summary
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.timing.pace import Pace
 from diffaccel.eval.uncertainty.intervals import median_ratio
 from diffaccel.eval.uncertainty.turns import energy_ratio
 from diffaccel.files import COUNT, NUMBER, misfit
@@ -50,6 +52,10 @@ def take_turns(
     meter_seconds: float = 0.0,
     after_call: Mapping[str, AfterCall] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda text: None,
+    spares: bool = False,
+    expected: Mapping[str, float] = MappingProxyType({}),
+    begun: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> dict[str, Any]:
     """Time ``variants`` on an open pipeline; the first one is the baseline.
 
@@ -64,7 +70,12 @@ def take_turns(
             than the first's; 20 ticks of the meter give it an interval. Without a meter nothing is repeated.
         after_call: by a variant's name, a function of the pictures and prompts that belongs to its call; its time is
             added.
-        progress: called with a line of text before every round of calls.
+        progress: called with a line of text before every round of calls, and before a long call.
+        spares: leave out calls on a CPU that tell little: second warm-up calls of 5 s and more, and of ways that take
+            five times as long as the baseline all calls but two timed ones, which give no interval.
+        expected: seconds of a call by a variant's name, for an estimate before the first one.
+        begun: what ``keep`` was given by a call that was stopped: its turns count.
+        keep: called after every turn with the turns so far, JSON-ready.
 
     Returns:
         JSON-ready: ``variants``, a dict each with ``seconds`` of every turn, ``seconds_per_image`` (median), ``parts``,
@@ -78,22 +89,29 @@ def take_turns(
     """
     _check(pipe, variants, turns, warm_up)
     pipe.set_progress_bar_config(disable=True)
-    calls: dict[str, dict[str, Any]] = {
-        variant.name: {"seconds": [], "costs": [], "joules": []} for variant in variants
-    }
-    for turn in range(-warm_up, turns):
-        progress(f"warm-up {turn + warm_up + 1} of {warm_up}" if turn < 0 else f"turn {turn + 1} of {turns}")
+    names = [variant.name for variant in variants]
+    calls, made = _calls_so_far(names, begun)
+    pace = Pace(names, turns, warm_up, spares=spares and pipe.device.type == "cpu", expected=expected)
+    for turn in [*range(-warm_up, 0), *range(made, turns)] if made < turns else ():
+        progress(pace.text(turn))
         for variant in variants if turn % 2 else reversed(variants):
+            variant_calls = calls[variant.name]
+            if len(variant_calls["seconds"]) < max(turn, made) or not pace.is_due(variant.name, turn):
+                continue  # what was left out once is left out for good: turns are pairs
+            if announcement := pace.announcement(variant.name):
+                progress(announcement)
             span = meter_seconds if turn >= 0 else 0.0
             cost, joules = one_call(pipe, variant.of(request), after_call.get(variant.name), meter_seconds=span)
-            variant_calls = calls[variant.name]
+            pace.took(variant.name, cost["seconds"])
+            variant_calls.setdefault("first_call_seconds", cost["seconds"])
+            variant_calls.setdefault("set_up_seconds", cost.get("set_up"))
             if turn < 0:
-                variant_calls.setdefault("first_call_seconds", cost["seconds"])
-                variant_calls.setdefault("set_up_seconds", cost.get("set_up"))
                 continue
             variant_calls["seconds"].append(cost["seconds"])
             variant_calls["costs"].append(cost)
             variant_calls["joules"].append(joules)
+        if turn >= 0:
+            keep({"calls": calls, "turns": turn + 1})
     images, base_calls = len(request.chunks()[0]), calls[variants[0].name]
     return {
         "format": FORMAT,
@@ -108,6 +126,13 @@ def take_turns(
             for variant in variants
         ],
     }
+
+
+def _calls_so_far(names: Sequence[str], begun: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return by a variant's name what its calls cost, and the number of turns that are made."""
+    if begun is None:
+        return {name: {"seconds": [], "costs": [], "joules": []} for name in names}, 0
+    return {name: copy.deepcopy(begun["calls"][name]) for name in names}, begun["turns"]
 
 
 def _check(pipe: Any, variants: Sequence[Variant], turns: int, warm_up: int) -> None:
@@ -210,7 +235,7 @@ def _entry(calls: dict[str, Any], base_calls: dict[str, Any], images: int) -> di
         "metered_seconds": _metered(calls) if used else None,
     }
     if calls is not base_calls:
-        entry["ratio"] = median_ratio(base_calls["seconds"], seconds).to_dict()
+        entry["ratio"] = median_ratio(base_calls["seconds"][: len(seconds)], seconds).to_dict()
         metered = (_metered(calls), _metered(base_calls))
         if (ratio := energy_ratio(used, base_calls["joules"], metered)) is not None:
             entry["energy_ratio"] = ratio.to_dict()

@@ -97,9 +97,12 @@ def test_what_has_no_fewer_steps(clockwork, pipe):
 
 @pytest.mark.parametrize(("factor", "pictures"), [(0.5, 1), (0.4, 2), (0.1, 9), (2.0, 1)])
 def test_pictures_fit_by_the_lower_end(clockwork, pipe, reward, factor, pictures):
-    clockwork(factor)
-    found = budget.pictures_that_fit(pipe, Request(prompts=PROMPTS), BASE, FAST, reward)
-    assert found["pictures"] == pictures and found["reward"] == "emoji-clip-reward"
+    request, said = Request(prompts=PROMPTS), []
+    timing = clockwork(factor)(pipe, request, [BASE, FAST])
+    found = budget.pictures_that_fit(pipe, request, BASE, FAST, reward, timing, progress=said.append)
+    assert found["pictures"] == pictures and found["ratio"]["value"] == pytest.approx(1 / factor)
+    is_measured = factor < 1  # else not even two without a reward fit
+    assert bool(said) == is_measured and found["reward"] == ("emoji-clip-reward" if is_measured else "")
 
 
 def test_the_rewards_time_is_part_of_the_call(pipe, reward):
