@@ -170,9 +170,9 @@ class Workspace:
                 write_json(path, measurement)
         return self.processes.share(measurement)
 
-    def part_of(self, name: str, variants: Sequence[Variant], batch: int | None = None) -> Part:
+    def part_of(self, name: str, variants: Sequence[Variant], batch: int | None = None) -> UnfinishedMeasurement:
         """Return where a measurement that takes long is kept while it is made; see :meth:`measure_once`."""
-        return Part(self.out / f"{name}.part", self._conditions(variants, batch or self.request.batch))
+        return UnfinishedMeasurement(self.out / f"{name}.part", self._conditions(variants, batch or self.request.batch))
 
     def _conditions(self, variants: Sequence[Variant], batch: int) -> dict[str, Any]:
         """Return everything that a measurement of variants depends on: request, device, turns, reward."""
@@ -186,7 +186,7 @@ class Workspace:
 
 
 @dataclass(frozen=True)
-class Part:
+class UnfinishedMeasurement:
     """What there is of a measurement that is being made, kept beside its file.
 
     Attributes:

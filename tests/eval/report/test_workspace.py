@@ -12,7 +12,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.report import workspace as rooms
 from diffaccel.eval.report.heartbeat import heartbeat
 from diffaccel.eval.report.plan import ReportPlan
-from diffaccel.eval.report.workspace import Part, Workspace
+from diffaccel.eval.report.workspace import UnfinishedMeasurement, Workspace
 from diffaccel.runs.folder import RunFailed
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
@@ -70,11 +70,11 @@ def test_a_search_says_about_how_long_it_takes(workspace, monkeypatch):
 
 
 def test_a_part_counts_under_its_own_conditions_alone(tmp_path):
-    part = Part(tmp_path / "timing.json.part", {"turns": 3, "ways": ("a", "b")})
+    part = UnfinishedMeasurement(tmp_path / "timing.json.part", {"turns": 3, "ways": ("a", "b")})
     assert part.read() is None
     part.keep({"turns": 1, "calls": {}})
     assert part.read() == {"turns": 1, "calls": {}}
-    assert Part(part.path, {"turns": 4, "ways": ("a", "b")}).read() is None
+    assert UnfinishedMeasurement(part.path, {"turns": 4, "ways": ("a", "b")}).read() is None
     part.path.write_text("{")
     assert part.read() is None
     part.remove()
