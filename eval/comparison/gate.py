@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal
 
 from diffaccel.errors import DiffAccelError, unknown
@@ -119,7 +120,8 @@ def parse(text: str) -> Gate:
     """Parse the text of a gate.
 
     Raises:
-        DiffAccelError: for anything else than clauses joined by ``and`` and ``or``, saying where.
+        DiffAccelError: for anything else than clauses joined by ``and`` and ``or``, saying where, and for clauses
+            joined by ``and`` that never hold together.
     """
     tokens = _Tokens(text)
     condition = _parse_or(tokens)
@@ -190,7 +192,16 @@ def _parse_and(tokens: _Tokens) -> Condition:
     while tokens.kind == "and":
         tokens.advance()
         parts.append(_parse_clause(tokens))
-    return parts[0] if len(parts) == 1 else Joined("and", tuple(parts))
+    if len(parts) == 1:
+        return parts[0]
+    both = Joined("and", tuple(parts))
+    if not any(_cases(both)):
+        text = " and ".join(_text(part) for part in parts)
+        raise DiffAccelError(
+            f"The gate '{tokens.text}' asks for '{text}', which no number is, so that nothing would ever fail it. Join "
+            "the two by 'or', or correct a number."
+        )
+    return both
 
 
 def _parse_clause(tokens: _Tokens) -> Condition:
@@ -221,6 +232,55 @@ def _clauses(condition: Condition) -> Iterator[Clause]:
         return
     for part in condition.parts:
         yield from _clauses(part)
+
+
+def _cases(condition: Condition) -> Iterator[dict[str, _Range]]:
+    """Yield the cases in which a condition holds, each by metric the range of its numbers."""
+    if isinstance(condition, Clause):
+        yield {condition.metric: _Range.of(condition)}
+    elif condition.word == "or":
+        for part in condition.parts:
+            yield from _cases(part)
+    else:
+        for parts in product(*(tuple(_cases(part)) for part in condition.parts)):
+            ranges: dict[str, _Range] = {}
+            for metric, one in (item for part in parts for item in part.items()):
+                ranges[metric] = ranges[metric].within(one) if metric in ranges else one
+            if not any(one.is_empty for one in ranges.values()):
+                yield ranges
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Numbers between two ends.
+
+    Attributes:
+        low: an end, and whether it is left out: the greater pair leaves out more.
+        high: an end, and whether it is in the range: the lesser pair leaves out more.
+    """
+
+    low: tuple[float, bool] = (-math.inf, False)
+    high: tuple[float, bool] = (math.inf, True)
+
+    @classmethod
+    def of(cls, clause: Clause) -> _Range:
+        is_open = len(clause.op) == 1
+        end = (clause.number, is_open) if clause.op[0] == ">" else (clause.number, not is_open)
+        return cls(low=end) if clause.op[0] == ">" else cls(high=end)
+
+    def within(self, other: _Range) -> _Range:
+        return _Range(max(self.low, other.low), min(self.high, other.high))
+
+    @property
+    def is_empty(self) -> bool:
+        (low, is_open), (high, is_closed) = self.low, self.high
+        return low > high or (low == high and (is_open or not is_closed))
+
+
+def _text(condition: Condition) -> str:
+    if isinstance(condition, Clause):
+        return f"{condition.metric}{condition.op}{condition.number:g}"
+    return "(" + f" {condition.word} ".join(map(_text, condition.parts)) + ")"
 
 
 def _holds(condition: Condition, values: Mapping[str, float]) -> bool:

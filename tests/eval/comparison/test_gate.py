@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 
 import pytest
 
@@ -60,10 +61,20 @@ def test_random_conditions_agree_with_python() -> None:
         inner = f" {rng.choice(['and', 'or'])} ".join(condition(depth - 1) for _ in range(rng.randint(2, 3)))
         return f"({inner})" if rng.random() < 0.6 else inner
 
+    refused = 0
     for _ in range(300):
         text = condition(3)
         values = {f"m{i}": rng.choice([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0]) for i in range(4)}
+        try:
+            parse(text)
+        except DiffAccelError as error:  # a part that never holds
+            part = compile(re.findall("asks for '(.*)', which no number is", str(error))[0], "part", "eval")
+            tried = ({f"m{i}": rng.randrange(-12, 13) / 4 for i in range(4)} for _ in range(300))
+            assert not any(eval(part, {}, numbers) for numbers in tried), text
+            refused += 1
+            continue
         assert parse(text).check(values)[0] == eval(text, {}, dict(values)), text  # text made here
+    assert 10 < refused < 150
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,23 @@ def test_errors_say_where(text: str, message: str) -> None:
 def test_a_gate_that_could_never_fail_is_refused(text: str) -> None:
     with pytest.raises(DiffAccelError, match="wants a"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("ssim<0.9 and ssim>0.95", "ssim<0.9 and ssim>0.95"),
+        ("lpips>1 or (ssim<1 and ssim>=1)", "ssim<1 and ssim>=1"),
+        ("(a>1 or a>2) and b>0 and a<=1", "(a>1 or a>2) and b>0 and a<=1"),
+    ],
+)
+def test_clauses_that_never_hold_together_are_refused(text: str, part: str) -> None:
+    """A build that such a gate guards would never fail."""
+    with pytest.raises(DiffAccelError) as error:
+        parse(text)
+    assert f"'{part}', which no number is" in str(error.value)
+    for held in ("ssim>=1 and ssim<=1", "ssim<0.9 and ssim>0.5", "(a>1 or b<0) and a<0"):
+        parse(held)
 
 
 def test_a_gate_says_why_a_number_is_missing_and_what_is_a_difference() -> None:
