@@ -6,7 +6,6 @@ any certified plan breaks the promise is then that of a single test (fixed seque
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +30,7 @@ def certify(search: TuningSearch, chosen: Mapping[str, PlanEntry]) -> dict[str, 
         name: {**timing["plans"][entry.name], "baseline_seconds": timing["baseline"]} for name, entry in chosen.items()
     }
     certificates: dict[str, dict[str, Any]] = {
-        name: {"keeps": False, "why": f"it is {time['ratio']['value']:.2f} times as fast in turns", "timing": time}
+        name: {"keeps": False, "why": f"in turns it is not surely faster: {times_text(time['ratio'])}", "timing": time}
         for name, time in times.items()
         if not is_faster(time)
     }
@@ -47,6 +46,12 @@ def certify(search: TuningSearch, chosen: Mapping[str, PlanEntry]) -> dict[str, 
         if not certificates[name]["keeps"]:
             break
     return certificates
+
+
+def times_text(ratio: Mapping[str, Any]) -> str:
+    """Return a speed-up with its interval in words."""
+    ends = "" if ratio["low"] is None else f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    return f"{ratio['value']:.2f} times as fast{ends}"
 
 
 def is_faster(timing: Mapping[str, Any]) -> bool:
@@ -68,10 +73,7 @@ def certificate(
         "why": "" if judged.keeps and not few else _why(judged, few),
         "count": samples.count,
         "level": promise.level,
-        "measures": {
-            name: {"value": _finite(r.value), "low": _finite(r.low), "high": _finite(r.high)}
-            for name, r in readings.items()
-        },
+        "measures": {name: dict(zip(("value", "low", "high"), r.ends, strict=True)) for name, r in readings.items()},
         "timing": dict(timing),
     }
 
@@ -84,7 +86,3 @@ def _why(judged: Judgement, few: bool) -> str:
         return withheld[0]
     ends = [f"{name} {r.value:.4g} ({r.low:.4g} to {r.high:.4g})" for name, r in judged.readings.items()]
     return f"on held-out prompts, {', '.join(ends)}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

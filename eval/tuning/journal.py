@@ -34,14 +34,14 @@ class Journal:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         optuna = _optuna()
         path = folder / FILE
-        _mend(path)
         try:
+            _mend(path)
             storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
             self.study: Any = optuna.create_study(
                 study_name=STUDY, storage=storage, directions=["minimize", "minimize"], load_if_exists=True
             )
             self._values: dict[str, Any] = self.study.user_attrs
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DiffAccelError(
                 f"'{path}' is no journal of a tuning, or a damaged one ({error}). Move it away, or name another folder."
             ) from error

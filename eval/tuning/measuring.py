@@ -21,6 +21,7 @@ from diffaccel.eval.sets.run import Run
 from diffaccel.eval.tuning.rule import COST
 
 JUDGE, LPIPS = "emoji-clip-judge", "lpips"
+PERFECT = {"ssim": 1.0, "psnr": math.inf, LPIPS: 0.0, LATENTS.metric: 0.0}  # of equal pictures; nothing is nearer
 _BY_CLIP = ("clip_score", "CLIP-I")
 
 

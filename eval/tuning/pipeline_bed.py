@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,6 @@ from diffaccel.eval.sets.run import Run, open_run
 from diffaccel.eval.timing import turns as timing
 from diffaccel.eval.tuning import measuring
 from diffaccel.eval.tuning.bed import Part, Refused
-from diffaccel.files import write_json
 from diffaccel.runs.generate import generate_run
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import Variant
@@ -37,6 +36,7 @@ class PipelineBed:
         folder: that keeps the baseline's pictures, and those of plans until they are measured.
         metrics: of the gate.
         first: number of tuning prompts on which the baseline is compared with itself.
+        once: returns what was kept under a key, or else makes and keeps it, so that it is the same after a stop.
     """
 
     pipe: Any
@@ -47,6 +47,7 @@ class PipelineBed:
     metrics: Sequence[str]
     measures: Measures
     first: int = 4
+    once: Callable[[str, Callable[[], Any]], Any] = lambda key, make: make()
     _own: dict[str, float] = field(default_factory=dict)
 
     def baseline(self) -> Variant:
@@ -58,16 +59,12 @@ class PipelineBed:
         if not self._own:
             run = self._draw(self.baseline(), Part("tuning", 0, self.first))
             own = measuring.own_values(measuring.compare_pair(run, run, self.measures), self.metrics)
-            self._own = {**own, "seconds": self._warm_seconds(), "speedup": 1.0}
+            self._own = {**own, "seconds": self.once("warm seconds", self._warm_seconds), "speedup": 1.0}
         return self._own
 
     def _warm_seconds(self, calls: int = 3) -> float:
-        """Return seconds a picture of warm baseline calls, as the certificate times them; the same after a stop."""
-        file = self.folder / "seconds.json"
-        if not file.is_file():
-            part = Part("tuning", 0, self.first)
-            write_json(file, {"seconds": median(self._base_call(part) for _ in range(calls))})
-        return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+        """Return seconds a picture of warm baseline calls, as the certificate times them."""
+        return median(self._base_call(Part("tuning", 0, self.first)) for _ in range(calls))
 
     def call_seconds(self, calls: int = 3) -> float:
         """Return seconds a picture of the baseline: the median of calls after a first one."""
@@ -87,6 +84,8 @@ class PipelineBed:
         if around and (part.start == 0 or part.stop - part.start > 8):  # one alone is too noisy to begin with
             around.append(self._base_call(part))
         values, cost = measuring.numbers(measuring.compare_pair(base_run, run, self.measures), self.metrics)
+        if broken := [metric for metric, numbers in values.items() if any(map(math.isnan, numbers))]:
+            raise Refused(f"{broken[0]} of what it draws is not a number")
         ratio = median(around) / _call_seconds(run) if around else None
         if part.prompts == "tuning":  # measured, and many
             shutil.rmtree(run.path, ignore_errors=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffaccel import presets, record
+from diffaccel.eval.tuning.certificate import times_text
 from diffaccel.eval.tuning.choice import NAMES
 from diffaccel.eval.tuning.halving import PlanEntry, TuningSearch
 
@@ -39,7 +41,12 @@ class Tuned:
         lines += [f"{name}: not certified, {why}" for name, why in self.preset["failed"].items()]
         if self.default == presets.BASELINE:
             lines.append("No plan kept the promise: the preset is the baseline.")
-        return [*lines, *self.preset["cliffs"]]
+        return [*lines, *self.preset["cliffs"], *self._overrun()]
+
+    def _overrun(self) -> list[str]:
+        """Return a sentence where the tuning took more than its budget."""
+        spent, budget = self.preset["search"]["spent"], self.preset["search"].get("budget", math.inf)
+        return [f"It took {spent:.0f} s, more than its budget of {budget:g} s."] if spent > budget else []
 
     def __repr__(self) -> str:
         return "\n".join([f"{self.path}: {self.default}", *self.sentences()])
@@ -88,10 +95,7 @@ def preset_values(
 
 def sentence(certificate: Mapping[str, Any]) -> str:
     """Return a certificate in words: how fast, how near, on what device, against what, on how many prompts."""
-    ratio = certificate["timing"]["ratio"]
-    times = f"{ratio['value']:.2f} times as fast"
-    if ratio["low"] is not None:
-        times += f" ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    times = times_text(certificate["timing"]["ratio"])
     parts = [f"{name} {_ends(values)}" for name, values in certificate["measures"].items() if name != "speedup"]
     return (
         f"{times} as {certificate['baseline']} on {certificate['device']['name']}, {', '.join(parts)} on "
@@ -117,11 +121,8 @@ def row(search: TuningSearch, entry: PlanEntry) -> dict[str, Any]:
     return {
         "plan": entry.name,
         "speedup": round(entry.ratio, 4),
-        "measures": {
-            name: [number if abs(number) != float("inf") else None for number in (r.value, r.low, r.high)]
-            for name, r in readings.items()
-        },
-        "loss": round(1 - near.margin, 4),
+        "measures": {name: r.ends for name, r in readings.items()},
+        "loss": round(1 - near.margin, 4) if math.isfinite(near.margin) else 0.0,  # infinite: PSNR of equal pictures
         "keeps": judged.margin >= 0,
         "prompts": entry.count,
     }

@@ -51,6 +51,11 @@ class Reading:
     units: int | None = None
     why: str = ""  # it has no interval
 
+    @property
+    def ends(self) -> list[float | None]:
+        """The mean and both ends for JSON, which has no infinity: None for those that are not finite."""
+        return [number if math.isfinite(number) else None for number in (self.value, self.low, self.high)]
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -151,6 +156,22 @@ def with_timing(samples: Samples, timing: Mapping[str, Any]) -> Samples:
         "seconds": Interval(cost["seconds"], base / ratio["high"], base / ratio["low"]),
     }
     return replace(samples, cost=cost, cost_intervals=intervals)
+
+
+def fails_equals(gate: Gate, perfect: Mapping[str, float]) -> bool:
+    """Return whether a gate fails also pictures that equal the baseline's.
+
+    Args:
+        gate: the condition.
+        perfect: by metric of pairs, the number of two equal pictures; every other clause is taken not to hold.
+    """
+
+    def holds(condition: Condition) -> bool:
+        if isinstance(condition, Clause):
+            return condition.metric in perfect and condition.holds(perfect[condition.metric])
+        return (any if condition.word == "or" else all)(map(holds, condition.parts))
+
+    return holds(gate.condition)
 
 
 def too_few(judgement: Judgement) -> bool:

@@ -45,6 +45,16 @@ def sizes_of(budget: float, call_seconds: float, prompts: int) -> Sizes:
     return Sizes(tuple(rungs), bracket, held_out, _SEARCH * budget, turns=8 if pictures >= 400 else 6)
 
 
+def least_seconds(sizes: Sizes, call_seconds: float) -> float:
+    """Return about what a tuning of such sizes takes with one bracket, if its plans are as slow as the baseline."""
+    rungs, alive = sizes.rungs, sizes.bracket
+    pictures = float(rungs[-1] + 3)  # of the baseline
+    for before, rung in zip((0, *rungs), rungs, strict=False):
+        pictures += alive * (rung - before + 2)  # a call of the baseline before and after
+        alive = max(1, alive // 2)
+    return call_seconds * (pictures + 2 * (sizes.turns + 1) + 2 * sizes.held_out)
+
+
 def split(subjects: Sequence[str | None], sizes: Sizes, seed: int) -> dict[str, list[str | None]]:
     """Draw the tuning prompts and the held-out ones: no prompt is in both, nor twice in one."""
     different = list(subjects) if None in subjects else list(dict.fromkeys(subjects))

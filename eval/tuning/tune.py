@@ -14,6 +14,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.eval.comparison.gate import Gate
 from diffaccel.eval.comparison.gate import parse as parse_gate
 from diffaccel.eval.comparison.measures import Measures
+from diffaccel.eval.report.summary import counted_things
 from diffaccel.eval.sets import requests
 from diffaccel.eval.sets.candidates import is_pipeline, weights_digest
 from diffaccel.eval.tuning import measuring
@@ -23,8 +24,8 @@ from diffaccel.eval.tuning.halving import Sizes, TuningSearch
 from diffaccel.eval.tuning.journal import Journal
 from diffaccel.eval.tuning.pipeline_bed import PipelineBed
 from diffaccel.eval.tuning.result import Tuned, preset_values
-from diffaccel.eval.tuning.rule import COST, Promise
-from diffaccel.eval.tuning.sizes import default_budget, sizes_of, split
+from diffaccel.eval.tuning.rule import COST, Promise, fails_equals
+from diffaccel.eval.tuning.sizes import default_budget, least_seconds, sizes_of, split
 from diffaccel.eval.tuning.space import TuningSpace, registered
 from diffaccel.folder_lock import FolderLock
 from diffaccel.runs import loading
@@ -122,8 +123,15 @@ def tune(
     gate = DEFAULT_GATE if fail_if is None and seconds is None else fail_if
     rule = None if gate is None else parse_gate(gate)
     for what, value in (("seconds", seconds), ("budget", budget)):  # before the folder keeps them
-        if value is not None and not 0 < value < math.inf:
-            raise DiffAccelError(f"{what} is {value:g} seconds; it must be a finite number above 0.")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < value < math.inf):
+            got = f"{value:g} seconds" if is_number else repr(value)
+            raise DiffAccelError(f"{what} is {got}; it must be a finite number above 0.")
+    if rule is not None and fails_equals(rule, measuring.PERFECT):
+        raise DiffAccelError(
+            f"The rule '{rule.text}' fails also pictures that equal the baseline's, so that no plan could keep it. "
+            "Give the loss that is too much, as ssim<0.9 or lpips>0.1."
+        )
     classes = registered(methods)
     pipe, request, subjects = _open(pipe, model, prompts, call)
     plan = TuningPlan(
@@ -191,7 +199,9 @@ def _tune(
     journal = Journal(folder, _settings(pipe, plan, digest))
     metrics = _metrics(plan)
     request = replace(plan.request, latents="latent_error" in metrics)
-    bed = PipelineBed(pipe, digest, request, {"tuning": plan.subjects[:1]}, folder / PICTURES, metrics, measures)
+    bed = PipelineBed(
+        pipe, digest, request, {"tuning": plan.subjects[:1]}, folder / PICTURES, metrics, measures, once=journal.once
+    )
     call_seconds = journal.once("call seconds", bed.call_seconds)
     sizes = sizes_of(plan.budget, call_seconds, len(set(plan.subjects)) if plan.subjects[0] else len(plan.subjects))
     bed.subjects, bed.first = split(plan.subjects, sizes, plan.seed), sizes.rungs[0]
@@ -206,6 +216,7 @@ def _tune(
     search.run()
     chosen = choose(search, best_within_time=plan.seconds is not None)
     values = preset_values(search, chosen, certify(search, chosen), _about(pipe, plan, digest, bed.baseline().name))
+    values["search"]["budget"] = plan.budget
     path = folder / PRESET
     presets.write(path, values)
     return Tuned(path, values)
@@ -222,10 +233,13 @@ def _announcement(plan: TuningPlan, sizes: Sizes, call_seconds: float) -> str:
     aim = f"the fastest plan of which '{plan.promise.text}' does not hold"
     if plan.seconds is not None:
         aim = f"the nearest plan within {plan.seconds:g} s a picture"
+    least = least_seconds(sizes, call_seconds)
+    warning = f" Even the smallest tuning takes about {least:.3g} s, so that this one takes longer than its budget."
     return (
-        f"Budget {plan.budget:g} s, {call_seconds:.3g} s a picture of the baseline ({plan.request.steps} steps). "
-        f"Looking for {aim}, among {', '.join(plan.methods) or 'numbers of steps'}; {sizes.rungs[-1]} prompts to "
-        f"choose by, {sizes.held_out} others to certify on."
+        f"Budget {plan.budget:g} s, {call_seconds:.3g} s a picture of the baseline "
+        f"({counted_things(plan.request.steps or 1, 'steps')}). Looking for {aim}, among "
+        f"{', '.join(plan.methods) or 'numbers of steps'}; {sizes.rungs[-1]} prompts to choose by, {sizes.held_out} "
+        f"others to certify on.{warning if least > plan.budget else ''}"
     )
 
 

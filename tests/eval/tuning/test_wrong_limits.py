@@ -17,7 +17,11 @@ from diffaccel.eval.tuning import tune
         ({"budget": -1.0}, "budget is -1 seconds; it must be a finite number above 0"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"seconds": float("inf")}, "seconds is inf"),
+        ({"budget": "10"}, "budget is '10'; it must be a finite number above 0"),
         ({"fail_if": ""}, "wants a metric at character 1"),
+        ({"fail_if": "ssim<1.1"}, "fails also pictures that equal the baseline's"),
+        ({"fail_if": "speedup<2 or psnr>30"}, "fails also pictures that equal the baseline's"),
+        ({"fail_if": "ssim<0.9 and ssim>0.95"}, "which no number is"),
     ],
 )
 def test_nothing_is_left_in_the_folder(limits: dict[str, Any], why: str, tmp_path: Path) -> None:
