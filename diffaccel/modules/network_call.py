@@ -33,12 +33,14 @@ class Tally:
     Attributes:
         skipped: number of calls skipped so far.
         notes: what methods report of the run beside the counts, JSON-ready.
+        real_places: by context, trajectory and step of its real calls, whichever network made them.
     """
 
     device: torch.device
     names: tuple[str, ...] = ()
     skipped: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
+    real_places: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
     _endings: list[Callable[[Tally], None]] = field(default_factory=list)
     _skips: bool = False
     _spans: list[tuple[bool, Any, Any]] = field(default_factory=list)
@@ -107,7 +109,7 @@ class NetworkCall:
         noise_share: the part of noise in the latents, ``sigma / (alpha + sigma)`` in [0, 1], a scalar or one per row;
             None where the noise levels cannot be read.
         spatial: makes the latents of this call in the layout ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
-        stage: index of the stage, of a sampler that changes the resolution.
+        stage, stages: index of the stage and their number, of a sampler that changes the resolution.
     """
 
     step: int
@@ -120,6 +122,7 @@ class NetworkCall:
     noise_share: Tensor | None = None
     spatial: Callable[[], Tensor] | None = None
     stage: int = 0
+    stages: int = 1
 
 
 _CURRENT: ContextVar[NetworkCall | None] = ContextVar("diffaccel_network_call", default=None)

@@ -215,6 +215,7 @@ class Predictor:
             step, steps, sigma, timestep, context, self._trajectory, self._tally,
             noise_share=self._noise_share(session, sigma) if self._tally.names else None,
             spatial=lambda: family.spatial(session.pipe, x, session.height, session.width), stage=self._stage,
+            stages=len(self.track.sessions),
         )  # fmt: skip
         with cache_context, telling(call), self._tally.timed():
             out = denoiser(*positional, **arguments)[0]

@@ -33,8 +33,9 @@ class CacheConfig(Config):
 
     Args:
         real_steps: numbers of the steps that are real, a pattern chosen beforehand, in the place of the method's own
-            decision; None for that. A step without enough history is real anyway. Every stage of a sampler with stages
-            has this pattern; in a list with several zeros each begins the next stage's, as a run's record has it.
+            decision; None for that. A step without enough history is real anyway; one that a call does not make is an
+            error. Every stage of a sampler with stages has this pattern, as far as it goes; in a list with several
+            zeros each begins the next stage's, as a run's record has it.
         payload: what a skipped step returns: what the latest real step added ("last"), its extrapolation from two
             ("linear"), from ``order + 1`` real steps by the polynomial through them ("newton") or by differences
             ("taylor"), or a ridge regression over the latest ``history`` of them ("chebyshev").
@@ -62,7 +63,7 @@ class CacheConfig(Config):
     def fits(cls, pipeline: str, family: Any) -> tuple[bool | None, str]:
         """Return whether the cache works on a pipeline, by its class name and its family or None, and why."""
         if family is None:
-            return None, "works where the call can be followed step by step, which the loaded pipeline shows"
+            return None, "works where the network is a known one and the call can be followed, as loading it shows"
         if cls.probes and family.denoiser == "unet":
             return False, f"looks at the first of a transformer's blocks, and {pipeline} has a UNet"
         return True, "forecasts the network's output" if family.denoiser == "unet" else "skips the network's blocks"
@@ -136,7 +137,13 @@ class CacheConfig(Config):
 
     def _stack(self, network: Any, decide: Callable[[], Decision], target: Target) -> BlockStack:
         module = uncompiled(network)
-        facts = facts_of(module)
+        try:
+            facts = facts_of(module)
+        except DiffAccelError as error:
+            raise DiffAccelError(
+                f"'{self.name}' cannot skip blocks of {type(module).__name__}, which are not known here. Use fewer "
+                "steps, a sampler such as 'dpmpp2m', or 'diffusers_cache' where diffusers can cache this network."
+            ) from error
         if "UNet" in type(module).__name__:  # blocks that pass skips to each other are cached as one: by their output
             if self.probes and self.real_steps is None:
                 raise DiffAccelError(

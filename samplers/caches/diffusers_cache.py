@@ -95,6 +95,8 @@ class DiffusersCache(Config):
         before = _hooks(network)
         try:
             network.enable_cache(self._diffusers_config(pipe, network))
+        except DiffAccelError:  # a ValueError too, and a sentence already
+            raise
         except (ValueError, TypeError) as error:
             raise DiffAccelError(f"{kind} was refused by diffusers: {first_line(error)}") from error
         except IndexError as error:  # raised while it hooks one block after the other

@@ -50,15 +50,28 @@ def test_shorter_runs_have_the_published_number_of_real_steps() -> None:
 def test_every_nth_and_fixed_patterns() -> None:
     assert real_steps(EveryNth(4, 3), 12) == [0, 1, 2, 6, 10]
     assert real_steps(EveryNth(1, 1), 5) == [0, 1, 2, 3, 4]
-    assert real_steps(FixedSteps(frozenset({0, 3, 9})), 8) == [0, 3]
+    assert real_steps(FixedSteps(frozenset({0, 3, 7})), 8) == [0, 3, 7]
+
+
+def test_a_pattern_of_more_steps_than_there_are() -> None:
+    """It is refused where it was made for another call; of several stages a short one makes its first part."""
+    decision = FixedSteps(frozenset({0, 3, 9}))
+    with pytest.raises(DiffAccelError, match="names step 9, and the call makes 8, from 0 to 7"):
+        decision.is_real(Place(0, 8), torch.Tensor)
+    assert [decision.is_real(Place(step, 4, stages=2), torch.Tensor) for step in range(4)] == [True, False, False, True]
+    with pytest.raises(DiffAccelError, match="names step 4, and stage 1 of the call makes 3"):
+        StageSteps.of([0, 4, 0]).is_real(Place(0, 3, stages=2), torch.Tensor)
 
 
 def test_a_list_with_several_zeros_has_a_pattern_for_each_stage() -> None:
     decision = StageSteps.of([0, 1, 4, 0, 2])
-    asked = [[decision.is_real(Place(step, 5, stage=stage), torch.Tensor) for step in range(5)] for stage in (0, 1)]
+    asked = [
+        [decision.is_real(Place(step, 5, stage=stage, stages=2), torch.Tensor) for step in range(5)] for stage in (0, 1)
+    ]
     assert asked == [[True, True, False, False, True], [True, False, True, False, False]]
-    with pytest.raises(DiffAccelError, match="real_steps has steps of 2 stages, and the call has more"):
-        decision.is_real(Place(0, 5, stage=2), torch.Tensor)
+    for stages in (1, 3):
+        with pytest.raises(DiffAccelError, match=f"real_steps has steps of 2 stages, and the call has {stages}"):
+            decision.is_real(Place(0, 5, stages=stages), torch.Tensor)
 
 
 # -- forecasts ---------------------------------------------------------------------------------------------------------
@@ -225,6 +238,15 @@ def test_a_run_ends_with_its_pattern_and_memory_noted_and_nothing_kept() -> None
     assert report["real_steps"] == {"cond": [0, 1, 2, 4, 6, 8]} and report["history_bytes"] == 3 * 8 * 4
     assert (report["real_calls"], report["skipped_calls"]) == (6, 4)
     assert ask(cache, call(11, tally=tally), x, 2 * x).mean() == 2
+
+
+def test_a_second_network_goes_on_with_the_pattern_stage_by_stage() -> None:
+    """Of Wan 2.2, whose first network may make all of one stage and a part of the next."""
+    tally, x = Tally(torch.device("cpu"), ("test",)), torch.ones(1, 2, 4)
+    high, low = (StepCache(lambda: EveryNth(1, 1), Last(), "output", None) for _ in range(2))
+    for trajectory, step, cache in ((7, 0, high), (7, 1, high), (8, 0, high), (8, 1, low), (8, 2, low)):
+        ask(cache, call(step, trajectory=trajectory, tally=tally), x, x)
+    assert tally.report()["real_steps"] == {"cond": [0, 1, 0, 1, 2]}
 
 
 def test_forecasts_of_a_line_are_exact_in_bf16_features() -> None:

@@ -73,7 +73,7 @@ class StepCache:
         self._last: dict[str, tuple[int, int]] = {}  # by context: the latest step, and which evaluation of it
         self._noted: Any = None
         self._memory = 0
-        self._patterns: dict[str, list[int]] = {}
+        self._patterns: dict[str, set[tuple[int, int]]] = {}  # by stream: trajectory and step of the real steps
 
     def begin(self, call: NetworkCall, base: Tensor, before: Tensor | None = None) -> CachedCall:
         """Decide of a call.
@@ -89,7 +89,7 @@ class StepCache:
             self._clear()
             self._trajectory = call.trajectory
         stream = self._stream(call)
-        progress = Place(call.step, call.steps, stream.skipped, len(stream.real_steps), call.stage)
+        progress = Place(call.step, call.steps, stream.skipped, len(stream.real_steps), call.stage, call.stages)
 
         def look() -> Tensor:
             if self.look is None:
@@ -143,14 +143,17 @@ class StepCache:
     def _clear(self) -> None:
         for (context, evaluation), stream in self._streams.items():
             name = f"{context}#{evaluation}" if evaluation else context
-            self._patterns[name] = self._patterns.get(name, []) + stream.real_steps
+            places = {(self._trajectory, step) for step in stream.real_steps}
+            self._patterns.setdefault(name, set()).update(places)
         self._streams, self._last = {}, {}
 
     def _end(self, tally: Tally) -> None:
         """Note the real steps and the memory of the features, and free these."""
         self._clear()
-        patterns = tally.notes.setdefault("real_steps", {})
-        for name, steps in self._patterns.items():  # of a second network, which replaces the first at some step
-            patterns[name] = sorted({*patterns.get(name, []), *steps}) if name in patterns else steps
+        for name, places in self._patterns.items():  # a second network goes on where the first one stops
+            tally.real_places.setdefault(name, set()).update(places)
+        tally.notes["real_steps"] = {
+            name: [step for _, step in sorted(places)] for name, places in tally.real_places.items()
+        }
         tally.notes["history_bytes"] = tally.notes.get("history_bytes", 0) + self._memory
         self._noted, self._patterns, self._trajectory = None, {}, 0

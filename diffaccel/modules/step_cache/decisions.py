@@ -19,7 +19,7 @@ class Place:
         step, steps: the step and their number, within the stage.
         skipped: number of steps skipped since the last real one.
         real: number of real steps before this one.
-        stage: index of the stage.
+        stage, stages: index of the stage and their number.
     """
 
     step: int
@@ -27,6 +27,7 @@ class Place:
     skipped: int = 0
     real: int = 0
     stage: int = 0
+    stages: int = 1
 
 
 Look = Callable[[], Tensor]
@@ -46,11 +47,19 @@ class Decision:
 
 @dataclass
 class FixedSteps(Decision):
-    """Real at the given steps: a pattern that was chosen beforehand (arXiv 2606.13496 searches for one)."""
+    """Real at the given steps: a pattern that was chosen beforehand (arXiv 2606.13496 searches for one).
+
+    Of several stages each has this pattern, of which a short one makes the first part.
+
+    Raises:
+        DiffAccelError: for a step beyond those of a call of one stage.
+    """
 
     real_steps: frozenset[int]
 
     def is_real(self, at: Place, look: Look) -> bool:
+        if at.stages == 1:
+            _check_reach(self.real_steps, at, "the call")
         return at.step in self.real_steps
 
 
@@ -59,7 +68,7 @@ class StageSteps(Decision):
     """Real at the given steps of each stage, which are counted from its beginning.
 
     Raises:
-        DiffAccelError: in a stage for which no steps are given.
+        DiffAccelError: for a call of another number of stages, and a step beyond those of its stage.
     """
 
     stages: tuple[frozenset[int], ...]
@@ -71,12 +80,22 @@ class StageSteps(Decision):
         return cls(tuple(frozenset(real_steps[first:last]) for first, last in pairwise(begins)))
 
     def is_real(self, at: Place, look: Look) -> bool:
-        if at.stage >= len(self.stages):
+        if at.stages != len(self.stages):
             raise DiffAccelError(
-                f"real_steps has steps of {len(self.stages)} stages, and the call has more. Give each stage a list "
-                "from its step 0 on, or one list for all."
+                f"real_steps has steps of {len(self.stages)} stages, and the call has {at.stages}. Give each stage a "
+                "list from its step 0 on, or one list for all."
             )
+        _check_reach(self.stages[at.stage], at, f"stage {at.stage + 1} of the call")
         return at.step in self.stages[at.stage]
+
+
+def _check_reach(real_steps: frozenset[int], at: Place, where: str) -> None:
+    """Raise for a pattern that was made for more steps than there are."""
+    if (last := max(real_steps)) >= at.steps:
+        raise DiffAccelError(
+            f"real_steps names step {last}, and {where} makes {at.steps}, from 0 to {at.steps - 1}. Leave out what "
+            "lies beyond, or make more steps."
+        )
 
 
 @dataclass

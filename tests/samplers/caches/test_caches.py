@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import tiny_more
+import tiny_others
 import torch
 
 import diffaccel
@@ -140,6 +141,11 @@ def test_samplers_with_two_predictions_a_step_keep_two_histories() -> None:
     diffaccel.accelerate(pipe, DPMpp2M(), TaylorSeer(real_steps=(0, 2)))
     draw(pipe, "flux", steps=4, guided=False)
     assert counts(pipe)["real_steps"] == {"cond": [0, 2]}
+
+
+def test_a_network_whose_blocks_are_not_known() -> None:
+    with pytest.raises(DiffAccelError, match="'spectrum' cannot skip blocks of ZImageTransformer2DModel, which are"):
+        diffaccel.accelerate(tiny_others.make("z_image"), Spectrum())
 
 
 @pytest.mark.parametrize("payload", ["last", "linear", "newton", "taylor", "chebyshev"])

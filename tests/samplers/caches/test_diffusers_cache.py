@@ -75,6 +75,7 @@ def test_it_skips_is_reset_and_removed(family: str, kind: Any, options: dict[str
         ),
         ("wan", "mag", {}, "needs the ratios of this checkpoint"),
         ("flux", "faster", {}, "takes both guidance branches in one call, and FluxPipeline makes two"),
+        ("flux", "first_block", {"tresh": 0.1}, "^Unknown option of FirstBlockCacheConfig 'tresh'"),
         ("flux", "sea", {"threshold": -1.0}, "was refused by diffusers: `threshold` must be non-negative"),
     ],
 )
