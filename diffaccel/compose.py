@@ -154,6 +154,8 @@ def set_quality(pipe: Any, name: str) -> Any:
             callback of the pipeline's running call.
     """
     _check_pipeline(pipe)
+    if not isinstance(name, str):
+        raise DiffAccelError(f"set_quality got {name!r}; give the name of a point, such as 'balanced'.")
     if is_called_here(pipe):
         raise DiffAccelError(
             f"set_quality(pipe, '{name}') was called inside a running call of {type(pipe).__name__}, which keeps the "

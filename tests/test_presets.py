@@ -57,6 +57,14 @@ def drawn(pipe, **changes):
     return pipe(**{**CALL, "generator": torch.Generator().manual_seed(0), **changes}).images
 
 
+@pytest.mark.parametrize("name", [None, 3])
+def test_a_quality_is_a_name(pipe, file, name):
+    """None was the default point, without a word."""
+    diffaccel.accelerate(pipe, str(file))
+    with pytest.raises(DiffAccelError, match=f"set_quality got {name}; give the name of a point"):
+        diffaccel.set_quality(pipe, name)
+
+
 @pytest.mark.slow
 def test_its_methods_and_steps_are_a_call_s_own(pipe, file):
     stock = {steps: drawn(pipe, num_inference_steps=steps) for steps in (2, 3, 4)}
