@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.modules.dct import dct_matrix
+from diffaccel.modules.say_once import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,15 @@ GENERIC = SPECTRA[0.3611, 16]
 
 
 def spectrum_of(pipe: Any) -> tuple[float, float]:
-    """Return ``(A, beta)`` of the pipeline's latents; with a warning those of FLUX where they are not known."""
+    """Return ``(A, beta)`` of the pipeline's latents; with a warning, once, those of FLUX where they are not known."""
     config = getattr(getattr(pipe, "vae", None), "config", {})
     factor = config.get("scaling_factor")
     channels = config.get("latent_channels") or config.get("z_dim") or 0
     known = SPECTRA.get((round(factor, 4) if factor else None, channels))
     if known is None:
-        logger.warning(
+        warn_once(
+            logger,
+            pipe,
             "The power spectrum of the latents of %s is not known; FLUX's is used. Fit it to encoded pictures by "
             "diffaccel.families.spectra.fit(latents) and pass it: Bottleneck(spectrum=(A, beta)).",
             type(pipe).__name__,

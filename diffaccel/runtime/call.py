@@ -24,6 +24,7 @@ from diffaccel.families.generic import Generic, Outdated, identify
 from diffaccel.families.generic.memory import CallMemory
 from diffaccel.families.generic.watching import NotIdentified
 from diffaccel.modules.guard import restored
+from diffaccel.modules.say_once import warn_once
 from diffaccel.modules.stand_in import TextMemo, clone, random_states
 from diffaccel.runtime.callbacks import Callback
 from diffaccel.runtime.checked_sampling import checked_sampling
@@ -242,7 +243,7 @@ def _generate_stock(
     """Run the sampler inside the stock loop of a pipeline that the native driver cannot follow."""
     from diffaccel.runtime.stock_loop import generate_stock
 
-    logger.warning("%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
+    warn_once(logger, pipe, "%s runs in its own loop, one guided prediction at a time: %s", type(pipe).__name__, reason)
     try:
         return generate_stock(pipe, config, call, arguments, memo)
     except UnsupportedBySampler as error:

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 from diffaccel.config import SamplerConfig
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, size_text
+from diffaccel.modules.say_once import warn_once
 from diffaccel.samplers.bottleneck import stages as rules
 from diffaccel.samplers.bottleneck.engine import Handover, staged
 from diffaccel.samplers.bottleneck.plan import ResolutionPlan, plan_call, reach, target_of
@@ -40,7 +41,7 @@ class Bottleneck(SamplerConfig):
       through pixels where the two differ most (arXiv 2609.02036);
     - ``lightx2v``: low to high, resized and noised again, with a schedule shifted by one more (LightX2V).
 
-    ``auto`` is ``selflift-zero`` for pictures in up to nine steps and ``speed`` else. Options left None are those of
+    ``auto`` is ``selflift-zero`` for pictures in two to nine steps and ``speed`` else. Options left None are those of
     the preset; one that the preset does not have is refused. Latents are ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
 
     Args:
@@ -152,12 +153,15 @@ class Bottleneck(SamplerConfig):
 
     def _check_numbers(self) -> None:
         """Raise for numbers out of range, and for lists whose lengths differ."""
-        options = self._given()
-        number = len(options.get("scales") or (PRESETS.get(self.preset) or {}).get("scales", ()))
+        options, own = self._given(), PRESETS.get(self.preset, {})
+        number = len(options.get("scales") or own.get("scales", ()))
+        switches = options.get("switches", own.get("switches"))
+        lists = {**options, "switches": None if number == 1 and self.switches is None else switches}
         for name, count in (("stage_steps", number), ("starts", number), ("shifts", number), ("switches", number - 1)):
-            values = options.get(name)
+            values = lists.get(name)
             if values is not None and len(values) != count:
-                raise DiffAccelError(f"{name} is {values}; {number} stages need {count} numbers.")
+                stages = "1 stage needs" if number == 1 else f"{number} stages need"
+                raise DiffAccelError(f"{name} is {values}; {stages} {count} {'number' if count == 1 else 'numbers'}.")
         limits = {
             "stage_steps": (lambda n: n >= 1, "1 or more"),
             "starts": (lambda s: 0 < s <= 1, "in (0, 1]"),
@@ -169,6 +173,10 @@ class Bottleneck(SamplerConfig):
         for name, (fits, words) in limits.items():
             if not all(map(fits, options.get(name, ()))):
                 raise DiffAccelError(f"{name} is {options[name]}; each must be {words}.")
+        if any(after <= before for before, after in pairwise(self.switches or ())):
+            raise DiffAccelError(f"switches is {self.switches}; shares of the steps must grow, as (0.3, 0.6).")
+        if self.lift is not None and self.lift[1] > self.lift[2]:
+            raise DiffAccelError(f"lift is {self.lift}; its least weight, the second number, is above the greatest.")
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise DiffAccelError(f"tolerance is {self.tolerance}; it must be in (0, 1), such as 0.01.")
         if self.preset == "speed" and self.switches and (self.tolerance or self.spectrum):
@@ -187,10 +195,19 @@ class Bottleneck(SamplerConfig):
 
     def sample(self, session: Session) -> Sampling:
         stages, handover = self.stages(session)
-        total = sum(stage.steps for stage in stages)
+        total, sizes = sum(stage.steps for stage in stages), {stage.size for stage in stages}
+        if len(stages) > 1 and len(sizes) == 1:
+            warn_once(
+                logger,
+                session.pipe,
+                "All stages of a call of %s are rounded to that size, so that none is faster.",
+                size_text(*stages[0].size),
+            )
         can_lift = session.x.ndim == 4 and session.family.draws_pixels
-        if total <= FEW_STEPS and len(stages) > 1 and handover.kind != "lift" and can_lift:
-            logger.warning(
+        if total <= FEW_STEPS and len(sizes) > 1 and handover.kind != "lift" and can_lift:
+            warn_once(
+                logger,
+                session.pipe,
                 "%d steps leave few after the change of resolution; preset='selflift-zero' is made for such calls.",
                 total,
             )
@@ -203,13 +220,14 @@ class Bottleneck(SamplerConfig):
                 f"{type(session.pipe).__name__} draws at one size only, that of its network, so its calls have no "
                 "stages. Use a sampler that keeps the size, such as Euler."
             )
-        target = target_of(session)
+        is_whole = self.scales == (1.0,) and not {"stage_steps", "starts", "shifts"} & self._given().keys()
+        target = target_of(session, needs_grid=not is_whole)
+        if is_whole:
+            return rules.whole(target), Handover("noise")
         is_video, total = session.x.ndim == 5, len(target.levels) - 1
         preset = self._preset(total, is_video or not session.family.draws_pixels)
         options = {**PRESETS[preset], **self._given()}
         scales = options["scales"]
-        if len(scales) == 1 and preset != "bottleneck":
-            return rules.whole(target), Handover("noise")
         shares = options["noise"] == "shared" and session.conds[0].arguments.get("strength") is None
         resize, weights = options.get("resize", "bilinear"), options.get("lift", (0.0, 0.0, 0.0))
         handover = Handover(KINDS[preset], resize, weights, shares)
@@ -259,7 +277,7 @@ class Bottleneck(SamplerConfig):
                 "The preset 'selflift-zero' is for pictures of listed pipelines, whose pixels are known between steps; "
                 "for videos and others use preset='speed'."
             )
-        is_few = total <= FEW_STEPS and not is_latent
+        is_few = 1 < total <= FEW_STEPS and not is_latent
         return ("selflift-zero" if is_few else "speed") if self.preset == "auto" else self.preset
 
     # -- planning ---------------------------------------------------------------------------------------------------

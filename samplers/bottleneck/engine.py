@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from diffaccel.errors import DiffAccelError, first_line, size_text
 from diffaccel.flow import LINEAR, transport
 from diffaccel.samplers.bottleneck.lift import lift
 from diffaccel.samplers.bottleneck.resizing import Interpolation, crop_spectrum, expand_spectrum, interpolate
@@ -37,7 +38,7 @@ class Handover:
 
 def staged(session: Session, stages: Sequence[Stage], handover: Handover) -> Sampling:
     """Sample by Euler's method in each stage, and enter the next at its size (arXiv 2503.18940, 2605.18736)."""
-    places = [session.at(*stage.size) for stage in stages]
+    places = [_opened(session, stage.size) for stage in stages]
     levels = [sigmas_of(session, stage) for stage in stages]
     yield Stages(list(zip(places, levels, strict=True)))
     x = _begun(session, places[0], handover)
@@ -51,6 +52,23 @@ def staged(session: Session, stages: Sequence[Stage], handover: Handover) -> Sam
         if pred is not None:
             pred = Pred(session.path, x, sigmas[-1], pred.v)  # the last velocity, at the state that it led to
     return x
+
+
+def _opened(session: Session, size: tuple[int, int]) -> Session:
+    """Return the session of a stage's size; what an unlisted pipeline checks itself becomes one sentence.
+
+    Raises:
+        DiffAccelError: for a size that the pipeline does not draw.
+    """
+    try:
+        return session.at(*size)
+    except (DiffAccelError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise DiffAccelError(
+            f"{type(session.pipe).__name__} does not draw at {size_text(*size)}, the size of a stage of a call of "
+            f"{size_text(session.height, session.width)}: {first_line(error)} Make the picture or `scales` larger."
+        ) from error
 
 
 def sigmas_of(session: Session, stage: Stage) -> Tensor:

@@ -87,9 +87,9 @@ class ResolutionPlan:
         return "\n".join(lines)
 
 
-def target_of(session: Session) -> Target:
-    """Return what the rules need to know of a call."""
-    if not _has_grid(session):
+def target_of(session: Session, *, needs_grid: bool = True) -> Target:
+    """Return what the rules need to know of a call; of one that keeps its size, rows and columns may be unknown."""
+    if needs_grid and not _has_grid(session):
         raise DiffAccelError(
             f"{type(session.pipe).__name__} keeps its latents as {tuple(session.x.shape)}, without rows and columns "
             f"that are known here for {size_text(session.height, session.width)}, so their resolution cannot change. "
@@ -99,9 +99,10 @@ def target_of(session: Session) -> Target:
     levels = session.sigmas.detach().to("cpu", torch.float64)
     if session.path is not LINEAR:
         levels = LINEAR.at(session.path.rho(levels))
-    family, pipe = session.family, session.pipe
-    latent = session.latent_pixels
-    return Target((session.height, session.width), levels, family.multiple(pipe), latent)
+    size = session.height, session.width
+    if not needs_grid:
+        return Target(size, levels, 1, 1)
+    return Target(size, levels, session.family.multiple(session.pipe), session.latent_pixels)
 
 
 def _has_grid(session: Session) -> bool:
@@ -128,6 +129,9 @@ def cost_of(stages: list[Stage], costs: Mapping[tuple[int, int], int]) -> tuple[
 
 def plan_call(pipe: Any, config: Any, arguments: dict[str, Any]) -> ResolutionPlan:
     """Plan one call of a pipeline, opened but not run."""
+    if not callable(getattr(config, "stages", None)) or isinstance(config, type):
+        name = config.__name__ if isinstance(config, type) else type(config).__name__
+        raise DiffAccelError(f"Got {name} as config; pass Bottleneck with its options, as Bottleneck(preset='speed').")
     with _opened(pipe, arguments) as session:
         return plan_session(session, config)
 
@@ -184,6 +188,8 @@ def prediction_flops(session: Session, size: tuple[int, int]) -> int:
 
 def _opened(pipe: Any, arguments: dict[str, Any]) -> Any:
     """Open a session of a call; the prompt is empty unless one is given."""
+    if not hasattr(pipe, "scheduler"):
+        raise DiffAccelError(f"Got {type(pipe).__name__}; pass a diffusers pipeline, such as FluxPipeline.")
     takes = inspect.signature(type(pipe).__call__).parameters
     given = any(name in arguments for name in ("prompt", "prompt_embeds"))
     return open_session(pipe, **({"prompt": ""} if "prompt" in takes and not given else {}), **arguments)

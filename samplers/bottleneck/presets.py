@@ -50,6 +50,15 @@ STAGES = {
 OTHERS = HighLowHigh((1.0, 0.5, 1.0), (6, 20, 8), (1.0, 0.8, 0.6))
 
 
+def too_few(total: int, stages: int) -> DiffAccelError:
+    """Return the error for a call of fewer steps than stages."""
+    steps = "1 step does" if total == 1 else f"{total} steps do"
+    return DiffAccelError(
+        f"{steps} not fill {stages} stages. Pass num_inference_steps={stages} or more; with an image to begin at, only "
+        "the share `strength` of them is made."
+    )
+
+
 def shares(total: int, ratio: tuple[int, ...]) -> tuple[int, ...]:
     """Divide ``total`` steps in a ratio, each stage at least one; what rounding leaves goes to the largest remainders.
 
@@ -57,9 +66,7 @@ def shares(total: int, ratio: tuple[int, ...]) -> tuple[int, ...]:
         DiffAccelError: for fewer steps than stages.
     """
     if total < len(ratio):
-        raise DiffAccelError(
-            f"{total} steps do not fill {len(ratio)} stages. Pass num_inference_steps={len(ratio)} or more."
-        )
+        raise too_few(total, len(ratio))
     exact = [total * part / sum(ratio) for part in ratio]
     counts = [max(1, int(value)) for value in exact]
     order = sorted(range(len(ratio)), key=lambda stage: counts[stage] - exact[stage])

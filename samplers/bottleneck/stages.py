@@ -6,9 +6,10 @@ those of the linear path, ``x = (1 - t) x0 + t eps``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.samplers.bottleneck.detail import leaving_level
 from diffaccel.samplers.bottleneck.levels import fitted_shift, resampled, shift, shifted, truncated, unshift
+from diffaccel.samplers.bottleneck.presets import too_few
 from diffaccel.samplers.bottleneck.resizing import side_ratio, time_at_scale
 
 Size = tuple[int, int]
@@ -44,17 +46,29 @@ class Target:
         Raises:
             DiffAccelError: where rounding changes the aspect ratio, or nothing is left.
         """
-        height, width = (max(1, round(side * scale / self.multiple)) * self.multiple for side in self.size)
-        change = (height / width) / (self.size[0] / self.size[1])
-        if abs(change - 1) > ASPECT_ERROR and abs(1 / change - 1) > ASPECT_ERROR:
-            unit = next(n for n in range(1, 10_000) if abs(n * self.multiple * scale % self.multiple) < 1e-6)
-            nearest = [max(1, round(side / (unit * self.multiple))) * unit * self.multiple for side in self.size]
+        (height, width), change = self._at_scale(self.size, scale)
+        if _is_skewed(change):
             raise DiffAccelError(
-                f"{size_text(*self.size)} at scale {scale} is {size_text(height, width)}, whose aspect ratio differs "
-                f"by {abs(change - 1):.0%} since sides are multiples of {self.multiple}. The nearest size whose sides "
-                f"are whole at that scale is {size_text(*nearest)}."
+                f"{size_text(*self.size)} at scale {scale:g} is {size_text(height, width)}, whose aspect ratio differs "
+                f"by {abs(change - 1):.0%} since sides are multiples of {self.multiple}. The nearest size that keeps "
+                f"it at that scale is {size_text(*self._nearest(scale))}."
             )
         return height, width
+
+    def _at_scale(self, size: Size, scale: float) -> tuple[Size, float]:
+        """Return a size at a scale, rounded, and the factor by which that changes the aspect ratio."""
+        height, width = (max(1, round(side * scale / self.multiple)) * self.multiple for side in size)
+        return (height, width), (height / width) / (size[0] / size[1])
+
+    def _nearest(self, scale: float) -> Size:
+        """Return the nearest size, the larger of two, that keeps its aspect ratio at a scale; squares always do."""
+        sides = range(self.multiple, max(self.size) + 2 * self.multiple, self.multiple)
+        kept = [size for size in product(sides, sides) if not _is_skewed(self._at_scale(size, scale)[1])]
+        return min(kept, key=lambda size: (math.dist(size, self.size), -size[0] * size[1]))
+
+
+def _is_skewed(change: float) -> bool:
+    return min(abs(change - 1), abs(1 / change - 1)) > ASPECT_ERROR
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +104,16 @@ def spectral(target: Target, scales: Sequence[float], spectrum: tuple[float, flo
     """Return growing stages; each is left at the first level at which its grid is too coarse (arXiv 2605.18736).
 
     The call's own levels are kept, but for the first one of a larger grid, where the same state stands higher. The
-    last step is always one of the full size, also where so few steps are made that a smaller grid could hold it.
+    last step is always one of the full size, also where a smaller grid could hold it: in few steps, and where a
+    scheduler's last level is not 0.
     """
     own = target.levels.tolist()
     nyquist = min(target.size) / target.latent / 2
     leaves = [leaving_level(spectrum, scale * nyquist, tolerance) for scale in scales[:-1]]
     last_step = len(own) - 2
-    ends = [min(next(place for place, level in enumerate(own) if level <= leave), last_step) for leave in leaves]
+    ends = [
+        next((place for place, level in enumerate(own[:last_step]) if level <= leave), last_step) for leave in leaves
+    ]
     return expanded(target, scales, [0, *ends, len(own) - 1])
 
 
@@ -136,15 +153,11 @@ def bounds(total: int, switches: Sequence[float]) -> list[int]:
     """Return the steps at which stages begin, and the last one's end, from shares of ``total`` steps.
 
     Raises:
-        DiffAccelError: for fewer steps than stages, and shares that do not grow.
+        DiffAccelError: for fewer steps than stages.
     """
     later = len(switches)
     if total <= later:
-        raise DiffAccelError(
-            f"{total} steps do not fill {later + 1} stages. Pass num_inference_steps={later + 1} or more."
-        )
-    if any(after <= before for before, after in pairwise(switches)):
-        raise DiffAccelError(f"switches is {tuple(switches)}; shares of the steps must grow, as (0.3, 0.6).")
+        raise too_few(total, later + 1)
     places = [0]
     for index, share in enumerate(switches):
         places.append(min(max(round(share * total), places[-1] + 1), total - (later - index)))

@@ -80,7 +80,10 @@ def test_every_option_changes_the_picture(pipe, preset: str) -> None:
         ({"preset": "bottleneck", "shifts": (9.0, 0.0, 9.0)}, "each must be above 0"),
         ({"preset": "bottleneck", "count": "truncated", "strength_space": "sigma"}, "count='truncated' cuts each grid"),
         ({"preset": "lightx2v", "switches": (1.0,)}, "each must be in (0, 1)"),
+        ({"preset": "lightx2v", "scales": (0.5, 0.75, 1.0)}, "switches is (0.5,); 3 stages need 2 numbers"),
+        ({"preset": "lightx2v", "scales": (0.5, 0.75, 1.0), "switches": (0.6, 0.3)}, "shares of the steps must grow"),
         ({"preset": "selflift-zero", "lift": (2.0, 0.5, 1.0)}, "each must be in [0, 1]"),
+        ({"preset": "selflift-zero", "lift": (0.3, 0.9, 0.5)}, "its least weight, the second number, is above"),
     ],
 )
 def test_options_that_do_not_fit(options: dict, message: str) -> None:
@@ -108,7 +111,7 @@ def test_what_a_tuner_may_try_is_valid() -> None:
 def test_steps_that_do_not_fill_the_stages(pipe) -> None:
     early = Bottleneck(preset="lightx2v", scales=(0.5, 1.0), switches=(0.05,))
     assert torch.isfinite(draw(pipe, early)).all()  # each stage has a step at least
-    with pytest.raises(DiffAccelError, match="1 steps do not fill 2 stages"):
+    with pytest.raises(DiffAccelError, match="1 step does not fill 2 stages"):
         draw(pipe, early, steps=1)
     with pytest.raises(DiffAccelError, match=r"stage_steps is .*, 34 in all, and the call makes 6"):
         draw(pipe, Bottleneck.paper())

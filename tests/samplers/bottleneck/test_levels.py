@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -168,6 +171,26 @@ def test_sizes_are_rounded_to_what_the_model_draws() -> None:
     assert call.scaled(0.5) == (352, 640) and call.scaled(0.75) == (544, 960)
     with pytest.raises(DiffAccelError, match="aspect ratio differs"):
         target(48, 112, wan_levels(4)).scaled(0.5)
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.537, 0.123456, 1 / 3])
+def test_the_size_that_an_error_names_is_valid_and_no_other_is_nearer(scale: float) -> None:
+    call = target(80, 112, wan_levels(4))
+    with pytest.raises(DiffAccelError, match="The nearest size that keeps it at that scale is") as error:
+        call.scaled(scale)
+    width, height = map(int, re.findall(r"is (\d+)x(\d+)\.$", str(error.value))[0])
+    target(height, width, wan_levels(4)).scaled(scale)
+    for other in itertools.product(range(16, 160, 16), repeat=2):
+        if math.dist(other, (80, 112)) < math.dist((height, width), (80, 112)):
+            with pytest.raises(DiffAccelError, match="aspect ratio"):
+                target(*other, wan_levels(4)).scaled(scale)
+
+
+def test_levels_that_do_not_end_at_zero_have_a_full_size_step_too() -> None:
+    """As DDIM's with set_alpha_to_one=False; a spectrum that no grid is too coarse for."""
+    levels = torch.linspace(1.0, 0.04, 9, dtype=torch.float64)
+    stages = rules.spectral(target(64, 64, levels), (0.5, 1.0), (1e-9, 1.4), 0.01)
+    assert [(stage.size, stage.steps) for stage in stages] == [((32, 32), 7), ((64, 64), 1)]
 
 
 def test_a_schedule_shifted_by_one_more_at_each_switch() -> None:

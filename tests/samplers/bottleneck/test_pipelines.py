@@ -51,6 +51,26 @@ def test_one_stage_is_euler_to_the_bit(family: str) -> None:
     assert torch.equal(call(diffaccel.remove(pipe), family), stock)
 
 
+def test_one_stage_of_every_preset_is_euler_and_so_is_auto_in_one_step() -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), Euler())
+    expected = {steps: call(pipe, "flux", steps=steps) for steps in (1, 2)}
+    presets: tuple[Any, ...] = ("bottleneck", "selflift-zero", "lightx2v")
+    for config, steps in ((Bottleneck(), 1), *((Bottleneck(preset=name, scales=(1.0,)), 2) for name in presets)):
+        diffaccel.accelerate(diffaccel.remove(pipe), config)
+        assert torch.equal(call(pipe, "flux", steps=steps), expected[steps])
+
+
+def test_a_pipeline_is_warned_of_once(caplog) -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), Bottleneck(preset="speed"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            call(pipe, "flux", steps=2)
+    assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["The", "2"]  # spectrum, steps
+    with caplog.at_level(logging.WARNING):
+        call(pipe, "flux", steps=2, size=16)
+    assert len(caplog.records) == 3 and "All stages of a call of 16x16 are rounded" in caplog.records[2].getMessage()
+
+
 @pytest.mark.parametrize("rule", list(RULES))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages(family: str, rule: str) -> None:
@@ -85,6 +105,10 @@ def test_a_pattern_of_real_steps_is_made_stage_by_stage() -> None:
     assert run["caches"]["real_steps"]["cond"] == [0, 2, 0, 1]
     assert set(run["nfe_by_resolution"].values()) == {6}  # of two pictures
     diffaccel.remove(pipe)
+    for steps, why in (((0, 3, 0, 1), "stage 1 of the call makes 3"), ((0, 0, 0), "of 3 stages, and the call has 2")):
+        with pytest.raises(DiffAccelError, match=why):
+            call(diffaccel.accelerate(pipe, told, TaylorSeer(real_steps=steps)), "flux", steps=6)
+        diffaccel.remove(pipe)
     with pytest.raises(DiffAccelError, match="must begin with one"):
         TaylorSeer(real_steps=(1, 0, 2, 0))
 
@@ -175,6 +199,14 @@ def test_a_plan_is_what_the_call_does() -> None:
     assert reached.speedup >= 1.02 and reached.config.preset == "speed"
     with pytest.raises(DiffAccelError, match="No plan of 4 steps reaches 50x"):
         Bottleneck.plan(pipe, target_speedup=50, **kwargs)
+
+
+@pytest.mark.parametrize("config", [Euler(), Bottleneck])
+def test_a_plan_of_something_else_is_refused(config: Any) -> None:
+    with pytest.raises(DiffAccelError, match="as config; pass Bottleneck with its options"):
+        Bottleneck.plan(tiny.make("flux"), config=config)
+    with pytest.raises(DiffAccelError, match="Got NoneType; pass a diffusers pipeline"):
+        Bottleneck.plan(None)
 
 
 @pytest.mark.parametrize("speed", [0.5, -1, float("nan"), float("inf"), True, "1.3"])

@@ -78,3 +78,12 @@ def test_latents_without_rows_and_columns_are_refused(name: str) -> None:
     pipe = diffaccel.accelerate(others.make(name), TWO)
     with pytest.raises(DiffAccelError, match="without rows and columns that are known here"):
         call(pipe, name)
+    euler = call(diffaccel.accelerate(diffaccel.remove(pipe), Euler()), name)
+    diffaccel.accelerate(diffaccel.remove(pipe), Bottleneck(preset="speed", scales=(1.0,)))
+    assert torch.equal(call(pipe, name), euler)  # one stage asks for no rows
+
+
+def test_a_size_that_the_pipeline_itself_refuses() -> None:
+    pipe = diffaccel.accelerate(others.make("sana"), TWO)
+    with pytest.raises(DiffAccelError, match="does not draw at 16x16, the size of a stage of a call of 32x32"):
+        pipe(**others.call_kwargs("sana", size=32))
