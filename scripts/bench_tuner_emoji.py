@@ -6,8 +6,9 @@
 
 ``near``: a set of ``--real`` real steps is searched by annealing and climbing on one prompt, as arXiv 2606.13496 does
 (``scripts.pattern_annealing``); its speed, in turns with the plain pipeline, is the limit at which the tuner, and the
-tuner with caches alone, look for the plan nearest to the plain pipeline. All draw as many pictures: ``--evaluations``. ``keep``: the tuner promises
-``--fail-if``. Either way plans are drawn on ``--truth`` prompts that no search saw, and timed in turns with each other.
+tuner with caches alone, look for the plan nearest to the plain pipeline. All draw as many pictures: ``--evaluations``.
+``keep``: the tuner promises ``--fail-if``. Either way plans are drawn on ``--truth`` prompts that no search saw, and
+timed in turns with each other.
 Each tuning has prompts, pictures and a search of its own. Every way of every tuning is kept in a file a tuning as soon
 as it is measured, so that a command goes on where it was stopped; ``--join`` makes the record and the table of them.
 """

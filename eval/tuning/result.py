@@ -31,7 +31,7 @@ class Tuned:
 
     @property
     def default(self) -> str:
-        """Name of the fastest certified point; "baseline" where no plan passed."""
+        """Name of the certified point that was aimed at, or nearly; "baseline" where no plan passed."""
         return self.preset["default"]
 
     def sentences(self) -> list[str]:
@@ -67,7 +67,7 @@ def preset_values(
         about: device, versions, architecture, and how the baseline was drawn.
     """
     passed = [name for name in certificates if certificates[name]["keeps"]]
-    default = passed[-1] if passed else presets.BASELINE  # the last one that was tested is the fastest
+    default = passed[-1] if passed else presets.BASELINE  # the last one that was tested is the aim
     points: dict[str, Any] = {}
     for name in passed:
         values = {**certificates[name], **about["measured"], "order": SEQUENCE}
