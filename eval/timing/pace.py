@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 LONG_CALL = 5.0  # seconds; on a CPU one such call warms up as much as three
+SLOW_CALL = 20.0  # seconds; no shorter call is slow: other work on the machine makes short ones look so
 SLOW, SLOW_TURNS = 5.0, 2  # a way that takes so many times as long as the first one is timed in so many turns
 ANNOUNCED = 15.0  # seconds of a call that is announced by a line of its own
 
@@ -48,7 +49,7 @@ class Pace:
     def is_slow(self, name: str) -> bool:
         """Return whether a way is so much slower than the baseline that few turns tell so."""
         known, base = self.seconds(name), self.seconds(self.names[0])
-        return self.spares and None not in (known, base) and known >= max(LONG_CALL, SLOW * base)  # type: ignore[operator]
+        return self.spares and None not in (known, base) and known >= max(SLOW_CALL, SLOW * base)  # type: ignore[operator]
 
     def left(self, turn: int) -> float | None:
         """Return the seconds from a turn to the last one; None where a way was never called."""

@@ -72,7 +72,7 @@ def take_turns(
             added.
         progress: called with a line of text before every round of calls, and before a long call.
         spares: leave out calls on a CPU that tell little: second warm-up calls of 5 s and more, and of ways that take
-            five times as long as the baseline all calls but two timed ones, which give no interval.
+            20 s and five times as long as the baseline all calls but two timed ones, which give no interval.
         expected: seconds of a call by a variant's name, for an estimate before the first one.
         begun: what ``keep`` was given by a call that was stopped: its turns count.
         keep: called after every turn with the turns so far, JSON-ready.
