@@ -196,12 +196,12 @@ def test_foreign_statistics_are_assumed_to_fit_and_said_so(run, sets, tmp_path):
 
 @pytest.mark.slow
 def test_statistics_of_any_network_compare_without_it(run, tmp_path):
-    """Two files of pytorch-fid, of 2048 features: N(0, I) and N(1, I) are 2048 apart."""
+    """Two files as pytorch-fid writes them, of 256 features: N(0, I) and N(1, I) are 256 apart."""
     for name, mean in (("a", 0.0), ("b", 1.0)):
-        np.savez(tmp_path / f"{name}.npz", mu=np.full(2048, mean), sigma=np.eye(2048))
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(256, mean), sigma=np.eye(256))
     done = run("eval", "fid", tmp_path / "a.npz", tmp_path / "b.npz", "--json")
     (row,) = done.json["metrics"]
-    assert row["key"] == "FD-unknown" and row["value"] == pytest.approx(2048, rel=1e-9)
+    assert row["key"] == "FD-unknown" and row["value"] == pytest.approx(256, rel=1e-9)
     assert any("an unknown network" in text for text in done.json["warnings"])
 
 
