@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -183,8 +184,13 @@ def _scan(pipe: Any, config: Any, prompt: str, steps: int) -> Any:
 
     from diffaccel.quant.scan import scan_errors
 
+    has_latents = (
+        getattr(pipe, "vae", None) is not None and "output_type" in inspect.signature(pipe.__call__).parameters
+    )
+    what = {"output_type": "latent"} if has_latents else {}  # decoding takes time, and asks no quantized network
+
     def run(pipe: Any) -> None:
-        pipe(prompt, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(0))
+        pipe(prompt, num_inference_steps=steps, generator=torch.Generator("cpu").manual_seed(0), **what)
 
     return scan_errors(pipe, config, run)
 
