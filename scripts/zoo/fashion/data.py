@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,12 @@ def load(folder: Path, part: str, device: torch.device | str) -> Pictures:
     if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or len(images) != len(labels) or int(labels.max()) > 9:
         raise DiffAccelError(f"'{folder}' has {tuple(images.shape)} pictures and {len(labels)} labels of '{part}'.")
     return Pictures(images.to(device), labels.long().to(device))
+
+
+def of_classes(part: Pictures, classes: Sequence[int]) -> Pictures:
+    """Return the pictures of some classes."""
+    is_chosen = torch.isin(part.labels, torch.tensor(classes, dtype=torch.long, device=part.labels.device))
+    return Pictures(part.images[is_chosen], part.labels[is_chosen])
 
 
 def one_of_each(part: Pictures, count: int) -> Tensor:

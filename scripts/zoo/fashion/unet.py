@@ -74,6 +74,16 @@ def load(work: Path, recipe: FashionRecipe, device: torch.device) -> UNet2DModel
     return network.to(device).eval()
 
 
+def without_labels(network: UNet2DModel, label: int = NO_LABEL) -> UNet2DModel:
+    """Return the network under one label as a network that has none: the label's vector goes into that of the time."""
+    plain = UNet2DModel.from_config({**network.config, "num_class_embeds": None})
+    state = dict(network.state_dict())
+    vector = state.pop("class_embedding.weight")[label]
+    state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + vector
+    plain.load_state_dict(state)
+    return plain.to(network.device).eval().requires_grad_(False)
+
+
 def teacher_of(network: UNet2DModel, batch: int) -> NetworkTeacher:
     """Return the teacher of a run of distillation, under labels of which every batch has as many of each class."""
     labels = torch.arange(batch, device=network.device) % len(CLASSES)
