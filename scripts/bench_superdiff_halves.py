@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -56,7 +57,6 @@ class Bench:
         self.args, self.recipe = args, recipes.get(args.recipe)
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
-        torch.backends.cuda.matmul.allow_tf32 = True
         self.deadline = Deadline(60 * args.minutes)
         self.training = data.load(args.data, "train", self.device)
         pixels = data.padded(self.training.images)
@@ -66,7 +66,7 @@ class Bench:
     def train(self) -> bool:
         """Train classifier and networks, or go on with them; return whether all are finished."""
         plan = self.recipe.teacher
-        plan = replace(plan, seconds=self.args.seconds) if self.args.seconds else plan
+        plan = replace(plan, seconds=self.args.seconds, samples=math.inf) if self.args.seconds else plan
         recipe = replace(self.recipe, empty=1.0)  # no picture keeps its label
         finished = classifier.train(self.training, recipe, self.args.work, deadline=self.deadline).finished
         for number, (name, classes) in enumerate(HALVES.items()):
