@@ -109,7 +109,7 @@ class Bench:
                     continue
                 if self.deadline.over():
                     return False
-                self._draw(way, number, min(at_once, self.args.pictures - number * at_once))
+                self._draw(way, number, at_once)
         return True
 
     def file(self, way: str, number: int) -> Path:
@@ -263,7 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=8.5, help="of training and drawing in this call")
     add("--seconds", type=float, default=None, help="of training of each network (default: the recipe's teacher's)")
     add("--steps", type=int, default=100)
-    add("--pictures", type=int, default=50_000, help="of each way")
+    add("--pictures", type=int, default=50_000, help="of each way, up to a whole number of batches")
     add("--device", default=None)
     add("--kind", default=None, help="name of the machine, for the record")
     add("--out", type=Path, default=None, help="folder for the record (default: the work folder)")
