@@ -2,7 +2,7 @@
 
 Options come by the environment, since the tests' own pytest configuration is left alone: ``DIFFACCEL_CONFIG`` names the
 method ("" for the stock pipelines), ``DIFFACCEL_RECORD`` the file of JSON lines, which also says what need not be run
-again.
+again: what this kind of processor has run, since others round otherwise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import diffaccel
+from diffaccel import record
 
 CONFIG = os.environ.get("DIFFACCEL_CONFIG", "")
 RECORD = Path(os.environ.get("DIFFACCEL_RECORD", "outcomes.jsonl"))
@@ -31,6 +32,7 @@ OUTPUTS: list[str] = []  # digests of what the pipelines of the running test ret
 PATHS: list[str] = []  # what ran each of these calls
 RUNNING: list[Any] = []  # pipelines whose calls have begun
 ENDED: dict[str, dict[str, Any]] = {}
+PROCESSOR = record.describe_device(torch.device("cpu"))["name"]
 
 
 def digest(value: Any) -> str:
@@ -117,7 +119,8 @@ def _note_outputs(pipe: Any) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     lines = RECORD.read_text().splitlines() if RECORD.exists() else []
-    done = {json.loads(line)["test"] for line in lines}
+    rows = map(json.loads, lines)
+    done = {row["test"] for row in rows if row.get("processor") == PROCESSOR}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
     items[:] = [item for item in items if item.nodeid not in done]
 
@@ -135,6 +138,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     row = ENDED.pop(item.nodeid, {"outcome": "nothing"})
     seconds = round(time.perf_counter() - start, 2)
     row = {"test": item.nodeid, **row, "seconds": seconds, "outputs": list(OUTPUTS), "paths": list(PATHS)}
+    row["processor"] = PROCESSOR
     with RECORD.open("a") as file:
         file.write(json.dumps(row) + "\n")
     return result

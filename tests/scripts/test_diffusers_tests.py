@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.diffusers_tests import plugin
 from scripts.diffusers_tests.__main__ import main
 from scripts.diffusers_tests.outcomes import Comparison, markdown, outcomes_of
 from scripts.diffusers_tests.plugin import digest
@@ -113,3 +115,14 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     again = run("--methods", "scheduler")  # nothing is left to run
     assert "| `scheduler` | 2 | 2 | 0 | 0 | 2 of 2 | native 2 |" in again
     assert files == {name: (tmp_path / "out" / f"{name}.jsonl").read_text() for name in files}
+
+
+def test_what_another_processor_ran_is_run_again(tmp_path, monkeypatch):
+    rows = [{"test": "a", "processor": plugin.PROCESSOR}, {"test": "b", "processor": "another"}, {"test": "c"}]
+    monkeypatch.setattr(plugin, "RECORD", tmp_path / "rows.jsonl")
+    plugin.RECORD.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [SimpleNamespace(nodeid=name) for name in "abcd"]
+    left_out = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    plugin.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    assert [item.nodeid for item in items] == ["b", "c", "d"] and [item.nodeid for item in left_out] == ["a"]
