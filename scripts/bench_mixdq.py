@@ -44,6 +44,7 @@ from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse_size
+from scripts.ends import ends
 
 TABLES = ("rows", "allocation", "quality")
 LEVELS = {"W8A8": (8.0, 8.0), "W5A8": (5.0, 8.0), "W4A8": (4.0, 8.0), "W4A16": (4.0, 16.0)}
@@ -152,7 +153,7 @@ class Quality:
         return {
             "level": level, "steps": steps, "variant": variant, "weight_average": plan.weight_average,
             "plan_seconds": seconds, "rows": plan.results.get("rows"),
-            "fd": _ends(fd), "fd_minus_plain": _ends(worse), "judge_minus_plain": _ends(points),
+            "fd": ends(fd), "fd_minus_plain": ends(worse), "judge_minus_plain": ends(points),
         }  # fmt: skip
 
     def table(self, save: Any) -> dict[str, Any]:
@@ -165,9 +166,9 @@ class Quality:
         for steps in self.args.steps:
             plain, others = self.features("plain", steps, 0), self.features("plain_others", steps, OTHER_SEEDS)
             floor = distance_interval(plain, others)
-            result["floors"][str(steps)] = {"fd": _ends(floor), "judge": float(self.scores(plain).mean())}
+            result["floors"][str(steps)] = {"fd": ends(floor), "judge": float(self.scores(plain).mean())}
             print(
-                f"| plain | {steps} | other seeds | 16 | {_text(_ends(floor))} | | {self.scores(plain).mean():.2f} | |"
+                f"| plain | {steps} | other seeds | 16 | {_text(ends(floor))} | | {self.scores(plain).mean():.2f} | |"
             )
             for level in self.args.levels:
                 for variant in VARIANTS:
@@ -190,16 +191,12 @@ class Quality:
     def _pair(self, one: str, two: str, level: str, steps: int, others: Tensor) -> dict[str, Any]:
         a, b = (self.features(f"{VARIANTS.index(variant)}_{level}", steps, 0) for variant in (one, two))
         judge = paired_difference(self.scores(a), self.scores(b)).interval
-        return {"level": level, "steps": steps, "one": one, "two": two, "fd": _ends(difference(a, b, others)),
-                "judge": _ends(judge)}  # fmt: skip
+        return {"level": level, "steps": steps, "one": one, "two": two, "fd": ends(difference(a, b, others)),
+                "judge": ends(judge)}  # fmt: skip
 
 
 def _unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=1, keepdim=True)
-
-
-def _ends(interval: Any) -> list[float]:
-    return [float(interval.value), float(interval.low), float(interval.high)]
 
 
 def _text(ends: list[float]) -> str:

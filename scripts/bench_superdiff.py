@@ -29,6 +29,7 @@ from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import atomic, write_json
 from diffaccel.runs import loading
 from diffaccel.samplers import SuperDiff
+from scripts.ends import ends, ends_text
 
 JUDGE, STYLE, TOP = "emoji-clip-judge", "noto", 5
 CURVE = (25, 50, 100, 250, 1000)
@@ -222,11 +223,11 @@ def table(rows: list[dict[str, Any]], clusters: list[int]) -> list[dict[str, Any
             entry[key] = sum(row[key]) / len(row[key])
         for key in ("worse", "both"):
             mean = intervals.bootstrap_mean(row[key], clusters=clusters)
-            entry[key] = [mean.value, mean.low, mean.high]
+            entry[key] = ends(mean)
             for name, base in bases.items():
                 if row is not base:
                     lead = intervals.paired_difference(base[key], row[key], clusters=clusters).interval
-                    entry[f"{name} minus this, {key}"] = [lead.value, lead.low, lead.high]
+                    entry[f"{name} minus this, {key}"] = ends(lead)
         result.append(entry)
     return result
 
@@ -239,17 +240,10 @@ HEAD = (
 
 def shown(entry: dict[str, Any]) -> str:
     """Return a row of the table as text."""
-
-    def interval(values: list[float] | None, factor: float = 1.0, sign: str = "") -> str:
-        if values is None:
-            return ""
-        value, low, high = (factor * v for v in values)
-        return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
-
     cells = [
-        entry["name"], str(entry["steps"]), f"{entry['rows_a_picture']:.0f}", interval(entry["worse"]),
-        interval(entry["both"], 100) + " %", f"{100 * entry['one']:.1f} %", f"{entry['caption']:.2f}",
-        *(interval(entry.get(f"{name} minus this, worse"), 1, "+") for name in REFERENCES),
+        entry["name"], str(entry["steps"]), f"{entry['rows_a_picture']:.0f}", ends_text(entry["worse"]),
+        ends_text(entry["both"], 100) + " %", f"{100 * entry['one']:.1f} %", f"{entry['caption']:.2f}",
+        *(ends_text(entry.get(f"{name} minus this, worse"), 1, "+") for name in REFERENCES),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -23,6 +23,7 @@ from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import write_json
 from diffaccel.training.loop import Deadline
 from scripts import bench_superdiff
+from scripts.ends import ends, ends_text
 
 STEPS = (25, 50, 100, 250, 1000)
 # options of SuperDiff; Euler-Maruyama begins between pure noise and the second level of 1000 steps, 0.99933
@@ -70,11 +71,11 @@ def table(done: list[dict[str, Any]], margin: float) -> list[dict[str, Any]]:
             "seconds": sum(by_way[kernel, steps][block]["seconds"] for block in blocks),
         }  # fmt: skip
         for key in SCORES:
-            entry[key] = _ends(intervals.bootstrap_mean(values[key], clusters=values["pairs"]))
+            entry[key] = ends(intervals.bootstrap_mean(values[key], clusters=values["pairs"]))
         for name, other in (("longest", (REFERENCE, longest)), ("equal", (REFERENCE, steps))):
             if other in joined and other != (kernel, steps):
                 lead = intervals.paired_difference(values["worse"], joined[other]["worse"], clusters=values["pairs"])
-                entry[name] = _ends(lead.interval)
+                entry[name] = ends(lead.interval)
         if "longest" in entry:
             entry["verdict"] = verdict(entry["longest"], margin)
         rows.append(entry)
@@ -85,10 +86,6 @@ def verdict(difference: list[float], margin: float) -> str:
     """Return what the interval of a difference to the reference says of a rule."""
     _, low, high = difference
     return "level or better" if low > -margin else "worse" if high < -margin else "open"
-
-
-def _ends(interval: intervals.Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
 
 
 def head(rows: list[dict[str, Any]]) -> str:
@@ -104,17 +101,10 @@ def head(rows: list[dict[str, Any]]) -> str:
 
 def shown(entry: dict[str, Any]) -> str:
     """Return a row of the table as text."""
-
-    def interval(values: list[float] | None, factor: float = 1.0, sign: str = "") -> str:
-        if values is None:
-            return ""
-        value, low, high = (factor * v for v in values)
-        return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
-
     cells = [
         entry["kernel"], str(entry["steps"]), f"{entry['rows_a_picture']:.0f}", str(entry["pictures"]),
-        interval(entry["worse"]), interval(entry["both"], 100) + " %", f"{100 * entry['one'][0]:.1f} %",
-        interval(entry.get("longest"), 1, "+"), interval(entry.get("equal"), 1, "+"), entry.get("verdict", ""),
+        ends_text(entry["worse"]), ends_text(entry["both"], 100) + " %", f"{100 * entry['one'][0]:.1f} %",
+        ends_text(entry.get("longest"), 1, "+"), ends_text(entry.get("equal"), 1, "+"), entry.get("verdict", ""),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -35,6 +35,7 @@ from diffaccel.files import write_json
 from diffaccel.samplers import SuperDiff
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Session, Step, bcast
+from scripts.ends import ends, ends_text
 
 PAPER = 600  # steps of the reference
 PATHS = ("vp", "sd", "flow")
@@ -262,13 +263,13 @@ def cell(bed: str, path: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 power = 0.5 if name == "density" else 1.0
                 row[name] = float(values.mean()) ** power
                 if values is not first[name] and row[name] > NOTHING:
-                    row[f"{name} ratio"] = _ends(ratio_of_means(values, first[name], power))
+                    row[f"{name} ratio"] = ends(ratio_of_means(values, first[name], power))
             if op == "or":
                 clean = made.x / float(times[0].alpha(float(times[1][-1])))
                 near = energy(clean, data)
                 far = far or near
                 row["samples"] = near[0]
-                row["samples minus paper's"] = _ends(_further(near, far, len(clean)))
+                row["samples minus paper's"] = ends(_further(near, far, len(clean)))
             row["seconds"] = time.perf_counter() - start
             rows.append(row)
             print(shown(row), flush=True)
@@ -282,25 +283,14 @@ def _further(
     return influence_interval(near[0] - far[0], lambda rows: near[1](rows) - far[1](rows), count, held="draws fixed")
 
 
-def _ends(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
-
-
-def _cut(values: list[float] | None, factor: float = 1.0, sign: str = "") -> str:
-    if values is None:
-        return ""
-    value, low, high = (factor * v for v in values)
-    return f"{value:{sign}.2f} ({low:{sign}.2f} to {high:{sign}.2f})"
-
-
 def shown(row: dict[str, Any]) -> str:
     """Return a measured way as text."""
     name = "density" if row["op"] == "or" else "apart"
-    further = _cut(row.get("samples minus paper's"), 1000, "+")
+    further = ends_text(row.get("samples minus paper's"), 1000, "+")
     parts = [
         f"{row['bed']}, {row['levels']}, {row['op']}: {row['way']} at {row['steps']}, {row['predictions']:.0f} "
         f"predictions: {row[name]:.3f} nats",
-        _cut(row.get(f"{name} ratio")) + " times the paper's" if f"{name} ratio" in row else "",
+        ends_text(row.get(f"{name} ratio")) + " times the paper's" if f"{name} ratio" in row else "",
         f"weight {1e4 * row['weight']:.2f}e-4" if "weight" in row else "",
         f"energy distance {further}e-3" if further else "",
     ]
@@ -321,10 +311,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
     is_told = max(paper["weight"], ours["weight"]) >= LEAST_WEIGHT
     both = [ways.get(("and", way), {}) for way in ("paper", "matched", "matched, curvature")]
     cells = [
-        paper["bed"], paper["levels"], f"{paper['density']:.3f}", f"{ours['density']:.3f}", _cut(ratio),
+        paper["bed"], paper["levels"], f"{paper['density']:.3f}", f"{ours['density']:.3f}", ends_text(ratio),
         f"{ours['steps'] * ratio[0] ** 2:.0f}", f"{1e4 * paper['weight']:.1f}", f"{1e4 * ours['weight']:.1f}",
-        _cut(ours.get("weight ratio")) if is_told else "", f"{both[0]['apart']:.3f}" if both[0] else "",
-        *(_cut(row.get("apart ratio")) for row in both[1:]),
+        ends_text(ours.get("weight ratio")) if is_told else "", f"{both[0]['apart']:.3f}" if both[0] else "",
+        *(ends_text(row.get("apart ratio")) for row in both[1:]),
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

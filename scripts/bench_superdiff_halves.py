@@ -31,10 +31,11 @@ import diffaccel
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics import frechet, frechet_intervals
-from diffaccel.eval.uncertainty.intervals import Interval, wilson
+from diffaccel.eval.uncertainty.intervals import wilson
 from diffaccel.files import atomic, write_json
 from diffaccel.samplers import SuperDiff
 from diffaccel.training.loop import Deadline
+from scripts.ends import ends, ends_text
 from scripts.zoo.fashion import classifier, data, score, unet
 from scripts.zoo.fashion import recipe as recipes
 
@@ -185,11 +186,11 @@ def row(rows: dict[str, Tensor], reference: frechet.Moments, asked: Tensor | Non
     count = len(halves)
 
     def share(flags: Tensor) -> list[float]:
-        return _ends(wilson(float(flags.sum()), count))
+        return ends(wilson(float(flags.sum()), count))
 
     made: dict[str, Any] = {
         "pictures": count,
-        "fd": _ends(frechet_intervals.distance_interval(rows["features"], reference)),
+        "fd": ends(frechet_intervals.distance_interval(rows["features"], reference)),
         "first half": share(halves > 0.5),
         "between": share(torch.minimum(halves, 1 - halves) >= BETWEEN),
         "no class": share(rows["shares"].max(1).values < NO_CLASS),
@@ -197,10 +198,6 @@ def row(rows: dict[str, Tensor], reference: frechet.Moments, asked: Tensor | Non
     if asked is not None:
         made["as asked"] = share((halves < 0.5) == asked)
     return made
-
-
-def _ends(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
 
 
 def measured(bench: Bench) -> dict[str, Any]:
@@ -224,7 +221,7 @@ def measured(bench: Bench) -> dict[str, Any]:
     either = ways["or"]
     rows["or"] = row(either, reference, either["kappa"].argmax(1) == 1)
     made["decided"] = float(either["decided"].mean())
-    made["ratio"] = _ends(frechet_intervals.ratio(either["features"], coin["features"], reference))
+    made["ratio"] = ends(frechet_intervals.ratio(either["features"], coin["features"], reference))
     made["verdict"] = verdict(made["ratio"])
     return made
 
@@ -246,7 +243,7 @@ def shown(name: str, entry: dict[str, Any]) -> str:
     """Return a row of the table as text."""
 
     def percent(values: list[float] | None) -> str:
-        return "" if values is None else "{:.2f} ({:.2f} to {:.2f}) %".format(*(100 * v for v in values))
+        return "" if values is None else f"{ends_text(values, 100)} %"
 
     fd = "{:.4f} ({:.4f} to {:.4f})".format(*entry["fd"])
     shares = [percent(entry.get(key)) for key in ("first half", "between", "no class", "as asked")]

@@ -68,7 +68,7 @@ def _within_time(search: TuningSearch, shortlist: Sequence[PlanEntry]) -> dict[s
     for entry in sorted(keepers, key=lambda entry: -judged[entry.name].safe):
         if not front or keepers.index(entry) < keepers.index(front[-1]):  # nearer to the baseline
             front.append(entry)
-    plans = [*front[:-1][:1], *front[1:-1][len(front[1:-1]) // 2 :][:1], front[-1]]
+    plans = [front[place] for place in sorted({0, len(front) // 2, len(front) - 1})]
     names = {1: (FAST,), 2: (FAST, QUALITY), 3: (FAST, BALANCED, QUALITY)}[len(plans)]
     return dict(zip(names, plans, strict=True))
 
