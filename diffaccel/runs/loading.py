@@ -197,9 +197,12 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
         ) from error
     check_settings(pipe, request)
     check_subjects(pipe, request)
-    if request.methods:
-        accelerate(pipe, *request.methods)
-    return pipe.to(device)
+    in_place = [method for method in request.methods if method.touches == "graphs"]  # of weights where they are to stay
+    movable = [method for method in request.methods if method not in in_place]  # a quantized network takes less to move
+    if movable:
+        accelerate(pipe, *movable)
+    pipe = pipe.to(device)
+    return accelerate(pipe, *in_place) if in_place else pipe
 
 
 def open_plain(request: Request) -> Any:

@@ -55,3 +55,8 @@ def test_out_of_memory(sample, capsys):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert "Out of memory" in capsys.readouterr().err
+
+
+def test_a_captured_run_draws_the_same(sample):
+    plain, captured = sample("plain", "--steps", "5"), sample("captured", "--steps", "5", "--method", "capture")
+    assert captured["cost"]["graphs"]["replays"] > 0 and captured["images"] == plain["images"]

@@ -16,7 +16,10 @@ import diffaccel
 from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import network
+from diffaccel.modules import Capture
+from diffaccel.quant import W8A8
 from diffaccel.runs import generate as sampling
+from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.cost import drawn_before, total_cost
 from diffaccel.runs.request import Request
@@ -234,3 +237,23 @@ def test_the_network_of_a_pipeline(pipes):
     assert network(pipes["sd"]) is pipes["sd"].unet
     assert network(pipes["flux"]) is pipes["flux"].transformer
     assert network(object()) is None
+
+
+def test_graphs_are_recorded_of_weights_that_are_in_place(monkeypatch, tmp_path):
+    """Other methods change the weights before they are moved, which a quantized network makes cheaper."""
+    done = []
+
+    class Pipe:
+        def to(self, device):
+            done.append(device.type)
+            return self
+
+    for check in ("check_settings", "check_subjects"):
+        monkeypatch.setattr(loading, check, lambda pipe, request: None)
+    monkeypatch.setattr(loading, "_load_verified", lambda *place: Pipe())
+    monkeypatch.setattr(
+        loading, "accelerate", lambda pipe, *configs: done.append([config.name for config in configs]) or pipe
+    )
+    request = Request(prompts=("a",), model="mine", methods=(Capture(), W8A8()))
+    loading.open_pipeline(request, tmp_path, torch.device("meta"), torch.float32)
+    assert done == [["w8a8"], "meta", ["capture"]]
