@@ -331,6 +331,10 @@ class Session:
             raise DiffAccelError(
                 f"Noise for {len(x)} rows was asked of {len(generator)} generators. Pass one, or one per row."
             )
+        one = generator[0] if isinstance(generator, list) else generator
+        if x.device.type == "cuda" and one is not None and one.device.type == "cpu":
+            drawn = randn_tensor(tuple(x.shape), generator=generator, dtype=x.dtype)
+            return drawn.pin_memory().to(x.device, non_blocking=True)  # a plain copy waits for all that is queued
         return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
 
     def at(self, height: int, width: int) -> Session:

@@ -6,7 +6,8 @@
 Random weights. A UNet of Stable Diffusion 1.5's size, 512x512, has guidance and predicts three rows a step; FLUX.1-dev,
 1024x1024, predicts two. "separate calls" is a loop as published code has it: one network call for each prediction, then
 the two-component formula; its fp32 row is the paper's form. Rows are eager or captured (``Capture()``), the network's
-calls of separate loops too. What is compared takes turns.
+calls of separate loops too. What is compared takes turns. A whole call has work before its loop that the separate loop
+has not; "loop alone" is from one network call to the next.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "small-flux": (64, {**SMALL, "guidance_embeds": True}),
 }  # fmt: skip
 PROMPT, GUIDANCE = "first | the second one", 7.5
-Step = tuple[float, float]  # seconds a step: whole, and of its network calls
+HEAD = (
+    "| way | ms a step | times as fast as the first row | as separate calls of its mode | outside the network "
+    "| loop alone, ms a step | as separate calls | outside the network |\n" + "|---" * 8 + "|"
+)
+Step = tuple[float, float, float]  # seconds a step: of the whole call, of its network calls, of the loop alone
 
 
 class Bench:
@@ -109,11 +114,12 @@ class Bench:
         return kwargs["sample"] if "sample" in kwargs else kwargs["hidden_states"]
 
     def ours(self) -> Step:
-        """Return the seconds a step of a whole superposed call, and those of its network calls."""
+        """Return the seconds a step of a superposed call."""
         with profile.measure(self.pipe) as measured:
             self.pipe([PROMPT] * self.batch, generator=torch.Generator().manual_seed(0), **self.call)
         seconds = diffaccel.summary(self.pipe).last_run["seconds"]
-        return seconds / self.steps, sum(measured.steps) / self.steps
+        loop = (sum(measured.steps[:-1]) + sum(measured.gaps)) / len(measured.gaps)
+        return seconds / self.steps, sum(measured.steps) / self.steps, loop
 
     @torch.no_grad()
     def separate(self) -> Step:
@@ -129,7 +135,8 @@ class Bench:
             preds = [module(**{**part, name: fed})[0].float() for part in self.parts]
             x = _mixed(x, preds, sigma, ds)
         wait(self.device)
-        return (time.perf_counter() - start) / self.steps, 0.0
+        seconds = (time.perf_counter() - start) / self.steps
+        return seconds, 0.0, seconds
 
     def captured(self) -> Bench:
         """Put the network into graphs, which stay recorded from one turn to the next."""
@@ -210,21 +217,29 @@ def main() -> None:
 
 def table(seconds: dict[str, list[Step]]) -> dict[str, dict[str, Any]]:
     """Print a row for each way, compared with the first and with separate calls of its own mode; return them."""
-    print("| way | ms a step | times as fast as the first row | as separate calls of its mode | outside the network |")
-    print("|---|---|---|---|---|")
+    print(
+        "| way | ms a step | times as fast as the first row | as separate calls of its mode | outside the network ",
+        end="",
+    )
+    print("| loop alone, ms a step | as separate calls | outside the network |\n" + "|---" * 8 + "|")
     rows: dict[str, dict[str, Any]] = {}
-    first = [whole for whole, _ in next(iter(seconds.values()))]
+    first = [whole for whole, *_ in next(iter(seconds.values()))]
     for name, taken in seconds.items():
-        whole = [step for step, _ in taken]
+        whole, networks, loop = (list(part) for part in zip(*taken, strict=True))
         ratio = median_ratio(first, whole)
         rows[name] = {"ms_a_step": 1000 * median(whole), "ratio": ratio.to_dict()}
-        same, outside = "", ""
+        shown = [name, f"{1000 * median(whole):.2f}", _interval(ratio)]
         if "superdiff" in name:
-            own = median_ratio([step for step, _ in seconds[name.replace("superdiff", "separate calls")]], whole)
-            share = median(1 - network / step for step, network in taken)
-            rows[name] |= {"of_its_mode": own.to_dict(), "outside": share}
-            same, outside = _interval(own), f"{100 * share:.1f} %"
-        print(f"| {name} | {1000 * median(whole):.2f} | {_interval(ratio)} | {same} | {outside} |", flush=True)
+            separate = [step for step, *_ in seconds[name.replace("superdiff", "separate calls")]]
+            for key, steps in (("", whole), ("loop_", loop)):
+                own = median_ratio(separate, steps)
+                share = median(1 - network / step for network, step in zip(networks, steps, strict=True))
+                rows[name] |= {f"{key}of_its_mode": own.to_dict(), f"{key}outside": share}
+                if key:
+                    rows[name]["loop_ms_a_step"] = 1000 * median(loop)
+                    shown.append(f"{1000 * median(loop):.2f}")
+                shown += [_interval(own), f"{100 * share:.1f} %"]
+        print("| " + " | ".join([*shown, *[""] * (8 - len(shown))]) + " |", flush=True)
     return rows
 
 

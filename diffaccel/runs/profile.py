@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Profile:
         seconds: of the whole call.
         parts: seconds in the text (and image) encoders, in the network, and in the VAE's decoder.
         steps: seconds of each network call, in order.
+        gaps: seconds from the end of each network call to the start of the next.
         noise: the rows of the first network call.
         decoded: the decoder's latest inputs, in its own scale; empty where there is no decoder.
     """
@@ -43,6 +45,7 @@ class Profile:
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     steps: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
     noise: Tensor | None = None
     decoded: list[Tensor] = field(default_factory=list)
 
@@ -171,6 +174,7 @@ def measure(pipe: Any) -> Iterator[Profile]:
         profile.seconds = time.perf_counter() - start
         profile.parts = {part: sum(clock.between(*span) for span in spans[part]) for part in PARTS}
         profile.steps = [clock.between(*span) for span in spans[NETWORK]]
+        profile.gaps = [clock.between(end, start) for (_, end), (start, _) in pairwise(spans[NETWORK])]
 
 
 def _encoders(pipe: Any) -> list[torch.nn.Module]:

@@ -91,8 +91,8 @@ def equalised(geometry: Geometry, start: Tensor, goals: Tensor, corrections: Ten
     base = mixed(geometry, even)
     if count == 1 or geometry.kernel.is_last:
         return Taken(base, torch.full_like(start[..., :count], 1 / count))
-    reached = start + geometry.log_kernels(geometry.point(base)) + corrections
-    gaps = (reached[..., :count] - goals)[..., 1:] - (reached[..., :count] - goals)[..., :1]
+    reached = (start + geometry.log_kernels(geometry.point(base)) + corrections)[..., :count] - goals
+    gaps = reached[..., 1:] - reached[..., :1]
     of_v, guidance, kernel = geometry.kernel.of_v, geometry.guidance, geometry.kernel
     between = geometry.between()
     scale = guidance * of_v * of_v / kernel.variance * (guidance if geometry.is_guided_density else 1.0)
@@ -118,23 +118,24 @@ def _projected(geometry: Geometry, base: Move, lam: Tensor, scale: float, pivot:
     change[..., : geometry.prompted] = scale * lam
     move = Move(base.of_x, base.of_v, base.of_z, base.differences + change)
     kappa = torch.cat([1 / count - lam.sum(-1, keepdim=True), 1 / count + lam], -1)
-    length = geometry.square(geometry.extended(change, (0.0, 0.0, 0.0))).clamp(min=0).sqrt()
+    length = abs(scale) * geometry.apart(lam).clamp(min=0).sqrt()
     return Taken(move, kappa, length / unit.clamp(min=1e-30), geometry.gram[..., -1, -1] / pivot.clamp(min=1e-30))
 
 
 # -- what a move does to densities -------------------------------------------------------------------------------------
 
 
-def common_change(geometry: Geometry, move: Move, size: Tensor | float) -> Tensor:
+def common_change(geometry: Geometry, move: Move, point: Tensor, size: Tensor | float) -> Tensor:
     """Return what :meth:`Geometry.log_kernels` leaves out of ``log N(y; mu_i, V) - log k(x|y)``, ``(R, B)``.
 
     Args:
+        point: where the move leads.
         size: dimensions of every region, ``(R, 1)``.
     """
     kernel = geometry.kernel
     if kernel.is_euler:
         return _first_change(geometry, move, size)
-    apart = geometry.square(geometry.point(move)) / kernel.variance
+    apart = geometry.square(point) / kernel.variance
     back = geometry.square(geometry.back(move)) / kernel.noising
     return 0.5 * (back - apart + size * (math.log(kernel.noising) - math.log(kernel.variance)))
 
@@ -172,7 +173,7 @@ def rate_weights(geometry: Geometry, exponents: Tensor, total: float) -> Tensor:
     Arises from the Fokker-Planck equation of the summed drift (arXiv 2503.02819, proposition for products).
     """
     kernel = geometry.kernel
-    means = geometry.means()[None, None].expand(*exponents.shape, -1).clone()
+    means = geometry.means[None, None].expand(*exponents.shape, -1).clone()
     means[..., -2] += kernel.of_x - kernel.drift
     means[..., -1] += kernel.of_v
     lengths = torch.einsum("rbmi,rbij,rbmj->rbm", means, geometry.gram, means)

@@ -167,11 +167,12 @@ class Superposition:
         """Add what a stochastic move does to the log-densities."""
         if geometry.kernel.is_last:
             return
-        change = geometry.log_kernels(geometry.point(move))
+        point = geometry.point(move)
+        change = geometry.log_kernels(point)
         change = change if corrections is None else change + corrections
         first = change[..., :1]  # all are told relative to the first component's
         self.densities.log_density = _added(self.densities.log_density, change - first)
-        common = composition.common_change(geometry, move, self.sizes)
+        common = composition.common_change(geometry, move, point, self.sizes)
         self.densities.shared = self.densities.shared + common + first[..., 0]
 
     def _guided_rule(self, geometry: Geometry) -> formulas.MixRule:

@@ -31,6 +31,7 @@ class Trace:
 
     Attributes:
         bias: goals of AND, ``(R, 1, M)``.
+        squares: ``(R, B, n + 3)`` of every step's vectors, which are finite where the predictions are.
     """
 
     bias: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, dtype=torch.float64, device="cpu"))
@@ -39,7 +40,7 @@ class Trace:
     displacement: list[Tensor] = field(default_factory=list)
     agreement: list[Tensor] = field(default_factory=list)
     effective: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
 
     def add(self, run: Superposition, geometry: Geometry, taken: Taken) -> None:
         """Note a step; a prediction that is not finite is found at once on a CPU, and at the end elsewhere."""
@@ -48,17 +49,18 @@ class Trace:
         kappa = taken.kappa
         self.kappa.append(kappa.expand(*run.densities.log_density.shape[:2], count))
         if taken.displacement is not None and taken.agreement is not None:
-            self.displacement.append(taken.displacement.max())
-            self.agreement.append(taken.agreement.max())
+            self.displacement.append(taken.displacement)
+            self.agreement.append(taken.agreement)
         if run.config.particles > 1:
             weights = run.densities.log_weights.reshape(-1, run.config.particles)
             self.effective.append(particles.effective_sizes(weights))
-        self.finite.append(geometry.gram.diagonal(dim1=-2, dim2=-1).isfinite().all(0).all(0))
+        self.squares.append(geometry.gram.diagonal(dim1=-2, dim2=-1))
         if geometry.gram.device.type == "cpu":
-            self._check(run, len(self.finite) - 1, self.finite[-1])
+            self._check(run, len(self.squares) - 1)
 
-    def _check(self, run: Superposition, step: int, finite: Tensor) -> None:
-        """Raise for a prediction of a step that is not finite; the last number is of the first component."""
+    def _check(self, run: Superposition, step: int) -> None:
+        """Raise for a prediction of a step that is not finite; the last square is of the first component."""
+        finite = self.squares[step].isfinite().flatten(0, 1).all(0).cpu()
         flags = [bool(finite[-1]), *(bool(flag) for flag in finite[:-3])]
         if all(flags) and bool(finite.all()):
             return
@@ -71,11 +73,9 @@ class Trace:
 
     def finish(self, run: Superposition) -> None:
         """Make the session's report, and write its files where the run leaves any."""
-        lengths = {len(flags) for flags in self.finite}
-        stacked = [torch.stack([flags for flags in self.finite if len(flags) == n]).cpu() for n in lengths]
-        if not all(bool(flags.all()) for flags in stacked):
-            for step, flags in enumerate(self.finite):
-                self._check(run, step, flags.cpu())
+        if not bool(torch.cat([squares.flatten() for squares in self.squares]).isfinite().all()):
+            for step in range(len(self.squares)):
+                self._check(run, step)
         report = self.report(run)
         run.session.report["superdiff"] = report
         worst = report["agreement"]
@@ -107,7 +107,7 @@ class Trace:
 
 
 def _numbers(values: list[Tensor]) -> list[float]:
-    return torch.stack(values).cpu().tolist() if values else []
+    return torch.stack([value.amax() for value in values]).cpu().tolist() if values else []
 
 
 def write(folder: Path, report: dict[str, Any]) -> None:

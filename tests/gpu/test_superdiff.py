@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from analytic import session
+from diffusers.utils.torch_utils import randn_tensor
 
 import diffaccel
 from diffaccel.flow import LINEAR
@@ -27,6 +28,7 @@ def linear_model(shift: float) -> Any:
     return lambda x, sigma: x * ((2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2)) - shift
 
 
+@pytest.mark.parametrize("source", ["cuda", "cpu"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -35,9 +37,9 @@ def linear_model(shift: float) -> Any:
     ],
     ids=lambda config: f"{config.op}-{config.particles}-{config.eta}-{len(config.regions)}-{config.curvature}",
 )  # fmt: skip
-def test_no_step_waits_for_the_device(config: SuperDiff, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(2, 4, 16, 16, generator=generator, device="cuda", dtype=torch.float32)
+def test_no_step_waits_for_the_device(config: SuperDiff, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator(source).manual_seed(0)
+    x = torch.randn(2, 4, 16, 16, generator=generator, device=source, dtype=torch.float32).to("cuda")
     here = session(x, torch.linspace(0.98, 0, 13), LINEAR, generator)
     monkeypatch.setattr(
         opening, "open_components", lambda session, separate: Components(here, tuple(Component(i) for i in range(3)))
@@ -72,3 +74,14 @@ def test_a_pipeline_draws_what_it_draws_on_a_cpu(family: str) -> None:
         arguments = tiny.call_kwargs(family, steps=4) | {"prompt": ["a | b", "red | two cats"]}
         results.append(pipe(**arguments).images.float().cpu())
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_noise_of_generators_on_the_cpu_is_that_of_diffusers(rows: int) -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(rows)]
+
+    x = torch.zeros(rows, 4, 16, 16, dtype=torch.float32, device="cuda")
+    here = session(x, torch.linspace(0.98, 0, 13), LINEAR, generators())
+    expected = randn_tensor(tuple(x.shape), generator=generators(), device=x.device, dtype=x.dtype)
+    assert torch.equal(here.randn_like(x), expected)
