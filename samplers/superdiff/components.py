@@ -227,13 +227,19 @@ def _latent_difference(a: Any, b: Any) -> str:
                 f"The VAEs cannot be compared: {name} of one is on the meta device and has no values. Load the "
                 "weights, and compose pipelines before enable_sequential_cpu_offload()."
             )
-        same_type = one.dtype == two.dtype
-        one, two = (value.detach().to("cpu", torch.float32) for value in (one, two))
-        if one.shape != two.shape or not torch.allclose(
-            one, two, rtol=0 if same_type else 1e-2, atol=0 if same_type else 1e-3
-        ):
+        if one.shape != two.shape or not _agree(one, two):
             return f"their encoders have different weights ({name})"
     return ""
+
+
+def _agree(one: Tensor, two: Tensor) -> bool:
+    """Return whether weights are the same but for rounding to half precision, also where that was undone."""
+    same_type = one.dtype == two.dtype
+    one, two = (value.detach().to("cpu", torch.float32) for value in (one, two))
+    if not same_type:
+        return torch.allclose(one, two, rtol=1e-2, atol=1e-3)
+    halves = (torch.float16, torch.bfloat16)
+    return torch.equal(one, two) or any(torch.equal(one.to(h).float(), two.to(h).float()) for h in halves)
 
 
 def check_partner(session: Session, partner: Session) -> None:

@@ -12,7 +12,8 @@ from diffaccel.config import Level, Machine, SamplerConfig
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers.superdiff.checks import check_prior
 from diffaccel.samplers.superdiff.components import SEPARATOR, Components, check_pipelines
-from diffaccel.samplers.superdiff.opening import superposition
+from diffaccel.samplers.superdiff.formulas import parse
+from diffaccel.samplers.superdiff.opening import PRODUCTS, superposition
 from diffaccel.samplers.superdiff.regions import check_region
 from diffaccel.samplers.superdiff.transitions import KernelKind
 from diffaccel.session import Sampling, Session
@@ -20,7 +21,6 @@ from diffaccel.session import Sampling, Session
 logger = logging.getLogger(__name__)
 
 Operator = Literal["or", "and", "average", "product", "dombi", "fkc", "mcmc"]
-PRODUCTS = ("product", "fkc", "mcmc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ class SuperDiff(SamplerConfig):
     composes: ClassVar[bool] = True
     leaves_files: ClassVar[bool] = True
     separator: ClassVar[str] = f" {SEPARATOR} "
+    command: ClassVar[str] = 'diffaccel sample "cat face" "teapot" --sampler superdiff --superdiff.op dombi'
 
     op: Operator = "and"
     weights: tuple[float, ...] = ()
@@ -124,8 +125,17 @@ class SuperDiff(SamplerConfig):
 
     @property
     def keeps_rows(self) -> bool:  # type: ignore[override]  # of a config, not of its class
-        """Whether each row of the network calls goes on from the same row; resampled particles do not."""
-        return self.particles == 1
+        """Whether each row of the network calls goes on from the same row.
+
+        Resampled particles do not, and neither do finite differences, which a cache's forecasts of two states a small
+        step apart would spoil.
+        """
+        return self.particles == 1 and not self.takes_differences
+
+    @property
+    def takes_differences(self) -> bool:
+        """Whether steps take finite differences of predictions."""
+        return self.curvature or (self.eta == 0 and self.op != "average")
 
     @staticmethod
     def check_pipelines(pipes: Sequence[Any]) -> None:
@@ -146,6 +156,8 @@ class SuperDiff(SamplerConfig):
             check_region(region)
         if self.op in ("or", "average") and self.weights and not self.regions:
             check_prior(self.weights)
+        if self.formula:
+            parse(self.formula)
         if self.temperature != 1 and self.op == "or":
             logger.warning("SuperDiff.temperature is %s: only 1 samples the mixture.", self.temperature)
 

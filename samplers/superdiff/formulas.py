@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, shortened
 
 Mixed = tuple[Tensor, Tensor]  # kappa (..., M'), log-density (...)
 MixRule = Callable[[Tensor], Mixed]
@@ -68,24 +68,32 @@ def guided(target: MixRule, total: float, scale: float, sees_null: bool = False)
 
 # -- logic -------------------------------------------------------------------------------------------------------------
 
+LONGEST = 1000  # components named in a formula without exclusive or
 Tree = int | tuple[Any, ...]  # a component's index, ("and", ...), ("or", ...) or ("not", tree)
 
 
-def parse(formula: str, count: int) -> Tree:
+def parse(formula: str, count: int | None = None) -> Tree:
     """Parse ``p1 and not p2``, ``p1 ^ p2`` (exclusive or), with parentheses, into a tree over components 0, 1, ...
 
+    Args:
+        count: number of components; None where it is not known yet.
+
     Raises:
-        DiffAccelError: for anything else, and for a component that is not there.
+        DiffAccelError: for anything else, for a component that is not there, and for a formula that grows too long.
     """
     try:
         return _tree(ast.parse(formula.strip(), mode="eval").body, count)
     except DiffAccelError:
         raise
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise DiffAccelError(
-            f"The formula '{formula}' cannot be read. Write components p1 to p{count} with and, or, not, ^ and "
-            "parentheses, as in 'p1 and not p2'."
+            f"The formula {shortened(repr(formula), 200)} cannot be read. Write components {_names(count)} with and, "
+            "or, not, ^ and parentheses, as in 'p1 and not p2'."
         ) from error
+
+
+def _names(count: int | None) -> str:
+    return "p1, p2, ..." if count is None else "p1" if count == 1 else f"p1 to p{count}"
 
 
 def conjunction(count: int) -> Tree:
@@ -93,11 +101,12 @@ def conjunction(count: int) -> Tree:
     return ("and", *range(count)) if count > 1 else 0
 
 
-def _tree(node: ast.AST, count: int) -> Tree:
+def _tree(node: ast.AST, count: int | None) -> Tree:
     if isinstance(node, ast.Name) and (match := re.fullmatch(r"p([1-9]\d*)", node.id)):
-        if int(match[1]) > count:
+        if count is not None and int(match[1]) > count:
             raise DiffAccelError(
-                f"The formula names {node.id}, and the picture has {count} components, p1 to p{count}."
+                f"The formula names {node.id}, and the picture has {count} component{'s' * (count > 1)}, "
+                f"{_names(count)}."
             )
         return int(match[1]) - 1
     if isinstance(node, ast.BoolOp):
@@ -106,8 +115,18 @@ def _tree(node: ast.AST, count: int) -> Tree:
         return negated(_tree(node.operand, count))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
         left, right = _tree(node.left, count), _tree(node.right, count)
+        if 2 * (_length(left) + _length(right)) > LONGEST:
+            raise DiffAccelError(
+                f"The formula has too many '^': each doubles what stands on its two sides, here beyond {LONGEST} "
+                "components. Write one with fewer."
+            )
         return ("and", ("or", left, right), ("or", negated(left), negated(right)))
     raise ValueError(ast.dump(node))
+
+
+def _length(tree: Tree) -> int:
+    """Return how often components are named in a formula."""
+    return 1 if isinstance(tree, int) else sum(_length(child) for child in tree[1:])
 
 
 def negated(tree: Tree) -> Tree:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, shortened
+from diffaccel.files import obstacle
+from diffaccel.modules.say_once import warn_once
 from diffaccel.samplers.superdiff import formulas, particles
 from diffaccel.samplers.superdiff.checks import check_prior
-from diffaccel.samplers.superdiff.components import Components, open_components
+from diffaccel.samplers.superdiff.components import SEPARATOR, Components, open_components
 from diffaccel.samplers.superdiff.composition import Densities
 from diffaccel.samplers.superdiff.engine import Superposition
 from diffaccel.samplers.superdiff.regions import masks_of
@@ -22,6 +25,7 @@ from diffaccel.samplers.superdiff.transitions import ReverseKernel, growth, reve
 from diffaccel.session import Session
 
 logger = logging.getLogger(__name__)
+PRODUCTS = ("product", "fkc", "mcmc")
 FEW_STEPS = 20
 MOST_GROWTH = 2.0  # of the standard deviation at the end; stable steps come to 0.9 to 1.1
 
@@ -32,13 +36,16 @@ def superposition(config: Any, session: Session) -> Superposition:
     Raises:
         DiffAccelError: for options that do not fit the call's components, noise levels or guidance.
     """
+    _check_call(config, session)
     sigmas = _levels(config, session)
-    parts = open_components(session, separate=config.op in ("product", "fkc", "mcmc") or config.particles > 1)
+    parts = open_components(session, separate=config.op in PRODUCTS or config.particles > 1)
     if len(sigmas) < 3 and not float(sigmas[-1]) and len(parts) > 1:
         raise DiffAccelError(
             f"The call makes {len(sigmas) - 1} step, and the last tracks no density. Ask for num_inference_steps=2 or "
             "more; 50 are usual."
         )
+    if len(parts) == 1 and session.pipe is not None:
+        _warn_of_one(config, session)
     _check_density(config, session, parts)
     count, regions = len(parts), max(len(config.regions), 1)
     _check_counts(config, count, regions, session.x[0].numel())
@@ -46,7 +53,7 @@ def superposition(config: Any, session: Session) -> Superposition:
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     like = torch.zeros((), dtype=wide, device=x.device)
     rule, total = mix_rule(config, count, parts.null is not None, like)
-    if total != 1 and parts.null is None and config.op in ("product", "fkc", "mcmc"):
+    if total != 1 and parts.null is None and config.op in PRODUCTS and not _begins_at_picture(session):
         x = x / math.sqrt(total)  # particles begin in the product of the first densities
     masks = masks_of(config.regions, x) if config.regions else None
     sizes = (
@@ -82,7 +89,7 @@ def mix_rule(config: Any, count: int, has_null: bool, like: Tensor) -> tuple[for
     if op == "dombi":
         tree = formulas.parse(config.formula, count) if config.formula else formulas.conjunction(count)
         return formulas.logic(tree, config.hardness, config.negation, count if has_null else None), 1.0
-    default = 1.0 if op in ("product", "fkc", "mcmc") else 1 / count
+    default = 1.0 if op in PRODUCTS else 1 / count
     weights = config.weights or (default,) * count
     table = formulas.per_region(weights, per, like)
     if op == "or":
@@ -91,6 +98,40 @@ def mix_rule(config: Any, count: int, has_null: bool, like: Tensor) -> tuple[for
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_call(config: Any, session: Session) -> None:
+    """Raise for a negative guidance scale, and for a folder that could not be written at the end.
+
+    Pipelines take a negative scale for none.
+    """
+    arguments = session.conds[0].arguments if session.conds else {}
+    for name in ("guidance_scale", "true_cfg_scale"):
+        scale = arguments.get(name)
+        if isinstance(scale, int | float) and scale < 0:
+            raise DiffAccelError(f"{name} is {scale}; it must be 0 or more, where 1 or less is no guidance.")
+    if not config.folder:
+        return
+    try:
+        reason = obstacle(Path(config.folder))
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        raise DiffAccelError(
+            f"SuperDiff.folder is {shortened(repr(config.folder), 100)}, which cannot be written: {reason}. Give "
+            "another."
+        )
+
+
+def _warn_of_one(config: Any, session: Session) -> None:
+    """Warn once for a pipeline of a picture with nothing to compose; a formula or a product may be of one component."""
+    if config.op in ("and", "or", "average") or (config.op == "dombi" and not config.formula):
+        warn_once(
+            logger, session.pipe,
+            "The picture has one component, so op '%s' composes nothing. Write prompts with '%s' between them, as "
+            "'a cat %s a teapot' (embeddings are one component), or accelerate several pipelines.",
+            config.op, SEPARATOR, SEPARATOR,
+        )  # fmt: skip
 
 
 def _levels(config: Any, session: Session) -> Tensor:
@@ -145,8 +186,11 @@ def _check_counts(config: Any, count: int, regions: int, size: int) -> None:
     if config.op in ("or", "average") and config.weights:
         for begin in range(0, len(config.weights), count):
             check_prior(config.weights[begin : begin + count])
-    if config.op in ("product", "fkc", "mcmc") and config.weights and sum(config.weights) <= 0:
-        raise DiffAccelError(f"The exponents {config.weights} of a product must sum to more than 0.")
+    if config.op in PRODUCTS and config.weights and sum(config.weights) <= 0:
+        raise DiffAccelError(
+            f"The exponents {config.weights} of a product sum to {sum(config.weights):g}; they must sum to more than "
+            "0. Give a negative one less weight, as (1, -0.5)."
+        )
     if config.op == "and" and count > size + 1:
         raise DiffAccelError(f"AND of {count} components needs {count - 1} dimensions, and latents have {size}.")
 
@@ -176,10 +220,14 @@ def _embeds_guidance(session: Session) -> bool:
     return bool(getattr(getattr(network, "config", None), "guidance_embeds", False))
 
 
+def _begins_at_picture(session: Session) -> bool:
+    return bool(session.conds) and session.conds[0].arguments.get("strength") is not None
+
+
 def _initial_std(config: Any, session: Session) -> float:
     if config.particles == 1:
         return 1.0
-    if session.conds and session.conds[0].arguments.get("strength") is not None:
+    if _begins_at_picture(session):
         raise DiffAccelError("Particles begin at pure noise, and the call at a picture. Use particles=1.")
     return particles.initial_std(session)
 

@@ -120,7 +120,7 @@ class Probes:
         level = bcast(self.sigma_next, y)
         path = run.session.path
         for _ in range(run.config.langevin):
-            scale = run.parts.guidance(self.sigma_next)
+            scale = run.parts.guidance(self.sigma_next) if self.geometry.has_null else 1.0  # guidance ends by step
             with_null = run.parts.null is not None and scale != 1
             velocities = yield from run.velocities(y, self.sigma_next, with_null)
             exponents = run.exponents(scale if with_null else None)
