@@ -161,7 +161,7 @@ def _split(text: Any) -> list[Any]:
     if len(counts) > 1:
         raise DiffAccelError(
             f"The pictures of a batch have {' and '.join(map(str, counts))} components. Give each as many, or call the "
-            "pipeline once for each number."
+            "pipeline once for each number (in a command: --batch 1)."
         )
     return [[row[i] for row in rows] for i in range(counts[0])]
 

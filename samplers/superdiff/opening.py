@@ -129,7 +129,7 @@ def _warn_of_one(config: Any, session: Session) -> None:
         warn_once(
             logger, session.pipe,
             "The picture has one component, so op '%s' composes nothing. Write prompts with '%s' between them, as "
-            "'a cat %s a teapot' (embeddings are one component), or accelerate several pipelines.",
+            "'a cat %s a teapot' (in a command, give several; embeddings are one), or accelerate several pipelines.",
             config.op, SEPARATOR, SEPARATOR,
         )  # fmt: skip
 

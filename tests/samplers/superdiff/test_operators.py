@@ -48,6 +48,16 @@ def test_or_samples_the_mixture(path: Path, weights: tuple[float, ...]) -> None:
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
 
 
+@pytest.mark.slow
+def test_or_of_three_samples_their_mixture() -> None:
+    middle, rows, weights = Mixture((1.0,), ((0.0, 0.0),), (0.2,)), 1500, (0.5, 0.3, 0.2)
+    run = superpose(SuperDiff(op="or", data_std=1.5, weights=weights), [A, B, middle], LINEAR, levels(LINEAR, 64), rows)
+    centers = torch.tensor([*A.means, *B.means, *middle.means], dtype=torch.float64)
+    nearest = torch.cdist(run.x.flatten(1), centers).argmin(1).bincount(minlength=5) / rows
+    for share, expected in zip(nearest.tolist(), (0.25, 0.25, 0.15, 0.15, 0.2), strict=True):
+        assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
+
+
 def test_two_copies_of_a_model_are_that_model_to_the_bit() -> None:
     times = levels(LINEAR, 10)
     one = superpose(SuperDiff(op="or"), [A], LINEAR, times, 16)
@@ -232,19 +242,23 @@ def test_guidance_with_particles_follows_the_tilted_density() -> None:
 
 
 @pytest.mark.slow
-def test_dombi_and_has_the_moments_of_the_harmonic_mean() -> None:
-    """Of N(+-1, .5) at hardness 1 the variance is .225, by numerical integration."""
+def test_dombi_and_is_the_harmonic_mean() -> None:
+    """Of N(+-1, .5) at hardness 1: the variance is .225 by numerical integration, the total variation below .02."""
     pair = [Mixture((1.0,), ((m,),), (0.5**0.5,)) for m in (1.0, -1.0)]
-    config = SuperDiff(op="dombi", hardness=1.0, particles=600)
-    mean, variance = moments(config, pair, to_clean(VP_PATH, 60), rows=8)
-    assert abs(mean) < 0.06 and abs(variance - harmonic_variance()) < 0.03
-
-
-def harmonic_variance() -> float:
+    config = SuperDiff(op="dombi", hardness=1.0, particles=1500)
+    run = superpose(config, pair, VP_PATH, to_clean(VP_PATH, 60), 8, dim=1)
+    found, weights = run.run.x.flatten(), run.run.densities.log_weights.reshape(8, -1).softmax(1).flatten() / 8
     x = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     p, q = (torch.exp(-((x - m) ** 2)) for m in (1.0, -1.0))
-    density = p * q / (p + q)
-    return float((density * x**2).sum() / density.sum())
+    target = p * q / (p + q) / (p * q / (p + q)).sum()
+    assert abs(float((weights * found).sum())) < 0.06
+    assert float((weights * found**2).sum()) == pytest.approx(float((target * x**2).sum()), abs=0.03)
+    edges = torch.linspace(-6, 6, 25, dtype=torch.float64)
+    masses = [
+        torch.zeros(26, dtype=torch.float64).index_add(0, torch.bucketize(at, edges), mass)
+        for at, mass in ((found, weights), (x, target))
+    ]
+    assert float((masses[0] - masses[1]).abs().sum()) / 2 < 0.02
 
 
 def test_a_nested_formula_is_the_formula_expanded_by_hand() -> None:
