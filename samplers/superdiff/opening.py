@@ -141,7 +141,7 @@ def _levels(config: Any, session: Session) -> Tensor:
         if not float(sigmas[1]) < config.first_sigma <= float(sigmas[0]):
             raise DiffAccelError(
                 f"SuperDiff.first_sigma is {config.first_sigma}; it must lie above the call's second level, "
-                f"{float(sigmas[1]):.5g}, and not above its first, {float(sigmas[0]):.5g}."
+                f"{float(sigmas[1]):.5g}, and not above its first, {float(sigmas[0]):.7g}."
             )
         sigmas = sigmas.clone()
         sigmas[0] = config.first_sigma
