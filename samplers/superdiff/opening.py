@@ -50,6 +50,8 @@ def superposition(config: Any, session: Session) -> Superposition:
     count, regions = len(parts), max(len(config.regions), 1)
     _check_counts(config, count, regions, session.x[0].numel())
     x = particles.spread(session, config.particles, _initial_std(config, session))
+    if config.first_sigma:
+        x = x * float(session.path.sigma(float(sigmas[0])) / session.path.sigma(float(session.sigmas[0])))
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     like = torch.zeros((), dtype=wide, device=x.device)
     rule, total = mix_rule(config, count, parts.null is not None, like)
@@ -135,9 +137,14 @@ def _warn_of_one(config: Any, session: Session) -> None:
 
 
 def _levels(config: Any, session: Session) -> Tensor:
-    """Return the call's noise levels, the first replaced where the config says so."""
+    """Return the call's noise levels, the first replaced where the config says so; the state is scaled to it."""
     sigmas = session.sigmas
     if config.first_sigma:
+        if _begins_at_picture(session):
+            raise DiffAccelError(
+                "SuperDiff.first_sigma replaces the level of pure noise, and the call begins at a picture. Change the "
+                "call's strength instead."
+            )
         if not float(sigmas[1]) < config.first_sigma <= float(sigmas[0]):
             raise DiffAccelError(
                 f"SuperDiff.first_sigma is {config.first_sigma}; it must lie above the call's second level, "

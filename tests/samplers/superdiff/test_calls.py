@@ -13,7 +13,7 @@ from torch import Tensor
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.flow import LINEAR
+from diffaccel.flow import LINEAR, VE_PATH
 from diffaccel.samplers import Spectrum, SuperDiff
 from diffaccel.samplers.superdiff import formulas
 
@@ -67,6 +67,13 @@ def test_a_product_of_a_picture_begins_at_that_picture() -> None:
     pipe.unet.register_forward_pre_hook(lambda module, args, kwargs: stock.append(args[0]), with_kwargs=True)
     pipe(**arguments | {"generator": [torch.Generator().manual_seed(i) for i in range(2)]})
     torch.testing.assert_close(inputs[0][:2], stock[0][:2], rtol=1e-5, atol=1e-5)
+
+
+def test_another_first_level_has_the_noise_of_that_level() -> None:
+    times = torch.tensor([10.0, 5.0, 2.0], dtype=torch.float64)
+    begin = 10 * torch.randn(4, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    run = superpose(SuperDiff(op="or", first_sigma=6.0), [A, B], VE_PATH, times, 4, begin=begin)
+    torch.testing.assert_close(run.evals[0].x, 0.6 * begin)
 
 
 def test_vaes_that_differ_by_rounding_are_one() -> None:
