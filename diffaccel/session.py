@@ -30,6 +30,7 @@ from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.families.conditioning import Conditioning
 from diffaccel.families.spectra import spectrum_of
 from diffaccel.flow import Path
+from diffaccel.noise import noise_like
 from diffaccel.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -320,22 +321,8 @@ class Session:
         return lambda x0: family.decode(pipe, x0.to(target), arguments)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Draw standard normal noise of the shape of ``x`` from the caller's generator.
-
-        Of a list of generators row i uses the i-th. Noise is drawn on the generator's device, as diffusers does.
-        """
-        from diffusers.utils.torch_utils import randn_tensor
-
-        generator = self.generator
-        if isinstance(generator, list) and len(generator) != len(x):
-            raise DiffAccelError(
-                f"Noise for {len(x)} rows was asked of {len(generator)} generators. Pass one, or one per row."
-            )
-        one = generator[0] if isinstance(generator, list) else generator
-        if x.device.type == "cuda" and one is not None and one.device.type == "cpu":
-            drawn = randn_tensor(tuple(x.shape), generator=generator, dtype=x.dtype)
-            return drawn.pin_memory().to(x.device, non_blocking=True)  # a plain copy waits for all that is queued
-        return randn_tensor(tuple(x.shape), generator=generator, device=x.device, dtype=x.dtype)
+        """Draw standard normal noise of the shape of ``x`` from the caller's generator, or row by row from several."""
+        return noise_like(x, self.generator)
 
     def at(self, height: int, width: int) -> Session:
         """Return the session of the same call at another resolution (pixels).

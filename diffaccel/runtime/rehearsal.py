@@ -10,6 +10,7 @@ from torch import Tensor
 from diffaccel.config import SamplerConfig
 from diffaccel.errors import UnsupportedBySampler
 from diffaccel.families import FAMILIES
+from diffaccel.noise import noise_like
 from diffaccel.runtime.checked_sampling import checked_sampling
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Step
@@ -41,9 +42,7 @@ class StockSession:
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Draw noise from the caller's generator, as a full session does."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        return randn_tensor(tuple(x.shape), generator=self.generator, device=x.device, dtype=x.dtype)
+        return noise_like(x, self.generator)
 
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedBySampler(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from diffaccel.samplers.superdiff.geometry import Geometry, Move, project
 
+NO_SIGNAL = 0.1  # of the next level's signal in the state: at less, all components have one density
+
 
 @dataclass(eq=False)
 class Densities:
@@ -211,7 +213,7 @@ def equalised_flow(geometry: Geometry, start: Tensor, goals: Tensor, divergence:
     """Return AND without noise, and its mixing weights ``(R, B, M')``, those of no prompt included."""
     count, kernel, guidance = geometry.prompted + 1, geometry.kernel, geometry.guidance
     even = _even(geometry, start)
-    if count == 1 or kernel.is_last or kernel.eps_v < 1e-6:  # at pure noise all components have one density
+    if count == 1 or kernel.is_last or kernel.ratio < NO_SIGNAL:
         return Taken(followed(geometry, even), torch.full_like(start[..., :count], 1 / count)), even
     reached = (start + flow_change(geometry, even, divergence))[..., :count] - goals
     scale = kernel.dt / kernel.sigma * kernel.eps_v * guidance

@@ -137,6 +137,11 @@ class SuperDiff(SamplerConfig):
         """Whether steps take finite differences of predictions."""
         return self.curvature or (self.eta == 0 and self.op != "average")
 
+    @property
+    def negates(self) -> bool:
+        """Whether the formula has a not, which is relative to no prompt where there is guidance."""
+        return bool(re.search(r"\bnot\b|\^", self.formula))
+
     @staticmethod
     def check_pipelines(pipes: Sequence[Any]) -> None:
         """Raise for pipelines that cannot be composed: their latent spaces differ."""
@@ -220,7 +225,7 @@ class SuperDiff(SamplerConfig):
             "probe": (self.eta == 0 or self.curvature, "curvature=True or eta=0"),
             "kernel": (self.eta > 0, "the stochastic sampler, eta=1"),
             "data_std": (self.eta > 0 and is_matched, "kernel='matched' and eta=1, and an op other than 'fkc'"),
-            "negation": (bool(re.search(r"\bnot\b|\^", self.formula)), "a 'not' or '^' in formula"),
+            "negation": (self.negates, "a 'not' or '^' in formula"),
         }
         for name, (has_effect, words) in needs.items():
             value = getattr(self, name)

@@ -24,6 +24,20 @@ from diffaccel.samplers.superdiff.transitions import ReverseKernel
 from diffaccel.session import Sampling, Session, Step
 
 
+@dataclass(frozen=True, eq=False)
+class ParticleTarget:
+    """What particles are weighed for: a rule of the first ``columns`` log-densities, whose derivatives sum to total."""
+
+    rule: formulas.MixRule
+    total: float
+    columns: int
+    guidance: float
+
+    def log_density(self, densities: Densities) -> Tensor:
+        """Return the target's log-density, ``(R, B)``."""
+        return self.rule(densities.log_density[..., : self.columns])[1] + self.total * densities.shared
+
+
 @dataclass(eq=False)
 class Superposition:
     """One call under one config: everything that a step needs beside its state.
@@ -36,6 +50,7 @@ class Superposition:
         kernels: of every step.
         rule: what the composition aims at, over the components alone; None for AND of the paper.
         total: sum of the rule's derivatives.
+        target: what the particles' weights were for in the last step.
     """
 
     session: Session
@@ -51,6 +66,7 @@ class Superposition:
     densities: Densities
     sizes: Tensor
     trace: Trace = field(default_factory=Trace)
+    target: ParticleTarget | None = None
 
     @property
     def wide(self) -> torch.dtype:
@@ -76,7 +92,7 @@ class Superposition:
         stop = self.config.guidance_stop
         is_guided = stop >= 1 or index < math.ceil(round(stop * len(self.kernels), 6))
         scale = self.parts.guidance(sigma) if is_guided else 1.0
-        with_null = self.parts.null is not None and (scale != 1 or self.config.op == "dombi")
+        with_null = self.parts.null is not None and (scale != 1 or self.config.negates)
         velocities = yield from self.velocities(x, sigma, with_null)
         is_random = self.config.eta > 0 and not kernel.is_last
         z = particles.noise(self.session, x, self.config.particles) if is_random else torch.zeros_like(x)
@@ -124,8 +140,10 @@ class Superposition:
             taken = composition.equalised(geometry, start, self.goals(index), corrections)
             self._track(geometry, taken.move, corrections)
             return taken
-        kappa, value = self._guided_rule(geometry)(active)
-        total = float(self.total_under(geometry))
+        rule, total = self._guided_rule(geometry), float(self.total_under(geometry))
+        if self.config.particles > 1:
+            self._retarget(geometry, rule, total)
+        kappa, value = rule(active)
         move = self._drawn(geometry, kappa, total)
         taken = Taken(move, kappa[..., : len(self.parts)] / geometry.guidance)
         if geometry.kernel.is_last:
@@ -134,10 +152,18 @@ class Superposition:
             self.densities.log_weights = self.densities.log_weights + composition.rate_weights(geometry, kappa, total)
         self._track(geometry, move, None)
         if self.config.particles > 1 and self.config.op != "fkc":
-            after = self._guided_rule(geometry)(self.densities.log_density[..., : geometry.differences + 1])[1]
+            after = rule(self.densities.log_density[..., : geometry.differences + 1])[1]
             change = composition.weight_change(geometry, move, value, after, total)
             self.densities.log_weights = self.densities.log_weights + change
         return taken
+
+    def _retarget(self, geometry: Geometry, rule: formulas.MixRule, total: float) -> None:
+        """Weigh the particles for a target that a change of guidance has changed since the last step."""
+        target, densities = ParticleTarget(rule, total, geometry.differences + 1, geometry.guidance), self.densities
+        if self.target is not None and self.target.guidance != target.guidance:
+            change = target.log_density(densities) - self.target.log_density(densities)
+            densities.log_weights = densities.log_weights + change.sum(0)
+        self.target = target
 
     def _drawn(self, geometry: Geometry, kappa: Tensor, total: float) -> Move:
         op = self.config.op
@@ -181,7 +207,7 @@ class Superposition:
             raise DiffAccelError("AND has no target density.")
         if not geometry.has_null:
             return self.rule
-        return formulas.guided(self.rule, self.total, geometry.guidance, self.config.op == "dombi")
+        return formulas.guided(self.rule, self.total, geometry.guidance, self.config.negates)
 
     def exponents(self, guidance: float | None) -> list[float]:
         """Return the exponents of a product, those of no prompt included under guidance."""

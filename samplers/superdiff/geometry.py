@@ -121,7 +121,7 @@ class Geometry:
 
 
 def _form(matrix: Tensor, vector: Tensor) -> Tensor:
-    """Return the quadratic form ``v' A v``, ``(R, B)``; products, as an einsum of three costs a host thrice the time."""
+    """Return the quadratic form ``v' A v``, ``(R, B)``; an einsum of three costs a host thrice the time."""
     return ((matrix @ vector[..., None])[..., 0] * vector).sum(-1)
 
 

@@ -136,7 +136,9 @@ def plot(report: dict[str, Any], file: BinaryIO) -> None:
             label = f"component {component + 1}" if picture == 0 else None
             above.plot(steps, density[:, 0, picture, component], label=label, **style)
             below.plot(steps, kappa[:, 0, picture, component].clamp(-2, 3), **style)
-    above.set_title(f"superdiff, {report['method']['op']}: the first {pictures} of {kappa.shape[2]} rows", fontsize=9)
+    rows = f"the first {pictures} of {kappa.shape[2]} rows"
+    region = f", region 1 of {kappa.shape[1]}" if kappa.shape[1] > 1 else ""
+    above.set_title(f"superdiff, {report['method']['op']}: {rows}{region}", fontsize=9)
     above.set_ylabel("log-density minus mean, nats")
     below.set_ylabel("mixing weight, cut to [-2, 3]")
     below.set_xlabel("step")

@@ -22,9 +22,20 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
         "the one exception, whole files, noise paths, GPU operations, names imported when asked for, recorded launches",
     ),
     (
-        ("record", "folder_lock", "processes", "schedules", "zoo", "modules", "models", "training", "eval.errors"),
-        "records, locks of folders, processes of a launch, noise levels, embedded models, what is done to a network, "
-        "networks of ours, training",
+        (
+            "record",
+            "folder_lock",
+            "processes",
+            "noise",
+            "schedules",
+            "zoo",
+            "modules",
+            "models",
+            "training",
+            "eval.errors",
+        ),
+        "records, locks of folders, processes of a launch, noise of generators, noise levels, embedded models, what is "
+        "done to a network, networks of ours, training",
     ),
     (("eval.images", "eval.uncertainty"), "sets of images, intervals and tests"),
     (("eval.metrics",), "numbers of features and pairs"),

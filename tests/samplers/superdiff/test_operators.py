@@ -141,6 +141,15 @@ def test_and_without_noise_converges(models: list[Mixture]) -> None:
     assert gaps[1] < 0.1 and gaps[1] < max(0.5 * gaps[0], 1e-6)
 
 
+@pytest.mark.parametrize("first", [1.0, 0.999999, 0.9999])
+def test_and_without_noise_leaves_out_the_steps_that_hold_no_signal(first: float) -> None:
+    times = levels(LINEAR, 32)
+    times[0] = first
+    run = superpose(SuperDiff(eta=0.0), [A, B], LINEAR, times, 100)
+    true = run.true([A, B], float(times[-1]))
+    assert float((true[:, 0] - true[:, 1]).abs().max()) < 0.2
+
+
 @pytest.mark.parametrize("bias", [(3.0, 0.0), (-2.0, 1.0), (0.0, 2.5, -1.0)])
 def test_a_bias_sets_the_final_difference(bias: tuple[float, ...]) -> None:
     models = [A, B, gaussian(0.3, 0.9, 3)][: len(bias)]
@@ -236,6 +245,17 @@ def test_guidance_with_particles_follows_the_tilted_density() -> None:
     )
     weights = run.run.densities.log_weights.reshape(4, -1).softmax(1).flatten() / 4
     assert abs(float((weights * run.run.x.flatten()).sum()) - 2) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("means", "guidance", "exact"), [((1.0,), 2.0, 1.0), ((0.5, -0.2), 1.3, 0.15)], ids=["one", "a product"]
+)
+def test_particles_follow_the_target_when_guidance_ends(means: Any, guidance: float, exact: float) -> None:
+    models = [gaussian(mean, 1.0, 1) for mean in (*means, 0.0)]
+    config = SuperDiff(op="product", particles=2000, guidance_stop=0.8)
+    run = superpose(config, models, VP_PATH, to_clean(VP_PATH, 40), 4, dim=1, guidance=guidance)
+    weights = run.run.densities.log_weights.reshape(4, -1).softmax(1).flatten() / 4
+    assert abs(float((weights * run.run.x.flatten()).sum()) - exact) < 0.06
 
 
 # -- logic -------------------------------------------------------------------------------------------------------------

@@ -113,6 +113,12 @@ def test_guidance_stops_where_it_is_told_to() -> None:
     assert not torch.equal(images, made("sd", SuperDiff())[0])
 
 
+@pytest.mark.parametrize(("formula", "null"), [("", 2), ("p1 and not p2", 4)])
+def test_a_formula_without_not_needs_no_empty_prompt_once_guidance_has_ended(formula: str, null: int) -> None:
+    _, run = made("sd", SuperDiff(op="dombi", formula=formula, guidance_stop=0.5))
+    assert run["forwards"] == 2 * (2 * STEPS + null)
+
+
 def test_without_guidance_no_prompt_is_left_out() -> None:
     pipe = diffaccel.accelerate(tiny.make("sd"), SuperDiff())
     call(pipe, "sd", guidance_scale=1.0)
