@@ -170,6 +170,13 @@ def test_a_picture_of_one_component_is_said_to_compose_nothing(caplog: pytest.Lo
     assert "one component" not in caplog.text
 
 
+def test_few_steps_are_said_once_of_a_pipeline(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), SuperDiff())
+    for _ in range(2):
+        call(pipe, "flux")
+    assert caplog.text.count("are few for tracked densities") == 1
+
+
 def test_components_that_agree_and_a_temperature_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     call(diffaccel.accelerate(tiny.make("flux"), SuperDiff()), "flux", prompt=["red | red"] * 2)
     assert "The components agree so closely" in caplog.text
