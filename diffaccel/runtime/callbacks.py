@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,7 @@ class Callback:
         before = dict(offered)  # the function may change the dict
         shown = before.get("latents")
         was_edited = edit_detector(shown)
-        returned = self.function(session.pipe, index, timestep, offered) or {}
+        returned = self._taken(session, self.function(session.pipe, index, timestep, offered))
         for name, value in returned.items():
             if name != "latents" and value is not before.get(name):
                 self.replaced += 1
@@ -73,6 +73,24 @@ class Callback:
         if latents_now is shown:
             return latents_now if was_edited() else None
         return _like(latents_now, latents() if shown is None else shown)
+
+    def _taken(self, session: Session, returned: Any) -> dict[str, Any]:
+        """Return what the function returned, less out of its own dict what the loop takes, as a stock loop does.
+
+        Raises:
+            DiffAccelError: for anything but a dict, or nothing.
+        """
+        if returned is None:
+            return {}
+        if not isinstance(returned, MutableMapping):
+            raise DiffAccelError(
+                f"callback_on_step_end returned an object of the class {type(returned).__name__}; it must return a "
+                "dict of tensors by name, such as {'latents': latents}, or {}."
+            )
+        values = dict(returned)
+        for name in ("latents", *session.family.callback_args, *session.family.negative_callback_args):
+            returned.pop(name, None)
+        return values
 
     def show(self, session: Session, index: int, timestep: Tensor, latents: Tensor, more: dict[str, Any]) -> None:
         """Call the function between steps, with latents that are not the loop's: what it returns has no effect."""

@@ -51,7 +51,7 @@ class Native(Predictor):
         """Answer the sampler's events until it returns its latents, or the user interrupts it after a step."""
         pipe = self.session.pipe
         try:
-            event = next(sampling)
+            event, latents = _send(sampling, None)
             self._scheduler_steps = isinstance(event, Advance)
             if self.callback is not None and not self._scheduler_steps:
                 self._levels = EditedLevels(self.session)
@@ -60,14 +60,13 @@ class Native(Predictor):
             if hasattr(pipe, "_num_timesteps"):  # a scheduler of second order has nearly two entries a step
                 object.__setattr__(pipe, "_num_timesteps", len(self.timesteps))
             with pipe.progress_bar(total=len(self.timesteps)) as bar:
-                while True:
+                while event is not None:
                     reply = self._answer(event, bar)
                     if isinstance(event, Step | Advance) and self._is_interrupted:
                         sampling.close()
                         return self.track.at_full_size(reply)
-                    event = sampling.send(reply)
-        except StopIteration as stop:
-            return stop.value
+                    event, latents = _send(sampling, reply)
+            return latents
         finally:
             sampling.close()  # it may hold a folder, and a traceback may hold it
 
@@ -225,3 +224,14 @@ class Native(Predictor):
         sigma = session.sigmas[0] if self.sigma is None else self.sigma
         rows = family.to_network(session.schedule.to_pipeline(x, sigma).to(self.dtype))
         return family.wrap(rows, session.conds[0].arguments)
+
+
+def _send(sampling: Sampling, reply: Any) -> tuple[Event | None, Any]:
+    """Return a sampler's next event, or None and the latents that it ends with.
+
+    Nothing but the sampler runs here: a StopIteration of a callback, a hook or a network is not its end.
+    """
+    try:
+        return sampling.send(reply), None
+    except StopIteration as stop:
+        return None, stop.value

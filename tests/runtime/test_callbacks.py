@@ -286,3 +286,36 @@ def test_a_callback_that_leaves_another_number_of_noise_levels() -> None:
     pipe = diffaccel.accelerate(tiny.make("flux"), Euler())
     with pytest.raises(DiffAccelError, match=r"left 2 as pipe.scheduler.sigmas, which were \d+ .*values and not their"):
         pipe(**tiny.call_kwargs("flux"), callback_on_step_end=cut)
+
+
+def test_a_dict_that_a_callback_keeps_is_emptied_as_the_stock_loop_does(family: str) -> None:
+    """A stock loop takes tensors out of the callback's own dict, so the second step finds nothing there."""
+    kept: dict = {}
+    left: list = []
+
+    def once(pipe, i, t, kwargs):
+        if i == 0:
+            kept.update(latents=kwargs["latents"] * 0.5, prompt_embeds=kwargs["prompt_embeds"].flip(1), mine=i)
+        left.append(sorted(kept))
+        return kept
+
+    stock, wrapped = both(family, once, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+    assert torch.equal(stock, wrapped) and left[:4] == left[4:] and left[1] == ["mine"]
+
+
+@pytest.mark.parametrize("config", [Scheduler(), Euler()], ids=["scheduler", "euler"])
+def test_a_stop_iteration_of_a_callback_is_an_error_and_not_the_end(config) -> None:
+    """``next()`` on an iterator that has run out must not end the sampler with what it holds as latents."""
+    pipe = diffaccel.accelerate(tiny_more.make("wan"), config)
+
+    def run_out(pipe, i, t, kwargs):
+        raise StopIteration("run out")
+
+    with pytest.raises(StopIteration, match="run out"):
+        pipe(**tiny_more.call_kwargs("wan"), callback_on_step_end=run_out)
+
+
+def test_a_callback_that_returns_no_dict_is_told_so() -> None:
+    pipe = diffaccel.accelerate(tiny.make("sd"), Euler())
+    with pytest.raises(DiffAccelError, match="returned an object of the class list; it must return a dict"):
+        pipe(**tiny.call_kwargs("sd"), callback_on_step_end=lambda pipe, i, t, kwargs: [1])
