@@ -16,14 +16,15 @@ import pytest
 import tiny
 import tiny_others
 import torch
-from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline, FluxPipeline
+from diffusers import AutoPipelineForImage2Image, FluxImg2ImgPipeline, FluxPipeline, StableDiffusionImg2ImgPipeline
 
 import diffaccel
 from diffaccel.config import Config
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import VE_PATH
+from diffaccel.quant import TIB
 from diffaccel.runtime.probe import open_session
-from diffaccel.samplers import BoN, DiffusersCache, Euler, Heun, Scheduler, rewards
+from diffaccel.samplers import BoN, DiffusersCache, Euler, Heun, Scheduler, TaylorSeer, rewards
 from tests.support.small_pipelines import Small, draw, make
 
 
@@ -227,3 +228,17 @@ def test_what_goes_on_without_the_methods_says_so_once(tmp_path: Any, caplog: An
             "save_pretrained writes the plain pipeline, without 'euler': call diffaccel.accelerate on that one as well."
         ]
     assert type(FluxPipeline.from_pretrained(tmp_path)) is FluxPipeline
+
+
+@pytest.mark.parametrize("name, method", [("flux", TIB()), ("sd", TaylorSeer(interval=2))], ids=["tib", "taylorseer"])
+def test_from_pipe_takes_a_network_whose_class_a_method_made(name: str, method: Any) -> None:
+    """``from_pipe`` compares classes of networks; it makes a plain pipeline of the same parts under any method."""
+    pipe, other = tiny.make(name), {"flux": FluxImg2ImgPipeline, "sd": StableDiffusionImg2ImgPipeline}[name]
+    network = getattr(pipe, "transformer" if name == "flux" else "unet")
+    stock = type(network)
+    diffaccel.accelerate(pipe, method)
+    made = other.from_pipe(pipe)
+    assert type(made) is other and any(part is network for part in made.components.values())
+    assert type(network) is not stock and type(network) in (stock,) and hash(type(network)) == hash(stock)
+    diffaccel.remove(pipe)
+    assert type(network) is stock

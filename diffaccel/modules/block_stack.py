@@ -7,7 +7,6 @@ without such blocks (a UNet, whose blocks pass skips to each other) is one block
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.like_class import like_class, once_a_class
 from diffaccel.modules.network_call import NetworkCall, current
 from diffaccel.modules.stand_in import signature_of
 from diffaccel.modules.step_cache.cache import CachedCall, StepCache
@@ -125,7 +125,7 @@ def cached_blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if _PLACE in vars(module)]
 
 
-@functools.cache
+@once_a_class
 def _cached_class(cls: Any) -> Any:
     """Return a class of the same name whose call asks the stack of the block; copies and pickles have it too."""
 
@@ -144,7 +144,7 @@ def _cached_class(cls: Any) -> Any:
         return _rebuilt, (cls,), cls.__reduce_ex__(self, protocol)[2]
 
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__call__": __call__}
-    return type(cls.__name__, (cls,), {**members, "__reduce_ex__": __reduce_ex__})
+    return like_class(cls, {**members, "__reduce_ex__": __reduce_ex__})
 
 
 def _rebuilt(cls: Any) -> Any:

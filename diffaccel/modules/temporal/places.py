@@ -7,11 +7,14 @@ network: what makes one lets go of the tables first.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from diffaccel.modules.like_class import like_class, once_a_class
 
 PLACE = "_diffaccel_temporal"
 CHANGES = ("fuse_lora", "unfuse_lora")  # of weights, which their versions do not show
@@ -90,7 +93,7 @@ def is_taken(module: nn.Module) -> bool:
     return PLACE in vars(module)
 
 
-@functools.cache
+@once_a_class
 def _module_class(cls: Any) -> Any:
     """Return a class of the same name whose forward returns a row of a table, where there is one."""
 
@@ -98,10 +101,10 @@ def _module_class(cls: Any) -> Any:
         place: TemporalPlace | None = vars(self).get(PLACE)  # None for a bound method that outlived it
         return cls.forward(self, *args, **kwargs) if place is None or place.result is None else place.result
 
-    return _derived(cls, {"forward": forward})
+    return _derived(cls, {"forward": forward}, _plain_class)
 
 
-@functools.cache
+@once_a_class
 def _network_class(cls: Any) -> Any:
     """Return a class of the same name whose calls are answered by its owner, outside of hooks and compiled code."""
 
@@ -112,7 +115,7 @@ def _network_class(cls: Any) -> Any:
 
     members = {name: _letting_go(cls, name, True) for name in CHANGES if hasattr(cls, name)}
     members |= {name: _letting_go(cls, name, False) for name in READS if hasattr(cls, name)}
-    return _derived(cls, {**members, "__call__": __call__})
+    return _derived(cls, {**members, "__call__": __call__}, like_class)
 
 
 def _letting_go(cls: Any, name: str, forget: bool) -> Any:
@@ -133,7 +136,11 @@ def _letting_go(cls: Any, name: str, forget: bool) -> Any:
     return wrapped
 
 
-def _derived(cls: Any, members: dict[str, Any]) -> Any:
+def _plain_class(cls: Any, members: dict[str, Any]) -> Any:
+    return type(cls)(cls.__name__, (cls,), members)
+
+
+def _derived(cls: Any, members: dict[str, Any], derive: Callable[[Any, dict[str, Any]], Any]) -> Any:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         place: TemporalPlace | None = vars(self).get(PLACE)
         if place is not None:
@@ -142,7 +149,7 @@ def _derived(cls: Any, members: dict[str, Any]) -> Any:
         return (_rebuilt, (cls,), reduced[2]) if is_taken(self) else reduced
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": __reduce_ex__}
-    return type(cls.__name__, (cls,), {**names, **members})
+    return derive(cls, {**names, **members})
 
 
 def _rebuilt(cls: Any) -> Any:
