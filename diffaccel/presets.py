@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import registry
-from diffaccel.errors import DiffAccelError, first_line, shortened, unknown
+from diffaccel.errors import DiffAccelError, first_line, unknown
 from diffaccel.families import networks
 from diffaccel.files import COUNT, FILE_NAME, misfit, write_json
+from diffaccel.record import check_format
 
 FORMAT, KIND, SUFFIX = 1, "diffaccel preset", ".json"
 CALL_ARGUMENTS = {"steps": "num_inference_steps"}  # settings of a point, and the call's arguments that they stand for
@@ -122,11 +123,7 @@ def read(path: str | Path | Preset) -> Preset:
         raise DiffAccelError(f"The preset '{path}' cannot be read ({first_line(error)}). Make it again.") from error
     if not isinstance(values, dict) or values.get("kind") != KIND:
         raise DiffAccelError(f"'{path}' is no preset of diffaccel. Give a file that diffaccel tune wrote.")
-    if isinstance(values.get("format"), int) and values["format"] > FORMAT:
-        newer = shortened(str(values["format"]), 20)
-        raise DiffAccelError(
-            f"The preset '{path}' has format {newer}, and this diffaccel reads up to {FORMAT}. Update diffaccel."
-        )
+    check_format(values, FORMAT, f"The preset '{path}'")
     if part := misfit(values, _PRESET) or _misfit_of_points(values):
         raise DiffAccelError(f"The preset '{path}' is damaged: {part} is missing or no such value. Make it again.")
     points = {name: _point(str(path), name, entry) for name, entry in values["points"].items()}

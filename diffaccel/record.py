@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, shortened
 from diffaccel.files import COUNT, FILE_NAME, NUMBER, misfit, write_json
 from diffaccel.files import read_mp4 as read_mp4  # its former place
 
@@ -38,7 +38,8 @@ _STARTED = {
     "fingerprint": str, "state": str, "started": str, "command": [str], "versions": dict, "device": {"type": str},
 }  # fmt: skip
 _FINISHED = {
-    **_STARTED, "call": dict, "cost": COST, "images": [IMAGE], "chunks?": [{"chunk": COUNT, "cost": dict}],
+    **_STARTED, "call": {"num_inference_steps?": COUNT}, "cost": COST, "images": [IMAGE],
+    "chunks?": [{"chunk": COUNT, "cost": dict}],
     "until?": {"rule": str, "chunks": COUNT, "verdict": str},
 }  # fmt: skip
 PACKAGES = ("diffaccel", "torch", "diffusers", "transformers", "accelerate")
@@ -120,6 +121,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return values
 
 
+def check_format(values: dict[str, Any], known: int, what: str) -> None:
+    """Raise DiffAccelError where a file says that a later version wrote it, in a format above ``known``."""
+    if isinstance(values.get("format"), int) and values["format"] > known:
+        raise DiffAccelError(
+            f"{what} has format {shortened(str(values['format']), 20)}, and this diffaccel reads up to {known}. Update "
+            "diffaccel."
+        )
+
+
 def check_run(values: dict[str, Any], folder: Path) -> None:
     """Raise when the record of a run lacks a part or has one of another kind, naming the first."""
     if part := misfit(values, _FINISHED if values.get("state") == "finished" else _STARTED):
@@ -142,8 +152,26 @@ def differences(before: dict[str, Any], after: dict[str, Any], prefix: str = "")
         if isinstance(old, dict) and isinstance(new, dict):
             changes += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            changes.append(f"{prefix}{key}: {_short(old)} -> {_short(new)}")
+            changes += _changes(f"{prefix}{key}", old, new)
     return changes
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    """Return how a value changed; of long texts and lists that begin alike, where they begin to differ."""
+    if _short(old) != _short(new):
+        return [f"{name}: {_short(old)} -> {_short(new)}"]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return differences(old, new, f"{name}.")
+    if isinstance(old, str) and isinstance(new, str):
+        alike = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        start = max(0, alike - 10)
+        return [f"{name}, from letter {start}: {_short(old[start:])} -> {_short(new[start:])}"]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        changed = [i for i, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+        more = [f"{len(changed) - 1} more of {name}"] if len(changed) > 1 else []
+        return [*_changes(f"{name}[{changed[0]}]", old[changed[0]], new[changed[0]]), *more]
+    sizes = [f"{len(value)} values" if isinstance(value, list) else _short(value) for value in (old, new)]
+    return [f"{name}: {sizes[0]} -> {sizes[1]}"]
 
 
 def _short(value: Any, limit: int = 60) -> str:

@@ -58,6 +58,24 @@ def test_differences_name_keys_old_and_new():
     assert record.differences(old, old) == []
 
 
+def test_differences_of_long_values_that_begin_alike_say_where():
+    def settings(budget: int, last: str) -> dict:
+        method = {"name": "rbf", "state": "float32", "max_batch": 0, "guidance_stop": 1.0, "budget": budget}
+        return {"methods": [method], "prompts": [*(f"a long prompt, number {i}" for i in range(9)), last]}
+
+    assert record.differences(settings(12, "z"), settings(14, "z")) == ["methods[0].budget: 12 -> 14"]
+    assert record.differences(settings(1, "z"), settings(1, "y")) == ['prompts[9]: "z" -> "y"']
+    old, new = ({"prompts": [f"a long prompt, number {i}" for i in range(n)]} for n in (9, 10))
+    assert record.differences(old, new) == ["prompts: 9 values -> 10 values"]
+    old, new = ({"prompts": [f"a long prompt, number {i + j * (i > 5)}" for i in range(9)]} for j in (0, 1))
+    assert record.differences(old, new) == [
+        'prompts[6]: "a long prompt, number 6" -> "a long prompt, number 7"', "2 more of prompts",
+    ]  # fmt: skip
+    assert record.differences({"negative": "x" * 99 + "a"}, {"negative": "x" * 99 + "b"}) == [
+        'negative, from letter 89: "xxxxxxxxxxa" -> "xxxxxxxxxxb"'
+    ]
+
+
 def test_a_file_is_whole_or_not_there(tmp_path):
     file = tmp_path / "a"
     with atomic(file) as out:

@@ -254,7 +254,7 @@ def describe(record: dict[str, Any]) -> str:
     settings, cost, images = record["settings"], record["cost"], record["images"]
     method = " + ".join(config["name"] for config in settings["methods"]) or "the pipeline's own loop"
     files = images[0]["file"] if len(images) == 1 else f"{images[0]['file']} ... {images[-1]['file']}"
-    count = record["call"]["num_inference_steps"]
+    count = record["call"].get("num_inference_steps", "?")
     steps = f"{count} step{'s' * (count != 1)}"
     noun = "video" if "frames" in images[0] else "image"
     seconds = f"{cost['seconds']:.1f} s, {cost['seconds'] / len(images):.2f} s a{'n' * (noun == 'image')} {noun}"

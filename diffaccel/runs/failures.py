@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from diffaccel.errors import DiffAccelError, first_line
-from diffaccel.runs.folder import RunFailed, RunFolder
+from diffaccel.runs.folder import RunFailed, RunFolder, is_full
 from diffaccel.runs.request import Request
 
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|can't allocate memory", re.IGNORECASE)
@@ -48,6 +48,8 @@ def failures(request: Request, folder: RunFolder, abandon: Callable[[], None] | 
                 f"The model gave not-a-number instead of pixels in {folder.new.settings['dtype']}. "
                 f"Try another --dtype, --size or --guidance. {kept}"
             ) from error
+        if is_full(error):  # of what a method writes beside the images, such as a search's trace
+            raise RunFailed(f"'{folder.path}' cannot be written ({first_line(error)}). Make room. {kept}") from error
         failure = f"{type(error).__name__} while generating: {first_line(error)}"
         raise RunFailed(f"{failure} (DIFFACCEL_DEBUG=1 shows where). {kept}") from error
 

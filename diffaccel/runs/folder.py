@@ -78,6 +78,11 @@ def _advice_for(error: OSError) -> str:
     return "Make room" if error.errno in _FULL else "Mend that"
 
 
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk or a quota has no room left."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 def check_writable(path: Path) -> None:
     """Raise when ``path`` is no folder, or could not be created or written; nothing is created."""
     try:

@@ -9,9 +9,10 @@ from typing import Any
 
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.comparison.result import FORMAT
 from diffaccel.eval.comparison.row import digits
 from diffaccel.eval.uncertainty.intervals import too_few
-from diffaccel.files import NUMBER, misfit
+from diffaccel.files import COUNT, NUMBER, misfit
 
 # fields of a row that are compared, with their interval and what sentences call them; the first one that both have
 NUMBERS = (
@@ -20,7 +21,7 @@ NUMBERS = (
 )
 _INTERVAL = ({"low": NUMBER, "high": NUMBER}, None)
 _REPORT = {
-    "versions?": dict,
+    "format?": COUNT, "versions?": dict,
     "metrics": [
         {
             "run": str, "key": str, "metric": str, "better": (str, None), "value": (NUMBER, None),
@@ -43,6 +44,7 @@ def read(path: str | Path) -> dict[str, Any]:
         raise DiffAccelError(f"The report '{path}' cannot be read ({error}).") from error
     if not isinstance(report, dict) or not isinstance(report.get("metrics"), list):
         raise DiffAccelError(f"'{path}' is no report.json of diffaccel eval compare.")
+    record.check_format(report, FORMAT, f"The report '{path}'")
     if part := misfit(report, _REPORT):
         raise DiffAccelError(f"The report '{path}' is damaged: {part} is missing or no such value. Make it again.")
     return report

@@ -24,7 +24,7 @@ _REPORT = {
             "floor_interval?": _INTERVAL, "detail?": (dict, None), "missing?": (str, None), "unit?": (str, None),
         }
     ],
-    "sections?": (dict, None), "steps?": (dict, None), "curves?": (dict, None), "reference?": str, "warnings?": [str],
+    "sections?": dict, "steps?": (dict, None), "curves?": (dict, None), "reference?": str, "warnings?": [str],
     "command?": [str], "credits?": (dict, None),
 }  # fmt: skip
 _SECTION = {"title": str, "columns": [str], "rows": [[str]]}
@@ -59,9 +59,9 @@ def remake(file: Path, out: Path | None = None) -> dict[str, Any]:
 
 def _damage(report: dict[str, Any]) -> str:
     """Return the first part of a report that is none; "" for a whole one."""
-    if part := misfit(report, _REPORT):
+    if part := misfit(report, _REPORT) or ("" if report["runs"] else "runs"):
         return part
-    for name, section in (report.get("sections") or {}).items():
+    for name, section in report.get("sections", {}).items():
         if part := misfit(section, _SECTION, f"sections.{name}"):
             return part
         if any(len(row) != len(section["columns"]) for row in section["rows"]):

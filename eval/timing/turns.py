@@ -38,7 +38,7 @@ _ENTRY = {
     "peak_memory?": (NUMBER, None), "peaks?": ([NUMBER], None), "energy_joules?": (NUMBER, None),
     "joules?": ([NUMBER], None), "metered_seconds?": (NUMBER, None), "drawn?": dict,
 }  # fmt: skip
-_TIMING = {"images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}
+_TIMING = {"format?": COUNT, "images_a_call": COUNT, "turns": COUNT, "device": {"type": str}, "variants": [_ENTRY]}
 AfterCall = Callable[[list[Any], list[str | None]], None]  # must have finished when it returns, on a GPU as well
 
 
@@ -153,6 +153,8 @@ def check_timing(timing: Any, file: str | Path) -> dict[str, Any]:
     Raises:
         DiffAccelError: when it lacks a part or has one of another kind, naming the first.
     """
+    if isinstance(timing, dict):
+        record.check_format(timing, FORMAT, f"The timing '{file}'")
     if part := misfit(timing, _TIMING) if isinstance(timing, dict) else "all of it":
         raise DiffAccelError(
             f"'{file}' is no timing of diffaccel eval time, or a damaged one: {part} is missing or no such value. Make "

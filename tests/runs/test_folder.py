@@ -211,6 +211,7 @@ def drawn(path):
         (("cost", "parts"), {"network": None}, r"cost\.parts\.network"),
         (("chunks", 2, "chunk"), "2", r"chunks\[2\]\.chunk"),
         (("until",), "ssim", "until"),
+        (("call",), {"num_inference_steps": "4"}, r"call\.num_inference_steps"),
     ],
 )
 def test_a_damaged_record_is_one_sentence_that_names_the_part(tmp_path, keys, value, part):

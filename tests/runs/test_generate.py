@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -22,6 +26,8 @@ from diffaccel.runs import generate as sampling
 from diffaccel.runs import loading
 from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.cost import drawn_before, total_cost
+from diffaccel.runs.failures import failures
+from diffaccel.runs.folder import RunFailed
 from diffaccel.runs.request import Request
 from diffaccel.samplers import RBF, Ancestral, BoN, Euler, Heun
 from diffaccel.samplers.search import engine
@@ -257,3 +263,12 @@ def test_graphs_are_recorded_of_weights_that_are_in_place(monkeypatch, tmp_path)
     request = Request(prompts=("a",), model="mine", methods=(Capture(), W8A8()))
     loading.open_pipeline(request, tmp_path, torch.device("meta"), torch.float32)
     assert done == [["w8a8"], "meta", ["capture"]]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_no_room_for_what_a_method_writes_is_one_sentence(tmp_path: Path, code: int) -> None:
+    """A search writes its trace in the middle of a call, where a full disk is no fault of the call."""
+    folder: Any = SimpleNamespace(path=tmp_path)
+    with pytest.raises(RunFailed, match=rf"^'{tmp_path}' cannot be written \(.*\)\. Make room\. Finished images stay"):
+        with failures(Request(prompts=("a",)), folder):
+            raise OSError(code, os.strerror(code))

@@ -112,3 +112,10 @@ def test_a_damaged_report_is_one_sentence_that_names_the_part(tmp_path, value):
     (tmp_path / "report.json").write_text(json.dumps(values))
     with pytest.raises(DiffAccelError, match=r"report\.json' is damaged: metrics\[1\]\.value is missing or no such"):
         changes.read(tmp_path / "report.json")
+
+
+def test_a_report_of_a_later_version_is_refused(tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps({**report(row("ssim", 0.5)), "format": 999}))
+    with pytest.raises(DiffAccelError, match=r"report\.json' has format 999, and this diffaccel reads up to \d\."):
+        changes.read(file)

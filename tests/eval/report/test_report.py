@@ -188,7 +188,7 @@ def test_a_report_is_made_anew_without_measuring(comparison, tmp_path):
         {"runs": [{}]}, {"baseline": None}, {"sections": {"x": {"title": "y"}}}, {"steps": "x"},
         {"steps": {"a": ["x"]}}, {"sections": {"x": {"title": "y", "columns": ["a"], "rows": [[]]}}},
         {"curves": {"PSNR": {"a": ["x"]}}}, {"curves": {"PSNR": 1}}, {"credits": {"a": True}},
-        {"runs": [{"name": "a", "images": 1, "settings": {}, "device": 3}]},
+        {"runs": [{"name": "a", "images": 1, "settings": {}, "device": 3}]}, {"runs": []}, {"sections": None},
     ],
 )  # fmt: skip
 def test_a_damaged_report_is_one_sentence(comparison, tmp_path, damage):

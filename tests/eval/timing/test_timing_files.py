@@ -31,3 +31,9 @@ def test_a_whole_timing_is_returned():
 def test_a_damaged_one_is_one_sentence(damage, part):
     with pytest.raises(DiffAccelError, match=rf"'t\.json' is no timing .*: {part} is missing or no such value"):
         check_timing({**TIMING, **damage} if isinstance(damage, dict) else damage, "t.json")
+
+
+def test_one_of_a_later_version_is_refused():
+    assert check_timing({**TIMING, "format": 1}, "t.json")
+    with pytest.raises(DiffAccelError, match=r"The timing 't\.json' has format 2, and this diffaccel reads up to 1"):
+        check_timing({**TIMING, "format": 2}, "t.json")
