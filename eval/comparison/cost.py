@@ -18,6 +18,7 @@ from diffaccel.runs.request import WAY
 
 KEY, PARTS = "where_time_goes", ("text", "network", "decode")
 TURNS, OWN = "turns on one machine", "the run itself, not in turns"
+SHORTEST_RUN = 0.01  # seconds, of which a record keeps 0.0001
 EXACT = "counted over these pictures, not estimated"
 COUNTED = {
     "nfe": "predictions a picture; a guided one counts once",
@@ -90,8 +91,12 @@ def _speed_rows(run: Run, baseline: Run, entries: dict[str, Any]) -> list[Row]:
     if run is not baseline and not entries and (why := part_of_a_search(baseline)):
         speed_rows.append(missing("speedup", LABELS["speedup"], "cost", run.name, "higher", f"{baseline.name}: {why}"))
     elif run is not baseline and base_cost and not entries and _same_machine(run, baseline):
-        ratio = base_cost["seconds"] / len(baseline) / (cost["seconds"] / len(run))
-        speed_rows.append(cost_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
+        if (shortest := min(base_cost["seconds"], cost["seconds"])) < SHORTEST_RUN:
+            why = f"a run of {shortest:.4f} s is too short for a ratio by the runs' own clocks"
+            speed_rows.append(missing("speedup", LABELS["speedup"], "cost", run.name, "higher", why))
+        else:
+            ratio = base_cost["seconds"] / len(baseline) / (cost["seconds"] / len(run))
+            speed_rows.append(cost_row("speedup", run, ratio, better="higher", unit="x", detail=detail))
     return speed_rows
 
 

@@ -136,9 +136,11 @@ class Row:
     @property
     def too_few(self) -> str:
         """Sentence that takes the place of a verdict from fewer than 10 prompts; "" where there are enough."""
-        if self.family not in BY_PROMPT:
+        if self.family not in BY_PROMPT or self.identical:
             return ""
         interval = self.delta_interval or self.interval
+        if interval is None and "carried_by" in self.detail:  # withheld for one of 30 or more that carries it alone
+            return ""
         return too_few(1 if interval is None else interval.units)
 
     @property
@@ -151,7 +153,7 @@ class Row:
             return None
         if self.delta_interval is not None:
             return not self.delta_interval.significant
-        if "delta_carried_by" in self.detail:
+        if "delta_carried_by" in self.detail or (self.interval is None and "carried_by" in self.detail):
             return None
         if self.value is None or self.floor is None:
             return None

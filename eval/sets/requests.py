@@ -20,7 +20,7 @@ def load_texts(prompts: str | Sequence[str] | None, first: int | None = None) ->
     """Return the texts of a packaged set, a file, or a sequence; none for None.
 
     Raises:
-        DiffAccelError: for ``first`` below 1, and a file that cannot be read.
+        DiffAccelError: for ``first`` below 1, a file that cannot be read, and a sequence of nothing.
     """
     if first is not None and first < 1:
         raise DiffAccelError(f"first is {first}; it must be at least 1.")
@@ -28,7 +28,9 @@ def load_texts(prompts: str | Sequence[str] | None, first: int | None = None) ->
         return ()
     if isinstance(prompts, str):
         return prompt_sets.read(prompts).first(first).texts
-    return tuple(prompts)[:first]
+    if not (texts := tuple(prompts)):
+        raise DiffAccelError("Got no prompts, an empty sequence. Give one or more, or None for the default ones.")
+    return texts[:first]
 
 
 def with_texts(request: Request, texts: Sequence[str], pipeline: Any, first: int | None = None) -> Request:

@@ -54,6 +54,18 @@ def rows_of(base: Run, fast: Run, timing=None):
     return {(row.metric, row.run): row for row in cost.rows(base, [fast], timing)}
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.0002])
+def test_runs_too_short_for_their_own_clock_have_no_speed_up(sides, seconds):
+    """A record keeps seconds to 0.0001: a function that returns at once was called twice as fast, or divided by 0."""
+    for short, long in (sides, sides[::-1]):
+        whole = short.record["cost"]
+        short.record["cost"] = {**whole, "seconds": seconds}
+        row = rows_of(*sides)["speedup", "fast"]
+        assert row.value is None and "too short for a ratio by the runs' own clocks" in row.missing
+        short.record["cost"] = whole
+        assert rows_of(*sides)["speedup", "fast"].value == pytest.approx(2) and long.record["cost"]
+
+
 def test_a_search_that_was_resumed_has_no_cost_of_the_whole(sides):
     """The process that ended it knows its own seconds only, so they are missing, and why; NFE are of the whole."""
     base, fast = sides

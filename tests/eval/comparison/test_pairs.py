@@ -107,6 +107,17 @@ def test_a_value_is_beyond_noise_where_its_interval_and_the_floors_are_apart():
     assert row(0.7, 0.02, 0.8, None).within_noise is None
 
 
+def test_a_row_whose_interval_is_withheld_or_that_is_identical_is_not_called_one_prompt():
+    def row(**more):
+        return Row(metric="ssim", key="SSIM", family="fidelity", run="r", better="higher", n=40, **more)
+
+    lone = row(value=0.95, floor=0.1)
+    lone.set_interval("interval", intervals.Interval(0.95, 0.9, 1.0, units=40, carriers=1.0))
+    assert lone.interval is None and lone.too_few == "" and lone.within_noise is None
+    assert "1 of 40 carries the spread, too few for an interval" in lone.detail["from"]
+    assert row(identical=True).too_few == "" and row(value=0.95).too_few == "too few prompts (n = 1) for a verdict"
+
+
 @pytest.mark.slow
 def test_few_carriers_of_a_spread_are_counted_and_one_alone_gives_no_interval(tmp_path):
     texts, pictures = [f"thing {i}" for i in range(40)], [made_runs.blocks(i) // 2 for i in range(40)]

@@ -28,3 +28,9 @@ def test_the_report_draws_so_many_prompts() -> None:
 
     options = make_parser().parse(["--accel", "dpmpp2m", "--first", "3", "--out", "report"])
     assert len(plan_of(options).request.prompts) == 3
+
+
+@pytest.mark.parametrize("texts", [[], ()])
+def test_no_prompts_are_not_the_default_ones(texts: list[str] | tuple[str, ...]) -> None:
+    with pytest.raises(DiffAccelError, match=r"^Got no prompts, an empty sequence\. Give one or more, or None"):
+        load_texts(texts)
