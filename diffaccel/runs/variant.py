@@ -80,17 +80,23 @@ def parse(text: str) -> Variant:
     A file holds a list of configs such as ``- {name: dpmpp2m}``, or ``{methods: [...], steps: 8}``.
 
     Raises:
-        DiffAccelError: for an unknown method or option (with the nearest match), or a value that does not fit.
+        DiffAccelError: for an unknown method or option (with the nearest match), no method, a setting that is there
+            twice, or a value that does not fit.
     """
     if text.endswith(FILES):
         return _from_file(Path(text))
     head, _, tail = text.partition(":")
+    if not head.strip():
+        raise DiffAccelError(
+            f"The variant {text!r} names no method. Write {PLAIN} for the pipeline's own loop, as in {PLAIN}:steps=8."
+        )
     names = [name for name in head.split("+") if name not in (PLAIN, "")]
     options: dict[str, dict[str, str]] = {name: {} for name in names}
     for name in names:
         if name not in registry.names():
             raise unknown("method", name, [PLAIN, *registry.names()])
     call: dict[str, Any] = {}
+    given: set[str] = set()
     for part in filter(None, re.split(r",(?=[A-Za-z_][\w.]*=)(?![^(]*\))", tail)):
         key, equals, value = part.partition("=")
         if not equals:
@@ -98,6 +104,10 @@ def parse(text: str) -> Variant:
                 f"'{part}' in the variant '{text}' is no setting; write key=value, as in plain:steps=8."
             )
         owner, _, option = key.rpartition(".")
+        full = f"{names[0]}.{option}" if len(names) == 1 and not owner and key not in CALL else key
+        if full in given:
+            raise DiffAccelError(f"The variant '{text}' gives {key} twice. Keep one.")
+        given.add(full)
         if key in CALL:
             call[key] = _call_value(key, value)
         elif owner in options or (not owner and len(names) == 1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,4 +34,4 @@ def best_so_far(
 def note_of(searches: Sequence[Search]) -> str:
     """Return the mean of the best rewards so far, for a progress bar; "" before the first."""
     rewards = [search.best.reward for search in searches if search.best is not None]
-    return f"reward {math.fsum(rewards) / len(rewards):.4g}" if rewards else ""
+    return f"reward {sum(reward / len(rewards) for reward in rewards):.4g}" if rewards else ""

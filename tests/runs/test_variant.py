@@ -56,3 +56,16 @@ def test_files_that_are_none(tmp_path, content, said):
     (tmp_path / "v.yaml").write_text(content)
     with pytest.raises(DiffAccelError, match=said):
         variants.parse(str(tmp_path / "v.yaml"))
+
+
+@pytest.mark.parametrize("text", ["", " ", ":", ":steps=8"])
+def test_no_method_is_not_the_plain_pipeline(text):
+    """As ``--accel "$UNSET"`` of a shell gives."""
+    with pytest.raises(DiffAccelError, match=r"names no method\. Write plain for the pipeline's own loop"):
+        variants.parse(text)
+
+
+@pytest.mark.parametrize("text", ["plain:size=64,size=32", "dpmpp2m:state=stock,dpmpp2m.state=float32"])
+def test_a_setting_that_is_there_twice_is_refused(text):
+    with pytest.raises(DiffAccelError, match=r"gives (size|dpmpp2m\.state) twice\. Keep one"):
+        variants.parse(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.samplers import RBF, BoN, Drafts
 from diffaccel.samplers.rewards import Reward
-from diffaccel.samplers.search import report
+from diffaccel.samplers.search import report, watching
 
 STEPS = 4
 
@@ -87,3 +88,9 @@ def test_prompts_of_one_call_share_a_folder_and_are_resumed(
     files = [{f.name: f.read_bytes().replace(bytes(folder), b"") for f in folder.iterdir()} for folder in folders]
     assert files[0] == files[1]
     assert {name[:3] for name in files[0] if name.endswith(".png") and name[0] == "0"} == {"000", "001"}
+
+
+@pytest.mark.parametrize("rewards", [(1e308, 1e308), (float("inf"), float("-inf"))])
+def test_rewards_of_any_size_end_no_search_by_the_note_of_its_bar(rewards: tuple[float, float]) -> None:
+    searches: Any = [SimpleNamespace(best=SimpleNamespace(reward=reward)) for reward in rewards]
+    assert watching.note_of(searches) == f"reward {rewards[0] / 2 + rewards[1] / 2:.4g}"
