@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     signal that ended it; commands may have others for what they tell.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _open_standard_streams()
     received = [INTERRUPTED - 128]
     try:
         from diffaccel.cli.signals import interrupting
@@ -59,6 +60,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _report(f"error: {type(error).__name__}: {first_line(error, 700)} (DIFFACCEL_DEBUG=1 shows where)")
         return FAILED
+
+
+def _open_standard_streams() -> None:
+    """Let a standard stream that was closed (``>&-``, some services) be the null device, and no file that is opened.
+
+    An opened file gets the lowest free number, and would be written as standard output by whatever knows it as 1.
+    """
+    for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def _run(argv: list[str]) -> int:

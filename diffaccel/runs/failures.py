@@ -30,7 +30,7 @@ def failures(request: Request, folder: RunFolder, abandon: Callable[[], None] | 
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Stopped. {kept}") from None
+        raise KeyboardInterrupt(f"Stopped. {kept if folder.path.is_dir() else ''}".strip()) from None
     except Exception as error:
         if abandon is not None:
             abandon()

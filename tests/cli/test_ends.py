@@ -131,3 +131,15 @@ def test_control_characters_are_shown_and_not_obeyed(run, capsys):
     table, _, lines = capsys.readouterr().out.rpartition("ä\tb\nc\n")
     assert r"\x1b[2J" in table and "\x1b" not in table + lines
     assert json.loads(lines) == {"name": name}
+
+
+def test_a_closed_output_is_no_failure_and_a_closed_input_is_empty(tmp_path):
+    """As services start programs; what is opened first must not become the output either."""
+    script = (
+        "import os, sys; os.close(0); os.close(1); sys.stdin = sys.stdout = None\n"
+        "from diffaccel.cli import main\n"
+        "assert main(['list']) == 0 and os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev\n"
+        "assert sys.stdin.buffer.read() == b'' and os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

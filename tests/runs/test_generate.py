@@ -272,3 +272,13 @@ def test_no_room_for_what_a_method_writes_is_one_sentence(tmp_path: Path, code: 
     with pytest.raises(RunFailed, match=rf"^'{tmp_path}' cannot be written \(.*\)\. Make room\. Finished images stay"):
         with failures(Request(prompts=("a",)), folder):
             raise OSError(code, os.strerror(code))
+
+
+def test_a_stop_before_the_first_image_does_not_say_that_images_stay(tmp_path: Path) -> None:
+    for path, text in (
+        (tmp_path, rf"Stopped\. Finished images stay in '{tmp_path}'"),
+        (tmp_path / "none", r"Stopped\.$"),
+    ):
+        folder: Any = SimpleNamespace(path=path)
+        with pytest.raises(KeyboardInterrupt, match=text), failures(Request(prompts=("a",)), folder):
+            raise KeyboardInterrupt
