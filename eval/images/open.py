@@ -19,6 +19,7 @@ from diffaccel.errors import DiffAccelError, size_text
 from diffaccel.eval.images import decode, names
 from diffaccel.eval.images.folders import files_below
 from diffaccel.eval.images.prefetch import ahead
+from diffaccel.eval.images.recorded import check_files, check_finished
 from diffaccel.eval.images.source import Source, count_sizes, to_uint8
 
 STATISTICS = ("mu", "sigma")
@@ -105,13 +106,8 @@ def _files_of_run(path: Path) -> list[str] | None:
         return None
     record.check_run(run, path)
     check_finished(run, path)
+    check_files(run, path)
     return [entry["file"] for entry in run["images"]]
-
-
-def check_finished(run: dict[str, Any], path: str | Path) -> None:
-    """Refuse the record of an unfinished run."""
-    if run["state"] != "finished":
-        raise DiffAccelError(f"The run in '{path}' is unfinished. Repeat the command that made it; it goes on.")
 
 
 def of_zip(path: Path, num: int | None) -> Source:

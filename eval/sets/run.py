@@ -19,7 +19,8 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.images import names
 from diffaccel.eval.images.folders import files_below
-from diffaccel.eval.images.open import check_finished, of_folder, open_source
+from diffaccel.eval.images.open import of_folder, open_source
+from diffaccel.eval.images.recorded import check_files, check_finished
 from diffaccel.eval.images.source import Source
 from diffaccel.eval.images.video_files import read_video
 
@@ -124,7 +125,9 @@ def open_run(path: str | Path) -> Run:
     if run_record is None:
         return _plain_run(name, folder)
     check_finished(run_record, path)
-    return run_from_record(folder, run_record)
+    run = run_from_record(folder, run_record)
+    check_files(run_record, folder)
+    return run
 
 
 def _plain_run(name: str, folder: Path) -> Run:

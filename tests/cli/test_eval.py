@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.sets.run import open_run
+from diffaccel.files import sha256
 
 PROMPTS = "a cat\na <b>dog</b>\na fish\n"
 
@@ -227,9 +229,21 @@ def test_bad_input(compare, made, run, models, words, said):
     assert done.status == 2 and re.search(said, done.err) and not done.out
 
 
+def test_a_run_whose_pictures_are_not_those_it_wrote_is_refused(made, run, tmp_path):
+    """Files of another run have the same names, and so a copy over them shows in nothing but the bytes."""
+    shutil.copytree(made / "fewer", tmp_path / "fewer")
+    shutil.copy(made / "base" / "00001.png", tmp_path / "fewer" / "00001.png")
+    for command in (("compare", made / "base", tmp_path / "fewer"), ("fid", tmp_path / "fewer", made / "base")):
+        done = run("eval", *command)
+        assert done.status == 2 and re.search(r"fewer/00001\.png' has been changed since its run wrote it", done.err)
+
+
 def test_pictures_of_another_size_are_refused(made, run, tmp_path):
     shutil.copytree(made / "fewer", tmp_path / "fewer")
-    Image.new("RGB", (16, 32)).save(tmp_path / "fewer" / "00001.png")
+    file, about = tmp_path / "fewer" / "00001.png", tmp_path / "fewer" / record.RUN
+    before = sha256(file)
+    Image.new("RGB", (16, 32)).save(file)
+    about.write_text(about.read_text().replace(before, sha256(file)))
     done = run("eval", "compare", made / "base", tmp_path / "fewer")
     assert done.status == 2 and "16x32" in done.err and "32x32" in done.err
 
