@@ -14,7 +14,6 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError, shortened
 from diffaccel.files import obstacle
 from diffaccel.modules.say_once import warn_once
-from diffaccel.modules.say_once import warn_once
 from diffaccel.samplers.superdiff import formulas, particles
 from diffaccel.samplers.superdiff.checks import check_prior
 from diffaccel.samplers.superdiff.components import SEPARATOR, Components, open_components
@@ -48,10 +47,7 @@ def superposition(config: Any, session: Session) -> Superposition:
     if len(parts) == 1 and session.pipe is not None:
         _warn_of_one(config, session)
     if len(parts) > 1 and len(sigmas) - 1 < FEW_STEPS and config.op in ("or", "and") and session.pipe is not None:
-        warn_once(
-            logger, session.pipe, "%d steps are few for tracked densities; 50 are usual, and 25 did as well for pictures.",
-            len(sigmas) - 1,
-        )  # fmt: skip
+        warn_once(logger, session.pipe, "%d steps are few for tracked densities; take 25 or more.", len(sigmas) - 1)
     _check_density(config, session, parts)
     count, regions = len(parts), max(len(config.regions), 1)
     _check_counts(config, count, regions, session.x[0].numel())
