@@ -12,6 +12,8 @@ from diffaccel.eval.report.credits import credits_of
 from diffaccel.eval.report.names import markdown_text, shell_line
 from diffaccel.eval.report.summary import bracketed, compared_runs, headline, main_keys, summaries, things_of
 
+NAMED = 6  # runs in the heading; of more it tells the number
+
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return verdicts, tables, warnings and credits as Markdown.
@@ -21,7 +23,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     """
     base = report["baseline"]
     runs = summaries(report)
-    lines = [f"# {', '.join(map(markdown_text, compared_runs(report)))} against {markdown_text(base)}", ""]
+    names = [markdown_text(name) for name in compared_runs(report)]
+    compared = ", ".join(names) if len(names) <= NAMED else f"{len(names)} runs"
+    lines = [f"# {compared} against {markdown_text(base)}", ""]
     lines += [f"{headline(report)}.", ""]
     lines += [f"- **{markdown_text(run.run)}**: {markdown_text(run.sentence)}." for run in runs]
     lines += ["", f"{markdown_text(tables.counted(report))}. 95 % intervals.", ""]

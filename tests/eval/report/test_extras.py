@@ -91,3 +91,9 @@ def test_the_batch_of_the_times_is_on_the_page():
 def test_the_reference_of_distributions_is_named():
     made = of_model("x") | {"reference": "Against <statistics>."}
     assert "Against &lt;statistics&gt;." in html_text(made) and "Against &lt;statistics&gt;." in markdown(made)
+
+
+@pytest.mark.parametrize(("count", "heading"), [(2, "# way-0, way-1 against base"), (7, "# 7 runs against base")])
+def test_the_heading_of_a_markdown_names_a_few_runs(count, heading):
+    made = report(*(speedup(f"way-{i}", 1.5, 1.4, 1.6) for i in range(count)))
+    assert markdown(made).splitlines()[0] == heading
