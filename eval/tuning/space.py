@@ -121,7 +121,8 @@ def registered(names: Sequence[str] | None = None) -> dict[str, Any]:
 
     Args:
         names: methods to use, tunable fields or not. None takes every registered one that says what may be tuned, and
-            every sampler that is neither a search nor the stock loop's own rule: its steps may be tuned.
+            every sampler that is neither a search, nor for several prompts, nor the stock loop's own rule: its steps
+            may be tuned.
 
     Raises:
         DiffAccelError: for an unknown name, and a search, whose pictures are others by intention.
@@ -147,6 +148,8 @@ def registered(names: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _fits(config_class: Any) -> bool:
     if getattr(config_class, "searches", False) or not hasattr(config_class, "tunable"):
+        return False
+    if getattr(config_class, "composes", False):  # several prompts in one picture: others by intention
         return False
     is_sampler = config_class.touches == "loop" and not getattr(config_class, "is_stock_rule", False)
     needs_nothing = all(f.default is not f.default_factory for f in fields(config_class))

@@ -67,11 +67,14 @@ def test_a_field_that_is_none():
 
 
 def test_what_is_tuned_of_the_registry():
-    """Samplers by their steps, and whatever else says what may be tuned; searches and the stock loop's rule are not."""
+    """Samplers by their steps, and whatever else says what may be tuned.
+
+    Searches, compositions of several prompts and the stock loop's rule are not.
+    """
     chosen = registered()
     for name in registry.METHODS:
         cls = registry.config_class(name)
-        is_sampler = cls.touches == "loop" and not cls.searches and not cls.is_stock_rule
+        is_sampler = cls.touches == "loop" and not (cls.searches or cls.composes or cls.is_stock_rule)
         searches = cls.touches == "loop" and cls.searches
         assert (name in chosen) == (not searches and (is_sampler or bool(cls.tunable()))), name
     assert Config.tunable() == {}
