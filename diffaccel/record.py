@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -119,6 +120,14 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if values is not None:
         check_run(values, folder)
     return values
+
+
+def written_files(folder: Path, images: Sequence[dict[str, Any]]) -> Iterator[tuple[Path, str | None]]:
+    """Yield every picture, video and file of latents that a record lists, with the sha256 it tells; None for none."""
+    for entry in images:
+        for name, digest in (("file", "sha256"), ("latents", "latents_sha256")):
+            if name in entry:
+                yield folder / entry[name], entry.get(digest)
 
 
 def check_format(values: dict[str, Any], known: int, what: str) -> None:

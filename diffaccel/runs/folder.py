@@ -228,12 +228,7 @@ class RunFolder:
         if [image["id"] for image in entry["images"]] != [item.id for item in self.chunks[number]]:
             return False
         try:
-            return all(
-                sha256(self.path / image[key]) == image[digest]
-                for image in entry["images"]
-                for key, digest in (("file", "sha256"), ("latents", "latents_sha256"))
-                if key in image
-            )
+            return all(sha256(file) == digest for file, digest in record.written_files(self.path, entry["images"]))
         except OSError:
             return False
 

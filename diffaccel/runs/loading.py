@@ -198,7 +198,7 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
     check_settings(pipe, request)
     check_subjects(pipe, request)
     in_place = [method for method in request.methods if method.touches == "graphs"]  # of weights where they are to stay
-    movable = [method for method in request.methods if method not in in_place]  # a quantized network takes less to move
+    movable = [method for method in request.methods if method.touches != "graphs"]  # quantized, it is less to move
     if movable:
         accelerate(pipe, *movable)
     pipe = pipe.to(device)

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import sha256
+from diffaccel.record import written_files
 
 THREADS = 8  # hashing releases the interpreter's lock, and waits for the disk
 
@@ -23,14 +24,8 @@ def check_files(run: dict[str, Any], folder: Path) -> None:
 
     Missing ones are not looked at. A copy of another run's files over these has the same names, so names do not tell.
     """
-    pairs = (("file", "sha256"), ("latents", "latents_sha256"))
-    wanted = [
-        (folder / entry[name], entry[digest])
-        for entry in run["images"]
-        for name, digest in pairs
-        if name in entry and digest in entry
-    ]
-    present = [(file, digest) for file, digest in wanted if file.is_file()]
+    listed = written_files(folder, run["images"])
+    present = [(file, digest) for file, digest in listed if digest is not None and file.is_file()]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(sha256, [file for file, _ in present])
         changed = next((file for (file, digest), got in zip(present, found, strict=True) if got != digest), None)

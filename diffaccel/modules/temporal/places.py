@@ -7,7 +7,6 @@ network: what makes one lets go of the tables first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,7 +100,7 @@ def _module_class(cls: Any) -> Any:
         place: TemporalPlace | None = vars(self).get(PLACE)  # None for a bound method that outlived it
         return cls.forward(self, *args, **kwargs) if place is None or place.result is None else place.result
 
-    return _derived(cls, {"forward": forward}, _plain_class)
+    return type(cls.__name__, (cls,), {**_names(cls), "forward": forward})
 
 
 @once_a_class
@@ -115,7 +114,7 @@ def _network_class(cls: Any) -> Any:
 
     members = {name: _letting_go(cls, name, True) for name in CHANGES if hasattr(cls, name)}
     members |= {name: _letting_go(cls, name, False) for name in READS if hasattr(cls, name)}
-    return _derived(cls, {**members, "__call__": __call__}, like_class)
+    return like_class(cls, {**_names(cls), **members, "__call__": __call__})
 
 
 def _letting_go(cls: Any, name: str, forget: bool) -> Any:
@@ -136,11 +135,9 @@ def _letting_go(cls: Any, name: str, forget: bool) -> Any:
     return wrapped
 
 
-def _plain_class(cls: Any, members: dict[str, Any]) -> Any:
-    return type(cls)(cls.__name__, (cls,), members)
+def _names(cls: Any) -> dict[str, Any]:
+    """Return the members by which a derived class is named, copied and pickled as ``cls``."""
 
-
-def _derived(cls: Any, members: dict[str, Any], derive: Callable[[Any, dict[str, Any]], Any]) -> Any:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         place: TemporalPlace | None = vars(self).get(PLACE)
         if place is not None:
@@ -148,8 +145,7 @@ def _derived(cls: Any, members: dict[str, Any], derive: Callable[[Any, dict[str,
         reduced = cls.__reduce_ex__(self, protocol)
         return (_rebuilt, (cls,), reduced[2]) if is_taken(self) else reduced
 
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": __reduce_ex__}
-    return derive(cls, {**names, **members})
+    return {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": __reduce_ex__}
 
 
 def _rebuilt(cls: Any) -> Any:
