@@ -25,7 +25,7 @@ from diffaccel.config import SamplerConfig
 from diffaccel.errors import DiffAccelError, UnsupportedBySampler
 from diffaccel.families import FAMILIES
 from diffaccel.flow import VE_PATH
-from diffaccel.modules.guard import contents_of, restored
+from diffaccel.modules.guard import attributes_of, contents_of, restored
 from diffaccel.modules.instance_method import InstanceMethod
 from diffaccel.modules.stand_in import TextMemo
 from diffaccel.modules.step_output import StepOutput
@@ -46,7 +46,8 @@ class _Loop:
         prepared: called when the loop begins.
         requested: noise levels at which the sampler asks for predictions, one per entry of ``scheduler.timesteps``.
         own_timesteps, entries: the scheduler's own timesteps, and those of the requests, which replace them.
-        levels: a copy of the scheduler's noise levels as it set them, which the pipeline may edit before its loop.
+        own_levels: the scheduler's own noise levels, which those of the requests may replace.
+        levels: a copy of the scheduler's noise levels at the loop's begin, which the pipeline may edit before it.
         has_own_entries: whether the entries are the scheduler's own, so that an index means the same in both.
         is_copied: whether the pipeline made a deep copy of its scheduler, whose steps are its own.
         start: index of the first entry that the loop visits; None before it visits one.
@@ -63,6 +64,7 @@ class _Loop:
         self.schedule: Schedule | None = None
         self.requested: list[Tensor] = []
         self.own_timesteps = self.entries = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.own_levels: Any = None
         self.levels: Tensor | None = None
         self.has_own_entries = self.is_copied = False
         self.start: int | None = None
@@ -79,7 +81,7 @@ class _Loop:
         scheduler.timesteps = self.entries = self._entries_of(self.schedule, self.requested)
         self.has_own_entries = _same(self.entries, self.own_timesteps)
         self._check_copies()
-        levels = getattr(scheduler, "sigmas", None)
+        self.own_levels = levels = getattr(scheduler, "sigmas", None)
         if isinstance(levels, Tensor) and not self.has_own_entries and self.schedule.has_scheduler_levels:
             # loops look up the level of an entry by its index
             levels = torch.stack([*self.requested, self.schedule.sigmas[-1]]).to(levels)
@@ -238,6 +240,16 @@ class _Loop:
             return self.event.x, self.event, self.sampling
         raise self.cannot_mix()
 
+    def leave(self, scheduler: Any) -> None:
+        """Leave the scheduler as its own steps would: with its own entries, at the last one's end."""
+        if self.schedule is None or self.has_own_entries:
+            return
+        scheduler.timesteps = self.own_timesteps
+        if self.own_levels is not None:
+            scheduler.sigmas = self.own_levels
+        if hasattr(scheduler, "_step_index"):
+            scheduler._step_index = len(self.own_timesteps)
+
     def end(self, scheduler: Any, arguments: dict[str, Any]) -> None:
         """Raise after a call whose loop made no step, or ended within a step of the sampler."""
         if self.sampling is None and self.has_own_entries:
@@ -278,7 +290,7 @@ def generate_stock(
 @contextmanager
 def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
     """Redirect the scheduler's methods to ``loop``; signatures stay, since pipelines inspect them."""
-    restore = contents_of(scheduler)
+    restore_all = contents_of(scheduler)  # after an error
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
     def begin(*args: Any, **kwargs: Any) -> None:
@@ -303,9 +315,17 @@ def _patched(scheduler: Any, loop: _Loop) -> Iterator[None]:
             methods[name] = _announced(getattr(scheduler, name), scheduler, loop)
     on_copy = {"step": loop.note_copy}
     methods = {name: InstanceMethod(scheduler, name, m, on_copy.get(name)) for name, m in methods.items()}
+    restore_methods = attributes_of(scheduler, [*methods])
+    is_done = False
+
+    def restore() -> None:
+        (restore_methods if is_done else restore_all)()  # a whole call leaves what the stock one leaves
+
     with restored(loop.pipe, restore):
         vars(scheduler).update(methods)
         yield
+        loop.leave(scheduler)
+        is_done = True
 
 
 def _announced(noise: Callable[..., Any], scheduler: Any, loop: _Loop) -> Callable[..., Any]:

@@ -116,7 +116,9 @@ def test_two_predictions_a_step_down_to_a_level_above_zero(kind: type) -> None:
     torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
-def test_the_index_in_the_pipelines_own_loop() -> None:
+@pytest.mark.parametrize("sampler", [Euler(), Heun()])
+def test_the_index_in_the_pipelines_own_loop(sampler: Any) -> None:
+    """After the call the scheduler stands where the stock loop leaves it, whatever entries the sampler asked at."""
     seen: list[int] = []
 
     def look(pipe, i, t, kwargs):
@@ -125,8 +127,13 @@ def test_the_index_in_the_pipelines_own_loop() -> None:
 
     pipe = toy.make()
     pipe(**toy.call_kwargs("inpainting", callback_on_step_end=look))
-    stock = seen.copy()
+    stock, timesteps, sigmas = seen.copy(), pipe.scheduler.timesteps, pipe.scheduler.sigmas
     seen.clear()
-    diffaccel.accelerate(pipe, Euler())
-    pipe(**toy.call_kwargs("inpainting", callback_on_step_end=look))
-    assert seen == stock == [1, 2, 3, 4, 5, 6] and diffaccel.summary(pipe).last_run["path"] == "stock loop"
+    diffaccel.accelerate(pipe, sampler)
+    pipe.scheduler.set_timesteps(3)
+    pipe(**toy.call_kwargs("inpainting" if sampler == Euler() else "rescaled", callback_on_step_end=look))
+    assert seen[: len(stock)] == stock == [1, 2, 3, 4, 5, 6]
+    assert diffaccel.summary(pipe).last_run["path"] == "stock loop"
+    assert pipe.scheduler.step_index == 6
+    assert torch.equal(pipe.scheduler.timesteps, timesteps) and torch.equal(pipe.scheduler.sigmas, sigmas)
+    assert "step" not in vars(pipe.scheduler)
