@@ -42,6 +42,7 @@ from diffaccel.runs.call_arguments import call_arguments
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from scripts import pareto_front
+from scripts.earlier import earlier
 from scripts.equal_seconds_grid import SETS
 
 JUDGE = "emoji-clip-judge"
@@ -295,12 +296,10 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     file = args.out / f"{name_of(values)}_pictures.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if before.get("options") == values["options"]:
-        values["rows"] = before["rows"]
+    values["rows"] = earlier(file, values, ("options",)).get("rows", [])
     variants = list(dict.fromkeys([*map(PLAIN.format, args.plain), *args.variants, *asked(args)]))
     rows: dict[str, dict[str, Any]] = {row["variant"]: row for row in values["rows"]}
-    seconds = kept_seconds(before, values, variants) or (bench.time(variants) if args.turns else {})
+    seconds = kept_seconds(file, values, variants) or (bench.time(variants) if args.turns else {})
     values |= {"seconds": seconds, "left_out": [text for text in variants if args.turns and text not in seconds]}
     write_json(file, values)  # at once: after a stop the command goes on with them
     for text in variants:
@@ -321,13 +320,13 @@ def main() -> None:
     finish(values, args.out)
 
 
-def kept_seconds(before: dict[str, Any], values: dict[str, Any], variants: list[str]) -> dict[str, Any]:
+def kept_seconds(file: Path, values: dict[str, Any], variants: list[str]) -> dict[str, Any]:
     """Return the times of a run that was stopped, where it measured all of these variants alike; else none."""
-    same = ("options", "kind", "device", "versions", "timing_batch", "turns")
+    before = earlier(file, values, ("options", "kind", "device", "versions", "timing_batch", "turns"))
     known = {*before.get("seconds", {}), *before.get("left_out", [])}
-    if any(before.get(key) != values[key] for key in same) or not known.issuperset(variants):
+    if not known.issuperset(variants):
         return {}
-    return {text: times for text, times in before["seconds"].items() if text in variants}
+    return {text: times for text, times in before.get("seconds", {}).items() if text in variants}
 
 
 def asked(args: argparse.Namespace) -> list[str]:

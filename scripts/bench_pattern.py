@@ -13,7 +13,6 @@ with the same real steps.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from diffaccel.eval.uncertainty.intervals import paired_difference
 from diffaccel.files import write_json
 from diffaccel.runs.variant import parse
 from scripts import bench_equal_seconds, stage_patterns
+from scripts.earlier import earlier
 
 MOST = 2.5  # per cent of the judge's score
 PLAIN = bench_equal_seconds.PLAIN
@@ -157,9 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"bench_pattern_{bench.args.model}_{args.kind or 'cpu'}.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if all(before.get(key) == values[key] for key in ("options", "most", "choose", "versions", "judge_weights_sha256")):
-        values["targets"] = before["targets"]
+    same = ("options", "most", "choose", "versions", "judge_weights_sha256")
+    values["targets"] = earlier(file, values, same).get("targets", {})
     print("| model | candidate | real steps | loss of the judge | pictures |\n|---|---|---|---|---|", flush=True)
     for target in args.targets:
         values["targets"][target] = search(target, judged, others, args.most)

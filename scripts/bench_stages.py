@@ -37,6 +37,7 @@ from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from diffaccel.samplers import Bottleneck
 from scripts import big_models, stage_patterns
+from scripts.earlier import earlier
 
 SPEED = "bottleneck:preset=speed,tolerance={},scales={}"
 MIX = "bottleneck+spectrum:bottleneck.preset=speed,bottleneck.tolerance={},bottleneck.scales={},spectrum.warmup=2"
@@ -270,14 +271,6 @@ def rows_of(model: str, pattern: str | None, peers: bool, stages: bool = False) 
     return (*rows, *others)
 
 
-def kept_ways(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the ways of a record that was made of the same rows on the same machine; a new run adds its own."""
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    same = ("model", "kind", "device", "versions", "plans")
-    now = json.loads(json.dumps(values))
-    return before["ways"] if before and all(before.get(key) == now[key] for key in same) else {}
-
-
 def shown(values: dict[str, Any]) -> str:
     """Return the table of a record."""
     head = ["", "row", "real steps", "predicted by FLOPs", "by forwards", "measured", "of FLOPs", "of forwards",
@@ -320,7 +313,8 @@ def main() -> None:
     suffix = ("_pattern" if args.pattern else "") + ("_peers" if args.peers else "")
     file = args.out / f"bench_stages_{args.model}{suffix}_{args.kind or 'cpu'}.json"
     args.out.mkdir(parents=True, exist_ok=True)
-    values["ways"] = kept_ways(file, values)
+    same = ("model", "kind", "device", "versions", "plans")  # a run of other ways adds its own
+    values["ways"] = earlier(file, values, same).get("ways", {})
     write_json(file, values)
     print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
     for way in (way for way in WAYS if way in args.ways and (way != "captured" or device.type == "cuda")):

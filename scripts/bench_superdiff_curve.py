@@ -13,7 +13,6 @@ same command goes on, and more ``--blocks`` add seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import write_json
 from diffaccel.training.loop import Deadline
 from scripts import bench_superdiff
+from scripts.earlier import earlier
 from scripts.ends import ends, ends_text
 
 STEPS = (25, 50, 100, 250, 1000)
@@ -143,8 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     bench = bench_superdiff.Bench(args)
     settings = {key: getattr(args, key) for key in PICTURES} | {"kernels": KERNELS}
     file = args.out / "cells_curve.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    done: list[dict[str, Any]] = before["cells"] if before.get("settings") == settings else []
+    done: list[dict[str, Any]] = earlier(file, {"settings": settings}, ("settings",)).get("cells", [])
     wanted = cells(args.points, args.blocks)
     missing = [cell for cell in wanted if cell not in {(c["kernel"], c["steps"], c["block"]) for c in done}]
     for kernel, steps, block in missing:

@@ -16,7 +16,6 @@ goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from diffaccel.files import write_json
 from diffaccel.samplers import SuperDiff
 from diffaccel.schedules import Schedule
 from diffaccel.session import Eval, Pred, Session, Step, bcast
+from scripts.earlier import earlier
 from scripts.ends import ends, ends_text
 
 PAPER = 600  # steps of the reference
@@ -340,8 +340,8 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"bench_superdiff_error_{args.kind}.json"
     settings = {name: getattr(args, name) for name in ("rows", "paper", "steps", "seed")}
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    cells: dict[str, list[dict[str, Any]]] = before["cells"] if before.get("settings") == settings else {}
+    before = earlier(file, {"settings": settings}, ("settings",))
+    cells: dict[str, list[dict[str, Any]]] = before.get("cells", {})
     for bed in args.beds:
         for path in args.paths:
             name = f"{bed}; {path}"

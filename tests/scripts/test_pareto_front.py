@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diffaccel.files import write_json
 from scripts import equal_seconds_grid, pareto_front
 from scripts.bench_equal_seconds import CHOICES, kept_seconds, make_parser
 
@@ -75,9 +77,12 @@ def test_every_option_of_the_grid_is_a_variant_of_a_family():
     assert set(CHOICES) <= vars(make_parser().parse_args([])).keys()
 
 
-def test_times_of_a_stopped_comparison_are_kept_only_where_all_variants_had_their_turn():
+def test_times_of_a_stopped_comparison_are_kept_only_where_all_variants_had_their_turn(tmp_path: Path):
     values = {"options": {}, "kind": "k", "device": {}, "versions": {}, "timing_batch": 4, "turns": 1}
     before = {**values, "seconds": {"euler:steps=4": {"loop": 1.0, "whole": 2.0}}, "left_out": ["euler+absent:steps=4"]}
-    assert kept_seconds(before, values, ["euler:steps=4", "euler+absent:steps=4"]) == before["seconds"]
-    assert kept_seconds(before, values, ["euler:steps=4", "euler:steps=8"]) == {}
-    assert kept_seconds(before, {**values, "turns": 2}, ["euler:steps=4"]) == {} == kept_seconds({}, values, ["a"])
+    file = tmp_path / "before.json"
+    assert kept_seconds(file, values, ["a"]) == {}
+    write_json(file, before)
+    assert kept_seconds(file, values, ["euler:steps=4", "euler+absent:steps=4"]) == before["seconds"]
+    assert kept_seconds(file, values, ["euler:steps=4", "euler:steps=8"]) == {}
+    assert kept_seconds(file, {**values, "turns": 2}, ["euler:steps=4"]) == {}
