@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,13 +34,14 @@ IMAGE = {
     "id": COUNT, "prompt": (str, None), "seed": COUNT, "file": FILE_NAME, "sha256": str, "latents?": FILE_NAME,
     "latents_sha256?": str, "noise_sha256?": str, "frames?": COUNT, "fps?": NUMBER,
 }  # fmt: skip
+SIDE_FILE = {"folder": FILE_NAME, "file": FILE_NAME, "sha256": str}
 _STARTED = {
     "settings": {"prompts?": [(str, None)], "methods?": [{"name": str}], "num?": COUNT, "seed?": COUNT},
     "fingerprint": str, "state": str, "started": str, "command": [str], "versions": dict, "device": {"type": str},
 }  # fmt: skip
 _FINISHED = {
     **_STARTED, "call": {"num_inference_steps?": COUNT}, "cost": COST, "images": [IMAGE],
-    "chunks?": [{"chunk": COUNT, "cost": dict}],
+    "chunks?": [{"chunk": COUNT, "cost": dict, "side_files?": [SIDE_FILE]}],
     "until?": {"rule": str, "chunks": COUNT, "verdict": str},
 }  # fmt: skip
 PACKAGES = ("diffaccel", "torch", "diffusers", "transformers", "accelerate")
@@ -128,6 +129,13 @@ def written_files(folder: Path, images: Sequence[dict[str, Any]]) -> Iterator[tu
         for name, digest in (("file", "sha256"), ("latents", "latents_sha256")):
             if name in entry:
                 yield folder / entry[name], entry.get(digest)
+
+
+def side_files(folder: Path, chunks: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Path, str]]:
+    """Yield every file that a record lists beside the pictures of its chunks, such as a search's, with its sha256."""
+    for chunk in chunks:
+        for entry in chunk.get("side_files", ()):
+            yield folder / entry["folder"] / f"{chunk['chunk']:05d}" / entry["file"], entry["sha256"]
 
 
 def check_format(values: dict[str, Any], known: int, what: str) -> None:

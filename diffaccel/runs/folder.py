@@ -35,6 +35,7 @@ from diffaccel.files import (
     write_tensor,
 )
 from diffaccel.folder_lock import FolderLock
+from diffaccel.runs import side_files
 from diffaccel.runs.cost import total_cost, without_steps
 from diffaccel.runs.request import Item
 
@@ -43,13 +44,11 @@ if TYPE_CHECKING:
 
 MARKERS = ".chunks"
 LATENTS = ".safetensors"
-TRACES = "traces"  # the same for loops that are no search and leave files
-SEARCH = "search"  # subfolder where searches leave their traces, one folder for each call
-_MARKER = {"fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE]}
+_MARKER = {
+    "fingerprint": str, "chunk": COUNT, "cost": record.COST, "images": [record.IMAGE],
+    "side_files?": [record.SIDE_FILE],
+}  # fmt: skip
 _IMAGE = re.compile(r"\d{5,}\.(png|mp4|safetensors)")
-_TRACE = re.compile(
-    r"\.lock|rewards\.jsonl|latents\.safetensors|trace\.json|reward\.png|density\.json|density\.png|\d{3,}-\d+_.*\.png"
-)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ADVICE = "Choose another --out, or pass --overwrite to throw it away."
 
@@ -110,6 +109,7 @@ class RunFolder:
         self._written: set[Path] = set()
         self._replaced: list[str] = []
         self._is_new = False
+        self._changed: dict[int, dict[str, Any]] = {}  # entries of chunks that are not as they were written
 
     def __enter__(self) -> Self:
         if self.path.is_dir():
@@ -187,12 +187,7 @@ class RunFolder:
         shutil.rmtree(self.path / MARKERS, ignore_errors=True)
         for name in (record.RUN, *self._replaced):
             (self.path / name).unlink(missing_ok=True)
-        for folder in [*(self.path / SEARCH).glob("[0-9]*"), *(self.path / TRACES).glob("[0-9]*")]:
-            for trace in folder.iterdir() if folder.is_dir() else ():
-                if _TRACE.fullmatch(trace.name) and trace.is_file():
-                    trace.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # fails when something else is in it
+        side_files.remove_all(self.path)
 
     def abandon(self) -> None:
         """Remove what this process wrote of a run that failed before its first chunk was finished."""
@@ -222,13 +217,21 @@ class RunFolder:
                 entry = json.loads(path.read_text(encoding="utf-8"))
                 if not misfit(entry, _MARKER) and entry.pop("fingerprint") == self.new.fingerprint:
                     entries[entry["chunk"]] = entry
-        return {i: entries[i] for i in sorted(entries) if i < len(self.chunks) and self._complete(i, entries[i])}
+        listed = [i for i in sorted(entries) if i < len(self.chunks)]
+        self._changed = {i: entries[i] for i in listed if not self._complete(i, entries[i])}
+        return {i: entries[i] for i in listed if i not in self._changed}
+
+    def begin(self, number: int) -> None:
+        """Remove the files beside a chunk that have changed since it was written; it is about to be drawn again."""
+        with self._while_writing():
+            side_files.remove_changed(self.path, self._changed.pop(number, {}))
 
     def _complete(self, number: int, entry: dict[str, Any]) -> bool:
         if [image["id"] for image in entry["images"]] != [item.id for item in self.chunks[number]]:
             return False
         try:
-            return all(sha256(file) == digest for file, digest in record.written_files(self.path, entry["images"]))
+            files = (*record.written_files(self.path, entry["images"]), *record.side_files(self.path, [entry]))
+            return all(sha256(file) == digest for file, digest in files)
         except OSError:
             return False
 
@@ -264,6 +267,7 @@ class RunFolder:
                     entry |= self._write_latents(item, latents[row])
                 entries.append(entry)
             marker = {"fingerprint": self.new.fingerprint, "chunk": number, "cost": cost, "images": entries}
+            marker |= side_files.of_chunk(self.path, number)
             (self.path / MARKERS).mkdir(exist_ok=True)
             write_json(self.path / MARKERS / f"{number:05d}.json", marker)
 
@@ -329,7 +333,11 @@ class RunFolder:
             call=call or old.get("call", {}),
             cost=total_cost([entry["cost"] for entry in complete]),
             images=[image for entry in complete for image in entry["images"]],
-            chunks=[{"chunk": number, "cost": without_steps(entry["cost"])} for number, entry in enumerate(complete)],
+            chunks=[
+                {"chunk": number, "cost": without_steps(entry["cost"])}
+                | ({"side_files": entry["side_files"]} if "side_files" in entry else {})
+                for number, entry in enumerate(complete)
+            ],
             **({} if until is None else {"until": until}),
         )
         self.new.save(self.path / record.RUN)

@@ -33,8 +33,9 @@ from diffaccel.runs.call_arguments import (
 )
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.failures import failures
-from diffaccel.runs.folder import SEARCH, TRACES, RunFolder, check_writable
+from diffaccel.runs.folder import RunFolder, check_writable
 from diffaccel.runs.request import Request
+from diffaccel.runs.side_files import SEARCH, TRACES
 
 if TYPE_CHECKING:
     import torch
@@ -311,6 +312,8 @@ def _draw(run: _Run, numbers: list[int], bar: Any) -> None:
         for number in numbers if shared else numbers[processes.rank :: processes.size]:
             chunk = folder.chunks[number]
             traces = folder.path / (SEARCH if searches else TRACES) / f"{number:05d}"
+            if processes.rank == 0 or not shared:
+                folder.begin(number)
             images, cost, profile = generate_chunk(
                 run.pipe, chunk, run.call, frame_rate(run.pipe, run.request),
                 folder=traces if searches or _leaves_files(run.pipe) else None, shared=shared,

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import sha256
-from diffaccel.record import written_files
+from diffaccel.record import side_files, written_files
 
 THREADS = 8  # hashing releases the interpreter's lock, and waits for the disk
 
@@ -20,11 +20,11 @@ def check_finished(run: dict[str, Any], path: str | Path) -> None:
 
 
 def check_files(run: dict[str, Any], folder: Path) -> None:
-    """Refuse a folder with a picture, video or latents that are not those of its record.
+    """Refuse a folder with a picture, video, latents or a search's file that are not those of its record.
 
     Missing ones are not looked at. A copy of another run's files over these has the same names, so names do not tell.
     """
-    listed = written_files(folder, run["images"])
+    listed = [*written_files(folder, run["images"]), *side_files(folder, run.get("chunks", ()))]
     present = [(file, digest) for file, digest in listed if digest is not None and file.is_file()]
     with ThreadPoolExecutor(THREADS) as pool:
         found = pool.map(sha256, [file for file, _ in present])

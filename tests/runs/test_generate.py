@@ -19,6 +19,7 @@ from search_bed import latent_reward
 import diffaccel
 from diffaccel import zoo
 from diffaccel.errors import DiffAccelError
+from diffaccel.eval.sets.run import open_run
 from diffaccel.families import network
 from diffaccel.modules import Capture
 from diffaccel.quant import W8A8
@@ -30,7 +31,7 @@ from diffaccel.runs.failures import failures
 from diffaccel.runs.folder import RunFailed
 from diffaccel.runs.request import Request
 from diffaccel.samplers import RBF, Ancestral, BoN, Euler, Heun
-from diffaccel.samplers.search import engine
+from diffaccel.samplers.search import engine, report
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,32 @@ def test_a_run_of_a_search_leaves_its_folder_off_the_pipeline(pipes, tmp_path):
     finally:
         diffaccel.remove(pipe)
     assert {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()} == before
+
+
+def test_a_finished_search_is_known_by_all_its_files(pipes, tmp_path, monkeypatch):
+    """One that is changed or gone is made anew, never gone on from; eval refuses a changed one as it does a picture."""
+    monkeypatch.setattr(report, "plot", lambda values, file: file.write(b"plot 0"))
+    request = Request(prompts=("a cat",), model="mine", steps=2, size=(32, 32), threads=1)
+    pipe = diffaccel.accelerate(pipes["sd3"], BoN(reward="compress", budget=2))
+    try:
+        sampling.generate_run(request, tmp_path, pipe=pipe)
+        files = {file: file.read_bytes() for file in (tmp_path / "search/00000").iterdir() if file.name != ".lock"}
+        assert {"rewards.jsonl", "latents.safetensors", "trace.json"} < {file.name for file in files}
+        assert sampling.generate_run(request, tmp_path, pipe=pipe)["drawn"] == 0
+        for file, data in files.items():
+            file.write_bytes(data.replace(b"0", b"1"))
+        with pytest.raises(DiffAccelError, match=r"search/00000/.*' has been changed since its run wrote it"):
+            open_run(tmp_path)
+        (tmp_path / "search/00000/trace.json").unlink()
+        assert sampling.generate_run(request, tmp_path, pipe=pipe)["drawn"] == 1
+        assert {file: file.read_bytes() for file in files} == files and open_run(tmp_path)
+        old = json.loads((tmp_path / "run.json").read_text())
+        del old["chunks"][0]["side_files"]  # a record of an earlier version lists none
+        (tmp_path / "run.json").write_text(json.dumps(old))
+        (tmp_path / "search/00000/trace.json").unlink()
+        assert sampling.generate_run(request, tmp_path, pipe=pipe)["drawn"] == 0 and open_run(tmp_path)
+    finally:
+        diffaccel.remove(pipe)
 
 
 @pytest.mark.parametrize("config", [Euler(), Ancestral()], ids=lambda config: config.name)
