@@ -202,7 +202,8 @@ def search_on(
     promise = Promise(parse(rule), bed.baseline_values())
     quality = Promise(parse(nearness), bed.baseline_values()) if nearness else promise
     space = TuningSpace.of(METHODS if methods is None else methods, STEPS)
-    journal = Journal(folder, {"population": bed.seed, "rule": rule, "seed": seed})
+    metrics = (*promise.gate.metrics, *quality.gate.metrics)
+    journal = Journal(folder, {"population": bed.seed, "rule": rule, "seed": seed}, metrics)
     return TuningSearch(space, bed, promise, quality, journal, sizes, seed)
 
 

@@ -78,7 +78,10 @@ def turns_of(search: TuningSearch, entries: Sequence[PlanEntry], turns: int, key
     search.progress(f"timing of the {key}")
     part = Part("tuning", 0, search.sizes.rungs[0])
     variants = [entry.variant for entry in entries]
-    return search.journal.once(f"turns of the {key}", lambda: search.bed.take_turns(variants, turns, part))
+    timing = search.journal.once(f"turns of the {key}", lambda: search.bed.take_turns(variants, turns, part))
+    if missing := next((entry.name for entry in entries if entry.name not in timing["plans"]), None):
+        raise search.journal.damaged(f"'{missing}' is missing in plans of 'turns of the {key}'")
+    return timing
 
 
 def _keepers(search: TuningSearch, best_within_time: bool) -> list[PlanEntry]:

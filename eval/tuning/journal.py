@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffaccel.errors import DiffAccelError
+from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.eval.tuning.journal_trials import BRACKET, damage_of_trials, misfit_of_trials
+from diffaccel.eval.tuning.journal_values import SETTINGS, damage
 from diffaccel.eval.tuning.space import Params
 
-FILE, STUDY, SETTINGS = "journal.log", "tuning", "settings"
+FILE, STUDY = "journal.log", "tuning"
 _START = 12  # trials before the sampler models them
-_BRACKET = "bracket"
 
 
 class Journal:
@@ -26,14 +27,15 @@ class Journal:
     Args:
         folder: that holds the journal; only one process may write it.
         settings: everything that decides the plan.
+        metrics: that every result of a plan must have.
 
     Raises:
         DiffAccelError: for a journal of other settings, naming the first that differs, and one that cannot be read.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], metrics: Sequence[str] = ()) -> None:
         optuna = _optuna()
-        path = folder / FILE
+        self._path = path = folder / FILE
         try:
             _mend(path)
             storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
@@ -41,11 +43,18 @@ class Journal:
                 study_name=STUDY, storage=storage, directions=["minimize", "minimize"], load_if_exists=True
             )
             self._values: dict[str, Any] = self.study.user_attrs
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            trials = self.study.get_trials(deepcopy=False)
+        except Exception as error:  # Optuna reads lines without checking them, and may fail in any way
+            missing = f"{error} is missing" if isinstance(error, KeyError) else first_line(error)
             raise DiffAccelError(
-                f"'{path}' is no journal of a tuning, or a damaged one ({error}). Move it away, or name another folder."
+                f"'{path}' is no journal of a tuning, or a damaged one ({missing}). Move it away, or name another "
+                "folder."
             ) from error
+        if what := damage(self._values, metrics) or damage_of_trials(trials):
+            raise self.damaged(what)
         before = self._values.get(SETTINGS)
+        if before is None and (self._values or trials):
+            raise self.damaged(f"'{SETTINGS}' is missing, and must be an object")
         if before is None:
             self.put(SETTINGS, settings)
         elif differing := next((k for k in {**before, **settings} if before.get(k) != settings.get(k)), None):
@@ -53,6 +62,13 @@ class Journal:
                 f"'{folder}' holds a tuning with {differing} {before.get(differing)}, not {settings.get(differing)}. "
                 "Repeat its command to go on, or choose another folder with --out."
             )
+
+    def damaged(self, what: str) -> DiffAccelError:
+        """Return the error for a journal of which ``what`` tells the part that is wrong."""
+        return DiffAccelError(
+            f"'{self._path}' is a damaged journal of a tuning: {what}. Move it away, and the same command tunes anew, "
+            "or name another folder."
+        )
 
     def get(self, key: str) -> Any:
         """Return a value that was put, or None."""
@@ -90,8 +106,10 @@ class Journal:
         optuna = _optuna()
         running = [t for t in self.study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
         for trial in running:
-            if len(trial.params) < len(distributions) or _BRACKET not in trial.user_attrs:
+            if len(trial.params) < len(distributions) or BRACKET not in trial.user_attrs:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was killed as it was asked
+        if what := misfit_of_trials(self.study.get_trials(deepcopy=False), distributions):
+            raise self.damaged(what)
         trials = self._trials_of(bracket)
         for place in range(len(trials), count):
             sampler_seed = random.Random(f"{seed} {bracket} {place}").randrange(2**31)
@@ -104,11 +122,11 @@ class Journal:
                         state=optuna.trial.TrialState.RUNNING,
                         params=queue[place],
                         distributions=distributions,
-                        user_attrs={_BRACKET: bracket},
+                        user_attrs={BRACKET: bracket},
                     )
                 )
             else:
-                self.study.ask(distributions).set_user_attr(_BRACKET, bracket)
+                self.study.ask(distributions).set_user_attr(BRACKET, bracket)
             trials = self._trials_of(bracket)
         return trials
 
@@ -118,7 +136,7 @@ class Journal:
 
     def _trials_of(self, bracket: int) -> list[tuple[int, Params]]:
         trials = self.study.get_trials(deepcopy=False)
-        return [(t.number, dict(t.params)) for t in trials if t.user_attrs.get(_BRACKET) == bracket]
+        return [(t.number, dict(t.params)) for t in trials if t.user_attrs.get(BRACKET) == bracket]
 
     def tell(self, number: int, cost: float | None, loss: float = 0.0, excess: float = 0.0) -> None:
         """Finish a trial; one that is finished stays as it is.

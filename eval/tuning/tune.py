@@ -196,8 +196,8 @@ def _tune(
 ) -> Tuned:
     digest = weights_digest(pipe)
     pipe.set_progress_bar_config(disable=True)
-    journal = Journal(folder, _settings(pipe, plan, digest))
     metrics = _metrics(plan)
+    journal = Journal(folder, _settings(pipe, plan, digest), metrics)
     request = replace(plan.request, latents="latent_error" in metrics)
     bed = PipelineBed(
         pipe, digest, request, {"tuning": plan.subjects[:1]}, folder / PICTURES, metrics, measures, once=journal.once

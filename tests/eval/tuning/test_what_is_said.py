@@ -15,7 +15,7 @@ from diffaccel.eval.tuning.halving import PlanEntry, Sizes
 from diffaccel.eval.tuning.journal import FILE, Journal
 from diffaccel.eval.tuning.result import Tuned, row
 from diffaccel.eval.tuning.sizes import least_seconds, sizes_of
-from scripts.tuner_bed import ToyBed, search_on
+from scripts.tuner_bed import ToyBed, search_on, tuning_on
 
 SIZES = Sizes((4, 8), bracket=4, held_out=12, search=1.0, turns=6)
 
@@ -57,3 +57,36 @@ def test_a_journal_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
     with pytest.raises(DiffAccelError, match="is no journal of a tuning, or a damaged one"):
         Journal(tmp_path, {})
+
+
+def test_every_line_of_an_edited_journal_is_told_by_name(tmp_path: Path) -> None:
+    """Valid JSON without what the reader asks for, or with another kind of it."""
+    bed, path, key = ToyBed(1), tmp_path / FILE, "drift:steps=20 on tuning-0-4"
+    sizes = Sizes((4,), bracket=2, held_out=4, search=1.0, turns=6)
+    tuning_on(search_on(bed, tmp_path, sizes))
+    whole = path.read_text()
+    edits = [
+        ('"op_code":0,', "", "is no journal of a tuning.*'op_code' is missing"),
+        ('"study_id":0,"user_attr"', '"user_attr"', "is no journal of a tuning.*'study_id' is missing"),
+        ('"settings":{', '"other":{', "'settings' is missing"),
+        (f'"{key}":{{', f'"{key}":3,"x":{{', "is no journal of a tuning"),
+        ('"values":{"ssim":', '"values":{"psnr":', f"'ssim' in values of '{key}' is missing, and the gate names it"),
+        ('"values":{"ssim":[', '"values":{"ssim":[0.9,', f"values of '{key}' is .*, and must be a list of 4 numbers"),
+        ('"nfe":20.0', '"nfe":"x"', f"cost of '{key}' is .*, and must be an object of numbers"),
+        ('"ratio":', '"ratios":', f"ratio of '{key}' is missing, and must be a number above 0"),
+        ('"spent":', '"spent":"x","was":', f"spent of '{key}' is \"x\", and must be a number, 0 or more"),
+        ('"brackets":1', '"brackets":null', "'brackets' is null, and must be a whole number"),
+        ('"low":null', '"low":1', "one end of the ratio of '.*' in 'turns of the shortlist' is null"),
+        ('"seconds":0.', '"second":0.', "seconds of '.*' in 'turns of the shortlist' is missing"),
+        ('"plans":{', '"plans":{},"was":{', "is missing in plans of 'turns of the shortlist'"),
+        ('"chosen":{', '"chosen":{"x":1,', "'chosen' is .*, and must be an object of texts"),
+        ('"user_attrs":{"bracket":0', '"user_attrs":{"bracket":"x"', "the bracket of trial 0 is"),
+        ('"params":{', '"params":{},"was":{', "the parameters of trial 0 are not those of this tuning"),
+        ('"state":1,"values":[', '"state":1,"values":[1,', "the values of trial 0 are .*, and must be two numbers"),
+        ('"system_attr":{', '"system_attr":{"constraints:promise":[]},"was":{', "'constraints:promise' of trial 0 is"),
+    ]
+    for old, new, told in edits:
+        assert old in whole, old
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(DiffAccelError, match=told):
+            tuning_on(search_on(bed, tmp_path, sizes))
