@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -104,15 +104,32 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
         table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
+        _check_names([name for name in table.fieldnames or () if name.strip()], "column")
         return [_row(entry) for entry in table]
     if path.suffix == ".json":
-        entries = json.loads(text)
+        entries = json.loads(text, object_pairs_hook=_object)
         if not isinstance(entries, list):
             raise ValueError("it must hold a list")
         return [_row(entry) for entry in entries]
     if path.suffix == ".jsonl":
-        return [_row(json.loads(line)) for line in _LINE_END.split(text) if line.strip()]
+        return [_row(json.loads(line, object_pairs_hook=_object)) for line in _LINE_END.split(text) if line.strip()]
     return _lines(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of a JSON text, which may hold a key twice."""
+    _check_names([key for key, _ in pairs], "key")
+    return dict(pairs)
+
+
+def _check_names(written: Sequence[str], kind: str) -> None:
+    """Raise where two columns or keys have one name, in whatever case: one of them would be left out unseen."""
+    alike: dict[str, list[str]] = {}
+    for name in written:
+        alike.setdefault(name.strip().lower(), []).append(name)
+    if twice := next((names for names in alike.values() if len(names) > 1), None):
+        told = ", ".join(f"'{name}'" for name in twice)
+        raise ValueError(f"{len(twice)} {kind}s have one name: {told}; rename them, or leave one")
 
 
 def _lines(text: str) -> list[tuple[str, str]]:
