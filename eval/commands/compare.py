@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffaccel.eval.sets.run import Run
 
 GATE_FAILED = 5
+STDOUT = "-"  # in the place of a file
 DIFF_TITLES = {
     "beyond": "Beyond the old report's intervals:",
     "unsure": "Moved, without an interval to judge by:",
@@ -95,9 +96,14 @@ def _add_networks(parser: terminal.Parser) -> None:
 
 def _add_export_options(parser: terminal.Parser) -> None:
     add = parser.add_argument
-    add("--csv", type=terminal.output_path, metavar="FILE", help="write every number and its interval as CSV")
-    add("--tex", type=terminal.output_path, metavar="FILE", help="write a LaTeX table of the runs, for booktabs")
+    add("--csv", type=_export_path, metavar="FILE", help="write every number and its interval as CSV; - prints it")
+    add("--tex", type=_export_path, metavar="FILE", help="write a LaTeX table of the runs, for booktabs; - prints it")
     add("--markdown", action="store_true", help="print Markdown, as report.md has it")
+
+
+def _export_path(text: str) -> Path | str:
+    """Return the path of an export; "-" as it is: the export is printed in the place of the report's tables."""
+    return STDOUT if text == STDOUT else terminal.output_path(text)
 
 
 def run_compare(argv: list[str]) -> int:
@@ -174,8 +180,16 @@ def _report(
 
 def _check_outputs(options: Any) -> None:
     """Raise for an output that cannot be written, before anything is measured."""
-    for name, path in (("--csv", options.csv), ("--tex", options.tex)):
-        if path is not None:
+    exports = {"--csv": options.csv, "--tex": options.tex}
+    printed = [f"{name} {STDOUT}" for name, path in exports.items() if path == STDOUT]
+    printed += ["--json"] * options.json + ["--markdown"] * options.markdown
+    if len(printed) > 1 and STDOUT in exports.values():
+        raise DiffAccelError(
+            f"{printed[0]} and {printed[1]} both print to standard output, which takes one of them. Name a file for an "
+            "export, or leave one out."
+        )
+    for name, path in exports.items():
+        if path not in (None, STDOUT):
             terminal.check_output(name, path)
     if options.report is not None:
         terminal.check_output("--report", options.report, folder=True)
@@ -185,15 +199,19 @@ def _check_outputs(options: Any) -> None:
 
 
 def _write_report(options: Any, report: dict[str, Any]) -> None:
-    """Print a report as JSON, Markdown or for the terminal, and write it as CSV and LaTeX where that is asked for."""
+    """Print a report as JSON, Markdown, an export or for the terminal, and write exports where that is asked for."""
     from diffaccel.eval.report import console, export
     from diffaccel.eval.report.markdown import markdown
     from diffaccel.files import write_text
 
     for path, text_of in ((options.csv, export.csv_text), (options.tex, export.latex_text)):
-        if path is not None:
+        if path == STDOUT:
+            terminal.write(text_of(report).removesuffix("\n"))
+        elif path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text_of(report))
+    if STDOUT in (options.csv, options.tex):
+        return
     if options.json:
         terminal.write_json(report)
     elif options.markdown:

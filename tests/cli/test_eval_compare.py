@@ -142,6 +142,11 @@ def test_csv_and_latex_and_a_page_made_anew(run, drawn, tmp_path):
     assert again.status == 0 and again.out == done.out and (report / "report.html").read_text() == page
     assert (tmp_path / "y.csv").read_text() == (report / "report.csv").read_text()
     assert run("eval", "page", tmp_path / "none").status == 2
+    for option, made in (("--csv", tmp_path / "y.csv"), ("--tex", tmp_path / "x.tex")):
+        printed = run("eval", "page", report / "report.json", option, "-")
+        assert printed.status == 0 and printed.out == made.read_text()
+        both = run("eval", "page", report / "report.json", option, "-", "--json")
+        assert both.status == 2 and f"{option} - and --json both print to standard output" in both.err
     refused = run(*words, "--csv", tmp_path)  # before anything is measured
     assert refused.status == 2 and "--csv" in refused.err
 
