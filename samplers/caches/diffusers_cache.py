@@ -27,7 +27,8 @@ class DiffusersCache(Config):
 
     Networks whose class has no ``enable_cache`` (SD3, PixArt, UNets) are refused, as are options that hook no module.
     What diffusers leaves to the user is filled in: the current timestep, the latents that "sea" looks at, attention
-    names for "taylorseer", and the run's own number of steps for "mag".
+    names for "taylorseer", and the run's own number of steps for "mag". A ``threshold`` of 0 is no cache, to the bit:
+    diffusers' "first_block" and "mag" would skip steps whose indicator does not change at all.
 
     Args:
         kind: which of them.
@@ -67,13 +68,14 @@ class DiffusersCache(Config):
         handle = _Enabled([])
         try:
             for network in families.networks(pipe):
-                handle.caches.append(self._enable(pipe, uncompiled(network)))
+                handle.caches += self._enable(pipe, uncompiled(network))
         except BaseException:
             handle.remove()
             raise
         return handle
 
-    def _enable(self, pipe: Any, network: Any) -> _Cache:
+    def _enable(self, pipe: Any, network: Any) -> list[_Cache]:
+        """Return the cache of a network, or none where its threshold lets no step be skipped."""
         kind = f"'{self.name}' of the kind '{self.kind}'"
         if not hasattr(network, "enable_cache") or not hasattr(network, "cache_context"):
             raise DiffAccelError(
@@ -94,7 +96,8 @@ class DiffusersCache(Config):
             )
         before = _hooks(network)
         try:
-            network.enable_cache(self._diffusers_config(pipe, network))
+            config = self._diffusers_config(pipe, network)
+            network.enable_cache(config)
         except DiffAccelError:  # a ValueError too, and a sentence already
             raise
         except (ValueError, TypeError) as error:
@@ -109,7 +112,10 @@ class DiffusersCache(Config):
                 f"{kind} hooked no module of {type(network).__name__}, so it would do nothing. Pass other names in "
                 "options, or use 'spectrum' or 'taylorseer'."
             )
-        return _Cache(network, self.kind)
+        if getattr(config, "threshold", 1.0) <= 0 and not getattr(config, "calibrate", False):
+            network.disable_cache()  # all of the above holds for any threshold
+            return []
+        return [_Cache(network, self.kind)]
 
     def _diffusers_config(self, pipe: Any, network: Any) -> Any:
         import diffusers

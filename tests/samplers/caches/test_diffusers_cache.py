@@ -61,6 +61,20 @@ def test_it_skips_is_reset_and_removed(family: str, kind: Any, options: dict[str
     assert torch.equal(draw(pipe, family), stock) and not pipe.transformer.is_cache_enabled
 
 
+@pytest.mark.parametrize("kind", ["first_block", "mag", "sea"])
+def test_a_threshold_of_0_is_no_cache_where_nothing_changes_either(kind: Any) -> None:
+    """The first block adds nothing and all ratios are 1: a change of 0 from step to step, or 0 / 0."""
+    pipe = make("flux")
+    with torch.no_grad():
+        for weight in pipe.transformer.transformer_blocks[0].parameters():
+            weight.zero_()
+    stock = draw(pipe, "flux", steps=4)
+    ratios = {"mag_ratios": [1.0] * 4, "retention_ratio": 0.0} if kind == "mag" else {}
+    diffaccel.accelerate(pipe, DiffusersCache(kind=kind, options={"threshold": 0.0, **ratios}))
+    assert torch.equal(draw(pipe, "flux", steps=4), stock)
+    assert not diffaccel.summary(pipe).last_run["caches"]["skipped_calls"] and not pipe.transformer.is_cache_enabled
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "options", "match"),
     [
