@@ -15,6 +15,7 @@ from diffaccel.flow import LINEAR, transport
 from diffaccel.samplers.bottleneck.lift import lift
 from diffaccel.samplers.bottleneck.resizing import Interpolation, crop_spectrum, expand_spectrum, interpolate
 from diffaccel.samplers.bottleneck.stages import Stage
+from diffaccel.samplers.search.noise import initial_std
 from diffaccel.session import Decode, Encode, Eval, Pred, Sampling, Session, Stages, Step
 
 
@@ -93,7 +94,7 @@ def _noise(session: Session, at: Session, handover: Handover) -> Tensor:
     """Return noise of a session's size: fresh, or what the call's own noise is there."""
     if not handover.shares_noise:
         return session.randn_like(at.x)
-    noise = session.x / session.path.sigma(session.sigmas[0])  # the call begins at pure noise
+    noise = session.x / initial_std(session)  # not by the first level: custom ones may begin below pure noise
     return crop_spectrum(noise, (at.x.shape[-2], at.x.shape[-1]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Bed:
     calls: list[tuple[int, int]] = field(default_factory=list)
     steps: int = 0
     parts: Any = ()
+    scheduler: Any = None
+    schedule: Any = field(default_factory=lambda: SimpleNamespace(state_scale=lambda sigma: 1.0))
 
     def __post_init__(self) -> None:
         self.generator = self.generator or torch.Generator().manual_seed(self.seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from stage_bed import Bed, stage, target, wan_levels
@@ -15,7 +17,7 @@ from diffaccel.samplers.bottleneck.levels import shifted
 from diffaccel.samplers.bottleneck.lift import lift, lift_weights
 from diffaccel.samplers.bottleneck.resizing import crop_spectrum, expand_spectrum, interpolate, time_at_scale
 from diffaccel.samplers.euler import euler
-from diffaccel.session import Pred
+from diffaccel.session import Eval, Pred, Stages, Step
 
 SIZE = (128, 128)
 
@@ -111,6 +113,34 @@ def test_stages_with_shared_noise_follow_the_plain_call() -> None:
     other = Bed(*SIZE, levels, power=power)
     fresh = other.drive(staged(other, parts, Handover("spectrum")))
     assert float((shared - expected).std()) < 0.15 * float((fresh - expected).std())
+
+
+@pytest.mark.parametrize("kind", ["spectrum", "noise"])
+def test_shared_noise_has_unit_variance_where_levels_begin_below_pure_noise(kind: Any) -> None:
+    """A flow pipeline begins at its noise as it was drawn, whatever the first of custom ``sigmas`` is."""
+    bed = Bed(*SIZE, torch.tensor([0.7, 0.5, 0.2, 0.0], dtype=torch.float64))
+    parts = rules.switched(target(*SIZE, bed.sigmas), (0.5, 1.0), (0.5,))
+    if kind == "spectrum":
+        parts = rules.expanded(target(*SIZE, bed.sigmas), (0.5, 1.0), (0, 2, 3))
+    sampling, states = staged(bed, parts, Handover(kind, shares_noise=True)), []
+    event = next(sampling)
+    while isinstance(event, Stages | Eval | Step):
+        if isinstance(event, Eval):
+            states.append(event)
+        reply = Pred(LINEAR, event.x, event.sigma, event.x / event.sigma) if isinstance(event, Eval) else None
+        event = next_event(sampling, event.x if isinstance(event, Step) else reply)
+    entered = next(state for state in states if state.x.shape[-1] == 16)
+    # the network takes all for noise, so that beyond the small grid the state is the level's share of the draw
+    high = (dct_matrix(16) @ entered.x @ dct_matrix(16).T)[..., 8:, 8:]
+    drawn = (dct_matrix(16) @ bed.x @ dct_matrix(16).T)[..., 8:, 8:]
+    torch.testing.assert_close(high, entered.sigma * drawn)
+
+
+def next_event(sampling: Any, reply: Any) -> Any:
+    try:
+        return sampling.send(reply)
+    except StopIteration:
+        return None
 
 
 def test_two_expansions_are_one() -> None:
