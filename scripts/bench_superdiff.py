@@ -1,7 +1,7 @@
 """Compare rules of composition at equal network rows: is each of two concepts in the picture, by a held-out judge?
 
     python -m scripts.bench_superdiff --split tune --out out/superdiff
-    python -m scripts.bench_superdiff --split held-out --curve --out out/superdiff
+    python -m scripts.bench_superdiff --split held-out --out out/superdiff
 
 Pairs of labels of ``emoji-flux`` were drawn at random once and are fixed below; options are chosen on the pairs of the
 split "tune" (``choice.json``) and reported on the others. Every picture may send the same number of rows through the
@@ -32,7 +32,6 @@ from diffaccel.samplers import SuperDiff
 from scripts.ends import ends, ends_text
 
 JUDGE, STYLE, TOP = "emoji-clip-judge", "noto", 5
-CURVE = (25, 50, 100, 250, 1000)
 SHOWN = 8  # pairs in the grid
 FORMAT = 2
 TUNE = """
@@ -206,11 +205,6 @@ def work(args: argparse.Namespace, choice: dict[str, str]) -> Iterator[tuple[str
         for form, (options, rows) in forms.items():
             if args.split == "tune" or form == chosen:
                 yield f"{family}; {form}", family, options, steps_for(args, rows)
-    if args.curve:
-        for steps in CURVE[: args.curve_points]:
-            yield f"curve; matched; {steps}", "curve", {}, steps
-            euler = {"kernel": "euler", "repair": False, "first_sigma": 0.9999}
-            yield f"curve; euler; {steps}", "curve", euler, steps
 
 
 def table(rows: list[dict[str, Any]], clusters: list[int]) -> list[dict[str, Any]]:
@@ -270,8 +264,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=320, help="pictures in one pipeline call")
     add("--rows", type=int, default=2000, help="rows in one network call")
     add("--families", nargs="*", default=[], help="only these rules")
-    add("--curve", action="store_true", help="also AND over the number of steps, matched and Euler-Maruyama")
-    add("--curve-points", type=int, default=len(CURVE))
     add("--compile", action="store_true")
     add("--device", default="auto")
     add("--dtype", default="auto")
@@ -280,7 +272,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-NO_PICTURE = ("out", "kind", "families", "curve", "curve_points", "split")  # options that change no picture
+NO_PICTURE = ("out", "kind", "families", "split")  # options that change no picture
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch
 from fashion_data import make_data
 
 from diffaccel.samplers import SuperDiff
+from scripts import bench_superdiff as rules
 from scripts import bench_superdiff_curve as curve
 from scripts import bench_superdiff_error as error
 from scripts import bench_superdiff_halves as halves
@@ -117,6 +118,21 @@ def test_two_halves_are_trained_drawn_and_compared(tmp_path: Path, capsys: pytes
 )
 def test_the_interval_of_the_ratio_decides(ratio: tuple[float, ...], said: str) -> None:
     assert halves.verdict(list(ratio)) == said
+
+
+# -- the rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_documented_commands_draw_every_rule_once() -> None:
+    """The number of steps is another bench's: this one draws one form of each rule, or all of them to choose from."""
+    text = (Path(__file__).parents[2] / "docs" / "superdiff.md").read_text(encoding="utf-8")
+    commands = [line.split()[3:] for line in text.splitlines() if line.startswith("python -m scripts.bench_superdiff ")]
+    drawn = {args.split: [family for _, family, *_ in rules.work(args, {})]
+             for args in map(rules.make_parser().parse_args, commands)}  # fmt: skip
+    assert drawn["held-out"] == list(rules.FAMILIES)
+    assert drawn["tune"] == [family for family, forms in rules.FAMILIES.items() for _ in forms]
+    with pytest.raises(SystemExit):
+        rules.make_parser().parse_args(["--curve"])
 
 
 # -- the number of steps -----------------------------------------------------------------------------------------------
