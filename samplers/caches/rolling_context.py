@@ -30,7 +30,8 @@ class RollingContext(Config):
 
     Args:
         window: maximum number of latent frames that a chunk looks back at; None for as many as the last chunk of the
-            network's own video has behind it (19 for 21 latent frames in chunks of 1, 3, 3, ..., 2).
+            network's own video has behind it (19 for 21 latent frames in chunks of 1, 3, 3, ..., 2). The ring grows
+            where a call's chunks are shorter, and leave fewer frames at full resolution.
         chunk: maximum number of latent frames of a chunk; None for the network's own (3).
         capture: record evaluations as CUDA graphs once the ring is full; None where the model is on a CUDA device.
     """

@@ -50,6 +50,27 @@ def test_the_ring_equals_the_whole_video_under_its_mask(far):
         torch.testing.assert_close(engine.velocity(x, *levels(700.0), text), expected, **CLOSE)
 
 
+def test_a_ring_that_short_chunks_make_larger_keeps_its_frames_in_order():
+    """Frames have left it before: what it holds is then one piece from the end, as the evaluations read it."""
+    model, text = tiny_network(num_layers=1), numbers(2, 3, TEXT)
+    engine, wide, seen = engine_of(model, 3), engine_of(model, 40), []
+    engine.begin()
+    wide.begin()
+    for chunk in clip([1, 2, 2, 2, 2, 2, 2, *[1] * 5]):
+        engine.keep(chunk, text)
+        wide.keep(chunk, text)
+        cache, ring = engine.memory.cache, engine.memory.held
+        ids = range(cache.count - ring, cache.count)
+        assert sorted(cache.ids[cache.places - ring :].tolist()) == list(ids)
+        for frame in ids:
+            (place,), (other,) = ((kept.ids == frame).nonzero()[0].tolist() for kept in (cache, wide.memory.cache))
+            for name in ("keys", "rotated", "values"):
+                pair = (getattr(kept, name)[:, :, :, at] for kept, at in ((cache, place), (wide.memory.cache, other)))
+                torch.testing.assert_close(*pair, **CLOSE)
+        seen.append(ring + sum(part.shape[1] for part in engine.recent))
+    assert seen == [1, 3, 5, *[7] * 9] and engine.memory.origin > 0
+
+
 @pytest.mark.slow
 def test_a_short_chunk_sees_the_zeros_that_the_network_pads_with():
     model, text = tiny_network(), numbers(2, 3, TEXT)

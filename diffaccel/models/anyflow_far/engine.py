@@ -8,7 +8,6 @@ context anew after every chunk; while the ring holds it all, the results are equ
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +23,6 @@ from diffaccel.models.next_frame.cache import REBASE
 from diffaccel.models.next_frame.engine import backend_for
 from diffaccel.modules.capture.graphs import Graph
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class ChunkWindow:
@@ -34,7 +31,7 @@ class ChunkWindow:
     Attributes:
         chunk: maximum number of frames of a chunk.
         whole: maximum number of frames that are kept at full resolution.
-        far: number of compressed frames that are kept.
+        far: number of compressed frames that are kept beside so many; beside fewer, as many more.
     """
 
     chunk: int
@@ -111,7 +108,6 @@ class ChunkEngine:
         self._text: Tensor | None = None
         self.recent: list[Tensor] = []  # whole chunks, the oldest first
         self.count = self.evaluations = self.captures = 0
-        self._has_told = False
 
     @property
     def bytes(self) -> int:
@@ -124,9 +120,11 @@ class ChunkEngine:
         return tuple(self._latents.shape)
 
     def begin(self) -> None:
-        """Forget all frames; addresses stay."""
+        """Forget all frames; addresses stay, but those of a ring that short chunks made larger."""
+        if self.memory.cache.places != self.window.far:
+            self._remember(ChunkMemory(self.memory.grid, self.batch, self.window.far, self.memory.whole))
         self.memory.cache.clear()
-        self.recent, self.count, self._has_told = [], 0, False
+        self.recent, self.count = [], 0
         if (weights := _weights_of(self.model)) != self._weights:
             self._graphs.clear()  # they read the weights where these were
             self._weights = weights
@@ -159,10 +157,11 @@ class ChunkEngine:
         level = torch.zeros(self.batch, dtype=torch.float32, device=self.memory.cache.device)
         recent, count = [*self.recent, latents.detach().clone()], self.count + latents.shape[1]
         if len(recent) == self.model.config.full_chunk_limit:
-            far, cache = recent.pop(0), self.memory.cache
-            if cache.count < count - sum(chunk.shape[1] for chunk in recent):  # else it was noted before an interrupt
-                ring = min(cache.count + far.shape[1], cache.places)
-                self._tell_of_lost_frames(cache.count + far.shape[1], recent)
+            far = recent.pop(0)
+            whole = sum(chunk.shape[1] for chunk in recent)
+            if self.memory.cache.count < count - whole:  # else it was noted before an interrupt
+                self._make_room(far.shape[1], whole)
+                cache, ring = self.memory.cache, self.memory.held_with(far.shape[1])
                 self._run(ChunkPlace("far", far.shape[1], 0, ring), far, cache.count, level, level, text)
                 cache.note(far.shape[1])
         begin, first = 0, count - sum(chunk.shape[1] for chunk in recent)
@@ -172,26 +171,25 @@ class ChunkEngine:
             begin, first = begin + frames * self.memory.grid.whole_tokens, first + frames
         self.recent, self.count = recent, count
 
-    def _tell_of_lost_frames(self, far: int, recent: list[Tensor]) -> None:
-        """Log, once, that frames leave the ring which the window would hold if chunks had their full size.
+    def _make_room(self, frames: int, whole: int) -> None:
+        """Give the ring the places that the window has left where whole chunks are shorter than the ring was made for.
 
         Args:
-            far: number of compressed frames so far.
-            recent: whole chunks.
+            frames: number that will be written into the ring.
+            whole: number of frames that stay at full resolution.
         """
-        places, whole = self.memory.cache.places, sum(chunk.shape[1] for chunk in recent)
-        window = self.window.far + self.window.whole
-        if far > places and places + whole < window and not self._has_told:
-            self._has_told = True
-            longest = max(chunk.shape[1] for chunk in recent)
-            logger.warning(
-                "Chunks of %d latent frames look back at %d and not at the window's %d: the ring was made for chunks "
-                "of %d. Give chunk=%d.", longest, places + whole, window, self.window.chunk, longest,
-            )  # fmt: skip
+        memory, ring = self.memory, self.window.far + self.window.whole - whole
+        if memory.held + frames > memory.cache.places < ring:
+            self._remember(memory.grown(ring))
+
+    def _remember(self, memory: ChunkMemory) -> None:
+        """Take other memory; graphs are of the addresses of the one before."""
+        self._graphs.clear()
+        self.memory = memory
 
     def _seen(self) -> int:
         """Return the number of the ring's frames."""
-        return min(self.memory.cache.count, self.memory.cache.places)
+        return self.memory.held
 
     def _run(
         self, place: ChunkPlace, latents: Tensor, first: int, level: Tensor, next_level: Tensor, text: Tensor

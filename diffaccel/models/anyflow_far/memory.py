@@ -54,12 +54,15 @@ class ChunkMemory:
         batch: number of rows.
         ring: number of compressed frames that are kept.
         whole: number of latent frames at full resolution that are kept, with the largest drawn chunk.
+
+    Attributes:
+        origin: id of the frame that the last place of the ring takes first.
     """
 
     @torch.inference_mode(False)  # it is written in any mode later
     def __init__(self, grid: ChunkGrid, batch: int, ring: int, whole: int) -> None:
         behind = whole * grid.whole_tokens + PADDED_TO
-        self.grid = grid
+        self.grid, self.whole, self.origin = grid, whole, 0
         self.cache = FrameCache(grid, batch, ring + 1, 0, -(-behind // grid.tokens))
         self.end = ring * grid.tokens  # of the ring, in tokens
         self.clock = torch.zeros((), dtype=torch.int64, device=self.cache.device)  # id of the first frame
@@ -67,6 +70,34 @@ class ChunkMemory:
     def evaluation(self, place: ChunkPlace) -> Evaluation:
         """Return what answers the attention of the layers of one evaluation, of frames from the clock's on."""
         return Evaluation(self, place)
+
+    @property
+    def held(self) -> int:
+        """Number of frames in the ring."""
+        return self.held_with(0)
+
+    def held_with(self, frames: int) -> int:
+        """Return the number of frames in the ring once so many more are written."""
+        return min(self.cache.count + frames - self.origin, self.cache.places)
+
+    def slots(self, ids: Tensor) -> Tensor:
+        """Return the places ``(T,)`` of frames in the ring, which fills from its end."""
+        return self.cache.places - 1 - (ids - self.origin) % self.cache.places
+
+    def grown(self, ring: int) -> ChunkMemory:
+        """Return memory with a ring of more frames that holds those of this one; what lies behind it is not kept."""
+        old, tokens = self.cache, self.grid.tokens
+        other = ChunkMemory(self.grid, old.batch, ring, self.whole)
+        new, other.origin = other.cache, old.count - self.held
+        ids = torch.arange(other.origin, old.count, dtype=torch.int64, device=old.device)
+        before, after = self.slots(ids), other.slots(ids)
+        for source, target in ((old.keys, new.keys), (old.rotated, new.rotated), (old.values, new.values)):
+            frames = source.unflatten(3, (-1, tokens)).index_select(3, before)
+            target.unflatten(3, (-1, tokens)).index_copy_(3, after, frames)
+        new.ids.index_copy_(0, after, ids)
+        new.count, new.base = old.count, old.base
+        new.device_base.fill_(old.base)
+        return other
 
     def clear_zeros(self, place: ChunkPlace) -> None:
         """Write the zeros behind a drawn chunk."""
@@ -85,7 +116,7 @@ class Evaluation:
         self.times = ids - cache.device_base
         self.seen = slice(memory.end - place.ring * grid.tokens, memory.end)
         if place.compressed:
-            slots = cache.places - 1 - ids % cache.places
+            slots = memory.slots(ids)
             cache.ids.index_copy_(0, slots, ids)
             inside = torch.arange(grid.tokens, dtype=torch.int64, device=cache.device)
             self.tokens = (slots[:, None] * grid.tokens + inside).flatten()
