@@ -29,6 +29,7 @@ from diffaccel.eval.uncertainty import intervals
 from diffaccel.files import atomic, write_json
 from diffaccel.runs import loading
 from diffaccel.samplers import SuperDiff
+from scripts.earlier import earlier
 from scripts.ends import ends, ends_text
 
 JUDGE, STYLE, TOP = "emoji-clip-judge", "noto", 5
@@ -282,8 +283,7 @@ def main() -> None:
     bench = Bench(args)
     settings = {key: value for key, value in vars(args).items() if key not in NO_PICTURE} | {"format": FORMAT}
     file = args.out / f"rows_{args.split}.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    rows: list[dict[str, Any]] = before["rows"] if before.get("settings") == settings else []
+    rows: list[dict[str, Any]] = earlier(file, {"settings": settings}, ("settings",)).get("rows", [])
     chosen = args.out / "choice.json"
     choice = json.loads(chosen.read_text(encoding="utf-8")) if args.split == "held-out" and chosen.is_file() else {}
     finished = {row["name"]: row for row in rows}
