@@ -59,4 +59,6 @@ def test_out_of_memory(sample, capsys):
 
 def test_a_captured_run_draws_the_same(sample):
     plain, captured = sample("plain", "--steps", "5"), sample("captured", "--steps", "5", "--method", "capture")
-    assert captured["cost"]["graphs"]["replays"] > 0 and captured["images"] == plain["images"]
+    assert captured["cost"]["graphs"]["replays"] > 0
+    pixels = [[image["pixels_sha256"] for image in run["images"]] for run in (plain, captured)]  # files name the method
+    assert pixels[0] == pixels[1]
