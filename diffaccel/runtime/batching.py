@@ -47,6 +47,6 @@ def join(session: Session, evals: list[Eval]) -> Batch:
     if len(evals) == 1:
         return Batch(session, first.x, first.sigma, first.branch, conds)
     x, sigma = torch.cat([request.x for request in evals]), first.sigma
-    if sigma.ndim or not all(request.sigma.ndim == 0 and request.sigma == sigma for request in evals):
+    if sigma.ndim or not all(r.sigma is sigma or (r.sigma.ndim == 0 and r.sigma == sigma) for r in evals):
         sigma = torch.cat([request.sigma.expand(len(request.x)) for request in evals])
     return Batch(session, x, sigma, first.branch, conds)

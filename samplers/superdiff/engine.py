@@ -97,7 +97,7 @@ class Superposition:
         is_random = self.config.eta > 0 and not kernel.is_last
         z = particles.noise(self.session, x, self.config.particles) if is_random else torch.zeros_like(x)
         base, others = velocities[0], velocities[1:]
-        vectors = torch.stack([v.flatten(1) for v in (*others, z, x, base)])
+        vectors = torch.stack([*others, z, x, base]).flatten(2)
         products = gram(vectors, len(others), self.masks)
         geometry = Geometry(
             products.to(self.wide), kernel, scale, self.config.counts_guided(self.parts), with_null, products.dtype
