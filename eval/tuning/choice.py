@@ -7,6 +7,7 @@ from typing import Any
 
 from diffaccel.eval.tuning.bed import Part
 from diffaccel.eval.tuning.halving import PlanEntry, TuningSearch
+from diffaccel.eval.tuning.journal_shapes import TURNS
 from diffaccel.eval.tuning.rule import with_timing
 from diffaccel.eval.uncertainty.intervals import LEAST_TURNS
 
@@ -78,9 +79,9 @@ def turns_of(search: TuningSearch, entries: Sequence[PlanEntry], turns: int, key
     search.progress(f"timing of the {key}")
     part = Part("tuning", 0, search.sizes.rungs[0])
     variants = [entry.variant for entry in entries]
-    timing = search.journal.once(f"turns of the {key}", lambda: search.bed.take_turns(variants, turns, part))
+    timing = search.journal.once(f"{TURNS}{key}", lambda: search.bed.take_turns(variants, turns, part))
     if missing := next((entry.name for entry in entries if entry.name not in timing["plans"]), None):
-        raise search.journal.damaged(f"'{missing}' is missing in plans of 'turns of the {key}'")
+        raise search.journal.damaged(f"{TURNS}{key}.plans.{missing}")
     return timing
 
 

@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel.errors import DiffAccelError, first_line
-from diffaccel.eval.tuning.journal_trials import BRACKET, damage_of_trials, misfit_of_trials
-from diffaccel.eval.tuning.journal_values import SETTINGS, damage
+from diffaccel.eval.tuning.journal_shapes import (
+    BRACKET,
+    SETTINGS,
+    misfit_of_points,
+    misfit_of_trials,
+    misfit_of_values,
+)
 from diffaccel.eval.tuning.space import Params
 
 FILE, STUDY = "journal.log", "tuning"
@@ -50,11 +55,11 @@ class Journal:
                 f"'{path}' is no journal of a tuning, or a damaged one ({missing}). Move it away, or name another "
                 "folder."
             ) from error
-        if what := damage(self._values, metrics) or damage_of_trials(trials):
-            raise self.damaged(what)
+        if part := misfit_of_values(self._values, metrics) or misfit_of_trials(trials):
+            raise self.damaged(part)
         before = self._values.get(SETTINGS)
         if before is None and (self._values or trials):
-            raise self.damaged(f"'{SETTINGS}' is missing, and must be an object")
+            raise self.damaged(SETTINGS)
         if before is None:
             self.put(SETTINGS, settings)
         elif differing := next((k for k in {**before, **settings} if before.get(k) != settings.get(k)), None):
@@ -63,11 +68,11 @@ class Journal:
                 "Repeat its command to go on, or choose another folder with --out."
             )
 
-    def damaged(self, what: str) -> DiffAccelError:
-        """Return the error for a journal of which ``what`` tells the part that is wrong."""
+    def damaged(self, part: str) -> DiffAccelError:
+        """Return the error for a journal whose ``part`` is not as a tuning writes it."""
         return DiffAccelError(
-            f"'{self._path}' is a damaged journal of a tuning: {what}. Move it away, and the same command tunes anew, "
-            "or name another folder."
+            f"'{self._path}' is a damaged journal of a tuning: {part} is not as a tuning writes it. Move it away, and "
+            "the same command tunes anew, or name another folder."
         )
 
     def get(self, key: str) -> Any:
@@ -108,8 +113,8 @@ class Journal:
         for trial in running:
             if len(trial.params) < len(distributions) or BRACKET not in trial.user_attrs:
                 self.study.tell(trial.number, state=optuna.trial.TrialState.FAIL)  # it was killed as it was asked
-        if what := misfit_of_trials(self.study.get_trials(deepcopy=False), distributions):
-            raise self.damaged(what)
+        if part := misfit_of_points(self.study.get_trials(deepcopy=False), distributions):
+            raise self.damaged(part)
         trials = self._trials_of(bracket)
         for place in range(len(trials), count):
             sampler_seed = random.Random(f"{seed} {bracket} {place}").randrange(2**31)
