@@ -5,7 +5,8 @@
 
 A cell is "yes", "no", "refused" where the method refuses the pipeline with a sentence, or "-" where the contract does
 not apply to the pipeline; the record says why. Then the table of pairs: which methods compose on one pipeline, and
-which refuse each other. The record is written after every family.
+which refuse each other. The record is written after every family, and one that was stopped goes on with the others;
+remove it after a change of code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import record
+from scripts.earlier import earlier
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
@@ -56,8 +58,8 @@ def method_of(name: str, family: str) -> tuple[Any, str]:
         return None, str(error)
 
 
-def rows_of(family: str, methods: list[str], contracts: list[str], device: str) -> dict[str, dict[str, dict[str, str]]]:
-    """Run all contracts of one family, and print and return its rows."""
+def rows_of(family: str, methods: list[str], contracts: list[str], device: str) -> dict[str, dict[str, Any]]:
+    """Run all contracts of one family, and print and return its rows as the record keeps them."""
     import matrix
     import self_contracts
 
@@ -82,7 +84,7 @@ def rows_of(family: str, methods: list[str], contracts: list[str], device: str) 
         for contract, entry in row.items():
             if entry["cell"] == "no":
                 print(f"  {contract}: {entry['why']}", file=sys.stderr)
-    return rows
+    return {name: short(row) for name, row in rows.items()}
 
 
 def short(row: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -110,9 +112,18 @@ def pairs_table() -> dict[str, dict[str, str]]:
 
 def kept(contracts: list[str], rows: dict[str, Any], pairs: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Return what the record keeps of both tables."""
-    short_rows = {name: short(row) for name, row in rows.items()}
     outcomes = {name: ": ".join(text for text in pair.values() if text) for name, pair in pairs.items()}
-    return {"contracts": " ".join(contracts), "rows": short_rows, "pairs": outcomes}
+    return {"contracts": " ".join(contracts), "rows": rows, "pairs": outcomes}
+
+
+def stopped_rows(file: Path, report: record.Record, contracts: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the rows of a record that was stopped on this machine before its end, and tell how many there are."""
+    now = {"state": "running", "settings": report.settings, "device": report.device, "versions": report.versions,
+           "contracts": " ".join(contracts)}  # fmt: skip
+    rows: dict[str, dict[str, Any]] = earlier(file, now, now).get("rows", {})
+    if rows:
+        print(f"going on with {len(rows)} rows of '{file}'", file=sys.stderr)
+    return rows
 
 
 def main() -> int:
@@ -142,8 +153,9 @@ def main() -> int:
     report = record.Record(kind="contract_matrix", settings={"device": options.device}, command=command)
     report.device = record.describe_device(torch.device(options.device))
     file = options.out and options.out / f"contract_matrix_{options.kind or options.device}.json"
-    rows: dict[str, dict[str, dict[str, str]]] = {}
     contracts = options.contracts.split(",") if options.contracts else list(matrix.contracts(options.device))
+    rows = stopped_rows(file, report, contracts) if file else {}
+    families = [family for family in families if not all(f"{family}, {name}" in rows for name in methods)]
     print(f"{report.device['name']}, {report.started[:10]}, diffusers {report.versions['diffusers']}")
     print(f"| family | method | {' | '.join(contracts)} |\n|{'---|' * (len(contracts) + 2)}")
     pairs: dict[str, dict[str, str]] = {}
@@ -159,7 +171,7 @@ def main() -> int:
     report.finish(**kept(contracts, rows, pairs))
     if file:
         report.save(file)
-    cells = [entry["cell"] for row in [*rows.values(), pairs] for entry in row.values()]
+    cells = [*(cell for row in rows.values() for cell in row["cells"].split()), *(p["cell"] for p in pairs.values())]
     return 1 if "no" in cells else 0
 
 
