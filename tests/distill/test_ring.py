@@ -39,7 +39,7 @@ def data(count: int, generator: torch.Generator) -> Tensor:
     return centre + SPREAD * torch.randn(count, 2, generator=generator)
 
 
-def train(steps: int = 4000, batch: int = 512) -> Flow:
+def train(steps: int = 3000, batch: int = 512) -> Flow:
     torch.manual_seed(0)
     network, generator = Flow(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
@@ -96,7 +96,7 @@ def test_a_student_is_as_near_to_the_data_as_other_data(
     teacher, own, limit = taught
     generator = torch.Generator().manual_seed(1)
     config = SIM(
-        steps=1500, student_steps=calls, student_match=match, batch=512, lr=1e-3, flat=0.3, floor=0.02,
+        steps=1000, student_steps=calls, student_match=match, batch=512, lr=1e-3, flat=0.3, floor=0.02,
         noise_ratio=4.0, ema_pictures=20_000,
     )  # fmt: skip
     run = Distillation(teacher, config, tmp_path)
