@@ -221,8 +221,9 @@ class _Planning:
         entries = {name: self.bench.planned(name, bits, inputs.get(name, 16)) for name, bits in weights.items()}
 
         def drawn() -> float:
+            probe = self.probe()  # of the plain network: a run that goes on here has drawn nothing yet
             with self.bench.with_layers(entries):
-                return self.probe().squared_error()
+                return probe.squared_error()
 
         key = hashlib.sha256(json.dumps([weights, inputs]).encode()).hexdigest()[:16]
         value = self.records.get(f"candidate {key}", drawn)

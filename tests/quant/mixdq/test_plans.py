@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,20 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bits(sd: tuple[MixDQ, Path],
         assert (tmp_path / name).read_bytes() == (sd[1] / name).read_bytes()
     lines = [sorted((folder / "measured.jsonl").read_text().splitlines()) for folder in (tmp_path, sd[1])]
     assert lines[0] == lines[1]
+
+
+def test_killed_before_the_candidates_they_are_compared_with_the_plain_pictures(
+    sd: tuple[MixDQ, Path], tmp_path: Path
+) -> None:
+    lines = (sd[1] / "measured.jsonl").read_text().splitlines(keepends=True)
+    measured = [line for line in lines if '"candidate ' not in line]
+    assert 0 < len(measured) < len(lines)
+    for name in ("work.json", "calibration.json"):
+        shutil.copy(sd[1] / name, tmp_path)
+    (tmp_path / "measured.jsonl").write_text("".join(measured))
+    make(bed.pipeline("sd"), STATIC, tmp_path, bed.PROMPTS, bed.arguments("sd"))
+    assert sorted((tmp_path / "measured.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+    assert (tmp_path / "plan.json").read_bytes() == (sd[1] / "plan.json").read_bytes()
 
 
 def test_a_folder_with_other_work_is_refused(sd: tuple[MixDQ, Path]) -> None:
