@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from diffaccel.errors import DiffAccelError
@@ -58,6 +59,10 @@ class Choosing:
         """Return the mean bits of a choice."""
         return sum(self.sizes[name] * bits[name] for name in bits) / sum(self.sizes[name] for name in bits)
 
+    def size(self, names: Sequence[str]) -> int:
+        """Return the size of some layers together."""
+        return sum(self.sizes[name] for name in names)
+
     def choices(self, names: Sequence[str]) -> list[LayerChoices]:
         """Return the choices of some layers with their costs."""
         costs = self.costs or {
@@ -80,16 +85,10 @@ def choose(
         DiffAccelError: where no candidate keeps the target.
     """
     plans: dict[tuple[tuple[str, int], ...], dict[str, Any]] = {}
-    for average, ratio in _tries(kind, target, ratios, averages, len(what.groups)):
-        if (solved := _solved(what, average, ratio)) is not None:
-            bits = {name: b for plan in solved for name, b in plan.bits.items()}
-            plans.setdefault(tuple(bits.items()), {"average": average, "ratio": ratio, "plans": solved})
-    if not plans:
-        low, high = _span(what)
-        raise DiffAccelError(
-            f"No plan has {target:g} bits {'a weight' if kind == 'weight' else 'an activation'} on average; the layers "
-            f"allow from {low:.2f} to {high:.2f}. Ask for more, or leave fewer layers alone."
-        )
+    for average, ratio, budgets in candidate_budgets(what, target, kind, ratios, averages):
+        solved = _solved(what, budgets)
+        bits = {name: b for plan in solved for name, b in plan.bits.items()}
+        plans.setdefault(tuple(bits.items()), {"average": average, "ratio": ratio, "plans": solved})
     measured = {bits: error(dict(bits)) if len(plans) > 1 else math.nan for bits in plans}
     best = min(plans, key=lambda bits: (measured[bits], bits)) if len(plans) > 1 else next(iter(plans))
     chosen = plans[best]
@@ -118,31 +117,74 @@ def _between(low: float, high: float, count: int) -> list[float]:
     return [high - (high - low) * i / (count - 1) for i in range(count)]
 
 
-def _solved(what: Choosing, average: float, ratio: float) -> list[BitPlan] | None:
-    """Return the plan of each group for a total average and a ratio; None where a group cannot have its budget."""
-    solve = allocate_exactly if what.exact else allocate
+def candidate_budgets(
+    what: Choosing, target: float, kind: Order, ratios: int, averages: int
+) -> list[tuple[float, float, list[float]]]:
+    """Return average, ratio and the groups' budgets of each candidate; they follow from sizes alone.
+
+    Where no ratio that is tried gives both groups what they need, their budgets lie amid what they may be.
+
+    Raises:
+        DiffAccelError: where no candidate keeps the target.
+    """
     if what.costs is not None:
         layers = [choices for names in what.groups for choices in what.choices(names)]
         low = sum(min(layer.cost.values()) for layer in layers)
         high = sum(max(layer.cost.values()) for layer in layers)
-        return [solve(layers, low + what.share * (high - low))]
-    sizes = [sum(what.sizes[name] for name in names) for names in what.groups]
-    budgets = [average] if len(sizes) == 1 else group_budgets(average, ratio, float(sizes[0]), float(sizes[1]))
-    plans = []
-    for names, size, budget in zip(what.groups, sizes, budgets, strict=True):
-        layers = what.choices(names)
-        least = sum(min(layer.cost.values()) for layer in layers) / size
-        most = sum(max(layer.cost.values()) for layer in layers) / size
-        if budget < least - 1e-9 or (budget > most + 1e-9 and average < most - 1e-9):
+        return [(target, 1.0, [low + what.share * (high - low)])]
+    tries = _tries(kind, target, ratios, averages, len(what.groups))
+    found = [(average, ratio, _budgets(what, average, ratio)) for average, ratio in tries]
+    kept = [(average, ratio, budgets) for average, ratio, budgets in found if budgets is not None]
+    if not kept and (ratio := _middle(what, target)) is not None:
+        kept = [(target, ratio, budgets)] if (budgets := _budgets(what, target, ratio)) is not None else []
+    if not kept:
+        low, high = _span(what)
+        raise DiffAccelError(
+            f"No plan has {target:g} bits {'a weight' if kind == 'weight' else 'an activation'} on average; the layers "
+            f"allow from {low:.2f} to {high:.2f}. Ask for more, or leave fewer layers alone."
+        )
+    return kept
+
+
+def _budgets(what: Choosing, average: float, ratio: float) -> list[float] | None:
+    """Return the budget of each group for a total average and a ratio; None where a group cannot have its own."""
+    sizes = [what.size(names) for names in what.groups]
+    averages = [average] if len(sizes) == 1 else group_budgets(average, ratio, float(sizes[0]), float(sizes[1]))
+    for names, own in zip(what.groups, averages, strict=True):
+        least, most = _ends(what, names)
+        if own < least - 1e-9 or (own > most + 1e-9 and average < most - 1e-9):
             return None
-        plans.append(solve(layers, budget * size))
-    return plans
+    return [own * size for own, size in zip(averages, sizes, strict=True)]
+
+
+def _middle(what: Choosing, average: float) -> float | None:
+    """Return the ratio at which both groups are as far from their ends as may be; None for one group or no room."""
+    if len(what.groups) != 2:
+        return None
+    (first, second), (one, other) = ([f(names) for names in what.groups] for f in (partial(_ends, what), what.size))
+    total = average * (one + other)
+    low, high = max(first[0], (total - other * second[1]) / one), min(first[1], (total - other * second[0]) / one)
+    if low > high + 1e-9:
+        return None
+    budget = (low + high) / 2
+    return budget * other / (total - budget * one)
+
+
+def _solved(what: Choosing, budgets: Sequence[float]) -> list[BitPlan]:
+    """Return the plan of each group, or that of all together where their costs are not bits."""
+    solve = allocate_exactly if what.exact else allocate
+    groups = what.groups if what.costs is None else [[name for names in what.groups for name in names]]
+    return [solve(what.choices(names), budget) for names, budget in zip(groups, budgets, strict=True)]
+
+
+def _ends(what: Choosing, names: Sequence[str]) -> tuple[float, float]:
+    """Return the least and the largest mean bits that some layers may have."""
+    low, high = (what.average({name: end(what.values[name]) for name in names}) for end in (min, max))
+    return low, high
 
 
 def _span(what: Choosing) -> tuple[float, float]:
-    names = [name for group in what.groups for name in group]
-    ends = [what.average({name: end(what.values[name]) for name in names}) for end in (min, max)]
-    return ends[0], ends[1]
+    return _ends(what, [name for group in what.groups for name in group])
 
 
 def uniform(names: Sequence[str], sizes: dict[str, int], allowed: Sequence[int], target: float) -> dict[str, int]:

@@ -23,7 +23,7 @@ from diffaccel.files import write_json
 from diffaccel.modules.stand_in import uncompiled
 from diffaccel.quant.mixdq.calibrate import CalibratedRanges, Recorder
 from diffaccel.quant.mixdq.candidates import candidates
-from diffaccel.quant.mixdq.choose import Choice, Choosing, choose, uniform
+from diffaccel.quant.mixdq.choose import Choice, Choosing, candidate_budgets, choose, uniform
 from diffaccel.quant.mixdq.drawings import Drawings
 from diffaccel.quant.mixdq.plan_file import PrecisionPlan, read_plan, shapes_digest
 from diffaccel.quant.mixdq.sensitivity import Probe, RecordFile, Sensitivities
@@ -104,6 +104,7 @@ class _Planning:
         self.measured = Sensitivities(
             self.bench, self.records, self.probe, self.config.allocation == "decoupled", self.tell
         )
+        self._check_inputs()
         weights = self._weights()
         inputs, told = self._inputs(weights.bits)
         plan = PrecisionPlan(
@@ -164,6 +165,10 @@ class _Planning:
             bits = uniform(names, sizes, allowed, config.weight_bits)
             average = Choosing(sizes, {}, [names]).average(bits)
             return Choice(bits, average, {"average": average, "asked": config.weight_bits})
+        unknown = {name: dict.fromkeys(several, 0.0) for name, several in choices.items()}
+        if not config.latency:  # before hours are spent on what no plan can keep
+            unmeasured = Choosing(sizes, unknown, self._groups(names))
+            candidate_budgets(unmeasured, config.weight_bits, "weight", config.ratios, config.averages)
         values = self.measured.measure("weight", choices)
         costs = self._times(choices) if config.latency else None
         what = Choosing(sizes, values, self._groups(names), costs, config.latency, config.exact)
@@ -201,6 +206,24 @@ class _Planning:
             lambda chosen: self._error_of_both(weights, chosen),
         )  # fmt: skip
         return bits | found.bits, {**found.results, "protected": protected}
+
+    def _check_inputs(self) -> None:
+        """Raise where protected inputs leave the others fewer bits than an input may have, whichever they are."""
+        config = self.config
+        sizes = {n: self.ranges.elements(n) for n, layer in self.layers.items() if not layer.keeps_input}
+        is_asked = config.within_average and config.protect and config.allocation != "uniform"
+        if not (is_asked and sizes) or config.activation_bits == 16:
+            return
+        groups = [sorted(sizes[name] for name in group) for group in self._groups(list(sizes))]
+        kept = sum(sum(group[: math.ceil(config.protect * len(group))]) for group in groups)  # the smallest
+        total = sum(sizes.values())
+        least = (4 * (total - kept) + 16 * kept) / total
+        if kept < total and config.activation_bits < least - 1e-9:
+            raise DiffAccelError(
+                f"MixDQ.activation_bits is {config.activation_bits:g} with within_average and protect={config.protect}"
+                f": protected inputs have 16 bits and others at least 4, which is {least:.2f} or more. Allow that "
+                "many, or protect less."
+            )
 
     def _protected(self, names: list[str]) -> list[str]:
         """Return the inputs that stay as they are: the share of each group that 8 bits cost the most."""

@@ -113,6 +113,14 @@ def test_the_candidate_with_the_nearest_pictures_is_kept() -> None:
         choose(what, 1.0, "weight", 3, 1, error)
 
 
+@pytest.mark.parametrize("target", (4.0, 4.02, 4.6))
+def test_every_average_within_the_ends_has_a_plan(target: float) -> None:
+    names, values = ["a", "b", "c"], {name: {4: 0.0, 8: 1.0} for name in "abc"}
+    what = Choosing({"a": 300, "b": 7, "c": 13}, values, [names[:1], names[1:]])
+    found = choose(what, target, "activation", 10, 1, lambda bits: 0.0)
+    assert 4 <= found.average <= target + 1e-9
+
+
 def test_time_as_the_cost() -> None:
     names, values = ["a", "b"], {"a": {4: 0.1, 8: 1.0}, "b": {4: 0.5, 8: 0.6}}
     times = {"a": {4: 1.0, 8: 2.0}, "b": {4: 1.0, 8: 2.0}}

@@ -334,6 +334,10 @@ def test_bad_options_and_calls_are_named(tmp_path: Path) -> None:
         make(bed.pipeline("wan22"), MixDQ(**bed.FAST), tmp_path, bed.PROMPTS, bed.arguments("wan22"))
     with pytest.raises(DiffAccelError, match="No plan has 2 bits"):
         make(bed.pipeline("sd"), replace(STATIC, weight_bits=2.0), tmp_path / "two", bed.PROMPTS, bed.arguments("sd"))
+    counted = {"within_average": True, "protect": 0.2, "activation_bits": 4.05, "activation_scale": "token"}
+    with pytest.raises(DiffAccelError, match=r"which is \d\.\d+ or more"):
+        make(bed.pipeline("sd"), replace(STATIC, **counted), tmp_path / "in", bed.PROMPTS, bed.arguments("sd"))
+    assert not list(tmp_path.glob("*/measured.jsonl"))  # before anything is measured
 
 
 def test_another_scheduler_than_the_calibrated_one_is_told_of(sd: tuple[MixDQ, Path], caplog) -> None:
