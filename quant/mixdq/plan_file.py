@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError, first_line, shortened
-from diffaccel.files import atomic
+from diffaccel.files import COUNT, NUMBER, atomic, misfit
 from diffaccel.quant.formats import LEAST_GROUP, Clip
 from diffaccel.quant.mixed.form import ACTIVATION_BITS, WEIGHT_BITS, InputScale, MixedFormat
 from diffaccel.quant.plan import layers_of
 
 PLAN_VERSION = 1
+_ENTRY = {"size": COUNT, "low?": [NUMBER], "high?": [NUMBER], "split?": COUNT, "first_row?": bool}
+_KEYS = {"weight", "activation", *(key.removesuffix("?") for key in _ENTRY)}
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,11 @@ class PrecisionPlan:
             )
         for name, _, _, module in layers_of(network):
             layer, channels = self.layers.get(name), module.get_parameter("weight").shape[1]
-            width = None if self.first_row is None else len(self.first_row)
-            if layer is not None and (layer.split >= channels or (layer.first_row and width != channels)):
+            if layer is None:
+                continue
+            is_linear, width = isinstance(module, nn.Linear), None if self.first_row is None else len(self.first_row)
+            has_row = is_linear and width == channels  # rows are of tokens, and parts of channels
+            if (layer.split and is_linear) or layer.split >= channels or (layer.first_row and not has_row):
                 raise DiffAccelError(
                     f"The plan splits the {channels} channels of '{name}' at {layer.split}, or has another first row. "
                     "It is damaged; make it again."
@@ -158,7 +164,7 @@ def read_plan(path: str | Path) -> PrecisionPlan:
     """
     path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
         version = values["format"]
     except FileNotFoundError as error:
         raise DiffAccelError(
@@ -166,12 +172,14 @@ def read_plan(path: str | Path) -> PrecisionPlan:
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DiffAccelError(f"'{path}' is no plan ({first_line(error, 80)}). Give a plan.json.") from error
-    if version != PLAN_VERSION:
-        raise DiffAccelError(f"'{path}' has format version {version}; this diffaccel reads {PLAN_VERSION}. Update it.")
+    if type(version) is not int or version != PLAN_VERSION:
+        raise DiffAccelError(
+            f"'{path}' has format version {version!r}; this diffaccel reads {PLAN_VERSION}. Update it."
+        )
     try:
         layers = {name: _layer(name, entry) for name, entry in values["layers"].items()}
         plan = PrecisionPlan(
-            values["network"], layers, {name: int(entry["size"]) for name, entry in values["layers"].items()},
+            values["network"], layers, {name: entry["size"] for name, entry in values["layers"].items()},
             values["settings"], values["provenance"], values["results"],
             None if values["first_row"] is None else _tensor_of(values["first_row"]),
         )  # fmt: skip
@@ -213,13 +221,23 @@ def _damage(plan: PrecisionPlan) -> str:
 
 def _layer(name: str, entry: dict[str, Any]) -> PlannedLayer:
     weight, activation = entry.get("weight"), entry.get("activation", 16)
-    if type(weight) is not int or weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
+    is_whole = type(weight) is type(activation) is int  # 8.0 would be the name of a format that cannot be read
+    if not is_whole or weight not in WEIGHT_BITS or activation not in ACTIVATION_BITS:
         raise DiffAccelError(
             f"The plan's layer '{name}' has {shortened(repr(weight), 20)} bits a weight and "
             f"{shortened(repr(activation), 20)} an activation; they must be of {WEIGHT_BITS} and {ACTIVATION_BITS}."
         )
-    low, high = tuple(map(float, entry.get("low", ()))), tuple(map(float, entry.get("high", ())))
-    return PlannedLayer(weight, activation, low, high, int(entry.get("split", 0)), bool(entry.get("first_row")))
+    if wrong := misfit(entry, _ENTRY) or next(iter(set(entry) - _KEYS), ""):
+        raise ValueError(f"{shortened(wrong, 20)} of '{name}'")
+    low, high = (tuple(map(float, entry.get(end, ()))) for end in ("low", "high"))
+    return PlannedLayer(weight, activation, low, high, entry.get("split", 0), entry.get("first_row", False))
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a file, and raise for a name that is in it twice."""
+    if twice := next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None):
+        raise ValueError(f"'{shortened(twice, 60)}' is in it twice")
+    return dict(pairs)
 
 
 def _text_of(row: Tensor) -> str:

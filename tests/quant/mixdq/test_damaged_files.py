@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import tiny
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
-from diffaccel.quant import MixDQ
+from diffaccel.quant import MixDQ, read_plan
 from diffaccel.quant.mixdq.sensitivity import RecordFile
 from diffaccel.quant.mixdq.work import make
 from diffaccel.quant.stored import StoredQuantization
@@ -22,6 +23,8 @@ CONFIG = MixDQ(
     skip=("down_blocks", "up_blocks"),
 )  # fmt: skip
 LAYER = "mid_block.attentions.0.proj_in"
+LINEAR = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV, CHANNELS = "mid_block.resnets.0.conv1", 16
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +60,39 @@ def made(folder: Path) -> Any:
         ("layer.first_row", True),
         ("layer.weight", 4.0),
         ("layer.size", 0),
+        ("layer.size", 1.5),
+        ("layer.size", 1e400),
+        ("layer.activation", 8.0),
+        ("layer.split", 2.7),
+        ("layer.first_row", "false"),
+        ("layer.low", "1"),
+        ("layer.bits", 4),
+        ("linear.split", 4),
+        ("conv.first_row", True),
+        ("format", 1.0),
     ),
 )
 def test_plans(place: str, value: Any, work: Path, tmp_path: Path) -> None:
     values = json.loads((work / "plan.json").read_text())
     part, _, key = place.rpartition(".")
-    owner = values["layers"][LAYER] if part == "layer" else values[part] if part else values
+    layers = {"layer": LAYER, "linear": LINEAR, "conv": CONV}
+    owner = values["layers"][layers[part]] if part in layers else values[part] if part else values
     owner[key] = value
+    if part in ("linear", "conv"):  # beside what would go with it
+        owner["activation"], values["first_row"] = 16, base64.b64encode(bytes(4 * CHANNELS)).decode()
     (tmp_path / "plan.json").write_text(json.dumps(values))
     pipe = tiny.make("sd")
     with pytest.raises(DiffAccelError):
         diffaccel.accelerate(pipe, MixDQ(plan=str(tmp_path / "plan.json")))
     assert type(pipe.unet.get_submodule(LAYER)).__name__ in ("Linear", "Conv2d")
+
+
+def test_a_layer_twice(work: Path, tmp_path: Path) -> None:
+    text = (work / "plan.json").read_text()
+    line = next(line for line in text.splitlines() if LINEAR in line)
+    (tmp_path / "plan.json").write_text(text.replace(line, f"{line}\n{line}"))
+    with pytest.raises(DiffAccelError, match=f"'{LINEAR}' is in it twice"):
+        read_plan(tmp_path / "plan.json")
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", "{}"))
