@@ -21,6 +21,7 @@ from diffaccel import families
 from diffaccel.errors import DiffAccelError, first_line
 from diffaccel.files import write_json
 from diffaccel.modules.stand_in import uncompiled
+from diffaccel.quant.identity import pipeline_hash
 from diffaccel.quant.mixdq.calibrate import CalibratedRanges, Recorder
 from diffaccel.quant.mixdq.candidates import candidates
 from diffaccel.quant.mixdq.choose import Choice, Choosing, candidate_budgets, choose, uniform
@@ -88,7 +89,8 @@ class _Planning:
         check_skips([self.network], config)
         self.layers = candidates(self.network, config)
         self.settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_OF_THE_PLAN}
-        self.provenance = {**_origin(pipe, self.network), **provenance, "drawings": self.drawings.identity}
+        origin = _origin(pipe, self.network)
+        self.provenance = {**origin, **provenance, "drawings": self.drawings.identity}
         self._probe: Probe | None = None
 
     def plan(self) -> PrecisionPlan:
@@ -132,6 +134,7 @@ class _Planning:
             write_json(file, now)
             return
         before = _read(file, lambda values: {part: dict(values[part]) for part in now})
+        before["origin"].setdefault("parts", now["origin"]["parts"])  # of work that was begun before they were noted
         for part in ("settings", "origin"):
             if other := [key for key in {**now[part], **before[part]} if now[part].get(key) != before[part].get(key)]:
                 raise DiffAccelError(
@@ -305,5 +308,5 @@ def _origin(pipe: Any, network: nn.Module) -> dict[str, Any]:
     return {
         "pipeline": type(pipe).__name__, "scheduler": type(getattr(pipe, "scheduler", None)).__name__,
         "weights": hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16],
-        "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
+        "parts": pipeline_hash(pipe), "dtype": str(weight.dtype).removeprefix("torch."), "device": weight.device.type,
     }  # fmt: skip

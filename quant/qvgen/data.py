@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line, size_text
 from diffaccel.processes import Processes
+from diffaccel.quant.identity import pipeline_hash
 from diffaccel.session import open_session
 from diffaccel.training.checkpoint import load_tensors, save_tensors
 
@@ -185,11 +186,13 @@ def drawn_samples(
 ) -> CleanSamples:
     """Let the pipeline draw its own samples, in parts that are kept in a folder, so that a killed run goes on.
 
-    Row i depends on prompt i and ``seed + i``, and on which prompts are drawn with it.
+    Row i depends on prompt i and ``seed + i``, and on which prompts are drawn with it. Parts that another model drew,
+    or one with other weights, are not taken.
     """
     launch = processes or Processes()
     parts = math.ceil(len(prompts) / batch)
-    key = hashlib.sha256(json.dumps([list(prompts), batch, seed, _told(arguments)]).encode()).hexdigest()[:12]
+    origin = [list(prompts), batch, seed, _told(arguments), pipeline_hash(pipe)]
+    key = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:12]
     files = [folder / f"drawn-{key}-{part:05d}.safetensors" for part in range(parts)]
     for part in range(launch.rank, parts, launch.size):
         if not files[part].is_file():
@@ -202,7 +205,7 @@ def drawn_samples(
 
 
 def _told(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if isinstance(value, str | int | float | bool)}
+    return {key: value for key, value in arguments.items() if isinstance(value, str | int | float | bool | list)}
 
 
 def _drawn(pipe: Any, texts: tuple[str, ...], arguments: dict[str, Any], seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.quant.identity import weights_hash
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped
@@ -50,18 +50,6 @@ class Origin:
         if other.get("data") != self.data:
             return "other data"
         return "a model that is asked in another way" if other.get("call") != self.call else ""
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Return a hash of names, shapes, the first numbers and the sum of the bits of every weight."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
-    digest = hashlib.sha256()
-    for name, p in network.named_parameters():
-        value = p.detach()
-        bits = value.view(whole[value.element_size()]).sum(dtype=torch.int64)  # exact: in any order of the sum
-        digest.update(f"{name}{tuple(p.shape)}{int(bits)}".encode())
-        digest.update(value.reshape(-1)[:64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save(path: Path, student: nn.Module, optimizer: QATOptimizer, origin: Origin, step: int, seconds: float) -> None:

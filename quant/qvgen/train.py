@@ -13,12 +13,12 @@ from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json
 from diffaccel.processes import Processes
+from diffaccel.quant.identity import weights_hash
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.options import TrainedQuantization
 from diffaccel.quant.qvgen.run import QATRun
 from diffaccel.quant.qvgen.sharded import ShardedQATRun
-from diffaccel.quant.qvgen.store import weights_hash
 from diffaccel.training.loop import Deadline
 
 TRAINING = "training"

@@ -272,6 +272,11 @@ def test_a_pipeline_draws_its_own_data_once(tmp_path: Path, monkeypatch: Any) ->
     monkeypatch.setattr("diffaccel.quant.qvgen.data._drawn", None)  # everything is there already
     again = drawn_samples(pipe, prompts, arguments, tmp_path, batch=2)
     assert torch.equal(first.x0, again.x0) and again.prompts == tuple(prompts) and first.kind == "drawn"
+    for part in (pipe.transformer.proj_out.weight, next(pipe.text_encoder.parameters())):
+        part.data.neg_()  # what another model drew is not taken
+        with pytest.raises(TypeError, match="not callable"):
+            drawn_samples(pipe, prompts, arguments, tmp_path, batch=2)
+        part.data.neg_()
     model = PipelineTeacher(pipe, prompts, 2, CALL)
     run = QATRun(model, first, replace(SMALL, dropout=0.5, layers="body", rank=0, steps=3), tmp_path / "run")
     assert run.run()

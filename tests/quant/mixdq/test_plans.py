@@ -158,7 +158,11 @@ def test_a_folder_with_other_work_is_refused(sd: tuple[MixDQ, Path]) -> None:
         make(bed.pipeline("sd"), STATIC, sd[1], ("other", "words"), arguments)
     pipe = bed.pipeline("sd")
     pipe.unet.conv_in.weight.data += 1
-    with pytest.raises(DiffAccelError, match=r"other origin \(weights"):
+    with pytest.raises(DiffAccelError, match=r"other origin \(parts, weights"):
+        make(pipe, STATIC, sd[1], bed.PROMPTS, arguments)
+    pipe = bed.pipeline("sd")
+    next(pipe.text_encoder.parameters()).data.neg_()  # other pictures by the same network
+    with pytest.raises(DiffAccelError, match=r"other origin \(parts\)"):
         make(pipe, STATIC, sd[1], bed.PROMPTS, arguments)
 
 
