@@ -7,6 +7,7 @@ record a layer and number of bits, appended to a file, so that a run that is kil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.files import NUMBER, misfit
 from diffaccel.quant.mixdq.candidates import LayerToPlan
 from diffaccel.quant.mixdq.drawings import Drawings, RecordedCalls
 from diffaccel.quant.mixdq.plan_file import PlannedLayer
@@ -38,8 +40,8 @@ class RecordFile:
         whole = [line for line in lines if line.endswith(b"\n")]
         for number, line in enumerate(whole, start=1):
             try:
-                entry = json.loads(line)
-                self.values[str(entry["key"])] = float(entry["value"])
+                key, value = _entry(json.loads(line))
+                self.values[key] = value
             except (ValueError, KeyError, TypeError) as error:
                 raise DiffAccelError(
                     f"Line {number} of '{path}' is damaged ({first_line(error, 80)}). Remove the line, and its number "
@@ -54,11 +56,25 @@ class RecordFile:
         if key not in self.values:
             value = float(measure())
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+                file.write(json.dumps({"key": key, "value": value, "check": _check(key, value)}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             self.values[key] = value
         return self.values[key]
+
+
+def _check(key: str, value: float) -> str:
+    return hashlib.sha256(f"{key} {value!r}".encode()).hexdigest()[:8]
+
+
+def _entry(entry: Any) -> tuple[str, float]:
+    """Return key and number of a line, and raise ``ValueError`` for one that is not as it was written."""
+    if wrong := misfit(entry, {"key": str, "value": NUMBER, "check?": str}):
+        raise ValueError(f"{wrong} is missing or of another kind")
+    key, value = entry["key"], float(entry["value"])
+    if entry.get("check", _check(key, value)) != _check(key, value):  # lines of earlier versions have none
+        raise ValueError("it was changed since it was written")
+    return key, value
 
 
 @dataclass

@@ -98,7 +98,7 @@ class _Planning:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_identity()
         if (self.folder / PLAN).is_file():
-            return read_plan(self.folder / PLAN)
+            return self._made_before()
         self.ranges = self._calibrated()
         self.layers = {name: layer for name, layer in self.layers.items() if name in self.ranges.ranges}
         self.bench = Bench(self.network, self.layers, self.ranges, self.config)
@@ -128,19 +128,38 @@ class _Planning:
 
     def _check_identity(self) -> None:
         """Raise for a folder with the work on another model, or with other options."""
-        now = json.loads(json.dumps({"settings": self.settings, "origin": self.provenance}))
         file = self.folder / IDENTITY
         if not file.is_file():
-            write_json(file, now)
+            if rest := [name for name in (CALIBRATION, RECORDS, PLAN) if (self.folder / name).exists()]:
+                raise DiffAccelError(
+                    f"'{self.folder}' has {' and '.join(rest)} and no {IDENTITY}, which tells what they are of. Give "
+                    "another folder, or throw this one away."
+                )
+            write_json(file, self._identity())
             return
-        before = _read(file, lambda values: {part: dict(values[part]) for part in now})
+        parts = tuple(self._identity())
+        self._compare(_read(file, lambda values: {part: dict(values[part]) for part in parts}), self.folder)
+
+    def _identity(self) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(json.dumps({"settings": self.settings, "origin": self.provenance}))
+        return values
+
+    def _compare(self, before: dict[str, Any], where: Path) -> None:
+        """Raise unless a file of the work is of these options and this origin."""
+        now = self._identity()
         before["origin"].setdefault("parts", now["origin"]["parts"])  # of work that was begun before they were noted
         for part in ("settings", "origin"):
             if other := [key for key in {**now[part], **before[part]} if now[part].get(key) != before[part].get(key)]:
                 raise DiffAccelError(
-                    f"'{self.folder}' has the work of other {'options' if part == 'settings' else 'origin'} "
+                    f"'{where}' has the work of other {'options' if part == 'settings' else 'origin'} "
                     f"({', '.join(sorted(other))}). Give another folder, or throw this one away."
                 )
+
+    def _made_before(self) -> PrecisionPlan:
+        """Return the plan that is in the folder."""
+        plan = read_plan(self.folder / PLAN)
+        self._compare({"settings": plan.settings, "origin": plan.provenance}, self.folder / PLAN)
+        return plan
 
     def _calibrated(self) -> CalibratedRanges:
         file = self.folder / CALIBRATION
@@ -148,9 +167,10 @@ class _Planning:
             recorder = Recorder(self.layers, self.config.calibration, self.config.bos == "auto")
             with recorder.watching():
                 self.drawings.draw(self.pipe)
-            write_json(file, recorder.result().to_dict())
+            values = recorder.result().to_dict()
+            write_json(file, {**values, "sha256": _digest(values)})
             self.tell(f"calibrated {len(self.layers)} layers on {len(self.drawings.prompts)} drawings")
-        return _read(file, CalibratedRanges.from_dict)
+        return _read(file, _ranges_of)
 
     def _groups(self, names: list[str]) -> list[list[str]]:
         """Return the names of each group that is programmed by itself."""
@@ -290,6 +310,18 @@ def _read(file: Path, parse: Callable[[Any], _T]) -> _T:
         raise DiffAccelError(
             f"'{file}' is damaged ({first_line(error, 80)}). Throw '{file.parent}' away to make the plan anew."
         ) from error
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _ranges_of(values: dict[str, Any]) -> CalibratedRanges:
+    """Return the ranges of a file whose content has the SHA-256 that it tells."""
+    told = values.pop("sha256", None)  # files of earlier versions have none
+    if told is not None and told != _digest(values):
+        raise ValueError("it was changed since it was written")
+    return CalibratedRanges.from_dict(values)
 
 
 def _only_network(pipe: Any) -> nn.Module:

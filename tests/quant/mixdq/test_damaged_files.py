@@ -106,7 +106,36 @@ def test_files_of_the_work(name: str, text: str, work: Path, tmp_path: Path) -> 
         made(folder)
 
 
-@pytest.mark.parametrize("line", ("xx", "[]", '{"key": "a"}', '{"key": "a", "value": null}'))
+def test_files_of_other_work(work: Path, tmp_path: Path) -> None:
+    def copied(name: str) -> Path:
+        return Path(shutil.copytree(work, tmp_path / name))
+
+    folder = copied("calibration")
+    (folder / "plan.json").unlink()
+    values = json.loads((folder / "calibration.json").read_text())
+    del values["layers"][LAYER]  # which would stay in high precision, and nobody would know
+    (folder / "calibration.json").write_text(json.dumps(values))
+    with pytest.raises(DiffAccelError, match=r"calibration.json' is damaged \(it was changed since"):
+        made(folder)
+    folder = copied("identity")
+    (folder / "work.json").unlink()
+    with pytest.raises(DiffAccelError, match=r"has calibration.json and plan.json and no work.json"):
+        made(folder)
+    folder = copied("plan")
+    values = json.loads((folder / "plan.json").read_text())
+    values["settings"]["weight_bits"] = 8
+    (folder / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(DiffAccelError, match=r"plan.json' has the work of other options \(weight_bits\)"):
+        made(folder)
+
+
+WRONG = (
+    "xx", "[]", '{"key": "a"}', *(f'{{"key": "a", "value": {value}}}' for value in ("null", "NaN", "true", '"3"')),
+    '{"key": "a", "value": 2.0, "check": "00000000"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
 def test_measured_numbers(line: str, tmp_path: Path) -> None:
     (tmp_path / "measured.jsonl").write_text(f'{{"key": "b", "value": 1}}\n{line}\n')
     with pytest.raises(DiffAccelError, match=r"Line 2 of .* is damaged"):
