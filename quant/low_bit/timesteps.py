@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -21,15 +22,34 @@ class TimeGroups:
     The group follows from the time alone, whatever the schedule and the number of calls in a step. Several times a
     sample, one a token, count by the largest. Layers look up :attr:`index`, which stays on the network's device.
 
+    Several threads may call one network: each looks up the groups of its own call. A thread that calls none, as
+    autograd's, which computes activations again, has those of the latest call.
+
     Attributes:
         count: number of groups, G.
         largest: time of pure noise, T.
-        index: groups of the samples of the call, int64 ``(B,)``; None outside of calls with a time.
     """
 
     def __init__(self, count: int, largest: float, position: int) -> None:
         self.count, self.largest, self.position = count, largest, position
-        self.index: Tensor | None = None
+        self._latest: Tensor | None = None
+        self._own = threading.local()
+
+    @property
+    def index(self) -> Tensor | None:
+        """Groups of the samples of the call, int64 ``(B,)``; None outside of calls with a time."""
+        own: Tensor | None = getattr(self._own, "index", self._latest)
+        return own
+
+    @index.setter
+    def index(self, value: Tensor | None) -> None:
+        self._latest = self._own.index = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_own"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _own=threading.local())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         time = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)

@@ -47,11 +47,10 @@ def row_kinds(states: Tensor, row: Tensor) -> RowKinds:
 class RowMemo:
     """The kinds of the rows of the latest text states, shared by all layers of a network that read them.
 
-    Copies and pickles begin anew.
+    Copies and pickles begin anew. Several threads may call one network: the kinds lie beside what they are of.
     """
 
-    kinds: RowKinds | None = None
-    _source: Any = field(default=None, repr=False)
+    _latest: Any = field(default=None, repr=False)  # kinds, weak reference to the states, their version
     _told: bool = False
 
     def __call__(self, states: Tensor, row: Tensor) -> RowKinds:
@@ -63,11 +62,12 @@ class RowMemo:
             return row_kinds(states, row)
         if states.is_inference():  # whose changes in place are not counted
             return row_kinds(states, row)
-        source, version = self._source or (lambda: None, 0)
-        if self.kinds is None or source() is not states or version != states._version:
-            self.kinds, self._source = row_kinds(states, row), (weakref.ref(states), states._version)
-            self._tell(self.kinds)
-        return self.kinds
+        kinds, source, version = self._latest or (None, lambda: None, 0)
+        if kinds is None or source() is not states or version != states._version:
+            kinds = row_kinds(states, row)
+            self._latest = (kinds, weakref.ref(states), states._version)
+            self._tell(kinds)
+        return kinds
 
     def _tell(self, kinds: RowKinds) -> None:
         if not self._told and bool(kinds.other.any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,21 @@ def test_groups_follow_the_time_whatever_the_order_of_calls() -> None:
     copied = copy.deepcopy(net)
     ask(net, times=(500.0, 500.0))
     assert torch.equal(ask(copied), both)
+
+
+def test_threads_that_call_one_network_have_groups_of_their_own() -> None:
+    net = convert(shaken(prepare_qat(network(), replace(SMALL, rank=0))))
+    both = ask(net)
+    layer = next(m for m in net.modules() if isinstance(m, LowBitLinear))
+
+    def other(module: Any, args: Any) -> None:  # another thread's call, between the hook of this one and its layers
+        hook.remove()
+        thread = threading.Thread(target=ask, args=(net,), kwargs={"times": (870.0, 120.0)})
+        thread.start()
+        thread.join()
+
+    hook = layer.register_forward_pre_hook(other)
+    assert torch.equal(ask(net), both)
 
 
 @pytest.mark.slow

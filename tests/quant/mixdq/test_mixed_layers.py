@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from diffaccel.errors import DiffAccelError
 from diffaccel.quant.mixed.activations import grid_of, static_levels, token_rows
 from diffaccel.quant.mixed.conv import MixedConv2d
+from diffaccel.quant.mixed.first_row import RowKinds, RowMemo
 from diffaccel.quant.mixed.form import InputRange, MixedFormat, read_format
 from diffaccel.quant.mixed.linear import MixedLinear
 from diffaccel.quant.mixed.weights import expanded, largest_code, pack, quantize_mixed, unpack_int2
@@ -274,6 +276,21 @@ def test_states_changed_in_place_are_looked_at_again() -> None:
     with torch.inference_mode():
         g = states("zero", "bos")
         assert torch.equal(layer(g)[0], plain.bias.expand(6, 24))
+
+
+def test_threads_that_call_one_layer_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, mine, others = MixedLinear.of(linear(), STATIC, TEXT), states("bos", "zero"), states("zero", "bos")
+    expected, tell = layer(mine), RowMemo._tell
+
+    def interrupted(memo: RowMemo, kinds: RowKinds) -> None:  # another thread's call, in the midst of this one
+        monkeypatch.setattr(RowMemo, "_tell", tell)
+        thread = threading.Thread(target=layer, args=(others,))
+        thread.start()
+        thread.join()
+
+    layer(others)
+    monkeypatch.setattr(RowMemo, "_tell", interrupted)
+    assert torch.equal(layer(mine), expected)
 
 
 def test_the_first_row_compiles_and_trains() -> None:
