@@ -71,6 +71,20 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Raise ``OSError`` where safetensors cannot write, as on a full disk, which it tells by an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def remove_leftovers(folder: Path, names: str) -> None:
     """Remove temporary files that a killed process left of files in ``folder`` whose names match ``names``.
 

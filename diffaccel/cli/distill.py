@@ -11,7 +11,7 @@ from typing import Any
 from diffaccel import registry, terminal, zoo
 from diffaccel.cli.sample import split_method_options
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import remove_leftovers
+from diffaccel.files import as_os_errors, remove_leftovers
 from diffaccel.folder_lock import FolderLock
 from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.variant import parse_fields, parse_size
@@ -164,7 +164,8 @@ def alone(out: Path, rank: int) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()  # before anything is removed: it may be what another run is writing
             remove_leftovers(out, r"checkpoint\.(?:safetensors|json)")
-        yield
+        with as_os_errors():
+            yield
     except OSError as error:
         if error.errno is None:  # a library's own, such as of a model that it cannot read
             raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import remove_leftovers
+from diffaccel.files import as_os_errors, remove_leftovers
 from diffaccel.folder_lock import NAME, FolderLock
 from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.variant import parse_size
@@ -35,17 +35,15 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def alone(out: Path, overwrite: bool = False) -> Iterator[None]:
-    """Keep other runs from the folder, name one that cannot be written, and throw away what is in it if asked to."""
+def alone(out: Path) -> Iterator[None]:
+    """Keep other runs from the folder, and name one that cannot be written."""
     lock = FolderLock(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if overwrite:
-            clear(out, keep=(NAME,))
-        (out / FOLDER).mkdir(exist_ok=True)
         remove_leftovers(out / FOLDER, r"\w+\." + re.escape("json"))
-        yield
+        with as_os_errors():
+            yield
     except OSError as error:
         raise unwritable(out, error) from error
     finally:
@@ -96,6 +94,12 @@ def make_plan(
     for name in ("num_inference_steps", "prompt", "generator", "output_type"):
         arguments.pop(name, None)
     folder = options.out / FOLDER
+
+    def begin() -> None:
+        if options.overwrite:
+            (folder / SAVED).unlink(missing_ok=True)  # first: what is left by a kill is no finished model
+            clear(options.out, keep=(NAME,))
+
     note = (lambda text: None) if options.json else terminal.write_note
-    plan = worker(pipe, config, folder, texts, arguments, {"model": options.model}, note)
+    plan = worker(pipe, config, folder, texts, arguments, {"model": options.model}, note, begin)
     return replace(config, plan=str(folder / "plan.json")), plan

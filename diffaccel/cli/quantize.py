@@ -94,7 +94,7 @@ def run(argv: list[str]) -> int:
         return 0
     texts = planned.calibration_prompts(options.model, options.prompts, config.samples)
     pipe, arguments = planned.open_for_plan(options)
-    with planned.alone(options.out, options.overwrite):
+    with planned.alone(options.out):
         config, plan = planned.make_plan(worker, options, config, pipe, texts, arguments)
         _finish(options, config, pipe, plan)
         write_json(options.out / planned.FOLDER / planned.SAVED, {"method": config.name})

@@ -55,6 +55,8 @@ def config_of(options: argparse.Namespace, method_options: dict[str, dict[str, s
         )
     if options.seconds is not None and not options.seconds > 0:
         raise DiffAccelError(f"--seconds is {options.seconds:g}; it must be above 0. Leave it out to make all steps.")
+    if options.seed is not None and abs(options.seed) >= 2**62:
+        raise DiffAccelError(f"--seed is {options.seed}; it must be from -2**62 to 2**62.")
     if options.steps is not None and (Path(options.data).suffix == ".safetensors" or Path(options.data).is_dir()):
         raise DiffAccelError(f"--steps is of drawings of prompts, and '{options.data}' has samples. Leave it out.")
     changes = parse_fields(cls, method_options.get(cls.name, {}))

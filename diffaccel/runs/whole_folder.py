@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffaccel import folder_lock
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import as_os_errors
 from diffaccel.runs.folder import check_writable, unwritable
 
 PARTIAL = ".partial"  # subfolder of what is being written; what an unfinished run left has one
@@ -42,7 +43,8 @@ def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         _remove(partial)
         partial.mkdir()
         try:
-            yield partial
+            with as_os_errors():
+                yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -113,7 +113,8 @@ class MixDQ(Quantization):
         super().validate()
         for name, low, high in (
             ("weight_bits", 2, 8), ("protect", 0, 1), ("latency", 0, 1), ("samples", 2, math.inf),
-            *((name, 1, math.inf) for name in ("probes", "steps", "window", "ratios", "averages")),
+            *((name, 1, math.inf) for name in ("probes", "steps", "window")),
+            ("ratios", 1, 1000), ("averages", 1, 1000),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:
@@ -127,6 +128,8 @@ class MixDQ(Quantization):
             raise DiffAccelError(
                 f"MixDQ.group_size is {self.group_size}; it must be even and {LEAST_GROUP} or more, or 0 for rows."
             )
+        if not -(2**62) <= self.seed <= 2**62:
+            raise DiffAccelError(f"MixDQ.seed is {self.seed}; it must be from -2**62 to 2**62.")
         if self.samples < self.probes:
             raise DiffAccelError(
                 f"MixDQ.probes is {self.probes}, more than samples, {self.samples}. Layers are probed on the first "

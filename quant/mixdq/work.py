@@ -45,6 +45,7 @@ def make(
     arguments: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     tell: Callable[[str], None] = lambda text: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> PrecisionPlan:
     """Make the plan of a pipeline's network in a folder, or go on with one, and return it.
 
@@ -55,12 +56,15 @@ def make(
         arguments: of the pipeline's call, such as its size and guidance.
         provenance: what else the plan says of its origin.
         tell: called with every step as text.
+        begin: called before anything is written, when pipeline, prompts and options are found to fit.
 
     Raises:
         DiffAccelError: for a pipeline with no network or two, too few prompts, a folder with other work, and an
             average that no plan has.
     """
-    return _Planning(pipe, config, folder, prompts, arguments or {}, provenance or {}, tell).plan()
+    planning = _Planning(pipe, config, folder, prompts, arguments or {}, provenance or {}, tell)
+    begin()
+    return planning.plan()
 
 
 class _Planning:

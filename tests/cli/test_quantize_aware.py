@@ -61,6 +61,7 @@ def test_a_model_is_trained_and_loads(model: Path, tmp_path: Path, capsys: pytes
         (["--w8a8.dtype", "fp8"], "--w8a8.dtype is no option of 'qvgen'"),
         (["--scan", "x"], "--scan and --export are of methods that are not trained"),
         (["--seconds", "0"], "must be above 0"),
+        (["--seed", "99999999999999999999999"], "must be from -2**62 to 2**62"),
         (["--steps", "0"], "--steps is 0; it must be 1 or more"),
         (["--qvgen.skip", '["no_such_block"]'], "matches no layer"),
         (["--overwrite"], "Give another --out"),

@@ -93,6 +93,16 @@ def test_the_folder_draws_and_its_plan_is_a_method(model: Path, tmp_path: Path, 
     assert cli.main([*again[:-1], str(tmp_path / "out")]) == 2  # not empty
 
 
+def test_what_is_to_be_thrown_away_stays_until_the_options_fit(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out" / "plan").mkdir(parents=True)
+    kept = [tmp_path / "out" / name for name in ("model_index.json", "plan/saved", "plan/measured.jsonl")]
+    for file in kept:
+        file.touch()
+    bad = command(model, tmp_path / "out", "--overwrite", "--mixdq.skip", '["no_such_block"]')
+    assert cli.main(bad) == 2 and "matches no layer" in capsys.readouterr().err
+    assert all(file.is_file() for file in kept)
+
+
 def test_prompts_of_a_calibration(model: Path, tmp_path: Path, capsys) -> None:
     texts = calibration_prompts("emoji-flux", None, 32)
     assert len(set(texts)) >= 32 and all(", " in text for text in texts)

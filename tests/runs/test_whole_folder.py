@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from diffaccel.cli import distill, planned
 from diffaccel.errors import DiffAccelError
@@ -67,6 +68,15 @@ def test_what_is_there_stays_until_the_new_model_is_whole(error: BaseException, 
     assert contents(tmp_path) == before and not (tmp_path / PARTIAL).exists()
 
 
+@pytest.mark.parametrize("name", ("save", "plan", "distill"))
+def test_a_full_disk_that_safetensors_tells_of_is_one_sentence(name: str, tmp_path: Path) -> None:
+    words = r"cannot be written \(No space left on device\)"
+    with pytest.raises(DiffAccelError, match=words), ALONE[name](tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="header too small"), ALONE[name](tmp_path / "out"):
+        raise SafetensorError("Error while deserializing header: header too small")
+
+
 def test_what_is_not_of_a_save_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
     with pytest.raises(DiffAccelError, match=r"is not empty\. Give another --out"), whole_folder(tmp_path):
@@ -76,7 +86,7 @@ def test_what_is_not_of_a_save_is_refused(tmp_path: Path) -> None:
 
 ALONE: dict[str, Callable[[Path], Any]] = {
     "save": lambda out: whole_folder(out, overwrite=True),
-    "plan": lambda out: planned.alone(out, overwrite=True),
+    "plan": planned.alone,
     "distill": lambda out: distill.alone(out, 0),
 }
 

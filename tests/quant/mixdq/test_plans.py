@@ -323,6 +323,8 @@ def test_bad_options_and_calls_are_named(tmp_path: Path) -> None:
         (lambda: MixDQ(activation_bits=12.0), "from 4 to 8, or 16"),
         (lambda: MixDQ(group_size=3), "16 or more, or 0"),
         (lambda: MixDQ(samples=1), "2 or more"),
+        (lambda: MixDQ(ratios=10**12), "from 1 to 1000"),
+        (lambda: MixDQ(seed=10**22), r"from -2\*\*62 to 2"),
         (lambda: MixDQ(samples=4, probes=5), "more than samples"),
         (lambda: MixDQ(allocation="best"), "must be one of"),
         (lambda: MixDQ(allocation="uniform", latency=0.5), "latency is 0.5 with allocation='uniform'"),
