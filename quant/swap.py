@@ -102,14 +102,15 @@ def quantize_networks(networks: Sequence[nn.Module], config: QuantizationOptions
         for network, layers in zip(networks, plans, strict=True):
             done.append(QuantizedNetwork(network, config.name, [], {}))
             _quantize(done[-1], layers, config)
-    except BaseException:
+        if config.originals == "drop":
+            for quantized in done:
+                quantized.originals = None
+        return QuantizedNetworks(done)
+    except BaseException:  # an interrupt may come at any line until the caller has what takes the layers off
         for quantized in done:
-            quantized.remove()
+            if quantized.originals is not None:
+                quantized.remove()
         raise
-    if config.originals == "drop":
-        for quantized in done:
-            quantized.originals = None
-    return QuantizedNetworks(done)
 
 
 def _check(network: nn.Module, layers: dict[str, LayerFormat]) -> None:
@@ -145,11 +146,11 @@ def _quantize(done: QuantizedNetwork, layers: dict[str, LayerFormat], config: Qu
             raise DiffAccelError(f"'{name}': {error}") from None
         before += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
         after += layer.weight_bytes()
-        setattr(parent, attribute, layer)
         if config.originals == "cpu" and done.originals is not None:
-            done.originals.append((layer, module))
-            if not module.weight.device == torch.device("cpu"):
-                _to_host(module)
+            done.originals.append((layer, module))  # first: an interrupt between the two loses nothing
+        setattr(parent, attribute, layer)
+        if config.originals == "cpu" and module.weight.device != torch.device("cpu"):
+            _to_host(module)
     share_rows(network)
     done.stored = StoredQuantization(config, layers).to_dict()
     remember(network, done.stored)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 from diffaccel.errors import DiffAccelError
@@ -161,7 +160,8 @@ def _middle(what: Choosing, average: float) -> float | None:
     """Return the ratio at which both groups are as far from their ends as may be; None for one group or no room."""
     if len(what.groups) != 2:
         return None
-    (first, second), (one, other) = ([f(names) for names in what.groups] for f in (partial(_ends, what), what.size))
+    first, second = (_ends(what, names) for names in what.groups)
+    one, other = (what.size(names) for names in what.groups)
     total = average * (one + other)
     low, high = max(first[0], (total - other * second[1]) / one), min(first[1], (total - other * second[0]) / one)
     if low > high + 1e-9:

@@ -14,14 +14,16 @@ import tiny
 import tiny_more
 import torch
 from diffusers import PipelineQuantizationConfig
+from torch import nn
 
 import diffaccel
 from diffaccel.errors import DiffAccelError
 from diffaccel.families import find, networks
 from diffaccel.families.facts import facts_of
-from diffaccel.quant import W4A8, W4A16, W8A8, QConv2d, QLinear, scan_errors
+from diffaccel.quant import W4A8, W4A16, W8A8, QConv2d, QLinear, scan_errors, swap
 from diffaccel.quant.layer import QuantizedLayer
 from diffaccel.samplers import Euler, SeaCache, Spectrum
+from tests.support.interrupts import interrupt, visits
 
 FAST, SLOW = ("flux", "sd"), ("sd3", "sdxl", "wan22", "hunyuan", "pixart", "dit", "ddim", "wan5b", "cogvideox")
 FAMILIES = [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
@@ -331,3 +333,17 @@ def test_papers_and_records() -> None:
         method = cls.paper()
         assert cls.from_dict(json.loads(json.dumps(method.to_dict()))) == method
         assert find(make("flux")) is not None and cls.fits("FluxPipeline", find(make("flux")))[0] is True
+
+
+def test_an_interrupt_at_any_line_leaves_the_layers() -> None:
+    network, modules = nn.Sequential(nn.Linear(32, 32)), [swap]
+    (layer,) = network
+    handles: list[Any] = []
+    lines = visits(modules, lambda: swap.quantize_networks([network], W8A8()).remove())
+    assert len(lines) > 30 and network[0] is layer
+    kept = []
+    for line in lines:
+        kept.append(interrupt(modules, line, lambda: handles.append(swap.quantize_networks([network], W8A8()))))
+        while handles:
+            handles.pop().remove()
+        assert network[0] is layer, line
