@@ -24,9 +24,8 @@ FOLDER, SAVED = "plan", "saved"  # of the work inside --out; the file that says 
 def check_out(out: Path, overwrite: bool) -> None:
     """Raise unless the folder can be written, and is empty, or of a plan that was begun, or may be thrown away."""
     check_writable(out)
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if overwrite:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if overwrite or not names - {NAME}:  # a kill before anything was written leaves the lock's file
         return
     if (out / FOLDER / SAVED).is_file():
         raise DiffAccelError(f"'{out}' has a finished model. Give another --out, or --overwrite to throw it away.")

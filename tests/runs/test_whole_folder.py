@@ -54,6 +54,7 @@ def test_a_killed_save_is_repeated(moved: tuple[str, ...], expected: dict[str, s
 def test_a_kill_before_anything_was_written_leaves_a_free_folder(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     check_free(tmp_path, overwrite=False)
+    planned.check_out(tmp_path, overwrite=False)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
