@@ -71,6 +71,10 @@ class LayerFormat:
     def check(self, in_features: int) -> None:
         """Raise for a width that the format cannot store, where no other format takes its place."""
 
+    def within(self, out_features: int, in_features: int) -> LayerFormat:
+        """Return the format with what a layer of that size can have of it."""
+        return self
+
     def __str__(self) -> str:
         return f"{self.name}:{self.group}" if self.group else self.name
 

@@ -96,7 +96,7 @@ def _format(network: nn.Module, config: QuantizationOptions, name: str, module: 
     except DiffAccelError:
         facts = None
     if isinstance(module, nn.Linear) and config.all_linears:
-        return fitting(config.linear_format(), module.in_features)
+        return fitting(config.linear_format().within(module.out_features, module.in_features), module.in_features)
     is_modulation = facts is not None and re.fullmatch(facts.modulation, name) is not None
     if isinstance(module, nn.Linear) and is_modulation:
         form = config.modulation_format()
@@ -105,7 +105,7 @@ def _format(network: nn.Module, config: QuantizationOptions, name: str, module: 
     if keeps:
         return None
     if isinstance(module, nn.Linear):
-        return fitting(config.linear_format(), module.in_features)
+        return fitting(config.linear_format().within(module.out_features, module.in_features), module.in_features)
     form = config.conv_format()
     if form is not None and form.activations and isinstance(module, nn.Conv2d) and not QConv2d.multiplies_codes(module):
         return LayerFormat("w8a16")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,6 +62,10 @@ class LowBit(LayerFormat):
                 f"Its width of {in_features} is no multiple of {8 // (self.bits & -self.bits)}, as codes of "
                 f"{self.bits} bits need. Name it in skip."
             )
+
+    def within(self, out_features: int, in_features: int) -> LowBit:
+        """Return the format with no larger a rank than a matrix of that size has."""
+        return replace(self, rank=min(self.rank, out_features, in_features))
 
     def shapes(self, out_features: int, in_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows = ((out_features, 1), torch.float32)

@@ -195,6 +195,16 @@ def test_without_training_on_a_pipeline_and_off_again(tmp_path: Path) -> None:
     assert torch.equal(pipe(**tiny.call_kwargs("flux")).images, stock)
 
 
+def test_a_rank_that_is_kept_is_no_larger_than_a_layer() -> None:
+    pipe = diffaccel.accelerate(tiny.make("flux"), QVGen(rank=64, keep_rank=40, steps=100))
+    layers = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, LowBitLinear)}
+    assert {m.form.rank for m in layers.values()} == {32}
+    for name, m in layers.items():
+        expected = {key: shape for key, (shape, _) in m.form.shapes(m.out_features, m.in_features).items()}
+        assert {key: tuple(getattr(m, key).shape) for key in m.stored} == expected, name
+        assert name in pipe.transformer.config.quantization_config["layers"][str(m.form)]  # what loads it
+
+
 def test_files_take_a_quarter_of_16_bits() -> None:
     linear = nn.Linear(1024, 64, bias=False, dtype=torch.bfloat16)
     size = LowBitLinear.of(linear, LowBit()).weight_bytes()
