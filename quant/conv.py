@@ -66,7 +66,7 @@ class QConv2d(QuantizedConv):
         padded = F.pad(codes.reshape(x.shape), (left, left, top, top))
         patches = padded.unfold(2, rows, step_y).unfold(3, columns, step_x)  # (B, C, OH, OW, R, S)
         height, width = patches.shape[2:4]
-        matrix = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, -1)
+        matrix = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, self.weight[0].numel())
         scales = scale.repeat_interleave(height * width, dim=0)
         bias = None if self.bias is None else self.bias.detach()
         y = int8_linear(matrix, scales, self.int8_matrix(), self.weight_scale, bias, x.dtype, self.mode)

@@ -167,6 +167,7 @@ def test_convolutions(form: LayerFormat, options: dict[str, Any]) -> None:
     y, exact = layer(x), plain(x)
     assert y.shape == exact.shape and isinstance(layer, nn.Conv2d)
     assert float((y - exact).norm() / exact.norm()) < 0.025
+    assert layer(x[:0]).shape == plain(x[:0]).shape
 
 
 @pytest.mark.slow
