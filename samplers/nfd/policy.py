@@ -44,9 +44,9 @@ class HeldActions:
     """Running estimate of the probability that an action repeats."""
 
     def __init__(self) -> None:
-        self.repeats, self._seen = FIRST_GUESS, 1
+        self.repeats, self.seen = FIRST_GUESS, 1
 
     def note(self, is_repeated: bool) -> None:
         """Take one more frame's action into account."""
-        self._seen = min(self._seen + 1, MEMORY)
-        self.repeats += (is_repeated - self.repeats) / self._seen
+        self.seen = min(self.seen + 1, MEMORY)
+        self.repeats += (is_repeated - self.repeats) / self.seen

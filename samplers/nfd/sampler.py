@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,23 +25,10 @@ from diffaccel.models.next_frame.levels import StepRule
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 from diffaccel.samplers.nfd.latency import LatencyWatch
 from diffaccel.samplers.nfd.policy import HeldActions, best_drafts
-from diffaccel.samplers.nfd.stats import RolloutStats
+from diffaccel.samplers.nfd.stats import Rollout, RolloutStats
 
 MOST_DRAFTS = 8
 Action = int | Sequence[int] | Tensor
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A drawn video.
-
-    Attributes:
-        frames: ``(B, T, C, H, W)`` in [-1, 1].
-        stats: what it cost.
-    """
-
-    frames: Tensor
-    stats: RolloutStats
 
 
 class NextFrameSampler:
@@ -184,7 +171,7 @@ class NextFrameSampler:
     def prepare(self, actions: Sequence[int] | None = None) -> None:
         """Draw the next frame under several actions at once, before it is known which; :meth:`step` then takes one.
 
-        That costs one evaluation of so many frames, and loses nothing: the frame equals that of N = 1.
+        That costs one evaluation of so many frames; the frame equals that of N = 1. Drafts that are ready are dropped.
 
         Args:
             actions: at most ``fan_out`` different ones; None for all that the model has.
@@ -232,15 +219,16 @@ class NextFrameSampler:
         drawn = torch.stack(list(self.frames(actions, oracle)), 1)
         with self._timed():
             self._wait()
-        return Rollout(drawn, self.stats)
+        return Rollout(drawn, replace(self.stats, drafts=dict(self.stats.drafts)))  # the video's own counts go on
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all that :meth:`load_state_dict` needs to go on exactly, also inside of a round."""
+        """Return a copy of all that :meth:`load_state_dict` needs to go on exactly, in a round or with frames prepared."""
         self._check_begun()
         return {
             "engine": self.engine.state_dict(), "ready": [frame.clone() for frame in self._ready],
-            "drafted": self._drafted[:, self._position :] if self._ready else None,
-            "action": self._action, "repeats": self.held.repeats,
+            "drafted": self._drafted[:, self._position :] if self._ready else None, "action": self._action,
+            "repeats": self.held.repeats, "seen": self.held.seen,
+            "prepared": {action: frame.clone() for action, frame in self._prepared.items()},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -251,15 +239,22 @@ class NextFrameSampler:
         """
         if not isinstance(state, dict) or not {"engine", "ready", "drafted", "action", "repeats"} <= state.keys():
             raise DiffAccelError("The state lacks parts of a video. Pass what state_dict of such a sampler returned.")
+        prepared = state.get("prepared", {})
+        if len(prepared) > self.fan_out:
+            raise DiffAccelError(f"The state has {len(prepared)} prepared frames; the sampler's fan_out is {self.fan_out}.")
         self._forget()
         self.engine.load_state_dict(state["engine"])
         self._ready, self._action = [frame.clone() for frame in state["ready"]], state["action"]
-        self.held.repeats = state["repeats"]
+        self._prepared = {action: frame.clone() for action, frame in prepared.items()}
+        self.held.repeats, self.held.seen = state["repeats"], state.get("seen", self.held.seen)
         self._begin_counts()
-        self.stats.computed = len(self._ready)
+        self.stats.computed = len(self._ready) + len(self._prepared)
         if self._ready:
             self._drafted = state["drafted"]
             self.engine.put(torch.cat(self._ready, 1), self._drafted)
+        elif self._prepared:
+            choices = check_actions(list(prepared), self.model.null_action, "actions")
+            self.engine.put(torch.cat(list(prepared.values()), 1), choices)
 
     def _begin_counts(self) -> None:
         self.stats, self._before = RolloutStats(latency_asked=self.latency), self.engine.evaluations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -57,3 +60,16 @@ class RolloutStats:
         drafts = {str(count): rounds for count, rounds in sorted(self.drafts.items())}
         values = {**vars(self), "drafts": drafts, "fps": self.fps, "discard_rate": self.discard_rate}
         return values
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A drawn video.
+
+    Attributes:
+        frames: ``(B, T, C, H, W)`` in [-1, 1].
+        stats: what it cost.
+    """
+
+    frames: Tensor
+    stats: RolloutStats

@@ -13,7 +13,7 @@ from diffaccel.models.next_frame.transformer import NextFrameTransformer
 
 
 def check_actions(actions: Any, largest: int, name: str) -> Tensor:
-    """Return actions as ``(B, T)`` int64 on the CPU.
+    """Return actions as ``(B, T)`` int64 on the CPU, in memory of their own: what was given may change later.
 
     Args:
         actions: ``(T,)`` or ``(B, T)`` integers below ``largest``.
@@ -26,7 +26,7 @@ def check_actions(actions: Any, largest: int, name: str) -> Tensor:
         raise DiffAccelError(f"{name} are no table of integers: {error}.") from error
     if values.numel() and (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool):
         raise DiffAccelError(f"{name} are {values.dtype}; they must be integers from 0 to {largest - 1}.")
-    values = values.to(torch.int64)  # unsigned ones have no order
+    values = values.to(torch.int64, copy=True)  # unsigned ones have no order
     values = values[None] if values.ndim == 1 else values
     if values.ndim != 2 or not values.numel():
         raise DiffAccelError(f"{name} have the shape {tuple(values.shape)}; it must be (frames,) or (batch, frames).")
