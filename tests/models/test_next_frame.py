@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -114,6 +116,12 @@ def test_autocast_trains_in_bfloat16():
         ({"window": 1}, "window is 1"),
         ({"modulation": "none"}, "'block' or 'shared'"),
         ({"prediction": "noise"}, "'velocity' or 'sample'"),
+        ({"height": 0}, "height is 0; it must be a whole number, 1 or more"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"num_actions": -1}, "num_actions is -1"),
+        ({"window": math.nan}, "window is nan; it must be a whole number"),
+        ({"rope_theta": math.nan}, "rope_theta is nan; it must be a positive number"),
+        ({"mlp_ratio": "4"}, "mlp_ratio is '4'"),
     ],
 )
 def test_options_that_do_not_fit_are_named(options, sentence):

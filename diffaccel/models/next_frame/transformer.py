@@ -88,6 +88,7 @@ class NextFrameTransformer(ModelMixin, ConfigMixin):
         rope_theta: float = 10000.0,
     ) -> None:
         super().__init__()
+        _check_sizes(self.config)
         _check_config(height, width, patch_size, attention_head_dim, window, modulation, prediction)
         dim = num_attention_heads * attention_head_dim
         self.rows, self.columns = height // patch_size, width // patch_size
@@ -245,15 +246,30 @@ class NextFrameTransformer(ModelMixin, ConfigMixin):
             raise DiffAccelError(f"actions are {actions.dtype}; they must be integers, such as torch.int64.")
 
 
+def _check_sizes(config: Any) -> None:
+    """Raise for sizes that are no whole numbers from 1 on, and for factors that are no positive numbers."""
+    for name in (
+        "in_channels", "height", "width", "patch_size", "num_layers", "num_attention_heads", "attention_head_dim",
+        "num_actions", "window",
+    ):  # fmt: skip
+        size = config[name]
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise DiffAccelError(f"{name} is {size!r}; it must be a whole number, 1 or more.")
+    for name in ("mlp_ratio", "rope_theta"):
+        factor = config[name]
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise DiffAccelError(f"{name} is {factor!r}; it must be a positive number.")
+
+
 def _check_config(
     height: int, width: int, patch_size: int, head_dim: int, window: int, modulation: Any, prediction: Any
 ) -> None:
     """Raise for options that do not fit together."""
-    if patch_size < 1 or height % patch_size or width % patch_size:
+    if height % patch_size or width % patch_size:
         raise DiffAccelError(
             f"patch_size is {patch_size}; it must divide the frame size {size_text(height, width)} without rest."
         )
-    if head_dim < 8 or head_dim % 8:
+    if head_dim % 8:
         raise DiffAccelError(f"attention_head_dim is {head_dim}; it must be a multiple of 8.")
     if window < 2:
         raise DiffAccelError(f"window is {window}; it must be 2 (the queried frame and one before it) or more.")
