@@ -14,6 +14,7 @@ from diffaccel.errors import DiffAccelError
 from diffaccel.files import as_os_errors, remove_leftovers
 from diffaccel.folder_lock import FolderLock
 from diffaccel.runs.folder import check_writable, unwritable
+from diffaccel.runs.threads import cpu_threads
 from diffaccel.runs.variant import parse_fields, parse_size
 
 OUT = Path("out") / "distill"
@@ -102,7 +103,7 @@ def run(argv: list[str]) -> int:
     evaluate = _evaluation(options, pipe, texts, arguments, device) if launch.rank == 0 else None
     if launch.rank == 0:
         terminal.write_note(looks(options.evaluate, config, "none" if evaluate is None else _judge(options)))
-    with alone(options.out, launch.rank):
+    with cpu_threads(options.threads), alone(options.out, launch.rank):
         done = train(
             pipe, texts, config, options.out, name=options.model, arguments=arguments, seconds=options.seconds,
             seed=options.seed, device=device, dtype=dtype, processes=launch, evaluate_every=options.evaluate,

@@ -12,7 +12,7 @@ import itertools
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,7 @@ from diffaccel.runs.failures import failures
 from diffaccel.runs.folder import RunFolder, check_writable
 from diffaccel.runs.request import Request
 from diffaccel.runs.side_files import SEARCH, TRACES
+from diffaccel.runs.threads import cpu_threads
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +156,7 @@ def generate_run(
     request = request.with_model_defaults()
     check_writable(out or Path(OUT))
     request, model, processes = _resolve(request, pipe, digest)
-    with _threads(request.threads), contextlib.ExitStack() as locks:
+    with cpu_threads(request.threads), contextlib.ExitStack() as locks:
         folder = _checked_folder(request, model, out, overwrite, command)
         if processes.rank == 0:
             locks.enter_context(folder)
@@ -179,21 +180,6 @@ def generate_run(
             processes.wait()
         drawn = [number for number in work.pending if end is None or number < end.chunks]
     return _result(folder, processes, drawn=sum(len(folder.chunks[number]) for number in drawn))
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Set torch's number of CPU threads inside the block; 0 leaves it."""
-    import torch
-
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count:
-            torch.set_num_threads(before)
 
 
 # -- before anything is written ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import record, zoo
 from diffaccel.errors import DiffAccelError, size_text, unknown
+from diffaccel.runs.threads import check_threads
 
 if TYPE_CHECKING:
     import torch
@@ -84,10 +85,11 @@ class Request:
                     f"{name} is {text!a}, which holds half a surrogate pair or a byte that is no UTF-8. Write it "
                     "in UTF-8."
                 )
-        for name, least in (("num", 1), ("batch", 1), ("seed", 0), ("threads", 0), ("steps", 1), ("frames", 1)):
+        for name, least in (("num", 1), ("batch", 1), ("seed", 0), ("steps", 1), ("frames", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise DiffAccelError(f"{name} is {value}; it must be at least {least}.")
+        check_threads(self.threads, "threads")
         if self.size is not None and min(self.size) < 1:
             raise DiffAccelError(f"size is {size_text(*self.size)}; both sides must be at least 1 pixel.")
         if self.seed + len(self) > 2**63:

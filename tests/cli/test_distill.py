@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 
+from diffaccel import registry
 from diffaccel.cli import main
 from diffaccel.cli.distill import UNFINISHED, looks
 from diffaccel.distill.sim import SIM
@@ -181,3 +184,16 @@ def test_a_full_disk_is_named_as_one(
     monkeypatch.setattr("diffaccel.distill.learning.save_tensors", full)
     assert main(options(model, tmp_path / "run")) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_has_as_many_threads_as_were_asked_for(model: Path, tmp_path: Path, monkeypatch) -> None:
+    before, seen = torch.get_num_threads(), []
+
+    def train(*_: object, **options: object) -> SimpleNamespace:
+        seen.append(torch.get_num_threads())
+        return SimpleNamespace(step=2, pictures=4, seconds=0.0)
+
+    monkeypatch.setattr(registry, "trainer", lambda name: (SIM, train))
+    assert main(options(model, tmp_path / "run", "--threads", str(before + 1))) == 0
+    assert seen == [before + 1] and torch.get_num_threads() == before
