@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ frames while an action is held: it is faster, and draws another video than --dra
 
 
 LARGEST_SCALE = 32
+SMALLEST_FPS, LARGEST_FPS = 0.01, 1000
+GIF_TICKS = 100  # a second, of which a frame takes a whole number
 
 
 def make_parser() -> terminal.Parser:
@@ -53,8 +55,12 @@ def run(argv: list[str]) -> int:
         check_writer(options.out)
     if not 1 <= options.scale <= LARGEST_SCALE:
         raise DiffAccelError(f"--scale is {options.scale}; it must be from 1 to {LARGEST_SCALE}.")
-    if not 0 < options.fps < math.inf:
-        raise DiffAccelError(f"--fps is {options.fps:g}; it must be positive.")
+    fastest = GIF_TICKS if options.out is not None and options.out.suffix == ".gif" else LARGEST_FPS
+    if not SMALLEST_FPS <= options.fps <= fastest:
+        raise DiffAccelError(
+            f"--fps is {options.fps:g}; it must be from {SMALLEST_FPS} to {fastest} frames a second"
+            f"{'' if fastest == LARGEST_FPS else ', for a .gif tells hundredths of a second'}."
+        )
     if (options.frames is not None and options.frames < 1) or not options.hold >= 1:
         raise DiffAccelError(f"--frames is {options.frames} and --hold {options.hold:g}; both must be 1 or more.")
     given = read_actions(options.actions)
@@ -136,9 +142,25 @@ def write_video(path: Path, pictures: list[Any], fps: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
         with atomic(path) as file:
-            pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
+            pictures[0].save(
+                file,
+                "GIF",
+                save_all=True,
+                append_images=pictures[1:],
+                duration=gif_durations(len(pictures), fps),
+                loop=0,
+            )
         return
     write_mp4(path, Clip(pictures, fps))
+
+
+def gif_durations(frames: int, fps: float) -> list[int]:
+    """Return the milliseconds of each frame: whole hundredths of a second, whose sums are never off by more than one.
+
+    One duration for all would be cut to hundredths, and 15 frames a second become 16.7.
+    """
+    ends = [round((frame + 1) * GIF_TICKS / fps) for frame in range(frames)]
+    return [(end - begin) * 1000 // GIF_TICKS for begin, end in itertools.pairwise([0, *ends])]
 
 
 def describe(result: dict[str, Any]) -> str:

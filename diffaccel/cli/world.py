@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffaccel import terminal
 from diffaccel.errors import DiffAccelError, unknown
-from diffaccel.runs.loading import find_folder, pick_device, pick_dtype, quiet_libraries
+from diffaccel.runs.loading import find_folder, pick_device, pick_dtype, quiet_libraries, read_whole
 from diffaccel.runs.request import DTYPES
+from diffaccel.runs.threads import check_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +56,7 @@ def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
     """Return the sampler that the options describe, with a video begun, and what it began with."""
     if options.dtype not in DTYPES:
         raise unknown("dtype", options.dtype, DTYPES)
-    if options.threads < 0:
-        raise DiffAccelError(f"--threads is {options.threads}; it must not be below 0.")
+    check_threads(options.threads, "--threads")
     if not 0 <= options.seed < 2**63:
         raise DiffAccelError(f"--seed is {options.seed}; it must be from 0 to 2**63 - 1.")
     draft, folder = parse_draft(options.draft), find_folder(options.model)
@@ -73,7 +73,8 @@ def open_sampler(options: Namespace) -> tuple[NextFrameSampler, Beginning]:
         torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     hf_quantizer.register()  # for models that were saved quantized
-    pipe = NextFramePipeline.from_folder(folder, torch_dtype=pick_dtype(options.dtype, device)).to(device)
+    pipe = read_whole(options.model, folder, pick_dtype(options.dtype, device), NextFramePipeline.from_folder)
+    pipe = pipe.to(device)
     settings = pipe.settings(options.steps)
     noise = settings.context_noise if options.context_noise is None else options.context_noise
     sampler = NextFrameSampler(

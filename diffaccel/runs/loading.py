@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -160,6 +161,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:0", "mps")) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:0", "mps"))
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DiffAccelError(
             f"The device '{name}' is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
@@ -185,16 +188,7 @@ def open_pipeline(request: Request, folder: Path, device: torch.device, dtype: t
     Raises:
         DiffAccelError: for files that cannot be loaded, and for a pipeline that cannot make what the request asks for.
     """
-    try:
-        pipe = _load_verified(request.model, folder, dtype)
-    except DiffAccelError:
-        raise
-    except Exception as error:
-        advice = "Reinstall diffaccel." if request.model in zoo.names() else "Copy or download it again."
-        raise DiffAccelError(
-            f"The model '{request.model}' cannot be loaded from '{folder}', whose files are damaged, incomplete or of "
-            f"another version ({type(error).__name__}: {first_line(error)}). {advice}"
-        ) from error
+    pipe = read_whole(request.model, folder, dtype)
     check_settings(pipe, request)
     check_subjects(pipe, request)
     in_place = [method for method in request.methods if method.touches == "graphs"]  # of weights where they are to stay
@@ -212,13 +206,30 @@ def open_plain(request: Request) -> Any:
     return open_pipeline(replace(request, methods=()), folder, device, pick_dtype(request.dtype, device))
 
 
-def _load_verified(model: str, folder: Path, dtype: torch.dtype) -> Any:
+def read_whole(model: str, folder: Path, dtype: torch.dtype, read: Callable[..., Any] = _read) -> Any:
+    """Return the pipeline of a model's folder, with all weights; a damaged cache of the zoo is unpacked again.
+
+    Args:
+        read: makes a pipeline of a folder and ``dtype``.
+
+    Raises:
+        DiffAccelError: for files that cannot be loaded, and for ones that lack weights.
+    """
     try:
-        return _without_gaps(_read(folder, dtype=dtype))
-    except Exception:
-        if model not in zoo.names():
-            raise
-    return _without_gaps(_read(zoo.path(model, verify=True), dtype=dtype))  # unpacks a damaged cache again
+        try:
+            return _without_gaps(read(folder, dtype=dtype))
+        except Exception:
+            if model not in zoo.names():
+                raise
+        return _without_gaps(read(zoo.path(model, verify=True), dtype=dtype))
+    except DiffAccelError:
+        raise
+    except Exception as error:
+        advice = "Reinstall diffaccel." if model in zoo.names() else "Copy or download it again."
+        raise DiffAccelError(
+            f"The model '{model}' cannot be loaded from '{folder}', whose files are damaged, incomplete or of "
+            f"another version ({type(error).__name__}: {first_line(error)}). {advice}"
+        ) from error
 
 
 def _without_gaps(pipe: Any) -> Any:

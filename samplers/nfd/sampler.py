@@ -241,7 +241,9 @@ class NextFrameSampler:
             raise DiffAccelError("The state lacks parts of a video. Pass what state_dict of such a sampler returned.")
         prepared = state.get("prepared", {})
         if len(prepared) > self.fan_out:
-            raise DiffAccelError(f"The state has {len(prepared)} prepared frames; the sampler's fan_out is {self.fan_out}.")
+            raise DiffAccelError(
+                f"The state has {len(prepared)} prepared frames; the sampler's fan_out is {self.fan_out}."
+            )
         self._forget()
         self.engine.load_state_dict(state["engine"])
         self._ready, self._action = [frame.clone() for frame in state["ready"]], state["action"]

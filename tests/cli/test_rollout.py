@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 
 import imageio_ffmpeg
 import pytest
@@ -12,13 +13,15 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from PIL import Image
 
 import diffaccel
+from diffaccel.cli.rollout import write_video
 from diffaccel.cli.world import find_beginning
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import write_png
 from diffaccel.models.next_frame import beginnings
 from diffaccel.models.next_frame.pipeline import NextFramePipeline
 from diffaccel.samplers import NextFrameSampler
 from diffaccel.samplers.nfd.streams import held_actions
-from tests.support.worlds import tiny_world
+from tests.support.worlds import tiny_pipeline, tiny_world
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,9 @@ def test_a_model_begins_with_its_own_frames(run, tmp_path, monkeypatch):
         (("--start", "nowhere.png", "--draft", 1), "cannot be read as a picture"),
         (("--scale", 0), "from 1 to 32"),
         (("--steps", 0), "steps is 0"),
+        (("--steps", 10**20), "10,000 at most"),
+        (("--window", 10**11, "--draft", 1), "A window of 100000000000 frames needs"),
+        (("--device", "meta"), "Unknown device 'meta'"),
         (("--context-noise", 0.7, "--draft", 1), "context_noise is 0.7"),
     ],
 )
@@ -151,6 +157,8 @@ def test_a_held_stream_repeats_as_often_as_it_says():
     ("words", "said"),
     [
         (("--frames", 0), "--frames is 0"), (("--hold", 0.5), "--hold 0.5"), (("--fps", "inf"), "--fps is inf"),
+        (("--fps", 1e-9), "--fps is 1e-09; it must be from 0.01 to 1000"), (("--threads", 100_000), "at most 1024"),
+        (("--fps", 120, "--out", "run.gif"), "--fps is 120; it must be from 0.01 to 100 frames a second, for a .gif"),
         (("--threads", -1), "--threads is -1"), (("--seed", 2**64), "--seed is 18446744073709551616"),
     ],
     ids=str,
@@ -161,3 +169,55 @@ def test_numbers_that_cannot_be_are_told_before_the_model_is_opened(rollout, mon
     monkeypatch.delattr(NextFramePipeline, "from_folder")
     done = rollout(*words)
     assert done.status == 2 and said in done.err and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "sentence"),
+    [
+        ("config.json", lambda data: data[:50], "cannot be loaded from"),
+        (
+            "config.json",
+            lambda data: data.replace(b'"num_layers": 2', b'"num_layers": 1'),
+            "has no place for the weight",
+        ),
+        ("config.json", lambda data: data.replace(b'"num_layers": 2', b'"num_layers": 3'), "lacks the weight"),
+        ("diffusion_pytorch_model.safetensors", lambda data: data[:-1000], "cannot be loaded from"),
+        ("diffusion_pytorch_model.safetensors", lambda data: data[:-4] + b"\xff" * 4, "NaN or infinite values"),
+    ],
+)
+def test_a_damaged_model_is_named_and_draws_nothing(run, world, tmp_path, file, damage, sentence):
+    """A layer that the config has no more is left out by diffusers with a warning, and the video is another one."""
+    shutil.copytree(world, tmp_path / "world")
+    path = tmp_path / "world" / file
+    path.write_bytes(damage(path.read_bytes()))
+    done = run("rollout", tmp_path / "world", "--draft", 1, "--frames", 1)
+    assert done.status == 2 and sentence in done.err and "Copy" in done.err
+
+
+@pytest.mark.parametrize("size", [(24, 16), (16, 24), (48, 8)])
+def test_beginnings_of_another_layout_are_refused(tmp_path, size):
+    """A picture with as many pixels in other rows would be frames of scrambled ones."""
+    write_png(tmp_path / beginnings.FILE, Image.new("RGB", size), {"actions": [[0, 1, 2], [3, 0, 0]]})
+    if size == (24, 16):
+        assert len(beginnings.read(tmp_path, (3, 8, 8))) == 2
+        write_png(tmp_path / beginnings.FILE, Image.new("RGB", size), {"actions": [[0, 1.7, 2], [3, 0, 0]]})
+    with pytest.raises(DiffAccelError, match="is no picture of frames 8x8"):
+        beginnings.read(tmp_path, (3, 8, 8))
+
+
+def test_a_model_without_beginnings_keeps_none_of_the_one_that_was_saved_there(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.beginnings = [beginnings.Beginning(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))]
+    pipe.save_pretrained(tmp_path)
+    assert len(NextFramePipeline.from_folder(tmp_path).beginnings) == 1
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert not NextFramePipeline.from_folder(tmp_path).beginnings
+
+
+@pytest.mark.parametrize("fps", [15, 7.3, 60, 100])
+def test_a_gif_is_as_long_as_its_frames_a_second_say(tmp_path, fps):
+    pictures = [Image.new("RGB", (2, 2), (i, 0, 0)) for i in range(50)]
+    write_video(tmp_path / "run.gif", pictures, fps)
+    with Image.open(tmp_path / "run.gif") as video:
+        told = [video.seek(number) or video.info["duration"] for number in range(video.n_frames)]
+    assert abs(sum(told) - 50_000 / fps) <= 10 and min(told) >= 10

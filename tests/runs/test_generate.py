@@ -283,7 +283,7 @@ def test_graphs_are_recorded_of_weights_that_are_in_place(monkeypatch, tmp_path)
 
     for check in ("check_settings", "check_subjects"):
         monkeypatch.setattr(loading, check, lambda pipe, request: None)
-    monkeypatch.setattr(loading, "_load_verified", lambda *place: Pipe())
+    monkeypatch.setattr(loading, "read_whole", lambda *place: Pipe())
     monkeypatch.setattr(
         loading, "accelerate", lambda pipe, *configs: done.append([config.name for config in configs]) or pipe
     )

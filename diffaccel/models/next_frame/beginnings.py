@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,13 +42,15 @@ def write(folder: Path, frames: Tensor, actions: Tensor) -> None:
 
 
 def write_all(folder: Path, beginnings: Sequence[Beginning]) -> None:
-    """Write beginnings, as :func:`read` returned them, into a folder; no file where there are none."""
+    """Write beginnings, as :func:`read` returned them, into a folder; where there are none, remove those of another."""
     import torch
 
     pairs = [(one.frames, one.actions) for one in beginnings if one.frames is not None and one.actions is not None]
     if pairs:
         frames, actions = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         write(folder, ((frames + 1) * 127.5).round().to(torch.uint8), actions)
+    else:
+        (folder / FILE).unlink(missing_ok=True)
 
 
 def read(folder: Path, frame_shape: tuple[int, int, int]) -> list[Beginning]:
@@ -68,8 +71,11 @@ def read(folder: Path, frame_shape: tuple[int, int, int]) -> list[Beginning]:
     if not file.is_file():
         return []
     try:
-        told = torch.tensor((read_png(file) or {})["actions"], dtype=torch.int64, device="cpu")
+        numbers = [[operator.index(action) for action in row] for row in (read_png(file) or {})["actions"]]
+        told = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         with Image.open(file) as picture:
+            if picture.size != (told.shape[1] * width, told.shape[0] * height):
+                raise ValueError(f"{picture.width}x{picture.height} pixels for actions {tuple(told.shape)}")
             data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         rows = data.view(told.shape[0], height, told.shape[1], width, channels)
     except (OSError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

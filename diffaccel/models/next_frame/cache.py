@@ -7,6 +7,7 @@ frame's time since ``base``, which moves along: angles stay small however long a
 
 from __future__ import annotations
 
+import math
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -74,9 +75,16 @@ class FrameCache(Generic[Network]):
         layers, heads, dim = model.key_sizes
         shape = (layers, batch, heads, self.places * self.tokens)
         wide = (*shape[:3], (self.places + drafts) * self.tokens)
-        self.keys = torch.zeros(*shape, dim, dtype=self.dtype, device=self.device)
-        self.rotated = torch.zeros(*wide, dim, dtype=self.dtype, device=self.device)
-        self.values = torch.zeros_like(self.rotated)
+        try:
+            self.keys = torch.zeros(*shape, dim, dtype=self.dtype, device=self.device)
+            self.rotated = torch.zeros(*wide, dim, dtype=self.dtype, device=self.device)
+            self.values = torch.zeros_like(self.rotated)
+        except RuntimeError as error:  # of any device, and of more than a number of bytes can be
+            size = math.prod(shape) * dim + 2 * math.prod(wide) * dim
+            raise DiffAccelError(
+                f"A window of {window} frames needs {size * weight.element_size() / 2**30:.3g} GiB on {self.device}, "
+                "which are not there. Take a smaller window, fewer drafts or fewer videos."
+            ) from error
         self.ids = torch.full((self.places,), EMPTY, dtype=torch.int64, device=self.device)
         self.device_base = torch.zeros((), dtype=torch.int64, device=self.device)
         self.count = self.base = 0

@@ -14,12 +14,13 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 
 StepRule = Literal["euler", "consistency"]
+MOST_STEPS = 10_000  # of a frame: more have no use, and a list of their levels may have no end
 
 
 def levels(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     """Return ``steps + 1`` levels from 1 to 0: ``s u / (1 + (s - 1) u)`` of an even grid ``u``, with the shift s."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise DiffAccelError(f"steps is {steps!r}; it must be a whole number, 1 or more.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise DiffAccelError(f"steps is {steps!r}; it must be a whole number, 1 or more, {MOST_STEPS:,} at most.")
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise DiffAccelError(f"shift is {shift!r}; it must be a positive number: 1 for an even grid.")
     grid = [1 - k / steps for k in range(steps + 1)]

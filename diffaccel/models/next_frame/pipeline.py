@@ -101,8 +101,9 @@ class NextFramePipeline(DiffusionPipeline):
         """Load what ``save_pretrained`` of this pipeline, or of its network alone, wrote into a folder.
 
         Raises:
-            DiffAccelError: for a folder with another model, or with none, and for one that was saved quantized where
-                the quantizer is not entered into diffusers, as ``diffaccel.load`` does.
+            DiffAccelError: for a folder with another model, or with none, for one whose weights are not those of its
+                config or not finite, and for one that was saved quantized where the quantizer is not entered into
+                diffusers, as ``diffaccel.load`` does.
         """
         folder = Path(folder)
         index, config_file = folder / "model_index.json", folder / "config.json"
@@ -117,12 +118,12 @@ class NextFramePipeline(DiffusionPipeline):
             raise DiffAccelError(f"'{folder}' holds a {kind}, which is no world model. Give a {cls.__name__}.")
         _check_quantization(folder, config_file if parts is config_file else folder / "transformer" / "config.json")
         if parts is config_file:
-            pipe = cls(NextFrameTransformer.from_pretrained(folder, **options))
+            pipe = cls(_network(folder, options))
         else:
             from diffusers import SchedulerMixin
 
             config = cls.load_config(folder)
-            transformer = NextFrameTransformer.from_pretrained(folder / "transformer", **options)
+            transformer = _network(folder / "transformer", options)
             kinds = {kind.__name__: kind for kind in RULES}
             name = config["scheduler"][1]
             if name not in kinds:
@@ -197,6 +198,20 @@ class NextFramePipeline(DiffusionPipeline):
         drawn, stats = self.draw_frames(self, prompt, given, actions, num_inference_steps, tuple(rows))
         result = to_uint8(drawn).cpu().numpy() if output_type == "np" else drawn
         return NextFrameOutput(frames=result, stats=stats) if return_dict else (result,)
+
+
+def _network(folder: Path, options: dict[str, Any]) -> NextFrameTransformer:
+    """Return the network of a folder; a weight that it lacks, has too many of or that is not finite is an error."""
+    model, told = NextFrameTransformer.from_pretrained(folder, output_loading_info=True, **options)
+    floats = ((name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
+    for what, names in (
+        ("the file lacks the weight", told["missing_keys"]),
+        ("the config has no place for the weight", told["unexpected_keys"]),
+        ("NaN or infinite values are in the weight", [name for name, p in floats if not bool(p.isfinite().all())]),
+    ):
+        if names:
+            raise DiffAccelError(f"'{folder}' is damaged, or was changed: {what} '{names[0]}'. Copy it again.")
+    return model
 
 
 def _check_quantization(folder: Path, config_file: Path) -> None:
