@@ -222,7 +222,7 @@ class NextFrameSampler:
         return Rollout(drawn, replace(self.stats, drafts=dict(self.stats.drafts)))  # the video's own counts go on
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a copy of all that :meth:`load_state_dict` needs to go on exactly, in a round or with frames prepared."""
+        """Return a copy of all that :meth:`load_state_dict` needs to go on exactly, drafts and prepared frames too."""
         self._check_begun()
         return {
             "engine": self.engine.state_dict(), "ready": [frame.clone() for frame in self._ready],
