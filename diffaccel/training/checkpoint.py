@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -74,6 +76,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
     except (SafetensorError, OSError, ValueError) as error:
         raise DiffAccelError(f"'{path}' is no whole checkpoint ({first_line(error, 90)}). {_ADVICE}.") from error
     return tensors, state
+
+
+def check_counters(path: Path, state: dict[str, Any], counters: Mapping[str, int | None]) -> None:
+    """Raise for a state of a checkpoint with other counters than whole numbers up to these, or without a time."""
+    for name, most in {**counters, "seconds": None}.items():
+        value, kinds = state[name], (int, float) if name == "seconds" else (int,)
+        if type(value) not in kinds or not 0 <= value < math.inf or (most is not None and value > most):
+            raise DiffAccelError(f"'{path}' is damaged: its {name} is {value!r}. {_ADVICE}.")
 
 
 def _digest(file: BinaryIO, digest: str) -> str:

@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.training.checkpoint import STATE_VERSION, load_checkpoint, save_tensors
+from diffaccel.training.checkpoint import STATE_VERSION, check_counters, load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
-from diffaccel.training.steps import average_gradients, backward, clip_or_zero, is_over_for_all
+from diffaccel.training.steps import append_entry, average_gradients, backward, clip_or_zero, is_over_for_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,12 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         if math.isinf(self.samples) and math.isinf(self.seconds):
             raise DiffAccelError("TrainingPlan has neither samples nor seconds: give one, or the run never ends.")
+        for name, low, high in (
+            ("lr", 0, math.inf), ("samples", 0, math.inf), ("seconds", 0, math.inf), ("clip", 0, math.inf),
+            ("save_seconds", 0, math.inf), ("log_seconds", 0, math.inf), ("floor", 0, 1), ("ema", 0, 1),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise DiffAccelError(f"TrainingPlan.{name} is {getattr(self, name)}; it must be from {low} to {high}.")
         if not 0 <= self.flat < 1:
             raise DiffAccelError(f"TrainingPlan.flat is {self.flat}; it is the share before the decay, in [0, 1).")
 
@@ -131,6 +137,7 @@ class TrainingRun:
         deadline: of this job.
         device: of the generator, and of the checkpoint's tensors.
         tell: called with every entry of the log as text.
+        settings: JSON-ready, that a run must have in common with its checkpoint; it names those that differ.
         processes: that share every step; their gradients are averaged, the first one writes and has the clock. Modules
             must begin alike in all of them.
     """
@@ -146,8 +153,10 @@ class TrainingRun:
         deadline: Deadline | None = None,
         device: str | torch.device = "cpu",
         tell: Callable[[str], None] = lambda text: None,
+        settings: dict[str, Any] | None = None,
         processes: SharingProcesses | None = None,
     ) -> None:
+        self.settings: dict[str, Any] | None = None if settings is None else json.loads(json.dumps(settings))
         self.rank, self.size = (0, 1) if processes is None else (processes.rank, processes.size)
         self.folder, self.name, self.plan, self.seed = Path(folder), name, plan, seed
         self.deadline, self.device, self.tell = deadline, torch.device(device), tell
@@ -156,6 +165,7 @@ class TrainingRun:
         self.generator = torch.Generator(self.device)
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.restarted_at: int | None = None
+        self._is_whole = True  # else the weights are of another step than the counters
         self.ema = EMA(self.module, plan.ema)
         decayed = [p for p in self.parameters if p.dim() >= 2]
         plain = [p for p in self.parameters if p.dim() < 2]
@@ -205,7 +215,8 @@ class TrainingRun:
                     saved = time.monotonic()
         finally:
             self.log()
-            self.save()
+            if self._is_whole:  # a step that was interrupted is made again from the checkpoint before it
+                self.save()
 
     def _is_over(self) -> bool:
         """Return whether the run is finished or the job's time up, by the first process's clock."""
@@ -227,12 +238,14 @@ class TrainingRun:
         backward(loss)
         average_gradients(self.parameters, self.size)
         _, finite = clip_or_zero(self.parameters, self.plan.clip)
+        self._is_whole = False
         self.optimizer.step()
         self.ema.update()
         self._record({"loss": loss.detach(), "bad": (~finite).float(), **details})
         self.step += 1
         self.samples += samples
         self._window_samples += samples
+        self._is_whole = True
 
     def _record(self, values: dict[str, torch.Tensor | float]) -> None:
         for key, value in values.items():
@@ -258,9 +271,7 @@ class TrainingRun:
             "lr": round(self.optimizer.param_groups[0]["lr"], 7),
             **means,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{self.name}.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_entry(self.folder / f"{self.name}.jsonl", entry)
         self.tell(" ".join([self.name, *(f"{key}={value}" for key, value in entry.items())]))
         self._reset_window()
 
@@ -282,6 +293,7 @@ class TrainingRun:
             "seconds": self.seconds,
             "updates": self.ema.updates,
             "restarted_at": self.restarted_at,
+            **({} if self.settings is None else {"settings": self.settings}),
         }
         save_tensors(tensors, path or self.checkpoint, {"state": json.dumps(state)})
 
@@ -290,12 +302,19 @@ class TrainingRun:
         """Resume from a checkpoint; one without moments restarts the optimiser with a warm-up.
 
         Raises:
-            DiffAccelError: for a file that is damaged or no checkpoint, and for one of another model.
+            DiffAccelError: for a file that is damaged or no checkpoint, and for one of another model or other settings.
         """
         tensors, state = load_checkpoint(path, self.device)
         keys = {"step", "samples", "seconds", "updates", "restarted_at"}
         if state.get("version") != STATE_VERSION or not keys <= state.keys():
             raise DiffAccelError(f"'{path}' is no checkpoint of version {STATE_VERSION}; remove it or start anew.")
+        check_counters(path, state, {"step": None, "updates": None})
+        if before := state.get("settings") if self.settings else None:
+            now = self.settings or {}
+            if differing := [key for key in {**now, **before} if now.get(key) != before.get(key)]:
+                raise DiffAccelError(
+                    f"'{path}' is of other settings ({', '.join(differing)}). Take another folder, or remove the file."
+                )
         filled: dict[str, torch.Tensor] = {
             f"live.{name}": parameter for name, parameter in self.module.named_parameters()
         }

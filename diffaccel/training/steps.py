@@ -108,7 +108,16 @@ def nothing_learnt(steps: int, checkpoint: Path, advice: str) -> DiffAccelError:
 
 def write_entry(folder: Path, entry: dict[str, Any], tell: Callable[[str], None]) -> None:
     """Append an entry of numbers to ``log.jsonl``, null for one that is not finite, and tell it as text."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+    append_entry(folder / "log.jsonl", entry)
     tell(" ".join(f"{key}={value}" for key, value in entry.items()))
+
+
+def append_entry(file: Path, entry: dict[str, Any]) -> None:
+    """Append numbers as a line of JSON, null for one that is not finite; a line that was cut off is ended first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n"
+    with open(file, "ab+") as opened:
+        if opened.tell():
+            opened.seek(-1, 2)
+            line = line if opened.read() == b"\n" else "\n" + line
+        opened.write(line.encode())

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +101,11 @@ class LevelLaw:
         for option, low, high in (("context", 0, 0.5), ("prefix", 0, 1), ("tail", 0, 1)):
             if not low <= getattr(self, option) <= high:
                 raise DiffAccelError(f"{option} is {getattr(self, option)}; it must be in [{low}, {high}].")
-        if self.deviation <= 0 or self.shift <= 0:
-            raise DiffAccelError(f"deviation is {self.deviation} and shift {self.shift}; both must be above 0.")
+        if not (0 < self.deviation < math.inf and 0 < self.shift < math.inf and math.isfinite(self.mean)):
+            raise DiffAccelError(
+                f"deviation is {self.deviation}, shift {self.shift} and mean {self.mean}; all must be finite, and the "
+                "first two above 0."
+            )
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Draw levels of frames that are learnt, fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -40,11 +41,11 @@ class Sequences:
         if not 1 <= self.queries <= (self.frames + 1) // 2:
             raise DiffAccelError(f"queries is {self.queries}; it must be in [1, {(self.frames + 1) // 2}].")
         longest = min(LONGEST_DRAFT, self.queries)
-        if not 1 <= len(self.drafts) <= longest or min(self.drafts) < 0 or abs(sum(self.drafts) - 1) > 1e-6:
+        if not 1 <= len(self.drafts) <= longest or not min(self.drafts) >= 0 or not abs(sum(self.drafts) - 1) <= 1e-6:
             raise DiffAccelError(f"drafts is {self.drafts}; it must be 1 to {longest} shares that sum to 1.")
         if not 0 <= self.unknown <= 1:
             raise DiffAccelError(f"unknown is {self.unknown}; it must be in [0, 1].")
-        if self.fastest <= 0.1:
+        if not self.fastest > 0.1:
             raise DiffAccelError(f"fastest is {self.fastest}; it must be above 0.1, the slowest of all frequencies.")
 
 
@@ -112,17 +113,18 @@ class WorldConsistency(Sequences):
             if getattr(self, name) not in allowed:
                 choice = " or ".join(map(repr, allowed))
                 raise DiffAccelError(f"{name} is {getattr(self, name)!r}; it must be {choice}.")
-        if self.sigma_data <= 0 or self.deviation <= 0 or not 0 < self.step <= 0.2:
+        finite = all(math.isfinite(value) for value in (self.sigma_data, self.deviation, self.mean))
+        if not (finite and self.sigma_data > 0 and self.deviation > 0 and 0 < self.step <= 0.2):
             raise DiffAccelError(
-                f"sigma_data is {self.sigma_data}, deviation {self.deviation} and step {self.step}; they must be above "
-                "0, and step at most 0.2."
+                f"sigma_data is {self.sigma_data}, deviation {self.deviation}, mean {self.mean} and step {self.step}; "
+                "they must be finite, all but the mean above 0, and step at most 0.2."
             )
         for name, high in (("warmup", 1), ("context", 0.5), ("anchor", 0.5)):
             if not 0 <= getattr(self, name) <= high:
                 raise DiffAccelError(f"{name} is {getattr(self, name)}; it must be in [0, {high}].")
         if self.solver_steps < 1:
             raise DiffAccelError(f"solver_steps is {self.solver_steps}; it must be 1 or more.")
-        if self.adversarial < 0:
+        if not 0 <= self.adversarial < math.inf:
             raise DiffAccelError(f"adversarial is {self.adversarial}; it must not be below 0, which leaves it out.")
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.next_frame import adversary, trigflow
 from diffaccel.distill.next_frame.attention import LayoutAttention
 from diffaccel.distill.next_frame.consistency import LossWeight, consistency_loss, consistency_share
@@ -117,7 +119,7 @@ def train_forcing(
     limit_frequencies(model, options.fastest)
     run = TrainingRun(
         folder, name, {"transformer": model}, options.plan, seed=seed, deadline=deadline, device=device, tell=tell,
-        processes=launch,
+        processes=launch, settings=_settings(options, seed, dtype),
     )  # fmt: skip
     network = torch.compile(model, dynamic=False) if compiled else model
     for step in run:
@@ -164,13 +166,20 @@ def train_consistency(
     student.requires_grad_(True)
     limit_frequencies(student, options.fastest)
     run = TrainingRun(
-        folder, name, modules, options.plan, seed=seed, deadline=deadline, device=device, tell=tell, processes=launch
-    )
+        folder, name, modules, options.plan, seed=seed, deadline=deadline, device=device, tell=tell, processes=launch,
+        settings={**_settings(options, seed, dtype), "teacher": fingerprint(teacher)},
+    )  # fmt: skip
     for step in run:
         draft = steps.choose(seed, step, float(options.situation == "cached"))
         loss, details = _distilling_loss(run, steps, draft, student, teacher, options, dtype)
         run.update(loss, options.batch, **details)  # type: ignore[arg-type]
     return run
+
+
+def _settings(options: Sequences, seed: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what a run must have in common with its checkpoint: all but how long and how fast it goes on."""
+    values = {key: value for key, value in asdict(options).items() if key != "plan"}
+    return {**values, "seed": seed, "dtype": str(dtype)}
 
 
 def _distilling_loss(

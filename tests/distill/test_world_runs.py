@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from dot_world import MOVES, DotClips, dot_options
 
+from diffaccel.distill.next_frame.layouts import LevelLaw
 from diffaccel.distill.next_frame.options import WorldConsistency, WorldForcing
 from diffaccel.distill.next_frame.train import train_consistency, train_forcing
 from diffaccel.errors import DiffAccelError
@@ -88,15 +90,19 @@ def test_options_that_cannot_be_are_refused():
     for changes, text in (
         ({"queries": 9}, "queries"), ({"drafts": (0.5, 0.4)}, "drafts"), ({"unknown": 2.0}, "unknown"),
         ({"cached": -0.1}, "cached"), ({"batch": 0}, "batch"), ({"fastest": 0.0}, "fastest"),
+        ({"fastest": math.nan}, "fastest"), ({"drafts": (math.nan,)}, "drafts"),
     ):  # fmt: skip
         with pytest.raises(DiffAccelError, match=text):
             WorldForcing(**{**SMALL, **changes}, plan=plan)
     for changes, text in (
         ({"norm": "token"}, "norm"), ({"tangent": "exact"}, "tangent"), ({"step": 0.0}, "step"),
         ({"anchor": 0.9}, "anchor"), ({"adversarial": -1.0}, "adversarial"), ({"solver_steps": 0}, "solver_steps"),
+        ({"sigma_data": math.nan}, "sigma_data is nan"), ({"mean": math.inf}, "mean inf"),
     ):  # fmt: skip
         with pytest.raises(DiffAccelError, match=text):
             WorldConsistency(**{**SMALL, **changes}, plan=plan)
+    with pytest.raises(DiffAccelError, match="deviation is nan"):
+        LevelLaw(deviation=math.nan)
     with pytest.raises(DiffAccelError, match="3 processes"):
         train_forcing(_network(), DotClips(8), WorldForcing(**SMALL, plan=plan), "", processes=Processes(0, 3))
 

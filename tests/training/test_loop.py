@@ -185,3 +185,52 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     _train(_run(tmp_path), stop_at=2)
     with pytest.raises(DiffAccelError, match="another shape"):
         TrainingRun(tmp_path, "toy", {"model": nn.Linear(3, 3)}, _plan())
+
+
+def test_a_step_that_is_interrupted_inside_of_its_update_is_made_again(tmp_path):
+    """Between the optimiser's step and the counters, weights and counters are of two steps: that is not kept."""
+    whole, cut = _train(_run(tmp_path / "whole")), _run(tmp_path / "cut", _plan(save_seconds=0))
+
+    def interrupt(*_):
+        if cut.step == 5:
+            raise KeyboardInterrupt
+
+    cut.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _train(cut)
+    resumed = _run(tmp_path / "cut")
+    assert resumed.step == 5
+    _train(resumed)
+    for a, b in zip(whole.parameters, resumed.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    _train(_run(tmp_path, settings={"batch": 8, "drafts": (1, 2)}), stop_at=2)
+    _run(tmp_path), _run(tmp_path, settings={"batch": 8, "drafts": [1, 2]})
+    with pytest.raises(DiffAccelError, match=r"is of other settings \(batch\)\. Take another folder"):
+        _run(tmp_path, settings={"batch": 9, "drafts": [1, 2]})
+
+
+@pytest.mark.parametrize(("name", "value"), [("step", "1"), ("step", -1), ("updates", 1.5), ("seconds", math.inf)])
+def test_counters_that_cannot_be_are_damage(tmp_path, name, value):
+    run = _train(_run(tmp_path), stop_at=2)
+    with safe_open(run.checkpoint, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    tensors = load_file(run.checkpoint)
+    save_file(tensors, run.checkpoint, {"state": json.dumps({**state, name: value})})
+    with pytest.raises(DiffAccelError, match=f"is damaged: its {name} is {value!r}. Remove it"):
+        _run(tmp_path)
+
+
+def test_a_log_goes_on_behind_a_line_that_was_cut_off(tmp_path):
+    (tmp_path / "toy.jsonl").write_text('{"step": 1, "lo', encoding="utf-8")
+    _train(_run(tmp_path, _plan(log_seconds=0, samples=16)))
+    lines = (tmp_path / "toy.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '{"step": 1, "lo' and [json.loads(line)["step"] for line in lines[1:]] == [1, 2]
+
+
+@pytest.mark.parametrize("option", ["lr", "seconds", "ema", "save_seconds"])
+def test_a_plan_of_no_number_is_named(option):
+    with pytest.raises(DiffAccelError, match=f"TrainingPlan.{option} is nan; it must be from 0 to"):
+        _plan(**{option: math.nan})
