@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from diffaccel.distill.drawing import generate
+from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics import frechet
 from diffaccel.eval.metrics.clip_score import clip_score
 from diffaccel.eval.uncertainty.intervals import paired_difference
-from diffaccel.training.checkpoint import save_tensors
+from diffaccel.training.checkpoint import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from diffaccel.distill.learning import LearningRun
@@ -94,13 +95,14 @@ class PictureEvaluation:
     @torch.no_grad()
     def _teacher(self, folder: Path) -> Tensor:
         """Return features ``(N, d)`` of the teacher's pictures, read from the run's folder where they are known."""
-        told = {**self.teacher.identity, "reader": self.reader.name, "count": len(self.prompts)}
+        weights = fingerprint(self.teacher.network)
+        told = {**self.teacher.identity, "weights": weights, "reader": self.reader.name, "count": len(self.prompts)}
         key, file = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(), folder / FILE
         try:
-            with safe_open(file, framework="pt") as opened:
-                if (opened.metadata() or {}).get("key") == key:
-                    return opened.get_tensor("teacher")
-        except (OSError, SafetensorError):
+            known, metadata = load_tensors(file)
+            if metadata.get("key") == key:
+                return known["teacher"]
+        except (OSError, SafetensorError, KeyError, DiffAccelError):
             pass  # none there yet, or not whole: drawn again
         parts, call = [], dict(self.arguments)
         for start in range(0, len(self.prompts), self.teacher.batch):

@@ -18,7 +18,7 @@ from diffaccel.distill.teacher import Teacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
 from diffaccel.training.adam import MomentumlessAdam
-from diffaccel.training.checkpoint import load_checkpoint, save_tensors
+from diffaccel.training.checkpoint import check_counters, load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.loop import Deadline, step_seed
 from diffaccel.training.shards import load_shards, local, read_state, save_shards, shared_as, whole
@@ -284,7 +284,7 @@ class LearningRun:
         tensors, state = load_checkpoint(self.checkpoint, self.device)
         if reason := self._differs(state):
             raise DiffAccelError(f"'{self.checkpoint}' is of {reason}. Take another folder, or remove the file.")
-        self._check_tensors(tensors)
+        self._check_tensors(tensors, state)
         for name, network in self.networks.items():
             for key, p in network.named_parameters():
                 p.copy_(tensors[f"{name}.{key}"])
@@ -300,6 +300,7 @@ class LearningRun:
         self._count_from(state)
 
     def _count_from(self, state: dict[str, Any]) -> None:
+        check_counters(self.checkpoint, state, {"step": self.config.steps, "updates": None})
         for average in self.averages.values():
             average.updates = state["updates"]
         self.step, self.seconds = state["step"], state["seconds"]
@@ -319,13 +320,19 @@ class LearningRun:
         load_shards(tensors, self.checkpoint)
         self._count_from(state)
 
-    def _check_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Raise for a checkpoint that lacks a weight, or has one of another shape."""
+    def _check_tensors(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Raise for a checkpoint that lacks a weight or a moment, or has one of another shape."""
         needed = {
             f"{name}.{key}": p.shape for name, network in self.networks.items() for key, p in network.named_parameters()
         }
         for name, average in self.averages.items():
             needed |= {f"{name}.{key}": shadow.shape for key, shadow in average.state().items()}
+        for name, network in self.networks.items() if state["step"] else ():
+            had = {key.split(".")[1] for key in tensors if key.startswith(f"{name}_moment.")} or {"0"}
+            for index, p in enumerate(network.parameters()):
+                if str(index) in had:  # a weight without gradients has none
+                    moments = empty_moments(self.optimizers[name], p)
+                    needed |= {f"{name}_moment.{index}.{key}": value.shape for key, value in moments.items()}
         for name, shape in needed.items():
             if name not in tensors or tensors[name].shape != shape:
                 raise DiffAccelError(

@@ -80,7 +80,9 @@ class NetworkTeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": self.kind, "shape": list(self.shape), "guidance": self.guidance}
+        changed = {"sigma_data": (self.sigma_data, 0.5), "preserves_variance": (self.preserves_variance, False)}
+        others = {name: value for name, (value, default) in changed.items() if value != default}
+        return {"kind": self.kind, "shape": list(self.shape), "guidance": self.guidance, **others}
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         sigma = sigma.reshape(-1, *[1] * len(self.shape))

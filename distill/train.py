@@ -58,7 +58,7 @@ def distil(
     launch = processes or Processes()
     if config.batch % launch.size:
         raise DiffAccelError(f"batch is {config.batch}, for {launch.size} processes. Take a multiple of them.")
-    if seconds is not None and seconds <= 0:
+    if seconds is not None and not seconds > 0:
         raise DiffAccelError(f"seconds is {seconds:g}; it must be above 0. Leave it out to make all steps.")
     if evaluate_every < 0:
         raise DiffAccelError(f"evaluate_every is {evaluate_every}; it must be at least 0, for none.")

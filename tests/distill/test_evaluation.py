@@ -131,3 +131,20 @@ def test_evaluations_are_counted_in_drawings_and_go_on_with_the_run(tmp_path: Pa
         distil(pipe, PROMPTS, config, tmp_path / "other", arguments=call, evaluate_every=-1)
     with pytest.raises(DiffAccelError, match="at least 2"):
         PictureEvaluation(pipe, ("a",), call, Colours())
+
+
+@pytest.mark.slow
+def test_kept_features_of_a_teacher_are_of_its_weights_and_whole(tmp_path: Path) -> None:
+    pipe, call = tiny.make("flux"), flux_call()
+    looked = PictureEvaluation(pipe, PROMPTS[:2], call, Colours(), batch=2)
+    first = looked._teacher(tmp_path)
+    with torch.no_grad():
+        for p in pipe.transformer.parameters():
+            p.add_(0.05)
+    second = looked._teacher(tmp_path)
+    assert not torch.equal(first, second)
+    file = tmp_path / FILE
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    assert torch.equal(looked._teacher(tmp_path), second)

@@ -6,14 +6,17 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distill_toys import Velocity, gaussian_teacher, small_teacher
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffaccel.distill.drawing import generate
+from diffaccel.distill.identity import told
 from diffaccel.distill.run import Distillation
 from diffaccel.distill.sim import PRESETS, SIM
 from diffaccel.distill.steps import Draw, generator_step, matching_loss
@@ -294,3 +297,44 @@ def test_more_processes_than_conditions_begin_again_with_the_first() -> None:
 def test_options_without_effect_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(DiffAccelError, match=text):
         SIM(**{**_options(SMALL), **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [("step", "1", "its step is '1'"), ("step", 99, "its step is 99"), ("updates", 0.5, "its updates is 0.5"),
+     ("seconds", "x", "its seconds is 'x'"), ("moment", None, "'assistant_moment.0.step' is missing")],
+)  # fmt: skip
+def test_counters_and_moments_that_cannot_be_are_damage(tmp_path: Path, name: str, value: object, text: str) -> None:
+    """A run without an optimiser's moments would go on, to other bits."""
+    Distillation(small_teacher(), SMALL, tmp_path).run()
+    file = tmp_path / "checkpoint.safetensors"
+    with safe_open(file, "pt") as opened:
+        state = json.loads(opened.metadata()["state"])
+    tensors = load_file(file)
+    if name == "moment":
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("assistant_moment")}
+    else:
+        state[name] = value
+    save_file(tensors, file, {"state": json.dumps(state)})
+    with pytest.raises(DiffAccelError, match=text):
+        Distillation(small_teacher(), SMALL, tmp_path)
+
+
+def test_a_call_is_known_by_its_dicts_arrays_and_pictures() -> None:
+    """A checkpoint of a teacher that is asked with another scale of a LoRA, or another picture, is of another one."""
+    picture = Image.new("RGB", (2, 2), (1, 2, 3))
+    one = told({"joint_attention_kwargs": {"scale": 0.5}, "image": picture, "mask": np.zeros(3)})
+    for other in (
+        {"joint_attention_kwargs": {"scale": 0.6}, "image": picture, "mask": np.zeros(3)},
+        {"joint_attention_kwargs": {"scale": 0.5}, "image": Image.new("RGB", (2, 2)), "mask": np.zeros(3)},
+        {"joint_attention_kwargs": {"scale": 0.5}, "image": picture, "mask": np.ones(3)},
+    ):
+        assert told(other) != one == json.loads(json.dumps(one))
+
+
+def test_the_form_of_a_bare_network_is_part_of_what_a_checkpoint_is_of(tmp_path: Path) -> None:
+    Distillation(small_teacher(), SMALL, tmp_path).run()
+    other = small_teacher()
+    other.preserves_variance = True
+    with pytest.raises(DiffAccelError, match=r"another way \(preserves_variance\)"):
+        Distillation(other, SMALL, tmp_path)
