@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from diffaccel.errors import DiffAccelError
+from diffaccel.files import remove_leftovers
 from diffaccel.training.checkpoint import STATE_VERSION, check_counters, load_checkpoint, save_tensors
 from diffaccel.training.ema import EMA
 from diffaccel.training.steps import append_entry, average_gradients, backward, clip_or_zero, is_over_for_all
@@ -176,6 +178,8 @@ class TrainingRun:
             fused=self.device.type == "cuda",
         )
         self._reset_window()
+        if not self.rank:
+            remove_leftovers(self.folder, re.escape(self.checkpoint.name))
         if self.checkpoint.exists():
             self.load(self.checkpoint)
 

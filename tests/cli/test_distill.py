@@ -169,9 +169,12 @@ def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: p
         lock.release()
     assert "is being written by another run" in capsys.readouterr().err and not list(out.iterdir())
     leftover = out / ".checkpoint.safetensors.0123abcd.tmp"
-    leftover.touch()
+    (out / "student").mkdir()
+    for path in (leftover, out / ".evaluation.safetensors.0123abcd.tmp", out / "student" / ".student.json.0123abcd.tmp"):
+        path.touch()
     assert main(options(model, out)) == 0
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "student"]
+    assert not list((out / "student").glob(".*"))
 
 
 @pytest.mark.slow

@@ -234,3 +234,10 @@ def test_a_log_goes_on_behind_a_line_that_was_cut_off(tmp_path):
 def test_a_plan_of_no_number_is_named(option):
     with pytest.raises(DiffAccelError, match=f"TrainingPlan.{option} is nan; it must be from 0 to"):
         _plan(**{option: math.nan})
+
+
+def test_what_killed_saves_left_of_its_checkpoint_is_removed(tmp_path):
+    for name in (".toy.safetensors.0123abcd.tmp", ".other.safetensors.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    _run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".other.safetensors.0123abcd.tmp"]
