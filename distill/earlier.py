@@ -44,6 +44,8 @@ def open_student(folder: str | Path, teacher: PipelineTeacher, config: StageOpti
         known = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         drawn = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         made_of = known["teacher_weights"]
+        if not isinstance(known["options"], dict):
+            raise TypeError("its options are no table")
         theirs = [tuple(map(float, level[:2])) for level in drawn.get("levels") or [(drawn["a"], drawn["s"])]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DiffAccelError(

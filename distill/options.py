@@ -8,10 +8,11 @@ from typing import Literal
 from diffaccel.distill.levels import Law, Levels
 from diffaccel.distill.losses import Distance, Weight
 from diffaccel.distill.parameterization import Space
-from diffaccel.distill.stage import StageOptions
+from diffaccel.distill.stage import LARGEST_RATE, StageOptions
 from diffaccel.errors import DiffAccelError
 
 Match = Literal["mixture", "last"]
+MOST_CALLS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,9 @@ class Matching(StageOptions):
         for option, least in (("student_steps", 1), ("assistant_steps", 1), ("rank", 0)):
             if getattr(self, option) < least:
                 raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be at least {least}.")
+        for option, most in (("student_steps", MOST_CALLS), ("assistant_lr", LARGEST_RATE)):
+            if getattr(self, option) > most:
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be at most {most:,}.")
         for option in ("shift", "deviation", "assistant_deviation"):
             if getattr(self, option) <= 0:
                 raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be above 0.")

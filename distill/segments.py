@@ -9,6 +9,8 @@ from diffaccel.distill.levels import from_ratio
 from diffaccel.distill.stage import StageOptions
 from diffaccel.errors import DiffAccelError
 
+LONGEST_GRID = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Segments(StageOptions):
@@ -42,6 +44,8 @@ class Segments(StageOptions):
             raise DiffAccelError(f"{name}.segments is {list(self.segments)}; it needs numbers of at least 1.")
         if any(later >= before for before, later in zip(self.segments, self.segments[1:], strict=False)):
             raise DiffAccelError(f"{name}.segments is {list(self.segments)}; the numbers must fall, such as 8,4,2,1.")
+        if not 1 <= self.grid <= LONGEST_GRID:
+            raise DiffAccelError(f"{name}.grid is {self.grid}; it must be from 1 to {LONGEST_GRID:,} steps.")
         if bad := [count for count in self.segments if self.grid % count]:
             raise DiffAccelError(
                 f"{name}.grid is {self.grid}, which {bad[0]} segments do not divide. Take a multiple of all of "

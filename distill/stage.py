@@ -10,6 +10,7 @@ from diffaccel.distill.levels import from_ratio
 from diffaccel.errors import DiffAccelError
 
 Start = Literal["unit", "scaled"]
+LARGEST_BATCH, LARGEST_RATE = 1 << 20, 1000  # more is an error of the hand, and a run without an end or numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,9 @@ class StageOptions(Config):
         for option in ("lr", "noise_ratio", "clip"):
             if getattr(self, option) <= 0:
                 raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be above 0.")
+        for option, most in (("batch", LARGEST_BATCH), ("lr", LARGEST_RATE)):
+            if getattr(self, option) > most:
+                raise DiffAccelError(f"{name}.{option} is {getattr(self, option)}; it must be at most {most:,}.")
         if not 0 <= self.flat < 1:
             raise DiffAccelError(f"{name}.flat is {self.flat}; it must be in [0, 1).")
         if not 0 <= self.floor <= 1:

@@ -75,6 +75,8 @@ def run(argv: list[str]) -> int:
         )
     if options.seconds is not None and not options.seconds > 0:
         raise DiffAccelError(f"--seconds is {options.seconds:g}; it must be above 0. Leave it out to make all steps.")
+    if not 0 <= options.seed < 2**63:
+        raise DiffAccelError(f"--seed is {options.seed}; it must be from 0 to 2**63 - 1.")
     for name in ("evaluate", "evaluate_prompts"):
         if getattr(options, name) < 0:
             raise DiffAccelError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 0.")

@@ -146,7 +146,15 @@ def test_errors_name_what_is_wrong(
 
 @pytest.mark.parametrize(
     ("words", "text"),
-    [(["./sd3"], "--prompts is missing: what './sd3'"), (["--seconds", "0"], "--seconds is 0; it must be above 0")],
+    [
+        (["./sd3"], "--prompts is missing: what './sd3'"),
+        (["--seconds", "0"], "--seconds is 0; it must be above 0"),
+        (["--seed", "-1"], "--seed is -1; it must be from 0"),
+        (["--sim.lr", "1e300"], "SIM.lr is 1e+300"),
+        (["--sim.batch", str(10**12)], "SIM.batch is 1000000000000; it must be at most 1,048,576"),
+        (["--sim.student-steps", str(10**9)], "it must be at most 1,000"),
+        (["--method", "tscd", "--tscd.grid", "0"], "TSCD.grid is 0; it must be from 1 to 10,000"),
+    ],
 )
 def test_what_is_missing_is_said_before_a_model_is_loaded(
     words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -170,7 +178,7 @@ def test_two_runs_do_not_write_one_folder(model: Path, tmp_path: Path, capsys: p
     assert "is being written by another run" in capsys.readouterr().err and not list(out.iterdir())
     leftover = out / ".checkpoint.safetensors.0123abcd.tmp"
     (out / "student").mkdir()
-    for path in (leftover, out / ".evaluation.safetensors.0123abcd.tmp", out / "student" / ".student.json.0123abcd.tmp"):
+    for path in (leftover, out / ".evaluation.safetensors.0123abcd.tmp", out / "student" / ".README.md.0123abcd.tmp"):
         path.touch()
     assert main(options(model, out)) == 0
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.safetensors", "log.jsonl", "student"]

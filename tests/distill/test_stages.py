@@ -130,6 +130,10 @@ def _change(network: Path, spoil: bool) -> None:
     save_file({**tensors, "proj_out.bias": tensor.fill_(torch.nan)} if spoil else tensors, weights)
 
 
+def _retell(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -138,8 +142,9 @@ def _change(network: Path, spoil: bool) -> None:
         (lambda folder: _change(folder / "transformer", False), "it lacks the weight 'proj_out.bias'"),
         (lambda folder: _change(folder / "transformer", True), "'proj_out.bias' holds NaN or infinite values"),
         (lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[]"), "is no student to begin"),
+        (lambda folder: _retell(folder / "student.json", options=[]), "its options are no table"),
     ],
-    ids=["gone", "cut off", "a weight missing", "nan", "scheduler"],
+    ids=["gone", "cut off", "a weight missing", "nan", "scheduler", "options"],
 )
 def test_a_damaged_student_is_named(saved: Path, tmp_path: Path, damage: Any, sentence: str) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "student"))
