@@ -7,13 +7,13 @@ import contextlib
 import importlib.util
 import ipaddress
 import json
-import math
+import socket
 from importlib import resources
 from typing import Any
 
 from diffaccel import terminal
 from diffaccel.cli.play_session import PlaySession
-from diffaccel.cli.world import add_sampler_options, open_sampler
+from diffaccel.cli.world import add_sampler_options, check_fps, open_sampler
 from diffaccel.errors import DiffAccelError, first_line
 
 _EXAMPLES = """examples:
@@ -23,6 +23,7 @@ _EXAMPLES = """examples:
 The page is served to this machine alone. --host with another address than a loopback one needs --allow-remote: who can
 reach the port can then play, and nothing is encrypted."""
 STATS_EVERY = 5  # frames
+HTTP = 80  # the port that browsers leave out of the header
 LARGEST_MESSAGE = 1024  # bytes of what a page may say
 POLICY = "default-src 'self' 'unsafe-inline'; connect-src 'self'; img-src blob:; frame-ancestors 'none'"
 
@@ -47,19 +48,19 @@ def run(argv: list[str]) -> int:
             "play serves its page by aiohttp, which is not installed. Install it: pip install aiohttp."
         )
     check_address(options.host, options.port, options.allow_remote)
-    if not 0 < options.fps < math.inf:
-        raise DiffAccelError(f"--fps is {options.fps:g}; it must be positive.")
+    check_fps(options.fps)
+    told = f"http://{_bracketed(options.host)}:{options.port}"
+    check_free(options.host, options.port, told)
     from aiohttp import web
 
     session = PlaySession(*open_sampler(options))
     session.sampler.warm_up(poll=True)
     session.next_picture()  # its errors come now
     app = make_app(session, options.fps, options.host, options.port)
-    told = f"http://{_bracketed(options.host)}:{options.port}"
     try:
         web.run_app(app, host=options.host, port=options.port, print=lambda *_: terminal.write(f"{told} (Ctrl+C ends)"))
     except OSError as error:
-        raise DiffAccelError(f"{told} cannot be served: {first_line(error)}. Name another --port.") from error
+        raise _not_served(told, error) from error
     return 0
 
 
@@ -71,6 +72,19 @@ def check_address(host: str, port: int, allow_remote: bool) -> None:
         raise DiffAccelError(
             f"--host is '{host}', which other machines may reach. Use 127.0.0.1, or add --allow-remote."
         )
+
+
+def check_free(host: str, port: int, told: str) -> None:
+    """Raise for an address that cannot be served, such as a port in use, before a model is opened for it."""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(place[:2], family=kind).close()
+    except (OSError, UnicodeError) as error:
+        raise _not_served(told, error) from error
+
+
+def _not_served(told: str, error: Exception) -> DiffAccelError:
+    return DiffAccelError(f"{told} cannot be served: {first_line(error)}. Name another --port.")
 
 
 def is_loopback(host: str) -> bool:
@@ -88,7 +102,8 @@ def _bracketed(host: str) -> str:
 def names_of(host: str, port: int) -> set[str]:
     """Return what the header Host of a browser on the page says."""
     own = {"127.0.0.1", "localhost", "::1"} if is_loopback(host) else {host}
-    return {f"{_bracketed(name)}:{port}" for name in own | {host}}
+    names = {_bracketed(name) for name in own | {host}}
+    return {f"{name}:{port}" for name in names} | (names if port == HTTP else set())
 
 
 def make_app(session: PlaySession, fps: float, host: str, port: int) -> Any:
@@ -130,8 +145,8 @@ def make_app(session: PlaySession, fps: float, host: str, port: int) -> Any:
         return socket
 
     async def say_goodbye(_: Any) -> None:
-        for socket in list(players):  # else the server waits for them for a minute
-            await socket.close(code=1001, message=b"The server has ended.")
+        for player in list(players):  # else the server waits for them for a minute
+            await player.close(code=1001, message=b"The server has ended.")
 
     app = web.Application(middlewares=[own_name_only])
     app.on_shutdown.append(say_goodbye)

@@ -61,6 +61,7 @@ class PlaySession:
     def let_go(self) -> None:
         """Hold no key of an earlier player."""
         self.action, self._changed, self._latency = self.rest, None, None
+        self._times.clear()
 
     def begin_again(self) -> None:
         """Begin with the first frame again."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import terminal
-from diffaccel.cli.world import add_sampler_options, as_picture, open_sampler
+from diffaccel.cli.world import add_sampler_options, as_picture, check_fps, open_sampler
 from diffaccel.errors import DiffAccelError, first_line
 
 _EXAMPLES = """examples:
@@ -21,7 +21,6 @@ frames while an action is held: it is faster, and draws another video than --dra
 
 
 LARGEST_SCALE = 32
-SMALLEST_FPS, LARGEST_FPS = 0.01, 1000
 GIF_TICKS = 100  # a second, of which a frame takes a whole number
 
 
@@ -55,12 +54,9 @@ def run(argv: list[str]) -> int:
         check_writer(options.out)
     if not 1 <= options.scale <= LARGEST_SCALE:
         raise DiffAccelError(f"--scale is {options.scale}; it must be from 1 to {LARGEST_SCALE}.")
-    fastest = GIF_TICKS if options.out is not None and options.out.suffix == ".gif" else LARGEST_FPS
-    if not SMALLEST_FPS <= options.fps <= fastest:
-        raise DiffAccelError(
-            f"--fps is {options.fps:g}; it must be from {SMALLEST_FPS} to {fastest} frames a second"
-            f"{'' if fastest == LARGEST_FPS else ', for a .gif tells hundredths of a second'}."
-        )
+    if options.out is not None and options.out.suffix == ".gif":
+        check_fps(options.fps, GIF_TICKS, ", for a .gif tells hundredths of a second")
+    check_fps(options.fps)
     if (options.frames is not None and options.frames < 1) or not options.hold >= 1:
         raise DiffAccelError(f"--frames is {options.frames} and --hold {options.hold:g}; both must be 1 or more.")
     given = read_actions(options.actions)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from diffaccel.samplers.nfd.sampler import NextFrameSampler
 
 
+LEAST_FPS, MOST_FPS = 0.01, 1000
+
+
 def add_sampler_options(parser: terminal.Parser, draft: str) -> None:
     """Add the model and the options of how its frames are drawn."""
     add = parser.add_argument
@@ -40,6 +43,12 @@ def add_sampler_options(parser: terminal.Parser, draft: str) -> None:
     add("--threads", type=int, default=0, metavar="N", help="CPU threads")
     add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+def check_fps(fps: float, most: int = MOST_FPS, because: str = "") -> None:
+    """Raise for a number of frames a second that no file and no page has."""
+    if not LEAST_FPS <= fps <= most:
+        raise DiffAccelError(f"--fps is {fps:g}; it must be from {LEAST_FPS} to {most} frames a second{because}.")
 
 
 def parse_draft(text: str) -> Any:

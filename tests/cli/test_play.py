@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import io
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -119,7 +120,9 @@ def test_another_name_of_the_server_is_refused():
 def test_addresses():
     assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost") and is_loopback("127.8.0.1")
     assert not is_loopback("0.0.0.0") and not is_loopback("::") and not is_loopback("example.org")
-    assert names_of("127.0.0.1", 80) == {"127.0.0.1:80", "localhost:80", "[::1]:80"}
+    names = {"127.0.0.1", "localhost", "[::1]"}
+    assert names_of("127.0.0.1", 81) == {f"{name}:81" for name in names}
+    assert names_of("127.0.0.1", 80) == {f"{name}:80" for name in names} | names  # browsers leave this port out
     check_address("0.0.0.0", 80, True)
     for host, port, sentence in (("0.0.0.0", 80, "--allow-remote"), ("127.0.0.1", 0, "--port is 0")):
         with pytest.raises(DiffAccelError, match=sentence):
@@ -145,7 +148,12 @@ def test_the_command_names_what_is_missing(run, tmp_path, monkeypatch):
 def test_the_command_refuses_an_open_address_before_any_work(run, tmp_path):
     done = run("play", tmp_path, "--host", "0.0.0.0")
     assert done.status == 2 and "--allow-remote" in done.err
-    assert "neither model_index.json" in run("play", tmp_path).err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run("play", tmp_path, "--port", port)
+        assert done.status == 2 and f"http://127.0.0.1:{port} cannot be served" in done.err
+    assert "neither model_index.json" in run("play", tmp_path, "--port", port).err
+    assert "--fps is 1e-09; it must be from 0.01" in run("play", tmp_path, "--fps", "1e-9").err
 
 
 @needs_aiohttp
