@@ -67,7 +67,14 @@ def run(argv: list[str]) -> int:
         if options.out is not None:
             pictures.append(as_picture(frame[0], options.scale))
     if options.out is not None:
-        write_video(options.out, pictures, options.fps)
+        try:
+            write_video(options.out, pictures, options.fps)
+        except OSError as error:  # such as a full disk; what stood there stays
+            reason = first_line(error.strerror or error, 90)
+            raise DiffAccelError(
+                f"--out '{options.out}' cannot be written ({reason}). Make room, or name another; the command "
+                "draws the same frames again."
+            ) from error
     stats = sampler.stats.to_dict()
     costs = {str(count): seconds for count, seconds in sampler.step_seconds.items()}
     result: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 import shutil
@@ -13,6 +14,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from PIL import Image
 
 import diffaccel
+from diffaccel import files
 from diffaccel.cli.rollout import write_video
 from diffaccel.cli.world import find_beginning
 from diffaccel.errors import DiffAccelError
@@ -212,6 +214,19 @@ def test_a_model_without_beginnings_keeps_none_of_the_one_that_was_saved_there(t
     assert len(NextFramePipeline.from_folder(tmp_path).beginnings) == 1
     tiny_pipeline().save_pretrained(tmp_path)
     assert not NextFramePipeline.from_folder(tmp_path).beginnings
+
+
+@pytest.mark.parametrize("ending", ["gif", "mp4"])
+def test_a_full_disk_is_named_and_the_file_there_stays(rollout, tmp_path, monkeypatch, ending):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / f"run.{ending}").write_bytes(b"before")
+    monkeypatch.setattr(files.os, "fsync", full)
+    done = rollout("--frames", 2, "--draft", 1, "--out", f"run.{ending}")
+    assert done.status == 2 and "cannot be written (No space left on device). Make room" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == [f"run.{ending}"]
+    assert (tmp_path / f"run.{ending}").read_bytes() == b"before"
 
 
 @pytest.mark.parametrize("fps", [15, 7.3, 60, 100])
