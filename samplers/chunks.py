@@ -135,6 +135,8 @@ class ChunkSampler:
 
     def chunks(self, count: int) -> Iterator[Tensor]:
         """Yield the next ``count`` chunks, one after the other."""
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise DiffAccelError(f"count is {count!r}; it must be a whole number of chunks.")
         for _ in range(count):
             yield self.step()
 

@@ -85,6 +85,7 @@ def test_memory_stays_where_it_is():
         ({"shift": float("nan")}, "shift is nan; it must be a positive number"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
         ({"height": "4"}, "height is '4'; it must be a whole number"),
+        ({"height": 1 << 20}, "positions of 1024 patches a side"),
         ({"capture": True}, "capture=True records CUDA graphs"),
     ],
 )
@@ -105,6 +106,9 @@ def test_wrong_input_is_refused():
             made.reset(PROMPT, numbers(1, frames, 4, SIZE, SIZE))
     with pytest.raises(DiffAccelError, match="NaN or infinite"):
         made.reset(PROMPT, torch.full((1, 1, 4, SIZE, SIZE), torch.nan))
+    for count in (-1, "x", 1.5):
+        with pytest.raises(DiffAccelError, match="it must be a whole number of chunks"):
+            next(made.chunks(count))
     with pytest.raises(DiffAccelError, match="text holds NaN"):
         made.reset(torch.full((1, 3, TEXT), torch.nan))
 

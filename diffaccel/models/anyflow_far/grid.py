@@ -68,6 +68,12 @@ class ChunkGrid:
                 f"Latent frames are {size_text(height, width)}; they must be a multiple of the patch "
                 f"{size_text(p, q)} and at least {size_text(far_p, far_q)}. Choose another height and width."
             )
+        longest = config.rope_max_seq_len
+        if max(height // p, width // q) > longest:
+            raise DiffAccelError(
+                f"Latent frames are {size_text(height, width)}; the network has positions of {longest} patches a side, "
+                f"so {size_text(longest * p, longest * q)} at most."
+            )
         self.rows, self.columns = height // p, width // q
         self.whole_tokens = self.rows * self.columns
         self.far_rows, self.far_columns = height // far_p, width // far_q

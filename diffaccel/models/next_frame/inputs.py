@@ -11,6 +11,8 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
 
+LARGEST_VALUE = 20  # of frames: pictures and latents stay below, and floats of bytes do not
+
 
 def check_actions(actions: Any, largest: int, name: str) -> Tensor:
     """Return actions as ``(B, T)`` int64 on the CPU, in memory of their own: what was given may change later.
@@ -53,6 +55,10 @@ def check_prompt(
         raise DiffAccelError("frames are none; a video begins with 1 frame or more.")
     if not bool(torch.isfinite(frames).all()):
         raise DiffAccelError("frames hold NaN or infinite values; they must be finite, in [-1, 1].")
+    if (most := float(frames.abs().max())) > LARGEST_VALUE:
+        raise DiffAccelError(
+            f"frames go up to {most:g}; they must be in [-1, 1]. Values from 0 to 255 become that by x / 127.5 - 1."
+        )
     if actions is None:
         given = torch.full(frames.shape[:2], model.null_action, dtype=torch.int64, device="cpu")
     else:

@@ -228,6 +228,7 @@ def test_arguments_of_a_call():
     for options, sentence in [
         ({"output_type": "pil"}, "output_type"), ({"seeds": (1, 2)}, "2 seeds for 1 videos"),
         ({"frames": torch.zeros(9, 3, 8, 8)}, "window is 4"),
+        ({"frames": torch.full((1, 3, 8, 8), 255.0)}, r"go up to 255; they must be in \[-1, 1\]"),
     ]:  # fmt: skip
         with pytest.raises(DiffAccelError, match=sentence):
             draw(pipe, **options)
