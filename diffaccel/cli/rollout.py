@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
         try:
             write_video(options.out, pictures, options.fps)
         except OSError as error:  # such as a full disk; what stood there stays
-            reason = first_line(error.strerror or error, 90)
+            reason = error.strerror or first_line(error, 90)
             raise DiffAccelError(
                 f"--out '{options.out}' cannot be written ({reason}). Make room, or name another; the command "
                 "draws the same frames again."
