@@ -55,18 +55,19 @@ class Journal:
                 f"'{path}' is no journal of a tuning, or a damaged one ({missing}). Move it away, or name another "
                 "folder."
             ) from error
+        before = self._values.get(SETTINGS)
+        known = before if isinstance(before, dict) else settings
+        if differing := next((k for k in {**known, **settings} if known.get(k) != settings.get(k)), None):
+            raise DiffAccelError(
+                f"'{folder}' holds a tuning with {differing} {known.get(differing)}, not {settings.get(differing)}. "
+                "Repeat its command to go on, or choose another folder with --out."
+            )
         if part := misfit_of_values(self._values, metrics) or misfit_of_trials(trials):
             raise self.damaged(part)
-        before = self._values.get(SETTINGS)
         if before is None and (self._values or trials):
             raise self.damaged(SETTINGS)
         if before is None:
             self.put(SETTINGS, settings)
-        elif differing := next((k for k in {**before, **settings} if before.get(k) != settings.get(k)), None):
-            raise DiffAccelError(
-                f"'{folder}' holds a tuning with {differing} {before.get(differing)}, not {settings.get(differing)}. "
-                "Repeat its command to go on, or choose another folder with --out."
-            )
 
     def damaged(self, part: str) -> DiffAccelError:
         """Return the error for a journal whose ``part`` is not as a tuning writes it."""
