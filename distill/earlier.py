@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.student import PROVENANCE, scheduler_of
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError, first_line
+from diffaccel.modules.weights_hash import weights_hash
 
 _KEPT = ("options", "seed", "generator_steps", "pictures", "seconds", "begins_with")
 
@@ -52,7 +52,7 @@ def open_student(folder: str | Path, teacher: PipelineTeacher, config: StageOpti
             f"'{folder}' is no student to begin with ({first_line(error, 90)}). Give the folder 'student' of a run of "
             "diffaccel distill."
         ) from error
-    if made_of != fingerprint(teacher.network):
+    if made_of != weights_hash(teacher.network):
         raise DiffAccelError(
             f"The student in '{folder}' is of another teacher, or of one with other weights ({known.get('teacher')}). "
             "Begin with a student of this teacher."

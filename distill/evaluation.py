@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from diffaccel.distill.drawing import generate
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.eval.metrics import frechet
 from diffaccel.eval.metrics.clip_score import clip_score
 from diffaccel.eval.uncertainty.intervals import paired_difference
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.training.checkpoint import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class PictureEvaluation:
     @torch.no_grad()
     def _teacher(self, folder: Path) -> Tensor:
         """Return features ``(N, d)`` of the teacher's pictures, read from the run's folder where they are known."""
-        weights = fingerprint(self.teacher.network)
+        weights = weights_hash(self.teacher.network)
         told = {**self.teacher.identity, "weights": weights, "reader": self.reader.name, "count": len(self.prompts)}
         key, file = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest(), folder / FILE
         try:

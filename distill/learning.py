@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import compute_dtype
 from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.teacher import Teacher
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.processes import Processes
 from diffaccel.training.adam import MomentumlessAdam
 from diffaccel.training.checkpoint import check_counters, load_checkpoint, save_tensors
@@ -89,7 +89,7 @@ class LearningRun:
         self._random = torch.Generator("cpu")
         self._window: dict[str, list[Tensor]] = {}
         self._bad = {name: torch.zeros((), dtype=torch.float32, device=self.device) for name in self.optimizers}
-        self._teacher = fingerprint(self.source.network)
+        self._teacher = weights_hash(self.source.network)
         if (other := self._file(not self.sharded)).exists():
             raise DiffAccelError(
                 f"'{other}' is of a run whose weights are {'not ' if self.sharded else ''}shared out among processes. "

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import learner
 from diffaccel.distill.learning import LearningRun, decay_of
 from diffaccel.distill.low_rank import begin_as, restrict
@@ -18,6 +17,7 @@ from diffaccel.distill.options import Matching
 from diffaccel.distill.steps import Draw, assistant_loss, generator_step
 from diffaccel.distill.teacher import Teacher
 from diffaccel.errors import DiffAccelError
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.processes import Processes
 from diffaccel.training.shards import shard
 from diffaccel.training.steps import backward
@@ -79,7 +79,7 @@ class Distillation(LearningRun):
         }
         super().__init__(
             teacher, config, folder, networks, rates, {"average": decay_of(config)}, seed=seed, device=device,
-            dtype=dtype, processes=processes, begins="" if begin is None else fingerprint(begin),
+            dtype=dtype, processes=processes, begins="" if begin is None else weights_hash(begin),
             source=source if sharded else None, tell=tell,
         )  # fmt: skip
 

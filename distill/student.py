@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from diffaccel import record
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learning import LearningRun
 from diffaccel.distill.scheduler import SIMFewStepScheduler, SIMOneStepScheduler, TrajectoryScheduler
 from diffaccel.distill.stage import StageOptions
 from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json, write_text
+from diffaccel.modules.weights_hash import weights_hash
 
 PROVENANCE = "student.json"
 
@@ -84,7 +84,7 @@ def save(run: LearningRun, folder: str | Path, teacher_name: str, begins_with: d
     pipe.save_pretrained(folder)
     provenance = {
         "teacher": teacher_name,
-        "teacher_weights": fingerprint(run.source.network),
+        "teacher_weights": weights_hash(run.source.network),
         "options": run.config.to_dict(),
         "network_calls": run.config.calls,
         "seed": run.seed,

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.distill.drawing import coefficients, generate, guided, jump
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.learner import learner
 from diffaccel.distill.learning import LearningRun, decay_of
 from diffaccel.distill.segments import Segments
 from diffaccel.distill.teacher import Teacher
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.processes import Processes
 from diffaccel.training.loop import step_seed
 from diffaccel.training.steps import backward
@@ -75,7 +75,7 @@ class TrajectoryRun(LearningRun):
         super().__init__(
             teacher, config, folder, {"generator": generator}, {"generator": (config.lr, config.momentum)},
             {"average": decay_of(config), "target": config.target_decay}, seed=seed, device=device, dtype=dtype,
-            processes=processes, begins="" if begin is None else fingerprint(begin), tell=tell,
+            processes=processes, begins="" if begin is None else weights_hash(begin), tell=tell,
         )  # fmt: skip
         self.target = WithWeights(generator, self.averages["target"].state())
         self.levels = torch.tensor(config.levels, dtype=torch.float32, device="cpu")

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffaccel.distill.identity import fingerprint
 from diffaccel.distill.next_frame import adversary, trigflow
 from diffaccel.distill.next_frame.attention import LayoutAttention
 from diffaccel.distill.next_frame.consistency import LossWeight, consistency_loss, consistency_share
@@ -20,6 +19,7 @@ from diffaccel.distill.next_frame.layouts import ClipLayout, LevelLaw, cached_la
 from diffaccel.distill.next_frame.options import Sequences, WorldConsistency, WorldForcing
 from diffaccel.errors import DiffAccelError
 from diffaccel.models.next_frame.transformer import NextFrameTransformer
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.processes import Processes
 from diffaccel.training.loop import Deadline, TrainingRun, step_seed
 from diffaccel.training.steps import computing
@@ -167,7 +167,7 @@ def train_consistency(
     limit_frequencies(student, options.fastest)
     run = TrainingRun(
         folder, name, modules, options.plan, seed=seed, deadline=deadline, device=device, tell=tell, processes=launch,
-        settings={**_settings(options, seed, dtype), "teacher": fingerprint(teacher)},
+        settings={**_settings(options, seed, dtype), "teacher": weights_hash(teacher)},
     )  # fmt: skip
     for step in run:
         draft = steps.choose(seed, step, float(options.situation == "cached"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffaccel.errors import DiffAccelError
-from diffaccel.quant.identity import weights_hash
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.optimizer import QATOptimizer, grouped

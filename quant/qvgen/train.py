@@ -12,8 +12,8 @@ import torch
 from diffaccel import record
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json
+from diffaccel.modules.weights_hash import weights_hash
 from diffaccel.processes import Processes
-from diffaccel.quant.identity import weights_hash
 from diffaccel.quant.qvgen.data import CleanSamples
 from diffaccel.quant.qvgen.draws import FollowedModel
 from diffaccel.quant.qvgen.options import TrainedQuantization
