@@ -6,7 +6,8 @@ FLUX.1-dev at 1024x1024, Wan2.1-1.3B at 832x480 with 81 frames, and FLUX in 8 st
 seconds have a meaning. The prediction of every row is written before anything is timed: the ratio of the FLOPs of the
 real steps. It is compared with the measured ratio of the denoising loops; so is the ratio that single forwards, timed
 at each size, give: what is missing there is the cost of the engine. A cache's real steps are those of a rule that looks
-at no data, so that they are known beforehand. Eager first, then with ``compile_repeated_blocks``.
+at no data, so that they are known beforehand. Eager first, then with ``FusedBlocks()`` where they are asked for, in
+CUDA graphs, and with ``compile_repeated_blocks``.
 
 ``--pattern FILE`` measures plain steps and the pattern of a record of ``scripts.bench_pattern``, and raises where the
 run made other real steps; the model's other rows come with it by ``--stages``. ``--peers`` adds caches of other
@@ -32,7 +33,7 @@ import diffaccel
 from diffaccel import record
 from diffaccel.errors import DiffAccelError, first_line, size_text
 from diffaccel.files import write_json
-from diffaccel.modules import Capture
+from diffaccel.modules import Capture, FusedBlocks
 from diffaccel.runs.request import Request
 from diffaccel.runs.variant import parse
 from diffaccel.samplers import Bottleneck
@@ -53,7 +54,7 @@ PEERS = (
     "bottleneck:preset=speed,noise=fresh", "bottleneck:preset=speed,noise=fresh,tolerance=0.05",
 )  # fmt: skip
 OF_OTHERS = ("euler+cache_dit", "euler+diffusers_cache")
-WAYS = ("eager", "captured", "compiled")  # in this order: what is compiled stays so
+WAYS = {"eager": (), "fused": (FusedBlocks(),), "captured": (Capture(),), "compiled": ()}  # what is compiled stays so
 ROWS = {"flux": STAGED, "flux-8-steps": FEW, "wan": WAN, "small": STAGED, "small-8-steps": FEW}
 
 
@@ -68,7 +69,7 @@ class Bench:
         request = Request(model=model, size=(self.size["height"], self.size["width"]), prompts=("x",))
         self.methods = {text: parse(text).of(request).methods for text in rows or ROWS[model]}
         self.plans = {text: self.plan(methods) for text, methods in self.methods.items()}
-        self.last: tuple[Capture, ...] = ()  # what every row of a way has in common
+        self.last: tuple[Any, ...] = ()  # what every row of a way has in common
 
     def plan(self, methods: tuple[Any, ...]) -> dict[str, Any]:
         """Return the stages of a row, their sizes, steps and FLOPs."""
@@ -303,7 +304,7 @@ def main() -> None:
     add("--model", choices=sorted(ROWS), default="flux")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--turns", type=int, default=2)
-    add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    add("--ways", nargs="+", default=["eager", "captured", "compiled"], choices=list(WAYS))
     add("--pattern", type=Path, metavar="FILE", help="plain steps and the pattern of this record alone")
     add("--stages", action="store_true", help="with --pattern or --peers: the model's other rows too")
     add("--peers", action="store_true", help="and caches of other packages; cache-dit where it is installed")
@@ -326,7 +327,7 @@ def main() -> None:
     write_json(file, values)
     print(json.dumps({text: round(plan["speedup"], 3) for text, plan in bench.plans.items()}), flush=True)
     for way in (way for way in WAYS if way in args.ways and (way != "captured" or device.type == "cuda")):
-        bench.last = (Capture(),) if way == "captured" else ()
+        bench.last = WAYS[way]
         if way == "compiled":
             torch._dynamo.config.cache_size_limit = 64
             bench.pipe.transformer.compile_repeated_blocks(dynamic=False)
