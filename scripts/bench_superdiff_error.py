@@ -9,8 +9,8 @@ to exact draws of the mixture. AND: how far the two log-densities of a sample li
 the published sampler, Euler-Maruyama (arXiv 2412.17762), at 600 steps; ratios to it have 95 % intervals over samples,
 which begin at the same noise. Levels: the variance-preserving path; those of Stable Diffusion's Euler scheduler, which
 the published code uses; and a flow path, from 0.999 for Euler-Maruyama. "Equal at" is the number of steps at which the
-error would be the reference's, since errors fall as the root of the steps. What is finished is kept: the same command
-goes on.
+error would be the reference's, since errors fall as the root of the steps. "Within modes": ``data_std`` is not the
+default but the standard deviation within a mode. What is finished is kept: the same command goes on.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def shown(row: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| models | levels | log-density, nats: paper | here | ratio | equal at | weight, 1e-4: paper | here | ratio "
-    "| AND apart, nats: paper | here, ratio | with curvature, ratio |\n" + "|---" * 12 + "|"
+    "| models | levels | log-density, nats: paper | here | ratio | equal at | within modes, ratio | weight, 1e-4: paper "
+    "| here | ratio | AND apart, nats: paper | here, ratio | with curvature, ratio |\n" + "|---" * 13 + "|"
 )
 
 
@@ -311,7 +311,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     both = [ways.get(("and", way), {}) for way in ("paper", "matched", "matched, curvature")]
     cells = [
         paper["bed"], paper["levels"], f"{paper['density']:.3f}", f"{ours['density']:.3f}", ends_text(ratio),
-        f"{ours['steps'] * ratio[0] ** 2:.0f}", f"{1e4 * paper['weight']:.1f}", f"{1e4 * ours['weight']:.1f}",
+        f"{ours['steps'] * ratio[0] ** 2:.0f}", ends_text(ways["or", "matched, within modes"]["density ratio"]),
+        f"{1e4 * paper['weight']:.1f}", f"{1e4 * ours['weight']:.1f}",
         ends_text(ours.get("weight ratio")) if is_told else "", f"{both[0]['apart']:.3f}" if both[0] else "",
         *(ends_text(row.get("apart ratio")) for row in both[1:]),
     ]  # fmt: skip

@@ -60,7 +60,8 @@ class SuperDiff(SamplerConfig):
         eta: 1 for the stochastic sampler, 0 for the probability flow with one further prediction per component.
         kernel: noise of a step: "matched" to the data, exact for Gaussian data; "posterior", DDPM's; "euler", an
             Euler-Maruyama step.
-        data_std: standard deviation of clean latents per coordinate, for "matched".
+        data_std: standard deviation of clean latents per coordinate, for "matched"; of data that fall into modes,
+            that within a mode tracks densities best.
         density: which prediction is a component's model: the "conditional" one without guidance, or the "guided" one;
             "auto" is conditional wherever the pipeline has both.
         curvature: correct ``and`` for the noise that its projection takes away; one further prediction per component
