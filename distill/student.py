@@ -19,6 +19,7 @@ from diffaccel.distill.teacher import PipelineTeacher
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import write_json, write_text
 from diffaccel.modules.weights_hash import weights_hash
+from diffaccel.whole_folder import whole_folder
 
 PROVENANCE = "student.json"
 
@@ -76,12 +77,16 @@ def student(run: LearningRun, weights: dict[str, Tensor] | None = None) -> Any:
 def save(run: LearningRun, folder: str | Path, teacher_name: str, begins_with: dict[str, Any] | None = None) -> Path:
     """Write the student where ``from_pretrained`` finds it, with what it was made of and how.
 
+    One that is there already stays until the new one is whole. Every process must call where weights are shared out;
+    the first writes.
+
     Args:
         begins_with: provenance of the student that the run began with.
     """
     folder = Path(folder)
     pipe = student(run)
-    pipe.save_pretrained(folder)
+    if run.processes.rank:
+        return folder
     provenance = {
         "teacher": teacher_name,
         "teacher_weights": weights_hash(run.source.network),
@@ -94,8 +99,10 @@ def save(run: LearningRun, folder: str | Path, teacher_name: str, begins_with: d
         "versions": record.versions(),
         **({"begins_with": begins_with} if begins_with else {}),
     }
-    write_json(folder / PROVENANCE, provenance)
-    write_text(folder / "README.md", _card(provenance, run.config.citation))
+    with whole_folder(folder, overwrite=True) as made:
+        pipe.save_pretrained(made)
+        write_json(made / PROVENANCE, provenance)
+        write_text(made / "README.md", _card(provenance, run.config.citation))
     return folder
 
 

@@ -297,8 +297,10 @@ def shown(row: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| models | levels | log-density, nats: paper | here | ratio | equal at | within modes, ratio | weight, 1e-4: paper "
-    "| here | ratio | AND apart, nats: paper | here, ratio | with curvature, ratio |\n" + "|---" * 13 + "|"
+    "| models | levels | log-density, nats: paper | here | ratio | equal at | within modes, ratio "
+    "| weight, 1e-4: paper | here | ratio | AND apart, nats: paper | here, ratio | with curvature, ratio |\n"
+    + "|---" * 13
+    + "|"
 )
 
 

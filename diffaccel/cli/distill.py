@@ -13,9 +13,9 @@ from diffaccel.cli.sample import split_method_options
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import as_os_errors, remove_leftovers
 from diffaccel.folder_lock import FolderLock
-from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.threads import cpu_threads
 from diffaccel.runs.variant import parse_fields, parse_size
+from diffaccel.whole_folder import check_writable, unwritable
 
 OUT = Path("out") / "distill"
 UNFINISHED = 4  # stopped by --seconds; the same command goes on

@@ -14,9 +14,8 @@ from diffaccel import terminal, zoo
 from diffaccel.errors import DiffAccelError
 from diffaccel.files import as_os_errors, remove_leftovers
 from diffaccel.folder_lock import NAME, FolderLock
-from diffaccel.runs.folder import check_writable, unwritable
 from diffaccel.runs.variant import parse_size
-from diffaccel.runs.whole_folder import clear
+from diffaccel.whole_folder import check_writable, clear, unwritable
 
 FOLDER, SAVED = "plan", "saved"  # of the work inside --out; the file that says that the model beside it is whole
 

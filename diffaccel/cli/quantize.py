@@ -16,7 +16,7 @@ from diffaccel.errors import DiffAccelError, unknown
 from diffaccel.files import write_json
 from diffaccel.runs.call_arguments import call_parameters
 from diffaccel.runs.request import DTYPES
-from diffaccel.runs.whole_folder import check_free, whole_folder
+from diffaccel.whole_folder import check_free, whole_folder
 
 _EXAMPLES = """examples:
   diffaccel quantize --method w8a8 --out out/emoji-w8a8

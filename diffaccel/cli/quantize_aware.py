@@ -10,8 +10,8 @@ from typing import Any
 from diffaccel import registry, terminal
 from diffaccel.cli.distill import UNFINISHED, alone
 from diffaccel.errors import DiffAccelError
-from diffaccel.runs.folder import check_writable
 from diffaccel.runs.variant import parse_fields, parse_size
+from diffaccel.whole_folder import check_writable
 
 TRAINING = "training"  # folder of checkpoint and log, inside of the model's
 

@@ -14,10 +14,10 @@ from diffaccel.cli import config_source
 from diffaccel.errors import DiffAccelError, size_text, unknown
 from diffaccel.presets import PresetPoint
 from diffaccel.runs.cost import drawn_before
-from diffaccel.runs.folder import check_writable
 from diffaccel.runs.loading import find_folder, quiet_libraries
 from diffaccel.runs.request import DTYPES, Request
 from diffaccel.runs.variant import parse_fields, parse_size
+from diffaccel.whole_folder import check_writable
 
 PROMPT_FILES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 

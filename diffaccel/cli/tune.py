@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from diffaccel import presets, terminal
-from diffaccel.runs.folder import check_writable
 from diffaccel.runs.variant import parse_size
+from diffaccel.whole_folder import check_writable
 
 OUT = Path("out") / "tune"
 NOT_CERTIFIED = 5  # no plan kept the promise; the exit status of a gate that fails a build

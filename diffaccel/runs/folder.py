@@ -24,7 +24,6 @@ from diffaccel.files import (
     clip_sha256,
     holds_tensor,
     misfit,
-    obstacle,
     pixels_sha256,
     read_result,
     remove_leftovers,
@@ -38,6 +37,7 @@ from diffaccel.folder_lock import FolderLock
 from diffaccel.runs import side_files
 from diffaccel.runs.cost import total_cost, without_steps
 from diffaccel.runs.request import Item
+from diffaccel.whole_folder import check_writable, unwritable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,12 +59,6 @@ class RunFailed(DiffAccelError):
     exit_code = 3
 
 
-def unwritable(path: Path, why: OSError | str) -> DiffAccelError:
-    """Return the error for an output folder that cannot be used."""
-    text = why if isinstance(why, str) else why.strerror or str(why)
-    return DiffAccelError(f"The output folder '{path}' cannot be written ({text}). Choose another with --out.")
-
-
 def _advice_for(error: OSError) -> str:
     """Return what to do about a file that could not be written."""
     name = Path(error.filename2 or error.filename or "").name
@@ -80,16 +74,6 @@ def _advice_for(error: OSError) -> str:
 def is_full(error: BaseException) -> bool:
     """Return whether an error says that a disk or a quota has no room left."""
     return isinstance(error, OSError) and error.errno in _FULL
-
-
-def check_writable(path: Path) -> None:
-    """Raise when ``path`` is no folder, or could not be created or written; nothing is created."""
-    try:
-        reason = obstacle(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    if reason:
-        raise unwritable(path, reason)
 
 
 class RunFolder:

@@ -33,10 +33,11 @@ from diffaccel.runs.call_arguments import (
 )
 from diffaccel.runs.chunk import generate_chunk
 from diffaccel.runs.failures import failures
-from diffaccel.runs.folder import RunFolder, check_writable
+from diffaccel.runs.folder import RunFolder
 from diffaccel.runs.request import Request
 from diffaccel.runs.side_files import SEARCH, TRACES
 from diffaccel.runs.threads import cpu_threads
+from diffaccel.whole_folder import check_writable
 
 if TYPE_CHECKING:
     import torch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +236,25 @@ def test_another_prompt_or_size_is_not_the_run_of_a_checkpoint(tmp_path: Path) -
                 Distillation(teacher, OPTIONS, tmp_path)
         else:
             Distillation(teacher, OPTIONS, tmp_path).run()
+
+
+def test_a_student_that_is_there_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Distillation(teacher_of("sd"), OPTIONS, tmp_path / "run")
+    folder = save(run, tmp_path / "student", "the first")
+    (folder / "of the first").touch()
+    before = {path.name for path in folder.iterdir()}
+
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules[save.__module__], "write_text", stopped)  # the last of its files
+        save(run, folder, "the second")
+    assert {path.name for path in folder.iterdir()} == before
+    assert json.loads((folder / PROVENANCE).read_text())["teacher"] == "the first"
+    save(run, folder, "the second")
+    assert json.loads((folder / PROVENANCE).read_text())["teacher"] == "the second"
+    assert {path.name for path in folder.iterdir()} == before - {"of the first"}
+    diffaccel.remove(run.source.pipe)

@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[tuple[str, ...], str], ...] = (
         "records, locks of folders, processes of a launch, noise of generators, noise levels, embedded models, what is "
         "done to a network, networks of ours, training",
     ),
-    (("eval.images", "eval.uncertainty"), "sets of images, intervals and tests"),
+    (("eval.images", "eval.uncertainty", "whole_folder"), "sets of images, intervals and tests, whole folders"),
     (("eval.metrics",), "numbers of features and pairs"),
     (("eval.networks",), "networks that look at pictures"),
     (("families",), "what is known of a pipeline"),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from diffaccel.cli import distill, planned
 from diffaccel.errors import DiffAccelError
 from diffaccel.folder_lock import FolderLock
-from diffaccel.runs.whole_folder import PARTIAL, check_free, whole_folder
+from diffaccel.whole_folder import PARTIAL, check_free, whole_folder
 
 
 def save(folder: Path, text: str = "new") -> None:

@@ -9,11 +9,26 @@ from pathlib import Path
 
 from diffaccel import folder_lock
 from diffaccel.errors import DiffAccelError
-from diffaccel.files import as_os_errors
-from diffaccel.runs.folder import check_writable, unwritable
+from diffaccel.files import as_os_errors, obstacle
 
 PARTIAL = ".partial"  # subfolder of what is being written; what an unfinished run left has one
 _LAST = ("model_index.json", "config.json")  # without which nothing loads the folder
+
+
+def unwritable(path: Path, why: OSError | str) -> DiffAccelError:
+    """Return the error for an output folder that cannot be used."""
+    text = why if isinstance(why, str) else why.strerror or str(why)
+    return DiffAccelError(f"The output folder '{path}' cannot be written ({text}). Choose another with --out.")
+
+
+def check_writable(path: Path) -> None:
+    """Raise when ``path`` is no folder, or could not be created or written; nothing is created."""
+    try:
+        reason = obstacle(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if reason:
+        raise unwritable(path, reason)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
