@@ -168,7 +168,9 @@ def main(argv: list[str] | None = None) -> int:
             f"| {row['way']} | {row['holds']} of {row['tunings']} | {row['low']:.0%} to {row['high']:.0%} | "
             f"{row['speed']:.2f}x | {row['of best']:.0%} | {row['baseline']} | {ends} |"
         )
-    print("fastest plan that keeps the rule: {:.2f}x, of caches alone {:.2f}x".format(*(r["fastest"] for r in rows[:2])))
+    print(
+        "fastest plan that keeps the rule: {:.2f}x, of caches alone {:.2f}x".format(*(r["fastest"] for r in rows[:2]))
+    )
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         command = ["python", "-m", "scripts.bench_tuner", *(sys.argv[1:] if argv is None else argv)]
