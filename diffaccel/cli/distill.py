@@ -167,7 +167,6 @@ def alone(out: Path, rank: int) -> Iterator[None]:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()  # before anything is removed: it may be what another run is writing
             remove_leftovers(out, r"checkpoint\.(?:safetensors|json)|evaluation\.safetensors")
-            remove_leftovers(out / "student", r"student\.json|README\.md")
         with as_os_errors():
             yield
     except OSError as error:
