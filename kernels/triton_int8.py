@@ -50,7 +50,7 @@ SMALL_POINTER_TILE = Tile(16, 64, 128, 4, 4)
 
 
 @triton.jit
-def _tile_of(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_of(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """Return the row and column of a tile by its number: down ``GROUP_M`` rows, then to the next column."""
     per_group = GROUP_M * tiles_n
     first = (number // per_group) * GROUP_M
@@ -84,7 +84,7 @@ def int8_linear_descriptors_kernel(
     """Compute every ``PROGRAMS``-th tile of ``(M, N)``, from descriptors of ``a (M, K)`` and ``w (N, K)``."""
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
     for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=False, warp_specialize=SPECIALIZED):
-        tile_m, tile_n = _tile_of(number, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_of(number, tiles_m, tiles_n, GROUP_M)
         total = tl.zeros((BM, BN), dtype=tl.int32)
         for step in range(tl.cdiv(K, BK)):
             a = a_desc.load([tile_m * BM, step * BK])
@@ -99,7 +99,7 @@ def int8_linear_pointers_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Compute tile ``program_id(0)`` of ``(M, N)``; any shape and alignment."""
-    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP_M)
     rows, columns, depth = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     a_rows, w_rows = a_ptr + rows[:, None].to(tl.int64) * stride_a, w_ptr + columns[:, None].to(tl.int64) * stride_w
     total = tl.zeros((BM, BN), dtype=tl.int32)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffaccel.kernels.int8_linear import int8_linear
-from diffaccel.kernels.quantize_rows import quantize_rows_reference
+from diffaccel.kernels.int8_conv import int8_conv2d
+from diffaccel.kernels.quantize_pictures import quantize_pictures
 from diffaccel.quant.formats import LayerFormat, quantize_weight
 from diffaccel.quant.layer import QuantizedConv
 
@@ -16,14 +15,16 @@ class QConv2d(QuantizedConv):
     """A convolution whose weight has int8 codes and one scale an output channel.
 
     "w8a16" dequantizes the weight and convolves activations as they are. "w8a8" quantizes each picture by its largest
-    magnitude and multiplies the patches of codes with exact int32 sums; padding with zeros is exact, since codes are
-    symmetric.
+    magnitude and convolves the codes with exact int32 sums; padding with zeros is exact, since codes are symmetric.
+    Its codes lie with channels last in memory, as the kernel reads them; files hold them as those of other layers.
     """
 
     def __init__(self, conv: nn.Conv2d, form: LayerFormat, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(conv, name))
+        if form.activations is not None:
+            tensors = {**tensors, "weight": tensors["weight"].contiguous(memory_format=torch.channels_last)}
         self.hold(form, tensors, conv._parameters["bias"], dtype)
 
     @classmethod
@@ -58,16 +59,11 @@ class QConv2d(QuantizedConv):
         return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        """Return the convolution of codes: patches ``(B OH OW, C R S)`` times the weight."""
-        batch = x.shape[0]
-        codes, scale = quantize_rows_reference(x.flatten(1), "int8")  # one scale a picture
-        (rows, columns), (step_y, step_x) = self.kernel_size, self.stride
-        top, left = (int(side) for side in self.padding)
-        padded = F.pad(codes.reshape(x.shape), (left, left, top, top))
-        patches = padded.unfold(2, rows, step_y).unfold(3, columns, step_x)  # (B, C, OH, OW, R, S)
-        height, width = patches.shape[2:4]
-        matrix = patches.permute(0, 2, 3, 1, 4, 5).reshape(batch * height * width, self.weight[0].numel())
-        scales = scale.repeat_interleave(height * width, dim=0)
+        """Return the convolution of codes, in the memory format of the pictures."""
+        is_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        codes, scale = quantize_pictures(x, self.mode)  # one scale a picture
+        (step_y, step_x), (top, left) = self.stride, (int(side) for side in self.padding)
         bias = None if self.bias is None else self.bias.detach()
-        y = int8_linear(matrix, scales, self.int8_matrix(), self.weight_scale, bias, x.dtype, self.mode)
-        return y.reshape(batch, height, width, self.out_channels).permute(0, 3, 1, 2)
+        return int8_conv2d(
+            codes, scale, self.weight, self.weight_scale, bias, (step_y, step_x), (top, left), x.dtype, is_last, self.mode
+        )

@@ -13,7 +13,9 @@ import torch
 
 from diffaccel.kernels.activate_rows import gelu_codes
 from diffaccel.kernels.int4_weight import dequantize_int4_reference, expand_int4_reference, pack_int4
+from diffaccel.kernels.int8_conv import int8_conv2d
 from diffaccel.kernels.int8_linear import int8_linear_reference
+from diffaccel.kernels.quantize_pictures import quantize_pictures_reference
 from diffaccel.kernels.quantize_rows import quantize_rows_reference
 from diffaccel.kernels.rope import joint_heads_reference, rotate
 from diffaccel.kernels.streams import (
@@ -25,7 +27,9 @@ from diffaccel.kernels.streams import (
     norm_modulate_codes,
 )
 from diffaccel.kernels.triton_activate import launch_gelu_codes
+from diffaccel.kernels.triton_conv import ConvTile, Geometry, launch_int8_conv
 from diffaccel.kernels.triton_int8 import Tile, launch_int8_linear
+from diffaccel.kernels.triton_pictures import launch_quantize_pictures
 from diffaccel.kernels.triton_rope import launch_rope
 from diffaccel.kernels.triton_rows import launch_quantize_rows
 from diffaccel.kernels.triton_streams import launch_affine, launch_norm
@@ -101,6 +105,67 @@ def a_row_that_is_no_number() -> bool:
     scale[2] = float("nan")
     y = launch_int8_linear(a, scale, w, torch.ones(6, 1), None, torch.float32, TILE, True)
     return bool(y[2].isnan().all()) and bool(y[[0, 1, 3]].isfinite().all())
+
+
+def pictures() -> bool:
+    """To the bit, in both memory formats, odd sizes and parts of a picture that more than one program reads."""
+    results = []
+    for shape in ((3, 16, 5, 7), (2, 70, 9, 3), (1, 3, 1, 1), (0, 16, 4, 4), (2, 20, 64, 65)):
+        x = normal(*shape)
+        if shape[0] > 2:
+            x[1], x[2, 5, 4, 6] = 0, float("nan")
+        if shape[0] == 2:
+            x[1, -1, -1, -1] = -float("inf")
+        for block in (x, x.contiguous(memory_format=torch.channels_last), x.half(), x[:, ::2]):
+            (q, scale), (q_exact, scale_exact) = launch_quantize_pictures(block), quantize_pictures_reference(block)
+            results += [same(q, q_exact), same(scale, scale_exact), q.stride() == q_exact.stride()]
+    return all(results)
+
+
+def convolved(
+    x: torch.Tensor, w: torch.Tensor, stride: tuple[int, int], padding: tuple[int, int], descriptors: bool,
+    bias: torch.Tensor | None, last: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The kernel's result, in memory that held not-a-numbers, and the formula's."""
+    scales = normal(x.shape[0], 1).abs(), normal(w.shape[0], 1).abs()
+    exact = int8_conv2d(x, scales[0], w, scales[1], bias, stride, padding, torch.float32, last, "reference")
+    y = torch.full_like(exact, float("nan"))
+    sizes = Geometry(*x.shape[:1], *x.shape[2:], *y.shape[2:], x.shape[1], *w.shape[:1], *w.shape[2:], stride, padding)
+    tile = ConvTile(16, 16, 32, 4, 2, descriptors=descriptors)
+    launch_int8_conv(x, scales[0], w, (scales[1], bias), y, sizes, last, tile)
+    return y, exact
+
+
+def convolutions(descriptors: bool) -> bool:
+    results = []
+    for (b, ci, height, width), (co, rows, columns), stride, padding in (
+        ((2, 16, 5, 7), (20, 3, 3), (1, 1), (1, 1)), ((1, 48, 4, 4), (16, 3, 3), (1, 1), (0, 2)),
+        ((3, 16, 2, 2), (7, 3, 3), (1, 1), (1, 1)), ((2, 32, 6, 3), (33, 1, 1), (1, 1), (0, 0)),
+        ((1, 16, 6, 20), (5, 5, 2), (1, 1), (2, 1)), ((0, 16, 5, 5), (4, 3, 3), (1, 1), (1, 1)),
+        ((2, 16, 7, 6), (18, 3, 3), (2, 2), (1, 1)), ((1, 48, 9, 5), (16, 3, 2), (2, 3), (0, 1)),
+    ):  # fmt: skip
+        if descriptors and stride != (1, 1):
+            continue
+        for last in (True, False):
+            for bias in (None, normal(co)):
+                x, w = codes(b, ci, height, width), codes(co, ci, rows, columns)
+                y, exact = convolved(x, w, stride, padding, descriptors, bias, last)
+                results.append(same(y, exact, 1e-6 if bias is not None else 2e-7))
+    return all(results)
+
+
+def extremes_of_convolutions() -> bool:
+    """Codes of 127 alone have known sums: 9 taps inside, 6 at an edge, 4 in a corner."""
+    x, w, one = (torch.full(shape, 127, dtype=torch.int8) for shape in ((1, 64, 4, 4), (3, 64, 3, 3), (1, 1, 1, 1)))
+    results = []
+    for descriptors in (True, False):
+        y = torch.full((1, 3, 4, 4), float("nan")).contiguous(memory_format=torch.channels_last)
+        sizes = Geometry(1, 4, 4, 4, 4, 64, 3, 3, 3, (1, 1), (1, 1))
+        unit, tile = torch.ones(3, 1), ConvTile(16, 16, 32, 4, 2, descriptors=descriptors)
+        launch_int8_conv(x, unit[:1], -w, (unit, None), y, sizes, True, tile)
+        taps = torch.nn.functional.conv2d(one.float().expand(1, 1, 4, 4) / 127, torch.ones(1, 1, 3, 3), padding=1)
+        results.append(torch.equal(y, (-(127**2) * 64 * taps).expand(1, 3, 4, 4)))
+    return all(results)
 
 
 def expansions() -> bool:
@@ -259,6 +324,10 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "products by pointers": lambda: products(False),
     "products of any depth": products_of_any_depth,
     "a row that is no number": a_row_that_is_no_number,
+    "pictures": pictures,
+    "convolutions by descriptors": lambda: convolutions(True),
+    "convolutions by pointers": lambda: convolutions(False),
+    "extremes of convolutions": extremes_of_convolutions,
     "expansions": expansions,
     "few rows": few_rows,
     "sums and modulations": sums_and_modulations,
