@@ -1,10 +1,10 @@
 """Convolution of int8 codes with exact int32 sums, scaled by picture and output channel, with bias: one pass.
 
-``y[b, o] = (x[b] * w[o]) s_x[b] s_w[o] + b[o]`` for codes ``x (B, CI, H, W)`` and ``w (CO, CI, R, S)``, both with
-channels last in memory, and scales ``s_x (B, 1)`` and ``s_w (CO, 1)`` in fp32. Codes are symmetric, so that zeros around
-the picture are exact. The sum of products is an exact int32, converted to fp32, scaled and shifted there, and rounded
-once to ``dtype``. The kernel makes no patches; it needs a CI that is a multiple of 16. Windows of one pixel are a product
-of rows (:mod:`diffaccel.kernels.int8_linear`), and so is what the kernel cannot take, by patches.
+``y[b, o] = (x[b] * w[o]) s_x[b] s_w[o] + bias[o]`` for codes ``x (B, CI, H, W)`` and ``w (CO, CI, R, S)``, both with
+channels last in memory, and scales ``s_x (B, 1)`` and ``s_w (CO, 1)`` in fp32. Codes are symmetric, so that zeros
+around the picture are exact. The sum of products is an exact int32, converted to fp32, scaled and shifted there, and
+rounded once to ``dtype``. The kernel makes no patches; it needs a CI that is a multiple of 16. Windows of one pixel are
+a product of rows (:mod:`diffaccel.kernels.int8_linear`), and so is what the kernel cannot take, by patches.
 """
 
 from __future__ import annotations
@@ -141,9 +141,8 @@ def _launch(
 
     y = _empty(x, w, stride, padding, dtype, channels_last)
     (batch, channels, height, width), (out_channels, _, rows, columns) = x.shape, w.shape
-    sizes = Geometry(
-        batch, height, width, y.shape[2], y.shape[3], channels, out_channels, rows, columns, tuple(stride), tuple(padding)
-    )
+    steps, zeros = (stride[0], stride[1]), (padding[0], padding[1])
+    sizes = Geometry(batch, height, width, y.shape[2], y.shape[3], channels, out_channels, rows, columns, steps, zeros)
     with on_device_of(x):
         launch_int8_conv(x, x_scale, w, (w_scale, bias), y, sizes, channels_last)
     return y

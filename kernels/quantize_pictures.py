@@ -1,8 +1,8 @@
 """Quantization of each picture by its own largest magnitude, to int8 codes with channels last.
 
-For a picture x of ``(C, H, W)``, ``s = max(max|x|, 1e-12) / 127`` and ``q = x / s`` rounded to the nearest code, ties to
-even: the row of :mod:`diffaccel.kernels.quantize_rows` that the picture is. Zero has the code 0, so that a padding with
-zeros is exact. A picture that holds an infinity or not-a-number has the scale NaN and the codes 0.
+For a picture x of ``(C, H, W)``, ``s = max(max|x|, 1e-12) / 127`` and ``q = x / s`` rounded to the nearest code, ties
+to even: the row of :mod:`diffaccel.kernels.quantize_rows` that the picture is. Zero has the code 0, so that a padding
+with zeros is exact. A picture that holds an infinity or not-a-number has the scale NaN and the codes 0.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Triton kernels of :mod:`diffaccel.kernels.int8_conv`: a convolution of codes as a product, without its patches.
 
-The rows of the product are output pixels, its depth is the window's taps times the input channels: taps outside, channels
-inside, both K-major as the tensor cores need them. On Hopper, with a step of 1, a tile of rows is a box of output pixels,
-and the same box of input pixels, moved by the tap, comes through a tensor descriptor, which fills in zeros outside of the
-picture: no masks. Other devices and steps take pointers, with masks of a tap's pixels that its channels share.
+The rows of the product are output pixels, its depth is the window's taps times the input channels: taps outside,
+channels inside, both K-major as the tensor cores need them. On Hopper, with a step of 1, a tile of rows is a box of
+output pixels, and the same box of input pixels, moved by the tap, comes through a tensor descriptor, which fills in
+zeros outside of the picture: no masks. Other devices and steps take pointers, with masks of the pixels of a tap.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -44,9 +44,9 @@ class ConvTile(Tile):
 TILES: tuple[tuple[ConvTile, float], ...] = (
     (ConvTile(256, 128, 128, 8, 3), 1.0),
     (ConvTile(128, 256, 128, 8, 3), 1.0),
-    (ConvTile(256, 64, 128, 4, 4, True), 0.9),
-    (ConvTile(128, 128, 128, 8, 4, True), 0.85),
-    (ConvTile(128, 64, 128, 4, 4, True), 0.65),
+    (ConvTile(256, 64, 128, 4, 4), 0.9),
+    (ConvTile(128, 128, 128, 8, 4), 0.85),
+    (ConvTile(128, 64, 128, 4, 4), 0.65),
     (ConvTile(64, 128, 128, 4, 4), 0.6),
     (ConvTile(64, 64, 128, 4, 4), 0.4),
 )
@@ -107,9 +107,9 @@ def int8_conv_descriptors_kernel(
 ):  # fmt: skip
     """Compute every ``PROGRAMS``-th tile from descriptors of ``x (B, H, W, CI)`` and ``w (CO, ROWS * COLUMNS * CI)``.
 
-    A tile of rows is a box of ``BI`` pictures, ``BH`` lines and ``BW`` columns. Beyond the last channel x is 0, whatever
-    w has there. The product is turned, channels by pixels: only a second operand is read from shared memory as it lies
-    there when its shape changes.
+    A tile of rows is a box of ``BI`` pictures, ``BH`` lines and ``BW`` columns. Beyond the last channel x is 0,
+    whatever w has there. The product is turned, channels by pixels: only a second operand is read from shared memory as
+    it lies there when its shape changes.
     """
     parts = tl.cdiv(CI, BK)
     for number in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=False, warp_specialize=SPECIALIZED):
@@ -162,13 +162,14 @@ def int8_conv_pointers_kernel(
         w_part = tl.load((w_rows + tap * CI)[:, None] + k, mask=(columns[:, None] < CO) & (k < CI), other=0)
         total = tl.dot(x_part, tl.trans(w_part), total, out_dtype=tl.int32)
     _store_pixels(
-        total, y_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, image, pixel, inside, tile_n, pixels, CO, BN, HAS_BIAS, IS_LAST
-    )
+        total, y_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, image, pixel, inside, tile_n, pixels, CO,
+        BN, HAS_BIAS, IS_LAST,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def box_of(m: int, images: int, height: int, width: int) -> tuple[int, int, int]:
-    """Return pictures, lines and columns of a box of ``m`` output pixels, powers of two, that covers with the fewest."""
+    """Return pictures, lines and columns of the box of ``m`` output pixels, powers of two, of which fewest cover."""
     sides = [1 << i for i in range(m.bit_length())]
     boxes = [(i, m // (i * w), w) for i in sides for w in sides if i * w <= m]
     return min(boxes, key=lambda box: (boxes_in(box, images, height, width), box[0], -box[2]))

@@ -64,6 +64,7 @@ class QConv2d(QuantizedConv):
         codes, scale = quantize_pictures(x, self.mode)  # one scale a picture
         (step_y, step_x), (top, left) = self.stride, (int(side) for side in self.padding)
         bias = None if self.bias is None else self.bias.detach()
+        stride, padding = (step_y, step_x), (top, left)
         return int8_conv2d(
-            codes, scale, self.weight, self.weight_scale, bias, (step_y, step_x), (top, left), x.dtype, is_last, self.mode
+            codes, scale, self.weight, self.weight_scale, bias, stride, padding, x.dtype, is_last, self.mode
         )

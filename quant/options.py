@@ -35,7 +35,7 @@ class QuantizationOptions(Config):
         skip: regexes of names of more modules that stay in high precision, with all modules inside of them.
         modulation: codes of the linears that make shifts, scales and gates; "keep" leaves them as they are.
         convs: of 2D convolutions, quantize the weights alone to int8 ("weights"), activations as well with a scale for
-            each picture ("int8", exact but no faster yet), or nothing ("keep").
+            each picture ("int8", with exact sums), or nothing ("keep").
         backend: form of the operations: "auto" is the kernel where the device has one, "reference" a plain formula on
             any device, "fused" raises where there is no kernel.
         originals: where the layers that are replaced rest until they are put back: in the memory of the host ("cpu"),

@@ -34,6 +34,7 @@ import diffaccel
 from diffaccel.families import network
 from diffaccel.files import write_json
 from diffaccel.modules import Capture
+from diffaccel.quant import W8A8
 from diffaccel.record import describe_device
 
 SDXL = {
@@ -211,7 +212,22 @@ def channels_last(bench: Bench, benchmark: bool) -> Iterator[None]:
         module.to(memory_format=torch.contiguous_format)
 
 
-def measure(bench: Bench, compiles: bool) -> list[dict[str, Any]]:
+def quantized(bench: Bench) -> list[dict[str, Any]]:
+    """Return the rows of the captured network with int8 linears: convolutions as they are, by weights, and int8."""
+    rows, last = [], Capture(memory_format="channels_last", cudnn_benchmark=True)
+    for convs in ("keep", "weights", "int8"):
+        for capture in (last, Capture(cudnn_benchmark=True))[: 1 + (convs != "weights")]:
+            start = time.perf_counter()
+            diffaccel.accelerate(bench.pipe, W8A8(convs=convs), capture)
+            bench.wait()
+            way = f"W8A8(convs='{convs}'), Capture({capture.memory_format}, cudnn_benchmark=True)"
+            rows.append(bench.row(way, way, time.perf_counter() - start))
+            print(f"{way}: {rows[-1]['ms']:.2f} ms", flush=True)
+            diffaccel.remove(bench.pipe)
+    return rows
+
+
+def measure(bench: Bench, compiles: bool, quantizes: bool) -> list[dict[str, Any]]:
     """Return the rows of one case; the plain one is measured first and last."""
     rows = [bench.row("eager", "as it is")]
     has_convolutions = any(weight.ndim == 4 for weight in network(bench.pipe).parameters())
@@ -227,6 +243,8 @@ def measure(bench: Bench, compiles: bool) -> list[dict[str, Any]]:
         way = "Capture(memory_format='channels_last', cudnn_benchmark=True)"
         rows.append(bench.row(way, "channels_last, benchmark"))
         diffaccel.remove(bench.pipe)
+    if quantizes:
+        rows += quantized(bench)
     if compiles:
         rows.append(_compiled(bench, has_convolutions))
     rows.append(bench.row("eager again", "as it is"))
@@ -275,13 +293,14 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10, help="of a pipeline call")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also the whole network compiled; minutes of set-up")
+    parser.add_argument("--quantized", action="store_true", help="also captured with int8 linears and convolutions")
     parser.add_argument("--kind", default=None, help="name of the machine, for the record")
     parser.add_argument("--out", type=Path, default=None, help="folder for the JSON records")
     args = parser.parse_args()
     device = describe_device(torch.device(args.device))["name"]
     for case in args.case or ["sdxl"]:
         pipe, call = CASES[case](args.device)
-        rows = measure(Bench(pipe, call, args.steps, args.repeats), args.compile)
+        rows = measure(Bench(pipe, call, args.steps, args.repeats), args.compile, args.quantized)
         print(table(case, device, rows), flush=True)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

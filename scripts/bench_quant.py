@@ -41,6 +41,7 @@ from diffaccel.kernels.weight_linear import weight_linear
 from diffaccel.quant import W4A8, W4A16, W8A8
 from diffaccel.quant.formats import LayerFormat, quantize_weight
 from diffaccel.quant.swap import quantize_networks
+from scripts.conv_tables import HEADER, conv_table, tune_conv_table
 from scripts.fused_tables import FUSED, accelerated, flux_row, fused_table, host_table, print_flux_row
 
 # M, K, N: FLUX (three widths of its linears and both second ones), SDXL, Wan2.1-1.3B
@@ -50,7 +51,7 @@ SHAPES = (
 )  # fmt: skip
 FEW = ((1, 3072, 18432), (1, 3072, 9216), (2, 3072, 18432), (16, 3072, 18432))
 ROWS = ((4608, 3072), (4608, 12288), (4608, 15360), (32760, 1536), (32760, 8960))
-TABLES = ("tune", "linear", "few_rows", "rows", "fused", "host", "flux")
+TABLES = ("tune", "tune_conv", "linear", "few_rows", "rows", "conv", "fused", "host", "flux")
 DEVICE = torch.device("cuda")
 
 
@@ -204,11 +205,16 @@ def tune_table(timer: Timer) -> dict[str, Any]:
         print(
             f"| {m}x{k}x{n} | {best} | " + ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items()), flush=True
         )
+    keep_winners(table)
+    return {"rows": rows, "winners": table}
+
+
+def keep_winners(table: dict[str, Any]) -> None:
+    """Write winners beside those that the package has."""
     file = Path(winners.__file__).with_name("winners.json")
     known = json.loads(file.read_text())["winners"]
     write_json(file, {"winners": {**known, **table}})
     winners.forget()
-    return {"rows": rows, "winners": table}
 
 
 def flux_network(blocks: tuple[int, int]) -> Any:
@@ -320,9 +326,11 @@ def main() -> None:
     timer = Timer(args.repeats)
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "tune": lambda: tune_table(timer),
+        "tune_conv": lambda: tune_conv_table(timer),
         "linear": lambda: linear_table(timer),
         "few_rows": lambda: few_rows_table(timer),
         "rows": lambda: rows_table(timer),
+        "conv": lambda: conv_table(timer),
         "fused": lambda: fused_table(timer, lambda table: save("fused", table)),
         "host": lambda: host_table(lambda table: save("host", table)),
         "flux": lambda: flux_table(
@@ -349,9 +357,13 @@ def main() -> None:
         if name == "linear":
             print("| MxKxN, TFLOP/s | bf16 | _int_mm + compiled | int8 | int8 +q | fp8 fast | fp8 exact | fp8 fast +q "
                   "| fp8 exact +q | w4a16 | w4a8 +q |")  # fmt: skip
+        if name == "conv":
+            print(HEADER)
         save(name, measures[name]())
-        if args.out and name == "tune":
-            write_json(args.out / "winners.json", {"winners": results[name]["winners"]})
+        if name == "tune_conv":
+            keep_winners(results[name]["winners"])
+        if args.out and name.startswith("tune"):
+            write_json(args.out / f"winners{name[4:]}.json", {"winners": results[name]["winners"]})
 
 
 if __name__ == "__main__":

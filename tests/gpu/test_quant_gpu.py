@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from diffaccel.kernels.int4_weight import (
     expand_int4_reference,
     pack_int4,
 )
+from diffaccel.kernels.int8_conv import int8_conv2d
 from diffaccel.kernels.int8_linear import int8_linear, int8_linear_reference
+from diffaccel.kernels.quantize_pictures import quantize_pictures, quantize_pictures_reference
 from diffaccel.kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from diffaccel.kernels.weight_linear import weight_linear, weight_linear_reference
 from diffaccel.quant import W4A8, W4A16, W8A8, QConv2d, QLinear
@@ -32,6 +35,7 @@ from diffaccel.quant.formats import LayerFormat
 pytestmark = pytest.mark.gpu
 FORMS = [LayerFormat(n) for n in ("w8a8", "w8a8_fp8", "w8a16")] + [LayerFormat(n, 64) for n in ("w4a16", "w4a8")]
 METHODS = {"w8a8": W8A8(), "w8a8-fp8": W8A8(dtype="fp8"), "w4a16": W4A16(), "w4a8": W4A8()}
+METHODS["w8a8-convs"] = W8A8(convs="int8")
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +125,97 @@ def test_the_largest_sums() -> None:
     one = torch.ones(1, 1, device="cuda")
     a = torch.full((1, 131072), 127, device="cuda", dtype=torch.int8)
     assert float(int8_linear(a, one, a, one, None, torch.float32, "fused")) == float(127**2 * 131072)
+
+
+@pytest.mark.parametrize("shape", ((2, 320, 128, 128), (3, 70, 9, 3), (2, 16, 1, 1), (7, 3, 5, 40), (0, 16, 4, 4)))
+def test_pictures_against_the_formula(shape: tuple[int, ...]) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = normal(*shape, dtype=dtype)
+        if shape[0] > 6:
+            x[1], x[2, 1, 1, 1], x[3, 2, 4, 39], x[4, 0, 0, 0] = 0, float("nan"), float("inf"), -float("inf")
+        for block in (x, x.contiguous(memory_format=torch.channels_last), x[:, :, :, ::2]):
+            poison()
+            (q, scale), (q_exact, scale_exact) = quantize_pictures(block, "fused"), quantize_pictures_reference(block)
+            assert torch.equal(scale.nan_to_num(-1), scale_exact.nan_to_num(-1))
+            assert torch.equal(q, q_exact) and q.is_contiguous(memory_format=torch.channels_last)
+
+
+# pictures, window, stride, padding: SDXL's, odd sizes, every kind of box, few and many channels
+CONVOLUTIONS = (
+    ((2, 320, 128, 128), (320, 3, 3), (1, 1), (1, 1)), ((2, 640, 64, 64), (640, 3, 3), (1, 1), (1, 1)),
+    ((2, 1280, 32, 32), (1280, 3, 3), (1, 1), (1, 1)), ((1, 960, 24, 40), (320, 3, 3), (1, 1), (1, 1)),
+    ((2, 320, 64, 64), (320, 3, 3), (2, 2), (1, 1)), ((3, 48, 17, 19), (50, 3, 3), (1, 1), (1, 1)),
+    ((3, 48, 17, 19), (50, 3, 3), (2, 1), (0, 2)), ((5, 16, 2, 3), (7, 3, 3), (1, 1), (1, 1)),
+    ((2, 64, 9, 9), (33, 1, 1), (1, 1), (0, 0)), ((2, 64, 9, 9), (33, 5, 2), (1, 1), (2, 1)),
+    ((1, 20, 9, 9), (8, 3, 3), (1, 1), (1, 1)), ((0, 64, 8, 8), (16, 3, 3), (1, 1), (1, 1)),
+    ((1, 14560, 3, 3), (16, 3, 3), (1, 1), (1, 1)),
+)  # fmt: skip
+
+
+def picture_codes(*shape: int) -> torch.Tensor:
+    return codes(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def exact_convolution(x: torch.Tensor, w: torch.Tensor, stride: Any, padding: Any) -> torch.Tensor:
+    """The sums of products in float64, on the device, by taps; no library's convolution."""
+    rows, columns = w.shape[2:]
+    x = nn.functional.pad(x.double(), (padding[1], padding[1], padding[0], padding[0]))
+    height, width = (x.shape[2] - rows) // stride[0] + 1, (x.shape[3] - columns) // stride[1] + 1
+    total = x.new_zeros(x.shape[0], w.shape[0], height, width)
+    for r in range(rows):
+        for s in range(columns):
+            part = x[:, :, r :: stride[0], s :: stride[1]][:, :, :height, :width]
+            total += torch.einsum("bihw,oi->bohw", part, w[:, :, r, s].double())
+    return total
+
+
+@pytest.mark.parametrize(("pictures", "window", "stride", "padding"), CONVOLUTIONS, ids=str)
+def test_int8_convolutions_are_exact(pictures: Any, window: Any, stride: Any, padding: Any) -> None:
+    x, w = picture_codes(*pictures), picture_codes(window[0], pictures[1], *window[1:])
+    x_scale, w_scale = scales(len(x)), scales(len(w))
+    sums = exact_convolution(x, w, stride, padding)
+    if len(x) > 2:
+        x_scale[1] = float("nan")
+    exact = sums * (x_scale.double() * w_scale.double().t())[:, :, None, None]
+    for bias in (None, normal(len(w))):
+        expected = exact if bias is None else exact + bias.double()[:, None, None]
+        for last in (True, False):
+            poison()
+            y = int8_conv2d(x, x_scale, w, w_scale, bias, stride, padding, torch.float32, last)
+            assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-4, equal_nan=True)
+            half = int8_conv2d(x, x_scale, w, w_scale, bias, stride, padding, torch.bfloat16, last)
+            torch.testing.assert_close(half, y.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+        for i in range(len(x)):
+            alone = int8_conv2d(x[i : i + 1], x_scale[i : i + 1], w, w_scale, bias, stride, padding)
+            assert torch.equal(alone[0].nan_to_num(7), half[i].nan_to_num(7))
+
+
+def test_every_tile_of_the_convolution() -> None:
+    from diffaccel.kernels.triton_conv import POINTER_TILE, SMALL_POINTER_TILE, TILES, Geometry, launch_int8_conv
+
+    tiles = [POINTER_TILE, SMALL_POINTER_TILE]
+    if has((9, 0)):
+        tiles += [replace(tile, k=k, programs=p) for tile, _ in TILES for k in (64, 128) for p in (1, 2)]
+    for shape, out_channels in (((3, 80, 20, 24), 200), ((2, 128, 7, 9), 144)):
+        x, w, bias = picture_codes(*shape), picture_codes(out_channels, shape[1], 3, 3), normal(out_channels)
+        x_scale, w_scale = scales(len(x)), scales(out_channels)
+        exact = exact_convolution(x, w, (1, 1), (1, 1)) * (x_scale.double() * w_scale.double().t())[:, :, None, None]
+        exact = (exact + bias.double()[:, None, None]).float()
+        sizes = Geometry(*shape[:1], *shape[2:], *shape[2:], shape[1], out_channels, 3, 3, (1, 1), (1, 1))
+        for tile in tiles:
+            for last in (True, False):
+                y = torch.full_like(exact, float("nan"), dtype=torch.bfloat16)
+                y = y.contiguous(memory_format=torch.channels_last) if last else y.contiguous()
+                launch_int8_conv(x, x_scale, w, (w_scale, bias), y, sizes, last, tile)
+                torch.testing.assert_close(y.float(), exact, rtol=4e-3, atol=1e-4, msg=lambda m, t=tile: f"{t}: {m}")
+
+
+def test_the_largest_sums_of_a_convolution() -> None:
+    x = torch.full((1, 14560, 3, 3), 127, device="cuda", dtype=torch.int8).contiguous(memory_format=torch.channels_last)
+    w, one = x.expand(16, -1, -1, -1).contiguous(memory_format=torch.channels_last), torch.ones(16, 1, device="cuda")
+    y = int8_conv2d(x, one[:1], w, one, None, dtype=torch.float32)
+    assert y.shape == (1, 16, 1, 1) and bool((y == float(127**2 * 131040)).all())
 
 
 @pytest.mark.parametrize("fast", (True, False))
@@ -226,6 +321,46 @@ def test_a_convolution_is_its_reference(form: LayerFormat) -> None:
     x = normal(2, 64, 17, 19)
     y, exact = QConv2d.of(plain, form)(x).float(), plain(x).float()
     assert y.shape == exact.shape and float((y - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("last", (True, False))
+def test_a_convolution_waits_for_nothing_and_can_be_captured(last: bool) -> None:
+    plain = nn.Conv2d(64, 48, 3, padding=1, device="cuda", dtype=torch.bfloat16)
+    quantized, place = QConv2d.of(plain, FORMS[0]), torch.channels_last if last else torch.contiguous_format
+    x = normal(2, 64, 16, 24).contiguous(memory_format=place)
+    with torch.no_grad():
+        expected = quantized(x)
+        assert expected.is_contiguous(memory_format=place)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            quantized(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = quantized(x)
+        for _ in range(2):
+            x.copy_(other := normal(2, 64, 16, 24))
+            graph.replay()
+            exact = quantized(other.contiguous(memory_format=place))
+            assert torch.equal(y, exact) and not torch.equal(y, expected)
+
+
+def test_convolutions_compile_into_one_graph() -> None:
+    torch.compiler.reset()
+    first, second = (nn.Conv2d(64, 64, 3, padding=1, stride=s, device="cuda", dtype=torch.bfloat16) for s in (1, 2))
+    block = nn.Sequential(
+        nn.GroupNorm(8, 64, device="cuda", dtype=torch.bfloat16), nn.SiLU(), QConv2d.of(first, FORMS[0]), nn.SiLU(),
+        QConv2d.of(second, FORMS[0]),
+    )  # fmt: skip
+    compiled = torch.compile(block, fullgraph=True)
+    with torch.no_grad():
+        for side in (16, 20, 24):
+            for place in (torch.contiguous_format, torch.channels_last):
+                x = normal(2, 64, side, 16).contiguous(memory_format=place)
+                y, exact = compiled(x).float(), block(x).float()
+                assert float((y - exact).norm() / exact.norm()) < 2e-2
 
 
 # -- pipelines --------------------------------------------------------------------------------------------------------

@@ -14,9 +14,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffaccel.kernels import triton_activate, triton_int8, triton_rope, triton_rows, triton_streams, triton_weights
+from diffaccel.kernels import (
+    triton_activate,
+    triton_conv,
+    triton_int8,
+    triton_pictures,
+    triton_rope,
+    triton_rows,
+    triton_streams,
+    triton_weights,
+)
 
 POINTERS = {"a_ptr": "*i8", "w_ptr": "*i8", "c_ptr": "*bf16", "y_ptr": "*bf16", "x_ptr": "*bf16"}
+POINTERS |= {"x_scale_ptr": "*fp32", "part_ptr": "*fp32"}
 POINTERS |= {"a_scale_ptr": "*fp32", "w_scale_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 INTEGERS = {"LARGEST": 127.0, "INVERSE": 1 / 127, "SMALLEST": 1e-12, "IS_INT8": True}
 FLOATS = {"LARGEST": 448.0, "INVERSE": 1 / 448, "SMALLEST": 1e-12, "IS_INT8": False}
@@ -36,12 +46,45 @@ def described(tile: triton_int8.Tile) -> dict[str, Any]:
             "warps": tile.warps, "stages": tile.stages}  # fmt: skip
 
 
+CONV = {**INT8, "ROWS": 3, "COLUMNS": 3}
+
+
+def convolved(tile: triton_conv.ConvTile, last: bool) -> dict[str, Any]:
+    box = triton_conv.box_of(tile.m, 2, 64, 64)
+    x_desc = f"tensordesc<i8[{','.join(map(str, (*box, tile.k)))}]>"
+    types = {**POINTERS, "x_desc": x_desc, "w_desc": f"tensordesc<i8[{tile.n},{tile.k}]>"}
+    sizes = {"BI": box[0], "BH": box[1], "BW": box[2], "BN": tile.n, "BK": tile.k, "IS_LAST": last}
+    return {"kernel": triton_conv.int8_conv_descriptors_kernel, "types": types, "warps": tile.warps,
+            "constants": {**CONV, **sizes, "PROGRAMS": 132, "SPECIALIZED": tile.specialized},
+            "stages": tile.stages}  # fmt: skip
+
+
 def case(kernel: Any, constants: dict[str, Any], warps: int, stages: int = 3, **types: str) -> dict[str, Any]:
     return {"kernel": kernel, "types": {**POINTERS, **types}, "constants": constants, "warps": warps, "stages": stages}
 
 
 CASES: dict[str, dict[str, Any]] = {f"int8 {t.m}x{t.n} {t.warps} warps": described(t) for t, _ in triton_int8.TILES}
+CASES |= {f"int8 conv {t.m}x{t.n} {t.warps} warps": convolved(t, True) for t, _ in triton_conv.TILES}
+CASES["int8 conv planes 256x128 8 warps"] = convolved(triton_conv.TILES[0][0], False)
 _tile = triton_int8.POINTER_TILE
+_conv_tile = triton_conv.POINTER_TILE
+CASES |= {
+    f"int8 conv pointers {'last' if last else 'planes'}": case(
+        triton_conv.int8_conv_pointers_kernel,
+        {"BM": _conv_tile.m, "BN": _conv_tile.n, "BK": _conv_tile.k, **CONV, "IS_LAST": last}, _conv_tile.warps,
+        _conv_tile.stages, x_ptr="*i8",
+    )
+    for last in (True, False)
+}  # fmt: skip
+CASES["pictures parts"] = case(triton_pictures.picture_parts_kernel, {"BLOCK": 4096, "PARTS": 256}, 8)
+CASES |= {
+    f"pictures {'last' if last else 'planes'}": case(
+        triton_pictures.picture_codes_kernel,
+        {"LARGEST": 127.0, "INVERSE": 1 / 127, "SMALLEST": 1e-12, "PARTS": 256, "IS_LAST": last, "BC": 64, "BP": 64}, 8,
+        q_ptr="*i8",
+    )
+    for last in (True, False)
+}  # fmt: skip
 CASES |= {
     "int8 pointers": case(
         triton_int8.int8_linear_pointers_kernel,
@@ -104,9 +147,10 @@ CASES |= {
 }  # fmt: skip
 
 
+SIZES = {"out_height", "out_width", "pixels", "length", "span"}  # of usual pictures, multiples of 16
 UNFUSED = (  # launched without fused multiplies and adds
     triton_rows.quantize_rows_kernel, triton_streams.affine_kernel, triton_streams.norm_kernel,
-    triton_activate.gelu_codes_kernel, triton_rope.rope_kernel,
+    triton_activate.gelu_codes_kernel, triton_rope.rope_kernel, triton_pictures.picture_codes_kernel,
 )  # fmt: skip
 
 
@@ -114,7 +158,11 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
     """Compile one kernel and return what its PTX and its resource usage say."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    aligned = [i for i, n in enumerate(names) if signature[n].startswith("*") or (n.isupper() and n not in constants)]
+    aligned = [
+        i
+        for i, n in enumerate(names)
+        if signature[n].startswith("*") or n in SIZES or (n.isupper() and n not in constants)
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in [*aligned, *_strides(names)]}
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel not in UNFUSED}
