@@ -137,12 +137,12 @@ def _launch(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    from diffaccel.kernels.triton_conv import Geometry, launch_int8_conv
+    from diffaccel.kernels.triton_conv import ConvSizes, launch_int8_conv
 
     y = _empty(x, w, stride, padding, dtype, channels_last)
     (batch, channels, height, width), (out_channels, _, rows, columns) = x.shape, w.shape
     steps, zeros = (stride[0], stride[1]), (padding[0], padding[1])
-    sizes = Geometry(batch, height, width, y.shape[2], y.shape[3], channels, out_channels, rows, columns, steps, zeros)
+    sizes = ConvSizes(batch, height, width, y.shape[2], y.shape[3], channels, out_channels, rows, columns, steps, zeros)
     with on_device_of(x):
         launch_int8_conv(x, x_scale, w, (w_scale, bias), y, sizes, channels_last)
     return y

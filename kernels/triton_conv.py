@@ -55,7 +55,7 @@ SMALL_POINTER_TILE = ConvTile(32, 64, 64, 4, 4, descriptors=False)
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ConvSizes:
     """Sizes of a convolution: pictures, input and output pixels, channels, window, steps and zeros around."""
 
     images: int
@@ -181,21 +181,21 @@ def boxes_in(box: tuple[int, int, int], images: int, height: int, width: int) ->
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_conv_tile(geometry: Geometry, device: torch.device) -> ConvTile:
+def choose_conv_tile(sizes: ConvSizes, device: torch.device) -> ConvTile:
     """Return the measured winner of a shape, or the tile of the least estimated time."""
-    m, n, k = geometry.product
-    if geometry.stride != (1, 1) or capability(device) < (9, 0):
+    m, n, k = sizes.product
+    if sizes.stride != (1, 1) or capability(device) < (9, 0):
         return SMALL_POINTER_TILE if m <= 256 else POINTER_TILE
     if (measured := winner("int8_conv2d", capability(device), m, n, k)) is not None:
         return ConvTile(**measured)
 
     def time(entry: tuple[ConvTile, float]) -> float:
         tile, rate = entry
-        places = geometry.images, geometry.out_height, geometry.out_width
+        places = sizes.images, sizes.out_height, sizes.out_width
         tiles = boxes_in(box_of(tile.m, *places), *places) * count_of(n, tile.n)
         return count_of(tiles, processors(device)) * tile.m * tile.n / rate
 
-    return fitting_depth(min(TILES, key=time)[0], geometry.channels)
+    return fitting_depth(min(TILES, key=time)[0], sizes.channels)
 
 
 def fitting_depth(tile: ConvTile, channels: int) -> ConvTile:
@@ -210,7 +210,7 @@ def launch_int8_conv(
     w: Tensor,
     scales: tuple[Tensor, Tensor | None],
     y: Tensor,
-    geometry: Geometry,
+    sizes: ConvSizes,
     channels_last: bool,
     tile: ConvTile | None = None,
 ) -> None:
@@ -227,19 +227,19 @@ def launch_int8_conv(
     x, w = (codes.contiguous(memory_format=torch.channels_last) for codes in (x, w))
     operands = (y, x_scale.contiguous(), w_scale.contiguous(), w_scale if bias is None else bias.contiguous())
     options = {
-        "ROWS": geometry.rows, "COLUMNS": geometry.columns, "GROUP_M": _GROUP_M, "HAS_BIAS": bias is not None,
+        "ROWS": sizes.rows, "COLUMNS": sizes.columns, "GROUP_M": _GROUP_M, "HAS_BIAS": bias is not None,
         "IS_LAST": channels_last,
     }  # fmt: skip
-    tile = tile or choose_conv_tile(geometry, x.device)
+    tile = tile or choose_conv_tile(sizes, x.device)
     is_aligned = x.data_ptr() % 16 == 0 and w.data_ptr() % 16 == 0
     if tile.descriptors and is_aligned:
-        _with_descriptors(x, w, operands, geometry, tile, options)
+        _with_descriptors(x, w, operands, sizes, tile, options)
     else:
-        _with_pointers(x, w, operands, geometry, POINTER_TILE if tile.descriptors else tile, options)
+        _with_pointers(x, w, operands, sizes, POINTER_TILE if tile.descriptors else tile, options)
 
 
 def _with_descriptors(
-    x: Tensor, w: Tensor, operands: tuple[Tensor, ...], sizes: Geometry, tile: ConvTile, options: dict[str, int]
+    x: Tensor, w: Tensor, operands: tuple[Tensor, ...], sizes: ConvSizes, tile: ConvTile, options: dict[str, int]
 ) -> None:
     places = sizes.images, sizes.out_height, sizes.out_width
     box = box_of(tile.m, *places)
@@ -259,7 +259,7 @@ def _with_descriptors(
 
 
 def _with_pointers(
-    x: Tensor, w: Tensor, operands: tuple[Tensor, ...], sizes: Geometry, tile: ConvTile, options: dict[str, int]
+    x: Tensor, w: Tensor, operands: tuple[Tensor, ...], sizes: ConvSizes, tile: ConvTile, options: dict[str, int]
 ) -> None:
     tiles = count_of(sizes.product[0], tile.m) * count_of(sizes.out_channels, tile.n)
     int8_conv_pointers_kernel[(tiles,)](

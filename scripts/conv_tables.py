@@ -17,7 +17,7 @@ from diffaccel.kernels.dispatch import capability
 from diffaccel.kernels.int8_conv import int8_conv2d
 from diffaccel.kernels.quantize_pictures import quantize_pictures
 from diffaccel.kernels.quantize_rows import quantize_rows
-from diffaccel.kernels.triton_conv import TILES, ConvTile, Geometry, fitting_depth, launch_int8_conv
+from diffaccel.kernels.triton_conv import TILES, ConvSizes, ConvTile, fitting_depth, launch_int8_conv
 
 DEVICE = torch.device("cuda")
 BATCH = 2
@@ -114,7 +114,7 @@ def tune_conv_table(timer: Any) -> dict[str, Any]:
             continue
         x, w, bias = operands(side, ci, co)
         (x8, x_scale), (w8, w_scale) = quantize_pictures(x), weight_codes(w)
-        sizes = Geometry(BATCH, side, side, side, side, ci, co, 3, 3, (1, 1), (1, 1))
+        sizes = ConvSizes(BATCH, side, side, side, side, ci, co, 3, 3, (1, 1), (1, 1))
         y = x.new_empty((BATCH, side, side, co)).permute(0, 3, 1, 2)
         times = {}
         for tile in [*candidates(ci), ConvTile(128, 128, 64, 8, 4, descriptors=False)]:

@@ -192,7 +192,7 @@ def test_int8_convolutions_are_exact(pictures: Any, window: Any, stride: Any, pa
 
 
 def test_every_tile_of_the_convolution() -> None:
-    from diffaccel.kernels.triton_conv import POINTER_TILE, SMALL_POINTER_TILE, TILES, Geometry, launch_int8_conv
+    from diffaccel.kernels.triton_conv import POINTER_TILE, SMALL_POINTER_TILE, TILES, ConvSizes, launch_int8_conv
 
     tiles = [POINTER_TILE, SMALL_POINTER_TILE]
     if has((9, 0)):
@@ -202,7 +202,7 @@ def test_every_tile_of_the_convolution() -> None:
         x_scale, w_scale = scales(len(x)), scales(out_channels)
         exact = exact_convolution(x, w, (1, 1), (1, 1)) * (x_scale.double() * w_scale.double().t())[:, :, None, None]
         exact = (exact + bias.double()[:, None, None]).float()
-        sizes = Geometry(*shape[:1], *shape[2:], *shape[2:], shape[1], out_channels, 3, 3, (1, 1), (1, 1))
+        sizes = ConvSizes(*shape[:1], *shape[2:], *shape[2:], shape[1], out_channels, 3, 3, (1, 1), (1, 1))
         for tile in tiles:
             for last in (True, False):
                 y = torch.full_like(exact, float("nan"), dtype=torch.bfloat16)

@@ -27,7 +27,7 @@ from diffaccel.kernels.streams import (
     norm_modulate_codes,
 )
 from diffaccel.kernels.triton_activate import launch_gelu_codes
-from diffaccel.kernels.triton_conv import ConvTile, Geometry, launch_int8_conv
+from diffaccel.kernels.triton_conv import ConvSizes, ConvTile, launch_int8_conv
 from diffaccel.kernels.triton_int8 import Tile, launch_int8_linear
 from diffaccel.kernels.triton_pictures import launch_quantize_pictures
 from diffaccel.kernels.triton_rope import launch_rope
@@ -130,7 +130,7 @@ def convolved(
     scales = normal(x.shape[0], 1).abs(), normal(w.shape[0], 1).abs()
     exact = int8_conv2d(x, scales[0], w, scales[1], bias, stride, padding, torch.float32, last, "reference")
     y = torch.full_like(exact, float("nan"))
-    sizes = Geometry(*x.shape[:1], *x.shape[2:], *y.shape[2:], x.shape[1], *w.shape[:1], *w.shape[2:], stride, padding)
+    sizes = ConvSizes(*x.shape[:1], *x.shape[2:], *y.shape[2:], x.shape[1], *w.shape[:1], *w.shape[2:], stride, padding)
     tile = ConvTile(16, 16, 32, 4, 2, descriptors=descriptors)
     launch_int8_conv(x, scales[0], w, (scales[1], bias), y, sizes, last, tile)
     return y, exact
@@ -160,7 +160,7 @@ def extremes_of_convolutions() -> bool:
     results = []
     for descriptors in (True, False):
         y = torch.full((1, 3, 4, 4), float("nan")).contiguous(memory_format=torch.channels_last)
-        sizes = Geometry(1, 4, 4, 4, 4, 64, 3, 3, 3, (1, 1), (1, 1))
+        sizes = ConvSizes(1, 4, 4, 4, 4, 64, 3, 3, 3, (1, 1), (1, 1))
         unit, tile = torch.ones(3, 1), ConvTile(16, 16, 32, 4, 2, descriptors=descriptors)
         launch_int8_conv(x, unit[:1], -w, (unit, None), y, sizes, True, tile)
         taps = torch.nn.functional.conv2d(one.float().expand(1, 1, 4, 4) / 127, torch.ones(1, 1, 3, 3), padding=1)

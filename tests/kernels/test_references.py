@@ -9,7 +9,9 @@ import torch
 
 from diffaccel.kernels.fp8_linear import fp8_linear
 from diffaccel.kernels.int4_weight import dequantize_int4, expand_int4, pack_int4
+from diffaccel.kernels.int8_conv import int8_conv2d
 from diffaccel.kernels.int8_linear import LARGEST_K, int8_linear, int_matmul
+from diffaccel.kernels.quantize_pictures import quantize_pictures
 from diffaccel.kernels.quantize_rows import quantize_rows
 from diffaccel.kernels.weight_linear import weight_linear
 
@@ -98,6 +100,47 @@ def test_gaussian_products_have_the_error_of_their_codes() -> None:
     assert float((y - exact).norm() / exact.norm()) == pytest.approx(0.012, abs=0.0015)
 
 
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), ((3, (1, 1), (1, 1)), (3, (2, 2), (1, 1)), (5, (2, 1), (0, 2)), (1, (1, 1), (0, 0)))
+)
+@pytest.mark.parametrize("last", (True, False))
+def test_convolutions_against_whole_numbers(size: int, stride: Any, padding: Any, last: bool) -> None:
+    """Sums below 2^24 are exact in the library's float convolution too, at borders as inside."""
+    x, w, bias = codes(2, 16, 9, 8), codes(7, 16, size, size, seed=1), draw(7).round()
+    x_scale, w_scale = torch.tensor([[0.5], [4.0]]), 2.0 ** torch.arange(-3, 4.0)[:, None]
+    sums = torch.nn.functional.conv2d(x.double(), w.double(), None, stride, padding)
+    exact = sums * (x_scale * w_scale.t())[:, :, None, None].double() + bias.double()[:, None, None]
+    y = int8_conv2d(x, x_scale, w, w_scale, bias, stride, padding, torch.float64, last)
+    assert torch.equal(y.float(), exact.float()) and y.shape == exact.shape
+    assert y.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    alone = int8_conv2d(x[1:], x_scale[1:], w, w_scale, bias, stride, padding, torch.float64, last)
+    assert torch.equal(alone[0], y[1])
+    assert int8_conv2d(x[:0], x_scale[:0], w, w_scale, bias, stride, padding).shape == (0, *y.shape[1:])
+
+
+def test_a_window_of_one_pixel_is_a_product_and_the_centre_alone_too() -> None:
+    x, w = codes(2, 32, 5, 6), codes(9, 32, 1, 1, seed=1)
+    x_scale, w_scale, bias = draw(2, 1).abs(), draw(9, 1, seed=2).abs(), draw(9, seed=3)
+    y = int8_conv2d(x, x_scale, w, w_scale, bias, dtype=torch.float32)
+    rows = x.permute(0, 2, 3, 1).reshape(60, 32)
+    product = int8_linear(rows, x_scale.repeat_interleave(30, dim=0), w.flatten(1), w_scale, bias, torch.float32)
+    assert torch.equal(y.permute(0, 2, 3, 1).reshape(60, 9), product)
+    wide = torch.zeros(9, 32, 3, 3, dtype=torch.int8)
+    wide[:, :, 1:2, 1:2] = w
+    assert torch.equal(int8_conv2d(x, x_scale, wide, w_scale, bias, padding=(1, 1), dtype=torch.float32), y)
+
+
+def test_pictures_are_rows_with_channels_last() -> None:
+    x = draw(4, 5, 3, 4)
+    x[1], x[2, 4, 2, 3], x[3, 0, 0, 0] = 0, float("nan"), float("inf")
+    q, scale = quantize_pictures(x)
+    rows, row_scale = quantize_rows(x.flatten(1), "int8")
+    assert torch.equal(q.flatten(1), rows) and torch.equal(scale.nan_to_num(-1), row_scale.nan_to_num(-1))
+    assert q.is_contiguous(memory_format=torch.channels_last) and scale[2:].isnan().all() and not q[1:].any()
+    y = int8_conv2d(q, scale, codes(3, 5, 3, 3), ones(3), torch.full((3,), 2.0), padding=(1, 1))
+    assert y[2:].isnan().all() and y[0].isfinite().all() and (y[1] == 2).all()
+
+
 def test_weights_alone_keep_the_activations() -> None:
     x, w = draw(3, 64), codes(10, 64)
     scale, bias = draw(10, 1).abs(), draw(10, seed=3)
@@ -112,6 +155,18 @@ def test_operations_pass_the_checks_of_torch() -> None:
     checks = {
         torch.ops.diffaccel.quantize_rows: (draw(5, 32), "int8"),
         torch.ops.diffaccel.int8_linear: (a, draw(5, 1).abs(), w, scale, draw(7), torch.float32),
+        torch.ops.diffaccel.quantize_pictures: (draw(2, 5, 3, 4),),
+        torch.ops.diffaccel.int8_conv2d: (
+            codes(2, 16, 4, 5),
+            draw(2, 1).abs(),
+            codes(7, 16, 3, 3),
+            scale,
+            draw(7),
+            [1, 2],
+            [1, 0],
+            torch.float32,
+            True,
+        ),
         torch.ops.diffaccel.weight_gemv: (draw(5, 32), w, scale, draw(7)),
         torch.ops.diffaccel.dequantize_int8: (w, scale, torch.bfloat16),
         torch.ops.diffaccel.expand_int4: (pack_int4(w), torch.ones(7, 2, dtype=torch.uint8)),
@@ -127,6 +182,10 @@ def test_operations_count_their_products() -> None:
     with FlopCounterMode(display=False) as counter:
         int8_linear(codes(5, 32), ones(5), codes(7, 32), ones(7))
     assert counter.get_total_flops() == 2 * 5 * 32 * 7
+    with FlopCounterMode(display=False) as counter:
+        pictures, window = codes(2, 16, 4, 5), codes(7, 16, 3, 3)
+        torch.ops.diffaccel.int8_conv2d(pictures, ones(2), window, ones(7), None, [1, 1], [1, 1], torch.float32, True)
+    assert counter.get_total_flops() == 2 * (2 * 4 * 5) * (9 * 16) * 7
 
 
 @pytest.mark.parametrize(
@@ -143,6 +202,15 @@ def test_operations_count_their_products() -> None:
         (lambda: int8_linear(codes(2, 3), ones(2).double(), codes(4, 3), ones(4)), "scales must be float32"),
         (lambda: int8_linear(codes(2, 3), ones(2), codes(4, 3), ones(4), draw(3)), r"bias must be \(4,\)"),
         (lambda: fp8_linear(*[codes(2, 3).to(torch.float8_e4m3fn), ones(2)] * 2, mode="fused"), "multiples of 16"),
+        (lambda: quantize_pictures(draw(2, 3)), r"pictures \(B, C, H, W\); got the shape \(2, 3\)"),
+        (lambda: quantize_pictures(codes(1, 2, 3, 4)), "needs floating"),
+        (lambda: int8_conv2d(codes(1, 2, 4, 4), ones(1), codes(3, 4, 3, 3), ones(3)), r"\(CO, CI, R, S\); got"),
+        (lambda: int8_conv2d(codes(1, 2, 4, 4), ones(2), codes(3, 2, 3, 3), ones(3)), r"scales must be \(1, 1\)"),
+        (lambda: int8_conv2d(codes(1, 2, 2, 2), ones(1), codes(3, 2, 3, 3), ones(3)), "does not fit into pictures"),
+        (lambda: int8_conv2d(draw(1, 2, 4, 4), ones(1), codes(3, 2, 3, 3), ones(3)), "codes must be torch.int8"),
+        (lambda: int8_conv2d(codes(1, 2, 4, 4), ones(1), codes(3, 2, 3, 3), ones(3), draw(2)), r"bias must be \(3,\)"),
+        (lambda: int8_conv2d(codes(1, 16, 4, 4), ones(1), codes(3, 16, 3, 3), ones(3), mode="fused"), "cannot run"),
+        (lambda: int8_conv2d(*[codes(1, LARGEST_K + 1, 1, 1), ones(1)] * 2), "exact up"),
         (lambda: weight_linear(draw(2, 3), codes(4, 5), ones(4)), r"must be \(M, 5\)"),
         (lambda: expand_int4(pack_int4(codes(2, 6)), torch.ones(2, 2, dtype=torch.uint8)), "do not divide"),
     ),
