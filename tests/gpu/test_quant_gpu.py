@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -348,19 +349,20 @@ def test_a_convolution_waits_for_nothing_and_can_be_captured(last: bool) -> None
 
 
 def test_convolutions_compile_into_one_graph() -> None:
+    """Compiled norms round once, eager ones at every step, so that codes differ: each is as far from exact numbers."""
     torch.compiler.reset()
     first, second = (nn.Conv2d(64, 64, 3, padding=1, stride=s, device="cuda", dtype=torch.bfloat16) for s in (1, 2))
-    block = nn.Sequential(
-        nn.GroupNorm(8, 64, device="cuda", dtype=torch.bfloat16), nn.SiLU(), QConv2d.of(first, FORMS[0]), nn.SiLU(),
-        QConv2d.of(second, FORMS[0]),
-    )  # fmt: skip
+    norm = nn.GroupNorm(8, 64, device="cuda", dtype=torch.bfloat16)
+    block = nn.Sequential(norm, nn.SiLU(), QConv2d.of(first, FORMS[0]), nn.SiLU(), QConv2d.of(second, FORMS[0]))
+    exact = nn.Sequential(*(copy.deepcopy(layer).double() for layer in (norm, nn.SiLU(), first, nn.SiLU(), second)))
     compiled = torch.compile(block, fullgraph=True)
     with torch.no_grad():
         for side in (16, 20, 24):
             for place in (torch.contiguous_format, torch.channels_last):
                 x = normal(2, 64, side, 16).contiguous(memory_format=place)
-                y, exact = compiled(x).float(), block(x).float()
-                assert float((y - exact).norm() / exact.norm()) < 2e-2
+                y = exact(x.double())
+                off, eager = (float((way(x).double() - y).norm() / y.norm()) for way in (compiled, block))
+                assert off < 1.2 * eager < 5e-2
 
 
 # -- pipelines --------------------------------------------------------------------------------------------------------
