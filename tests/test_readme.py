@@ -41,8 +41,8 @@ NO_RUN = re.compile(r"^\s*<!--\s*no-run:\s*(.*?)\s*-->\s*$")
 REASONS = re.compile(r"needs (a GPU|the hub|the network)\b")
 SECONDS = 600
 DRIVER = """
-import json, subprocess, sys
-namespace = {"__name__": "__main__"}
+import json, os, subprocess, sys
+namespace, environment = {"__name__": "__main__"}, dict(os.environ)  # a user's shell is not the one of his interpreter
 page, blocks = json.loads(sys.stdin.read())
 for block in blocks:
     print(f"--- {page}:{block['line']}", flush=True)
@@ -51,7 +51,7 @@ for block in blocks:
         exec(compile(padding + block["code"], page, "exec"), namespace)
     else:
         command = ["bash", "-euo", "pipefail", "-c", block["code"]]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, env=environment)
 """
 
 
