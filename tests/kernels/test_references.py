@@ -72,6 +72,19 @@ def test_integer_sums_are_exact_up_to_the_limit() -> None:
         int8_linear(too_long, ones(1), too_long, ones(1))
 
 
+@pytest.mark.parametrize("shape", ((5, 9, 2100), (48, 33, 1024), (0, 5, 16), (3, 2, 1)))
+def test_integer_sums_are_those_of_the_library_also_under_autocast(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    draws = torch.Generator().manual_seed(0)
+    a, w = (torch.randint(-128, 128, (rows, k), dtype=torch.int8, generator=draws) for rows in (m, n))
+    expected = torch._int_mm(a, w.t())
+    assert torch.equal(int_matmul(a, w), expected) and int_matmul(a, w).dtype == torch.int32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(int_matmul(a, w), expected)
+    least = torch.full((2, k), -128, dtype=torch.int8)
+    assert torch.equal(int_matmul(least, least), torch.full((2, 2), k * 2**14, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("shape", ((33, 50, 112), (1, 7, 3), (0, 5, 16)))
 def test_int8_products_against_float64(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
