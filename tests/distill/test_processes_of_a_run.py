@@ -9,6 +9,7 @@ import pytest
 import torch
 from distill_toys import small_teacher
 from safetensors.torch import load_file
+from started import in_processes
 
 from diffaccel.distill.run import Distillation
 from diffaccel.distill.sim import SIM
@@ -29,7 +30,7 @@ def _run(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_processes_stop_at_one_step_whose_clock_is_the_first_ones(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_run, (str(tmp_path),), nprocs=2)
+    in_processes(_run, (str(tmp_path),), 2)
     first, second = (int((tmp_path / str(rank)).read_text(encoding="utf-8")) for rank in range(2))
     assert first == second > 0
 
@@ -52,7 +53,7 @@ def _learn(rank: int, size: int, folder: str, calls: int) -> None:
 @pytest.mark.parametrize("calls", [1, 2])
 def test_two_processes_learn_what_one_learns(calls: int, tmp_path: Path) -> None:
     _learn(0, 1, str(tmp_path), calls)
-    torch.multiprocessing.spawn(_learn, (2, str(tmp_path), calls), nprocs=2)
+    in_processes(_learn, (2, str(tmp_path), calls), 2)
     one, two = (load_file(tmp_path / str(size) / "checkpoint.safetensors") for size in (1, 2))
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from distill_toys import small_teacher
+from started import in_processes
 
 from diffaccel.distill import SIM, TSCD, Distillation
 from diffaccel.distill.train import distil
@@ -80,7 +81,7 @@ def _share(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_with_parts_learn_what_one_learns_and_resume_to_the_bit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_share, (str(tmp_path),), nprocs=2)
+    in_processes(_share, (str(tmp_path),), 2)
     one = start(tmp_path / "one", Processes())
     assert one.run()
     shared = torch.load(tmp_path / "learnt.pt", weights_only=True)

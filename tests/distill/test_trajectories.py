@@ -10,6 +10,7 @@ import pytest
 import torch
 from distill_toys import Velocity, gaussian_teacher, small_teacher
 from safetensors.torch import load_file
+from started import in_processes
 from torch import Tensor, nn
 
 from diffaccel.distill import TSCD, TrajectoryRun
@@ -234,7 +235,7 @@ def _learn(rank: int, size: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     _learn(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(_learn, (2, str(tmp_path)), nprocs=2)
+    in_processes(_learn, (2, str(tmp_path)), 2)
     one, two = (load_file(tmp_path / str(size) / "checkpoint.safetensors") for size in (1, 2))
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dot_world import MOVES, DotClips, dot_options
+from started import in_processes
 
 from diffaccel.distill.next_frame.layouts import LevelLaw
 from diffaccel.distill.next_frame.options import WorldConsistency, WorldForcing
@@ -126,7 +127,7 @@ def _share_a_run(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     """The batch is the same; sums of gradients are made in another order."""
-    torch.multiprocessing.spawn(_share_a_run, (str(tmp_path),), nprocs=2)
+    in_processes(_share_a_run, (str(tmp_path),), 2)
     options = WorldForcing(**SMALL, plan=_plan(4))
     one = train_forcing(_network(), DotClips(8), options, tmp_path / "one", seed=3)
     two = train_forcing(_network(), DotClips(8), options, tmp_path / "two", seed=3)  # finished: it only loads

@@ -14,6 +14,7 @@ import pytest
 import qvgen_bed
 import tiny
 import torch
+from started import in_processes
 from torch import Tensor, nn
 
 from diffaccel.distill import PipelineTeacher
@@ -234,7 +235,7 @@ def _in_a_process(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_in_a_process, (str(tmp_path),), nprocs=2)
+    in_processes(_in_a_process, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert same(first, second)
     alone = make(tmp_path / "alone")
@@ -256,7 +257,7 @@ def _sharded(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_sharded_network_is_refused_by_name(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_sharded, (str(tmp_path),), nprocs=1)
+    in_processes(_sharded, (str(tmp_path),), 1)
     assert (tmp_path / "done").exists()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import qvgen_bed
 import torch
+from started import in_processes
 
 from diffaccel.errors import DiffAccelError
 from diffaccel.processes import Processes
@@ -62,7 +63,7 @@ def train(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_weights_and_resume_to_the_bit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(train, (str(tmp_path),), nprocs=2)
+    in_processes(train, (str(tmp_path),), 2)
     found = torch.load(tmp_path / "results.pt", weights_only=True)
     once, twice, whole = found["once"], found["twice"], found["whole"]
     assert once.keys() == twice.keys() == whole.keys()

@@ -58,7 +58,13 @@ class Job:
         return unet.build(self.recipe, self.base.vae, self.base.text_encoder.config.hidden_size)
 
     def train(self) -> None:
-        """Train the UNet until the deadline."""
+        """Train the UNet until the deadline; a finished one needs no scenes."""
+        file = self.work / f"{unet.NAME}.safetensors"
+        if file.is_file() and not self.options.last:
+            state = training_state(file)
+            if self.recipe.plan.progress(state["samples"], state["seconds"]) >= 1:
+                print("train: is finished", flush=True)
+                return
         whole = world.load(self.options.data)
         if self.recipe.label_count:
             whole = data.restrict(whole, tuple(whole.labels[: self.recipe.label_count]))
@@ -71,7 +77,7 @@ class Job:
         )
         plan = self.recipe.plan
         if self.options.last:  # the schedule ends with this call, however long the earlier ones took
-            elapsed = training_state(self.work / f"{unet.NAME}.safetensors")["seconds"]
+            elapsed = training_state(file)["seconds"]
             plan = replace(plan, seconds=elapsed + max(self.deadline.left(), 1.0), samples=math.inf)
         unet.train(
             table, drawn.sampler(self.recipe.shares), self.work, replace(self.recipe, plan=plan), self._network(),

@@ -19,7 +19,7 @@ PACKED = Path(zoo.__file__).parent
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    few = replace(recipe.TINY, label_count=4)  # most of the time goes into encoding the scenes of its labels
+    few = replace(recipe.TINY, label_count=2)  # most of the time goes into encoding the scenes of its labels
     monkeypatch.setitem(recipe.RECIPES, "tiny", few)
     monkeypatch.setattr(sys, "argv", ["job", "--recipe", "tiny", "--device", "cpu", *map(str, arguments)])
     job.main()
