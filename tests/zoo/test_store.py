@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from started import in_processes
 
 import diffaccel.zoo
 from diffaccel.errors import DiffAccelError
@@ -161,22 +163,17 @@ def test_without_the_variable_the_users_cache_folder_is_used(monkeypatch):
     assert store.cache_dir().name == "zoo" and "diffaccel" in str(store.cache_dir())
 
 
-WORKER = """
-import sys
-from diffaccel.zoo import store
-print(store.materialise(sys.argv[1], "tiny", verify=True))
-"""
+def _materialise(rank: int, packed: Path, told: str) -> None:
+    Path(told, str(rank)).write_text(str(store.materialise(packed, "tiny", verify=True)))
 
 
 @pytest.mark.slow
-def test_several_processes_at_once_agree(packed, cache):
+def test_several_processes_at_once_agree(packed, cache, tmp_path_factory):
     damaged = store.materialise(packed, "tiny")
     (damaged / "part" / "config.json").unlink()  # all of them find a folder that must be replaced
-    command = [sys.executable, "-c", WORKER, str(packed)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    results = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0] * 4, results
-    assert {out.strip() for out, _ in results} == {str(damaged)}
+    told = tmp_path_factory.mktemp("told")
+    in_processes(_materialise, (packed, str(told)), 4)
+    assert [(told / str(rank)).read_text() for rank in range(4)] == [str(damaged)] * 4
     assert os.listdir(cache) == [damaged.name]
     record = json.loads((damaged / store.RECORD).read_text())["files"]
     packing.verify(damaged, record, "file", "fix")
