@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked_commands import forked_commands
 from PIL import Image
 
 from scripts.diffusers_tests import plugin
@@ -90,7 +94,24 @@ def test_digests_tell_every_bit_apart() -> None:
     assert digest({"a": [zeros, picture]}) == digest({"a": [torch.zeros(2, 2), picture.copy()]})
 
 
+@pytest.fixture
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes of the script begin with the libraries imported, in the environment that it gives them."""
+    folder, root = tmp_path / "out", Path(__file__).resolve().parents[2]
+    environment = {
+        "HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1",
+        "DIFFUSERS_TEST_DEVICE": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }  # fmt: skip
+    imported = ("diffusers:DDPMPipeline,DDPMScheduler,UNet2DModel,FluxPipeline", "pytest", "diffaccel.compose")
+    with forked_commands(environment, imported, ("DIFFACCEL_CONFIG", "DIFFACCEL_RECORD")) as env:
+        monkeypatch.setenv("PATH", env["PATH"])
+        monkeypatch.setattr(sys, "executable", shutil.which("python", path=env["PATH"]))
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The tests run in processes of their own, one for each method; what starts and compares them does not."""
     tests = tmp_path / "checkout" / "tests" / "pipelines"

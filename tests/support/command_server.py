@@ -52,10 +52,11 @@ os._exit(status)
 """
 
 
-def client(program: str, server: str, environment: dict[str, str]) -> str:
-    """Return the text of a program that has its work done by the server."""
-    seen = {key: value for key, value in environment.items() if key not in UNREAD}
-    return CLIENT.format(python=sys.executable, program=program, server=server, environment=seen, unread=UNREAD)
+def client(program: str, server: str, environment: dict[str, str], unread: tuple[str, ...] = ()) -> str:
+    """Return the text of a program that has its work done by the server; ``unread`` are further names of variables."""
+    unread = (*UNREAD, *unread)
+    seen = {key: value for key, value in environment.items() if key not in unread}
+    return CLIENT.format(python=sys.executable, program=program, server=server, environment=seen, unread=unread)
 
 
 class Stop(Exception):

@@ -22,13 +22,16 @@ IMPORTED = (  # what takes the seconds of a command's start; the names are impor
 
 
 @contextlib.contextmanager
-def forked_commands(environment: dict[str, str], imported: tuple[str, ...] = IMPORTED) -> Iterator[dict[str, str]]:
+def forked_commands(
+    environment: dict[str, str], imported: tuple[str, ...] = IMPORTED, unread: tuple[str, ...] = ()
+) -> Iterator[dict[str, str]]:
     """Serve commands until the end of the block, and yield the environment in which they are found.
 
     Args:
         environment: of the commands, that of this process where a name is not in it. Commands in another environment
             start as they always do.
         imported: modules, each with the names to ask it for, ``module:name,name``.
+        unread: variables that nothing imported reads: commands may have others.
     """
     with tempfile.TemporaryDirectory(prefix="served-") as folder:
         socket, programs = f"{folder}/socket", Path(folder) / "bin"
@@ -37,7 +40,7 @@ def forked_commands(environment: dict[str, str], imported: tuple[str, ...] = IMP
         environment["PATH"] = os.pathsep.join([str(programs), environment.get("PATH", os.defpath)])
         for name in ("python", "diffaccel"):
             program = programs / name
-            program.write_text(client(str(Path(sys.executable).with_name(name)), socket, environment))
+            program.write_text(client(str(Path(sys.executable).with_name(name)), socket, environment, unread))
             program.chmod(0o755)
         server = subprocess.Popen(
             [sys.executable, SERVER, socket, *imported], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
