@@ -104,6 +104,8 @@ class NetworkQuantizer(DiffusersQuantizer):  # type: ignore[misc, unused-ignore]
             if old is None:
                 raise DiffAccelError(f"'{param_name}' is no tensor of its layer's format, {module.form}.")
             check_stored(name, tensor, stored, tuple(old.shape), old.dtype)
+            if old.ndim == 4 and not old.is_contiguous():  # files are contiguous, kernels read channels last
+                stored = stored.contiguous(memory_format=torch.channels_last)
             setattr(module, tensor, stored_parameter(tensor, stored.to(target_device), module.form))
             return
         module.weight = nn.Parameter(param_value.to(target_device), requires_grad=False)

@@ -128,6 +128,8 @@ def test_loaded_quantized_quantized_after_loading_and_saved(
         assert torch.equal(draw(loaded, family), expected)
         for name in names:
             assert_same_bits(getattr(loaded, name).state_dict(), getattr(pipe, name).state_dict())
+            layers = (quantized_layers(getattr(of, name)).values() for of in (loaded, pipe))
+            assert all(a.weight.stride() == b.weight.stride() for a, b in zip(*layers, strict=True))
             stored = json.loads((folder / name / "config.json").read_text())["quantization_config"]
             assert stored["quant_method"] == "diffaccel" and stored["method"]["name"] == method.name
     again = diffaccel.load(folder, torch_dtype=dtype)
