@@ -19,7 +19,7 @@ SEEDS = (0,)  # scripts.qvgen_toy repeats it over seeds, with more steps
 def test_a_side_branch_against_none_at_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
     """Training starts nearer to the model and with smaller gradients; which ends lower is printed, and not asserted."""
     torch.set_num_threads(1)
-    net = qvgen_bed.trained(300)
+    net = qvgen_bed.trained(600)
     args, means = Namespace(steps=60, rank=16, lr=3e-4, phase_steps=0), {}
     for bits in (4, 3):
         for way in ("lsq", "qvgen"):
