@@ -82,7 +82,7 @@ FAMILIES: dict[str, dict[str, Rule]] = {
         f"snr {s:g}{', halves' if w else ''}": ({"op": "mcmc", "snr": s} | ({"weights": w} if w else {}), 6)
         for s in (0.1, 0.2) for w in ((), (0.5, 0.5))
     },
-    "or": {"noise": ({"op": "or"}, 3)},
+    "or": {"noise": ({"op": "or"}, 3), "switched": ({"op": "or", "switch": "always"}, 3)},
 }  # fmt: skip
 REFERENCES = {"AND": "and", "Dombi": "dombi and"}  # families whose leads over the others are told
 

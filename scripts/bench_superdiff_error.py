@@ -10,7 +10,8 @@ the published sampler, Euler-Maruyama (arXiv 2412.17762), at 600 steps; ratios t
 which begin at the same noise. Levels: the variance-preserving path; those of Stable Diffusion's Euler scheduler, which
 the published code uses; and a flow path, from 0.999 for Euler-Maruyama. "Equal at" is the number of steps at which the
 error would be the reference's, since errors fall as the root of the steps. "Within modes": ``data_std`` is not the
-default but the standard deviation within a mode. What is finished is kept: the same command goes on.
+default but the standard deviation within a mode; "mean": a step of ``or`` is the mean of the components, as the paper's
+is, in place of one of them. What is finished is kept: the same command goes on.
 """
 
 from __future__ import annotations
@@ -190,6 +191,7 @@ def ways(std: float, paper: int, ours: int) -> dict[str, list[Way]]:
         Way(name="paper", config=published["or"], steps=paper),
         Way(name="paper", config=published["or"], steps=ours),
         Way(name="matched", config=SuperDiff(op="or"), steps=ours),
+        Way(name="matched, mean", config=SuperDiff(op="or", switch="never"), steps=ours),
         Way(name="matched, within modes", config=SuperDiff(op="or", data_std=std), steps=ours),
     ]
     both = [

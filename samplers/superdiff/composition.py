@@ -51,6 +51,23 @@ def mixed(geometry: Geometry, kappa: Tensor) -> Move:
     return Move(kernel.of_x, kernel.of_v, noise, kernel.of_v * kappa[..., 1:])
 
 
+def switched(kappa: Tensor, u: Tensor, count: int, guidance: float) -> Tensor:
+    """Return the weights of a step by one component alone, drawn by ``kappa``, ``(R, B, M')``.
+
+    The kernel of a mixture of models is the mixture of their kernels, ``sum_i kappa_i N(y; mu_i, V)`` with the weights
+    that the path so far gives them: a draw from it keeps the spread between the means, which their mean leaves out.
+
+    Args:
+        kappa: ``(R, B, M')``; the first ``count`` sum to the guidance, the others are of no prompt and stay.
+        u: in [0, 1), ``(R, B)``.
+    """
+    totals = (kappa[..., :count] / guidance).cumsum(-1)
+    index = torch.searchsorted(totals, u[..., None]).clamp(max=count - 1)
+    picked = torch.zeros_like(kappa)
+    picked[..., count:] = kappa[..., count:]
+    return picked.scatter(-1, index, guidance)
+
+
 def multiplied(geometry: Geometry, exponents: Tensor, total: float) -> Move:
     """Return the move by the product of the components' kernels to powers, a Gaussian that is normalised.
 

@@ -52,6 +52,10 @@ class SuperDiff(SamplerConfig):
         bias: of ``and`` in nats: how far the log-densities are to lie apart at the end; a higher one favours its
             component.
         temperature: T of ``or``; only 1 samples the mixture.
+        switch: whether a step of ``or`` is one component's, drawn by its weight, in place of the mean of all: samples
+            then have exactly the law of a coin flip between the components' own samplers, at any number of steps; the
+            mean, the published form, has it in the limit of many. "auto" switches in steps without guidance, for which
+            this is so. Without noise (eta 0) and with particles it is always the mean.
         formula: of ``dombi``, as "p1 and not p2"; "" for the AND of all. ``^`` is exclusive or.
         hardness: inverse temperature of ``dombi``'s and, or; large latents are nearly hard at 1.
         negation: gamma of ``dombi``'s not.
@@ -91,6 +95,7 @@ class SuperDiff(SamplerConfig):
     weights: tuple[float, ...] = ()
     bias: tuple[float, ...] = ()
     temperature: float = 1.0
+    switch: Literal["auto", "always", "never"] = "auto"
     formula: str = ""
     hardness: float = 0.1
     negation: float = 1.0
@@ -111,13 +116,13 @@ class SuperDiff(SamplerConfig):
 
     @classmethod
     def paper(cls, *, op: Literal["or", "and"] = "and", first_sigma: float = 0.0, **options: Any) -> Self:
-        """Return the published rule (arXiv 2412.17762): Euler-Maruyama steps, equal increments.
+        """Return the published rule (arXiv 2412.17762): Euler-Maruyama steps, equal increments, the mean of components.
 
         It is meant for 1000 steps on the levels of an Euler scheduler, guidance 7.5. Not taken over are slips of the
         published code: the wrong sign of ``|score|^2`` in its OR for text-to-image models, and an Euler-Maruyama step
         to the clean sample at the end, which leaves noise in it; nor that it stops at two components.
         """
-        own: dict[str, Any] = {"repair": False} if op == "and" else {}
+        own: dict[str, Any] = {"repair": False} if op == "and" else {"switch": "never"}
         return cls(op=op, kernel="euler", first_sigma=first_sigma, **own, **options)
 
     @classmethod
@@ -137,6 +142,11 @@ class SuperDiff(SamplerConfig):
     def takes_differences(self) -> bool:
         """Whether steps take finite differences of predictions."""
         return self.curvature or (self.eta == 0 and self.op != "average")
+
+    def switches(self, guidance: float) -> bool:
+        """Return whether a step of some guidance scale is one component's."""
+        is_drawn = self.switch == "always" or (self.switch == "auto" and guidance == 1)
+        return is_drawn and self.op == "or" and self.eta > 0 and self.particles == 1
 
     @property
     def negates(self) -> bool:
@@ -191,7 +201,7 @@ class SuperDiff(SamplerConfig):
     def _check_belongings(self) -> None:
         """Raise for options of another operator, which would have no effect."""
         belongs = {
-            "weights": (*PRODUCTS, "or", "average"), "bias": ("and",), "temperature": ("or",),
+            "weights": (*PRODUCTS, "or", "average"), "bias": ("and",), "temperature": ("or",), "switch": ("or",),
             "formula": ("dombi",), "hardness": ("dombi",), "negation": ("dombi",), "curvature": ("and",),
             "repair": ("and",), "langevin": ("mcmc",), "snr": ("mcmc",),
         }  # fmt: skip
@@ -225,6 +235,7 @@ class SuperDiff(SamplerConfig):
             "resample": (self.particles > 1, "particles above 1"),
             "probe": (self.eta == 0 or self.curvature, "curvature=True or eta=0"),
             "kernel": (self.eta > 0, "the stochastic sampler, eta=1"),
+            "switch": (self.eta > 0 and self.particles == 1, "the stochastic sampler, eta=1, and one particle"),
             "data_std": (self.eta > 0 and is_matched, "kernel='matched' and eta=1, and an op other than 'fkc'"),
             "negation": (self.negates, "a 'not' or '^' in formula"),
         }

@@ -144,7 +144,8 @@ class Superposition:
         if self.config.particles > 1:
             self._retarget(geometry, rule, total)
         kappa, value = rule(active)
-        move = self._drawn(geometry, kappa, total)
+        is_switched = self.config.switches(geometry.guidance)
+        move = self._drawn(geometry, self._switched(kappa, geometry) if is_switched else kappa, total)
         taken = Taken(move, kappa[..., : len(self.parts)] / geometry.guidance)
         if geometry.kernel.is_last:
             return taken
@@ -164,6 +165,11 @@ class Superposition:
             change = target.log_density(densities) - self.target.log_density(densities)
             densities.log_weights = densities.log_weights + change.sum(0)
         self.target = target
+
+    def _switched(self, kappa: Tensor, geometry: Geometry) -> Tensor:
+        """Return the weights of one component of every row and region, drawn by the weights of all."""
+        u = torch.stack([particles.uniforms(self.session, len(region), region) for region in kappa])
+        return composition.switched(kappa, u, len(self.parts), geometry.guidance)
 
     def _drawn(self, geometry: Geometry, kappa: Tensor, total: float) -> Move:
         op = self.config.op

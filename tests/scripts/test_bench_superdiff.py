@@ -68,7 +68,7 @@ def test_the_bench_of_errors_goes_on_where_it_was(tmp_path: Path, capsys: pytest
     assert "2-D, overlapping, vp, or: paper at 12, 24 predictions" in first and first.endswith(second)
     assert second.startswith("| models") and second.count("\n| 2-D") == 1
     cells = json.loads((tmp_path / "bench_superdiff_error_cpu.json").read_text())["cells"]
-    assert [row["predictions"] for row in cells["2-D, overlapping; vp"]] == [24, 12, 12, 12, 24, 12, 12, 24]
+    assert [row["predictions"] for row in cells["2-D, overlapping; vp"]] == [24, 12, 12, 12, 12, 24, 12, 12, 24]
 
 
 # -- two models of half of the data ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffaccel.errors import DiffAccelError
 from diffaccel.flow import LINEAR, VE_PATH, Path
 from diffaccel.samplers import Euler, SuperDiff
-from diffaccel.samplers.superdiff import formulas
+from diffaccel.samplers.superdiff import composition, formulas
 from diffaccel.samplers.superdiff.probes import orthonormal
 
 NARROW, WIDE = Mixture((1.0,), ((-1.0,),), (0.4,)), Mixture((1.0,), ((1.0,),), (0.8,))
@@ -58,12 +58,48 @@ def test_or_of_three_samples_their_mixture() -> None:
         assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / rows)
 
 
+def spreads(run: Superposed, path: Path, time: float) -> tuple[Tensor, Tensor]:
+    """Second and fourth moments of the samples of a run, over those of N(-1, .4^2) and N(1, .4^2) at its last level."""
+    a, s = (float(f(time)) for f in (path.alpha, path.sigma))
+    x, variance = run.x.flatten() / a, 0.4**2 + (s / a) ** 2
+    return x.square().mean() / (1 + variance), x.pow(4).mean() / (1 + 6 * variance + 3 * variance**2)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("steps", [3, 8])
+def test_or_by_one_component_a_step_samples_the_mixture_at_any_number_of_steps(path: Path, steps: int) -> None:
+    """Each model's own sampler is exact with the spread of its data; the mean of both loses what lies between them."""
+    models, times = [Mixture((1.0,), ((mean,),), (0.4,)) for mean in (-1.0, 1.0)], levels(path, steps)
+    found = {}
+    for switch in ("auto", "never"):
+        run = superpose(SuperDiff(op="or", data_std=0.4, switch=switch), models, path, times, 4000, dim=1)
+        found[switch] = spreads(run, path, float(times[-1]))
+        assert abs(float((run.x > 0).double().mean()) - 0.5) < 4 * math.sqrt(0.25 / 4000)
+    assert all(abs(float(ratio) - 1) < 0.06 for ratio in found["auto"])  # four standard errors
+    assert all(float(ratio) < 0.88 for ratio in found["never"])
+
+
+def test_a_switched_step_is_of_one_component_drawn_by_its_weight() -> None:
+    kappa = torch.tensor([[[0.2, 0.5, 0.3]]], dtype=torch.float64).expand(1, 1000, 3)
+    u = (torch.arange(1000, dtype=torch.float64)[None] + 0.5) / 1000
+    picked = composition.switched(kappa, u, 3, 1.0)
+    assert picked.sum(1).tolist() == [[200.0, 500.0, 300.0]] and set(picked.unique().tolist()) == {0.0, 1.0}
+    assert SuperDiff(op="or").switches(1.0) and not SuperDiff(op="or").switches(2.0)
+    assert SuperDiff(op="or", switch="always").switches(2.0) and not SuperDiff.paper(op="or").switches(1.0)
+    assert not any(SuperDiff(op=op).switches(1.0) for op in ("and", "average", "product"))
+    assert not SuperDiff(op="or", eta=0.0).switches(1.0) and not SuperDiff(op="or", particles=2).switches(1.0)
+    guided = torch.cat([2.5 * kappa, torch.full((1, 1000, 1), -1.5, dtype=torch.float64)], -1)
+    assert torch.equal(composition.switched(guided, u, 3, 2.5), torch.cat([2.5 * picked, guided[..., 3:]], -1))
+
+
 def test_two_copies_of_a_model_are_that_model_to_the_bit() -> None:
     times = levels(LINEAR, 10)
-    one = superpose(SuperDiff(op="or"), [A], LINEAR, times, 16)
+    plain = superpose(SuperDiff(op="average"), [A], LINEAR, times, 16)
     for op in ("or", "average", "and", "dombi"):
-        two = superpose(SuperDiff(op=op), [A, A], LINEAR, times, 16)
-        assert torch.equal(two.x, one.x), op
+        for config in (SuperDiff(op=op), *([SuperDiff(op="or", switch="never")] if op == "or" else [])):
+            one, two = (superpose(config, [A] * count, LINEAR, times, 16) for count in (1, 2))
+            assert torch.equal(two.x, one.x), config
+            assert config.switches(1.0) or torch.equal(one.x, plain.x)  # a draw a step comes in between
 
 
 def test_all_of_the_prior_on_one_model_is_that_model() -> None:
@@ -74,10 +110,10 @@ def test_all_of_the_prior_on_one_model_is_that_model() -> None:
     )
 
 
-@pytest.mark.parametrize("op", ["or", "and"])
-def test_permuted_models_permute_their_weights(op: Any) -> None:
+@pytest.mark.parametrize("config", [SuperDiff(op="or", switch="never"), SuperDiff(op="and")], ids=["or", "and"])
+def test_permuted_models_permute_their_weights(config: SuperDiff) -> None:
     models = [A, B, gaussian(0.3, 0.9, 2)]
-    run, swapped = (superpose(SuperDiff(op=op), m, LINEAR, levels(LINEAR, 12), 8) for m in (models, models[::-1]))
+    run, swapped = (superpose(config, m, LINEAR, levels(LINEAR, 12), 8) for m in (models, models[::-1]))
     kappa, other = (torch.tensor(r.report["kappa"]) for r in (run, swapped))
     torch.testing.assert_close(other.flip(-1), kappa, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(swapped.x, run.x, rtol=1e-8, atol=1e-8)
@@ -314,7 +350,7 @@ def test_logic_at_the_ends_of_its_options() -> None:
     kappa, _ = formulas.logic(formulas.parse("not p1", 2), 1.0, 0.0, None)(values)
     torch.testing.assert_close(kappa, values.softmax(1))
     times = levels(LINEAR, 10)
-    one = superpose(SuperDiff(op="or"), [A], LINEAR, times, 8)
+    one = superpose(SuperDiff(op="average"), [A], LINEAR, times, 8)
     assert torch.equal(superpose(SuperDiff(op="dombi", formula="p1 and p1"), [A], LINEAR, times, 8).x, one.x)
 
 

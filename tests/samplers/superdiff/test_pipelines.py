@@ -303,6 +303,7 @@ def test_a_vae_without_values_is_refused_in_a_sentence() -> None:
         ({"regions": ("10", "01"), "curvature": True}, "cannot be combined"), ({"first_sigma": -1.0}, "or more"),
         ({"resample": 0.9}, "no effect: it needs particles above 1"), ({"probe": 0.1}, "no effect: it needs curvature"),
         ({"eta": 0.0, "kernel": "posterior"}, "no effect: it needs the stochastic"),
+        ({"op": "or", "eta": 0.0, "switch": "always"}, "no effect"), ({"switch": "never"}, "no effect"),
         ({"eta": 0.0, "data_std": 0.5}, "no effect"), ({"kernel": "posterior", "data_std": 0.5}, "no effect"),
         ({"op": "fkc", "data_std": 0.5}, "no effect"), ({"op": "dombi", "negation": 0.5}, "needs a 'not' or"),
     ],
