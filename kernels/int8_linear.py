@@ -21,8 +21,8 @@ _CHUNK = 1024  # products whose sum fp32 holds exactly: 1024 * 128^2 = 2^24
 def int_matmul(a: Tensor, w: Tensor) -> Tensor:
     """Return ``a w^T`` in int32, exact, for int8 codes ``(M, K)`` and ``(N, K)``, on any device and at any shape.
 
-    Parts of K are multiplied in fp32, which every library does fast: on a CPU ``torch._int_mm`` takes 8 to 25 times as
-    long from 48 rows on.
+    Parts of K are multiplied in fp32, which every library does fast: on a CPU ``torch._int_mm`` takes many times as
+    long but for a few rows.
     """
     total = torch.zeros((a.shape[0], w.shape[0]), dtype=torch.int32, device=a.device)
     sums = torch.empty_like(total, dtype=torch.float32)
